@@ -1,0 +1,166 @@
+"""Adapters: one module per framework turns its tensors into BufferViews and back.
+
+Frameworks are found through ``sys.modules``: a tensor's type can only exist once its framework is
+imported, so nothing is imported to look. Imports no framework itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, Final, Protocol
+
+from colltensor.errors import OptionError, UnsupportedTensorError
+from colltensor.view import BufferView
+
+
+class Adapter(Protocol):
+    """What the group asks of a framework. Adapters hold no state of one tensor or group.
+
+    Attributes:
+        name: The framework's name, for messages.
+        immutable: True where tensors cannot be written, so that results are made by ``claim``.
+    """
+
+    name: str
+    immutable: bool
+
+    def claims(self, kind: type) -> bool:
+        """Return True if tensors of exactly this type are the adapter's."""
+
+    def source(self, tensor: Any) -> BufferView:
+        """View a tensor that will only be read; waits for pending work that writes to it.
+
+        Raises:
+            TensorError: The framework would not let this memory be read as it lies.
+        """
+
+    def target(self, tensor: Any) -> BufferView:
+        """View a tensor that will be written in place; one of an immutable framework is only viewed.
+
+        Raises:
+            TensorError: The framework would not let this memory be written.
+        """
+
+    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        """Return a new tensor with the contents of an immutable one, and its memory to write to.
+
+        With ``donate`` the tensor given is deleted and its memory reused where nobody else holds it.
+        Called once the ranks agreed; never called for mutable frameworks.
+        """
+
+    def written(self, tensor: Any) -> None:
+        """Tell the framework that the memory of a target was written."""
+
+
+class Memory(Protocol):
+    """Plain memory of one type of device: staging buffers and copies between layouts."""
+
+    def allocate(self, nbytes: int) -> BufferView:
+        """Return uninitialised memory as bytes, aligned to 64 bytes."""
+
+    def copy(self, target: BufferView, source: BufferView) -> None:
+        """Copy elements in row-major order between views of one count and dtype, any layouts."""
+
+    def overlap(self, first: BufferView, second: BufferView) -> bool:
+        """Return True if the elements of two views share memory."""
+
+
+_ADAPTERS: Final = {
+    "numpy": "colltensor.adapters.numpy",
+    "torch": "colltensor.adapters.torch",
+    "jax": "colltensor.adapters.jax",
+    "cupy": "colltensor.adapters.cupy",
+}
+_MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
+_TENSOR_PACKAGES: Final = frozenset({"numpy", "torch", "jax", "jaxlib", "cupy"})
+_registered: list[Adapter] = []
+_by_type: dict[type, Adapter] = {}
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Add an adapter for tensors of another framework, or for a subclass that ours refuse.
+
+    It is asked before the built-in ones, the one registered last first, in this process only.
+
+    Raises:
+        OptionError: ``adapter`` lacks a method of ``Adapter``.
+    """
+    missing = [name for name in ("claims", "source", "target", "claim", "written") if not callable(getattr(adapter, name, None))]
+    if missing:
+        raise OptionError(f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}")
+    _registered.insert(0, adapter)
+    _by_type.clear()
+
+
+def find_adapter(kind: type) -> Adapter | None:
+    """Return the adapter for tensors of this type, or None for what is no tensor."""
+    found = _by_type.get(kind)
+    if found is None:
+        found = _search(kind)
+        if found is not None:
+            _by_type[kind] = found
+    return found
+
+
+def adapter_of(tensor: Any) -> Adapter:
+    """Return the adapter for this tensor.
+
+    Raises:
+        UnsupportedTensorError: No adapter takes it; says what to do.
+    """
+    found = find_adapter(type(tensor))
+    if found is None:
+        raise UnsupportedTensorError(
+            f"expected a numpy, torch, JAX or CuPy array or an object with __dlpack__, got {_name(type(tensor))}; "
+            f"{_remedy(tensor)}"
+        )
+    return found
+
+
+def memory_of(device_type: str) -> Memory:
+    """Return the memory functions of a type of device (``"cpu"`` or ``"cuda"``)."""
+    memory: Memory = importlib.import_module(_MEMORIES[device_type]).MEMORY
+    return memory
+
+
+def _search(kind: type) -> Adapter | None:
+    for adapter in _registered:
+        if adapter.claims(kind):
+            return adapter
+    for framework, module in _ADAPTERS.items():
+        if framework in sys.modules:
+            built_in: Adapter = importlib.import_module(module).ADAPTER
+            if built_in.claims(kind):
+                return built_in
+    if hasattr(kind, "__dlpack__") and not _is_foreign_subclass(kind):
+        other: Adapter = importlib.import_module("colltensor.adapters.dlpack").ADAPTER
+        return other
+    return None
+
+
+def _is_foreign_subclass(kind: type) -> bool:
+    """Return True for a subclass of a known framework's tensor that its adapter did not claim.
+
+    Such a type changes what its memory means (masked, quantised, fake, traced), so its raw DLPack
+    export must not be trusted.
+    """
+    return any(base.__module__.partition(".")[0] in _TENSOR_PACKAGES for base in kind.__mro__)
+
+
+def _name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _remedy(tensor: Any) -> str:
+    kind = type(tensor)
+    if isinstance(tensor, (bool, int, float, complex)) or "numpy.generic" in map(_name, kind.__mro__):
+        return "a scalar cannot be changed in place: pass a 0-d array, numpy.array(value)"
+    if "jax._src.core.Tracer" in map(_name, kind.__mro__):
+        return "inside jax.jit, jax.grad or jax.vmap arrays have no memory: call it outside the traced function"
+    if hasattr(kind, "__dlpack__"):
+        return (
+            "subclasses are refused because their memory may mean something else: pass the plain tensor, or register "
+            "the type with colltensor.register_adapter()"
+        )
+    return "convert it with numpy.asarray(), or register_adapter() for its type"

@@ -1,0 +1,80 @@
+"""The adapter for CuPy arrays, and the memory functions of CUDA devices that use CuPy's kernels.
+
+Imports cupy and, for its data types, numpy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import cupy as cp
+
+from colltensor.adapters._numpy_dtypes import DTYPE_OF, host_dtype, unsupported_dtype
+from colltensor.errors import UnsupportedTensorError
+from colltensor.types import UINT8, Device
+from colltensor.view import BufferView
+
+
+class CupyAdapter:
+    """cupy.ndarray on any CUDA device, in place."""
+
+    name = "cupy"
+    immutable = False
+
+    def claims(self, kind: type) -> bool:
+        return kind is cp.ndarray
+
+    def source(self, tensor: Any) -> BufferView:
+        return _view(tensor)
+
+    def target(self, tensor: Any) -> BufferView:
+        return _view(tensor)
+
+    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        return tensor, _view(tensor)
+
+    def written(self, tensor: Any) -> None:
+        pass
+
+
+def _view(array: Any) -> BufferView:
+    dtype = DTYPE_OF.get(array.dtype)
+    if dtype is None:
+        raise unsupported_dtype(array.dtype)
+    strides = None
+    if not array.flags.c_contiguous:
+        if any(step % array.itemsize for step in array.strides):
+            raise UnsupportedTensorError(f"its strides {array.strides} cut through items; pass x.copy()")
+        strides = tuple(step // array.itemsize for step in array.strides)
+    device = Device("cuda", array.data.device_id)
+    return BufferView(array.data.ptr, array.size, dtype, device, array.shape, strides, False, None, array)
+
+
+class DeviceMemory:
+    """Staging buffers on a CUDA device, and copies between layouts on its current stream."""
+
+    def allocate(self, nbytes: int) -> BufferView:
+        raw = cp.empty(nbytes, cp.uint8)
+        device = Device("cuda", raw.data.device_id)
+        return BufferView.from_address(raw.data.ptr, (nbytes,), UINT8, device=device, owner=raw)
+
+    def copy(self, target: BufferView, source: BufferView) -> None:
+        if target.count:
+            to, of = device_array(target), device_array(source)
+            to[...] = cp.ascontiguousarray(of).reshape(target.shape)
+
+    def overlap(self, first: BufferView, second: BufferView) -> bool:
+        (low, high), (other_low, other_high) = first.span(), second.span()
+        return low < other_high and other_low < high
+
+
+def device_array(view: BufferView) -> Any:
+    """Return a CuPy array over a view of device memory."""
+    low, high = view.span()
+    memory = cp.cuda.UnownedMemory(low, high - low, view, view.device.index)
+    strides = None if view.strides is None else tuple(step * view.dtype.itemsize for step in view.strides)
+    return cp.ndarray(view.shape, host_dtype(view.dtype), cp.cuda.MemoryPointer(memory, view.pointer - low), strides)
+
+
+ADAPTER: Final = CupyAdapter()
+MEMORY: Final = DeviceMemory()

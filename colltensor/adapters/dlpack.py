@@ -1,0 +1,63 @@
+"""The adapter for every other object that exports DLPack.
+
+Imports no framework: all it knows is the DLPack protocol (dmlc.github.io/dlpack), version 1.0 for
+the read-only flag.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from colltensor import dlpack
+from colltensor.errors import DeviceError, ReadOnlyError, UnsupportedDTypeError, UnsupportedTensorError
+from colltensor.types import CPU, DTYPES, Device
+from colltensor.view import BufferView
+
+_CPU: Final = 1
+_CUDA: Final = 2
+
+
+class DlpackAdapter:
+    """Any object with ``__dlpack__`` and ``__dlpack_device__``, taken to be mutable unless it says otherwise."""
+
+    name = "dlpack"
+    immutable = False
+
+    def claims(self, kind: type) -> bool:
+        return hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
+
+    def source(self, tensor: Any) -> BufferView:
+        return _view(tensor)
+
+    def target(self, tensor: Any) -> BufferView:
+        return _view(tensor)
+
+    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        return tensor, _view(tensor)
+
+    def written(self, tensor: Any) -> None:
+        pass
+
+
+def _view(tensor: Any) -> BufferView:
+    kind, index = (int(part) for part in tensor.__dlpack_device__())
+    if kind not in (_CPU, _CUDA):
+        raise DeviceError(f"the tensor is on DLPack device type {kind}; move it to cpu or cuda, where collectives work")
+    try:
+        handle = dlpack.export(tensor)
+    except BufferError as error:
+        raise ReadOnlyError(f"{type(tensor).__name__} does not export its memory ({error}); pass a copy") from error
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedTensorError(f"{type(tensor).__name__} cannot be exported through DLPack: {error}") from error
+    name = str(handle.dtype)
+    dtype = DTYPES.get(name)
+    if dtype is None:
+        raise UnsupportedDTypeError(f"dtype {name} is not supported; known are {', '.join(DTYPES)}")
+    shape = tuple(handle.shape)
+    strides = None if handle.is_contiguous() else tuple(handle.strides)
+    device = CPU if kind == _CPU else Device("cuda", index)
+    return BufferView(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, False, handle, tensor)
+
+
+ADAPTER: Final = DlpackAdapter()

@@ -1,0 +1,124 @@
+"""The adapter for numpy arrays, and the host memory functions that use numpy's copy loops.
+
+Imports numpy and ml_dtypes; no other framework.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Final
+
+import numpy as np
+
+from colltensor import dlpack
+from colltensor.adapters._numpy_dtypes import CARRIER_OF, DTYPE_OF, host_dtype, unsupported_dtype
+from colltensor.errors import ReadOnlyError, UnsupportedTensorError
+from colltensor.types import CPU, UINT8
+from colltensor.view import BufferView
+
+_ALIGNMENT: Final = 64
+_OVERLAP_WORK: Final[Any] = 1 << 16
+"""Bound on the search for a common address of two strided arrays (numpy.shares_memory)."""
+
+
+class NumpyAdapter:
+    """numpy.ndarray and numpy.memmap, in place. Other subclasses are refused: they may hide elements."""
+
+    name = "numpy"
+    immutable = False
+
+    def claims(self, kind: type) -> bool:
+        return kind is np.ndarray or kind is np.memmap
+
+    def source(self, tensor: Any) -> BufferView:
+        return self.target(tensor) if tensor.flags.writeable else _view_read_only(tensor)
+
+    def target(self, tensor: Any) -> BufferView:
+        dtype = DTYPE_OF.get(tensor.dtype)
+        if dtype is None:
+            raise unsupported_dtype(tensor.dtype)
+        flags = tensor.flags
+        if not flags.writeable:
+            raise ReadOnlyError(
+                "the numpy array is read-only (arrays out of ray.get are views of the object store, shared by "
+                "every reader) and the call would write to it; pass x.copy()"
+            )
+        carrier = CARRIER_OF.get(dtype)
+        try:
+            handle = dlpack.export(tensor if carrier is None else tensor.view(carrier))
+        except BufferError as error:
+            raise UnsupportedTensorError(f"numpy cannot export this array ({error}); pass x.copy()") from error
+        strides = None if flags.c_contiguous else _element_strides(tensor)
+        return BufferView(handle.data_ptr(), tensor.size, dtype, CPU, tensor.shape, strides, False, handle, tensor)
+
+    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        return tensor, self.target(tensor)
+
+    def written(self, tensor: Any) -> None:
+        pass
+
+
+def _view_read_only(array: Any) -> BufferView:
+    dtype = DTYPE_OF.get(array.dtype)
+    if dtype is None:
+        raise unsupported_dtype(array.dtype)
+    strides = None if array.flags.c_contiguous else _element_strides(array)
+    return BufferView.from_address(
+        array.ctypes.data, array.shape, dtype, strides=strides, readonly=True, owner=array
+    )
+
+
+def _element_strides(array: Any) -> tuple[int, ...]:
+    itemsize = array.itemsize
+    if any(step % itemsize for step in array.strides):
+        raise UnsupportedTensorError(
+            f"its strides {array.strides} are no multiples of the item size {itemsize} (a field of a structured "
+            "array?); pass x.copy()"
+        )
+    return tuple(step // itemsize for step in array.strides)
+
+
+class HostMemory:
+    """Staging buffers on the host, and copies between layouts through numpy's strided loops."""
+
+    def allocate(self, nbytes: int) -> BufferView:
+        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        return BufferView.from_address(raw.ctypes.data + start, (nbytes,), UINT8, owner=raw)
+
+    def copy(self, target: BufferView, source: BufferView) -> None:
+        if not target.count:
+            return
+        to, of = host_array(target), host_array(source)
+        if source.strides is None:
+            to[...] = of.reshape(target.shape)
+        elif target.strides is None:
+            to.reshape(source.shape)[...] = of
+        else:
+            to[...] = np.ascontiguousarray(of).reshape(target.shape)
+
+    def overlap(self, first: BufferView, second: BufferView) -> bool:
+        (low, high), (other_low, other_high) = first.span(), second.span()
+        if low >= other_high or other_low >= high:
+            return False
+        if first.strides is None and second.strides is None:
+            return True
+        try:
+            return bool(np.shares_memory(host_array(first), host_array(second), _OVERLAP_WORK))
+        except RuntimeError:  # numpy's TooHardError, whose place changed with numpy 2
+            return True
+
+
+def host_array(view: BufferView) -> np.ndarray[Any, Any]:
+    """Return a writable numpy array over a view of host memory, of integers for bits numpy cannot name."""
+    low, high = view.span()
+    raw = (ctypes.c_char * (high - low)).from_address(low)
+    raw._view = view  # type: ignore[attr-defined]  # the array keeps its view, and so the owner, alive
+    strides = None if view.strides is None else [step * view.dtype.itemsize for step in view.strides]
+    buffer: Any = raw  # numpy's stubs do not know that ctypes arrays are buffers
+    array: np.ndarray[Any, Any] = np.ndarray(view.shape, host_dtype(view.dtype), buffer, view.pointer - low, strides)
+    return array
+
+
+ADAPTER: Final = NumpyAdapter()
+MEMORY: Final = HostMemory()

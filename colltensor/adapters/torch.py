@@ -1,0 +1,85 @@
+"""The adapter for torch tensors on CPU and CUDA.
+
+Imports torch. tvm_ffi exports what torch itself would guard (a lazy negation or conjugate, memory
+that is not there), so those guards are here; see ``_view``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from colltensor.errors import DeviceError, ReadOnlyError, UnsupportedDTypeError, UnsupportedTensorError
+from colltensor.types import CPU, DTYPES, Device
+from colltensor.view import BufferView
+
+_increment_version: Final = torch.autograd.graph.increment_version
+_is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
+_STRIDED: Final = torch.strided
+_DTYPE_OF: Final = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
+
+
+class TorchAdapter:
+    """torch.Tensor and Parameter, in place. Other subclasses come by ``register_adapter``."""
+
+    name = "torch"
+    immutable = False
+
+    def claims(self, kind: type) -> bool:
+        return kind in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+    def source(self, tensor: Any) -> BufferView:
+        return _view(tensor)
+
+    def target(self, tensor: Any) -> BufferView:
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ReadOnlyError(
+                "the torch tensor requires grad, and a write in place would not be seen by autograd; call it under "
+                "torch.no_grad(), or pass tensor.detach()"
+            )
+        if tensor.is_inference() and not _is_inference_mode_enabled():
+            raise ReadOnlyError(
+                "the torch tensor was made under torch.inference_mode() and may be written only there; pass "
+                "tensor.clone()"
+            )
+        return _view(tensor)
+
+    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        return tensor, _view(tensor)
+
+    def written(self, tensor: Any) -> None:
+        try:
+            _increment_version(tensor)
+        except RuntimeError:
+            if not tensor.is_inference():  # inference tensors have no version
+                raise
+
+
+def _view(tensor: Any) -> BufferView:
+    dtype = _DTYPE_OF.get(tensor.dtype)
+    if dtype is None:
+        raise UnsupportedDTypeError(f"dtype {tensor.dtype} is not supported; known are {', '.join(DTYPES)}")
+    if tensor.is_neg() or tensor.is_conj():
+        raise UnsupportedTensorError(
+            "the torch tensor is a lazy negation or conjugate, whose memory holds other values; pass "
+            "tensor.resolve_neg().resolve_conj()"
+        )
+    if tensor.layout is not _STRIDED or tensor.is_nested:
+        raise UnsupportedTensorError(f"the torch tensor has layout {tensor.layout}; pass tensor.to_dense()")
+    device = CPU if tensor.is_cpu else _device(tensor)
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError as error:
+        raise UnsupportedTensorError(f"the torch tensor has no memory to work on: {error}") from error
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    return BufferView(pointer, tensor.numel(), dtype, device, tensor.shape, strides, False, None, tensor)
+
+
+def _device(tensor: Any) -> Device:
+    if tensor.is_cuda:
+        return Device("cuda", tensor.device.index)
+    raise DeviceError(f"the torch tensor is on {tensor.device}; collectives work on cpu and cuda, move it there")
+
+
+ADAPTER: Final = TorchAdapter()

@@ -1,0 +1,117 @@
+"""The exceptions of ColTensor.
+
+    CollectiveError (RuntimeError)
+    ├── OptionError (ValueError)            an argument that is no tensor and no rank
+    ├── GroupError                          not initialised, exists already, broken, of another process
+    ├── BackendUnavailableError             the backend cannot be used here; the message says why
+    ├── MismatchError                       ranks disagree about a call; nothing was changed
+    ├── PeerLostError (ConnectionError)     a rank died or left; names the ranks
+    ├── CollectiveTimeoutError (TimeoutError)  a rank did not arrive in time; names the ranks
+    ├── RankError (ValueError)              a rank outside the group, or taken twice
+    └── TensorError                         a tensor that the call cannot take
+        ├── UnsupportedTensorError (TypeError)
+        ├── UnsupportedDTypeError (TypeError)
+        ├── ReadOnlyError (ValueError)
+        ├── DeviceError (ValueError)
+        ├── ShapeError (ValueError)
+        └── AliasError (ValueError)         outputs that share memory
+
+Imports nothing of the package and no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class CollectiveError(RuntimeError):
+    """Base of every error that ColTensor raises on purpose."""
+
+
+class OptionError(CollectiveError, ValueError):
+    """An option has a value that no call could use."""
+
+
+class GroupError(CollectiveError):
+    """The group does not exist, exists already, is broken, or belongs to another process."""
+
+
+class BackendUnavailableError(CollectiveError):
+    """The backend cannot be used here."""
+
+
+class MismatchError(CollectiveError):
+    """The ranks of a group disagree about a call; no data was changed and the group goes on.
+
+    Attributes:
+        ranks: The ranks that differ from the majority (from rank 0 where there is none).
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
+class PeerLostError(CollectiveError, ConnectionError):
+    """A rank died, left or cannot be reached; the group is broken.
+
+    Attributes:
+        ranks: The ranks that are lost.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
+class CollectiveTimeoutError(CollectiveError, TimeoutError):
+    """A rank did not arrive within the group's timeout; the group is broken.
+
+    Attributes:
+        ranks: The ranks that are late, as far as they could be told.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
+class RankError(CollectiveError, ValueError):
+    """A rank outside ``range(world_size)``, one's own rank as a peer, or a rank taken twice."""
+
+
+class TensorError(CollectiveError):
+    """Base of the errors about one tensor."""
+
+
+class UnsupportedTensorError(TensorError, TypeError):
+    """The object is no tensor that a collective can work on."""
+
+
+class UnsupportedDTypeError(TensorError, TypeError):
+    """The data type cannot be used in this operation."""
+
+
+class ReadOnlyError(TensorError, ValueError):
+    """The call would write to memory that must not be written."""
+
+
+class DeviceError(TensorError, ValueError):
+    """The tensor is on a device that the group's backend cannot reach."""
+
+
+class ShapeError(TensorError, ValueError):
+    """A tensor or a list of tensors has the wrong shape or length."""
+
+
+class AliasError(TensorError, ValueError):
+    """Two buffers of one call share memory, at least one of them to be written."""

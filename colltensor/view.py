@@ -1,0 +1,156 @@
+"""BufferView: the canonical view of one tensor's memory.
+
+The only thing that passes between adapters (which know frameworks) and backends (which know
+wires). Imports no framework; memory is reached through DLPack and ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+from colltensor import dlpack
+from colltensor.types import CPU, UINT8, Device, DType
+
+
+class BufferView:
+    """The memory of one tensor: where it is, how many elements, of which type, in which layout.
+
+    A view copies nothing. It keeps the memory alive through ``handle`` (a DLPack export) or
+    ``owner``; whoever holds the view may use ``pointer``.
+
+    Attributes:
+        pointer: Address of the first element (of index 0 in every axis).
+        count: Number of elements.
+        dtype: The true data type, also where DLPack or numpy cannot name it.
+        device: Where the memory is.
+        shape: Extents, for messages and packing; ranks never compare shapes.
+        strides: Steps in elements per axis, or None for a C-contiguous (row-major) layout.
+        readonly: True where the memory must not be written.
+        handle: The DLPack handle (``tvm_ffi.Tensor``), or None for memory viewed by address. Its
+            dtype is an integer of the same width where the framework cannot export ``dtype``.
+        owner: The object that owns the memory.
+    """
+
+    __slots__ = ("count", "device", "dtype", "handle", "owner", "pointer", "readonly", "shape", "strides")
+
+    def __init__(
+        self,
+        pointer: int,
+        count: int,
+        dtype: DType,
+        device: Device,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None,
+        readonly: bool,
+        handle: object,
+        owner: object,
+    ) -> None:
+        self.pointer = pointer
+        self.count = count
+        self.dtype = dtype
+        self.device = device
+        self.shape = shape
+        self.strides = strides
+        self.readonly = readonly
+        self.handle = handle
+        self.owner = owner
+
+    @classmethod
+    def from_dlpack(cls, tensor: object, *, dtype: DType, device: Device, readonly: bool = False) -> BufferView:
+        """View any object that exports DLPack. ``dtype`` is its true type."""
+        handle = dlpack.export(tensor)
+        shape = tuple(handle.shape)
+        strides = None if handle.is_contiguous() else tuple(handle.strides)
+        return cls(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, readonly, handle, tensor)
+
+    @classmethod
+    def from_address(
+        cls,
+        pointer: int,
+        shape: tuple[int, ...],
+        dtype: DType,
+        *,
+        device: Device = CPU,
+        strides: tuple[int, ...] | None = None,
+        readonly: bool = False,
+        owner: object,
+    ) -> BufferView:
+        """View memory by its address; ``owner`` keeps it alive."""
+        return cls(pointer, math.prod(shape), dtype, device, shape, strides, readonly, None, owner)
+
+    @classmethod
+    def from_buffer(cls, buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]) -> BufferView:
+        """View a writable, C-contiguous host buffer as bytes."""
+        raw = (ctypes.c_char * memoryview(buffer).nbytes).from_buffer(buffer)
+        return cls.from_address(ctypes.addressof(raw), (len(raw),), UINT8, owner=raw)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements, without gaps between them."""
+        return self.count * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """True for a row-major layout without gaps."""
+        return self.strides is None
+
+    def memory(self) -> memoryview:
+        """Return the bytes of a contiguous host view as a writable memoryview that keeps it alive.
+
+        Writable even where ``readonly`` is set: backends that only read need the address.
+        """
+        if self.strides is not None or self.device.type != "cpu":
+            raise ValueError(f"memory() needs a contiguous view of host memory, got {self!r}")
+        if self.count == 0:
+            return memoryview(bytearray())
+        raw = (ctypes.c_char * self.nbytes).from_address(self.pointer)
+        raw._view = self  # type: ignore[attr-defined]  # the array keeps its view, and so the owner, alive
+        return memoryview(raw).cast("B")
+
+    def slice(self, start: int, stop: int) -> BufferView:
+        """Return the elements ``start`` to ``stop`` in row-major order of a contiguous view."""
+        if self.strides is not None:
+            raise ValueError(f"slice() needs a contiguous view, got {self!r}")
+        return BufferView.from_address(
+            self.pointer + start * self.dtype.itemsize, (stop - start,), self.dtype,
+            device=self.device, readonly=self.readonly, owner=self,
+        )
+
+    def cast(self, dtype: DType) -> BufferView:
+        """Return the same bytes of a contiguous view as flat elements of another type."""
+        if self.strides is not None or self.nbytes % dtype.itemsize:
+            raise ValueError(f"cast() to {dtype} needs a contiguous view of a multiple of its size, got {self!r}")
+        shape = (self.nbytes // dtype.itemsize,)
+        return BufferView.from_address(
+            self.pointer, shape, dtype, device=self.device, readonly=self.readonly, owner=self
+        )
+
+    def span(self) -> tuple[int, int]:
+        """Return the first address the elements touch and the address after the last."""
+        if self.count == 0:
+            return self.pointer, self.pointer
+        if self.strides is None:
+            return self.pointer, self.pointer + self.nbytes
+        steps = [(extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True)]
+        low = sum(step for step in steps if step < 0)
+        high = sum(step for step in steps if step > 0) + 1
+        return self.pointer + low * self.dtype.itemsize, self.pointer + high * self.dtype.itemsize
+
+    def overlaps_itself(self) -> bool:
+        """Return True where two index tuples may share memory (a broadcast axis, a sliding window)."""
+        if self.strides is None or self.count == 0:
+            return False
+        pairs = zip(self.strides, self.shape, strict=True)
+        axes = sorted((abs(stride), extent) for stride, extent in pairs if extent > 1)
+        reach = 1
+        for stride, extent in axes:
+            if stride < reach:
+                return True
+            reach = stride * (extent - 1) + reach
+        return False
+
+    def __repr__(self) -> str:
+        layout = "contiguous" if self.strides is None else f"strides={self.strides}"
+        flag = ", read-only" if self.readonly else ""
+        return f"BufferView({self.dtype}{list(self.shape)} on {self.device}, {layout}{flag})"
