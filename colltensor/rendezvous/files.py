@@ -1,0 +1,153 @@
+"""A file that all ranks can reach, in which rank 0 leaves its invitation.
+
+The file is complete whenever it can be seen (it is linked or renamed into place), only its owner can read it,
+because it holds the meeting's secret, and it is gone after the meeting. One that a killed rank 0 left behind is
+recognised by nobody answering to it. Imports errors and the meeting's own modules only, and no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import stat
+import time
+import urllib.parse
+from pathlib import Path
+
+from colltensor.errors import CollectiveTimeoutError, OptionError
+from colltensor.net import FrameError
+from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
+from colltensor.rendezvous.messages import Invitation, taken
+
+_READ_LIMIT = 1 << 20
+_NAME_LIMIT = 100
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.1
+
+
+class FileDirectory:
+    """Leaves invitations in a file, or in a folder as one file for each group.
+
+    Attributes:
+        path: The file or the folder. The group ``"default"`` uses a file as it is; other groups append their
+            name, so that several may meet at once.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._published: dict[str, bytes] = {}
+
+    @property
+    def scope(self) -> str:
+        """Say which place this is."""
+        return f"file://{os.path.abspath(self.path)}"
+
+    def publish(self, key: str, invitation: bytes) -> None:
+        """Write the file: see Directory."""
+        target = self._file(key)
+        draft = target.with_name(f".{target.name[:_NAME_LIMIT]}.{secrets.token_hex(8)}")
+        try:
+            try:
+                self._write(draft, invitation)
+                self._install(draft, target, key)
+            finally:
+                draft.unlink(missing_ok=True)
+        except OSError as error:
+            raise OptionError(f"init_method: rank 0 cannot write {target}: {error.strerror}; {_REMEDY}") from error
+        self._published[key] = invitation
+
+    def locate(self, key: str, deadline: float) -> bytes:
+        """Read the file once it is there: see Directory."""
+        target = self._file(key)
+        pause = _FIRST_PAUSE_S
+        while True:
+            data = _read(target)
+            if data is not None and _is_complete(data):
+                return data
+            if time.monotonic() + pause >= deadline:
+                raise CollectiveTimeoutError(
+                    f"expected rank 0 to write {target} within the timeout, but it did not; start rank 0, with the "
+                    f"same group_name, and see that all ranks reach the same file",
+                    (0,),
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LAST_PAUSE_S)
+
+    def withdraw(self, key: str) -> None:
+        """Remove the file if it is still the one that was published here."""
+        mine = self._published.pop(key, None)
+        target = self._file(key)
+        if mine is not None and _read(target) == mine:
+            target.unlink(missing_ok=True)
+
+    def _file(self, key: str) -> Path:
+        path = Path(self.path)
+        name = urllib.parse.quote(key, safe="")
+        if len(name) > _NAME_LIMIT:
+            name = hashlib.sha256(key.encode()).hexdigest()
+        if path.is_dir():
+            return path / f"colltensor-{name}"
+        if not path.parent.is_dir():
+            raise OptionError(f"init_method: the folder {path.parent} does not exist on this host; {_REMEDY}")
+        return path if key == "default" else path.with_name(f"{path.name}.{name}")
+
+    def _write(self, draft: Path, invitation: bytes) -> None:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(invitation)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _install(self, draft: Path, target: Path, key: str) -> None:
+        """Put the draft in its place, unless a living rank 0 is there already."""
+        try:
+            os.link(draft, target)
+            return
+        except FileExistsError:
+            pass
+        except OSError:
+            # No hard links on this file system: two rank 0 that start at once are not told apart here.
+            if not target.exists():
+                os.replace(draft, target)
+                return
+        data = _read(target)
+        if data and another_rank_0_lives(data, key):
+            raise taken(0, [who_am_i(), f"another process that wrote {target}"])
+        os.replace(draft, target)
+
+
+_REMEDY = "name a file or a folder that every rank can reach and write to, as in init_method='file:///shared/meeting'"
+
+
+def _read(target: Path) -> bytes | None:
+    """Return what the file holds, or None where there is no file.
+
+    Raises:
+        OptionError: It cannot be read, or is not for us to trust or to replace.
+    """
+    try:
+        with target.open("rb") as file:
+            status = os.fstat(file.fileno())
+            data = file.read(_READ_LIMIT)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OptionError(f"init_method: cannot read {target}: {error.strerror}; {_REMEDY}") from error
+    if not Invitation.may_be(data):
+        raise OptionError(f"init_method: {target} exists and is no rendezvous file; name another, or remove it")
+    with contextlib.suppress(OSError):
+        if status.st_uid != os.geteuid() and target.parent.stat().st_mode & stat.S_IWOTH:
+            raise OptionError(
+                f"init_method: {target} was written by user {status.st_uid} in a folder where everybody may write; "
+                f"name a file in a folder of your own"
+            )
+    return data
+
+
+def _is_complete(data: bytes) -> bool:
+    try:
+        Invitation.decode(data)
+    except FrameError:
+        return False
+    return True

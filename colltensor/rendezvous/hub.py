@@ -1,0 +1,314 @@
+"""The port at which rank 0 receives the others; several meetings of one process may share it.
+
+A hub listens, lets whoever comes authenticate in a thread of its own, so that nobody who connects and says
+nothing holds up the others, and hands the connection to the meeting of the group that was named. One who comes
+for a group that is not meeting (yet) is told to try again. Imports errors, net and messages only, and no
+framework.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+from colltensor import net
+from colltensor.errors import CollectiveError, RankError
+from colltensor.rendezvous.messages import Hello, Message, encode_error, taken, unpack
+
+_LOG = logging.getLogger(__name__)
+_GREETING_S = 10.0
+_GREETINGS = 512
+_JOIN_S = 2.0
+_MEMORY_S = 3600.0
+
+Endpoint = tuple[str, int]
+
+
+@dataclass(eq=False, slots=True)
+class Arrival:
+    """A rank that came: its connection, authenticated, and what it said.
+
+    Attributes:
+        sock: The connection.
+        hello: What it said.
+        deadline: When it will give up, by this process's clock.
+        port: The port that it bound for its control plane; 0 before it did.
+    """
+
+    sock: socket.socket
+    hello: Hello
+    deadline: float
+    port: int = 0
+
+
+class Inbox:
+    """Carries arrivals from the hub's threads to the thread that meets; readable, for a selector."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._items: collections.deque[Arrival | str] = collections.deque()
+        self._open = True
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable while something may be there."""
+        return self._reader.fileno()
+
+    def put(self, item: Arrival | str) -> bool:
+        """Leave an arrival, or the name of another process that claims rank 0; False once closed."""
+        with self._lock:
+            if self._open:
+                self._items.append(item)
+                with contextlib.suppress(BlockingIOError):
+                    self._writer.send(b"\0")
+            return self._open
+
+    def take(self) -> list[Arrival | str]:
+        """Return what came since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+        with self._lock:
+            items = list(self._items)
+            self._items.clear()
+        return items
+
+    def close(self) -> list[Arrival | str]:
+        """Take nothing more; return what was left."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._reader.close()
+                self._writer.close()
+            items = list(self._items)
+            self._items.clear()
+        return items
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """One group's meeting at a hub: where its arrivals go, and the scope within which its name is unique."""
+
+    inbox: Inbox
+    scope: str
+
+
+class Hub:
+    """One listening port and its meetings, by group name.
+
+    Attributes:
+        port: The port.
+        endpoint: What it was opened for; None where only one meeting knows of it.
+    """
+
+    def __init__(self, listener: socket.socket, secret: bytes, endpoint: Endpoint | None) -> None:
+        self.port: int = listener.getsockname()[1]
+        self.endpoint = endpoint
+        self._listener = listener
+        self._secret = secret
+        self._lock = threading.Lock()
+        self._meetings: dict[str, Subscription] = {}
+        self._greetings = threading.BoundedSemaphore(_GREETINGS)
+
+        self._thread = threading.Thread(target=self._accept, name=f"colltensor-rendezvous-{self.port}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to accept connections."""
+        self._thread.start()
+
+    def add(self, group_name: str, meeting: Subscription) -> None:
+        """Serve a meeting.
+
+        Raises:
+            RankError: A group of this name is meeting already.
+        """
+        with self._lock:
+            if group_name in self._meetings:
+                raise taken(0, [f"two threads of process {os.getpid()}"])
+            self._meetings[group_name] = meeting
+
+    def remove(self, group_name: str) -> bool:
+        """Serve a meeting no more; return whether it was the last one."""
+        with self._lock:
+            self._meetings.pop(group_name, None)
+            return not self._meetings
+
+    def stop(self) -> None:
+        """Stop listening; the port is free from here on, and the thread that waits in accept() ends."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the descriptor, once no thread can use its number any more, which may soon be another's."""
+        try:
+            self._thread.join(_JOIN_S)
+        finally:
+            self._listener.close()
+
+    def disown(self) -> None:
+        """Close the descriptor only, in a forked child: the port is the parent's."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    time.sleep(0.05)
+                elif error.errno not in (errno.ECONNABORTED, errno.EPROTO, errno.EINTR):
+                    return
+                continue
+            if not self._greetings.acquire(blocking=False):
+                sock.close()
+                continue
+            thread = threading.Thread(target=self._greet, args=(sock,), name="colltensor-greeting", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                _LOG.debug("port %d: a connection was dropped: %s", self.port, error)
+                self._greetings.release()
+                sock.close()
+
+    def _greet(self, sock: socket.socket) -> None:
+        """Authenticate one connection and hand it on; whatever goes wrong is that connection's end only."""
+        handed_on = False
+        try:
+            deadline = time.monotonic() + _GREETING_S
+            group_name = net.verify(sock, lambda _: self._secret, deadline).decode(errors="replace")
+            kind, payload = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
+            if kind == Message.HELLO:
+                handed_on = self._introduce(sock, group_name, Hello.decode(payload), deadline)
+            elif kind == Message.CLAIM:
+                self._contest(sock, group_name, str(unpack(payload, who=str)["who"]), deadline)
+            else:
+                raise net.FrameError(f"expected a hello, got a frame of kind {kind}")
+        except OSError as error:
+            _LOG.debug("port %d: a connection was dropped: %s", self.port, error)
+        finally:
+            self._greetings.release()
+            if not handed_on:
+                sock.close()
+
+    def _introduce(self, sock: socket.socket, group_name: str, hello: Hello, deadline: float) -> bool:
+        if hello.group_name != group_name:
+            raise net.FrameError(f"a hello for {hello.group_name!r:.80} came where {group_name!r:.80} was named")
+        with self._lock:
+            meeting = self._meetings.get(group_name)
+        if meeting is not None:
+            now = time.monotonic()
+            refusal = _left_over(meeting.scope, hello, now)
+            if refusal is not None:
+                net.send_frame(sock, Message.FAILED, encode_error(refusal), deadline)
+                return False
+            if meeting.inbox.put(Arrival(sock, hello, now + hello.patience_s)):
+                return True
+        net.send_frame(sock, Message.RETRY, b"", deadline)
+        return False
+
+    def _contest(self, sock: socket.socket, group_name: str, who: str, deadline: float) -> None:
+        """Answer another process that wants to be rank 0: the two of them cannot both be right."""
+        with self._lock:
+            meeting = self._meetings.get(group_name)
+        if meeting is not None and meeting.inbox.put(who):
+            error = taken(0, [f"process {os.getpid()} on {socket.gethostname()}", who])
+            net.send_frame(sock, Message.FAILED, encode_error(error), deadline)
+        else:
+            net.send_frame(sock, Message.RETRY, b"", deadline)
+
+
+_LOCK = threading.Lock()
+_HUBS: dict[Endpoint, Hub] = {}
+_PRIVATE_HUBS: set[Hub] = set()
+_FINISHED: dict[str, tuple[float, int]] = {}
+
+
+def open_hub(host: str, port: int, secret: bytes, group_name: str, meeting: Subscription) -> Hub:
+    """Return a hub that serves the meeting; meetings at one given port of this process share theirs.
+
+    Args:
+        host: A literal address of this host; empty for all of them.
+        port: 0 takes a free port, for this meeting alone.
+        secret: What those who come must know.
+        group_name: The group that meets.
+        meeting: Where its arrivals go.
+
+    Raises:
+        RankError: A group of this name is meeting here already.
+        OSError: The port is taken by somebody else.
+    """
+    with _LOCK:
+        hub = _HUBS.get((host, port))
+        if hub is not None:
+            hub.add(group_name, meeting)
+            return hub
+        hub = Hub(net.listen(host, port), secret, (host, port) if port else None)
+        hub.start()
+        hub.add(group_name, meeting)
+        if hub.endpoint:
+            _HUBS[hub.endpoint] = hub
+        else:
+            _PRIVATE_HUBS.add(hub)
+    return hub
+
+
+def leave_hub(hub: Hub, group_name: str) -> None:
+    """End the hub's service to a meeting; the last one closes the port."""
+    is_over = False
+    with _LOCK:
+        if hub.remove(group_name):
+            if hub.endpoint:
+                _HUBS.pop(hub.endpoint, None)
+            _PRIVATE_HUBS.discard(hub)
+            hub.stop()
+            is_over = True
+    if is_over:
+        hub.close()
+
+
+def remember(scope: str, group_name: str, world_size: int) -> None:
+    """Note that a meeting is complete, before its ranks hear of it: see ``_left_over``."""
+    if scope:
+        now = time.monotonic()
+        with _LOCK:
+            for key in [key for key, (when, _) in _FINISHED.items() if now - when > _MEMORY_S]:
+                del _FINISHED[key]
+            _FINISHED[f"{scope} {group_name}"] = (now, world_size)
+
+
+def _left_over(scope: str, hello: Hello, now: float) -> CollectiveError | None:
+    """Refuse a process that was left out of the last meeting of this name because its rank was taken.
+
+    It began to ask before that meeting was complete, whereas the rank it wants belonged to somebody else, whose
+    own next attempt can only begin later. Only lengths of time are compared, no two clocks.
+    """
+    with _LOCK:
+        when, world_size = _FINISHED.get(f"{scope} {hello.group_name}", (0.0, 0)) if scope else (0.0, 0)
+    if hello.rank < world_size and now - hello.age_s < when:
+        return RankError(
+            f"rank {hello.rank} was taken by another process when {hello.who} asked for it, and the group met "
+            f"without {hello.who}; give every process its own rank, and see that none of an earlier run is left"
+        )
+    return None
+
+
+def _after_fork() -> None:
+    """Give up the parent's ports in a forked child; they would stay taken after the parent closed them."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    for hub in [*_HUBS.values(), *_PRIVATE_HUBS]:
+        hub.disown()
+    _HUBS.clear()
+    _PRIVATE_HUBS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,208 @@
+"""The part of a meeting that every rank but 0 plays: find rank 0, introduce oneself, wait for the table.
+
+Imports errors, net, messages and the directory protocol only, and no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import os
+import socket
+import time
+
+from colltensor import net
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, PeerLostError
+from colltensor.rendezvous.directory import Directory
+from colltensor.rendezvous.messages import Hello, Invitation, Message, Table, decode_error, encode_error, pack, unpack
+
+_CONNECT_S = 3.0
+_HANDSHAKE_S = 5.0
+_STRANGER_S = 3.0
+_VERDICT_SLACK_S = 1.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.25
+
+
+class Found(enum.Enum):
+    """Who answers where an invitation points to."""
+
+    NOBODY = enum.auto()
+    STRANGER = enum.auto()
+    OTHER_GROUPS = enum.auto()
+    RIVAL = enum.auto()
+
+
+def who_am_i() -> str:
+    """Return this process's name in messages to other ranks."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def probe(invitation: Invitation, group_name: str) -> Found:
+    """Find out, as rank 0, whether another rank 0 of this group is meeting; a living one is told and gives up.
+
+    Takes a few seconds at most.
+    """
+    deadline = time.monotonic() + _CONNECT_S
+    try:
+        with _reach(invitation, group_name, deadline) as sock:
+            net.send_frame(sock, Message.CLAIM, pack({"who": who_am_i()}), deadline)
+            kind, _ = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
+    except (net.FrameError, net.AuthenticationError, TimeoutError):
+        return Found.STRANGER
+    except ConnectionError:
+        return Found.NOBODY
+    return Found.RIVAL if kind == Message.FAILED else Found.OTHER_GROUPS
+
+
+def another_rank_0_lives(invitation: bytes, group_name: str) -> bool:
+    """Return whether an invitation, found where one's own was to go, is that of a rank 0 that is meeting now."""
+    try:
+        return probe(Invitation.decode(invitation), group_name) is Found.RIVAL
+    except net.FrameError:
+        return False
+
+
+def join(directory: Directory, hello: Hello, started: float, deadline: float) -> tuple[Table, socket.socket, bytes]:
+    """Meet as a rank other than 0.
+
+    Args:
+        directory: Where rank 0 says how it is reached.
+        hello: What this rank says of itself; times and own address are filled in here.
+        started: When this rank began to ask.
+        deadline: When to give up.
+
+    Returns:
+        Rank 0's table, this rank's own listener, and the meeting's secret.
+    """
+    pause = _FIRST_PAUSE_S
+    reason = ""
+    stranger_since: float | None = None
+    while True:
+        invitation = _located(directory, hello.group_name, deadline, reason)
+        try:
+            with _reach(invitation, hello.group_name, deadline) as sock:
+                reason, stranger_since = "it answers, but this group is not meeting there", None
+                if _introduce(sock, hello, started, deadline):
+                    table, listener = _attend(sock, deadline)
+                    return table, listener, invitation.secret
+        except CollectiveError:
+            raise
+        except net.FrameError as error:
+            reason = f"something else listens at its address ({error})"
+            stranger_since = stranger_since or time.monotonic()
+            if not invitation.host_id and time.monotonic() - stranger_since > _STRANGER_S:
+                raise OptionError(
+                    f"rank 0 was looked for at {_spelt(invitation)}, but {reason}; choose another port or file"
+                ) from error
+        except (ConnectionError, TimeoutError) as error:
+            reason = f"last, at {_spelt(invitation)}: {error}"
+            if isinstance(error, ConnectionRefusedError):
+                stranger_since = None
+        if time.monotonic() + pause >= deadline:
+            raise _nobody_came(reason)
+        time.sleep(pause)
+        pause = min(pause * 1.5, _LAST_PAUSE_S)
+
+
+def _located(directory: Directory, key: str, deadline: float, reason: str) -> Invitation:
+    if time.monotonic() >= deadline:
+        raise _nobody_came(reason)
+    try:
+        return Invitation.decode(directory.locate(key, deadline))
+    except CollectiveTimeoutError as error:
+        if reason:
+            error.args = (f"{error}; {reason}",)
+        raise
+
+
+def _nobody_came(reason: str) -> CollectiveTimeoutError:
+    return CollectiveTimeoutError(
+        f"expected rank 0 to meet this group within the timeout, but it did not come{reason and ': '}{reason}; start "
+        f"every rank with the same group_name and init_method, or allow more time with timeout_s (a rank 0 that did "
+        f"start has given up: see its own error message)",
+        (0,),
+    )
+
+
+def _spelt(invitation: Invitation) -> str:
+    return f"{', '.join(invitation.addresses)} port {invitation.port}"
+
+
+def _reach(invitation: Invitation, group_name: str, deadline: float) -> socket.socket:
+    """Return an authenticated connection to whoever can prove to have issued the invitation."""
+    addresses = list(invitation.addresses)
+    if invitation.host_id == net.host_id():
+        addresses.insert(0, "127.0.0.1")
+    failure: OSError = ConnectionError("the invitation names no address")
+    for address in dict.fromkeys(addresses):
+        now = time.monotonic()
+        try:
+            sock = net.dial((address, invitation.port), min(deadline, now + _CONNECT_S))
+        except (ConnectionError, TimeoutError) as error:
+            failure = error
+            continue
+        try:
+            net.prove(sock, invitation.secret, group_name.encode(), min(deadline, now + _CONNECT_S + _HANDSHAKE_S))
+            return sock
+        except (ConnectionError, TimeoutError) as error:
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+    raise failure
+
+
+def _introduce(sock: socket.socket, hello: Hello, started: float, deadline: float) -> bool:
+    """Say who one is; return whether rank 0 is meeting this group now."""
+    now = time.monotonic()
+    seen_from = net.plain_address(sock.getsockname()[0])
+    hello = dataclasses.replace(hello, seen_from=seen_from, age_s=now - started, patience_s=deadline - now)
+    net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
+    kind, payload = net.recv_frame(sock, min(deadline, now + 2 * _HANDSHAKE_S))
+    if kind == Message.FAILED:
+        raise decode_error(payload)
+    if kind not in (Message.WELCOME, Message.RETRY):
+        raise net.FrameError(f"expected a welcome, got a frame of kind {kind}")
+    return kind == Message.WELCOME
+
+
+def _attend(sock: socket.socket, deadline: float) -> tuple[Table, socket.socket]:
+    """Wait for rank 0's decisions; from here on, losing it is an error."""
+    with contextlib.ExitStack() as undo:
+        try:
+            place = unpack(_next(sock, Message.PLACE, deadline), host=str)
+            try:
+                listener = undo.enter_context(net.listen(place["host"]))
+            except OSError as error:
+                message = f"cannot listen on {place['host']} of {who_am_i()}: {error}; choose with interface="
+                net.send_frame(sock, Message.FAILED, encode_error(OptionError(message)), deadline)
+                _next(sock, Message.TABLE, deadline)
+                raise OptionError(message) from error
+            net.send_frame(sock, Message.BOUND, pack({"port": listener.getsockname()[1]}), deadline)
+            table = Table.decode(_next(sock, Message.TABLE, deadline))
+        except CollectiveError:
+            raise
+        except TimeoutError as error:
+            raise CollectiveTimeoutError(
+                "rank 0 came, but neither finished the rendezvous nor gave it up by the deadline; it is stopped or "
+                "its host cannot be reached any more",
+                (0,),
+            ) from error
+        except ConnectionError as error:
+            raise PeerLostError(
+                f"rank 0 was lost during the rendezvous ({error}); look for its own error message", (0,)
+            ) from error
+        undo.pop_all()
+        return table, listener
+
+
+def _next(sock: socket.socket, expected: Message, deadline: float) -> bytes:
+    """Return the payload of the next frame; rank 0 announces the timeout itself, so it gets a little longer."""
+    kind, payload = net.recv_frame(sock, deadline + _VERDICT_SLACK_S)
+    if kind == Message.FAILED:
+        raise decode_error(payload)
+    if kind != expected:
+        raise net.FrameError(f"expected a {expected.name.lower()}, got a frame of kind {kind}")
+    return payload
