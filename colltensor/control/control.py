@@ -1,0 +1,234 @@
+"""The control plane of a group: ranks agree on a call before its data moves, and learn who is late or dead.
+
+No exchange outlasts its deadline by more than a few seconds: then, or when a connection breaks, one error is found
+and told to every rank over the links and through the listeners, and the group is broken.
+
+    Control             what the group and its backend call
+    ├── exchange        how ranks agree: the tree of all, and pairs
+    ├── lookout         waiting, and who is to blame for a wait in vain
+    ├── switchboard     all links of this rank at once, and the failure that ends them
+    ├── reception       the thread that answers the listener
+    ├── lifetime        goodbye when the process ends, silence in a forked child
+    └── links, status   one connection and its frames; what ranks tell about themselves
+
+Imports exchange, lookout and the errors of the package, and no framework.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from colltensor.control.exchange import Describe, Pairs, Tree
+from colltensor.control.lookout import Lookout
+from colltensor.control.status import REMEDY
+from colltensor.errors import CollectiveError, GroupError, RankError
+
+if TYPE_CHECKING:
+    from colltensor.rendezvous.meeting import Meeting
+
+_LOSS_GRACE_S = 1.0
+
+
+class Control:
+    """The control plane of one group on one rank.
+
+    One thread at a time may be in ``agree``, ``agree_pair``, ``start_pair``, ``finish_pair`` or ``allgather``.
+    Every other method may be called by any thread at any time. Deadlines are values of ``time.monotonic()``.
+
+    Attributes:
+        rank: This rank.
+        world_size: The number of ranks.
+        group_name: The name of the group.
+    """
+
+    def __init__(self, meeting: Meeting, deadline: float) -> None:
+        """Connect to the neighbours in the tree. Every rank must call; owns ``meeting.listener`` from now on.
+
+        Raises:
+            PeerLostError: A rank died or gave up.
+            CollectiveTimeoutError: A rank did not come before ``deadline``.
+        """
+        self.rank = meeting.rank
+        self.world_size = meeting.world_size
+        self.group_name = meeting.group_name
+        self._alone = meeting.world_size == 1
+        self._lookout = Lookout(meeting)
+        self._board = self._lookout.board
+        self._pairs = Pairs(self._lookout)
+        self._working = _Working(self._lookout)
+        self._lookout.operation = "creating the group"
+        try:
+            with self._working.until(deadline):
+                self._tree = None if self._alone else Tree(self._lookout, deadline)
+        except BaseException:
+            self.close()
+            raise
+        self._lookout.operation = None
+
+    @property
+    def broken(self) -> CollectiveError | None:
+        """The error that broke the group, None while it works."""
+        failure = self._board.failure
+        return failure.exception(self.rank) if failure else None
+
+    def position(self, sequence: int, operation: str | None) -> None:
+        """Note what other ranks are told when they ask; call it when an operation begins, and with None at its end.
+
+        Args:
+            sequence: Sequence number of the operation.
+            operation: Its name, with the arguments that matter to a reader.
+        """
+        self._lookout.sequence = sequence
+        self._lookout.operation = operation
+
+    def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
+        """Return once every rank has called with the same signature. Every rank must call, in the same order.
+
+        Args:
+            signature: At most 32 bytes; what the ranks must agree on.
+            describe: Says in words what the signature stands for; called only where ranks differ.
+            deadline: When to give up.
+
+        Raises:
+            MismatchError: The signatures differ; raised on every rank, and the group goes on.
+            PeerLostError: A rank died or left.
+            CollectiveTimeoutError: A rank did not call before ``deadline``.
+            GroupError: A rank was interrupted, or the group is broken or closed.
+        """
+        with self._working.until(deadline):
+            if self._tree is not None:
+                self._tree.agree(signature, describe, deadline)
+
+    def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
+        """Return every rank's payload, by rank; sizes may differ. Every rank must call, in the same order.
+
+        Raises:
+            MismatchError: Another rank called something else; raised on every rank, and the group goes on.
+            CollectiveError: As ``agree``.
+        """
+        with self._working.until(deadline):
+            return [payload] if self._tree is None else self._tree.allgather(payload, deadline)
+
+    def agree_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+        """Return once rank ``peer`` has called with the same signature; both of the two ranks must call.
+
+        Args:
+            peer: The other rank.
+            signature: At most 32 bytes; what the two must agree on.
+            describe: Says in words what the signature stands for; called only where they differ.
+            deadline: When to give up.
+
+        Raises:
+            RankError: ``peer`` is no other rank of the group.
+            MismatchError: The signatures differ; raised on both ranks, and the group goes on.
+            PeerLostError: A rank died or left.
+            CollectiveTimeoutError: ``peer`` did not call before ``deadline``.
+            GroupError: A rank was interrupted, or the group is broken or closed.
+        """
+        self.start_pair(peer, signature, describe, deadline)
+        self.finish_pair(peer, signature, describe, deadline)
+
+    def start_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+        """Do the first half of ``agree_pair``, which does not wait for the other rank to call.
+
+        Every start needs one ``finish_pair`` with the same peer, also after an agreement with another peer ended
+        in ``MismatchError``. Several with one peer are finished in the order in which they were started.
+
+        Raises:
+            RankError: ``peer`` is no other rank of the group.
+            CollectiveError: As ``agree_pair``.
+        """
+        if not 0 <= peer < self.world_size or peer == self.rank:
+            raise RankError(
+                f"{self._lookout.where}: peer must be another rank in range({self.world_size}), got {peer}: "
+                "pass its rank within this group"
+            )
+        with self._working.until(deadline):
+            self._pairs.start(peer, signature, deadline)
+
+    def finish_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+        """Do the second half of ``agree_pair``: wait for the other rank and compare. Arguments as in the start.
+
+        Raises:
+            CollectiveError: As ``agree_pair``.
+        """
+        with self._working.until(deadline):
+            self._pairs.finish(peer, signature, describe, deadline)
+
+    def check(self) -> None:
+        """Read without waiting what the neighbours say, while a payload runs.
+
+        Raises:
+            PeerLostError: A rank died: it said so, or its connection ended more than a second ago.
+            CollectiveError: What another rank has reported.
+        """
+        if self._board.usable and self._board.until is not None:
+            return  # the thread that waits in an exchange looks itself
+        self._board.enter()
+        try:
+            self._board.glance()
+            self._board.look(_LOSS_GRACE_S)
+        finally:
+            self._board.leave()
+
+    def diagnose(self, operation: str, cause: BaseException | None = None) -> CollectiveError:
+        """Find out why a payload did not end, by asking every rank; takes about a second at most.
+
+        Does not break the group: pass the result to ``fail``.
+
+        Args:
+            operation: The operation that failed, for the message.
+            cause: What the provider raised; None after a timeout.
+
+        Returns:
+            What another rank reported; else ``PeerLostError`` naming the ranks that are gone; else
+            ``CollectiveTimeoutError`` naming those that do not answer or have not arrived. Where nothing is wrong
+            with any rank: ``GroupError`` with ``cause``, or ``CollectiveTimeoutError`` naming none.
+        """
+        try:
+            self.check()
+        except CollectiveError as error:
+            if not self._board.usable:
+                return self.broken or error
+        return self._lookout.diagnose(operation, cause)
+
+    def fail(self, error: CollectiveError) -> None:
+        """Break the group with ``error`` and tell every rank, so that all raise the same class naming the same ranks.
+
+        Does nothing if the group is broken already: the first error stays.
+        """
+        self._board.fail(error)
+
+    def close(self) -> None:
+        """Say goodbye to the other ranks and close everything; a thread that waits here raises. May be repeated."""
+        self._board.close()
+
+
+class _Working:
+    """The context of one thread's work on the links; whatever else ends it than an error of ours breaks the group."""
+
+    __slots__ = ("_board", "_deadline", "_lookout")
+
+    def __init__(self, lookout: Lookout) -> None:
+        self._lookout = lookout
+        self._board = lookout.board
+        self._deadline = 0.0
+
+    def until(self, deadline: float) -> _Working:
+        self._deadline = deadline
+        return self
+
+    def __enter__(self) -> None:
+        self._board.enter(self._deadline)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is not None and not isinstance(error, CollectiveError):
+                lookout = self._lookout
+                operation = f" during {lookout.operation} #{lookout.sequence}" if lookout.operation else ""
+                self._board.fail(
+                    GroupError(f"{lookout.where}: this rank was interrupted by {error!r}{operation}. {REMEDY}")
+                )
+        finally:
+            self._board.leave()

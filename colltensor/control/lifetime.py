@@ -1,0 +1,56 @@
+"""What becomes of open control planes when their process ends in good order, or forks.
+
+Imports nothing of the package and no framework.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import Protocol
+
+
+class Mortal(Protocol):
+    """What wants to be told."""
+
+    def close(self) -> None:
+        """Say goodbye: the process ends."""
+
+    def disown(self) -> None:
+        """Close one's copies of the parent's descriptors without a word: this is a forked child."""
+
+
+_open: set[Mortal] = set()
+_finalized: set[int] = set()
+
+
+def watch(mortal: Mortal) -> None:
+    """Tell ``mortal`` when the process ends or forks; keeps it alive until ``forget``."""
+    _open.add(mortal)
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None and os.getpid() not in _finalized:
+        # A process that multiprocessing forked ends without running atexit, but runs its finalizers.
+        _finalized.add(os.getpid())
+        util.Finalize(None, _close_all, exitpriority=0)
+
+
+def forget(mortal: Mortal) -> None:
+    """Tell ``mortal`` nothing any more."""
+    _open.discard(mortal)
+
+
+def _close_all() -> None:
+    for mortal in list(_open):
+        mortal.close()
+
+
+def _disown_all() -> None:
+    for mortal in list(_open):
+        mortal.disown()
+    _open.clear()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)

@@ -1,0 +1,238 @@
+"""Waiting for other ranks, and finding out who is to blame where the wait was in vain.
+
+At a deadline every rank that waits asks the others what they do. The lowest of those whose time is up tells all
+what was found, so that every rank names the same ranks; the others wait for its word a moment.
+
+Imports net, links, status, switchboard and the errors of the package, and no framework.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from colltensor import net
+from colltensor.control import links
+from colltensor.control.links import Frame, Link
+from colltensor.control.status import REMEDY, Absence, Status, gone_ranks, judge
+from colltensor.control.switchboard import SILENCE_S, Switchboard
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError
+
+if TYPE_CHECKING:
+    from colltensor.rendezvous.meeting import Meeting
+
+_ATTEMPT_S = 1.0
+_PROBE_S = 0.5
+_GRACE_S = 1.0
+_VERDICT_S = 2.0
+_SETTLE_S = 0.02
+_CENSUS_S = 0.3
+# Another OSError, such as a network that is unreachable, leaves open whether the rank lives.
+_GONE = (ConnectionRefusedError, ConnectionResetError, BrokenPipeError, net.FrameError, net.AuthenticationError)
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """Whom a wait depends on.
+
+    Attributes:
+        ranks: The ranks to ask when it takes too long.
+        is_late: Whether what one of them says of itself means that it has not arrived.
+    """
+
+    ranks: Sequence[int]
+    is_late: Callable[[Status], bool]
+
+
+class Lookout:
+    """What one rank knows and tells about where the ranks of its group are.
+
+    Attributes:
+        meeting: What the ranks know of each other.
+        where: The group and this rank, for messages.
+        sequence: Sequence number of the current or last operation.
+        operation: The current operation, None between operations.
+        exchange: How many exchanges of all ranks this rank has entered.
+        pairs: How many exchanges it has entered with single other ranks.
+        everyone: The suspects of an exchange of all ranks.
+        board: The links.
+    """
+
+    def __init__(self, meeting: Meeting) -> None:
+        self.meeting = meeting
+        self.where = f"group {meeting.group_name!r}, rank {meeting.rank} of {meeting.world_size}"
+        self.sequence = 0
+        self.operation: str | None = None
+        self.exchange = 0
+        self.pairs: dict[int, int] = {}
+        others = [rank for rank in range(meeting.world_size) if rank != meeting.rank]
+        self.everyone = Suspects(others, lambda status: status.exchange < self.exchange)
+        self.board = Switchboard(meeting, self)
+        self.board.open()
+
+    def partner(self, peer: int) -> Suspects:
+        """Return the suspects of an exchange with one other rank."""
+        rank = self.meeting.rank
+        return Suspects([peer], lambda status: status.pairs.get(rank, 0) < self.pairs.get(peer, 0))
+
+    def status(self) -> Status:
+        """Return what this rank answers when it is asked; may be called by any thread."""
+        until = self.board.until
+        return Status(
+            rank=self.meeting.rank,
+            sequence=self.sequence,
+            operation=self.operation,
+            exchange=self.exchange,
+            pairs=dict(self.pairs),
+            remaining_s=None if until is None else until - time.monotonic(),
+            failure=self.board.failure,
+        )
+
+    def send(self, link: Link, frame: bytes, deadline: float, suspects: Suspects) -> None:
+        """Send a frame of any size.
+
+        Raises:
+            CollectiveError: The group broke, or the frame was not sent before ``deadline``.
+        """
+        if not self.board.send(link, frame, deadline):
+            self.overdue(suspects, lambda: False)
+
+    def receive(self, link: Link, kind: int, deadline: float, needed: Sequence[Link], suspects: Suspects) -> Frame:
+        """Return the next frame of ``kind`` on a link.
+
+        Args:
+            link: The link.
+            kind: The kind of frame.
+            deadline: When to look for who is late.
+            needed: All links from which this exchange still needs a frame of that kind.
+            suspects: Whom the wait depends on.
+
+        Raises:
+            CollectiveError: The group broke, or the frame did not come before ``deadline``.
+        """
+        inbox = link.inbox[kind]
+        if not self.board.wait(lambda: inbox, deadline, needed, kind):
+            self.overdue(suspects, lambda: inbox, needed, kind)
+        return inbox.popleft()
+
+    def connect(self, peer: int, deadline: float, suspects: Suspects) -> Link:
+        """Open the link to a lower rank, in attempts short enough to hear of failures in between.
+
+        Raises:
+            CollectiveError: The group broke, the rank is gone, or it did not answer before ``deadline``.
+        """
+        while True:
+            try:
+                link = links.open_link(self.meeting, peer, min(deadline, time.monotonic() + _ATTEMPT_S))
+            except TimeoutError:
+                self.board.listen()
+                if time.monotonic() >= deadline:
+                    self.overdue(suspects, lambda: False)
+            except ConnectionError:
+                self.board.listen()
+                raise self.board.fail(self.lost(peer, Absence.GONE.value)) from None
+            else:
+                self.board.add(link)
+                return link
+
+    def await_link(self, peer: int, deadline: float, suspects: Suspects) -> Link:
+        """Wait until a higher rank has opened its link; ask now and then whether it still lives.
+
+        Raises:
+            CollectiveError: The group broke, the rank is gone, or did not come before ``deadline``.
+        """
+        board = self.board
+        while not board.wait(lambda: peer in board.links, min(deadline, time.monotonic() + _PROBE_S)):
+            if time.monotonic() >= deadline:
+                self.overdue(suspects, lambda: peer in board.links)
+            elif self.ask([peer], _PROBE_S)[peer] is Absence.GONE:
+                board.listen()
+                raise self.board.fail(self.lost(peer, Absence.GONE.value))
+        return board.links[peer]
+
+    def overdue(
+        self, suspects: Suspects, ready: Callable[[], object], needed: Sequence[Link] = (), kind: int = 0
+    ) -> None:
+        """Find out who keeps this rank waiting, and break the group; return if ``ready()`` comes to hold meanwhile.
+
+        Raises:
+            CollectiveError: What was found, by this rank or by another.
+        """
+        answers = self.ask(suspects.ranks)
+        self.board.glance()
+        found = judge(self.where_in(self.operation), answers, suspects.is_late)
+        patience_s = 0.0
+        if found is None:
+            patience_s = _GRACE_S
+        elif isinstance(found, CollectiveTimeoutError) and self._others_decide(answers, suspects):
+            patience_s = _VERDICT_S
+        if not self.board.wait(ready, time.monotonic() + patience_s, needed, kind):
+            raise self.board.fail(found or self._unexplained())
+
+    def ask(self, ranks: Sequence[int], limit_s: float = SILENCE_S) -> dict[int, Status | Absence]:
+        """Ask ranks what they do, all at once; take over a failure that one of them knows of."""
+        until = time.monotonic() + limit_s
+        answers: dict[int, Status | Absence] = dict.fromkeys(ranks, Absence.SILENT)
+
+        def ask_one(rank: int) -> None:
+            try:
+                answers[rank] = links.ask(self.meeting, rank, until)
+            except _GONE:
+                answers[rank] = Absence.GONE
+
+        links.in_parallel(ranks, ask_one, until)
+        answers = dict(answers)
+        for answer in answers.values():
+            if isinstance(answer, Status) and answer.failure is not None:
+                self.board.hear(answer.failure)
+        return answers
+
+    def lost(self, peer: int, how: str) -> PeerLostError:
+        """Return the error for a rank that is gone; looks who died with it, so that all ranks name the same ones."""
+        time.sleep(_SETTLE_S)
+        gone = gone_ranks(self.ask([rank for rank in self.everyone.ranks if rank != peer], _CENSUS_S))
+        facts = [f"rank {peer} {how}", *(f"rank {rank} {Absence.GONE.value}" for rank in gone)]
+        return PeerLostError(
+            f"{self.where_in(self.operation)}: {'; '.join(facts)}. {REMEDY} among the ranks that live",
+            sorted((peer, *gone)),
+        )
+
+    def diagnose(self, operation: str, cause: BaseException | None) -> CollectiveError:
+        """Return the error for a payload that did not end; see ``Control.diagnose``."""
+        where = self.where_in(operation)
+        found = None
+        if self.board.usable:
+            found = judge(where, self.ask(self.everyone.ranks), self.everyone.is_late)
+        if self.board.failure is not None:
+            return self.board.failure.exception(self.meeting.rank)
+        if found is not None:
+            return found
+        alive = f"{where}: every rank is alive and has arrived, but"
+        if cause is not None:
+            return GroupError(f"{alive} the provider failed: {cause}. {REMEDY}")
+        return CollectiveTimeoutError(
+            f"{alive} the data did not move in time. {REMEDY}, with a longer timeout_s if the network is slow"
+        )
+
+    def where_in(self, operation: str | None) -> str:
+        """Return the beginning of a message about an operation."""
+        return f"{operation}: {self.where}" if operation else self.where
+
+    def _others_decide(self, answers: dict[int, Status | Absence], suspects: Suspects) -> bool:
+        """Return whether a lower rank waits in vain too, and will tell everyone."""
+        return any(
+            rank < self.meeting.rank
+            and isinstance(answer, Status)
+            and answer.remaining_s is not None
+            and answer.remaining_s < SILENCE_S
+            and not suspects.is_late(answer)
+            for rank, answer in answers.items()
+        )
+
+    def _unexplained(self) -> CollectiveError:
+        return CollectiveTimeoutError(
+            f"{self.where_in(self.operation)}: the wait timed out, but every rank that was asked has arrived by now. "
+            f"{REMEDY}, with a longer timeout_s"
+        )

@@ -1,0 +1,121 @@
+"""The thread that answers a group's listener: links from other ranks, questions about status, news of failures.
+
+It sleeps in ``accept``. Every connection is handled in a short-lived thread of its own, so that a stranger who
+connects and says nothing keeps nobody waiting; the handshake ends all of them within seconds.
+
+Imports net, links and status of the package, and no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from colltensor import net
+from colltensor.control.links import ANSWER, ASK, CALLER, CONFIRM, LINK, TELL, WELCOME, Link, context_of
+from colltensor.control.status import Failure, Status
+
+if TYPE_CHECKING:
+    from colltensor.rendezvous.meeting import Meeting
+
+HANDSHAKE_S = 5.0
+"""Longest time, in seconds, that one connection may take to say what it wants."""
+
+_AT_ONCE = 256
+_REQUEST_LIMIT = 1 << 20
+_log = logging.getLogger("colltensor")
+
+
+class Host(Protocol):
+    """Whom the reception works for. Each method may be called from any thread and must not wait."""
+
+    def status(self) -> Status:
+        """Return what this rank does at the moment."""
+
+    def arrive(self, link: Link) -> None:
+        """Take over a link that another rank has opened."""
+
+    def hear(self, failure: Failure) -> None:
+        """Note that another rank says the group is broken."""
+
+
+class Reception:
+    """Accepts, authenticates and answers whoever connects to a group's listener."""
+
+    def __init__(self, meeting: Meeting, host: Host) -> None:
+        """Start the thread."""
+        self._meeting = meeting
+        self._host = host
+        self._context = context_of(meeting)
+        self._closed = False
+        self._places = threading.Semaphore(_AT_ONCE)
+        self._thread = threading.Thread(target=self._run, name=f"colltensor-{meeting.group_name}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; afterwards the listener may be closed."""
+        self._closed = True
+        # Closing a descriptor does not wake a thread that sleeps on it in accept; shutting it down does.
+        with contextlib.suppress(OSError):
+            self._meeting.listener.shutdown(socket.SHUT_RDWR)
+        if self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+
+    def disown(self) -> None:
+        """In a forked child, which has no such thread: touch nothing, shutting down would end the parent's too."""
+        self._closed = True
+
+    def _run(self) -> None:
+        while not self._closed:
+            if not self._places.acquire(timeout=0.5):
+                continue
+            try:
+                sock, _ = self._meeting.listener.accept()
+                threading.Thread(target=self._receive, args=(sock,), daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                # Out of descriptors or threads: what is open now will end soon.
+                self._places.release()
+                if not self._closed:
+                    _log.debug("group %r cannot accept a connection: %s", self._meeting.group_name, error)
+                    time.sleep(0.05)
+
+    def _receive(self, sock: socket.socket) -> None:
+        kept = False
+        try:
+            deadline = time.monotonic() + HANDSHAKE_S
+            net.verify(sock, self._secret_of, deadline)
+            wish, request = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
+            kept = self._serve(sock, wish, request, deadline)
+        except (OSError, ValueError) as error:
+            _log.debug("group %r turned a connection away: %s", self._meeting.group_name, error)
+        finally:
+            if not kept:
+                sock.close()
+            self._places.release()
+
+    def _secret_of(self, context: bytes) -> bytes | None:
+        return self._meeting.secret if hmac.compare_digest(context, self._context) else None
+
+    def _serve(self, sock: socket.socket, wish: int, request: bytes, deadline: float) -> bool:
+        """Do what an authenticated rank asks; return whether its connection stays open."""
+        if len(request) < CALLER.size:
+            raise net.FrameError(f"expected a request of at least {CALLER.size} bytes, got {len(request)}")
+        [caller] = CALLER.unpack_from(request)
+        if wish == ASK:
+            net.send_frame(sock, ANSWER, self._host.status().encode(), deadline)
+        elif wish == TELL:
+            self._host.hear(Failure.decode(request[CALLER.size :]))
+        elif wish == LINK and self._meeting.rank < caller < self._meeting.world_size:
+            net.send_frame(sock, WELCOME, b"", deadline)
+            kind, _ = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
+            if kind == CONFIRM and not self._closed:
+                self._host.arrive(Link(sock, caller))
+                return True
+        else:
+            raise net.FrameError(f"expected a request that is known, got {wish} of rank {caller}")
+        return False

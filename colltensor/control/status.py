@@ -1,0 +1,192 @@
+"""What ranks tell each other about themselves and about failures, and what is concluded from it.
+
+Everything here is plain data and pure functions; the connections are in ``links``.
+
+Imports the errors of the package, nothing else of it, and no framework.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from colltensor import errors
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
+
+REMEDY = "The group is broken: destroy it and create it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a group is broken, in a form that travels.
+
+    Attributes:
+        error: Name of the exception's class in ``colltensor.errors``.
+        message: Its message.
+        ranks: The ranks it names.
+        origin: The rank that found it out.
+    """
+
+    error: str
+    message: str
+    ranks: tuple[int, ...]
+    origin: int
+
+    @classmethod
+    def of(cls, error: CollectiveError, origin: int) -> Failure:
+        """Return the failure that ``error`` stands for."""
+        known = next(kind for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
+        return cls(known.__name__, str(error), tuple(getattr(error, "ranks", ())), origin)
+
+    def encode(self) -> bytes:
+        """Return the failure as bytes."""
+        return json.dumps([self.error, self.message, self.ranks, self.origin]).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Failure:
+        """Return the failure that ``encode`` made these bytes of."""
+        error, message, ranks, origin = json.loads(data)
+        return cls(str(error), str(message), tuple(int(rank) for rank in ranks), int(origin))
+
+    def exception(self, reader: int) -> CollectiveError:
+        """Return a new exception that says this to rank ``reader``; class and ranks are the same on every rank."""
+        kind = vars(errors).get(self.error)
+        message = self.message if reader == self.origin else f"{self.message} (rank {self.origin} told rank {reader})"
+        if not (isinstance(kind, type) and issubclass(kind, CollectiveError)):
+            return GroupError(message)
+        if issubclass(kind, (PeerLostError, CollectiveTimeoutError, MismatchError)):
+            return kind(message, self.ranks)
+        return kind(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What one rank does at the moment.
+
+    Attributes:
+        rank: The rank.
+        sequence: Sequence number of its current or last operation.
+        operation: Its current operation, None between operations.
+        exchange: How many exchanges of all ranks it has entered.
+        pairs: How many exchanges it has entered with single other ranks, by rank.
+        remaining_s: Seconds until its present wait times out, None when it does not wait.
+        failure: Why the group is broken for it, or None.
+    """
+
+    rank: int
+    sequence: int
+    operation: str | None
+    exchange: int
+    pairs: Mapping[int, int]
+    remaining_s: float | None = None
+    failure: Failure | None = None
+
+    def encode(self) -> bytes:
+        """Return the status as bytes."""
+        failure = self.failure.encode().decode() if self.failure else None
+        pairs = list(self.pairs.items())
+        fields = [self.rank, self.sequence, self.operation, self.exchange, pairs, self.remaining_s, failure]
+        return json.dumps(fields).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Status:
+        """Return the status that ``encode`` made these bytes of."""
+        rank, sequence, operation, exchange, pairs, remaining_s, failure = json.loads(data)
+        known = Failure.decode(failure.encode()) if failure else None
+        return cls(rank, sequence, operation, exchange, {int(k): int(v) for k, v in pairs}, remaining_s, known)
+
+    def place(self) -> str:
+        """Return where the rank is, in words."""
+        if self.operation is not None:
+            return f"rank {self.rank} is in {self.operation} #{self.sequence}"
+        if self.sequence:
+            return f"rank {self.rank} has not called yet: its last operation was #{self.sequence}"
+        return f"rank {self.rank} has not called yet: it has done no operation on the group"
+
+
+class Absence(enum.Enum):
+    """Why a rank gave no status."""
+
+    GONE = "has died or left: nobody answers at its address"
+    SILENT = "does not answer: stopped, unreachable, or busy without releasing the interpreter lock"
+
+
+Answers = Mapping[int, "Status | Absence"]
+
+
+def gone_ranks(answers: Answers) -> tuple[int, ...]:
+    """Return the ranks that do not exist any more."""
+    return tuple(rank for rank, answer in sorted(answers.items()) if answer is Absence.GONE)
+
+
+def late_ranks(answers: Answers, is_late: Callable[[Status], bool]) -> tuple[int, ...]:
+    """Return the ranks that are silent, or late by their own account."""
+    return tuple(
+        rank
+        for rank, answer in sorted(answers.items())
+        if answer is Absence.SILENT or (isinstance(answer, Status) and is_late(answer))
+    )
+
+
+def judge(where: str, answers: Answers, is_late: Callable[[Status], bool]) -> CollectiveError | None:
+    """Return the error that the answers amount to, or None if every rank that was asked is where it should be.
+
+    Args:
+        where: The operation, rank and group, as the beginning of the message.
+        answers: What each rank that was asked said.
+        is_late: Whether a rank's status means that the others wait for it.
+    """
+    gone = gone_ranks(answers)
+    if gone:
+        facts = "; ".join(f"rank {rank} {Absence.GONE.value}" for rank in gone)
+        return PeerLostError(f"{where}: {facts}. {REMEDY}", gone)
+    late = late_ranks(answers, is_late)
+    if not late:
+        return None
+    facts = "; ".join(_fact(rank, answers[rank]) for rank in late)
+    return CollectiveTimeoutError(
+        f"{where}: not all ranks arrived before the timeout: {facts}. {REMEDY}, with a longer timeout_s "
+        f"if {'these ranks' if len(late) > 1 else 'this rank'} may need longer",
+        late,
+    )
+
+
+def _fact(rank: int, answer: Status | Absence) -> str:
+    return answer.place() if isinstance(answer, Status) else f"rank {rank} {answer.value}"
+
+
+def differing_ranks(signatures: Sequence[bytes]) -> tuple[int, ...]:
+    """Return the indices that differ from the majority, or from index 0 where more than half agree on nothing."""
+    [(common, votes)] = Counter(signatures).most_common(1)
+    reference = common if 2 * votes > len(signatures) else signatures[0]
+    return tuple(index for index, signature in enumerate(signatures) if signature != reference)
+
+
+def mismatch(where: str, ranks: Sequence[int], signatures: Sequence[bytes], texts: Sequence[str]) -> MismatchError:
+    """Return the error for ranks that do not agree about a call.
+
+    Args:
+        where: The group and rank, as the beginning of the message.
+        ranks: The ranks that take part, in ascending order.
+        signatures: The signature of each.
+        texts: The description of each.
+    """
+    odd = differing_ranks(signatures)
+    [reference] = {signatures[i] for i in range(len(ranks)) if i not in odd}
+    said: dict[tuple[bytes, str], list[int]] = {}
+    for rank, signature, text in zip(ranks, signatures, texts, strict=True):
+        said.setdefault((signature, text), []).append(rank)
+    expected = "; ".join(f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig == reference)
+    came = "; ".join(f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig != reference)
+    return MismatchError(
+        f"{where}: the ranks disagree about the call. Expected what {expected}. Got from {came}. No data was changed "
+        "and the group goes on: make the same call, with the same dtypes and counts, on every rank",
+        (ranks[i] for i in odd),
+    )
+
+
+def _several(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

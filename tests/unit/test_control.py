@@ -1,0 +1,199 @@
+"""The parts of the control plane: the tree, frames on a link, what is told and what is concluded."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from colltensor import errors
+from colltensor.control.exchange import neighbours, read_same
+from colltensor.control.links import DIFFERS, EXCHANGE, FAILURE, GOODBYE, HEAD_NBYTES, PAIR, Link, pack
+from colltensor.control.status import Absence, Failure, Status, differing_ranks, judge, mismatch
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Link, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        link = Link(ours, peer=3)
+        yield link, theirs
+        link.close()
+
+
+# The tree.
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7, 8, 9, 64, 100])
+def test_every_rank_is_the_child_of_its_parent_and_near_the_root(world_size: int) -> None:
+    for rank in range(world_size):
+        parent, children = neighbours(rank, world_size)
+        assert all(rank < child < world_size and neighbours(child, world_size)[0] == rank for child in children)
+        depth = 0
+        while parent is not None:
+            assert rank in neighbours(parent, world_size)[1]
+            rank, depth = parent, depth + 1
+            parent = neighbours(rank, world_size)[0]
+        assert rank == 0
+        assert depth <= (world_size - 1).bit_length()
+
+
+# Frames.
+
+
+def test_a_frame_that_equals_the_expected_one_is_agreement(ends: tuple[Link, socket.socket]) -> None:
+    link, other = ends
+    frame = pack(EXCHANGE, 0, 7, b"signature")
+    other.send(frame)
+    assert read_same(link, frame, EXCHANGE)
+    assert not link.inbox[EXCHANGE]
+
+
+@pytest.mark.parametrize("came", [pack(EXCHANGE, DIFFERS, 7, b"s"), pack(EXCHANGE, 0, 8, b"s"), pack(PAIR, 0, 7, b"s")])
+def test_another_frame_goes_to_the_inbox(ends: tuple[Link, socket.socket], came: bytes) -> None:
+    link, other = ends
+    other.send(came)
+    assert not read_same(link, pack(EXCHANGE, 0, 7, b"s"), EXCHANGE)
+    assert [head for head, _ in link.inbox[came[0]]] == [came]
+
+
+def test_agreement_that_was_given_up_is_none(ends: tuple[Link, socket.socket]) -> None:
+    link, other = ends
+    frame = pack(EXCHANGE, 0, 7, b"s")
+    body = Failure("PeerLostError", "m" * 500, (1,), 1).encode()
+    other.send(frame + pack(FAILURE, 0, 0, b"", len(body)) + body)
+    assert not read_same(link, frame, EXCHANGE)
+    assert link.failure == Failure.decode(body)
+
+
+@pytest.mark.parametrize("step", [1, 7, 47, 48, 49, 1000])
+def test_frames_in_pieces(ends: tuple[Link, socket.socket], step: int) -> None:
+    link, other = ends
+    bodies = [b"", b"x", os.urandom(300), b""]
+    stream = b"".join(pack(PAIR, 0, n, b"", len(body)) + body for n, body in enumerate(bodies))
+    stream += pack(GOODBYE, 0, 0, b"")
+    for start in range(0, len(stream), step):
+        other.send(stream[start : start + step])
+        link.pump()
+    assert list(link.inbox[PAIR]) == [(pack(PAIR, 0, n, b"", len(b)), b) for n, b in enumerate(bodies)]
+    assert link.goodbye
+    assert link.clean
+    assert link.ended_at is None
+    other.close()
+    link.pump()
+    assert link.ended_at is not None
+
+
+def test_a_frame_of_no_known_kind_ends_the_link(ends: tuple[Link, socket.socket]) -> None:
+    link, other = ends
+    other.send(pack(99, 0, 0, b""))
+    link.pump()
+    assert link.ended_at is not None
+
+
+def test_sending_never_waits(ends: tuple[Link, socket.socket]) -> None:
+    link, other = ends
+    sent = [link.send(b"x" * 100_000) for _ in range(100)]
+    assert sent[0] > 0
+    assert sent[-1] == 0
+    other.close()
+    assert link.send(b"the end is for the reader to tell") > 0
+
+
+def test_counters_wrap() -> None:
+    assert pack(EXCHANGE, 0, 2**32 + 5, b"s") == pack(EXCHANGE, 0, 5, b"s")
+    assert len(pack(EXCHANGE, 0, 0, b"s" * 32)) == HEAD_NBYTES
+
+
+def test_a_signature_is_never_cut_short() -> None:
+    with pytest.raises(ValueError, match="at most 32 bytes, got 33"):
+        pack(EXCHANGE, 0, 0, b"s" * 33)
+
+
+# Failures and their journey.
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PeerLostError("gone", (1, 5)),
+        CollectiveTimeoutError("late", (2,)),
+        GroupError("interrupted"),
+        errors.BackendUnavailableError("not here"),
+        errors.OptionError("wrong"),
+    ],
+)
+def test_a_failure_arrives_as_the_same_class_with_the_same_ranks(error: CollectiveError) -> None:
+    failure = Failure.decode(Failure.of(error, origin=2).encode())
+    here, there = failure.exception(2), failure.exception(0)
+    assert type(here) is type(there) is type(error)
+    assert getattr(here, "ranks", None) == getattr(there, "ranks", None) == getattr(error, "ranks", None)
+    assert str(here) == str(error)
+    assert str(there) == f"{error} (rank 2 told rank 0)"
+
+
+@pytest.mark.parametrize("name", ["Iterable", "annotations", "NoSuchError"])
+def test_a_failure_of_no_class_of_ours_is_a_group_error(name: str) -> None:
+    assert type(Failure(name, "m", (), 1).exception(0)) is GroupError
+
+
+def test_a_failure_of_a_class_of_somebody_else_travels_as_its_nearest_relative_of_ours() -> None:
+    class NetworkDownError(PeerLostError):
+        pass
+
+    found = Failure.of(NetworkDownError("down", (4,)), origin=0).exception(1)
+    assert type(found) is PeerLostError
+    assert found.ranks == (4,)
+
+
+def test_a_status_survives_the_journey() -> None:
+    failure = Failure("PeerLostError", 'it said "no"', (3,), 1)
+    for status in (Status(1, 0, None, 0, {}), Status(2, 9, "send(dst_rank=0)", 7, {0: 3, 5: 1}, -0.25, failure)):
+        assert Status.decode(status.encode()) == status
+
+
+def test_where_a_rank_is() -> None:
+    assert Status(2, 4, "send(dst_rank=0)", 4, {}).place() == "rank 2 is in send(dst_rank=0) #4"
+    assert Status(1, 3, None, 3, {}).place() == "rank 1 has not called yet: its last operation was #3"
+    assert "no operation" in Status(1, 0, None, 0, {}).place()
+
+
+# Conclusions.
+
+
+def test_the_gone_are_named_before_the_late() -> None:
+    answers = {1: Absence.SILENT, 2: Absence.GONE, 3: Status(3, 0, None, 0, {}), 4: Status(4, 0, None, 9, {})}
+    found = judge("allreduce", answers, lambda status: status.exchange < 9)
+    assert isinstance(found, PeerLostError)
+    assert found.ranks == (2,)
+    del answers[2]
+    found = judge("allreduce", answers, lambda status: status.exchange < 9)
+    assert isinstance(found, CollectiveTimeoutError)
+    assert found.ranks == (1, 3)
+    assert "rank 1 does not answer" in str(found)
+    assert "rank 3 has not called yet" in str(found)
+    del answers[1], answers[3]
+    assert judge("allreduce", answers, lambda status: status.exchange < 9) is None
+
+
+@pytest.mark.parametrize(
+    ("signatures", "named"),
+    [
+        ("AB", (1,)), ("AAB", (2,)), ("BAA", (0,)), ("ABC", (1, 2)), ("ABBA", (1, 2)), ("ABBC", (1, 2, 3)),
+        ("BAAAC", (0, 4)), ("AABB", (2, 3)),
+    ],
+)  # fmt: skip
+def test_who_differs(signatures: str, named: tuple[int, ...]) -> None:
+    assert differing_ranks([letter.encode() for letter in signatures]) == named
+
+
+def test_a_mismatch_says_what_both_sides_call() -> None:
+    said = ["allreduce of float32[4]", "allreduce of int32[4]", "allreduce of float32[4]"]
+    error = mismatch("group 'g', rank 1 of 3", range(3), [b"A", b"B", b"A"], said)
+    assert isinstance(error, MismatchError)
+    assert error.ranks == (1,)
+    assert "ranks 0, 2: allreduce of float32[4]" in str(error)
+    assert "rank 1: allreduce of int32[4]" in str(error)
