@@ -86,7 +86,8 @@ def register_adapter(adapter: Adapter) -> None:
     Raises:
         OptionError: ``adapter`` lacks a method of ``Adapter``.
     """
-    missing = [name for name in ("claims", "source", "target", "claim", "written") if not callable(getattr(adapter, name, None))]
+    methods = ("claims", "source", "target", "claim", "written")
+    missing = [name for name in methods if not callable(getattr(adapter, name, None))]
     if missing:
         raise OptionError(f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}")
     _registered.insert(0, adapter)

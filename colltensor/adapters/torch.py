@@ -16,7 +16,6 @@ from colltensor.view import BufferView
 
 _increment_version: Final = torch.autograd.graph.increment_version
 _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
-_STRIDED: Final = torch.strided
 _DTYPE_OF: Final = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
 
 
@@ -50,7 +49,7 @@ class TorchAdapter:
 
     def written(self, tensor: Any) -> None:
         try:
-            _increment_version(tensor)
+            _increment_version((tensor,))
         except RuntimeError:
             if not tensor.is_inference():  # inference tensors have no version
                 raise
@@ -60,20 +59,22 @@ def _view(tensor: Any) -> BufferView:
     dtype = _DTYPE_OF.get(tensor.dtype)
     if dtype is None:
         raise UnsupportedDTypeError(f"dtype {tensor.dtype} is not supported; known are {', '.join(DTYPES)}")
-    if tensor.is_neg() or tensor.is_conj():
+    if tensor.is_neg() or (dtype.kind == "c" and tensor.is_conj()):
         raise UnsupportedTensorError(
             "the torch tensor is a lazy negation or conjugate, whose memory holds other values; pass "
             "tensor.resolve_neg().resolve_conj()"
         )
-    if tensor.layout is not _STRIDED or tensor.is_nested:
-        raise UnsupportedTensorError(f"the torch tensor has layout {tensor.layout}; pass tensor.to_dense()")
     device = CPU if tensor.is_cpu else _device(tensor)
     try:
-        pointer = tensor.data_ptr()
-    except RuntimeError as error:
-        raise UnsupportedTensorError(f"the torch tensor has no memory to work on: {error}") from error
-    strides = None if tensor.is_contiguous() else tensor.stride()
-    return BufferView(pointer, tensor.numel(), dtype, device, tensor.shape, strides, False, None, tensor)
+        strides = None if tensor.is_contiguous() else tensor.stride()
+        return BufferView(
+            tensor.data_ptr(), tensor.numel(), dtype, device, tensor.shape, strides, False, None, tensor
+        )
+    except RuntimeError as error:  # sparse, nested, or inside torch.func's transforms: no address, no strides
+        raise UnsupportedTensorError(
+            f"the torch tensor (layout {tensor.layout}) is no plain array in memory ({error}); pass a dense tensor, "
+            "tensor.to_dense(), outside torch.func's transforms"
+        ) from error
 
 
 def _device(tensor: Any) -> Device:

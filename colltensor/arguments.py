@@ -1,0 +1,160 @@
+"""Arguments: checks what a call was given against its group and backend, before the first byte moves.
+
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, Final
+
+from colltensor.backends.base import Backend
+from colltensor.buffers import Buffers, adapt, refuse_overlaps
+from colltensor.errors import DeviceError, OptionError, RankError, ShapeError, TensorError
+from colltensor.types import DType, ReduceOp
+from colltensor.view import BufferView
+
+_BYTEWISE: Final = frozenset({"broadcast", "send", "recv"})
+_BACKEND_FOR: Final = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class Arguments:
+    """Turns a call's arguments into Buffers and ranks. Messages name operation, argument and rank."""
+
+    def __init__(self, name: str, rank: int, world_size: int, backend: Backend) -> None:
+        self._name = name
+        self._rank = rank
+        self._world_size = world_size
+        self._backend = backend
+        self._takes_strided = backend.takes_strided
+        self._accepted: set[tuple[str, ReduceOp | None, DType, str, bool | None]] = set()
+
+    def tensor(
+        self, operation: str, argument: str, tensor: Any, op: ReduceOp | None, write: bool, donate: bool,
+        copy: bool | None, containers: bool,
+    ) -> Buffers:
+        """Adapt a tensor (or, with ``containers``, a pytree) and choose what is staged.
+
+        Raises:
+            TensorError: The tensor cannot be used so.
+            OptionError: ``copy`` is False and a copy is needed.
+        """
+        try:
+            buffers = adapt(tensor, write, donate, containers)
+            views = buffers.views
+            for view in views:
+                if (operation, op, view.dtype, view.device.type, copy) not in self._accepted:
+                    self._accept(operation, view, op, copy)
+            if len(views) > 1 or (views and views[0].strides is not None):
+                buffers.stage(self._takes_strided, operation in _BYTEWISE, copy)
+        except (TensorError, OptionError) as error:
+            raise type(error)(f"{operation}: {argument} (rank {self._rank}): {error}") from error
+        return buffers
+
+    def _accept(self, operation: str, view: BufferView, op: ReduceOp | None, copy: bool | None) -> None:
+        """Check what depends on dtype, op and device alone, and remember that it passed."""
+        backend = self._backend
+        if view.device.type not in backend.device_types:
+            raise self._wrong_device(view)
+        backend.require(operation, view.dtype, op)
+        if copy is False and backend.emulates(operation, view.dtype, op):
+            raise OptionError(
+                f"copy=False, but {backend.name} has no {op.name if op else operation} of {view.dtype} of its own and "
+                "needs a staging copy; leave copy=None"
+            )
+        self._accepted.add((operation, op, view.dtype, view.device.type, copy))
+
+    def tensors(
+        self, operation: str, argument: str, tensor_list: Any, like: Buffers, op: ReduceOp | None, write: bool,
+        copy: bool | None,
+    ) -> list[Buffers]:
+        """Adapt a list of ``world_size`` tensors of the count and dtype of ``like``.
+
+        Raises:
+            ShapeError: The list or an entry has the wrong length, count or dtype.
+            UnsupportedTensorError: It is no list.
+        """
+        self.length(operation, argument, tensor_list)
+        expected = like.views[0]
+        adapted = []
+        for index, tensor in enumerate(tensor_list):
+            name = f"{argument}[{index}]"
+            buffers = self.tensor(operation, name, tensor, op, write, False, copy, False)
+            view = buffers.views[0]
+            if view.count != expected.count or view.dtype is not expected.dtype:
+                raise ShapeError(
+                    f"{operation}: {name} (rank {self._rank}): expected {expected.count} elements of "
+                    f"{expected.dtype}, as the other tensors of the call have, got {view.count} of {view.dtype}"
+                )
+            adapted.append(buffers)
+        return adapted
+
+    def length(self, operation: str, argument: str, tensor_list: Any) -> None:
+        """Check that ``tensor_list`` is a list or tuple with an entry for every rank."""
+        if not isinstance(tensor_list, (list, tuple)) or len(tensor_list) != self._world_size:
+            got = f"{len(tensor_list)}" if isinstance(tensor_list, (list, tuple)) else f"a {type(tensor_list).__name__}"
+            raise ShapeError(
+                f"{operation}: {argument} (rank {self._rank}): expected a list of {self._world_size} tensors, one for "
+                f"each rank of group '{self._name}', got {got}"
+            )
+
+    def separate(
+        self, operation: str, written: Sequence[tuple[Buffers, str]], read: Sequence[tuple[Buffers, str]],
+        same: int = -1,
+    ) -> None:
+        """Check that what is written shares memory with nothing else; entry ``same`` may be what is read.
+
+        Raises:
+            AliasError: Two arguments share memory.
+        """
+        reads = [(buffers.views[0], name) for buffers, name in read]
+        writes = [(buffers.views[0], name) for buffers, name in written if not buffers.views[0].readonly]
+        try:
+            refuse_overlaps(writes, [])
+            for index, (buffers, name) in enumerate(written):
+                view = buffers.views[0]
+                if not view.readonly and not (index == same and _identical(view, reads[0][0])):
+                    refuse_overlaps([(view, name)], reads)
+        except TensorError as error:
+            raise type(error)(f"{operation} (rank {self._rank}): {error}") from error
+
+    def rank(self, operation: str, argument: str, rank: Any) -> int:
+        """Return ``rank`` as an int in this group's range.
+
+        Raises:
+            RankError: It is none.
+        """
+        try:
+            number = operator.index(rank)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self._world_size:
+            raise RankError(
+                f"{operation}: {argument} (rank {self._rank}): expected a rank of group '{self._name}', 0 to "
+                f"{self._world_size - 1}, got {rank!r}; ranks are this group's own, whatever other groups call them"
+            )
+        return number
+
+    def peer(self, operation: str, argument: str, rank: Any) -> int:
+        """Return ``rank`` as another rank of this group.
+
+        Raises:
+            RankError: It is none, or this very rank.
+        """
+        number = self.rank(operation, argument, rank)
+        if number == self._rank:
+            raise RankError(f"{operation}: {argument} (rank {self._rank}): a rank cannot {operation} with itself")
+        return number
+
+    def _wrong_device(self, view: BufferView) -> DeviceError:
+        remedy = _BACKEND_FOR.get(view.device.type)
+        advice = f"make the group with backend='{remedy}', or move the tensor" if remedy else "move the tensor to cpu"
+        return DeviceError(
+            f"the tensor is on {view.device}, but backend {self._backend.name!r} works on "
+            f"{', '.join(sorted(self._backend.device_types))}; {advice}"
+        )
+
+
+def _identical(first: BufferView, second: BufferView) -> bool:
+    return first.pointer == second.pointer and first.strides == second.strides and first.shape == second.shape

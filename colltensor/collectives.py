@@ -1,0 +1,247 @@
+"""The functional API: finds the group by its name and calls its method of the same name.
+
+Names and argument order are ``ray.util.collective``'s. Tensors, results and errors are described
+at ``Group``; every function raises GroupError where this process has no group of that name.
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from colltensor import backends
+from colltensor.errors import BackendUnavailableError, OptionError
+from colltensor.group import Group
+from colltensor.table import find_group, is_group_initialized
+from colltensor.types import ReduceOp
+
+if TYPE_CHECKING:
+    from colltensor.ray.declare import CollectiveGroup
+
+
+def allreduce(
+    tensor: Any, group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
+    donate: bool = False, copy: bool | None = None,
+) -> Any:
+    """Combine the tensors of all ranks elementwise, in place; see ``Group.allreduce``."""
+    return find_group(group_name).allreduce(tensor, op, async_op=async_op, donate=donate, copy=copy)
+
+
+def reduce(
+    tensor: Any, dst_rank: int = 0, group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *,
+    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+) -> Any:
+    """Combine the tensors of all ranks into rank ``dst_rank``'s; see ``Group.reduce``."""
+    return find_group(group_name).reduce(tensor, dst_rank, op, async_op=async_op, donate=donate, copy=copy)
+
+
+def broadcast(
+    tensor: Any, src_rank: int = 0, group_name: str = "default", *, async_op: bool = False, donate: bool = False,
+    copy: bool | None = None,
+) -> Any:
+    """Copy rank ``src_rank``'s elements to all ranks; see ``Group.broadcast``."""
+    return find_group(group_name).broadcast(tensor, src_rank, async_op=async_op, donate=donate, copy=copy)
+
+
+def allgather(
+    tensor_list: list[Any], tensor: Any, group_name: str = "default", *, async_op: bool = False,
+    copy: bool | None = None,
+) -> Any:
+    """Copy every rank's ``tensor`` into ``tensor_list`` on all ranks; see ``Group.allgather``."""
+    return find_group(group_name).allgather(tensor_list, tensor, async_op=async_op, copy=copy)
+
+
+def reducescatter(
+    tensor: Any, tensor_list: list[Any], group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *,
+    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+) -> Any:
+    """Combine entry ``r`` of all ranks' lists into rank ``r``'s ``tensor``; see ``Group.reducescatter``."""
+    return find_group(group_name).reducescatter(tensor, tensor_list, op, async_op=async_op, donate=donate, copy=copy)
+
+
+def gather(
+    tensor_list: list[Any] | None, tensor: Any, dst_rank: int = 0, group_name: str = "default", *,
+    async_op: bool = False, copy: bool | None = None,
+) -> Any:
+    """Copy every rank's ``tensor`` into ``tensor_list`` on rank ``dst_rank``; see ``Group.gather``."""
+    return find_group(group_name).gather(tensor_list, tensor, dst_rank, async_op=async_op, copy=copy)
+
+
+def scatter(
+    tensor: Any, tensor_list: list[Any] | None = None, src_rank: int = 0, group_name: str = "default", *,
+    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+) -> Any:
+    """Copy entry ``r`` of rank ``src_rank``'s list into rank ``r``'s ``tensor``; see ``Group.scatter``."""
+    return find_group(group_name).scatter(tensor, tensor_list, src_rank, async_op=async_op, donate=donate, copy=copy)
+
+
+def alltoall(
+    output_list: list[Any], input_list: list[Any], group_name: str = "default", *, async_op: bool = False,
+    copy: bool | None = None,
+) -> Any:
+    """Send entry ``r`` of ``input_list`` to rank ``r``; see ``Group.alltoall``."""
+    return find_group(group_name).alltoall(output_list, input_list, async_op=async_op, copy=copy)
+
+
+def send(
+    tensor: Any, dst_rank: int, group_name: str = "default", *, async_op: bool = False, copy: bool | None = None
+) -> Any:
+    """Send a tensor to rank ``dst_rank``; see ``Group.send``."""
+    return find_group(group_name).send(tensor, dst_rank, async_op=async_op, copy=copy)
+
+
+def recv(
+    tensor: Any, src_rank: int, group_name: str = "default", *, async_op: bool = False, donate: bool = False,
+    copy: bool | None = None,
+) -> Any:
+    """Receive a tensor from rank ``src_rank``; see ``Group.recv``."""
+    return find_group(group_name).recv(tensor, src_rank, async_op=async_op, donate=donate, copy=copy)
+
+
+def sendrecv(
+    send_tensor: Any, dst_rank: int, recv_tensor: Any, src_rank: int, group_name: str = "default", *,
+    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+) -> Any:
+    """Send to ``dst_rank`` and receive from ``src_rank`` at once; see ``Group.sendrecv``."""
+    return find_group(group_name).sendrecv(
+        send_tensor, dst_rank, recv_tensor, src_rank, async_op=async_op, donate=donate, copy=copy
+    )
+
+
+def barrier(group_name: str = "default", *, async_op: bool = False) -> Any:
+    """Return when all ranks have called."""
+    return find_group(group_name).barrier(async_op=async_op)
+
+
+def broadcast_object(obj: Any = None, src_rank: int = 0, group_name: str = "default") -> Any:
+    """Return rank ``src_rank``'s ``obj`` on every rank; see ``Group.broadcast_object``."""
+    return find_group(group_name).broadcast_object(obj, src_rank)
+
+
+def allgather_object(obj: Any, group_name: str = "default") -> list[Any]:
+    """Return all ranks' ``obj`` on every rank; see ``Group.allgather_object``."""
+    return find_group(group_name).allgather_object(obj)
+
+
+def allreduce_multigpu(tensor_list: list[Any], group_name: str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+    """As ``allreduce`` over the tensors, one a GPU, of each process's list."""
+    return [allreduce(_only(tensor_list, "allreduce_multigpu"), group_name, op)]
+
+
+def reduce_multigpu(
+    tensor_list: list[Any], dst_rank: int = 0, dst_tensor: int = 0, group_name: str = "default",
+    op: ReduceOp = ReduceOp.SUM,
+) -> Any:
+    """As ``reduce`` into entry ``dst_tensor`` of rank ``dst_rank``'s list."""
+    _zero("reduce_multigpu", "dst_tensor", dst_tensor)
+    return [reduce(_only(tensor_list, "reduce_multigpu"), dst_rank, group_name, op)]
+
+
+def broadcast_multigpu(
+    tensor_list: list[Any], src_rank: int = 0, src_tensor: int = 0, group_name: str = "default"
+) -> Any:
+    """As ``broadcast`` from entry ``src_tensor`` of rank ``src_rank``'s list."""
+    _zero("broadcast_multigpu", "src_tensor", src_tensor)
+    return [broadcast(_only(tensor_list, "broadcast_multigpu"), src_rank, group_name)]
+
+
+def allgather_multigpu(
+    output_tensor_lists: list[Any], input_tensor_list: list[Any], group_name: str = "default"
+) -> Any:
+    """As ``allgather`` with one list of outputs and one input a GPU."""
+    outputs = _only(output_tensor_lists, "allgather_multigpu")
+    return [allgather(outputs, _only(input_tensor_list, "allgather_multigpu"), group_name)]
+
+
+def reducescatter_multigpu(
+    output_tensor_list: list[Any], input_tensor_lists: list[Any], group_name: str = "default",
+    op: ReduceOp = ReduceOp.SUM,
+) -> Any:
+    """As ``reducescatter`` with one output and one list of inputs a GPU."""
+    inputs = _only(input_tensor_lists, "reducescatter_multigpu")
+    return [reducescatter(_only(output_tensor_list, "reducescatter_multigpu"), inputs, group_name, op)]
+
+
+def send_multigpu(
+    tensor: Any, dst_rank: int, dst_gpu_index: int, group_name: str = "default", n_elements: int = 0
+) -> Any:
+    """As ``send`` to GPU ``dst_gpu_index`` of rank ``dst_rank``."""
+    _zero("send_multigpu", "dst_gpu_index", dst_gpu_index)
+    _zero("send_multigpu", "n_elements", n_elements)
+    return send(tensor, dst_rank, group_name)
+
+
+def recv_multigpu(
+    tensor: Any, src_rank: int, src_gpu_index: int, group_name: str = "default", n_elements: int = 0
+) -> Any:
+    """As ``recv`` from GPU ``src_gpu_index`` of rank ``src_rank``."""
+    _zero("recv_multigpu", "src_gpu_index", src_gpu_index)
+    _zero("recv_multigpu", "n_elements", n_elements)
+    return recv(tensor, src_rank, group_name)
+
+
+def synchronize(gpu_id: int) -> None:
+    """Wait for the collectives on a GPU.
+
+    Raises:
+        BackendUnavailableError: There is no backend for GPUs here.
+    """
+    raise BackendUnavailableError(f"synchronize: gpu_id {gpu_id}: {backends.reason('nccl')}")
+
+
+def get_rank(group_name: str = "default") -> int:
+    """Return this process's rank in the group, or -1 where it is not in it."""
+    return find_group(group_name).rank if is_group_initialized(group_name) else -1
+
+
+def get_collective_group_size(group_name: str = "default") -> int:
+    """Return the group's number of ranks, or -1 where this process is not in it."""
+    return find_group(group_name).world_size if is_group_initialized(group_name) else -1
+
+
+def get_group_handle(group_name: str = "default") -> Group:
+    """Return the ``Group`` of this name."""
+    return find_group(group_name)
+
+
+def nccl_available() -> bool:
+    """Return True if the NCCL backend can be used here."""
+    return is_backend_available("nccl")
+
+
+def gloo_available() -> bool:
+    """Return True if the Gloo backend can be used here."""
+    return is_backend_available("gloo")
+
+
+def is_backend_available(backend: str) -> bool:
+    """Return True if this backend can be used here; ``backend_unavailable_reason`` says why not."""
+    return backends.is_available(backend.lower())
+
+
+def backend_unavailable_reason(backend: str) -> str | None:
+    """Return why a backend cannot be used here and what to install, or None if it can."""
+    return backends.reason(backend.lower())
+
+
+def create_collective_group(actors: Sequence[Any], *args: Any, **options: Any) -> CollectiveGroup:
+    """Make a group of Ray actors from the driver; see ``colltensor.ray.create_collective_group``."""
+    declare = importlib.import_module("colltensor.ray.declare")
+    group: CollectiveGroup = declare.create_collective_group(actors, *args, **options)
+    return group
+
+
+def _only(tensor_list: Any, operation: str) -> Any:
+    if isinstance(tensor_list, (list, tuple)) and len(tensor_list) == 1:
+        return tensor_list[0]
+    raise OptionError(
+        f"{operation}: expected a list of one entry, for this process's one device, got {tensor_list!r:.80}; several "
+        f"GPUs in one process need NCCL: {backends.reason('nccl')}"
+    )
+
+
+def _zero(operation: str, argument: str, value: int) -> None:
+    if value != 0:
+        raise OptionError(f"{operation}: {argument}: expected 0, as this process has one device, got {value!r}")

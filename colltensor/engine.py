@@ -1,0 +1,309 @@
+"""Engine: runs the calls of one group in order; agreement first, then the payload, then the verdict.
+
+Imports no framework and no backend: it is given one.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from colltensor.buffers import Buffers
+from colltensor.control import Control
+from colltensor.errors import CollectiveError, GroupError, MismatchError
+from colltensor.types import ReduceOp
+from colltensor.work import OperationQueue, Work
+
+_SIGNATURE: Final = struct.Struct("<QBBhBQQ")
+"""Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
+_NO_OP: Final = 255
+_NEVER: Final = float("inf")
+_CLOSE_TIMEOUT_S: Final = 5.0
+
+
+_CODES: Final = {
+    name: code
+    for code, name in enumerate(
+        ("allreduce", "reduce", "broadcast", "allgather", "reducescatter", "gather", "scatter", "alltoall", "barrier",
+         "broadcast_object", "allgather_object", "split", "transfer"),
+        start=1,
+    )
+}
+"""Operations as ranks name them to each other."""
+
+
+class Transfer(NamedTuple):
+    """One point-to-point transfer of a call.
+
+    Attributes:
+        source: The rank that sends.
+        destination: The rank that receives.
+        buffers: What this rank sends or receives into.
+        move: Moves this transfer alone, given the deadline.
+    """
+
+    source: int
+    destination: int
+    buffers: Buffers
+    move: Callable[[float], None]
+
+
+class Call:
+    """One checked call: what the ranks must agree on, what it moves, what it returns.
+
+    Attributes:
+        name: The operation.
+        argument: The argument whose dtypes, counts and paths must be equal on all ranks, or None.
+        op: The reduce op, or None.
+        root: The root's rank, or -1.
+        fused: Whether small leaves share transfers.
+        buffers: The arguments to load before the payload and to store after it.
+        move: Moves the payload: called with ``arguments`` and the deadline.
+        arguments: What ``move`` gets.
+        result: Returns what the call returns.
+        transfers: For point-to-point calls, what travels between which two ranks.
+    """
+
+    __slots__ = ("argument", "arguments", "buffers", "fused", "move", "name", "op", "result", "root", "transfers")
+
+    def __init__(
+        self,
+        name: str,
+        argument: Buffers | None,
+        op: ReduceOp | None,
+        root: int,
+        fused: bool,
+        buffers: Sequence[Buffers],
+        move: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        result: Callable[[], Any],
+        transfers: Sequence[Transfer] | None = None,
+    ) -> None:
+        self.name = name
+        self.argument = argument
+        self.op = op
+        self.root = root
+        self.fused = fused
+        self.buffers = buffers
+        self.move = move
+        self.arguments = arguments
+        self.result = result
+        self.transfers = transfers
+
+    def signature(self, sequence: int) -> bytes:
+        """Return what must be equal on all ranks, packed."""
+        argument = self.argument
+        count, leaves = (0, 0) if argument is None else (argument.count(), argument.leaves_hash())
+        op = _NO_OP if self.op is None else self.op
+        return _SIGNATURE.pack(sequence, _CODES[self.name], op, self.root, self.fused, count, leaves)
+
+    def describe(self, sequence: int) -> str:
+        """Return what ``signature`` packs, in words."""
+        parts = [f"{self.name} #{sequence}"]
+        parts += [] if self.argument is None else [self.argument.describe()]
+        parts += [] if self.op is None else [f"op {self.op.name}"]
+        parts += [] if self.root < 0 else [f"root {self.root}"]
+        parts += [] if self.fused else ["copy=False"]
+        return ", ".join(parts)
+
+
+class Engine:
+    """Runs one group's calls. Any thread may submit; calls run one at a time in the order of issue.
+
+    Attributes:
+        broken: The error that broke the group, or None.
+    """
+
+    def __init__(self, name: str, rank: int, control: Control | None, agrees: bool, timeout_s: float) -> None:
+        self._name = name
+        self._rank = rank
+        self._control = control
+        self._agrees = agrees
+        self._alone = control is None
+        self._timeout_s = timeout_s
+        self._queue = OperationQueue(name)
+        self._sequence = 0
+        self._transfers: dict[tuple[int, int], int] = {}
+        self._kept: list[Call] = []
+        self.broken: CollectiveError | None = None
+        _engines.add(self)
+
+    def run(
+        self,
+        async_op: bool,
+        name: str,
+        argument: Buffers | None,
+        op: ReduceOp | None,
+        root: int,
+        fused: bool,
+        buffers: Sequence[Buffers],
+        move: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        result: Callable[[], Any],
+        transfers: Sequence[Transfer] | None = None,
+    ) -> Any:
+        """Run a call, whose parts are ``Call``'s attributes.
+
+        Returns:
+            What the call returns, or with ``async_op`` the Work that will have it.
+        """
+        if self._alone and not async_op and self._queue.enter():  # one rank: nobody to agree with or to tell
+            try:
+                for buffer in buffers:
+                    buffer.load()
+                move(*arguments, _NEVER)
+                for buffer in buffers:
+                    buffer.store()
+                return result()
+            finally:
+                self._queue.leave()
+        return self._submit(
+            Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers), async_op
+        )
+
+    def _submit(self, call: Call, async_op: bool) -> Any:
+        if self.broken is not None:
+            raise self._refusal(call)
+        queue = self._queue
+        if async_op:
+            return queue.put(Work(call.name, lambda: self._execute(call)))
+        if not queue.enter():
+            return queue.put(Work(call.name, lambda: self._execute(call))).result()
+        try:
+            return self._execute(call)
+        finally:
+            queue.leave()
+
+    def close(self) -> None:
+        """Fail what waits and drop everything; a call that runs in another thread ends with an error."""
+        gone = GroupError(
+            f"group '{self._name}' (rank {self._rank}) was destroyed; make it again with init_collective_group()"
+        )
+        self._alone = False
+        self.broken = self.broken or gone
+        if self._control is not None:
+            self._control.close()
+        self._queue.close(gone, _CLOSE_TIMEOUT_S)
+        self._kept.clear()
+
+    def _execute(self, call: Call) -> Any:
+        if self.broken is not None:
+            raise self._refusal(call)
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            if self._control is not None and (self._agrees or not call.buffers):
+                self._agree(call, self._control, deadline)
+            for buffers in call.buffers:
+                buffers.load()
+            call.move(*call.arguments, deadline)
+            for buffers in call.buffers:
+                buffers.store()
+        except MismatchError:
+            raise
+        except BaseException as error:
+            self._kept.append(call)  # a provider may still write to the memory of a call that failed
+            verdict = self._verdict(call, error)
+            if verdict is error:
+                raise
+            raise verdict from error
+        finally:
+            if self._control is not None:
+                self._control.position(self._sequence, None)
+        return call.result()
+
+    def _agree(self, call: Call, control: Control, deadline: float) -> None:
+        """Let the ranks concerned agree on a call; returns once they have all arrived.
+
+        Raises:
+            MismatchError: On every rank; no data was changed.
+            PeerLostError: A rank died or left.
+            CollectiveTimeoutError: A rank did not come before the deadline.
+        """
+        if call.transfers is not None:
+            self._agree_on_transfers(call.name, call.transfers, control, deadline)
+            return
+        self._sequence += 1
+        sequence = self._sequence
+        control.position(sequence, call.name)
+        control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
+
+    def _agree_on_transfers(
+        self, name: str, transfers: Sequence[Transfer], control: Control, deadline: float
+    ) -> None:
+        """Start all agreements before waiting for one; both ends of a pair take them in one order.
+
+        Where one of two transfers is agreed and the other is not, the agreed one is made, because its other end
+        goes on with it; then the mismatch is raised.
+        """
+        started = []
+        for transfer in sorted(transfers, key=lambda transfer: transfer[:2]):
+            source, destination, buffers, _ = transfer
+            number = self._transfers[source, destination] = self._transfers.get((source, destination), 0) + 1
+            signature = _SIGNATURE.pack(
+                number, _CODES["transfer"], _NO_OP, source, destination % 2, buffers.count(), buffers.leaves_hash()
+            )
+            peer = destination if source == self._rank else source
+            describe = _describer(number, source, destination, buffers)
+            control.position(self._sequence, f"{name} with rank {peer}")
+            control.start_pair(peer, signature, describe, deadline)
+            started.append((transfer, peer, signature, describe))
+        mismatch: MismatchError | None = None
+        agreed = []
+        for transfer, peer, signature, describe in started:
+            try:
+                control.finish_pair(peer, signature, describe, deadline)
+                agreed.append(transfer)
+            except MismatchError as error:
+                mismatch = error
+        if mismatch is not None:
+            for transfer in agreed:
+                transfer.buffers.load()
+                transfer.move(deadline)
+                transfer.buffers.store()
+            raise mismatch
+
+    def _refusal(self, call: Call) -> GroupError:
+        error = GroupError(
+            f"{call.name}: group '{self._name}' (rank {self._rank}) cannot be used any more: {self.broken}; destroy it "
+            "and make it again on all ranks"
+        )
+        error.__cause__ = self.broken
+        return error
+
+    def _verdict(self, call: Call, error: BaseException) -> BaseException:
+        """Break the group over ``error``, tell the peers, and return what the caller gets."""
+        control = self._control
+        if control is None:
+            return error
+        if self.broken is not None:
+            return self.broken
+        if isinstance(error, CollectiveError):
+            self.broken = error
+        elif isinstance(error, (RuntimeError, OSError)):
+            self.broken = control.diagnose(call.name, None if isinstance(error, TimeoutError) else error)
+        else:
+            self.broken = GroupError(f"{call.name}: rank {self._rank} gave up: {type(error).__name__} {error}".rstrip())
+        control.fail(self.broken)
+        interrupted = not isinstance(error, (RuntimeError, OSError))
+        return error if interrupted else self.broken
+
+
+def _describer(number: int, source: int, destination: int, buffers: Buffers) -> Callable[[], str]:
+    return lambda: f"transfer #{number} from rank {source} to rank {destination}, {buffers.describe()}"
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    """Refuse the parent's groups in a forked child, which shares their sockets and must not use them."""
+    for engine in _engines:
+        engine._alone = False
+        engine.broken = GroupError("it belongs to the parent process; a forked child makes groups of its own")
+
+
+os.register_at_fork(after_in_child=_disown)

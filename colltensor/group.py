@@ -1,0 +1,476 @@
+"""Group: the collectives of one group of ranks; adapts the tensors of a call, checks them, runs it.
+
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from colltensor import backends
+from colltensor.arguments import Arguments
+from colltensor.backends.base import Backend
+from colltensor.buffers import Buffers
+from colltensor.control import Control
+from colltensor.engine import Engine, Transfer
+from colltensor.errors import CollectiveError, OptionError
+from colltensor.rendezvous import Meeting, meet_through
+from colltensor.types import ReduceOp
+from colltensor.view import BufferView
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a group was asked to be made of; its parts are made of the same."""
+
+    backend: str = "auto"
+    timeout_s: float = 30.0
+    interface: str | None = None
+    provider: str | None = None
+
+    def backend_for(self, world_size: int) -> str:
+        """Return the backend's name, with ``"auto"`` decided."""
+        if self.backend != "auto":
+            return self.backend
+        return "loopback" if world_size == 1 else "gloo"
+
+
+def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
+    """Make the group of the ranks that met: its control plane, then its backend.
+
+    Raises:
+        CollectiveError: The ranks cannot be reached, or the backend cannot be made; nothing is left behind.
+    """
+    control = Control(meeting, deadline)
+    try:
+        spec = backends.get_backend(recipe.backend_for(meeting.world_size))
+        backend = spec.create(
+            control, meeting, timeout_s=recipe.timeout_s, interface=recipe.interface, provider=recipe.provider
+        )
+    except BaseException as error:
+        if isinstance(error, CollectiveError):
+            control.fail(error)
+        control.close()
+        raise
+    return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe)
+
+
+def solitary(name: str, recipe: Recipe) -> Group:
+    """Make a group of one rank, which needs no other process."""
+    spec = backends.get_backend("loopback")
+    backend = spec.create(None, None, timeout_s=recipe.timeout_s, interface=None, provider=None)
+    return Group(name, 0, 1, backend, None, recipe)
+
+
+class Group:
+    """A group of ranks that call collectives together. Made by ``init_collective_group``.
+
+    Every method is a collective: all ranks of the group call it, in the same order, with tensors of
+    equal dtypes and counts (shapes and frameworks may differ); ``send``, ``recv`` and ``sendrecv``
+    concern two ranks. Elements are matched in row-major order whatever the memory layout.
+
+    Tensors that can be written (numpy, torch, CuPy) are changed in place and returned; JAX arrays
+    are left alone and the result is a new array, or with ``donate=True`` the same memory under a
+    new array. Results are ready on return, or with ``async_op=True`` (the call returns a ``Work``)
+    when ``Work.wait()`` returns; the tensors belong to the operation until then.
+
+    Methods raise, beside what they name themselves: ``TensorError`` for a tensor that cannot be
+    used (nothing was moved), ``MismatchError`` where the ranks disagree (on every rank, no data was
+    changed, the group goes on), ``PeerLostError`` and ``CollectiveTimeoutError`` for dead and late
+    ranks (the group is broken then), ``GroupError`` for a group that is broken or destroyed.
+
+    Attributes:
+        name: The group's name.
+        rank: This process's rank in the group.
+        world_size: The number of ranks.
+        backend: The name of the backend in use.
+        timeout_s: How long every operation waits for the other ranks, in seconds.
+    """
+
+    def __init__(
+        self, name: str, rank: int, world_size: int, backend: Backend, control: Control | None, recipe: Recipe
+    ) -> None:
+        self.name = name
+        self.rank = rank
+        self.world_size = world_size
+        self.backend = backend.name
+        self.timeout_s = recipe.timeout_s
+        self._recipe = recipe
+        self._backend = backend
+        self._control = control
+        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s)
+        self._splits = 0
+        self._arguments = Arguments(name, rank, world_size, backend)
+
+    def allreduce(
+        self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,
+        copy: bool | None = None,
+    ) -> Any:
+        """Combine the tensors of all ranks elementwise; every rank gets the result, with the same bits.
+
+        Args:
+            tensor: A tensor or a pytree of tensors (dict, list, tuple ...), read and written.
+            op: The reduce operation.
+            async_op: Return a ``Work`` at once.
+            donate: JAX only: work in the array's own memory and delete the array.
+            copy: False refuses staging copies (strided tensors, fused leaves, emulated dtypes).
+
+        Returns:
+            ``tensor`` itself, with JAX arrays replaced by new ones.
+        """
+        if op.__class__ is not ReduceOp:
+            op = ReduceOp.of(op)
+        buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
+        return self._engine.run(
+            async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
+            self._backend.allreduce, (buffers.transfers, op), buffers.result,
+        )
+
+    def reduce(
+        self, tensor: Any, dst_rank: int = 0, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
+        donate: bool = False, copy: bool | None = None,
+    ) -> Any:
+        """Combine the tensors of all ranks elementwise into rank ``dst_rank``'s; the others stay as they were.
+
+        Args:
+            tensor: A tensor or a pytree of tensors; written on ``dst_rank`` only.
+            dst_rank: The rank, in this group, that gets the result.
+            op: The reduce operation.
+            async_op: Return a ``Work`` at once.
+            donate: JAX only, on ``dst_rank``: work in the array's own memory and delete the array.
+            copy: False refuses staging copies.
+
+        Returns:
+            On ``dst_rank`` as ``allreduce``; elsewhere ``tensor`` itself.
+        """
+        op, root = ReduceOp.of(op), self._arguments.rank("reduce", "dst_rank", dst_rank)
+        write = root == self.rank
+        buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
+        return self._engine.run(
+            async_op, "reduce", buffers, op, root, copy is not False, (buffers,),
+            self._backend.reduce, (buffers.transfers, root, op), buffers.result,
+        )
+
+    def broadcast(
+        self, tensor: Any, src_rank: int = 0, *, async_op: bool = False, donate: bool = False, copy: bool | None = None
+    ) -> Any:
+        """Copy rank ``src_rank``'s elements to all ranks.
+
+        Args:
+            tensor: A tensor or a pytree of tensors of any dtype; read on ``src_rank``, written elsewhere.
+            src_rank: The rank, in this group, that has the data.
+            async_op: Return a ``Work`` at once.
+            donate: JAX only, not on ``src_rank``: receive into the array's own memory and delete it.
+            copy: False refuses staging copies.
+
+        Returns:
+            ``tensor`` itself, with JAX arrays replaced by new ones where they were written.
+        """
+        root = self._arguments.rank("broadcast", "src_rank", src_rank)
+        write = root != self.rank
+        buffers = self._arguments.tensor("broadcast", "tensor", tensor, None, write, donate, copy, True)
+        return self._engine.run(
+            async_op, "broadcast", buffers, None, root, copy is not False, (buffers,),
+            self._backend.broadcast, (buffers.transfers, root), buffers.result,
+        )
+
+    def allgather(
+        self, tensor_list: list[Any], tensor: Any, *, async_op: bool = False, copy: bool | None = None
+    ) -> Any:
+        """Copy every rank's ``tensor`` into entry ``rank`` of every rank's ``tensor_list``.
+
+        Args:
+            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, written; JAX entries
+                are replaced. Entry ``rank`` may be ``tensor`` itself.
+            tensor: The tensor to send, of any dtype, only read.
+            async_op: Return a ``Work`` at once.
+            copy: False refuses staging copies.
+
+        Returns:
+            ``tensor_list``.
+        """
+        source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
+        targets = self._arguments.tensors("allgather", "tensor_list", tensor_list, source, None, True, copy)
+        self._arguments.separate("allgather", _named("tensor_list", targets), [(source, "tensor")], same=self.rank)
+        return self._engine.run(
+            async_op, "allgather", source, None, -1, True, (source, *targets),
+            lambda deadline: self._backend.allgather(_transfers(targets), source.transfers[0], deadline), (),
+            lambda: _replace(tensor_list, targets),
+        )
+
+    def gather(
+        self, tensor_list: list[Any] | None, tensor: Any, dst_rank: int = 0, *, async_op: bool = False,
+        copy: bool | None = None,
+    ) -> Any:
+        """Copy every rank's ``tensor`` into entry ``rank`` of ``tensor_list`` on rank ``dst_rank``.
+
+        Args:
+            tensor_list: On ``dst_rank`` as for ``allgather``; ignored elsewhere, usually None.
+            tensor: The tensor to send, of any dtype, only read.
+            dst_rank: The rank, in this group, that gets the tensors.
+            async_op: Return a ``Work`` at once.
+            copy: False refuses staging copies.
+
+        Returns:
+            ``tensor_list``.
+        """
+        root = self._arguments.rank("gather", "dst_rank", dst_rank)
+        source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
+        targets = None
+        if root == self.rank:
+            targets = self._arguments.tensors("gather", "tensor_list", tensor_list, source, None, True, copy)
+            self._arguments.separate("gather", _named("tensor_list", targets), [(source, "tensor")], same=root)
+        return self._engine.run(
+            async_op, "gather", source, None, root, True, (source, *(targets or ())),
+            lambda deadline: self._backend.gather(
+                None if targets is None else _transfers(targets), source.transfers[0], root, deadline
+            ), (),
+            lambda: tensor_list if targets is None else _replace(tensor_list, targets),
+        )
+
+    def scatter(
+        self, tensor: Any, tensor_list: list[Any] | None = None, src_rank: int = 0, *, async_op: bool = False,
+        donate: bool = False, copy: bool | None = None,
+    ) -> Any:
+        """Copy entry ``r`` of rank ``src_rank``'s ``tensor_list`` into rank ``r``'s ``tensor``.
+
+        Args:
+            tensor: The tensor that receives, of any dtype.
+            tensor_list: On ``src_rank`` ``world_size`` tensors of ``tensor``'s count and dtype, only
+                read; ignored elsewhere, usually None.
+            src_rank: The rank, in this group, that has the data.
+            async_op: Return a ``Work`` at once.
+            donate: JAX only: receive into the array's own memory and delete the array.
+            copy: False refuses staging copies.
+
+        Returns:
+            ``tensor`` itself, or a new JAX array.
+        """
+        root = self._arguments.rank("scatter", "src_rank", src_rank)
+        target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
+        sources = None
+        if root == self.rank:
+            sources = self._arguments.tensors("scatter", "tensor_list", tensor_list, target, None, False, copy)
+            self._arguments.separate("scatter", [(target, "tensor")], _named("tensor_list", sources))
+        return self._engine.run(
+            async_op, "scatter", target, None, root, True, (target, *(sources or ())),
+            lambda deadline: self._backend.scatter(
+                target.transfers[0], None if sources is None else _transfers(sources), root, deadline
+            ), (),
+            target.result,
+        )
+
+    def reducescatter(
+        self, tensor: Any, tensor_list: list[Any], op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
+        donate: bool = False, copy: bool | None = None,
+    ) -> Any:
+        """Combine entry ``r`` of all ranks' ``tensor_list`` elementwise into rank ``r``'s ``tensor``.
+
+        Args:
+            tensor: The tensor that receives.
+            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, only read.
+            op: The reduce operation.
+            async_op: Return a ``Work`` at once.
+            donate: JAX only: receive into ``tensor``'s own memory and delete it.
+            copy: False refuses staging copies.
+
+        Returns:
+            ``tensor`` itself, or a new JAX array.
+        """
+        op = ReduceOp.of(op)
+        target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
+        sources = self._arguments.tensors("reducescatter", "tensor_list", tensor_list, target, op, False, copy)
+        self._arguments.separate("reducescatter", [(target, "tensor")], _named("tensor_list", sources))
+        return self._engine.run(
+            async_op, "reducescatter", target, op, -1, True, (target, *sources),
+            lambda deadline: self._backend.reducescatter(target.transfers[0], _transfers(sources), op, deadline), (),
+            target.result,
+        )
+
+    def alltoall(
+        self, output_list: list[Any], input_list: list[Any], *, async_op: bool = False, copy: bool | None = None
+    ) -> Any:
+        """Copy entry ``r`` of ``input_list`` into entry ``rank`` of rank ``r``'s ``output_list``.
+
+        Args:
+            output_list: ``world_size`` tensors, written; JAX entries are replaced.
+            input_list: ``world_size`` tensors, only read. All tensors have one count and dtype.
+            async_op: Return a ``Work`` at once.
+            copy: False refuses staging copies.
+
+        Returns:
+            ``output_list``.
+        """
+        self._arguments.length("alltoall", "input_list", input_list)
+        first = self._arguments.tensor("alltoall", "input_list[0]", input_list[0], None, False, False, copy, False)
+        sources = self._arguments.tensors("alltoall", "input_list", input_list, first, None, False, copy)
+        targets = self._arguments.tensors("alltoall", "output_list", output_list, first, None, True, copy)
+        self._arguments.separate("alltoall", _named("output_list", targets), _named("input_list", sources))
+        return self._engine.run(
+            async_op, "alltoall", first, None, -1, True, (*sources, *targets),
+            lambda deadline: self._backend.alltoall(_transfers(targets), _transfers(sources), deadline), (),
+            lambda: _replace(output_list, targets),
+        )
+
+    def send(self, tensor: Any, dst_rank: int, *, async_op: bool = False, copy: bool | None = None) -> Any:
+        """Send a tensor or a pytree of tensors, of any dtype, to rank ``dst_rank``, which calls ``recv``.
+
+        Only those two ranks call; the call waits for the receiver. Two ranks that both send before
+        they receive wait for each other until the timeout: use ``sendrecv``.
+        """
+        peer = self._arguments.peer("send", "dst_rank", dst_rank)
+        buffers = self._arguments.tensor("send", "tensor", tensor, None, False, False, copy, True)
+        return self._engine.run(
+            async_op, "send", buffers, None, -1, copy is not False, (buffers,),
+            self._backend.send, (buffers.transfers, peer), buffers.result, [self._sending(peer, buffers)],
+        )
+
+    def recv(
+        self, tensor: Any, src_rank: int, *, async_op: bool = False, donate: bool = False, copy: bool | None = None
+    ) -> Any:
+        """Receive into a tensor or a pytree of tensors what rank ``src_rank`` sends.
+
+        Returns:
+            ``tensor`` itself, with JAX arrays replaced by new ones.
+        """
+        peer = self._arguments.peer("recv", "src_rank", src_rank)
+        buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
+        return self._engine.run(
+            async_op, "recv", buffers, None, -1, copy is not False, (buffers,),
+            self._backend.recv, (buffers.transfers, peer), buffers.result, [self._receiving(peer, buffers)],
+        )
+
+    def sendrecv(
+        self, send_tensor: Any, dst_rank: int, recv_tensor: Any, src_rank: int, *, async_op: bool = False,
+        donate: bool = False, copy: bool | None = None,
+    ) -> Any:
+        """Send to ``dst_rank`` and receive from ``src_rank`` at once, as in a shift along a ring.
+
+        Returns:
+            ``recv_tensor`` itself, or a new JAX array.
+        """
+        to = self._arguments.peer("sendrecv", "dst_rank", dst_rank)
+        of = self._arguments.peer("sendrecv", "src_rank", src_rank)
+        source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
+        target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
+        self._arguments.separate("sendrecv", [(target, "recv_tensor")], [(source, "send_tensor")])
+        return self._engine.run(
+            async_op, "sendrecv", source, None, -1, True, (source, target),
+            lambda deadline: self._backend.sendrecv(source.transfers[0], to, target.transfers[0], of, deadline), (),
+            target.result, [self._sending(to, source), self._receiving(of, target)],
+        )
+
+    def barrier(self, *, async_op: bool = False) -> Any:
+        """Return when all ranks have called."""
+        agreed = self._backend.agrees  # the agreement is a barrier
+        return self._engine.run(
+            async_op, "barrier", None, None, -1, True, (),
+            lambda deadline: None if agreed else self._backend.barrier(deadline), (), lambda: None,
+        )
+
+    def broadcast_object(self, obj: Any = None, src_rank: int = 0) -> Any:
+        """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way. Peers must be trusted."""
+        root = self._arguments.rank("broadcast_object", "src_rank", src_rank)
+        payload = pickle.dumps(obj, protocol=5) if root == self.rank else b""
+        found = self._exchange("broadcast_object", payload, root)
+        return obj if root == self.rank else pickle.loads(found[root])
+
+    def allgather_object(self, obj: Any) -> list[Any]:
+        """Return the list of all ranks' ``obj`` on every rank, pickled on the way. Peers must be trusted."""
+        found = self._exchange("allgather_object", pickle.dumps(obj, protocol=5), -1)
+        return [obj if rank == self.rank else pickle.loads(found[rank]) for rank in range(self.world_size)]
+
+    def split(self, color: Any, key: int | None = None, *, group_name: str | None = None) -> Group | None:
+        """Make one new group of all ranks with the same ``color``, ranked by ``key``, then by rank here.
+
+        Args:
+            color: A number >= 0, or None to be in no new group (the call is still made).
+            key: Orders the new ranks; this group's rank by default.
+            group_name: The new group's name in messages; derived from this one's by default.
+
+        Returns:
+            The new group, or None where ``color`` is None. It is destroyed on its own.
+        """
+        if color is not None and (not isinstance(color, int) or color < 0):
+            raise OptionError(f"split: color (rank {self.rank}): expected a number >= 0 or None, got {color!r}")
+        ballot = json.dumps([color, self.rank if key is None else key, self.rank]).encode()
+        ballots = [json.loads(vote) for vote in self._exchange("split", ballot, -1)]
+        members = [rank for voted, _, rank in sorted(ballots, key=lambda vote: vote[1:]) if voted == color]
+        self._splits += 1
+        name = group_name or f"{self.name}/{self._splits}.{color}"
+        return self._make_part(name, [] if color is None else members)
+
+    def destroy(self) -> None:
+        """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.
+
+        Each rank destroys for itself; the others get PeerLostError if they still call. Idempotent.
+        """
+        self._engine.close()
+        self._backend.close()
+
+    def _make_part(self, name: str, members: list[int]) -> Group | None:
+        """Meet the other members through this group's control plane; non-members only help with the exchange."""
+        def exchange(payload: bytes) -> list[bytes]:
+            everyone = self._exchange("split", payload, -1)
+            return [everyone[rank] for rank in members]
+
+        if self._control is None:
+            return solitary(name, self._recipe) if members else None
+        if not members:
+            exchange(b"")
+            exchange(b"")
+            return None
+        deadline = time.monotonic() + self.timeout_s
+        rank = members.index(self.rank)
+        meeting = meet_through(
+            exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
+            backend=self._recipe.backend_for(len(members)),
+        )
+        return connect(meeting, self._recipe, deadline)
+
+    def _sending(self, peer: int, buffers: Buffers) -> Transfer:
+        return Transfer(
+            self.rank, peer, buffers, lambda deadline: self._backend.send(buffers.transfers, peer, deadline)
+        )
+
+    def _receiving(self, peer: int, buffers: Buffers) -> Transfer:
+        return Transfer(
+            peer, self.rank, buffers, lambda deadline: self._backend.recv(buffers.transfers, peer, deadline)
+        )
+
+    def _exchange(self, name: str, payload: bytes, root: int) -> list[bytes]:
+        """Allgather bytes over the control plane, once the ranks agreed on the operation."""
+        control = self._control
+        if control is None:
+            return [payload]
+        found: list[bytes] = []
+        self._engine.run(
+            False, name, None, None, root, True, (),
+            lambda deadline: found.extend(control.allgather(payload, deadline)), (), lambda: found,
+        )
+        return found
+
+    def __repr__(self) -> str:
+        return f"Group({self.name!r}, rank {self.rank} of {self.world_size}, backend {self.backend!r})"
+
+
+def _transfers(arguments: Sequence[Buffers]) -> list[BufferView]:
+    return [buffers.transfers[0] for buffers in arguments]
+
+
+def _named(argument: str, buffers: Sequence[Buffers]) -> list[tuple[Buffers, str]]:
+    return [(entry, f"{argument}[{index}]") for index, entry in enumerate(buffers)]
+
+
+def _replace(tensor_list: Any, targets: Sequence[Buffers]) -> Any:
+    """Put results that are new tensors into the user's list; a tuple comes back as a new tuple."""
+    results = [buffers.result() for buffers in targets]
+    if isinstance(tensor_list, tuple):
+        return tuple(results)
+    tensor_list[:] = results
+    return tensor_list

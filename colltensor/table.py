@@ -1,0 +1,251 @@
+"""The process's table of groups by name: made, found and destroyed here.
+
+Imports no framework. The lock guards the dictionary alone; meeting other ranks happens outside it.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from colltensor import backends
+from colltensor.errors import BackendUnavailableError, GroupError, OptionError, RankError
+from colltensor.group import Group, Recipe, connect, solitary
+from colltensor.rendezvous import Directory, Meeting, meet, open_directory
+
+_lock = threading.Lock()
+_groups: dict[str, Group | None] = {}
+"""Groups by name; None while one is being made."""
+
+_SPELLINGS: Final = {"torch_gloo": ("gloo", "torch"), "pygloo": ("gloo", "pygloo")}
+
+
+def init_collective_group(
+    world_size: int | None = None,
+    rank: int | None = None,
+    backend: str = "auto",
+    group_name: str = "default",
+    gloo_timeout: float | None = None,
+    *,
+    timeout_s: float = 30.0,
+    init_method: str | None = None,
+    interface: str | None = None,
+    provider: str | None = None,
+) -> Group:
+    """Meet the other ranks and make a group with them; every rank calls.
+
+    Args:
+        world_size: The number of ranks. May be left out with ``env://`` (torchrun's ``WORLD_SIZE``).
+        rank: This process's rank, 0 to ``world_size - 1``. May be left out with ``env://`` (``RANK``).
+        backend: ``"auto"``, ``"gloo"``, ``"loopback"`` (one rank), or a registered one.
+        group_name: The group's name, free in this process.
+        gloo_timeout: ``ray.util.collective``'s spelling of the timeout, in milliseconds.
+        timeout_s: How long to wait for the other ranks, here and in every operation, in seconds.
+        init_method: How the ranks meet: ``file:///path`` (a file or an existing folder all can
+            reach), ``tcp://host:port`` (served by rank 0), ``env://`` (MASTER_ADDR, MASTER_PORT).
+            None is Ray inside a Ray worker and ``env://`` elsewhere.
+        interface: A network interface or address to use; by default the one that reaches the others.
+        provider: Which Gloo to use, ``"torch"`` or ``"pygloo"``; by default the first there is.
+
+    Returns:
+        The group, which is also found by its name until ``destroy_collective_group``.
+
+    Raises:
+        GroupError: A group of this name exists already.
+        OptionError, RankError: An argument has a value that no group could use.
+        BackendUnavailableError: The backend cannot be used here; says what to install.
+        CollectiveTimeoutError, PeerLostError: Ranks did not come, or died; names them.
+        MismatchError: The ranks disagree about the group.
+    """
+    recipe = _recipe(backend, timeout_s if gloo_timeout is None else gloo_timeout / 1000, interface, provider)
+    if world_size is not None and rank is not None:
+        world_size, rank = _check(world_size, rank, recipe)
+    alone = world_size == 1 and init_method is None and recipe.backend_for(1) == "loopback"
+
+    def make() -> Group:
+        if alone:
+            return solitary(group_name, recipe)
+        directory, found_rank, found_size = open_directory(init_method, rank, world_size)
+        return _meet(*_check(found_size, found_rank, recipe), directory, group_name, recipe)
+
+    return _enter(group_name, make)
+
+
+def make_group(
+    world_size: int, rank: int, meeting: Callable[[], Meeting], patience_s: float, *, backend: str, group_name: str,
+    timeout_s: float, interface: str | None, provider: str | None,
+) -> Group:
+    """Make a group as ``init_collective_group`` does, with ranks that met in another way.
+
+    Args:
+        world_size: The number of ranks.
+        rank: This process's rank.
+        meeting: Returns the meeting; not called for a group of one rank that needs none.
+        patience_s: How long the ranks may take to connect, in seconds.
+        backend: As for ``init_collective_group``; the other options too.
+        group_name: The group's name, free in this process.
+        timeout_s: How long every operation waits.
+        interface: As for ``init_collective_group``.
+        provider: As for ``init_collective_group``.
+    """
+    recipe = _recipe(backend, timeout_s, interface, provider)
+    world_size, rank = _check(world_size, rank, recipe)
+
+    def make() -> Group:
+        if world_size == 1 and recipe.backend_for(1) == "loopback":
+            return solitary(group_name, recipe)
+        return connect(meeting(), recipe, time.monotonic() + patience_s)
+
+    return _enter(group_name, make)
+
+
+def check_options(
+    world_size: int, *, backend: str, group_name: str, timeout_s: float, interface: str | None, provider: str | None,
+    member: bool = False,
+) -> None:
+    """Check a group's options before it is made.
+
+    Args:
+        world_size: The number of ranks.
+        backend: As for ``init_collective_group``; the other options too.
+        group_name: The group's name.
+        timeout_s: How long every operation waits.
+        interface: As for ``init_collective_group``.
+        provider: As for ``init_collective_group``.
+        member: This process will be in the group: the name must be free here and the backend usable.
+
+    Raises:
+        OptionError, RankError: An option has a value that no group could use.
+        GroupError: A group of this name exists here already.
+        BackendUnavailableError: The backend cannot be used here.
+    """
+    _check_name(group_name)
+    recipe = _recipe(backend, timeout_s, interface, provider)
+    _check_numbers(world_size, 0)
+    _check_loopback(recipe, world_size)
+    if member:
+        _check(world_size, 0, recipe)
+        if group_name in _groups:
+            raise _taken(group_name)
+
+
+def find_group(group_name: str = "default") -> Group:
+    """Return the group of this name.
+
+    Raises:
+        GroupError: This process has none; says what to call.
+    """
+    group = _groups.get(group_name)
+    if group is None:
+        raise _no_group(group_name)
+    return group
+
+
+def is_group_initialized(group_name: str = "default") -> bool:
+    """Return True if this process has a group of this name."""
+    return _groups.get(group_name) is not None
+
+
+def destroy_collective_group(group_name: str = "default") -> None:
+    """Destroy this process's group of this name, if there is one; waits for no other rank."""
+    with _lock:
+        group = _groups.get(group_name)
+        if group is None:
+            return
+        del _groups[group_name]
+    group.destroy()
+
+
+def _enter(group_name: str, make: Callable[[], Group]) -> Group:
+    """Make a group while its name is reserved, and enter it in the table."""
+    _check_name(group_name)
+    with _lock:
+        if group_name in _groups:
+            raise _taken(group_name)
+        _groups[group_name] = None
+    group = None
+    try:
+        group = make()
+    finally:
+        with _lock:
+            if group is None:
+                del _groups[group_name]
+            else:
+                _groups[group_name] = group
+    return group
+
+
+def _check_name(group_name: Any) -> None:
+    if not isinstance(group_name, str) or not group_name:
+        raise OptionError(f"group_name: expected a string that is not empty, got {group_name!r}")
+
+
+def _meet(world_size: int, rank: int, directory: Directory, group_name: str, recipe: Recipe) -> Group:
+    if world_size == 1 and recipe.backend_for(1) == "loopback":
+        return solitary(group_name, recipe)
+    deadline = time.monotonic() + recipe.timeout_s
+    meeting = meet(
+        directory, group_name=group_name, world_size=world_size, rank=rank, deadline=deadline,
+        interface=recipe.interface, backend=recipe.backend_for(world_size),
+    )
+    return connect(meeting, recipe, deadline)
+
+
+def _recipe(backend: str, timeout_s: Any, interface: str | None, provider: str | None) -> Recipe:
+    if not isinstance(backend, str):
+        raise OptionError(f"backend: expected a name, got {backend!r}")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
+        raise OptionError(f"timeout_s: expected seconds, more than 0 and not infinite, got {timeout_s!r}")
+    name, provider_of_name = _SPELLINGS.get(backend.lower(), (backend.lower(), None))
+    if name != "auto":
+        backends.get_backend(name)
+    return Recipe(name, float(timeout_s), interface, provider or provider_of_name)
+
+
+def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:
+    world_size, rank = _check_numbers(world_size, rank)
+    _check_loopback(recipe, world_size)
+    name = recipe.backend_for(world_size)
+    reason = backends.reason(name)
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} cannot be used here: {reason}")
+    return world_size, rank
+
+
+def _check_loopback(recipe: Recipe, world_size: int) -> None:
+    if recipe.backend == "loopback" and world_size != 1:
+        raise OptionError(f"backend: 'loopback' is for one rank, and world_size is {world_size}; use backend='auto'")
+
+
+def _check_numbers(world_size: Any, rank: Any) -> tuple[int, int]:
+    try:
+        world_size, rank = operator.index(world_size), operator.index(rank)
+    except TypeError:
+        raise RankError(f"world_size and rank: expected whole numbers, got {world_size!r} and {rank!r}") from None
+    if world_size < 1:
+        raise RankError(f"world_size: expected at least 1, got {world_size}")
+    if not 0 <= rank < world_size:
+        raise RankError(f"rank: expected 0 to {world_size - 1} (world_size is {world_size}), got {rank}")
+    return world_size, rank
+
+
+def _taken(group_name: str) -> GroupError:
+    state = "exists already" if _groups.get(group_name) is not None else "is being made by another thread"
+    return GroupError(
+        f"init_collective_group: group '{group_name}' {state} in this process; destroy_collective_group() it "
+        "first, or choose another group_name"
+    )
+
+
+def _no_group(group_name: str) -> GroupError:
+    if group_name in _groups:
+        return GroupError(f"group '{group_name}' is still being made by another thread of this process")
+    known = ", ".join(f"'{name}'" for name in _groups) or "none"
+    return GroupError(
+        f"group '{group_name}' is not initialized in this process (pid {os.getpid()}, which has {known}); call "
+        "init_collective_group() on every rank first"
+    )

@@ -1,0 +1,70 @@
+"""Containers of tensors: flattening in one order on every rank, and back.
+
+Imports no framework; jax's own nodes are reached only where jax is already imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optree
+
+from colltensor.adapters import find_adapter
+
+
+def is_container(value: Any) -> bool:
+    """Return True for a dict, list, tuple or other pytree node: what is no tensor but may hold some."""
+    if find_adapter(type(value)) is not None:
+        return False
+    return not optree.tree_is_leaf(value) or _is_jax_node(value)
+
+
+def flatten(tree: Any) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
+    """Return a container's leaves, their paths, and the function that builds it anew from leaves.
+
+    Leaves come in optree's order: dict keys sorted, whatever the insertion order; ``None`` is an
+    empty subtree. Nodes known to jax alone (flax structures, say) are flattened by ``jax.tree_util``.
+    """
+    outer, spec = optree.tree_flatten(tree, is_leaf=_is_tensor)
+    outer_paths = ["".join(f"[{entry!r}]" for entry in path) for path in spec.paths()]
+    if not any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in outer):
+        return outer, outer_paths, lambda leaves: optree.tree_unflatten(spec, list(leaves))
+    return _flatten_jax_nodes(outer, outer_paths, spec)
+
+
+def _flatten_jax_nodes(
+    outer: list[Any], outer_paths: list[str], spec: optree.PyTreeSpec
+) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
+    tree_util = sys.modules["jax"].tree_util
+    leaves: list[Any] = []
+    paths: list[str] = []
+    inner: list[tuple[int, Any]] = []
+    for leaf, path in zip(outer, outer_paths, strict=True):
+        if _is_tensor(leaf) or not _is_jax_node(leaf):
+            found, definition = [((), leaf)], None
+        else:
+            found, definition = tree_util.tree_flatten_with_path(leaf)
+        leaves += [tensor for _, tensor in found]
+        paths += [path + tree_util.keystr(keys) for keys, _ in found]
+        inner.append((len(found), definition))
+
+    def rebuild(replaced: Iterable[Any]) -> Any:
+        rest = iter(replaced)
+        nodes = []
+        for length, definition in inner:
+            part = [next(rest) for _ in range(length)]
+            nodes.append(part[0] if definition is None else tree_util.tree_unflatten(definition, part))
+        return optree.tree_unflatten(spec, nodes)
+
+    return leaves, paths, rebuild
+
+
+def _is_tensor(value: Any) -> bool:
+    return find_adapter(type(value)) is not None
+
+
+def _is_jax_node(value: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and value is not None and not jax.tree_util.all_leaves([value])

@@ -1,0 +1,129 @@
+"""Work, the handle of an asynchronous collective, and the queue that keeps a group's operations in order.
+
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from colltensor.errors import CollectiveError, CollectiveTimeoutError
+
+
+class Work:
+    """An operation that was issued and runs in the background. Made by ``async_op=True``.
+
+    It keeps the tensors of the call alive until it is done. The tensors must not be read or written
+    before that.
+    """
+
+    def __init__(self, operation: str, run: Callable[[], Any]) -> None:
+        self._operation = operation
+        self._run: Callable[[], Any] | None = run
+        self._finished = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when the operation is done; its own timeout bounds the wait.
+
+        Args:
+            timeout_s: Give up waiting after so many seconds. The operation goes on.
+
+        Raises:
+            CollectiveTimeoutError: It is not done after ``timeout_s``.
+            CollectiveError: The operation failed; the same error on every call.
+        """
+        if not self._finished.wait(timeout_s):
+            raise CollectiveTimeoutError(
+                f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
+            )
+        if self._error is not None:
+            raise self._error
+
+    def done(self) -> bool:
+        """Return True once the operation succeeded or failed; never waits."""
+        return self._finished.is_set()
+
+    def result(self) -> Any:
+        """Wait, and return what the call would have returned without ``async_op``."""
+        self.wait()
+        return self._result
+
+    def _finish(self) -> None:
+        run = self._run
+        assert run is not None
+        try:
+            self._result = run()
+        except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
+            self._error = error
+        self._run = None
+        self._finished.set()
+
+    def _cancel(self, error: CollectiveError) -> None:
+        self._error = error
+        self._run = None
+        self._finished.set()
+
+
+class OperationQueue:
+    """Runs the operations of one group one at a time, in the order in which they were issued.
+
+    A synchronous call runs in its own thread when nothing is before it (``enter`` and ``leave``);
+    everything else runs in one worker thread, made on first use. The turn is a lock used as an
+    atomic flag: it is only ever tried, so nobody blocks on it while an operation runs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._turn = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
+        self._waiting: collections.deque[Work] = collections.deque()
+        self._closed = False
+        self._worker: threading.Thread | None = None
+
+    def enter(self) -> bool:
+        """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
+        return not self._waiting and self._turn.acquire(False)
+
+    def leave(self) -> None:
+        """Give the turn back."""
+        self._turn.release()
+        if self._waiting or self._closed:
+            with self._changed:
+                self._changed.notify_all()
+
+    def put(self, work: Work) -> Work:
+        """Run ``work`` in the worker thread when its turn comes."""
+        with self._changed:
+            self._waiting.append(work)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
+                self._worker.start()
+            self._changed.notify_all()
+        return work
+
+    def close(self, error: CollectiveError, timeout_s: float) -> bool:
+        """Fail what waits, end the worker, and wait for the operation that runs; False if it did not end."""
+        with self._changed:
+            self._closed = True
+            cancelled = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+            idle = self._changed.wait_for(lambda: not self._turn.locked(), timeout_s)
+        for work in cancelled:
+            work._cancel(error)
+        return idle
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._waiting and self._turn.acquire(False)))
+                if not self._waiting:  # closed, with the turn never taken
+                    return
+                work = self._waiting.popleft()
+            work._finish()
+            self.leave()

@@ -1,0 +1,215 @@
+"""The layers of DESIGN.md, read off the sources: no import points the wrong way.
+
+Reads every module's syntax tree, so that it needs no framework and also sees imports inside functions.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+FRAMEWORKS = {"numpy", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "ml_dtypes", "tvm_ffi", "optree"}
+"""Packages that only the modules named in FRAMEWORKS_OF may import."""
+
+VALUES = {"errors", "types", "view"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "types": {"errors"},
+    "dlpack": {"errors"},
+    "view": {"errors", "types", "dlpack"},
+    "adapters": {*VALUES, "dlpack"},
+    "net": {"errors"},
+    "rendezvous": {"errors", "net"},
+    "control": {"errors", "net", "rendezvous"},
+    "backends": {*VALUES, "net", "rendezvous", "control"},
+    "tree": {"errors", "adapters"},
+    "buffers": {*VALUES, "adapters", "tree"},
+    "arguments": {*VALUES, "backends", "buffers"},
+    "work": {"errors"},
+    "engine": {*VALUES, "control", "buffers", "work"},
+    "group": {*VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "engine", "work"},
+    "table": {"errors", "backends", "rendezvous", "group"},
+    "collectives": {*VALUES, "backends", "tree", "work", "group", "table"},
+    "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table"},
+    "": {*VALUES, "adapters", "backends", "tree", "work", "group", "table", "collectives", "gradients"},
+}
+"""The units of the package (a top-level module or folder; "" is ``__init__``) and what each may import."""
+
+FOR_ONE_FRAMEWORK = {"torch", "jax", "ray"}
+"""Folders for the users of one framework: they may import every unit, and no other unit imports them.
+
+Others may name their classes in annotations, and find them by name when they are asked for.
+"""
+
+FRAMEWORKS_OF = {
+    "adapters._numpy_dtypes": {"numpy", "ml_dtypes"},
+    "adapters.numpy": {"numpy", "ml_dtypes"},
+    "adapters.cupy": {"cupy", "numpy", "ml_dtypes"},
+    "adapters.torch": {"torch"},
+    "adapters.jax": {"jax", "jaxlib", "numpy", "ml_dtypes"},
+    "backends.loopback": {"numpy"},  # copies strided host memory with numpy's loops
+    "backends.gloo.arithmetic": {"numpy", "ml_dtypes"},  # reduces host memory where Gloo lacks the type
+    "backends.gloo.composed": {"numpy"},
+    "backends.gloo.pygloo_provider": {"pygloo", "numpy"},
+    "backends.gloo.torch_provider": {"torch"},
+    "backends.nccl": {"cupy"},
+    "dlpack": {"tvm_ffi"},
+    "tree": {"optree"},
+    "torch": {"torch"},
+    "jax": {"jax", "jaxlib", "numpy"},
+    "ray": {"ray"},
+}
+"""Modules, or folders, and the packages of FRAMEWORKS that each may import."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import in a module: what, where, and whether only the type checker sees it."""
+
+    name: str
+    line: int
+    for_types_only: bool
+
+
+def _imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
+    """Yield every import of a module, ``importlib.import_module("literal")`` among them."""
+    tree = ast.parse(source)
+    guarded = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for child in ast.walk(statement)
+    }
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            # `from colltensor import errors` names a unit in the alias, not in the module.
+            names = [f"{origin}.{alias.name}" for alias in node.names] if origin == "colltensor" else [origin]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            # The package's own plug-ins (adapters, providers, a framework's folder) are looked up by name on purpose.
+            names = [name for name in names if not name.startswith("colltensor")]
+        for name in names:
+            yield Import(name, getattr(node, "lineno", 0), id(node) in guarded)
+
+
+def _unit(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def _allowed_frameworks(module: str) -> set[str]:
+    name = module.removeprefix("colltensor").removeprefix(".")
+    allowed: set[str] = set()
+    for prefix, frameworks in FRAMEWORKS_OF.items():
+        if name == prefix or name.startswith(f"{prefix}."):
+            allowed |= frameworks
+    return allowed
+
+
+def _complaints(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Return a line for each import of one module that breaks a rule."""
+    unit = _unit(module)
+    if unit not in MAY_IMPORT and unit not in FOR_ONE_FRAMEWORK:
+        return [f"{module}: the unit {unit!r} is in no layer; give it a line in MAY_IMPORT"]
+    complaints = []
+    for found in _imports(source, module, is_package):
+        where = f"{module}:{found.line}"
+        top = found.name.split(".")[0]
+        if top in FRAMEWORKS and not found.for_types_only and top not in _allowed_frameworks(module):
+            complaints.append(f"{where} imports {top}, which belongs to its adapter or provider only")
+        if top != "colltensor":
+            continue
+        target = _unit(found.name)
+        if target not in MAY_IMPORT and target not in FOR_ONE_FRAMEWORK:
+            target = ""  # a public name, imported from the package itself
+        if target == unit or (found.for_types_only and target in FOR_ONE_FRAMEWORK):
+            continue
+        allowed = set(MAY_IMPORT) if unit in FOR_ONE_FRAMEWORK else MAY_IMPORT[unit]
+        if target not in allowed:
+            rule = f"{unit or '__init__'} may not import {target or '__init__'}"
+            complaints.append(f"{where} imports {found.name}: {rule}")
+    return complaints
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    spec = importlib.util.find_spec("colltensor")
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        yield ".".join(("colltensor", *(part for part in parts if part != "__init__"))), path
+
+
+def test_no_import_points_the_wrong_way() -> None:
+    modules = list(_modules())
+    assert len(modules) > 10
+    complaints = []
+    for module, path in modules:
+        complaints += _complaints(path.read_text(), module, path.name == "__init__.py")
+    assert not complaints, "\n".join(complaints)
+
+
+def test_no_unit_reaches_itself_through_the_table() -> None:
+    """The table itself has no cycle, so that the layers are layers."""
+
+    def reach(unit: str, path: tuple[str, ...]) -> None:
+        assert unit not in path, f"MAY_IMPORT has a cycle: {' -> '.join((*path, unit))}"
+        for target in MAY_IMPORT[unit]:
+            reach(target, (*path, unit))
+
+    for unit in MAY_IMPORT:
+        reach(unit, ())
+
+
+def test_adapters_and_backends_do_not_know_each_other() -> None:
+    assert "adapters" not in MAY_IMPORT["backends"]
+    assert "backends" not in MAY_IMPORT["adapters"]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("colltensor.adapters.numpy", "from colltensor.backends import gloo"),
+        ("colltensor.adapters.torch", "def f():\n    import jax"),
+        ("colltensor.backends.loopback", "from colltensor.adapters import adapter_of"),
+        ("colltensor.backends.gloo", "import torch.distributed"),
+        ("colltensor.errors", "from colltensor import types"),
+        ("colltensor.group", "import colltensor.ray"),
+        ("colltensor.group", "import importlib\nimportlib.import_module('numpy')"),
+        ("colltensor.view", "import tvm_ffi"),
+        ("colltensor.torch.hooks", "from colltensor.jax import x"),
+        ("colltensor.torch.hooks", "import ray"),
+        ("colltensor.adapters.numpy", "from .. import group"),
+        ("colltensor.newcomer", ""),
+        ("colltensor.view", "from colltensor import BufferView"),
+    ],
+)
+def test_the_check_sees_a_wrong_import(module: str, source: str) -> None:
+    assert len(_complaints(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("colltensor.adapters.torch", "import torch\nfrom colltensor.view import BufferView"),
+        ("colltensor.backends.gloo.torch_provider", "import torch\nfrom colltensor.backends.base import Backend"),
+        ("colltensor.group", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy"),
+        ("colltensor.rendezvous", "import importlib\nimportlib.import_module('colltensor.ray.rendezvous')"),
+        ("colltensor.ray.groups", "import ray\nimport colltensor\nfrom colltensor import Group, errors"),
+    ],
+)
+def test_the_check_lets_a_right_import_pass(module: str, source: str) -> None:
+    assert _complaints(source, module) == []

@@ -1,0 +1,82 @@
+"""``import colltensor`` loads no array framework and no ray, and is cheap.
+
+Each look is a fresh interpreter, in which the frameworks are installed but nobody asked for them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "tvm_ffi")
+
+
+def _loaded_after(program: str) -> set[str]:
+    """Run a program in a fresh interpreter with this one's search path; return the frameworks it loaded."""
+    tail = f"import json, sys; print(json.dumps([m for m in {FRAMEWORKS!r} if sys.modules.get(m)]))"
+    setup = f"import sys; sys.path[:] = {sys.path!r}"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{setup}\n{program}\n{tail}"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_import_loads_no_framework() -> None:
+    assert _loaded_after("import colltensor") == set()
+
+
+def test_public_names_load_no_framework() -> None:
+    assert _loaded_after("import colltensor\nfor name in colltensor.__all__: getattr(colltensor, name)") == set()
+
+
+def test_asking_which_backends_there_are_loads_no_array_framework() -> None:
+    loaded = _loaded_after("import colltensor\ncolltensor.is_backend_available('loopback')")
+    assert loaded == set()
+
+
+def test_one_framework_does_not_load_another(framework: str) -> None:
+    """A rank that uses one framework pays for that one: torch alone takes a second and 200 MB."""
+    if framework == "cupy":
+        pytest.skip("an array of CuPy needs a GPU")
+    make = {
+        "numpy": "import numpy; x = numpy.ones(3, numpy.float32)",
+        "torch": "import torch; x = torch.ones(3)",
+        "jax": "import jax.numpy; x = jax.numpy.ones(3)",
+    }[framework]
+    program = (
+        f"{make}\nimport colltensor\n"
+        "group = colltensor.init_collective_group(1, 0, 'loopback', 'alone')\n"
+        "assert float(group.allreduce(x)[1]) == 1.0\n"
+        "group.destroy()"
+    )
+    allowed = {"numpy", "ml_dtypes", "tvm_ffi", framework} | ({"jaxlib"} if framework == "jax" else set())
+    assert _loaded_after(program) <= allowed
+
+
+def test_an_object_without_an_adapter_loads_nothing() -> None:
+    program = (
+        "import colltensor\n"
+        "group = colltensor.init_collective_group(1, 0, 'loopback', 'alone')\n"
+        "try: group.allreduce(object())\n"
+        "except colltensor.UnsupportedTensorError: pass\n"
+        "group.destroy()"
+    )
+    assert _loaded_after(program) <= {"tvm_ffi"}
+
+
+@pytest.mark.parametrize("missing", ["torch", "jax", "cupy", "ray", "pygloo"])
+def test_import_works_where_a_framework_is_missing(missing: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; import colltensor"
+    assert _loaded_after(program) == set()
+
+
+def test_the_installed_package_is_typed() -> None:
+    spec = importlib.util.find_spec("colltensor")
+    assert spec is not None
+    assert spec.loader is not None
+    assert spec.loader.get_data(str(spec.origin).replace("__init__.py", "py.typed")) == b""  # type: ignore[attr-defined]
