@@ -1,0 +1,70 @@
+"""Backends: the table of wires by name.
+
+Imports no framework and no backend until one is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final, cast
+
+from colltensor.backends.base import BackendSpec
+from colltensor.errors import OptionError
+
+_MODULES: Final = {"gloo": "colltensor.backends.gloo", "loopback": "colltensor.backends.loopback"}
+"""Backends of the package: the module whose ``SPEC`` is the entry."""
+
+_registered: Final[dict[str, BackendSpec]] = {}
+
+
+def register_backend(name: object, spec: BackendSpec) -> None:
+    """Add a backend to the table, or replace one; groups that exist keep theirs.
+
+    Args:
+        name: What ``init_collective_group(backend=...)`` calls it.
+        spec: The entry.
+
+    Raises:
+        OptionError: ``name`` is no non-empty string or is "auto", or ``spec`` is no BackendSpec.
+    """
+    if not isinstance(name, str) or not name or name == "auto":
+        raise OptionError(f"register_backend: name must be a non-empty string other than 'auto', got {name!r}")
+    missing = [f"{method}()" for method in ("available", "create") if not callable(getattr(spec, method, None))]
+    if missing:
+        raise OptionError(
+            f"register_backend: spec of {name!r} must be a colltensor.backends.base.BackendSpec, "
+            f"got {spec!r} without {' and '.join(missing)}"
+        )
+    _registered[name] = spec
+
+
+def backend_names() -> list[str]:
+    """Return the names in the table, sorted."""
+    return sorted({*_MODULES, *_registered})
+
+
+def get_backend(name: object) -> BackendSpec:
+    """Return the entry of the backend called ``name``.
+
+    Raises:
+        OptionError: There is none of this name.
+    """
+    if isinstance(name, str) and name in _registered:
+        return _registered[name]
+    if not isinstance(name, str) or name not in _MODULES:
+        raise OptionError(f"backend: expected 'auto' or one of {', '.join(backend_names())}, got {name!r}")
+    return cast("BackendSpec", importlib.import_module(_MODULES[name]).SPEC)
+
+
+def reason(name: object) -> str | None:
+    """Return None if the backend called ``name`` can be used here, else why not and what to do."""
+    try:
+        spec = get_backend(name)
+    except OptionError:
+        return f"there is no backend {name!r}; there are {', '.join(backend_names())}"
+    return spec.available()
+
+
+def is_available(name: object) -> bool:
+    """Return True if there is a backend called ``name`` and it can be used here."""
+    return reason(name) is None

@@ -1,0 +1,189 @@
+"""Backend: what a wire must offer to the group, and the rules that all wires share.
+
+Imports no framework, and of the package only the values that pass between layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+from colltensor.errors import OptionError, UnsupportedDTypeError
+from colltensor.types import DTYPES, DType, ReduceOp
+from colltensor.view import BufferView
+
+REDUCTIONS: Final = frozenset({"allreduce", "reduce", "reducescatter"})
+"""The operations that combine elements; all others move bytes and take every data type."""
+
+_ARITHMETIC: Final = frozenset({ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX})
+_BITWISE: Final = frozenset({ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR})
+_OPS_OF_KIND: Final = {
+    "b": _ARITHMETIC | _BITWISE,
+    "i": _ARITHMETIC | _BITWISE,
+    "u": _ARITHMETIC | _BITWISE,
+    "f": _ARITHMETIC | {ReduceOp.AVERAGE},
+    "c": frozenset({ReduceOp.SUM, ReduceOp.AVERAGE}),
+}
+_PAIRS: Final = frozenset(
+    (dtype, op) for dtype in DTYPES.values() if not dtype.moves_only for op in _OPS_OF_KIND[dtype.kind]
+)
+
+
+def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
+    """Check that ``operation`` is defined for elements of ``dtype``, on any backend.
+
+    Args:
+        operation: The name of the collective, ``"allreduce"``.
+        dtype: The elements' true type.
+        op: How elements are combined; None where nothing is.
+
+    Raises:
+        UnsupportedDTypeError: The operation is not defined for this type.
+        OptionError: A reduction without ``op``.
+    """
+    if (dtype, op) in _PAIRS or operation not in REDUCTIONS:
+        return
+    if op is None:
+        raise OptionError(f"{operation} needs a reduce op: expected one of {', '.join(ReduceOp.__members__)}, got None")
+    if dtype.moves_only:
+        raise UnsupportedDTypeError(
+            f"{operation} with op={op.name} is not defined for {dtype}, which can only be moved (broadcast, gather, "
+            "send ...); convert it to float16, bfloat16 or float32 first"
+        )
+    defined = ", ".join(sorted(other.name for other in _OPS_OF_KIND[dtype.kind]))
+    remedy = "convert it to a floating-point type first" if op is ReduceOp.AVERAGE else "use one of these"
+    if dtype.kind == "c":
+        remedy = "use one of these, or reduce the real and imaginary parts on their own"
+    raise UnsupportedDTypeError(
+        f"{operation} with op={op.name} is not defined for {dtype}, which has {defined}; {remedy}"
+    )
+
+
+class ControlPlane(Protocol):
+    """What a backend needs of a group's control plane (``colltensor.control.Control``)."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+
+    @property
+    def group_name(self) -> str:
+        """The group's name, for messages."""
+
+    def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
+        """Return the payloads of all ranks in rank order; all ranks call."""
+
+    def check(self) -> None:
+        """Raise the error with which another rank, or this one, has broken the group."""
+
+
+class Placement(Protocol):
+    """What a backend needs of ``colltensor.rendezvous.Meeting``: where the ranks are."""
+
+    @property
+    def addresses(self) -> Sequence[tuple[str, int]]:
+        """The address and port of every rank's control plane; the others reach it by this address."""
+
+
+class Backend(Protocol):
+    """One wire, connected: the payload half of a group's collectives.
+
+    When a method is called all ranks of the call have arrived and agree on operation, count, dtype,
+    op and root, ``require`` has passed, and no two buffers alias but where said. Buffers are
+    contiguous unless ``takes_strided``. One call runs at a time. Results are in the buffers on
+    return. ``deadline`` is a ``time.monotonic()`` value; at the deadline a method raises TimeoutError,
+    and when another rank breaks the group what ``ControlPlane.check`` raises. A provider's own
+    RuntimeError may escape; the group says what it means. After an error the wire is unusable and
+    the buffers are kept alive until ``close``.
+
+    Attributes:
+        name: The backend's name in the table.
+        device_types: The device types whose memory it reaches.
+        takes_strided: Whether it takes strided views; else the group stages them.
+        agrees: Whether the ranks must agree on the control plane before each payload.
+    """
+
+    name: str
+    device_types: frozenset[str]
+    takes_strided: bool
+    agrees: bool
+
+    def require(self, operation: str, dtype: DType, op: ReduceOp | None) -> None:
+        """Raise UnsupportedDTypeError or OptionError if the call cannot be done here."""
+
+    def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+        """Return True where elements pass through a converted copy (which ``copy=False`` refuses)."""
+
+    def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+        """Combine in place on every rank; several buffers are several transfers of one call."""
+
+    def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
+        """Combine in place on ``root``; the other ranks' buffers keep their contents."""
+
+    def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
+        """Overwrite with ``root``'s contents on the other ranks."""
+
+    def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
+        """Write rank r's ``source`` to ``outputs[r]``; ``outputs[rank]`` may be ``source`` itself."""
+
+    def gather(
+        self, outputs: Sequence[BufferView] | None, source: BufferView, root: int, deadline: float
+    ) -> None:
+        """Write rank r's ``source`` to ``outputs[r]`` of ``root``; ``outputs`` is None elsewhere."""
+
+    def scatter(
+        self, target: BufferView, sources: Sequence[BufferView] | None, root: int, deadline: float
+    ) -> None:
+        """Write ``root``'s ``sources[r]`` to rank r's ``target``; ``sources`` is None elsewhere."""
+
+    def reducescatter(
+        self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
+    ) -> None:
+        """Write the combination of all ranks' ``sources[rank]`` to ``target``; other sources stay intact."""
+
+    def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
+        """Write rank r's ``sources[rank]`` to ``outputs[r]``."""
+
+    def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
+        """Send to ``peer``, which calls ``recv``."""
+
+    def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
+        """Receive from ``peer``, which calls ``send``."""
+
+    def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
+        """Send ``source`` to ``dst`` and receive ``target`` from ``src`` at the same time."""
+
+    def barrier(self, deadline: float) -> None:
+        """Return when all ranks have called."""
+
+    def close(self) -> None:
+        """Free the wire without waiting for other ranks; idempotent."""
+
+
+class BackendSpec(Protocol):
+    """A backend's entry in the table: whether it can be used here, and how it is made."""
+
+    def available(self) -> str | None:
+        """Return None if the backend can be used here, else why not and what to install. Imports no framework."""
+
+    def create(
+        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+    ) -> Backend:
+        """Connect this rank's backend. All ranks call, having met.
+
+        Args:
+            control: The group's ControlPlane; None for a group of one rank without one.
+            meeting: The group's Placement; None as above.
+            timeout_s: How long connecting may take, and the default of an operation.
+            interface: Name or address of the network interface to use.
+            provider: The library to use, where the backend has several.
+
+        Raises:
+            BackendUnavailableError: It cannot be used here.
+            OptionError: An option that it does not have.
+            MismatchError: The ranks cannot use one wire together.
+        """

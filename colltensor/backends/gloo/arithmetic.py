@@ -1,0 +1,141 @@
+"""Combine the ranks' elements on the host, in rank order.
+
+What Gloo or its provider has not, or has wrong: 16-bit floats that accumulate in float32, MIN and
+MAX that keep NaN, integers of any width, bool. Imports numpy and no other framework (bfloat16 is
+handled as bits, so that ml_dtypes is not needed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from colltensor.backends.gloo.provider import ANY_MEMORY
+from colltensor.types import DTYPES, DType, ReduceOp
+
+Array = np.ndarray[Any, Any]
+
+CHUNK: Final = 1 << 16
+"""Elements worked on at a time: what is read and written of them stays in a core's cache."""
+
+_FUNCTIONS: Final[dict[ReduceOp, np.ufunc]] = {
+    ReduceOp.SUM: np.add, ReduceOp.PRODUCT: np.multiply, ReduceOp.MIN: np.minimum, ReduceOp.MAX: np.maximum,
+    ReduceOp.AVERAGE: np.add,
+    ReduceOp.BAND: np.bitwise_and, ReduceOp.BOR: np.bitwise_or, ReduceOp.BXOR: np.bitwise_xor,
+}
+_BOOL_FUNCTIONS: Final[dict[ReduceOp, np.ufunc]] = {
+    ReduceOp.SUM: np.logical_or, ReduceOp.MAX: np.logical_or, ReduceOp.BOR: np.logical_or,
+    ReduceOp.PRODUCT: np.logical_and, ReduceOp.MIN: np.logical_and, ReduceOp.BAND: np.logical_and,
+    ReduceOp.BXOR: np.logical_xor,
+}
+_STORED_AS: Final = {
+    dtype: np.dtype({"bfloat16": "uint16", "bool": "uint8"}.get(name, name))
+    for name, dtype in DTYPES.items() if not dtype.moves_only
+}
+_FLOAT16: Final = DTYPES["float16"]
+_BFLOAT16: Final = DTYPES["bfloat16"]
+_BOOL: Final = DTYPES["bool"]
+
+
+def combine(target: int, inputs: Sequence[int], count: int, dtype: DType, op: ReduceOp) -> None:
+    """Write ``inputs[0] op inputs[1] op ...`` to ``target``, elementwise and from left to right.
+
+    Args:
+        target: Address of the result; it may be one of ``inputs`` and overlaps no other.
+        inputs: Addresses of contiguous host memory, one a rank; only read.
+        count: Elements of each.
+        dtype: Their type. 16-bit floats are combined in float32 and rounded once, to nearest even.
+        op: How they are combined; AVERAGE divides the sum by the number of inputs.
+    """
+    out = _array(target, count, dtype)
+    arrays = [_array(pointer, count, dtype) for pointer in inputs]
+    with np.errstate(all="ignore"):
+        if dtype is _FLOAT16 or dtype is _BFLOAT16:
+            _combine_halves(out, arrays, dtype, op)
+            return
+        function = (_BOOL_FUNCTIONS if dtype is _BOOL else _FUNCTIONS)[op]
+        if dtype is _BOOL:
+            out = out.view(np.bool_)
+        _combine_chunks(out, arrays, function)
+        if op is ReduceOp.AVERAGE:
+            np.true_divide(out, len(arrays), out=out)
+
+
+def divide(pointer: int, count: int, dtype: DType, divisor: int) -> None:
+    """Divide floating-point or complex elements in place."""
+    elements = _array(pointer, count, dtype)
+    with np.errstate(all="ignore"):
+        np.true_divide(elements, divisor, out=elements)
+
+
+def _array(pointer: int, count: int, dtype: DType) -> Array:
+    memory: Any = ANY_MEMORY.from_address(pointer)
+    return np.frombuffer(memory, _STORED_AS[dtype], count)
+
+
+def _combine_chunks(out: Array, arrays: Sequence[Array], function: np.ufunc) -> None:
+    if len(arrays) == 2:
+        function(arrays[0], arrays[1], out=out)
+        return
+    if len(arrays) == 1:
+        np.copyto(out, arrays[0], casting="unsafe")
+        return
+    partial = np.empty(min(CHUNK, len(out)), out.dtype)
+    for start in range(0, len(out), CHUNK):
+        stop = start + CHUNK
+        first = arrays[0][start:stop]
+        sums = partial[: len(first)]
+        function(first, arrays[1][start:stop], out=sums)
+        for other in arrays[2:-1]:
+            function(sums, other[start:stop], out=sums)
+        function(sums, arrays[-1][start:stop], out=out[start:stop])
+
+
+def _combine_halves(out: Array, arrays: Sequence[Array], dtype: DType, op: ReduceOp) -> None:
+    widen, narrow = (_widen_float16, _narrow_float16) if dtype is _FLOAT16 else (_widen_bfloat16, _narrow_bfloat16)
+    function = _FUNCTIONS[op]
+    size = min(CHUNK, len(out))
+    partial, operand = np.empty(size, np.float32), np.empty(size, np.float32)
+    for start in range(0, len(out), CHUNK):
+        stop = start + CHUNK
+        wide = partial[: len(out[start:stop])]
+        other = operand[: len(wide)]
+        widen(arrays[0][start:stop], wide)
+        for array in arrays[1:]:
+            widen(array[start:stop], other)
+            function(wide, other, out=wide)
+        if op is ReduceOp.AVERAGE:
+            np.true_divide(wide, np.float32(len(arrays)), out=wide)
+        narrow(wide, other, out[start:stop])
+
+
+def _widen_float16(halves: Array, wide: Array) -> None:
+    np.copyto(wide, halves)
+
+
+def _narrow_float16(wide: Array, scratch: Array, halves: Array) -> None:
+    np.copyto(halves, wide, casting="same_kind")
+
+
+def _widen_bfloat16(halves: Array, wide: Array) -> None:
+    """A bfloat16 is the upper half of a float32."""
+    bits = wide.view(np.uint32)
+    np.left_shift(halves, np.uint32(16), out=bits, dtype=np.uint32)
+
+
+def _narrow_bfloat16(wide: Array, scratch: Array, halves: Array) -> None:
+    """Round to nearest, ties to even: add half of the last place kept, less one where that place is 0."""
+    bits, rounded = wide.view(np.uint32), scratch.view(np.uint32)
+    lost = np.isnan(wide)
+    np.right_shift(bits, 16, out=rounded)
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    np.copyto(halves, rounded, casting="unsafe")
+    if lost.any():
+        halves[lost] = (bits[lost] >> 16) | 0x40
+
+

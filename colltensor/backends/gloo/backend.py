@@ -1,0 +1,181 @@
+"""GlooBackend: every collective over a Gloo provider, or composed where Gloo has none or a wrong one.
+
+Imports no framework; the provider does, and the arithmetic of composed reductions imports numpy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Concatenate, Final, ParamSpec
+
+from colltensor.backends.base import REDUCTIONS, ControlPlane, require
+from colltensor.backends.gloo.arithmetic import divide
+from colltensor.backends.gloo.composed import Composer, copy
+from colltensor.backends.gloo.provider import Provider, Transfer, never_free
+from colltensor.types import DType, ReduceOp
+from colltensor.view import BufferView
+
+DIRECT_NBYTES: Final = 256 << 10
+"""Up to this size of all that a rank sends, an allreduce sends everything to everyone. Measured with torch on one
+host of 2 cores: 0.14 ms against 0.27 of Gloo's ring for 1 KiB and 2 ranks, 0.37 against 1.0 for 4 ranks."""
+
+_EMULATED: Final = frozenset({"float16", "bfloat16"})
+_P = ParamSpec("_P")
+
+
+def _keeps_buffers(
+    method: Callable[Concatenate[GlooBackend, _P], None],
+) -> Callable[Concatenate[GlooBackend, _P], None]:
+    """Keep the arguments of a call that failed until ``close``: Gloo may still read and write their memory."""
+
+    @functools.wraps(method)
+    def call(backend: GlooBackend, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            method(backend, *args, **kwargs)
+        except BaseException:
+            backend.kept.append((args, kwargs))
+            raise
+
+    return call
+
+
+class GlooBackend:
+    """Collectives of host memory between any number of hosts.
+
+    Every rank chooses the same way through: by operation, dtype, op, size and provider, on which
+    all agree. Zero bytes stay off the wire, and so does a group of one rank.
+
+    Attributes:
+        kept: The arguments of calls that failed.
+    """
+
+    name = "gloo"
+    device_types = frozenset({"cpu"})
+    takes_strided = False
+    agrees = True
+
+    require = staticmethod(require)
+
+    def __init__(self, provider: Provider, control: ControlPlane) -> None:
+        self.kept: list[object] = []
+        self._provider = provider
+        self._control = control
+        self._rank = control.rank
+        self._size = control.world_size
+        self._composer = Composer(provider, self._rank, self._size)
+
+    def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+        """Return True for reductions of 16-bit floats, which are widened to float32 and rounded back."""
+        return dtype.name in _EMULATED and operation in REDUCTIONS
+
+    @_keeps_buffers
+    def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+        """Combine in place on every rank, each buffer on its own."""
+        for buffer in buffers:
+            if buffer.count and self._size > 1:
+                self._allreduce(buffer, op, deadline)
+
+    def _allreduce(self, buffer: BufferView, op: ReduceOp, deadline: float) -> None:
+        dtype, count = buffer.dtype, buffer.count
+        nbytes = count * dtype.itemsize
+        # What MIN and MAX of 0.0 and -0.0 are depends on the processor and the alignment: one rank must decide.
+        decided = dtype.kind == "f" and (op is ReduceOp.MIN or op is ReduceOp.MAX)
+        if nbytes * (self._size - 1) <= DIRECT_NBYTES and not decided:
+            self._composer.allreduce_direct(buffer.pointer, count, dtype, op, deadline)
+            return
+        pair = self._provider.natives.get((dtype, op))
+        if pair is None:
+            self._composer.allreduce(buffer.pointer, count, dtype, op, deadline)
+            return
+        self._provider.allreduce(buffer.pointer, nbytes, pair, deadline)
+        if op is ReduceOp.AVERAGE:
+            divide(buffer.pointer, count, dtype, self._size)
+
+    @_keeps_buffers
+    def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
+        """Combine in place on ``root``; elsewhere the buffers are only read."""
+        for buffer in buffers:
+            if buffer.count and self._size > 1:
+                self._composer.reduce(buffer.pointer, buffer.count, buffer.dtype, root, op, deadline)
+
+    @_keeps_buffers
+    def reducescatter(self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+        """Combine all ranks' ``sources[rank]`` into ``target``."""
+        if self._size == 1:
+            copy(target.pointer, sources[0].pointer, target.nbytes)
+        elif target.count:
+            pointers = [source.pointer for source in sources]
+            self._composer.reducescatter(target.pointer, pointers, target.count, target.dtype, op, deadline)
+
+    @_keeps_buffers
+    def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
+        """Overwrite with ``root``'s bytes on the other ranks, each buffer on its own."""
+        for buffer in buffers:
+            if buffer.count and self._size > 1:
+                self._provider.broadcast(buffer.pointer, buffer.nbytes, root, deadline)
+
+    @_keeps_buffers
+    def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
+        """Send ``source`` to every rank; receive straight into ``outputs``."""
+        self._move(list(enumerate(outputs)), [(rank, source) for rank in range(self._size)], deadline)
+
+    @_keeps_buffers
+    def gather(
+        self, outputs: Sequence[BufferView] | None, source: BufferView, root: int, deadline: float
+    ) -> None:
+        """Send ``source`` to ``root``, which receives straight into ``outputs``."""
+        self._move(list(enumerate(outputs or ())), [(root, source)], deadline)
+
+    @_keeps_buffers
+    def scatter(
+        self, target: BufferView, sources: Sequence[BufferView] | None, root: int, deadline: float
+    ) -> None:
+        """Send ``root``'s ``sources`` to their ranks."""
+        self._move([(root, target)], list(enumerate(sources or ())), deadline)
+
+    @_keeps_buffers
+    def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
+        """Send every rank its source; receive straight into ``outputs``."""
+        self._move(list(enumerate(outputs)), list(enumerate(sources)), deadline)
+
+    @_keeps_buffers
+    def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
+        """Send each buffer to ``peer``, one after the other."""
+        for buffer in buffers:
+            self._move([], [(peer, buffer)], deadline)
+
+    @_keeps_buffers
+    def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
+        """Receive each buffer from ``peer``, one after the other."""
+        for buffer in buffers:
+            self._move([(peer, buffer)], [], deadline)
+
+    @_keeps_buffers
+    def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
+        """Send to ``dst`` and receive from ``src`` at once; both may be one rank, this one included."""
+        self._move([(src, target)], [(dst, source)], deadline)
+
+    def barrier(self, deadline: float) -> None:
+        """Wait for all ranks on the control plane; Gloo has no part in it."""
+        self._control.allgather(b"", deadline)
+
+    def close(self) -> None:
+        """Close Gloo's connections and end what is in flight, then let go of the memory of failed calls."""
+        if not self._provider.close():
+            never_free(self.kept, self._composer)
+        self.kept = []
+
+    def _move(
+        self, targets: list[tuple[int, BufferView]], sources: list[tuple[int, BufferView]], deadline: float
+    ) -> None:
+        """Move bytes to and from other ranks; what this rank has for itself is copied."""
+        own = self._rank
+        mine = [view for peer, view in targets if peer == own]
+        if mine:
+            given = next(view for peer, view in sources if peer == own)
+            copy(mine[0].pointer, given.pointer, given.nbytes)
+        receives = [Transfer(peer, view.pointer, view.nbytes) for peer, view in targets if peer != own and view.count]
+        sends = [Transfer(peer, view.pointer, view.nbytes) for peer, view in sources if peer != own and view.count]
+        if receives or sends:
+            self._provider.exchange(receives, sends, deadline)

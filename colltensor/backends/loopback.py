@@ -1,0 +1,169 @@
+"""Loopback: the backend of a group of one rank. Reductions are the identity, moves are copies.
+
+Imports numpy only to copy strided host memory, and a device's framework only if it is in use already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from colltensor.backends.base import require
+from colltensor.errors import DeviceError, OptionError, RankError
+from colltensor.types import DType, ReduceOp
+from colltensor.view import BufferView
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_DEVICE_TYPES: Final = frozenset({
+    "cpu", "cuda", "cuda_host", "cuda_managed", "rocm", "rocm_host", "oneapi", "opencl", "vulkan", "metal", "vpi",
+    "hexagon", "maia", "trn",
+})
+"""The device types that DLPack names: one rank moves nothing between devices."""
+
+
+class LoopbackBackend:
+    """The wire of a group of one rank: none."""
+
+    name = "loopback"
+    device_types = _DEVICE_TYPES
+    takes_strided = True
+    agrees = False
+
+    require = staticmethod(require)
+
+    def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+        """Nothing is converted."""
+        return False
+
+    def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+        """Leave the buffers as they are: the combination of one rank's elements."""
+
+    def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
+        """Leave the buffers as they are."""
+
+    def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
+        """Leave the buffers as they are."""
+
+    def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
+        """Copy ``source`` to ``outputs[0]``."""
+        _copy(outputs[0], source)
+
+    def gather(
+        self, outputs: Sequence[BufferView] | None, source: BufferView, root: int, deadline: float
+    ) -> None:
+        """Copy ``source`` to ``outputs[0]``."""
+        if outputs is not None:
+            _copy(outputs[0], source)
+
+    def scatter(
+        self, target: BufferView, sources: Sequence[BufferView] | None, root: int, deadline: float
+    ) -> None:
+        """Copy ``sources[0]`` to ``target``."""
+        if sources is not None:
+            _copy(target, sources[0])
+
+    def reducescatter(
+        self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
+    ) -> None:
+        """Copy ``sources[0]`` to ``target``."""
+        _copy(target, sources[0])
+
+    def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
+        """Copy ``sources[0]`` to ``outputs[0]``."""
+        _copy(outputs[0], sources[0])
+
+    def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
+        """Raise RankError: there is no other rank."""
+        raise RankError(f"send: rank {peer} is not in a group of one rank; make the group with more ranks")
+
+    def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
+        """Raise RankError: there is no other rank."""
+        raise RankError(f"recv: rank {peer} is not in a group of one rank; make the group with more ranks")
+
+    def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
+        """Copy ``source`` to ``target``: both peers are this rank."""
+        _copy(target, source)
+
+    def barrier(self, deadline: float) -> None:
+        """Return: all ranks are here."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LoopbackSpec:
+    """The table entry of ``LoopbackBackend``."""
+
+    def available(self) -> str | None:
+        """Return None: it can always be used."""
+        return None
+
+    def create(
+        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+    ) -> LoopbackBackend:
+        """Return the backend; ``timeout_s``, ``interface`` and ``provider`` have nothing to decide.
+
+        Raises:
+            OptionError: The group has more than one rank.
+        """
+        if control is not None and control.world_size != 1:
+            raise OptionError(
+                f"backend 'loopback' serves groups of one rank, but group '{control.group_name}' has "
+                f"{control.world_size}; use backend='auto'"
+            )
+        return LoopbackBackend()
+
+
+SPEC: Final = LoopbackSpec()
+
+
+def _copy(target: BufferView, source: BufferView) -> None:
+    """Copy elements in row-major order; does nothing where both views are one."""
+    if target.count == 0 or (target.pointer == source.pointer and target.strides == source.strides):
+        return
+    if target.device.type != "cpu" or source.device.type != "cpu":
+        _copy_on_device(target, source)
+    elif target.strides is None and source.strides is None:
+        ctypes.memmove(target.pointer, source.pointer, target.nbytes)
+    else:
+        destination = _as_array(target)
+        destination[...] = _as_array(source).reshape(destination.shape)
+
+
+def _as_array(view: BufferView) -> np.ndarray[Any, Any]:
+    """View host memory as a numpy array of uninterpreted elements."""
+    import numpy as np
+
+    low, high = view.span()
+    memory: Any = (ctypes.c_char * (high - low)).from_address(low)
+    size = view.dtype.itemsize
+    steps = None if view.strides is None else [stride * size for stride in view.strides]
+    array: np.ndarray[Any, Any] = np.ndarray(view.shape, f"V{size}", memory, view.pointer - low, steps)
+    return array
+
+
+def _copy_on_device(target: BufferView, source: BufferView) -> None:
+    """Copy with the framework that is loaded; ready when it returns, as every result of a backend."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is None and cupy is None:
+        raise DeviceError(
+            f"backend 'loopback' cannot copy {source!r} to {target!r} by itself; import torch or cupy first, which can"
+        )
+    if torch is not None:
+        destination, origin = _as_tensor(torch, target), _as_tensor(torch, source)
+        destination.copy_(origin.reshape(destination.shape))
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(destination.device)
+        return
+    assert cupy is not None
+    destination, origin = cupy.from_dlpack(target.owner), cupy.from_dlpack(source.owner)
+    destination[...] = origin.reshape(destination.shape)
+    cupy.cuda.get_current_stream().synchronize()
+
+
+def _as_tensor(torch: Any, view: BufferView) -> Any:
+    return view.owner.detach() if isinstance(view.owner, torch.Tensor) else torch.from_dlpack(view.owner)

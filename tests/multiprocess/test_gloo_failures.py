@@ -1,0 +1,204 @@
+"""Gloo when a rank dies, is late, is interrupted, leaves or forks: every wait ends, and so does close."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from fake_control import FakeControl
+from gloo_ranks import SUM, Ranks, soon, view
+from pool import RankPool
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture
+def path() -> str:
+    """A path for the ranks' fake control planes to meet at."""
+    return f"{tempfile.gettempdir()}/{uuid4().hex[:8]}"
+
+
+WAITS = {
+    "allreduce": lambda backend, array, deadline: backend.allreduce([view(array)], SUM, deadline),
+    "broadcast": lambda backend, array, deadline: backend.broadcast([view(array)], 1, deadline),
+    "recv": lambda backend, array, deadline: backend.recv([view(array)], 1, deadline),
+}
+"""Calls of rank 0 that wait for rank 1."""
+
+
+def wait_alone(rank: int, size: int, path: str, provider: str, call: str, how: str) -> dict[str, Any]:
+    """Rank 0 calls and rank 1 does not; return what rank 0 saw."""
+    ranks = Ranks(path, rank, size, provider)
+    array = np.ones(1 << 20)
+    WAITS["allreduce"](ranks.backend, array, soon())
+    if rank == 1:
+        time.sleep(0.2)
+        if how == "dies":
+            os._exit(1)
+        ranks.control.allgather(b"", soon())
+        ranks.backend.close()
+        ranks.control.close()
+        return {}
+    array[:] = 1
+    timer = threading.Timer(0.5, _disturb, [ranks.control, how])
+    timer.start()
+    began, used = time.monotonic(), time.process_time()
+    seen: BaseException | None = None
+    try:
+        WAITS[call](ranks.backend, array, soon(1.0 if how == "expires" else 20.0))
+    except (RuntimeError, OSError, KeyboardInterrupt) as error:
+        seen = error
+    report = {"after_s": time.monotonic() - began, "cpu_s": time.process_time() - used, "error": repr(seen)}
+    timer.join()
+    began = time.monotonic()
+    ranks.backend.close()
+    report["close_s"] = time.monotonic() - began
+    array[:] = 7
+    if how != "dies":
+        ranks.control.allgather(b"", soon())
+    time.sleep(0.1)
+    report["intact"] = bool((array == 7).all())
+    ranks.control.close()
+    return report
+
+
+def _disturb(control: FakeControl, how: str) -> None:
+    if how == "is told":
+        control.failure = ConnectionError("rank 1 is lost, says the control plane")
+    elif how == "is interrupted":
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("call", WAITS)
+@pytest.mark.parametrize(
+    ("how", "error", "after_s"),
+    [
+        ("dies", "RuntimeError", 0.8),
+        ("expires", "TimeoutError", 1.0),
+        ("is told", "ConnectionError", 0.5),
+        ("is interrupted", "KeyboardInterrupt", 0.5),
+    ],
+)
+def test_a_wait_ends_and_close_does_not_hang(
+    pool: RankPool, path: str, call: str, how: str, error: str, after_s: float
+) -> None:
+    report = pool.run(2, wait_alone, path, "torch", call, how, may_die={1} if how == "dies" else ())[0]
+    assert report["error"].startswith(error), report
+    assert report["after_s"] < after_s + 1.0, report
+    assert report["close_s"] < 1.0, report
+    assert report["cpu_s"] < 0.3, report
+    assert report["intact"], "Gloo wrote after close"
+
+
+def lose_a_peer(rank: int, size: int, path: str, provider: str) -> tuple[str, float]:
+    ranks = Ranks(path, rank, size, provider)
+    array = np.ones(1000)
+    ranks.backend.allreduce([view(array)], SUM, soon())
+    if rank == 1:
+        os._exit(1)
+    try:
+        for _ in range(100):
+            ranks.backend.allreduce([view(array)], SUM, soon())
+    except RuntimeError as error:
+        seen = type(error).__name__
+    began = time.monotonic()
+    ranks.backend.close()
+    ranks.backend.close()
+    return seen, time.monotonic() - began
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_dead_peer_is_an_error(pool: RankPool, path: str, provider: str, world_size: int) -> None:
+    reports = pool.run(world_size, lose_a_peer, path, provider, may_die={1})
+    for kind, close_s in (report for report in reports if report is not None):
+        assert kind == "RuntimeError"
+        assert close_s < 3.0
+
+
+def use_after_close(rank: int, size: int, path: str, provider: str) -> None:
+    ranks = Ranks(path, rank, size, provider)
+    ranks.backend.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        ranks.backend.allreduce([view(np.ones(100_000))], SUM, soon())
+    ranks.control.close()
+
+
+def test_a_closed_backend_says_so(pool: RankPool, path: str, provider: str) -> None:
+    pool.run(2, use_after_close, path, provider)
+
+
+def leave_at_once(rank: int, size: int, path: str, provider: str) -> None:
+    ranks = Ranks(path, rank, size, provider)
+    array = np.full(4 << 20, float(rank + 1))
+    ranks.backend.broadcast([view(array)], 0, soon())
+    ranks.backend.close()
+    assert (array == 1.0).all()
+
+
+def test_a_root_may_close_at_once(pool: RankPool, path: str, provider: str) -> None:
+    pool.run(3, leave_at_once, path, provider)
+
+
+PROGRAM = """
+import os, sys, threading, time
+sys.path[:0] = {path!r}
+import numpy as np
+from gloo_ranks import Ranks, SUM, soon, view
+rank = int(sys.argv[1])
+ranks = Ranks(sys.argv[2], rank, 2, sys.argv[3])
+array = np.ones(3)
+ranks.backend.allreduce([view(array)], SUM, soon())
+{end}
+"""
+ENDS = {
+    "without close": "",
+    "in flight": """
+if rank == 0:
+    threading.Thread(target=lambda: ranks.backend.recv([view(array)], 1, soon()), daemon=True).start()
+    time.sleep(0.3)
+else:
+    time.sleep(1.5)
+""",
+    "forked": """
+child = os.fork()
+if child == 0:
+    ranks.backend.close()
+    del ranks
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+ranks.backend.allreduce([view(array)], SUM, soon())
+assert array[0] == 4
+ranks.control.allgather(b"", soon())
+ranks.backend.close()
+""",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_process_ends_cleanly(path: str, provider: str, end: str) -> None:
+    if end == "in flight" and provider == "pygloo":
+        pytest.skip("pygloo holds the GIL while it waits: nothing can end it")
+    program = PROGRAM.format(path=sys.path, end=ENDS[end])
+    arguments = [sys.executable, "-c", program]
+    ranks = [
+        subprocess.Popen([*arguments, str(rank), path, provider], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]
+    try:
+        for rank, process in enumerate(ranks):
+            output, _ = process.communicate(timeout=25)
+            assert process.returncode == 0, f"rank {rank} ended with {process.returncode}: {output.decode()}"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
