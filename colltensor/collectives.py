@@ -226,10 +226,17 @@ def backend_unavailable_reason(backend: str) -> str | None:
     return backends.reason(backend.lower())
 
 
-def create_collective_group(actors: Sequence[Any], *args: Any, **options: Any) -> CollectiveGroup:
+def create_collective_group(
+    actors: Sequence[Any], world_size: int | None = None, ranks: Sequence[int] | None = None, backend: str = "auto",
+    group_name: str = "default", gloo_timeout: float | None = None, *, timeout_s: float = 30.0,
+    interface: str | None = None, provider: str | None = None,
+) -> CollectiveGroup:
     """Make a group of Ray actors from the driver; see ``colltensor.ray.create_collective_group``."""
     declare = importlib.import_module("colltensor.ray.declare")
-    group: CollectiveGroup = declare.create_collective_group(actors, *args, **options)
+    group: CollectiveGroup = declare.create_collective_group(
+        actors, world_size, ranks, backend, group_name, gloo_timeout, timeout_s=timeout_s, interface=interface,
+        provider=provider,
+    )
     return group
 
 

@@ -61,7 +61,11 @@ def init_collective_group(
         CollectiveTimeoutError, PeerLostError: Ranks did not come, or died; names them.
         MismatchError: The ranks disagree about the group.
     """
-    recipe = _recipe(backend, timeout_s if gloo_timeout is None else gloo_timeout / 1000, interface, provider)
+    if gloo_timeout is not None:
+        if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
+            raise OptionError(f"gloo_timeout: expected a number of milliseconds, got {gloo_timeout!r}; or use timeout_s")
+        timeout_s = gloo_timeout / 1000
+    recipe = _recipe(backend, timeout_s, interface, provider)
     if world_size is not None and rank is not None:
         world_size, rank = _check(world_size, rank, recipe)
     alone = world_size == 1 and init_method is None and recipe.backend_for(1) == "loopback"
@@ -139,7 +143,10 @@ def find_group(group_name: str = "default") -> Group:
     Raises:
         GroupError: This process has none; says what to call.
     """
-    group = _groups.get(group_name)
+    try:
+        group = _groups.get(group_name)
+    except TypeError:  # no name at all but something unhashable, a tensor list perhaps
+        group = None
     if group is None:
         raise _no_group(group_name)
     return group
@@ -242,7 +249,7 @@ def _taken(group_name: str) -> GroupError:
 
 
 def _no_group(group_name: str) -> GroupError:
-    if group_name in _groups:
+    if isinstance(group_name, str) and group_name in _groups:
         return GroupError(f"group '{group_name}' is still being made by another thread of this process")
     known = ", ".join(f"'{name}'" for name in _groups) or "none"
     return GroupError(

@@ -1,0 +1,9 @@
+"""ColTensor in Ray: rendezvous through Ray, and groups declared from the driver.
+
+Imports ray, so nothing outside Ray imports this package. Only Ray's public API is used.
+"""
+
+from colltensor.ray.declare import CollectiveGroup, create_collective_group
+from colltensor.ray.rendezvous import RayDirectory
+
+__all__ = ["CollectiveGroup", "RayDirectory", "create_collective_group"]

@@ -1,0 +1,140 @@
+"""How the ranks of a group meet inside Ray: rank 0 leaves its invitation with a small named actor.
+
+Imports ray. The actor is owned by rank 0's process and not detached, so Ray ends it with that process, however
+it ends; rank 0 ends it as soon as the meeting is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any, Final
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from colltensor.errors import CollectiveTimeoutError, OptionError
+from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
+from colltensor.rendezvous.messages import taken
+
+_PREFIX: Final = "colltensor:"
+_FREE_WITHIN_S: Final = 10.0
+_READ_WITHIN_S: Final = 3.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.2
+
+
+class InvitationBoard:
+    """Holds one invitation for as long as a meeting lasts."""
+
+    def __init__(self, invitation: bytes) -> None:
+        self._invitation = invitation
+
+    def read(self) -> bytes:
+        """Return the invitation."""
+        return self._invitation
+
+
+_Board: Final = ray.remote(num_cpus=0)(InvitationBoard)
+"""Made once, because Ray keeps a copy of each class that ``ray.remote`` makes until the job ends."""
+
+
+class RayDirectory:
+    """Leaves invitations in the Ray namespace of this process, where whoever runs in it can read them."""
+
+    def __init__(self) -> None:
+        self._boards: dict[str, Any] = {}
+
+    @property
+    def scope(self) -> str:
+        """Say which place this is."""
+        context = ray.get_runtime_context()
+        return f"ray:{context.get_job_id()}:{context.namespace}"
+
+    def publish(self, key: str, invitation: bytes) -> None:
+        """Start the named actor that holds the invitation: see Directory.
+
+        The actor of a rank 0 that died, or of the last meeting of this name, may take a moment to end.
+        """
+        pause = _FIRST_PAUSE_S
+        free_by = time.monotonic() + _FREE_WITHIN_S
+        while True:
+            try:
+                self._boards[key] = _Board.options(name=_PREFIX + key).remote(invitation)
+                return
+            except ValueError as error:
+                self._make_way(key, error, time.monotonic() > free_by)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LAST_PAUSE_S)
+
+    def locate(self, key: str, deadline: float) -> bytes:
+        """Return the invitation once rank 0 left it: see Directory."""
+        pause = _FIRST_PAUSE_S
+        reason = "no actor of that name exists"
+        while (left_s := deadline - time.monotonic()) > 0:
+            try:
+                board = _find(key)
+                if board is not None:
+                    return _read(key, board, left_s)
+            except (RayActorError, GetTimeoutError) as error:
+                reason = f"last: {error}"
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(1.5 * pause, _LAST_PAUSE_S)
+        raise CollectiveTimeoutError(
+            f"expected rank 0 to leave an invitation in Ray's actor '{_PREFIX + key}' within the timeout, but it did "
+            f"not ({reason}); start rank 0 in the same Ray namespace, with the same group_name",
+            (0,),
+        )
+
+    def withdraw(self, key: str) -> None:
+        """End the actor: see Directory."""
+        board = self._boards.pop(key, None)
+        if board is not None and ray.is_initialized():
+            ray.kill(board)
+
+    def _make_way(self, key: str, error: ValueError, is_late: bool) -> None:
+        """Return where the name is on the way to be free.
+
+        Raises:
+            RankError: Another rank 0 of this group lives.
+            OptionError: The name stays taken, or belongs to somebody else.
+        """
+        name = _PREFIX + key
+        found = b""
+        with contextlib.suppress(RayActorError, GetTimeoutError):
+            board = _find(key)
+            found = b"" if board is None else _read(key, board, _READ_WITHIN_S)
+        if found and another_rank_0_lives(found, key):
+            raise taken(0, [who_am_i(), f"the process that owns the actor '{name}' in this Ray namespace"]) from error
+        if is_late:
+            raise OptionError(
+                f"group_name: Ray does not let rank 0 start the actor '{name}': {error}; choose another group_name"
+            ) from error
+
+
+def _find(key: str) -> ActorHandle[InvitationBoard] | None:
+    """Return the board, dead or alive, or None where there is none."""
+    try:
+        return ray.get_actor(_PREFIX + key)
+    except ValueError:
+        return None
+
+
+def _read(key: str, board: ActorHandle[InvitationBoard], timeout_s: float) -> bytes:
+    """Return the invitation on the board.
+
+    Raises:
+        RayActorError: The board is gone.
+        GetTimeoutError: It does not answer.
+        OptionError: It is an actor of another kind.
+    """
+    try:
+        invitation = ray.get(board.read.remote(), timeout=timeout_s)
+    except (AttributeError, RayTaskError):
+        invitation = None
+    if not isinstance(invitation, bytes):
+        raise OptionError(
+            f"group_name: the actor '{_PREFIX + key}' exists in this Ray namespace and is not ColTensor's; choose "
+            "another group_name, or name that actor differently"
+        )
+    return invitation

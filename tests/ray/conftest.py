@@ -1,0 +1,77 @@
+"""Ray for the tests: one cluster of two nodes on this host, one crew of actors, nothing left of either."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from crew import FIRST_NODE, SECOND_NODE, Crew, Member, named_actors
+from pool import ONE_THREAD
+from ray.cluster_utils import Cluster
+
+STORE_BYTES = 100 << 20
+CREW_SIZE = 4
+
+
+def search_path() -> str:
+    """What the workers need on PYTHONPATH: this folder, and the package where it is not installed."""
+    found = importlib.util.find_spec("colltensor")
+    assert found is not None
+    assert found.origin is not None
+    folders = [str(Path(__file__).parent)]
+    if "site-packages" not in Path(found.origin).parts:
+        folders.append(str(Path(found.origin).parent.parent))
+    return os.pathsep.join(folders)
+
+
+@pytest.fixture(scope="session")
+def cluster(nothing_left: None) -> Iterator[Cluster]:
+    """Two nodes, simulated on this host, and this process connected to them."""
+    environment = {**ONE_THREAD, "PYTHONPATH": search_path(), "RAY_DEDUP_LOGS": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        cluster = Cluster()
+        try:
+            for resource in (FIRST_NODE, SECOND_NODE):
+                cluster.add_node(
+                    num_cpus=1, resources={resource: 1.0}, object_store_memory=STORE_BYTES, include_dashboard=False
+                )
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def crew(cluster: Cluster) -> Crew:
+    """The session's actors; a test that ends one spawns its own instead."""
+    return Crew(CREW_SIZE)
+
+
+@pytest.fixture(autouse=True)
+def no_named_actor_left(cluster: Cluster) -> Iterator[None]:
+    """Fail a test that leaves a named actor behind."""
+    yield
+    assert named_actors() == []
+
+
+@pytest.fixture
+def spawn(cluster: Cluster) -> Iterator[Callable[..., Any]]:
+    """Start actors for one test: ``spawn(Member, num_cpus=0, ...)``; they end with it."""
+    spawned = []
+
+    def start(kind: type = Member, **options: Any) -> Any:
+        actor = ray.remote(**{"num_cpus": 0, **options})(kind).remote()
+        spawned.append(actor)
+        return actor
+
+    yield start
+    for actor in spawned:
+        ray.kill(actor)
