@@ -9,8 +9,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Final
 
+from colltensor.adapters import known
 from colltensor.backends.base import Backend
-from colltensor.buffers import Buffers, adapt, refuse_overlaps
+from colltensor.buffers import Buffers, TensorBuffers, adapt, refuse_overlaps
 from colltensor.errors import DeviceError, OptionError, RankError, ShapeError, TensorError
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
@@ -41,7 +42,11 @@ class Arguments:
             OptionError: ``copy`` is False and a copy is needed.
         """
         try:
-            buffers = adapt(tensor, write, donate, containers)
+            adapter = known.get(type(tensor))
+            buffers: Buffers = (
+                adapt(tensor, write, donate, containers) if adapter is None
+                else TensorBuffers(tensor, adapter, write, donate)
+            )
             views = buffers.views
             for view in views:
                 if (operation, op, view.dtype, view.device.type, copy) not in self._accepted:
@@ -144,7 +149,10 @@ class Arguments:
         """
         number = self.rank(operation, argument, rank)
         if number == self._rank:
-            raise RankError(f"{operation}: {argument} (rank {self._rank}): a rank cannot {operation} with itself")
+            raise RankError(
+                f"{operation}: {argument} (rank {self._rank}): expected another rank of group '{self._name}', got this "
+                "rank itself; copy the tensor instead"
+            )
         return number
 
     def _wrong_device(self, view: BufferView) -> DeviceError:

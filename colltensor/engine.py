@@ -151,7 +151,8 @@ class Engine:
         Returns:
             What the call returns, or with ``async_op`` the Work that will have it.
         """
-        if self._alone and not async_op and self._queue.enter():  # one rank: nobody to agree with or to tell
+        queue = self._queue
+        if self._alone and not async_op and queue.enter():  # one rank: nobody to agree with or to tell
             try:
                 for buffer in buffers:
                     buffer.load()
@@ -160,7 +161,7 @@ class Engine:
                     buffer.store()
                 return result()
             finally:
-                self._queue.leave()
+                queue.leave()
         return self._submit(
             Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers), async_op
         )

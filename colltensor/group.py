@@ -398,6 +398,8 @@ class Group:
         """
         if color is not None and (not isinstance(color, int) or color < 0):
             raise OptionError(f"split: color (rank {self.rank}): expected a number >= 0 or None, got {color!r}")
+        if key is not None and not isinstance(key, int):
+            raise OptionError(f"split: key (rank {self.rank}): expected a whole number or None, got {key!r}")
         ballot = json.dumps([color, self.rank if key is None else key, self.rank]).encode()
         ballots = [json.loads(vote) for vote in self._exchange("split", ballot, -1)]
         members = [rank for voted, _, rank in sorted(ballots, key=lambda vote: vote[1:]) if voted == color]
@@ -446,12 +448,11 @@ class Group:
     def _exchange(self, name: str, payload: bytes, root: int) -> list[bytes]:
         """Allgather bytes over the control plane, once the ranks agreed on the operation."""
         control = self._control
-        if control is None:
-            return [payload]
         found: list[bytes] = []
         self._engine.run(
             False, name, None, None, root, True, (),
-            lambda deadline: found.extend(control.allgather(payload, deadline)), (), lambda: found,
+            lambda deadline: found.extend([payload] if control is None else control.allgather(payload, deadline)), (),
+            lambda: found,
         )
         return found
 

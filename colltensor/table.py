@@ -63,7 +63,7 @@ def init_collective_group(
     """
     if gloo_timeout is not None:
         if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
-            raise OptionError(f"gloo_timeout: expected a number of milliseconds, got {gloo_timeout!r}; or use timeout_s")
+            raise OptionError(f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s")
         timeout_s = gloo_timeout / 1000
     recipe = _recipe(backend, timeout_s, interface, provider)
     if world_size is not None and rank is not None:

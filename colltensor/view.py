@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 from colltensor import dlpack
 from colltensor.types import CPU, UINT8, Device, DType
@@ -32,7 +33,7 @@ class BufferView:
         owner: The object that owns the memory.
     """
 
-    __slots__ = ("count", "device", "dtype", "handle", "owner", "pointer", "readonly", "shape", "strides")
+    __slots__ = ("_shape", "count", "device", "dtype", "handle", "owner", "pointer", "readonly", "strides")
 
     def __init__(
         self,
@@ -40,17 +41,17 @@ class BufferView:
         count: int,
         dtype: DType,
         device: Device,
-        shape: tuple[int, ...],
+        shape: tuple[int, ...] | None,
         strides: tuple[int, ...] | None,
         readonly: bool,
         handle: object,
-        owner: object,
+        owner: Any,
     ) -> None:
         self.pointer = pointer
         self.count = count
         self.dtype = dtype
         self.device = device
-        self.shape = shape
+        self._shape = shape  # None: the owner's, read when asked for, which contiguous tensors seldom are
         self.strides = strides
         self.readonly = readonly
         self.handle = handle
@@ -74,7 +75,7 @@ class BufferView:
         device: Device = CPU,
         strides: tuple[int, ...] | None = None,
         readonly: bool = False,
-        owner: object,
+        owner: Any,
     ) -> BufferView:
         """View memory by its address; ``owner`` keeps it alive."""
         return cls(pointer, math.prod(shape), dtype, device, shape, strides, readonly, None, owner)
@@ -84,6 +85,11 @@ class BufferView:
         """View a writable, C-contiguous host buffer as bytes."""
         raw = (ctypes.c_char * memoryview(buffer).nbytes).from_buffer(buffer)
         return cls.from_address(ctypes.addressof(raw), (len(raw),), UINT8, owner=raw)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extents of all axes."""
+        return tuple(self.owner.shape) if self._shape is None else self._shape
 
     @property
     def nbytes(self) -> int:

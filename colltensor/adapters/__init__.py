@@ -75,7 +75,8 @@ _ADAPTERS: Final = {
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 _TENSOR_PACKAGES: Final = frozenset({"numpy", "torch", "jax", "jaxlib", "cupy"})
 _registered: list[Adapter] = []
-_by_type: dict[type, Adapter] = {}
+known: Final[dict[type, Adapter]] = {}
+"""Adapters by tensor type, as far as they were found: a short cut for the path of every call."""
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -91,16 +92,16 @@ def register_adapter(adapter: Adapter) -> None:
     if missing:
         raise OptionError(f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}")
     _registered.insert(0, adapter)
-    _by_type.clear()
+    known.clear()
 
 
 def find_adapter(kind: type) -> Adapter | None:
     """Return the adapter for tensors of this type, or None for what is no tensor."""
-    found = _by_type.get(kind)
+    found = known.get(kind)
     if found is None:
         found = _search(kind)
         if found is not None:
-            _by_type[kind] = found
+            known[kind] = found
     return found
 
 
@@ -136,7 +137,7 @@ def _search(kind: type) -> Adapter | None:
                 return built_in
     if hasattr(kind, "__dlpack__") and not _is_foreign_subclass(kind):
         other: Adapter = importlib.import_module("colltensor.adapters.dlpack").ADAPTER
-        return other
+        return other if other.claims(kind) else None
     return None
 
 
@@ -159,6 +160,8 @@ def _remedy(tensor: Any) -> str:
         return "a scalar cannot be changed in place: pass a 0-d array, numpy.array(value)"
     if "jax._src.core.Tracer" in map(_name, kind.__mro__):
         return "inside jax.jit, jax.grad or jax.vmap arrays have no memory: call it outside the traced function"
+    if hasattr(kind, "__dlpack__") and not hasattr(kind, "__dlpack_device__"):
+        return "it has __dlpack__ but not __dlpack_device__, which the protocol asks for: register_adapter() for it"
     if hasattr(kind, "__dlpack__"):
         return (
             "subclasses are refused because their memory may mean something else: pass the plain tensor, or register "

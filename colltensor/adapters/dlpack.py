@@ -6,6 +6,7 @@ the read-only flag.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any, Final
 
@@ -16,6 +17,12 @@ from colltensor.view import BufferView
 
 _CPU: Final = 1
 _CUDA: Final = 2
+_COMPLEX: Final = 5
+_DTYPE_OFFSET: Final = 20
+"""Where DLTensor, with which DLManagedTensor begins, has its dtype: after data, device and ndim."""
+_capsule_pointer: Final = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class DlpackAdapter:
@@ -50,7 +57,7 @@ def _view(tensor: Any) -> BufferView:
         raise ReadOnlyError(f"{type(tensor).__name__} does not export its memory ({error}); pass a copy") from error
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedTensorError(f"{type(tensor).__name__} cannot be exported through DLPack: {error}") from error
-    name = str(handle.dtype)
+    name = _dtype_name(handle)
     dtype = DTYPES.get(name)
     if dtype is None:
         raise UnsupportedDTypeError(f"dtype {name} is not supported; known are {', '.join(DTYPES)}")
@@ -58,6 +65,20 @@ def _view(tensor: Any) -> BufferView:
     strides = None if handle.is_contiguous() else tuple(handle.strides)
     device = CPU if kind == _CPU else Device("cuda", index)
     return BufferView(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, False, handle, tensor)
+
+
+def _dtype_name(handle: Any) -> str:
+    """Return numpy's name of a handle's dtype.
+
+    tvm_ffi 0.1.15 cannot name complex types, so theirs is read from the DLPack capsule itself
+    (``code``, ``bits``: one byte each). To go when ``str(handle.dtype)`` gives "complex64".
+    """
+    try:
+        return str(handle.dtype)
+    except ValueError:
+        capsule = handle.__dlpack__()
+        code, bits = ctypes.string_at(_capsule_pointer(capsule, b"dltensor") + _DTYPE_OFFSET, 2)
+        return f"complex{bits}" if code == _COMPLEX else f"of DLPack code {code} with {bits} bits"
 
 
 ADAPTER: Final = DlpackAdapter()

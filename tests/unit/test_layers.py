@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {*VALUES, "net", "rendezvous", "control"},
     "tree": {"errors", "adapters"},
     "buffers": {*VALUES, "adapters", "tree"},
-    "arguments": {*VALUES, "backends", "buffers"},
+    "arguments": {*VALUES, "adapters", "backends", "buffers"},
     "work": {"errors"},
     "engine": {*VALUES, "control", "buffers", "work"},
     "group": {*VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "engine", "work"},
