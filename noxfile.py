@@ -1,0 +1,236 @@
+"""The matrix: every framework on every Python where the pair exists, and the checks of the sources.
+
+    nox                             everything but `gpu`
+    nox -s "tests(jax-3.12)"        one pair
+    nox -t torch                    every session of one framework
+    nox -s "tests(torch-3.11)" -- -k allreduce -x    arguments for pytest
+    nox -s gpu                      on a machine with a CUDA device
+
+Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
+installed from a wheel, as a user would: the tests run against that, never against the checkout.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.download_python = "never"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests", "demo"]
+
+ROOT = Path(__file__).parent
+DIST = ROOT / ".nox" / "dist"
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+MAIN_PYTHON = "3.11"
+
+PAIRS = [
+    ("numpy", "3.10"),
+    ("jax", "3.10"),
+    ("torch", "3.11"),
+    ("cupy", "3.11"),
+    ("mixed", "3.11"),
+    ("ray", "3.11"),
+    ("numpy", "3.12"),
+    ("jax", "3.12"),
+    ("numpy", "3.13"),
+    ("jax", "3.13"),
+]
+"""Gloo comes from pygloo on 3.10 (it has no later wheels) and from torch on 3.11 (its CPU build is for that one).
+
+Elsewhere there is no Gloo: unit tests and the backends that need none.
+"""
+
+SELECTED = {
+    "numpy": ("numpy",),
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "cupy": ("cupy",),
+    "mixed": ("numpy", "torch", "jax"),
+    "ray": ("numpy", "torch", "jax", "ray"),
+}
+"""The frameworks that a session's tests are run over."""
+
+FOLDERS = {
+    "numpy": ("tests",),
+    "torch": ("tests",),
+    "jax": ("tests/unit/test_no_dependencies.py", "tests/conformance"),
+    "cupy": ("tests/unit",),
+    "mixed": ("tests/conformance",),
+    "ray": ("tests/ray",),
+}
+"""The folders that it runs: numpy's and torch's sessions have all that no framework changes, once for each Python."""
+
+
+def _offer_pyenv_interpreters() -> None:
+    """Put pyenv's own interpreters on PATH where its shims do not answer.
+
+    A shim exists for every installed version but fails unless the version is enabled, and nox believes it.
+    """
+    homes = [os.environ.get("PYENV_ROOT", ""), str(Path.home() / ".pyenv")]
+    pyenv = shutil.which("pyenv") or next(filter(None, (shutil.which(f"{home}/bin/pyenv") for home in homes)), None)
+    if pyenv is None:
+        return
+    root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout.strip()
+    for version in sorted({python for _, python in PAIRS} | {MAIN_PYTHON}):
+        shim = shutil.which(f"python{version}")
+        if shim and subprocess.run([shim, "--version"], capture_output=True, check=False).returncode == 0:
+            continue
+        folders = Path(root, "versions").glob(f"{version}.*/bin")
+        installed = [path for path in folders if (path / f"python{version}").exists()]
+        if installed:
+            newest = max(installed, key=lambda path: int(path.parent.name.split(".")[2].split("-")[0].rstrip("t")))
+            os.environ["PATH"] = f"{newest}{os.pathsep}{os.environ['PATH']}"
+
+
+_offer_pyenv_interpreters()
+
+
+_built: list[Path] = []
+_seconds: dict[str, float] = {}
+
+
+def _timed(function: Callable[..., None]) -> Callable[..., None]:
+    """Note how long a session takes, its installation included."""
+
+    @functools.wraps(function)
+    def run(session: nox.Session, *arguments: object, **options: object) -> None:
+        began = time.perf_counter()
+        try:
+            function(session, *arguments, **options)
+        finally:
+            _seconds[session.name] = time.perf_counter() - began
+
+    return run
+
+
+@atexit.register
+def _print_seconds() -> None:
+    for name, seconds in _seconds.items():
+        print(f"{name:20} {seconds:5.0f} s")
+
+
+def _elsewhere(session: nox.Session) -> Path:
+    """Return an empty folder to run in, so that nothing comes from the checkout by being in it.
+
+    Not nox's own `create_tmp()`, which becomes TMPDIR: Ray refuses one inside a virtual environment.
+    """
+    folder = ROOT / ".nox" / "run" / Path(session.virtualenv.location).name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _wheel(session: nox.Session) -> Path:
+    """Build the wheel, once for all sessions of a run."""
+    if not _built:
+        shutil.rmtree(DIST, ignore_errors=True)
+        session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), str(ROOT))
+        _built.extend(DIST.glob("*.whl"))
+    return _built[0]
+
+
+def _install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ("test",)) -> None:
+    """Install the package with extras, as a user would, and the development groups that the session needs."""
+    if "torch" in extras:
+        # First of all, so that no other requirement brings another build of torch.
+        session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "test-torch"))
+    wheel = _wheel(session)
+    requirement = f"colltensor[{','.join(extras)}] @ {wheel.as_uri()}"
+    session.install("--quiet", requirement, *nox.project.dependency_groups(PYPROJECT, *groups))
+    # A kept environment may hold an older build of the same version.
+    session.install("--quiet", "--no-deps", "--force-reinstall", str(wheel))
+
+
+def _pytest(
+    session: nox.Session,
+    folders: tuple[str, ...],
+    *arguments: str,
+    frameworks: tuple[str, ...],
+    providers: tuple[str, ...],
+) -> None:
+    """Run pytest on the installed package; arguments after nox's ``--`` are passed on."""
+    environment = {
+        "COLLTENSOR_TEST_FRAMEWORKS": ",".join(frameworks),
+        "COLLTENSOR_TEST_PROVIDERS": ",".join(providers),
+        "COLLTENSOR_TEST_INSTALLED": "1",
+    }
+    given = [str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in session.posargs]
+    where = [] if any(word.startswith(str(ROOT)) for word in given) else [str(ROOT / folder) for folder in folders]
+    # By the `pytest` script, since `python -m pytest` would put the working directory on the search path.
+    with session.chdir(_elsewhere(session)):
+        config = str(ROOT / "pyproject.toml")
+        session.run("pytest", "--config-file", config, *where, *arguments, *given, env=environment)
+
+
+@nox.session
+@_timed
+def lint(session: nox.Session) -> None:
+    """Check style and imports with ruff."""
+    session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("ruff", "check", ".")
+
+
+@nox.session(python=MAIN_PYTHON)
+@_timed
+def types(session: nox.Session) -> None:
+    """Check the package's types with mypy --strict, numpy's and torch's own types at hand."""
+    session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "test-torch"))
+    dependencies = PYPROJECT["project"]["dependencies"]
+    session.install("--quiet", *dependencies, *nox.project.dependency_groups(PYPROJECT, "types"))
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize(
+    ("python", "framework"),
+    [nox.param(python, framework, id=f"{framework}-{python}", tags=[framework]) for framework, python in PAIRS],
+)
+@_timed
+def tests(session: nox.Session, framework: str) -> None:
+    """Run the tests over one framework on one Python."""
+    frameworks = SELECTED[framework]
+    extras = [name for name in frameworks if name != "numpy"]
+    providers = ("torch",) if "torch" in frameworks else ()
+    if session.python == "3.10":
+        extras, providers = [*extras, "pygloo"], ("pygloo",)
+    groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
+    _install(session, *extras, groups=groups)
+    _pytest(session, FOLDERS[framework], frameworks=frameworks, providers=providers)
+
+
+@nox.session(python=MAIN_PYTHON)
+@_timed
+def demo(session: nox.Session) -> None:
+    """Run every example, small."""
+    _install(session, "ray", "torch", "jax", groups=("examples",))
+    with session.chdir(_elsewhere(session)):
+        for line in (
+            "ray_allreduce.py --array numpy --workers 2",
+            "ray_allreduce.py --array torch --workers 4",
+            "ray_allreduce.py --array jax --workers 2",
+            "ray_digits.py --array torch --workers 2",
+            "mixed_frameworks.py",
+            "parameter_server.py",
+            "no_ray.py",
+        ):
+            script, *arguments = line.split()
+            session.run("python", str(ROOT / "examples" / script), *arguments)
+
+
+@nox.session(python=MAIN_PYTHON)
+@_timed
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device."""
+    _install(session, "torch", "cupy")
+    _pytest(session, ("tests",), "-m", "gpu", frameworks=("numpy", "torch", "cupy"), providers=("torch",))

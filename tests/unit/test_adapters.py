@@ -1,0 +1,430 @@
+"""Adapters: each framework's tensor as a view of its very memory, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import colltensor.adapters as adapters_module
+from colltensor import (
+    BufferView,
+    DeviceError,
+    OptionError,
+    ReadOnlyError,
+    UnsupportedDTypeError,
+    UnsupportedTensorError,
+    register_adapter,
+)
+from colltensor.adapters import adapter_of, find_adapter, memory_of
+from colltensor.types import CPU, DTYPES, Device
+
+
+@pytest.fixture
+def own_adapters() -> Iterator[None]:
+    """Forget, after the test, the adapters that it registered."""
+    before = list(adapters_module._registered)
+    yield
+    adapters_module._registered[:] = before
+    adapters_module.known.clear()
+
+
+def target(tensor: Any) -> BufferView:
+    return adapter_of(tensor).target(tensor)
+
+
+def source(tensor: Any) -> BufferView:
+    return adapter_of(tensor).source(tensor)
+
+
+class TestNumpy:
+    """numpy.ndarray."""
+
+    @pytest.mark.parametrize("name", [name for name in DTYPES if hasattr(np, name) or name == "bool"])
+    def test_numpy_dtypes(self, name: str) -> None:
+        array = np.zeros((2, 3), name)
+        view = target(array)
+        assert (view.pointer, view.dtype, view.shape, view.strides) == (array.ctypes.data, DTYPES[name], (2, 3), None)
+        assert (view.device, view.readonly, view.owner is array) == (CPU, False, True)
+
+    def test_dtypes_of_ml_dtypes(self) -> None:
+        ml_dtypes = importlib.import_module("ml_dtypes")
+        for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+            array = np.zeros(6, getattr(ml_dtypes, name))[::2]
+            for view in (target(array), source(array)):
+                assert (view.pointer, view.dtype.name, view.strides) == (array.ctypes.data, name, (2,))
+
+    @pytest.mark.parametrize(
+        "index", [np.s_[::-1, ::2], np.s_[1:3, 1], np.s_[:, None, 2:4], np.s_[3:, :0], np.s_[0, 0:1]]
+    )
+    def test_any_layout(self, index: Any) -> None:
+        array = np.arange(24, dtype=np.int16).reshape(4, 6)[index]
+        for view in (target(array), target(array.T), source(array)):
+            assert view.count == array.size
+            if array.size > 1:
+                assert view.pointer == array.ctypes.data
+        expected = None if array.flags.c_contiguous else tuple(step // 2 for step in array.strides)
+        assert target(array).strides == expected
+
+    def test_memory_mapped_files_are_arrays(self, tmp_path: Any) -> None:
+        mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=(4,))
+        assert target(mapped).pointer == mapped.ctypes.data
+
+    def test_read_only(self) -> None:
+        array = np.ones(3)
+        array.flags.writeable = False
+        assert source(array).readonly
+        assert source(array).pointer == array.ctypes.data
+        with pytest.raises(ReadOnlyError, match=r"read-only.*x\.copy\(\)"):
+            target(array)
+        with pytest.raises(ReadOnlyError):
+            target(np.frombuffer(b"12345678", np.float64))
+
+    @pytest.mark.parametrize("dtype", ["O", "M8[s]", "m8[s]", "U3", "S3", "V4", ">i4", "g", "G", [("a", "f4")]])
+    def test_other_dtypes(self, dtype: Any) -> None:
+        for look in (target, source):
+            with pytest.raises(UnsupportedDTypeError, match="is not supported"):
+                look(np.zeros(2, dtype))
+
+    def test_subclasses_are_refused(self) -> None:
+        class Tagged(np.ndarray):
+            pass
+
+        for array in (np.ma.zeros(3), np.asmatrix([[1.0]]), np.zeros(3).view(Tagged), np.rec.array([(1, 2)])):
+            with pytest.raises(UnsupportedTensorError, match="subclasses are refused"):
+                target(array)
+
+    def test_no_reference_is_kept(self) -> None:
+        array = np.ones(3)
+        before = sys.getrefcount(array)
+        view = target(array)
+        assert sys.getrefcount(array) > before
+        del view
+        assert sys.getrefcount(array) == before
+
+
+class TestHostMemory:
+    """Staging buffers and copies between layouts."""
+
+    def test_allocation_is_aligned(self) -> None:
+        for nbytes in (0, 1, 63, 64, 1_000_003):
+            view = memory_of("cpu").allocate(nbytes)
+            assert view.pointer % 64 == 0
+            assert view.nbytes == nbytes
+
+    @pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "complex128", "bfloat16", "float8_e4m3fn"])
+    def test_copies_between_layouts(self, dtype: str) -> None:
+        kind = np.dtype(getattr(importlib.import_module("ml_dtypes"), dtype, dtype))
+        raw = np.arange(24 * kind.itemsize, dtype=np.uint8)
+        values = (raw % 2 == 1)[:24] if dtype == "bool" else raw.view(kind)
+        spread = np.zeros((8, 6), kind)
+        for one, other in ((values.reshape(4, 6), spread[::2]), (values.reshape(4, 6).T, spread[::-2, :]),
+                           (values[::-1], spread[:4, :])):
+            memory_of("cpu").copy(target(other), source(one))
+            assert np.ascontiguousarray(other).tobytes() == np.ascontiguousarray(one).tobytes()
+        assert spread[4:].any() or dtype == "bool"
+
+    def test_empty_copies(self) -> None:
+        memory_of("cpu").copy(target(np.zeros((0, 3))), source(np.zeros(0)))
+
+
+@pytest.mark.needs("torch")
+class TestTorch:
+    """torch.Tensor, Parameter and Buffer."""
+
+    @staticmethod
+    def torch() -> Any:
+        return importlib.import_module("torch")
+
+    def test_dtypes(self) -> None:
+        torch = self.torch()
+        known = [name for name in DTYPES if hasattr(torch, name)]
+        assert {"bool", "int8", "uint64", "bfloat16", "float8_e5m2", "complex128"} <= set(known)
+        for name in known:
+            tensor = torch.zeros((2, 3), dtype=getattr(torch, name))
+            view = target(tensor)
+            assert (view.pointer, view.dtype.name, tuple(view.shape), view.strides) == (
+                tensor.data_ptr(), name, (2, 3), None)
+
+    def test_layouts(self) -> None:
+        tensor = self.torch().arange(24).reshape(4, 6)
+        for part in (tensor.T, tensor[1::2, ::3], tensor[:, 2], tensor[2:], tensor.permute(1, 0)[:, :1]):
+            view = target(part)
+            assert view.pointer == part.data_ptr()
+            assert view.strides is None if part.is_contiguous() else tuple(view.strides) == part.stride()
+
+    def test_channels_last(self) -> None:
+        torch = self.torch()
+        tensor = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+        assert tuple(target(tensor).strides or ()) == tensor.stride()
+
+    def test_parameters_are_read_and_written_under_no_grad(self) -> None:
+        torch = self.torch()
+        for leaf in (torch.nn.Parameter(torch.ones(3)), torch.ones(3, requires_grad=True)):
+            assert source(leaf).pointer == leaf.data_ptr()
+            with pytest.raises(ReadOnlyError, match="requires grad"):
+                target(leaf)
+            with torch.no_grad():
+                assert target(leaf).pointer == leaf.data_ptr()
+        assert target(torch.nn.Buffer(torch.ones(2))).count == 2
+
+    def test_written_bumps_the_version(self) -> None:
+        tensor = self.torch().ones(3)
+        before = tensor._version
+        adapter_of(tensor).written(tensor)
+        assert tensor._version == before + 1
+
+    def test_inference_tensors(self) -> None:
+        torch = self.torch()
+        with torch.inference_mode():
+            tensor = torch.ones(3)
+            assert target(tensor).count == 3
+            adapter_of(tensor).written(tensor)
+        assert source(tensor).count == 3
+        with pytest.raises(ReadOnlyError, match="inference_mode"):
+            target(tensor)
+
+    def test_lazy_values_are_refused(self) -> None:
+        torch = self.torch()
+        x = torch.ones(3, dtype=torch.complex64)
+        for lazy in (x.conj(), x.conj().imag):
+            for look in (source, target):
+                with pytest.raises(UnsupportedTensorError, match=r"resolve_neg\(\)\.resolve_conj\(\)"):
+                    look(lazy)
+        assert target(x.conj().resolve_conj()).count == 3
+
+    def test_no_plain_memory(self) -> None:
+        torch = self.torch()
+        for tensor in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.eye(3).to_sparse_csc(),
+                       torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])):
+            for look in (source, target):
+                with pytest.raises(UnsupportedTensorError):
+                    look(tensor)
+        with pytest.raises(DeviceError, match="meta"):
+            target(torch.ones(3, device="meta"))
+
+    @pytest.mark.usefixtures("own_adapters")
+    def test_subclasses_come_by_registration(self) -> None:
+        torch = self.torch()
+
+        class Tagged(torch.Tensor):  # type: ignore[misc]
+            pass
+
+        tensor = torch.ones(3).as_subclass(Tagged)
+        with pytest.raises(UnsupportedTensorError, match="register_adapter"):
+            target(tensor)
+
+        class TaggedAdapter(type(adapter_of(torch.ones(1)))):  # type: ignore[misc]
+            def claims(self, kind: type) -> bool:
+                return kind is Tagged
+
+        register_adapter(TaggedAdapter())
+        assert target(tensor).pointer == tensor.data_ptr()
+        assert find_adapter(torch.Tensor) is not find_adapter(Tagged)
+
+
+@pytest.mark.needs("jax")
+class TestJax:
+    """jax.Array."""
+
+    @staticmethod
+    def jax() -> Any:
+        return importlib.import_module("jax")
+
+    def test_views(self) -> None:
+        jnp = self.jax().numpy
+        for name in ("bool", "int8", "uint32", "float16", "bfloat16", "float32", "complex64", "float8_e4m3fn"):
+            array = jnp.zeros((2, 3), getattr(jnp, name))
+            for view in (source(array), target(array)):
+                assert (view.pointer, view.dtype.name, view.shape) == (array.unsafe_buffer_pointer(), name, (2, 3))
+                assert view.readonly
+
+    def test_claim_copies_or_takes(self) -> None:
+        jnp = self.jax().numpy
+        adapter = adapter_of(jnp.ones(3))
+        assert adapter.immutable
+        x = jnp.arange(1000.0)
+        copy, view = adapter.claim(x, False)
+        assert view.pointer == copy.unsafe_buffer_pointer() != x.unsafe_buffer_pointer()
+        assert not view.readonly
+        pointer = x.unsafe_buffer_pointer()
+        taken, view = adapter.claim(x, True)
+        assert x.is_deleted()
+        assert view.pointer == taken.unsafe_buffer_pointer() == pointer
+
+    def test_refusals(self) -> None:
+        jax = self.jax()
+        x = jax.numpy.ones(3)
+        x.delete()
+        with pytest.raises(UnsupportedTensorError, match="deleted"):
+            source(x)
+        with pytest.raises(UnsupportedDTypeError, match="int4"):
+            source(jax.numpy.ones(3, jax.numpy.int4))
+        with pytest.raises(UnsupportedTensorError, match="PRNGKeyArray"):
+            source(jax.random.key(0))
+        with pytest.raises(UnsupportedTensorError, match="outside the traced function"):
+            jax.jit(source)(jax.numpy.ones(3))
+
+
+@pytest.mark.needs("cupy")
+class TestCupy:
+    """cupy.ndarray, over host memory that poses as a device's: the adapter looks at addresses only."""
+
+    @staticmethod
+    def array(host: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, offset: int = 0) -> Any:
+        cupy = importlib.import_module("cupy")
+        memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, 0)
+        return cupy.ndarray(shape, host.dtype, cupy.cuda.MemoryPointer(memory, offset), strides)
+
+    @pytest.mark.parametrize("name", ["bool", "int8", "uint64", "float16", "float32", "complex128"])
+    def test_views(self, name: str) -> None:
+        host = np.zeros(12, name)
+        for look in (source, target):
+            view = look(self.array(host, (3, 4)))
+            assert (view.pointer, view.dtype.name, view.shape, view.strides) == (host.ctypes.data, name, (3, 4), None)
+            assert view.device == Device("cuda", 0)
+            assert not view.readonly
+
+    def test_layouts(self) -> None:
+        host = np.zeros(24, np.float32)
+        view = target(self.array(host, (2, 3), (48, -8), 20))
+        assert (view.pointer, view.strides) == (host.ctypes.data + 20, (12, -2))
+        assert target(self.array(host, (4, 6)).T).strides == (1, 6)
+
+    def test_the_view_keeps_the_array(self) -> None:
+        host = np.zeros(4)
+        array = self.array(host, (4,))
+        before = sys.getrefcount(array)
+        view = target(array)
+        assert sys.getrefcount(array) == before + 1
+        assert view.owner is array
+        del view
+        assert sys.getrefcount(array) == before
+
+
+class Exporter:
+    """An array of nobody's framework."""
+
+    def __init__(self, array: Any, device: tuple[int, int] = (1, 0)) -> None:
+        self.array = array
+        self.device = device
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, **options: Any) -> Any:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+
+class TestDlpack:
+    """Any object with ``__dlpack__`` and ``__dlpack_device__``."""
+
+    @pytest.mark.parametrize(
+        "name", ["bool", "int8", "int64", "uint8", "uint64", "float16", "float32", "float64", "complex64", "complex128"]
+    )
+    def test_views(self, name: str) -> None:
+        array = np.zeros((2, 6), name)
+        for tensor, strides in ((array, None), (array[:, ::-2], (6, -2)), (array.T, (1, 6))):
+            view = target(Exporter(tensor))
+            assert (view.pointer, view.dtype.name, view.strides) == (tensor.ctypes.data, name, strides)
+            assert view.device == CPU
+
+    def test_device_numbers(self) -> None:
+        with pytest.raises(DeviceError, match="device type 8"):
+            target(Exporter(np.ones(3), (8, 0)))
+
+    def test_read_only_memory(self) -> None:
+        array = np.ones(3)
+        array.flags.writeable = False
+        with pytest.raises(ReadOnlyError, match="copy"):
+            target(Exporter(array))
+
+    def test_the_export_ends_with_the_view(self) -> None:
+        array = np.ones(3)
+        before = sys.getrefcount(array)
+        view = target(Exporter(array))
+        assert sys.getrefcount(array) > before
+        del view
+        assert sys.getrefcount(array) == before
+
+    def test_half_of_the_protocol_is_not_enough(self) -> None:
+        class Half:
+            def __dlpack__(self) -> Any:
+                raise AssertionError("must not be asked")
+
+        assert find_adapter(Half) is None
+        with pytest.raises(UnsupportedTensorError, match="__dlpack_device__"):
+            target(Half())
+
+
+class Custom:
+    """A tensor of the user's own."""
+
+    def __init__(self) -> None:
+        self.array = np.arange(3.0)
+
+
+class CustomAdapter:
+    """Its adapter."""
+
+    name = "custom"
+    immutable = False
+
+    def __init__(self) -> None:
+        self.writes = 0
+
+    def claims(self, kind: type) -> bool:
+        return kind is Custom
+
+    def source(self, tensor: Any) -> BufferView:
+        return source(tensor.array)
+
+    def target(self, tensor: Any) -> BufferView:
+        return target(tensor.array)
+
+    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        return tensor, self.target(tensor)
+
+    def written(self, tensor: Any) -> None:
+        self.writes += 1
+
+
+@pytest.mark.usefixtures("own_adapters")
+def test_register_adapter() -> None:
+    with pytest.raises(UnsupportedTensorError, match="register_adapter"):
+        adapter_of(Custom())
+    first, last = CustomAdapter(), CustomAdapter()
+    register_adapter(first)
+    assert adapter_of(Custom()) is first
+    register_adapter(last)
+    assert adapter_of(Custom()) is last
+    with pytest.raises(OptionError, match="no method claims, source"):
+        register_adapter(object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "thing", [None, 1, 1.5, True, "x", b"x", [], {}, object(), np.float32(1), np.dtype("f4"), Custom]
+)
+def test_what_is_no_tensor(thing: Any) -> None:
+    assert find_adapter(type(thing)) is None
+    with pytest.raises(UnsupportedTensorError, match="expected a numpy, torch, JAX or CuPy array"):
+        adapter_of(thing)
+
+
+def test_a_framework_imported_later_is_found() -> None:
+    """The table is looked up by what is in sys.modules at the time of the call."""
+    program = (
+        "import sys; from colltensor.adapters import find_adapter\n"
+        "assert find_adapter(list) is None and 'numpy' not in sys.modules\n"
+        "import numpy; assert find_adapter(numpy.ndarray).name == 'numpy'"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{program}"], capture_output=True, text=True,
+        timeout=60, check=False,
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,109 @@
+"""Containers: leaves in optree's order, their paths, and the way back."""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optree
+import pytest
+
+from colltensor import tree
+
+Pair = namedtuple("Pair", ["weight", "bias"])  # the plain kind is what optree must know
+
+
+@dataclass
+class Plain:
+    """No pytree node."""
+
+    weight: Any
+
+
+class Registered:
+    """A pytree node of the user's, registered with optree."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.parts = (first, second)
+
+    def tree_flatten(self) -> Any:
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, children: Any) -> Any:
+        return cls(*children)
+
+
+optree.register_pytree_node_class(Registered, namespace=optree.registry.__GLOBAL_NAMESPACE)
+
+
+def array() -> Any:
+    return np.zeros(2)
+
+
+def test_what_is_a_container() -> None:
+    for container in ([], {}, (), [array()], {"a": 1}, Pair(1, 2), OrderedDict(), Registered(1, 2), None):
+        assert tree.is_container(container), container
+    for leaf in (array(), np.float32(1), 1.0, "abc", Plain(1), object(), {1, 2}):
+        assert not tree.is_container(leaf), leaf
+
+
+def test_leaves_come_in_sorted_order_of_keys() -> None:
+    a, b, c = array(), array(), array()
+    leaves, paths, _ = tree.flatten({"z": a, "b": {"y": b}, "a": [None, c]})
+    assert [id(leaf) for leaf in leaves] == [id(c), id(b), id(a)]
+    assert paths == ["['a'][1]", "['b']['y']", "['z']"]
+
+
+def test_insertion_order_changes_nothing() -> None:
+    first = tree.flatten({"a": 1.0, "b": 2.0, "c": 3.0})
+    second = tree.flatten({"c": 3.0, "a": 1.0, "b": 2.0})
+    assert first[:2] == second[:2]
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        {"b": [1, (2,)], "a": None}, [], (), {}, None, Pair(1, {"k": 2}), OrderedDict([("z", 1), ("a", 2)]), [[], [()]],
+        {10: 1, 2: 2}, ({"x": [{"y": 5}]},),
+    ],
+)
+def test_rebuild_gives_the_same_structure(container: Any) -> None:
+    leaves, paths, rebuild = tree.flatten(container)
+    assert len(leaves) == len(paths)
+    assert rebuild(leaves) == container
+    assert type(rebuild(leaves)) is type(container)
+    doubled = rebuild([leaf * 2 for leaf in leaves])
+    assert optree.tree_leaves(doubled) == [leaf * 2 for leaf in leaves]
+
+
+def test_nodes_registered_with_optree() -> None:
+    a, b = array(), array()
+    leaves, paths, rebuild = tree.flatten({"n": Registered(a, [b])})
+    assert [id(leaf) for leaf in leaves] == [id(a), id(b)]
+    assert len(set(paths)) == 2
+    assert rebuild([1, 2])["n"].parts == (1, [2])
+
+
+def test_arrays_are_leaves_and_their_paths_differ() -> None:
+    nested = [[array()], [array()], {"0": array(), 0: array()}]
+    _, paths, _ = tree.flatten(nested)
+    assert len(set(paths)) == 4
+
+
+@pytest.mark.needs("jax")
+def test_nodes_of_jax() -> None:
+    jax = importlib.import_module("jax")
+    a, b = array(), array()
+    node = jax.tree_util.Partial(max, a, key=[b])
+    assert tree.is_container(node)
+    leaves, paths, rebuild = tree.flatten({"f": node, "x": 1.0})
+    assert [id(leaf) for leaf in leaves[:2]] == [id(a), id(b)]
+    assert len(set(paths)) == 3
+    again = rebuild([7, 8, 9])
+    assert again["f"].args == (7,)
+    assert again["f"].keywords == {"key": [8]}
+    assert again["x"] == 9

@@ -1,0 +1,133 @@
+"""Work and the queue that keeps a group's operations in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from colltensor.errors import CollectiveTimeoutError, GroupError, MismatchError
+from colltensor.work import OperationQueue, Work
+
+
+@pytest.fixture
+def queue() -> Iterator[OperationQueue]:
+    made = OperationQueue("tested")
+    yield made
+    made.close(GroupError("over"), 5.0)
+
+
+def test_result_and_done(queue: OperationQueue) -> None:
+    go = threading.Event()
+    work = queue.put(Work("allreduce", lambda: go.wait(10) and "sum"))
+    assert not work.done()
+    with pytest.raises(CollectiveTimeoutError, match=r"allreduce: not done after the 0\.01 s"):
+        work.wait(0.01)
+    go.set()
+    assert work.result() == "sum"
+    assert work.done()
+    assert work.wait() is None
+    assert work.result() == "sum"
+
+
+def test_an_error_is_raised_each_time(queue: OperationQueue) -> None:
+    error = MismatchError("different", (1,))
+
+    def fail() -> None:
+        raise error
+
+    work = queue.put(Work("allreduce", fail))
+    for _ in range(3):
+        with pytest.raises(MismatchError) as caught:
+            work.wait()
+        assert caught.value is error
+    assert work.done()
+    assert queue.put(Work("barrier", lambda: 1)).result() == 1
+
+
+def test_operations_run_in_order_and_one_at_a_time(queue: OperationQueue) -> None:
+    order: list[int] = []
+    running = threading.Lock()
+
+    def run(number: int) -> None:
+        assert running.acquire(blocking=False)
+        time.sleep(0.001)
+        order.append(number)
+        running.release()
+
+    works = [queue.put(Work("op", lambda number=number: run(number))) for number in range(20)]
+    assert not queue.enter() or (queue.leave() or all(work.done() for work in works))
+    for work in works:
+        work.wait(10)
+    assert order == list(range(20))
+
+
+def test_a_synchronous_call_takes_the_turn_when_nobody_waits(queue: OperationQueue) -> None:
+    assert queue.enter()
+    assert not queue.enter()
+    ran = threading.Event()
+    work = queue.put(Work("op", ran.set))
+    assert not ran.wait(0.05)
+    assert not work.done()
+    queue.leave()
+    work.wait(10)
+    assert ran.is_set()
+
+
+def test_closing_fails_what_waits() -> None:
+    queue = OperationQueue("tested")
+    assert queue.enter()
+    works = [queue.put(Work("op", lambda: None)) for _ in range(3)]
+    gone = GroupError("destroyed")
+    assert not queue.close(gone, 0.05)  # the operation that has the turn does not end in time
+    for work in works:
+        with pytest.raises(GroupError) as caught:
+            work.wait(5)
+        assert caught.value is gone
+    queue.leave()
+
+
+def test_closing_waits_for_the_operation_that_runs() -> None:
+    queue = OperationQueue("tested")
+    work = queue.put(Work("op", lambda: time.sleep(0.1)))
+    assert queue.close(GroupError("destroyed"), 5.0)
+    assert work.done()
+
+
+def test_an_idle_queue_has_no_thread() -> None:
+    before = threading.active_count()
+    queue = OperationQueue("tested")
+    assert queue.enter()
+    queue.leave()
+    assert queue.close(GroupError("over"), 1.0)
+    assert threading.active_count() == before
+
+
+def test_the_worker_ends_when_the_queue_is_closed() -> None:
+    queue = OperationQueue("of a group with a name")
+    queue.put(Work("op", lambda: None)).wait(5)
+    names = [thread.name for thread in threading.enumerate()]
+    assert any("of a group with a name" in name for name in names)
+    queue.close(GroupError("over"), 5.0)
+    deadline = time.monotonic() + 5
+    while any("of a group with a name" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_work_lets_go_of_its_operation(queue: OperationQueue) -> None:
+    class Held:
+        pass
+
+    import weakref
+
+    held = Held()
+    alive = weakref.ref(held)
+    work = queue.put(Work("op", lambda held=held: None))
+    work.wait(5)
+    del held
+    queue.put(Work("op", lambda: None)).wait(5)
+    assert alive() is None
+    assert work.done()
