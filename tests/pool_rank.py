@@ -11,6 +11,7 @@ import faulthandler
 import importlib
 import os
 import pickle
+import reprlib
 import signal
 import sys
 import traceback
@@ -114,6 +115,15 @@ def _is_broken(group: Any) -> bool:
     return group._engine.broken is not None
 
 
+def _variables_of(error: BaseException) -> str:
+    """Where a bare assert failed, return its variables: pytest does not rewrite asserts in this process."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, AssertionError) or error.args or not frames:
+        return ""
+    lines = (f"    {name} = {reprlib.repr(value)}" for name, value in frames[-1][0].f_locals.items())
+    return "\n".join(["  with:", *lines])
+
+
 def _answer(call: Call) -> Reply:
     """Run one call; whatever it raises, SystemExit and KeyboardInterrupt too, becomes the reply."""
     assert _state is not None
@@ -126,7 +136,7 @@ def _answer(call: Call) -> Reply:
         result = function(call.rank, call.world_size, *arguments)
         return Reply(pickle.dumps(result), groups_broken=any(map(_is_broken, _groups.values())))
     except BaseException as error:
-        report = traceback.format_exc()
+        report = traceback.format_exc() + _variables_of(error)
         try:
             pickled = pickle.dumps(error)
             pickle.loads(pickled)

@@ -52,6 +52,11 @@ def start_grandchild_and_hang(rank: int, world_size: int, pid_file: str) -> None
     time.sleep(60)
 
 
+def assert_in_rank(rank: int, world_size: int) -> None:
+    total = 41 + rank
+    assert total == 42
+
+
 def unpicklable(rank: int, world_size: int) -> object:
     return lambda: rank
 
@@ -95,6 +100,11 @@ def test_failure_shows_the_traceback_and_keeps_the_processes(pool: RankPool) -> 
     assert isinstance(failure.value.errors[1], ValueError)
     assert failure.value.results == {0: 0}
     assert [result[2] for result in pool.run(2, rank_and_pid, 1)] == pids
+
+
+def test_bare_assert_shows_its_variables(pool: RankPool) -> None:
+    with pytest.raises(RanksFailedError, match=r"(?s)assert total == 42.*total = 41"):
+        pool.run(2, assert_in_rank)
 
 
 def test_exit_is_reported_not_obeyed(pool: RankPool) -> None:
