@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,7 @@ class Group:
         self._control = control
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s)
         self._splits = 0
+        self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
         self._arguments = Arguments(name, rank, world_size, backend)
 
     def allreduce(
@@ -412,6 +413,8 @@ class Group:
 
         Each rank destroys for itself; the others get PeerLostError if they still call. Idempotent.
         """
+        if self.on_destroy is not None:
+            self.on_destroy()
         self._engine.close()
         self._backend.close()
 

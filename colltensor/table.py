@@ -5,6 +5,7 @@ Imports no framework. The lock guards the dictionary alone; meeting other ranks 
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import threading
@@ -159,12 +160,9 @@ def is_group_initialized(group_name: str = "default") -> bool:
 
 def destroy_collective_group(group_name: str = "default") -> None:
     """Destroy this process's group of this name, if there is one; waits for no other rank."""
-    with _lock:
-        group = _groups.get(group_name)
-        if group is None:
-            return
-        del _groups[group_name]
-    group.destroy()
+    group = _groups.get(group_name)
+    if group is not None:
+        group.destroy()
 
 
 def _enter(group_name: str, make: Callable[[], Group]) -> Group:
@@ -183,7 +181,15 @@ def _enter(group_name: str, make: Callable[[], Group]) -> Group:
                 del _groups[group_name]
             else:
                 _groups[group_name] = group
+                group.on_destroy = functools.partial(_forget, group_name, group)
     return group
+
+
+def _forget(group_name: str, group: Group) -> None:
+    """Free the name of a group that is being destroyed."""
+    with _lock:
+        if _groups.get(group_name) is group:
+            del _groups[group_name]
 
 
 def _check_name(group_name: Any) -> None:
