@@ -91,6 +91,7 @@ class TestNumpy:
             with pytest.raises(UnsupportedDTypeError, match="is not supported"):
                 look(np.zeros(2, dtype))
 
+    @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
     def test_subclasses_are_refused(self) -> None:
         class Tagged(np.ndarray):
             pass
@@ -198,6 +199,7 @@ class TestTorch:
                     look(lazy)
         assert target(x.conj().resolve_conj()).count == 3
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls sparse and nested tensors prototypes
     def test_no_plain_memory(self) -> None:
         torch = self.torch()
         for tensor in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.eye(3).to_sparse_csc(),
@@ -271,6 +273,7 @@ class TestJax:
             jax.jit(source)(jax.numpy.ones(3))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of libraries that a machine without a GPU lacks
 @pytest.mark.needs("cupy")
 class TestCupy:
     """cupy.ndarray, over host memory that poses as a device's: the adapter looks at addresses only."""
