@@ -1,0 +1,233 @@
+"""JAX arrays: never written behind anybody's back; with ``donate=True`` the same memory under a new array."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from pool import RankPool
+from worlds import Report, World
+
+import colltensor as col
+
+pytestmark = pytest.mark.needs("jax")
+
+COUNT = 1024
+SHAPE = (32, 32)
+
+
+def _jax() -> Any:
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", True)
+    return jax
+
+
+def _fresh(value: float, shape: tuple[int, ...] = SHAPE) -> Any:
+    """Return an array that owns its memory, ready."""
+    return (_jax().numpy.zeros(shape, "float32") + value).block_until_ready()
+
+
+def leaves_arrays_alone(rank: int, world_size: int, world: World) -> None:
+    group = world.group()
+    total = sum(range(1, world_size + 1))
+    x = _fresh(rank + 1)
+    pointer = x.unsafe_buffer_pointer()
+    y = group.allreduce(x)
+    assert y is not x
+    assert not x.is_deleted()
+    assert y.unsafe_buffer_pointer() != pointer
+    assert x.unsafe_buffer_pointer() == pointer
+    assert (np.asarray(x) == rank + 1).all()
+    assert (np.asarray(y) == total).all()
+    assert (np.asarray(group.broadcast(x, 0)) == 1).all()
+    assert (np.asarray(x) == rank + 1).all()
+    given = [x] * world_size
+    result = group.allgather(given, x)  # one array as every entry: each gets an array of its own
+    assert [int(entry[0, 0]) for entry in result] == list(range(1, world_size + 1))
+    assert (np.asarray(x) == rank + 1).all()
+    assert (np.asarray(group.reduce(x, 0)) == (total if rank == 0 else rank + 1)).all()
+    tree = {"a": x, "b": x}
+    summed = group.allreduce(tree)
+    assert summed is not tree
+    assert tree["a"] is x
+    assert (np.asarray(summed["a"]) == total).all()
+    assert (np.asarray(summed["b"]) == total).all()
+    assert (np.asarray(x) == rank + 1).all()
+
+
+def test_arrays_are_left_alone(pool: RankPool, world: World) -> None:
+    pool.run(world.size, leaves_arrays_alone, world)
+
+
+def donate(rank: int, world_size: int, world: World) -> None:
+    """Every operation that takes ``donate`` gives the address back and deletes what it was given."""
+    group = world.group()
+    size = world_size
+    report = Report(group)
+    calls: dict[str, Callable[[Any], Any]] = {
+        "allreduce": lambda x: group.allreduce(x, donate=True),
+        "scatter": lambda x: group.scatter(x, [_fresh(5)] * size if rank == 0 else None, donate=True),
+        "reducescatter": lambda x: group.reducescatter(x, [_fresh(5)] * size, donate=True),
+        "tree": lambda x: group.allreduce({"k": [x]}, donate=True)["k"][0],
+    }
+    if rank:
+        calls["broadcast"] = lambda x: group.broadcast(x, 0, donate=True)
+    for name, call in calls.items():
+        with report.case(name):
+            x = _fresh(5)
+            pointer = x.unsafe_buffer_pointer()
+            y = call(x)
+            assert x.is_deleted()
+            assert y.unsafe_buffer_pointer() == pointer
+            assert y.shape == SHAPE
+            expected = 5 * size if name in ("allreduce", "reducescatter", "tree") else 5
+            assert (np.asarray(y) == expected).all()
+    if rank == 0:
+        with report.case("the root of a broadcast, which is only read"):
+            x = _fresh(5)
+            assert group.broadcast(x, 0, donate=True) is x
+            assert not x.is_deleted()
+    with report.case("reduce"):
+        x = _fresh(5)
+        y = group.reduce(x, 0, donate=True)
+        assert x.is_deleted() == (rank == 0)
+        assert (np.asarray(y) == (5 * size if rank == 0 else 5)).all()
+    with report.case("sendrecv"):
+        if size > 1:
+            x, to, of = _fresh(0), (rank + 1) % size, (rank - 1) % size
+            pointer = x.unsafe_buffer_pointer()
+            y = group.sendrecv(_fresh(rank), to, x, of, donate=True)
+            assert x.is_deleted()
+            assert y.unsafe_buffer_pointer() == pointer
+            assert (np.asarray(y) == of).all()
+    with report.case("large, and small"):
+        for shape in ((3 << 20,), (1,), ()):
+            x = _fresh(rank, shape)
+            pointer = x.unsafe_buffer_pointer()
+            y = group.allreduce(x, donate=True)
+            assert x.is_deleted()
+            assert y.unsafe_buffer_pointer() == pointer
+            assert float(y.reshape(-1)[-1]) == sum(range(size))
+    with report.case("empty"):
+        x = _fresh(0, (0, 3))
+        assert group.allreduce(x, donate=True).shape == (0, 3)
+        assert x.is_deleted()
+    report.done()
+
+
+def test_donation_keeps_the_address(pool: RankPool, world: World) -> None:
+    pool.run(world.size, donate, world)
+
+
+def sharers_keep_their_values(rank: int, world_size: int, world: World) -> None:
+    """Whoever else holds the memory (an export, numpy memory, a sibling) never sees the result."""
+    group = world.group()
+    jax = _jax()
+    total = sum(range(1, world_size + 1))
+    report = Report(group)
+    with report.case("a live DLPack export"):
+        x = _fresh(rank + 1)
+        export = np.from_dlpack(x)
+        y = group.allreduce(x, donate=True)
+        assert (np.asarray(y) == total).all()
+        assert (export == rank + 1).all()
+    with report.case("numpy's view"):
+        x = _fresh(rank + 1)
+        view = np.asarray(x)
+        y = group.allreduce(x, donate=True)
+        assert (np.asarray(y) == total).all()
+        assert (view == rank + 1).all()
+    with report.case("numpy memory that the array aliases"):
+        raw = np.empty(COUNT * 4 + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        host = raw[start : start + COUNT * 4].view(np.float32)
+        host[:] = rank + 1
+        x = jax.device_put(host)
+        y = group.allreduce(x, donate=True)
+        assert (np.asarray(y) == total).all()
+        assert (host == rank + 1).all()
+    with report.case("an array imported through DLPack"):
+        host[:] = rank + 1
+        x = jax.dlpack.from_dlpack(host, copy=False)
+        y = group.allreduce(x, donate=True)
+        assert (np.asarray(y) == total).all()
+        assert (host == rank + 1).all()
+    with report.case("a sibling by device_put"):
+        x = _fresh(rank + 1)
+        sibling = jax.device_put(x, x.sharding)
+        y = group.allreduce(x, donate=True)
+        assert (np.asarray(y) == total).all()
+        assert sibling.is_deleted() or (np.asarray(sibling) == rank + 1).all()
+    with report.case("a result that is donated in turn"):
+        x = _fresh(rank + 1)
+        y = group.allreduce(x)
+        pointer = y.unsafe_buffer_pointer()
+        z = group.allreduce(y, donate=True)
+        assert z.unsafe_buffer_pointer() == pointer
+        assert (np.asarray(z) == total * world_size).all()
+        assert (np.asarray(x) == rank + 1).all()
+    report.done()
+
+
+def test_donation_changes_nobody_elses_values(pool: RankPool, world: World) -> None:
+    pool.run(world.size, sharers_keep_their_values, world)
+
+
+def waits_for_pending_work(rank: int, world_size: int, world: World) -> None:
+    """The array is still being computed when the call is made."""
+    group = world.group()
+    jax = _jax()
+
+    @jax.jit
+    def slow(x: Any) -> Any:
+        return jax.lax.fori_loop(0, 30, lambda _, y: y @ y / 512, x)
+
+    for options in ({}, {"donate": True}):
+        pending = slow(jax.numpy.full((512, 512), 1.0, "float32"))
+        result = group.allreduce(pending, **options)
+        assert (np.asarray(result) == world_size).all()
+
+
+def test_pending_computation_is_waited_for(pool: RankPool, world: World) -> None:
+    pool.run(world.size, waits_for_pending_work, world)
+
+
+def results_are_ordinary_arrays(rank: int, world_size: int, world: World) -> None:
+    group = world.group()
+    jax = _jax()
+    x = _fresh(rank)
+    y = group.allreduce(x)
+    assert isinstance(y, jax.Array)
+    assert y.sharding == x.sharding
+    assert y.dtype == x.dtype
+    assert float(jax.jit(lambda a: (a * 2).sum())(y)) == 2 * COUNT * sum(range(world_size))
+    assert float(jax.grad(lambda a: (a * y).sum())(y)[0, 0]) == sum(range(world_size))
+    work = group.allreduce(x, async_op=True)
+    assert (np.asarray(work.result()) == sum(range(world_size))).all()
+    donated = _fresh(rank)
+    pointer = donated.unsafe_buffer_pointer()
+    work = group.allreduce(donated, async_op=True, donate=True)
+    assert work.result().unsafe_buffer_pointer() == pointer
+    weak = jax.numpy.asarray(1.0)
+    assert float(group.allreduce(weak)) == world_size
+    assert col.ReduceOp.SUM == 0
+
+
+def test_results_are_ordinary_arrays(pool: RankPool, world: World) -> None:
+    pool.run(world.size, results_are_ordinary_arrays, world)
+
+
+def a_mismatch_leaves_a_donated_array(rank: int, world_size: int, world: World) -> None:
+    group = world.group()
+    x = _fresh(rank, (8 + rank,))
+    with pytest.raises(col.MismatchError):
+        group.allreduce(x, donate=True)
+    assert not x.is_deleted()
+    assert (np.asarray(x) == rank).all()
+
+
+def test_a_mismatch_does_not_consume_a_donated_array(pool: RankPool, ranks: World) -> None:
+    pool.run(ranks.size, a_mismatch_leaves_a_donated_array, ranks)
