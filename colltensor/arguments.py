@@ -124,6 +124,17 @@ class Arguments:
         except TensorError as error:
             raise type(error)(f"{operation} (rank {self._rank}): {error}") from error
 
+    def op(self, operation: str, op: Any) -> ReduceOp:
+        """Return ``op`` as a ReduceOp.
+
+        Raises:
+            OptionError: It is none.
+        """
+        try:
+            return ReduceOp.of(op)
+        except OptionError as error:
+            raise OptionError(f"{operation} (rank {self._rank}): {error}") from None
+
     def rank(self, operation: str, argument: str, rank: Any) -> int:
         """Return ``rank`` as an int in this group's range.
 
@@ -154,6 +165,29 @@ class Arguments:
                 "rank itself; copy the tensor instead"
             )
         return number
+
+    def shift(self, dst_rank: Any, src_rank: Any) -> tuple[int, int]:
+        """Return the two ranks of a ``sendrecv``: two peers, or twice this very rank.
+
+        Raises:
+            RankError: One is no rank of the group, or only one is this rank.
+        """
+        if self.rank("sendrecv", "dst_rank", dst_rank) == self.rank("sendrecv", "src_rank", src_rank) == self._rank:
+            return self._rank, self._rank
+        return self.peer("sendrecv", "dst_rank", dst_rank), self.peer("sendrecv", "src_rank", src_rank)
+
+    def number(self, operation: str, argument: str, value: Any) -> int | None:
+        """Return a whole number as an int, and None as it is.
+
+        Raises:
+            OptionError: It is neither.
+        """
+        try:
+            return None if value is None else operator.index(value)
+        except TypeError:
+            raise OptionError(
+                f"{operation}: {argument} (rank {self._rank}): expected a whole number or None, got {value!r}"
+            ) from None
 
     def _wrong_device(self, view: BufferView) -> DeviceError:
         remedy = _BACKEND_FOR.get(view.device.type)

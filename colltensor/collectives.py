@@ -218,12 +218,12 @@ def gloo_available() -> bool:
 
 def is_backend_available(backend: str) -> bool:
     """Return True if this backend can be used here; ``backend_unavailable_reason`` says why not."""
-    return backends.is_available(backend.lower())
+    return backends.is_available(str(backend).lower())
 
 
 def backend_unavailable_reason(backend: str) -> str | None:
     """Return why a backend cannot be used here and what to install, or None if it can."""
-    return backends.reason(backend.lower())
+    return backends.reason(str(backend).lower())
 
 
 def create_collective_group(

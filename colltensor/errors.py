@@ -43,6 +43,9 @@ class BackendUnavailableError(CollectiveError):
 class MismatchError(CollectiveError):
     """The ranks of a group disagree about a call; no data was changed and the group goes on.
 
+    One exception: where a ``sendrecv`` is agreed with one peer and not with the other, the agreed
+    transfer is made, because that peer counts on it.
+
     Attributes:
         ranks: The ranks that differ from the majority (from rank 0 where there is none).
     """

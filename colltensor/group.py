@@ -125,7 +125,7 @@ class Group:
             ``tensor`` itself, with JAX arrays replaced by new ones.
         """
         if op.__class__ is not ReduceOp:
-            op = ReduceOp.of(op)
+            op = self._arguments.op("allreduce", op)
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         return self._engine.run(
             async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
@@ -149,7 +149,7 @@ class Group:
         Returns:
             On ``dst_rank`` as ``allreduce``; elsewhere ``tensor`` itself.
         """
-        op, root = ReduceOp.of(op), self._arguments.rank("reduce", "dst_rank", dst_rank)
+        op, root = self._arguments.op("reduce", op), self._arguments.rank("reduce", "dst_rank", dst_rank)
         write = root == self.rank
         buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
         return self._engine.run(
@@ -283,7 +283,7 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        op = ReduceOp.of(op)
+        op = self._arguments.op("reducescatter", op)
         target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
         sources = self._arguments.tensors("reducescatter", "tensor_list", tensor_list, target, op, False, copy)
         self._arguments.separate("reducescatter", [(target, "tensor")], _named("tensor_list", sources))
@@ -352,18 +352,19 @@ class Group:
     ) -> Any:
         """Send to ``dst_rank`` and receive from ``src_rank`` at once, as in a shift along a ring.
 
+        Both may be this rank itself, as in a ring of one; then the tensor is copied.
+
         Returns:
             ``recv_tensor`` itself, or a new JAX array.
         """
-        to = self._arguments.peer("sendrecv", "dst_rank", dst_rank)
-        of = self._arguments.peer("sendrecv", "src_rank", src_rank)
+        to, of = self._arguments.shift(dst_rank, src_rank)
         source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
         target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
         self._arguments.separate("sendrecv", [(target, "recv_tensor")], [(source, "send_tensor")])
         return self._engine.run(
             async_op, "sendrecv", source, None, -1, True, (source, target),
             lambda deadline: self._backend.sendrecv(source.transfers[0], to, target.transfers[0], of, deadline), (),
-            target.result, [self._sending(to, source), self._receiving(of, target)],
+            target.result, [] if to == self.rank else [self._sending(to, source), self._receiving(of, target)],
         )
 
     def barrier(self, *, async_op: bool = False) -> Any:
@@ -397,10 +398,10 @@ class Group:
         Returns:
             The new group, or None where ``color`` is None. It is destroyed on its own.
         """
-        if color is not None and (not isinstance(color, int) or color < 0):
+        color = self._arguments.number("split", "color", color)
+        if color is not None and color < 0:
             raise OptionError(f"split: color (rank {self.rank}): expected a number >= 0 or None, got {color!r}")
-        if key is not None and not isinstance(key, int):
-            raise OptionError(f"split: key (rank {self.rank}): expected a whole number or None, got {key!r}")
+        key = self._arguments.number("split", "key", key)
         ballot = json.dumps([color, self.rank if key is None else key, self.rank]).encode()
         ballots = [json.loads(vote) for vote in self._exchange("split", ballot, -1)]
         members = [rank for voted, _, rank in sorted(ballots, key=lambda vote: vote[1:]) if voted == color]

@@ -517,7 +517,7 @@ _MISMATCHES = {
     "a tree for a tensor": Row(col.MismatchError, ("allreduce",), lambda s: s.group.allreduce(
         [s.array()] if s.rank == 1 else s.array()), ranks=(1,)),
     "nothing for a tensor": Row(col.MismatchError, ("allreduce",), lambda s: s.group.allreduce(
-        None if s.rank == 1 else s.array()), ranks=(1,)),
+        {} if s.rank == 1 else s.array()), ranks=(1,)),
     "copy=False": Row(col.MismatchError, ("allreduce", "copy=False"), lambda s: s.group.allreduce(
         s.array(), copy=False if s.rank == 1 else None), ranks=(1,)),
     "count of a gather": Row(col.MismatchError, ("allgather", r"\[4\]", r"\[6\]"), lambda s: s.group.allgather(

@@ -1,0 +1,65 @@
+"""Groups of one rank: every call does what it does among many, with nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import colltensor as col
+
+
+@pytest.fixture
+def group() -> Iterator[col.Group]:
+    group = col.init_collective_group(1, 0, group_name="alone")
+    yield group
+    group.destroy()
+
+
+def test_reductions_leave_the_tensor(group: col.Group) -> None:
+    tensor = np.arange(5.0)
+    for op in (col.ReduceOp.SUM, col.ReduceOp.AVERAGE, col.ReduceOp.MAX):
+        assert group.allreduce(tensor, op) is tensor
+    assert group.reduce(tensor) is tensor
+    assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_ring_of_one_shifts_to_itself(group: col.Group) -> None:
+    source, target = np.arange(6).reshape(2, 3).T, np.zeros(6, int)
+    assert group.sendrecv(source, 0, target, 0) is target
+    assert target.tolist() == source.ravel().tolist()
+
+
+def test_lists_get_the_one_tensor(group: col.Group) -> None:
+    source = np.arange(4)
+    for call in (group.allgather, group.gather):
+        target = [np.zeros(4, int)]
+        assert call(target, source) is target
+        assert target[0].tolist() == [0, 1, 2, 3]
+    assert group.alltoall([np.zeros(4, int)], [source])[0].tolist() == [0, 1, 2, 3]
+    assert group.scatter(np.zeros(4, int), [source]).tolist() == [0, 1, 2, 3]
+    assert group.reducescatter(np.zeros(4, int), [source]).tolist() == [0, 1, 2, 3]
+
+
+def test_objects_and_parts(group: col.Group) -> None:
+    assert group.broadcast_object({"a": 1}) == {"a": 1}
+    assert group.allgather_object("x") == ["x"]
+    part = group.split(np.int64(3))
+    assert part is not None
+    assert (part.rank, part.world_size) == (0, 1)
+    assert group.split(None) is None
+
+
+@pytest.mark.parametrize("nothing", [None, 1.5, "text", object()], ids=repr)
+def test_no_tensor_is_no_container_either(group: col.Group, nothing: object) -> None:
+    with pytest.raises(col.UnsupportedTensorError, match=r"allreduce: tensor \(rank 0\)"):
+        group.allreduce(nothing)
+
+
+def test_errors_about_ops_and_numbers_name_the_call(group: col.Group) -> None:
+    with pytest.raises(col.OptionError, match=r"allreduce \(rank 0\): op must be"):
+        group.allreduce(np.ones(2), "sum")  # type: ignore[arg-type]
+    with pytest.raises(col.OptionError, match=r"split: color \(rank 0\): expected a whole number"):
+        group.split("red")
+    assert not col.is_backend_available(5)  # type: ignore[arg-type]
