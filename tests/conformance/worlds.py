@@ -48,7 +48,7 @@ class Report:
         self._count += 1
         try:
             yield name
-        except Exception:
+        except Exception:  # whatever a case raises is its failure, reported with its name
             lines = traceback.format_exc().splitlines()
             self._failures.append("\n    ".join([name, *lines[-7:]]))
             if self._group is not None and self._group._engine.broken is not None:
