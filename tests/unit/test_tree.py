@@ -45,9 +45,9 @@ def array() -> Any:
 
 
 def test_what_is_a_container() -> None:
-    for container in ([], {}, (), [array()], {"a": 1}, Pair(1, 2), OrderedDict(), Registered(1, 2), None):
+    for container in ([], {}, (), [array()], {"a": 1}, Pair(1, 2), OrderedDict(), Registered(1, 2)):
         assert tree.is_container(container), container
-    for leaf in (array(), np.float32(1), 1.0, "abc", Plain(1), object(), {1, 2}):
+    for leaf in (array(), np.float32(1), 1.0, "abc", Plain(1), object(), {1, 2}, None):
         assert not tree.is_container(leaf), leaf
 
 
