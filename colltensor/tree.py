@@ -15,7 +15,7 @@ from colltensor.adapters import find_adapter
 
 
 def is_container(value: Any) -> bool:
-    """Return True for a dict, list, tuple or other pytree node: what is no tensor but may hold some. None is neither."""
+    """Return True for a dict, list, tuple or other pytree node, which is no tensor but may hold some; not for None."""
     if value is None or find_adapter(type(value)) is not None:
         return False
     return not optree.tree_is_leaf(value) or _is_jax_node(value)
