@@ -225,7 +225,7 @@ class Engine:
             CollectiveTimeoutError: A rank did not come before the deadline.
         """
         if call.transfers is not None:
-            self._agree_on_transfers(call.name, call.transfers, control, deadline)
+            self._agree_on_transfers(call, call.transfers, control, deadline)
             return
         self._sequence += 1
         sequence = self._sequence
@@ -233,7 +233,7 @@ class Engine:
         control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
 
     def _agree_on_transfers(
-        self, name: str, transfers: Sequence[Transfer], control: Control, deadline: float
+        self, call: Call, transfers: Sequence[Transfer], control: Control, deadline: float
     ) -> None:
         """Start all agreements before waiting for one; both ends of a pair take them in one order.
 
@@ -244,12 +244,13 @@ class Engine:
         for transfer in sorted(transfers, key=lambda transfer: transfer[:2]):
             source, destination, buffers, _ = transfer
             number = self._transfers[source, destination] = self._transfers.get((source, destination), 0) + 1
+            fused = call.fused or len(buffers.views) == 1  # one tensor travels alone either way
             signature = _SIGNATURE.pack(
-                number, _CODES["transfer"], _NO_OP, source, destination % 2, buffers.count(), buffers.leaves_hash()
+                number, _CODES["transfer"], _NO_OP, source, fused, buffers.count(), buffers.leaves_hash()
             )
             peer = destination if source == self._rank else source
-            describe = _describer(number, source, destination, buffers)
-            control.position(self._sequence, f"{name} with rank {peer}")
+            describe = _describer(number, transfer, fused)
+            control.position(self._sequence, f"{call.name} with rank {peer}")
             control.start_pair(peer, signature, describe, deadline)
             started.append((transfer, peer, signature, describe))
         mismatch: MismatchError | None = None
@@ -293,8 +294,10 @@ class Engine:
         return error if interrupted else self.broken
 
 
-def _describer(number: int, source: int, destination: int, buffers: Buffers) -> Callable[[], str]:
-    return lambda: f"transfer #{number} from rank {source} to rank {destination}, {buffers.describe()}"
+def _describer(number: int, transfer: Transfer, fused: bool) -> Callable[[], str]:
+    source, destination, buffers, _ = transfer
+    how = "" if fused else ", copy=False"
+    return lambda: f"transfer #{number} from rank {source} to rank {destination}, {buffers.describe()}{how}"
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -352,7 +352,8 @@ class Group:
     ) -> Any:
         """Send to ``dst_rank`` and receive from ``src_rank`` at once, as in a shift along a ring.
 
-        Both may be this rank itself, as in a ring of one; then the tensor is copied.
+        Both may be this rank itself, as in a ring of one; then the tensor is copied. Where one peer agrees and the
+        other does not, the agreed transfer is made before MismatchError is raised, because that peer counts on it.
 
         Returns:
             ``recv_tensor`` itself, or a new JAX array.
