@@ -27,17 +27,22 @@ class _TorchNotHere:
             raise ModuleNotFoundError("torch is hidden while tvm_ffi is imported", name="torch")
 
 
+def tvm_ffi() -> Any:
+    """Return the package tvm_ffi, imported without the torch that it would import."""
+    finder = _TorchNotHere()
+    sys.meta_path.insert(0, finder)
+    try:
+        return importlib.import_module("tvm_ffi")
+    finally:
+        sys.meta_path.remove(finder)
+
+
 def export(tensor: Any) -> Any:
     """Return the DLPack handle (``tvm_ffi.Tensor``) of any object that exports DLPack.
 
     Raises:
         BufferError: The object cannot be exported (read-only numpy memory, for instance).
     """
-    finder = _TorchNotHere()
-    sys.meta_path.insert(0, finder)
-    try:
-        function = importlib.import_module("tvm_ffi").from_dlpack
-    finally:
-        sys.meta_path.remove(finder)
+    function = tvm_ffi().from_dlpack
     globals()["export"] = function  # from now on callers reach tvm_ffi's function at once
     return function(tensor)

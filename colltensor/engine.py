@@ -10,7 +10,7 @@ import struct
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from colltensor.buffers import Buffers
 from colltensor.control import Control
@@ -34,6 +34,16 @@ _CODES: Final = {
     )
 }
 """Operations as ranks name them to each other."""
+
+
+class Signer(Protocol):
+    """A backend that compares signatures itself, while the ranks arrive and before it writes."""
+
+    def sign(self, signature: bytes, describe: Callable[[], str]) -> None:
+        """Say what all ranks must agree on in the collective that follows."""
+
+    def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
+        """Say what two ranks must agree on in the transfer that follows."""
 
 
 class Transfer(NamedTuple):
@@ -118,11 +128,15 @@ class Engine:
         broken: The error that broke the group, or None.
     """
 
-    def __init__(self, name: str, rank: int, control: Control | None, agrees: bool, timeout_s: float) -> None:
+    def __init__(
+        self, name: str, rank: int, control: Control | None, agrees: bool, timeout_s: float,
+        signer: Signer | None = None,
+    ) -> None:
         self._name = name
         self._rank = rank
         self._control = control
         self._agrees = agrees
+        self._signer = signer
         self._alone = control is None
         self._timeout_s = timeout_s
         self._queue = OperationQueue(name)
@@ -196,8 +210,11 @@ class Engine:
             raise self._refusal(call)
         deadline = time.monotonic() + self._timeout_s
         try:
-            if self._control is not None and (self._agrees or not call.buffers):
-                self._agree(call, self._control, deadline)
+            if self._control is not None:
+                if self._signer is not None and (call.buffers or call.name == "barrier"):
+                    self._sign(call, self._control, self._signer)
+                elif self._agrees or not call.buffers:
+                    self._agree(call, self._control, deadline)
             for buffers in call.buffers:
                 buffers.load()
             call.move(*call.arguments, deadline)
@@ -232,6 +249,30 @@ class Engine:
         control.position(sequence, call.name)
         control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
 
+    def _sign(self, call: Call, control: Control, signer: Signer) -> None:
+        """Hand the backend what the ranks concerned must agree on, because it compares while they arrive."""
+        if call.transfers is None:
+            self._sequence += 1
+            sequence = self._sequence
+            control.position(sequence, call.name)
+            signer.sign(call.signature(sequence), lambda: call.describe(sequence))
+            return
+        for transfer in call.transfers:
+            peer, signature, describe = self._transfer_signature(transfer, call.fused)
+            control.position(self._sequence, f"{call.name} with rank {peer}")
+            signer.sign_transfer(transfer.source, transfer.destination, signature, describe)
+
+    def _transfer_signature(self, transfer: Transfer, fused: bool) -> tuple[int, bytes, Callable[[], str]]:
+        """Count a transfer and return its peer, its signature, and the signature in words."""
+        source, destination, buffers, _ = transfer
+        fused = fused or len(buffers.views) == 1  # one tensor travels alone either way
+        number = self._transfers[source, destination] = self._transfers.get((source, destination), 0) + 1
+        signature = _SIGNATURE.pack(
+            number, _CODES["transfer"], _NO_OP, source, fused, buffers.count(), buffers.leaves_hash()
+        )
+        peer = destination if source == self._rank else source
+        return peer, signature, _describer(number, transfer, fused)
+
     def _agree_on_transfers(
         self, call: Call, transfers: Sequence[Transfer], control: Control, deadline: float
     ) -> None:
@@ -242,14 +283,7 @@ class Engine:
         """
         started = []
         for transfer in sorted(transfers, key=lambda transfer: transfer[:2]):
-            source, destination, buffers, _ = transfer
-            number = self._transfers[source, destination] = self._transfers.get((source, destination), 0) + 1
-            fused = call.fused or len(buffers.views) == 1  # one tensor travels alone either way
-            signature = _SIGNATURE.pack(
-                number, _CODES["transfer"], _NO_OP, source, fused, buffers.count(), buffers.leaves_hash()
-            )
-            peer = destination if source == self._rank else source
-            describe = _describer(number, transfer, fused)
+            peer, signature, describe = self._transfer_signature(transfer, call.fused)
             control.position(self._sequence, f"{call.name} with rank {peer}")
             control.start_pair(peer, signature, describe, deadline)
             started.append((transfer, peer, signature, describe))

@@ -14,7 +14,7 @@ from typing import Any
 
 from colltensor import backends
 from colltensor.arguments import Arguments
-from colltensor.backends.base import Backend
+from colltensor.backends.base import Backend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.engine import Engine, Transfer
@@ -103,7 +103,8 @@ class Group:
         self._recipe = recipe
         self._backend = backend
         self._control = control
-        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s)
+        signer = backend if isinstance(backend, SigningBackend) else None
+        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
         self._arguments = Arguments(name, rank, world_size, backend)

@@ -11,7 +11,9 @@ from typing import Final, cast
 from colltensor.backends.base import BackendSpec
 from colltensor.errors import OptionError
 
-_MODULES: Final = {"gloo": "colltensor.backends.gloo", "loopback": "colltensor.backends.loopback"}
+_MODULES: Final = {
+    "gloo": "colltensor.backends.gloo", "loopback": "colltensor.backends.loopback", "shm": "colltensor.backends.shm"
+}
 """Backends of the package: the module whose ``SPEC`` is the entry."""
 
 _registered: Final[dict[str, BackendSpec]] = {}

@@ -5,8 +5,8 @@ Imports no framework, and of the package only the values that pass between layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol, runtime_checkable
 
 from colltensor.errors import OptionError, UnsupportedDTypeError
 from colltensor.types import DTYPES, DType, ReduceOp
@@ -162,6 +162,20 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the wire without waiting for other ranks; idempotent."""
+
+
+@runtime_checkable
+class SigningBackend(Backend, Protocol):
+    """A backend that compares the call's signature itself, on arrival: ``agrees`` is False.
+
+    The group calls ``sign`` or ``sign_transfer`` right before the payload method.
+    """
+
+    def sign(self, signature: bytes, describe: Callable[[], str]) -> None:
+        """Say what all ranks must agree on in the next collective: 8 bytes of sequence number, and the rest."""
+
+    def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
+        """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
 
 
 class BackendSpec(Protocol):

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "net": {"errors"},
     "rendezvous": {"errors", "net"},
     "control": {"errors", "net", "rendezvous"},
-    "backends": {*VALUES, "net", "rendezvous", "control"},
+    "backends": {*VALUES, "dlpack", "net", "rendezvous", "control"},
     "tree": {"errors", "adapters"},
     "buffers": {*VALUES, "adapters", "tree"},
     "arguments": {*VALUES, "adapters", "backends", "buffers"},

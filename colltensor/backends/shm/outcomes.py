@@ -1,0 +1,169 @@
+"""What a call came to, other than success: errors that name the ranks, the same on every rank.
+
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import array
+import struct
+import time
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, Protocol
+
+from colltensor.backends.base import ControlPlane
+from colltensor.backends.shm.requests import Words
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    GroupError,
+    MismatchError,
+    PeerLostError,
+    UnsupportedDTypeError,
+)
+from colltensor.types import ReduceOp
+from colltensor.view import BufferView
+
+DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY = range(10)
+
+Describe = Callable[[], str]
+
+_LOST, _LATE, _LEFT = 2, 3, 5
+_REMEDY: Final = "The group is broken: destroy it and create it again"
+_REASON_S: Final = 2.0
+"""How long a rank waits for the control plane to say why another broke the group."""
+_REPORT_WORDS: Final = 6
+
+
+class AgreeingControl(ControlPlane, Protocol):
+    """What this backend needs of a control plane: also the agreements, which find the words for a mismatch."""
+
+    def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
+        """Raise MismatchError on every rank where signatures differ."""
+
+    def start_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+        """Begin to compare with one rank."""
+
+    def finish_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+        """Raise MismatchError on both ranks where signatures differ."""
+
+
+class Signed:
+    """What a call wants agreed, and how it says so in words."""
+
+    __slots__ = ("describe", "signature", "words")
+
+    def __init__(self, signature: bytes, words: Words, describe: Describe) -> None:
+        self.signature = signature
+        self.words = words
+        self.describe = describe
+
+
+def unsigned(name: str, words: Words, view: BufferView | None, op: ReduceOp | None, detail: str = "") -> Signed:
+    """Return the signature of a call that brought none, with what is known of it here."""
+
+    def describe() -> str:
+        parts = [name] if view is None else [name, f"{view.dtype}[{view.count}]"]
+        parts += [] if op is None else [f"op {op.name}"]
+        return ", ".join([*parts, detail] if detail else parts)
+
+    return Signed(struct.pack("<qqq", *words), words, describe)
+
+
+class Outcomes:
+    """Turns the library's codes into errors, for one group.
+
+    Attributes:
+        stopped: The error with which the control plane ended a wait of the library's.
+    """
+
+    def __init__(self, control: AgreeingControl, native: Any, handle: int) -> None:
+        self._control = control
+        self._native = native
+        self._handle = handle
+        self._where = f"group '{control.group_name}' (rank {control.rank})"
+        self.stopped: CollectiveError | None = None
+
+    def stop(self) -> bool:
+        """Ask the control plane, while the library waits, whether the group is broken."""
+        try:
+            self._control.check()
+        except CollectiveError as error:
+            self.stopped = error
+            return True
+        return False
+
+    def abandon(self) -> None:
+        """Let no other rank wait for this one: it was interrupted in a call."""
+        self._native.shm_fail(self._handle)
+
+    def mismatch(self, signed: Signed, deadline: float) -> NoReturn:
+        """Exchange descriptions with all ranks, which all found the mismatch.
+
+        Raises:
+            MismatchError: Always, but for what may go wrong in an exchange.
+        """
+        self._control.agree(signed.signature, signed.describe, deadline)
+        raise MismatchError(f"{self._where}: the ranks disagree about {signed.describe()}", ())
+
+    def pair_mismatch(self, pairs: list[tuple[int, int, Signed]], deadline: float) -> NoReturn:
+        """Exchange descriptions with one or two peers; ``pairs`` has source, destination and signature of each.
+
+        Raises:
+            MismatchError: Always, but for what may go wrong in an exchange.
+        """
+        ordered = sorted(pairs, key=lambda pair: pair[:2])
+        peers = [source if destination == self._control.rank else destination for source, destination, _ in ordered]
+        for peer, (_, _, signed) in zip(peers, ordered, strict=True):
+            self._control.start_pair(peer, signed.signature, signed.describe, deadline)
+        found: MismatchError | None = None
+        for peer, (_, _, signed) in zip(peers, ordered, strict=True):
+            try:
+                self._control.finish_pair(peer, signed.signature, signed.describe, deadline)
+            except MismatchError as error:
+                found = found or error
+        raise found or MismatchError(f"{self._where}: ranks {peers} disagree about a transfer", peers)
+
+    def fail(self, name: str, code: int) -> NoReturn:
+        """Raise for a code that is neither success nor a mismatch.
+
+        Raises:
+            CollectiveError: Names the operation and the ranks to blame.
+        """
+        if code == FAILED:
+            raise self._failure(name)
+        if code == STOPPED and self.stopped is not None:
+            self.abandon()
+            raise self.stopped
+        if code == REFUSED:
+            raise UnsupportedDTypeError(f"{name}: {self._where}: the library has no such reduction")
+        if code == BUSY:
+            raise GroupError(f"{name}: {self._where}: another call is in progress; make one at a time")
+        raise GroupError(f"{name}: {self._where}: the group was destroyed, or belongs to the parent process")
+
+    def _failure(self, name: str) -> CollectiveError:
+        report = array.array("q", bytes(8 * _REPORT_WORDS))
+        self._native.shm_failure(self._handle, report.buffer_info()[0])
+        kind, origin, *words = report
+        ranks = [64 * index + bit for index, word in enumerate(words) for bit in range(64) if word >> bit & 1]
+        named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        if kind == _LOST:
+            return PeerLostError(f"{name}: {self._where}: {named} died. {_REMEDY}", ranks)
+        if kind == _LEFT:
+            return PeerLostError(f"{name}: {self._where}: {named} destroyed the group or exited. {_REMEDY}", ranks)
+        if kind == _LATE:
+            return CollectiveTimeoutError(
+                f"{name}: {self._where}: {named} did not come in time, as rank {origin} saw it. {_REMEDY}", ranks
+            )
+        return self._reason(name, origin)
+
+    def _reason(self, name: str, origin: int) -> CollectiveError:
+        """Wait for the control plane to say what happened to the rank that broke the group."""
+        limit = time.monotonic() + _REASON_S
+        while time.monotonic() < limit:
+            try:
+                self._control.check()
+            except CollectiveError as error:
+                return error
+            time.sleep(0.01)
+        return GroupError(f"{name}: {self._where}: rank {origin} was interrupted. {_REMEDY}")

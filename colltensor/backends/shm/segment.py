@@ -1,0 +1,307 @@
+"""The shared memory of a group: made by rank 0, handed to the others, and proved to be shared by all.
+
+The memory is a memfd: it has no name, and is gone with the last process that maps it, however that ends. Its pages
+are reserved before anybody maps it, and it is sealed against changes of size, so that no access can fail later. It
+is handed over on a socket whose two ends have proved to know the group's secret.
+
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import json
+import math
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from colltensor import net
+from colltensor.backends.base import ControlPlane
+from colltensor.backends.shm import library
+from colltensor.errors import BackendUnavailableError, CollectiveTimeoutError
+
+MAX_RANKS: Final = 256
+
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_RANK: Final = struct.Struct("!I")
+_GREETING_S: Final = 5.0
+_DIRECT_NBYTES: Final = {2: 64 << 10}
+_DIRECT_NBYTES_OF_MANY: Final = 32 << 10
+_CHUNK_NBYTES: Final = 128 << 10
+
+
+class Meeting(Protocol):
+    """What is needed of ``colltensor.rendezvous.Meeting``."""
+
+    @property
+    def secret(self) -> bytes:
+        """What only the group's ranks know."""
+
+    @property
+    def generation(self) -> bytes:
+        """Which incarnation of the group this is."""
+
+    @property
+    def host_ids(self) -> tuple[str, ...]:
+        """The host of every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A segment that this rank has mapped.
+
+    Attributes:
+        library: The native library.
+        handle: The library's number for this rank's part.
+        crowded: Whether there are more ranks than processors for them.
+        stop: Asked by the library every 100 ms while it waits: true ends the call. Set by the owner.
+    """
+
+    library: Any
+    handle: int
+    crowded: bool
+    stop: list[Callable[[], bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ballot:
+    """What a rank tells the others before the segment is made."""
+
+    trouble: str | None
+    pid: int
+    pid_namespace: int
+    cores: list[int]
+    quota: float
+
+
+def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
+    """Make the segment on rank 0 and map it on every rank. All ranks call.
+
+    Raises:
+        BackendUnavailableError: On every rank, where one cannot take part.
+        CollectiveError: A rank died or did not come.
+    """
+    ballots = [_Ballot(**json.loads(vote)) for vote in control.allgather(_own_ballot(control, meeting), deadline)]
+    _refuse(control, [ballot.trouble for ballot in ballots])
+    cores = _cores(ballots)
+    fd, listener, trouble = _make(control, cores) if control.rank == 0 else (-1, None, None)
+    try:
+        name = b"" if listener is None else listener.getsockname()
+        opening = control.allgather(json.dumps([trouble, name.hex()]).encode(), deadline)
+        trouble, name = json.loads(opening[0])
+        _refuse(control, [trouble])
+        try:
+            if listener is not None:
+                _hand_out(listener, fd, control, meeting, deadline)
+            else:
+                fd = _fetch(bytes.fromhex(name), control, meeting, deadline)
+            segment, trouble = _map(fd, control, ballots, cores)
+        except OSError as error:
+            segment, trouble = None, f"the shared memory could not be handed over: {error}"
+    finally:
+        if listener is not None:
+            listener.close()
+        if fd >= 0:
+            os.close(fd)
+    try:
+        _prove(segment, trouble, control, deadline)
+    except BaseException:
+        if segment is not None:
+            segment.library.shm_close(segment.handle)
+        raise
+    assert segment is not None
+    return segment
+
+
+def _own_ballot(control: ControlPlane, meeting: Meeting) -> bytes:
+    trouble = None
+    if len(set(meeting.host_ids)) > 1:
+        listing = ", ".join(f"rank {rank}: {host}" for rank, host in enumerate(meeting.host_ids))
+        trouble = f"the ranks are on different hosts ({listing}); use backend='auto' or 'gloo'"
+    elif control.world_size > MAX_RANKS:
+        trouble = f"it serves at most {MAX_RANKS} ranks, and the group has {control.world_size}; use backend='gloo'"
+    else:
+        try:
+            library.load()
+        except BackendUnavailableError as error:
+            trouble = str(error).removeprefix("backend 'shm': ")
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    cores = sorted(os.sched_getaffinity(0))
+    return json.dumps(
+        {"trouble": trouble, "pid": os.getpid(), "pid_namespace": namespace, "cores": cores, "quota": _quota()}
+    ).encode()
+
+
+def _refuse(control: ControlPlane, troubles: list[str | None]) -> None:
+    """Raise on every rank where one has trouble."""
+    found = [f"rank {rank}: {trouble}" for rank, trouble in enumerate(troubles) if trouble is not None]
+    if found:
+        shown = "; ".join(found) if len(set(troubles)) > 1 else found[0].partition(": ")[2]
+        raise BackendUnavailableError(
+            f"group '{control.group_name}' (rank {control.rank}): backend 'shm' cannot be used: {shown}"
+        )
+
+
+def _quota() -> float:
+    """Return how many processors' time the control group grants (cgroup v2, cpu.max); infinity if it does not say."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _cores(ballots: list[_Ballot]) -> int:
+    cores = len({core for ballot in ballots for core in ballot.cores})
+    return max(1, min([cores, *(math.ceil(ballot.quota) for ballot in ballots if ballot.quota != math.inf)]))
+
+
+def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None, str | None]:
+    """Make the segment and the socket where the others fetch it, or say why not."""
+    native = library.load()
+    size = control.world_size
+    half = native.shm_half_nbytes(size)
+    nbytes = native.shm_nbytes(size, half)
+    fd, listener = -1, None
+    try:
+        fd = os.memfd_create("colltensor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.posix_fallocate(fd, 0, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        direct = _DIRECT_NBYTES.get(size, _DIRECT_NBYTES_OF_MANY)
+        code = native.shm_format(fd, size, cores, half, direct, _CHUNK_NBYTES)
+        if code:
+            raise OSError(code, os.strerror(code))
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(b"\0colltensor-" + secrets.token_hex(16).encode())
+        listener.listen(size)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        if fd >= 0:
+            os.close(fd)
+        return -1, None, (
+            f"{nbytes >> 20} MiB of shared memory cannot be reserved: {error}; free memory or raise the container's "
+            "limit"
+        )
+    return fd, listener, None
+
+
+class _UnixSocket(socket.socket):
+    """A unix socket that takes TCP's options for granted, as ``net.verify`` sets them."""
+
+    def setsockopt(self, level: int, *arguments: Any) -> None:
+        """Set an option, unless it is one of TCP's."""
+        if level != socket.IPPROTO_TCP:
+            super().setsockopt(level, *arguments)
+
+
+def _hand_out(listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting, deadline: float) -> None:
+    """Give the descriptor to every other rank, once. Strangers are turned away."""
+    missing = set(range(1, control.world_size))
+
+    def secret_of(context: bytes) -> bytes | None:
+        named = context[len(meeting.generation) :]
+        known = context.startswith(meeting.generation) and len(named) == _RANK.size
+        return meeting.secret if known and _RANK.unpack(named)[0] in missing else None
+
+    while missing:
+        listener.settimeout(min(0.5, _left(deadline, missing, control)))
+        try:
+            accepted, _ = listener.accept()
+        except TimeoutError:
+            control.check()
+            continue
+        with _UnixSocket(fileno=accepted.detach()) as link, contextlib.suppress(ConnectionError, TimeoutError):
+            context = net.verify(link, secret_of, min(deadline, time.monotonic() + _GREETING_S))
+            socket.send_fds(link, [b"\0"], [fd])
+            missing.discard(_RANK.unpack(context[-_RANK.size :])[0])
+
+
+def _left(deadline: float, missing: set[int], control: ControlPlane) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise CollectiveTimeoutError(
+            f"group '{control.group_name}' (rank {control.rank}): ranks {sorted(missing)} did not fetch the shared "
+            "memory in time", sorted(missing),
+        )
+    return left
+
+
+def _fetch(name: bytes, control: ControlPlane, meeting: Meeting, deadline: float) -> int:
+    with _UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+        link.settimeout(net.time_left(deadline))
+        link.connect(name)
+        net.prove(link, meeting.secret, meeting.generation + _RANK.pack(control.rank), deadline)
+        link.settimeout(net.time_left(deadline))
+        _, descriptors, _, _ = socket.recv_fds(link, 1, 1)
+    if not descriptors:
+        raise OSError("rank 0 sent no descriptor")
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]
+
+
+def _map(
+    fd: int, control: ControlPlane, ballots: list[_Ballot], cores: int
+) -> tuple[Segment | None, str | None]:
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        return None, "the shared memory is not sealed"
+    native = library.load()
+    pidfds = _pidfds(control.rank, ballots)
+    stop: list[Callable[[], bool]] = []
+    handle = native.shm_open(
+        fd, os.fstat(fd).st_size, control.rank, control.world_size, pidfds.buffer_info()[0],
+        lambda: bool(stop) and stop[0](),
+    )
+    if handle < 0:
+        return None, f"the shared memory cannot be mapped: {os.strerror(-handle)}"
+    return Segment(native, handle, control.world_size > cores, stop), None
+
+
+def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
+    """Open a descriptor for each other rank's process, by which its death is seen at once.
+
+    The library closes them. Where there is none (another pid namespace, an old kernel) the control plane notices the
+    death instead. The processes are alive: they have yet to take part in the proof, after which their numbers are not
+    looked at again.
+    """
+    pidfds = array.array("i")
+    for rank, ballot in enumerate(ballots):
+        pidfd = -1
+        if rank != own and ballot.pid_namespace == ballots[own].pid_namespace and ballot.pid != os.getpid():
+            with contextlib.suppress(OSError, AttributeError):
+                pidfd = os.pidfd_open(ballot.pid)
+        pidfds.append(pidfd)
+    return pidfds
+
+
+def _prove(segment: Segment | None, trouble: str | None, control: ControlPlane, deadline: float) -> None:
+    """Let every rank write a fresh number and find everybody's, or raise on every rank.
+
+    Raises:
+        BackendUnavailableError: A rank has trouble, or does not see what another wrote.
+    """
+    nonce = secrets.token_bytes(16)
+    if segment is not None:
+        segment.library.shm_write_nonce(segment.handle, *struct.unpack("<qq", nonce))
+    nonces = control.allgather(nonce, deadline)
+    if segment is not None:
+        unseen = [
+            rank for rank, number in enumerate(nonces)
+            if not segment.library.shm_has_nonce(segment.handle, rank, *struct.unpack("<qq", number))
+        ]
+        if unseen:
+            trouble = f"its memory is not the memory of ranks {unseen}"
+    votes = control.allgather(json.dumps(trouble).encode(), deadline)
+    _refuse(control, [json.loads(vote) for vote in votes])

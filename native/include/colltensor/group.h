@@ -1,0 +1,197 @@
+// One rank's part in a group that shares a segment: its position in the protocol, waiting, and failure.
+//
+// The protocol. Every collective has a fixed number of steps, the same on all ranks; each rank counts the steps it
+// has finished in its `progress` word, and everything anyone waits for is "rank q has finished step k". The first
+// step is the arrival: the rank posts the call's signature, with the data of a small message beside it, or its first
+// block in its staging, and waits for all others to have arrived. Then everybody compares all signatures, and only
+// then writes to user memory. A step is published with a release store and seen with an acquire load, so that what
+// was written before the one is read after the other on every memory model.
+//
+// Staging is two halves a rank. Before its arrival a rank writes only to the half of the call's parity, and only
+// once all others have finished the step after which nobody reads that half (`half_free`), a step that they finish
+// without hearing from this rank again: so that wait ends.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "colltensor/kernels.h"
+#include "colltensor/layout.h"
+#include "colltensor/platform.h"
+#include "colltensor/types.h"
+#include "colltensor/view.h"
+
+namespace colltensor {
+
+// What the caller is asked while a call waits. Either may be null.
+struct Hooks {
+  void* context = nullptr;
+  bool (*stop)(void* context) = nullptr;   // every 100 ms: true ends the call with kStopped
+  bool (*signalled)() = nullptr;           // every 50 ms and on a signal: true ends it with kSignalled
+};
+
+struct Place {
+  int rank;
+  int world_size;
+  Descriptors pidfds;  // by rank, -1 where there is none
+  Hooks hooks;
+};
+
+// Something that other ranks do, and who has yet to do it.
+class Condition {
+ public:
+  virtual bool ready() const = 0;
+  virtual RankSet missing() const = 0;
+
+ protected:
+  ~Condition() = default;
+};
+
+struct FailureReport {
+  Failure kind = Failure::kNone;
+  int origin = 0;
+  RankSet ranks;
+};
+
+class Group {
+ public:
+  // `base` is the mapped segment, whose header is filled in. The group does not unmap it.
+  Group(char* base, Place place);
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  int rank() const { return rank_; }
+  int world_size() const { return world_size_; }
+  const Layout& layout() const { return layout_; }
+
+  // All ranks. One thread at a time.
+  Outcome barrier(const Signature& signature, std::int64_t deadline_ns);
+  Outcome allreduce(const View& data, std::size_t count, DType dtype, ReduceOp op, const Signature& signature,
+                    std::int64_t deadline_ns);
+  Outcome reduce(const View& data, std::size_t count, DType dtype, ReduceOp op, int root, const Signature& signature,
+                 std::int64_t deadline_ns);
+  Outcome broadcast(const View& data, std::size_t count, std::size_t item, int root, const Signature& signature,
+                    std::int64_t deadline_ns);
+  // `outputs` may be null where this rank gets nothing, `sources` where it gives nothing.
+  Outcome allgather(const View* outputs, const View& source, std::size_t count, std::size_t item,
+                    const Signature& signature, std::int64_t deadline_ns);
+  Outcome gather(const View* outputs, const View& source, std::size_t count, std::size_t item, int root,
+                 const Signature& signature, std::int64_t deadline_ns);
+  Outcome scatter(const View& target, const View* sources, std::size_t count, std::size_t item, int root,
+                  const Signature& signature, std::int64_t deadline_ns);
+  Outcome alltoall(const View* outputs, const View* sources, std::size_t count, std::size_t item,
+                   const Signature& signature, std::int64_t deadline_ns);
+  Outcome reducescatter(const View& target, const View* sources, std::size_t count, DType dtype, ReduceOp op,
+                        const Signature& signature, std::int64_t deadline_ns);
+
+  // One direction of a transfer, and its signature; the peer calls with the other direction.
+  struct Transfer {
+    const View* view;
+    std::size_t count;
+    std::size_t item;
+    int peer;
+    Signature signature;
+    bool mismatch = false;  // out
+  };
+  // Either may be null. kMismatch where one of them differs; the other one is made all the same.
+  Outcome transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns);
+
+  // An allreduce of contiguous memory, of at most direct_nbytes, that waits no longer than a short spin:
+  // kPending leaves the rest to resume(), until when the memory must stay.
+  Outcome begin_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
+                          const Signature& signature);
+  Outcome resume(std::int64_t deadline_ns);
+  bool pending() const { return pending_.reduction != nullptr; }
+  std::size_t direct_nbytes() const { return direct_nbytes_; }
+
+  // Breaks the group for every rank; the first failure stays.
+  void fail(Failure kind, const RankSet& ranks);
+  FailureReport failure() const;
+
+  // Tells the others that this rank is gone, and ends a call of another thread with kClosed.
+  void leave();
+
+  bool foreign() const { return fork_generation_ != fork_generation(); }
+
+ private:
+  // What a call that holds the interpreter lock spins: about 4 us.
+  static constexpr int kBriefSpins = 200;
+
+  friend class Exchange;
+  friend class PairSide;
+  friend class Sender;
+  friend class Receiver;
+  friend class StepCondition;
+
+  struct Pending {
+    void* data = nullptr;
+    std::size_t count = 0;
+    std::size_t nbytes = 0;
+    Reduction reduction = nullptr;
+    Signature signature;
+  };
+
+  static bool reached(std::uint32_t value, std::uint32_t target) {
+    return static_cast<std::int32_t>(value - target) >= 0;
+  }
+  std::uint32_t progress_of(int rank) const { return lines_[rank]->progress.load(std::memory_order_acquire); }
+
+  // Publishing and waiting (waiting.cpp).
+  void publish(std::uint32_t step);
+  bool spin_for_all(std::uint32_t step, int spins) const;
+  Outcome wait_for(int rank, std::uint32_t step, std::int64_t deadline_ns);
+  Outcome wait_for_all(std::uint32_t step, std::int64_t deadline_ns);
+  Outcome wait_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
+                     std::atomic<std::uint32_t>& sleepers, std::int64_t deadline_ns);
+  Outcome sleep_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
+                      std::atomic<std::uint32_t>& sleepers, std::int64_t deadline_ns);
+  Outcome look_around(const Condition& condition, std::int64_t deadline_ns, std::int64_t& next_stop_ns);
+  RankSet lost_ranks() const;
+  RankSet late_ranks(const RankSet& lagging) const;
+  RankSet lagging(std::uint32_t step) const;
+  void knock(int peer);
+
+  // Arrival (group.cpp).
+  Outcome enter() const;
+  Outcome wait_for_half(unsigned half, std::int64_t deadline_ns);
+  bool signatures_agree(const Signature& signature) const;
+  Post& own_post() const { return layout_.post(rank_, parity()); }
+  unsigned parity() const { return calls_ & 1; }
+  char* half(int rank, unsigned which) const {
+    return staging_ + (2 * static_cast<std::size_t>(rank) + which) * half_nbytes_;
+  }
+  void finish_direct(std::uint32_t arrival);
+  void finish_large(std::uint32_t last);
+
+  Outcome allreduce_blocks(const View& data, std::size_t count, DType dtype, Reduction reduction,
+                           const Signature& signature, std::int64_t deadline_ns);
+  void combine_posted(void* data, std::size_t count, std::size_t nbytes, Reduction reduction) const;
+  Outcome finish_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
+                           const Signature& signature);
+
+  Layout layout_;
+  const int rank_;
+  const int world_size_;
+  char* staging_;
+  std::size_t half_nbytes_;
+  std::size_t direct_nbytes_;
+  std::size_t chunk_nbytes_;
+  bool crowded_;           // more ranks than cores
+  int spins_, yields_;
+  std::vector<RankLine*> lines_;
+  Descriptors pidfds_;
+  Hooks hooks_;
+  const std::uint32_t fork_generation_;
+
+  std::uint32_t done_ = 0;             // this rank's progress
+  std::uint32_t calls_ = 0;            // collectives so far
+  std::uint32_t half_free_[2] = {0, 0};
+  // Steps of mailboxes, by peer: of this rank's side as sender and as receiver, and of the peers' other sides.
+  std::vector<std::uint32_t> sent_, received_, taken_, given_;
+  std::vector<std::uint32_t> sends_, receives_;  // transfers so far
+  Pending pending_;
+  std::atomic<bool> closing_{false};
+};
+
+}  // namespace colltensor

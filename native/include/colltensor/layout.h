@@ -1,0 +1,99 @@
+// The shared segment, byte by byte: what the ranks write, who writes it, and where.
+//
+//   Header | FailureLine | RankLine x n | Post x 2n | Mailbox x n*n | (page) staging x n
+//
+// Everything but the failure is written by one rank only. Atomics are lock-free and address-free, so that they
+// work between processes; 32-bit ones double as futex words.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "colltensor/types.h"
+
+namespace colltensor {
+
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free && std::atomic<std::uint64_t>::is_always_lock_free);
+
+constexpr std::uint64_t kMagic = 0x31726f736e65746c;  // "ltensor1"
+
+// Written by the rank that makes the segment, before the others map it.
+struct alignas(kLine) Header {
+  std::uint64_t magic;
+  std::uint32_t world_size;
+  std::uint32_t cores;           // that the ranks may run on, together
+  std::uint64_t nbytes;          // of the whole segment
+  std::uint64_t staging_offset;
+  std::uint64_t half_nbytes;     // of one of the two halves of a rank's staging
+  std::uint64_t direct_nbytes;   // up to which size every rank reduces everything
+  std::uint64_t chunk_nbytes;    // of an allreduce's blocks
+};
+
+struct alignas(kLine) FailureLine {
+  std::atomic<std::uint32_t> state;  // Failure, and above 8 bits the rank that found it
+  std::atomic<std::uint64_t> ranks[kMaxRanks / 64];
+};
+
+struct alignas(2 * kLine) RankLine {
+  // Steps this rank has finished, of all collectives since the start; only ever grows (modulo 2^32).
+  std::atomic<std::uint32_t> progress;
+  std::atomic<std::uint32_t> sleepers;  // ranks that may sleep on `progress`
+
+  alignas(kLine) std::atomic<std::int64_t> heartbeat;  // when it last looked around while waiting, now_ns()
+  std::atomic<std::uint64_t> nonce[2];
+  std::atomic<std::uint32_t> waiting;   // 1 while it waits for others
+  std::atomic<std::uint32_t> left;      // 1 once it has closed the group
+  std::atomic<std::uint32_t> door;      // futex word: counts what peers have put into its mailboxes while it slept
+  std::atomic<std::uint32_t> dozing;    // 1 while it may sleep on `door`
+};
+
+// What a rank says on arrival, by the parity of the call's number. It is overwritten two calls later: by then every
+// rank has arrived at the call between, and so has read it.
+struct alignas(kLine) Post {
+  Signature signature;
+  unsigned char data[kInline];
+};
+
+struct alignas(kLine) MailboxSide {
+  std::atomic<std::uint32_t> count;  // steps of this side, of all transfers since the start
+  std::uint32_t half[2];             // the sender's: which half of its staging it uses
+  Signature signature[2];            // by the parity of the transfer's number; see Post
+};
+
+// Transfers from one rank to one other; the data are in the sender's staging.
+struct Mailbox {
+  MailboxSide sender;
+  MailboxSide receiver;
+};
+
+class Layout {
+ public:
+  Layout(char* base, int world_size) : base_(base), world_size_(world_size) {}
+
+  Header& header() const { return *reinterpret_cast<Header*>(base_); }
+  FailureLine& failure() const { return *reinterpret_cast<FailureLine*>(base_ + sizeof(Header)); }
+  RankLine& rank(int rank) const { return reinterpret_cast<RankLine*>(base_ + ranks_offset())[rank]; }
+  Post& post(int rank, unsigned parity) const {
+    return reinterpret_cast<Post*>(base_ + posts_offset())[2 * rank + (parity & 1)];
+  }
+  Mailbox& mailbox(int source, int destination) const {
+    return reinterpret_cast<Mailbox*>(base_ + mailboxes_offset())[source * world_size_ + destination];
+  }
+
+  std::uint64_t control_nbytes() const {
+    return mailboxes_offset() + sizeof(Mailbox) * static_cast<std::uint64_t>(world_size_) * world_size_;
+  }
+
+ private:
+  static std::uint64_t ranks_offset() {
+    constexpr std::uint64_t before = sizeof(Header) + sizeof(FailureLine);
+    return (before + alignof(RankLine) - 1) / alignof(RankLine) * alignof(RankLine);
+  }
+  std::uint64_t posts_offset() const { return ranks_offset() + sizeof(RankLine) * world_size_; }
+  std::uint64_t mailboxes_offset() const { return posts_offset() + 2 * sizeof(Post) * world_size_; }
+
+  char* base_;
+  int world_size_;
+};
+
+}  // namespace colltensor

@@ -1,0 +1,153 @@
+// The allreduce of large messages. Block by block, every rank copies the other ranks' slices of its data into its
+// staging, combines its own slice of all ranks in its own memory, puts the result where its own slice lies in its
+// staging, and copies the others' results out. So each element is combined once, by one rank, in rank order, and
+// each byte crosses the staging twice; a block stays in the caches between its three stages, which run one behind
+// the other so that no rank waits for the very step another has just begun. All of the staging is used, so that a rank
+// can run ahead of one that has lost its core.
+//
+// Blocks of 128 KiB: measured with 2 ranks on 2 cores (EPYC, 1 MiB of L2 each), us for 1, 4, 16 and 64 MiB: 67, 255,
+// 1450, 6860 with blocks of 64 KiB; 58, 231, 1730, 6480 with 128; 54, 215, 2300, 6350 with 256.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "colltensor/exchange.h"
+
+namespace colltensor {
+namespace {
+
+constexpr std::size_t kPieceNbytes = 16384;  // combined, then copied to staging while in the first-level cache
+
+class Blocks {
+ public:
+  Blocks(const View& data, std::size_t count, std::size_t item, int rank, int world_size, std::size_t block_nbytes)
+      : data_(data), count_(count), item_(item), rank_(rank), world_size_(world_size) {
+    const std::size_t line = std::max<std::size_t>(1, kLine / item);
+    const auto ranks = static_cast<std::size_t>(world_size);
+    // No smaller blocks than the message needs: all slices the same, in whole cache lines.
+    const std::size_t limit = std::max(line * ranks, block_nbytes / item / (line * ranks) * (line * ranks));
+    number_ = (count + limit - 1) / limit;
+    const std::size_t even = (count + number_ - 1) / number_;
+    block_ = (even + line * ranks - 1) / (line * ranks) * (line * ranks);
+    number_ = (count + block_ - 1) / block_;
+    slice_ = block_ / ranks;
+  }
+
+  std::size_t number() const { return number_; }
+
+  // Elements [first, second) of block `block` that are rank `rank`'s to combine, counted from the block's start.
+  std::pair<std::size_t, std::size_t> slice(std::size_t block, int rank) const {
+    const std::size_t length = std::min(block_, count_ - block * block_);
+    return {std::min(length, slice_ * rank), std::min(length, slice_ * (rank + 1))};
+  }
+
+  // Stage one: the other ranks' slices of this rank's data.
+  void copy_in(std::size_t block, char* to) const {
+    const auto [low, high] = slice(block, rank_);
+    const std::size_t length = std::min(block_, count_ - block * block_);
+    data_.read(block * block_, low, to);
+    data_.read(block * block_ + high, length - high, to + high * item_);
+  }
+
+  // Stage two: this rank's slice of everybody's data, into its own memory and its own staging.
+  template <class Where>
+  void combine(std::size_t block, Reduction reduction, Where where) const {
+    const auto [low, high] = slice(block, rank_);
+    const std::size_t piece = kPieceNbytes / item_;
+    const void* sources[kMaxRanks];
+    for (std::size_t start = low; start < high; start += piece) {
+      const std::size_t n = std::min(piece, high - start);
+      for (int rank = 0; rank < world_size_; ++rank) sources[rank] = where(rank) + start * item_;
+      char* staged = where(rank_) + start * item_;
+      const std::size_t element = block * block_ + start;
+      if (data_.contiguous()) {
+        char* own = data_.at(element);
+        sources[rank_] = own;
+        reduction(own, sources, world_size_, n);
+        std::memcpy(staged, own, n * item_);
+      } else {
+        data_.read(element, n, staged);
+        reduction(staged, sources, world_size_, n);
+        data_.write(element, n, staged);
+      }
+    }
+  }
+
+  // Stage three: the other ranks' results.
+  template <class Where>
+  void copy_out(std::size_t block, Where where) const {
+    for (int next = 1; next < world_size_; ++next) {
+      const int rank = (rank_ + next) % world_size_;
+      const auto [low, high] = slice(block, rank);
+      data_.write(block * block_ + low, high - low, where(rank) + low * item_);
+    }
+  }
+
+ private:
+  const View& data_;
+  const std::size_t count_, item_;
+  const int rank_, world_size_;
+  std::size_t block_, slice_, number_;
+};
+
+}  // namespace
+
+Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype, Reduction reduction,
+                                const Signature& signature, std::int64_t deadline_ns) {
+  Outcome outcome = enter();
+  if (outcome != Outcome::kDone) return outcome;
+  const Blocks blocks(data, count, item_size(dtype), rank_, world_size_, chunk_nbytes_);
+  const std::size_t depth = 2 * half_nbytes_ / chunk_nbytes_;
+  const std::uint32_t arrival = done_ + 1;
+  const auto where = [&](int rank, std::size_t block) {
+    const std::size_t place = block % depth, each = depth / 2;
+    return half(rank, (parity() + (place >= each)) & 1) + place % each * chunk_nbytes_;
+  };
+  // Steps after the arrival, which is block 0's copy_in: in turn t block t is copied in, t - 1 combined, t - 2 copied
+  // out.
+  const auto filled = [&](std::size_t block) { return arrival + static_cast<std::uint32_t>(3 * block); };
+  const auto combined = [&](std::size_t block) { return arrival + static_cast<std::uint32_t>(3 * block + 4); };
+  const auto drained = [&](std::size_t block) { return arrival + static_cast<std::uint32_t>(3 * block + 8); };
+  const auto await = [&](std::uint32_t step) {
+    outcome = wait_for_all(step, deadline_ns);
+    return outcome == Outcome::kDone;
+  };
+
+  if (!await(half_free_[parity()])) return outcome;
+  blocks.copy_in(0, where(rank_, 0));
+  own_post().signature = signature;
+  publish(arrival);
+  if (!await(arrival)) return outcome;
+  if (!signatures_agree(signature)) {
+    ++calls_;
+    return Outcome::kMismatch;
+  }
+  if (!await(half_free_[parity() ^ 1])) return outcome;
+  const std::size_t number = blocks.number();
+  for (std::size_t turn = 0; turn < number + 2; ++turn) {
+    if (turn != 0 && turn < number) {
+      // The others' slices of the block that lay here have been read once all have combined theirs.
+      if (turn >= depth && !await(combined(turn - depth))) return outcome;
+      blocks.copy_in(turn, where(rank_, turn));
+      publish(filled(turn));
+    }
+    if (turn >= 1 && turn - 1 < number) {
+      const std::size_t block = turn - 1;
+      if (!await(filled(block))) return outcome;
+      // The result that lay here has been read once all have copied it out.
+      if (block >= depth && !await(drained(block - depth))) return outcome;
+      blocks.combine(block, reduction, [&](int rank) { return where(rank, block); });
+      publish(combined(block));
+    }
+    if (turn >= 2) {
+      const std::size_t block = turn - 2;
+      if (!await(combined(block))) return outcome;
+      blocks.copy_out(block, [&](int rank) { return where(rank, block); });
+      publish(drained(block));
+    }
+  }
+  finish_large(drained(number - 1));
+  return Outcome::kDone;
+}
+
+}  // namespace colltensor

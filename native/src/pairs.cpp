@@ -1,0 +1,200 @@
+// Transfers between two ranks, through the mailbox of the ordered pair. Both sides post a signature when they come
+// and compare; then the sender fills pieces of its staging and the receiver empties them. A send returns when the
+// receiver has taken everything. Sending and receiving go on side by side, so that rings and swaps do not block.
+#include <algorithm>
+
+#include "colltensor/group.h"
+
+namespace colltensor {
+
+class PairSide {
+ public:
+  PairSide(Group& group, Group::Transfer* transfer)
+      : group_(group), transfer_(transfer), finished_(transfer == nullptr) {
+    if (finished_) return;
+    const std::size_t nbytes = transfer->count * transfer->item;
+    piece_ = group.half_nbytes_ / kPieces / transfer->item;
+    pieces_ = nbytes == 0 ? 1 : static_cast<std::uint32_t>((transfer->count + piece_ - 1) / piece_);
+  }
+
+  bool finished() const { return finished_; }
+  int peer() const { return transfer_->peer; }
+
+ protected:
+  static constexpr std::size_t kPieces = 4;
+
+  std::size_t first(std::uint32_t piece) const { return piece * piece_; }
+  std::size_t length(std::uint32_t piece) const { return std::min(piece_, transfer_->count - first(piece)); }
+  // Where the sender's pieces lie: in the half that its next collective begins with, which nobody else uses yet.
+  static char* where(Group& group, int sender, unsigned parity, std::uint32_t piece) {
+    return group.half(sender, parity) + piece % kPieces * (group.half_nbytes_ / kPieces);
+  }
+  static bool reached(const MailboxSide& side, std::uint32_t step) {
+    return Group::reached(side.count.load(std::memory_order_acquire), step);
+  }
+  void publish(MailboxSide& side, std::uint32_t step) {
+    side.count.store(step, std::memory_order_release);
+    group_.knock(transfer_->peer);
+  }
+
+  Group& group_;
+  Group::Transfer* transfer_;
+  bool finished_;
+  bool compared_ = false;
+  std::size_t piece_ = 1;
+  std::uint32_t pieces_ = 0;
+  std::uint32_t next_ = 0;  // piece
+};
+
+// A sender's count grows by one for each piece, the first being its arrival; a receiver's by one for its arrival and
+// one for each piece.
+class Sender : public PairSide {
+ public:
+  Sender(Group& group, Group::Transfer* transfer) : PairSide(group, transfer) {
+    if (finished_) return;
+    box_ = &group.layout_.mailbox(group.rank_, peer());
+    mine_ = group.sent_[peer()];
+    theirs_ = group.taken_[peer()];
+    number_ = group.sends_[peer()]++ & 1;
+  }
+
+  Outcome arrive(std::int64_t deadline_ns) {
+    if (finished_) return Outcome::kDone;
+    const Outcome outcome = group_.wait_for_half(group_.parity(), deadline_ns);
+    if (outcome != Outcome::kDone) return outcome;
+    box_->sender.signature[number_] = transfer_->signature;
+    box_->sender.half[number_] = group_.parity();
+    put();
+    return Outcome::kDone;
+  }
+
+  bool ready() const { return !finished_ && reached(box_->receiver, wanted()); }
+
+  void advance() {
+    while (ready()) {
+      if (!compared_) {
+        compared_ = true;
+        if (!(box_->receiver.signature[number_] == transfer_->signature)) {
+          transfer_->mismatch = true;
+          return finish(mine_ + 1, theirs_ + 1);
+        }
+      } else if (next_ < pieces_) {
+        put();
+      } else {
+        return finish(mine_ + pieces_, theirs_ + 1 + pieces_);
+      }
+    }
+  }
+
+ private:
+  // The receiver's count that lets this side go on: its arrival, a piece's place that it has emptied, or the end.
+  std::uint32_t wanted() const {
+    if (!compared_) return theirs_ + 1;
+    if (next_ == pieces_) return theirs_ + 1 + pieces_;
+    return next_ < kPieces ? theirs_ + 1 : theirs_ + 1 + (next_ - static_cast<std::uint32_t>(kPieces) + 1);
+  }
+  void put() {
+    if (transfer_->count != 0) {
+      transfer_->view->read(first(next_), length(next_), where(group_, group_.rank_, group_.parity(), next_));
+    }
+    ++next_;
+    publish(box_->sender, mine_ + next_);
+  }
+  void finish(std::uint32_t mine, std::uint32_t theirs) {
+    group_.sent_[peer()] = mine;
+    group_.taken_[peer()] = theirs;
+    finished_ = true;
+  }
+
+  Mailbox* box_ = nullptr;
+  std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;
+};
+
+class Receiver : public PairSide {
+ public:
+  Receiver(Group& group, Group::Transfer* transfer) : PairSide(group, transfer) {
+    if (finished_) return;
+    box_ = &group.layout_.mailbox(peer(), group.rank_);
+    mine_ = group.received_[peer()];
+    theirs_ = group.given_[peer()];
+    number_ = group.receives_[peer()]++ & 1;
+  }
+
+  void arrive() {
+    if (finished_) return;
+    box_->receiver.signature[number_] = transfer_->signature;
+    publish(box_->receiver, mine_ + 1);
+  }
+
+  bool ready() const { return !finished_ && reached(box_->sender, theirs_ + 1 + next_); }
+
+  void advance() {
+    while (ready()) {
+      if (!compared_) {
+        compared_ = true;
+        if (!(box_->sender.signature[number_] == transfer_->signature)) {
+          transfer_->mismatch = true;
+          return finish(mine_ + 1, theirs_ + 1);
+        }
+      }
+      if (transfer_->count != 0) {
+        transfer_->view->write(first(next_), length(next_), where(group_, peer(), box_->sender.half[number_], next_));
+      }
+      ++next_;
+      publish(box_->receiver, mine_ + 1 + next_);
+      if (next_ == pieces_) return finish(mine_ + 1 + pieces_, theirs_ + pieces_);
+    }
+  }
+
+ private:
+  void finish(std::uint32_t mine, std::uint32_t theirs) {
+    group_.received_[peer()] = mine;
+    group_.given_[peer()] = theirs;
+    finished_ = true;
+  }
+
+  Mailbox* box_ = nullptr;
+  std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;
+};
+
+namespace {
+
+class PairCondition final : public Condition {
+ public:
+  PairCondition(const Sender& sender, const Receiver& receiver) : sender_(sender), receiver_(receiver) {}
+  bool ready() const override { return sender_.ready() || receiver_.ready(); }
+  RankSet missing() const override {
+    RankSet set;
+    if (!sender_.finished() && !sender_.ready()) set.add(sender_.peer());
+    if (!receiver_.finished() && !receiver_.ready()) set.add(receiver_.peer());
+    return set;
+  }
+
+ private:
+  const Sender& sender_;
+  const Receiver& receiver_;
+};
+
+}  // namespace
+
+Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns) {
+  Outcome outcome = enter();
+  if (outcome != Outcome::kDone) return outcome;
+  Sender sender(*this, send);
+  Receiver receiver(*this, recv);
+  receiver.arrive();
+  outcome = sender.arrive(deadline_ns);
+  const PairCondition condition(sender, receiver);
+  RankLine& own = *lines_[rank_];
+  while (outcome == Outcome::kDone) {
+    sender.advance();
+    receiver.advance();
+    if (sender.finished() && receiver.finished()) break;
+    outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
+  }
+  if (outcome != Outcome::kDone) return outcome;
+  const bool mismatch = (send != nullptr && send->mismatch) || (recv != nullptr && recv->mismatch);
+  return mismatch ? Outcome::kMismatch : Outcome::kDone;
+}
+
+}  // namespace colltensor

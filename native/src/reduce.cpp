@@ -1,0 +1,142 @@
+// The collectives that combine elements in one exchange: reduce, reduce-scatter, and the allreduce of small messages.
+#include <cstring>
+
+#include "colltensor/exchange.h"
+
+namespace colltensor {
+namespace {
+
+constexpr std::size_t kPieceNbytes = 16384;  // what is combined at once stays in the first-level cache
+
+// Combines `count` elements of all ranks, those of `own` coming from this rank's memory and the others' from
+// staging, and writes them to `target`. A strided view goes through a piece on the stack.
+template <class From>
+void combine(const View& target, const View& own, int rank, int world_size, std::size_t first, std::size_t count,
+             std::size_t item, Reduction reduction, From from) {
+  alignas(kLine) char mine[kPieceNbytes];
+  alignas(kLine) char result[kPieceNbytes];
+  const void* sources[kMaxRanks];
+  const bool straight = own.contiguous() && target.contiguous();
+  const std::size_t most = straight ? count : kPieceNbytes / item;
+  for (std::size_t start = 0; start < count; start += most) {
+    const std::size_t n = std::min(most, count - start);
+    for (int other = 0; other < world_size; ++other) {
+      if (other != rank) sources[other] = from(other) + start * item;
+    }
+    if (own.contiguous()) {
+      sources[rank] = own.at(first + start);
+    } else {
+      own.read(first + start, n, mine);
+      sources[rank] = mine;
+    }
+    if (target.contiguous()) {
+      reduction(target.at(first + start), sources, world_size, n);
+    } else {
+      reduction(result, sources, world_size, n);
+      target.write(first + start, n, result);
+    }
+  }
+}
+
+}  // namespace
+
+Outcome Group::reduce(const View& data, std::size_t count, DType dtype, ReduceOp op, int root,
+                      const Signature& signature, std::int64_t deadline_ns) {
+  const Reduction reduction = find_reduction(dtype, op);
+  if (reduction == nullptr) return Outcome::kRefused;
+  const std::size_t item = item_size(dtype);
+  const bool takes = rank_ == root;
+  Exchange exchange(*this, count, item, {takes ? kNobody : root, takes ? kEveryone : kNobody, !takes});
+  return exchange.run(
+      signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { data.read(first, n, to); },
+      [&](std::size_t first, std::size_t n, auto from) {
+        if (takes) combine(data, data, rank_, world_size_, first, n, item, reduction, from);
+      });
+}
+
+Outcome Group::reducescatter(const View& target, const View* sources, std::size_t count, DType dtype, ReduceOp op,
+                             const Signature& signature, std::int64_t deadline_ns) {
+  const Reduction reduction = find_reduction(dtype, op);
+  if (reduction == nullptr) return Outcome::kRefused;
+  const std::size_t item = item_size(dtype);
+  Exchange exchange(*this, count, item * world_size_, {kEveryone, kEveryone, true});
+  return exchange.run(
+      signature, deadline_ns,
+      [&](std::size_t first, std::size_t n, char* to) {
+        for (int rank = 0; rank < world_size_; ++rank) {
+          if (rank != rank_) sources[rank].read(first, n, to + rank * n * item);
+        }
+      },
+      [&](std::size_t first, std::size_t n, auto from) {
+        combine(target, sources[rank_], rank_, world_size_, first, n, item, reduction,
+                [&](int rank) { return from(rank) + rank_ * n * item; });
+      });
+}
+
+Outcome Group::allreduce(const View& data, std::size_t count, DType dtype, ReduceOp op, const Signature& signature,
+                         std::int64_t deadline_ns) {
+  const Reduction reduction = find_reduction(dtype, op);
+  if (reduction == nullptr) return Outcome::kRefused;
+  const std::size_t item = item_size(dtype);
+  if (count * item > direct_nbytes_) {
+    return allreduce_blocks(data, count, dtype, reduction, signature, deadline_ns);
+  }
+  Exchange exchange(*this, count, item, {kEveryone, kEveryone, true});
+  return exchange.run(
+      signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { data.read(first, n, to); },
+      [&](std::size_t first, std::size_t n, auto from) {
+        combine(data, data, rank_, world_size_, first, n, item, reduction, from);
+      });
+}
+
+void Group::combine_posted(void* data, std::size_t count, std::size_t nbytes, Reduction reduction) const {
+  const void* sources[kMaxRanks];
+  for (int rank = 0; rank < world_size_; ++rank) {
+    sources[rank] = nbytes <= kInline ? static_cast<const void*>(layout_.post(rank, parity()).data)
+                                      : static_cast<const void*>(half(rank, parity()));
+  }
+  sources[rank_] = data;
+  reduction(data, sources, world_size_, count);
+}
+
+Outcome Group::begin_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
+                               const Signature& signature) {
+  const Outcome entered = enter();
+  if (entered != Outcome::kDone) return entered;
+  char* to = reinterpret_cast<char*>(own_post().data);
+  if (nbytes > kInline) {
+    if (!spin_for_all(half_free_[parity()], 0)) return Outcome::kLarge;
+    to = half(rank_, parity());
+  }
+  if (nbytes != 0) std::memcpy(to, data, nbytes);
+  own_post().signature = signature;
+  const std::uint32_t arrival = done_ + 1;
+  publish(arrival);
+  if (!spin_for_all(arrival, kBriefSpins)) {
+    pending_ = {data, count, nbytes, reduction, signature};
+    return Outcome::kPending;
+  }
+  return finish_allreduce(data, count, nbytes, reduction, signature);
+}
+
+Outcome Group::resume(std::int64_t deadline_ns) {
+  if (!pending()) return Outcome::kBusy;
+  const Pending call = pending_;
+  const Outcome outcome = wait_for_all(done_, deadline_ns);
+  pending_ = {};
+  if (outcome != Outcome::kDone) return outcome;
+  return finish_allreduce(call.data, call.count, call.nbytes, call.reduction, call.signature);
+}
+
+Outcome Group::finish_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
+                                const Signature& signature) {
+  if (!signatures_agree(signature)) {
+    ++calls_;
+    return Outcome::kMismatch;
+  }
+  combine_posted(data, count, nbytes, reduction);
+  finish_direct(done_);
+  return Outcome::kDone;
+}
+
+}  // namespace colltensor

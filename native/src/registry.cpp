@@ -1,0 +1,85 @@
+#include "registry.h"
+
+#include <chrono>
+#include <mutex>
+#include <thread>
+
+namespace colltensor {
+namespace {
+
+constexpr int kIndexBits = 12;
+constexpr std::uint64_t kBusy = 1, kClosed = 2, kFlags = 3;
+constexpr int kCloseLimitMs = 3000;
+
+struct Slot {
+  std::atomic<std::uint64_t> state{kClosed};  // the use's number, and above which it is busy or closed
+  std::unique_ptr<Member> member;
+};
+
+// Never destroyed: threads may still be in a call when the process ends.
+Slot* const slots = new Slot[std::size_t{1} << kIndexBits];
+std::mutex* const opening = new std::mutex;
+
+Slot& slot_of(std::int64_t handle) { return slots[handle & ((1 << kIndexBits) - 1)]; }
+std::uint64_t use_of(std::int64_t handle) { return static_cast<std::uint64_t>(handle) >> kIndexBits << 2; }
+
+}  // namespace
+
+std::int64_t add_member(std::unique_ptr<Member> member) {
+  const std::lock_guard<std::mutex> lock(*opening);
+  for (std::int64_t index = 0; index < (1 << kIndexBits); ++index) {
+    Slot& slot = slots[index];
+    const std::uint64_t state = slot.state.load(std::memory_order_acquire);
+    if ((state & kFlags) != kClosed || slot.member != nullptr) continue;
+    const std::uint64_t use = (state >> 2) + 1;
+    slot.member = std::move(member);
+    slot.state.store(use << 2, std::memory_order_release);
+    return static_cast<std::int64_t>(use << kIndexBits) | index;
+  }
+  return -1;
+}
+
+bool remove_member(std::int64_t handle) {
+  if (handle < 0) return true;
+  Slot& slot = slot_of(handle);
+  std::uint64_t state = slot.state.load(std::memory_order_acquire);
+  do {
+    if ((state & ~kFlags) != use_of(handle) || (state & kClosed) != 0) return true;
+  } while (!slot.state.compare_exchange_weak(state, state | kClosed, std::memory_order_acq_rel));
+  slot.member->group->leave();
+  for (int waited = 0; (slot.state.load(std::memory_order_acquire) & kBusy) != 0; ++waited) {
+    // The slot and its memory are never used again.
+    if (waited == kCloseLimitMs || slot.member->group->foreign()) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  const std::lock_guard<std::mutex> lock(*opening);
+  slot.member.reset();
+  return true;
+}
+
+Turn::Turn(std::int64_t handle) : outcome_(Outcome::kClosed) {
+  if (handle < 0) return;
+  Slot& slot = slot_of(handle);
+  std::uint64_t idle = use_of(handle);
+  const std::uint64_t use = idle;
+  if (slot.state.compare_exchange_strong(idle, use | kBusy, std::memory_order_acquire)) {
+    state_ = &slot.state;
+    group_ = slot.member->group.get();
+    outcome_ = Outcome::kDone;
+  } else if (idle == (use | kBusy)) {
+    outcome_ = Outcome::kBusy;
+  }
+}
+
+Turn::~Turn() {
+  if (state_ != nullptr) state_->fetch_and(~kBusy, std::memory_order_release);
+}
+
+Group* peek_member(std::int64_t handle) {
+  if (handle < 0) return nullptr;
+  Slot& slot = slot_of(handle);
+  const std::uint64_t state = slot.state.load(std::memory_order_acquire);
+  return (state & ~kFlags) == use_of(handle) && (state & kClosed) == 0 ? slot.member->group.get() : nullptr;
+}
+
+}  // namespace colltensor

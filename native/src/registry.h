@@ -1,0 +1,46 @@
+// The groups of this process by number, so that a number used too late is refused and never a dangling pointer.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "colltensor/group.h"
+#include "colltensor/segment.h"
+
+namespace colltensor {
+
+struct Member {
+  Mapping mapping;
+  std::unique_ptr<Group> group;
+  std::shared_ptr<void> context;  // of the group's hooks
+};
+
+// Returns the number of the new member, or -1 if there are too many.
+std::int64_t add_member(std::unique_ptr<Member> member);
+
+// Leaves the group, waits for a call of another thread to notice, and frees everything. True if that call ended.
+bool remove_member(std::int64_t handle);
+
+// The right to use a group, of one thread at a time.
+class Turn {
+ public:
+  explicit Turn(std::int64_t handle);
+  ~Turn();
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+  Outcome outcome() const { return outcome_; }  // kDone, kBusy or kClosed
+  Group* operator->() const { return group_; }
+  Group& operator*() const { return *group_; }
+
+ private:
+  std::atomic<std::uint64_t>* state_ = nullptr;
+  Group* group_ = nullptr;
+  Outcome outcome_;
+};
+
+// The group without a turn, for what any thread may do at any time; null if there is none.
+Group* peek_member(std::int64_t handle);
+
+}  // namespace colltensor

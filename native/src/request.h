@@ -1,0 +1,21 @@
+// A call as Python packs it: an array of 64-bit integers, a fixed head and then the views.
+#pragma once
+
+#include <cstdint>
+
+#include "colltensor/group.h"
+
+namespace colltensor {
+
+// Positions in the head (colltensor.backends.shm.requests has their twins).
+enum RequestField : int {
+  kOperationField, kReduceOpField, kDTypeField, kItemField, kRootField, kCountField, kSignatureField,
+  kDetailField = kSignatureField + 4,  // out: for a transfer, 1 if the send differs, plus 2 if the receive does
+  kSourceField, kSourceItemField, kSourceCountField, kSourceSignatureField,
+  kViewsField = kSourceSignatureField + 4,
+};
+
+// Runs the call. A view is its address, its number of axes (0 for row-major without gaps), shape and strides.
+Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns);
+
+}  // namespace colltensor

@@ -1,0 +1,81 @@
+"""What the tests of shared memory run in their ranks: groups of their own, and the ways in which a rank can go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import colltensor as col
+from colltensor.types import DTYPES, DType
+
+Array = np.ndarray[Any, Any]
+
+
+@contextlib.contextmanager
+def own_group(rank: int, world_size: int, name: str, timeout_s: float = 20.0) -> Iterator[Any]:
+    """A group that the test may break; destroyed when it ends."""
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(exist_ok=True)
+    group = col.init_collective_group(
+        world_size, rank, "shm", name, init_method=f"file://{folder}", timeout_s=timeout_s
+    )
+    try:
+        yield group
+    finally:
+        col.destroy_collective_group(name)
+
+
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    if dtype.name in np.sctypeDict:
+        return np.dtype(dtype.name)
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, dtype.name))
+
+
+def values(rank: int, count: int, dtype: str, salt: int = 0) -> Array:
+    """Bytes that no other rank, index or salt has, as far as the type can tell them apart; small numbers."""
+    kind = DTYPES[dtype]
+    numbers = np.arange(count) * 7 + rank * 31 + salt * 101 + 1
+    if kind.kind == "b":
+        return numbers % 3 == 0
+    if kind.itemsize == 1:
+        numbers = numbers % 61
+    if kind.kind == "f" and kind.itemsize == 2:
+        numbers = numbers % 61 / 8
+    return numbers.astype(numpy_dtype(kind))
+
+
+def strided(array: Array, way: int) -> Array:
+    """Return an array of the same elements in row-major order in another memory layout."""
+    count = len(array)
+    if way == 0:
+        room = np.zeros((count, 3), array.dtype)
+        room[:, 1] = array
+        return room[:, 1]
+    if way == 1:
+        room = np.zeros(count, array.dtype)[::-1]
+        room[:] = array
+        return room
+    if way == 2 and count % 4 == 0:
+        return np.asfortranarray(array.reshape(4, count // 4))
+    if way == 3 and count % 6 == 0:
+        room = np.zeros((3, 2, count // 6 + 5, 2), array.dtype)[:, :, 2:-3, 0]
+        room[...] = array.reshape(3, 2, count // 6)
+        return room
+    return array
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def shared_mappings() -> int:
+    """Count the mappings of this process that are ours."""
+    return Path("/proc/self/maps").read_text().count("memfd:colltensor")
