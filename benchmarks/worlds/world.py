@@ -1,0 +1,220 @@
+"""Starts the worlds of one number of ranks, and lets each do something while the others sleep.
+
+Ranks talk to the coordinator over a Unix socket in a temporary folder. They end when it is closed, so that nothing
+is left however the coordinator ends; what does not end is killed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from worlds.rank import Settings
+
+HERE = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "JAX_PLATFORMS": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
+START_S = 120.0
+REPLY_S = 300.0
+
+
+class WorldError(RuntimeError):
+    """A world did not start, died, or gave no reply; has the end of what it printed."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A world that can be started.
+
+    Attributes:
+        name: The world's name.
+        library: What its ranks load; see ``worlds.rank``.
+        python: The interpreter of its ranks.
+        needs: Modules that must be installed in the coordinator's own environment.
+    """
+
+    name: str
+    library: str
+    python: str = sys.executable
+    needs: tuple[str, ...] = ()
+
+    def lacking(self) -> str | None:
+        """Return why it cannot be started here, or None."""
+        missing = [module for module in self.needs if importlib.util.find_spec(module) is None]
+        if missing:
+            return f"{', '.join(missing)} not installed"
+        if not self.python:
+            return f"no --{self.name}-python given"
+        if self.library in ("Open MPI", "MPICH") and not self.mpiexec.is_file():
+            return f"no {self.mpiexec}"
+        return None
+
+    @property
+    def mpiexec(self) -> Path:
+        """The launcher beside the interpreter."""
+        return Path(self.python).absolute().parent / "mpiexec"
+
+    def commands(self, settings: Settings) -> list[list[str]]:
+        """Return the command lines that start its ranks."""
+        rank = [self.python, "-m", "worlds.rank", settings.dump()]
+        if self.library == "Open MPI":
+            # Its own binding off, as all libraries run under one policy; more ranks than cores allowed.
+            return [[str(self.mpiexec), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(settings.ranks),
+                     *rank]]
+        if self.library == "MPICH":
+            return [[str(self.mpiexec), "-bind-to", "none", "-n", str(settings.ranks), *rank]]
+        if self.library == "ray":
+            return [[self.python, "-m", "worlds.ray_world", settings.dump()]]
+        return [[*rank, str(number)] for number in range(settings.ranks)]
+
+
+class World:
+    """The running ranks of one library.
+
+    Attributes:
+        name: The world's name.
+        ranks: The number of ranks.
+        versions: What rank 0 says it runs on.
+    """
+
+    def __init__(self, kind: Kind, settings: Settings) -> None:
+        self.name = kind.name
+        self.versions: dict[str, str] = {}
+        self._links: dict[int, Connection] = {}
+        self._pids: list[int] = []
+        self.ranks = settings.ranks
+        self._log = Path(settings.folder) / f"{kind.name}.log"
+        path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+        self._processes: list[subprocess.Popen[bytes]] = []
+        with self._log.open("wb") as log:
+            for command in kind.commands(settings):
+                # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends them in order.
+                self._processes.append(subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                ))
+
+    @property
+    def complete(self) -> bool:
+        """True when all ranks have said hello."""
+        return len(self._links) == self.ranks
+
+    def enter(self, rank: int, link: Connection, pid: int, versions: dict[str, str]) -> None:
+        """Take a rank in that said hello."""
+        self._links[rank] = link
+        self._pids.append(os.pidfd_open(pid))  # not the number, which may be another process's when it comes to a kill
+        if rank == 0:
+            self.versions = versions
+
+    def check(self) -> None:
+        """Raise WorldError if a process has ended."""
+        if any(process.poll() is not None for process in self._processes):
+            raise self._error("a process ended")
+
+    def ask(self, name: str, *arguments: Any) -> list[Any]:
+        """Have all ranks do something at the same time, and return what each replies."""
+        replies = []
+        try:
+            for rank in range(self.ranks):
+                self._links[rank].send((name, arguments))
+            deadline = time.monotonic() + REPLY_S
+            for rank in range(self.ranks):
+                if not self._links[rank].poll(deadline - time.monotonic()):
+                    raise self._error(f"{name}{arguments}: no reply of rank {rank} within {REPLY_S:.0f} s")
+                fine, reply = self._links[rank].recv()
+                if not fine:
+                    raise self._error(f"{name}{arguments}: rank {rank}: {reply}")
+                replies.append(reply)
+        except (EOFError, ConnectionError) as error:
+            raise self._error(f"{name}{arguments}: a rank died") from error
+        return replies
+
+    def close(self) -> None:
+        """End all processes; returns when they are gone."""
+        for link in self._links.values():
+            link.close()
+        first_s = 20 if self.complete else 1  # one that is still starting does not know yet that it is to end
+        for patience_s, number in ((first_s, signal.SIGTERM), (10, signal.SIGKILL), (5, None)):
+            deadline = time.monotonic() + patience_s
+            for process in self._processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0, deadline - time.monotonic()))
+            for process in self._processes:
+                if process.poll() is None and number is not None:
+                    os.killpg(process.pid, number)
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pid, signal.SIGKILL)
+            os.close(pid)
+
+    def _error(self, what: str) -> WorldError:
+        text = self._log.read_text(errors="replace")[-4000:]
+        return WorldError(f"{self.name}: {what}\n{text}")
+
+
+@contextmanager
+def started(kinds: list[Kind], ranks: int, *, pin: bool, backend: str) -> Iterator[dict[str, World]]:
+    """Start a world of each kind with so many ranks, and end them all when the context is left.
+
+    Raises:
+        WorldError: One did not start.
+    """
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        folder = tempfile.mkdtemp(prefix="worlds-")
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        address = f"{folder}/coordinator"
+        listener.bind(address)
+        listener.listen(64)
+        worlds: dict[str, World] = {}
+        try:
+            for kind in kinds:
+                settings = Settings(kind.name, kind.library, ranks, folder, address, pin, backend)
+                worlds[kind.name] = World(kind, settings)
+                stack.callback(worlds[kind.name].close)
+            _await(worlds, listener)
+            yield worlds
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not keep the worlds from being ended
+
+
+def _await(worlds: dict[str, World], listener: socket.socket) -> None:
+    """Take in the ranks as they say hello."""
+    deadline = time.monotonic() + START_S
+    listener.settimeout(0.2)
+    while not all(world.complete for world in worlds.values()):
+        if time.monotonic() > deadline:
+            late = [name for name, world in worlds.items() if not world.complete]
+            raise WorldError(f"{', '.join(late)}: not all ranks came within {START_S:.0f} s")
+        for world in worlds.values():
+            world.check()
+        with suppress(TimeoutError):
+            end, _ = listener.accept()
+            end.setblocking(True)
+            link = Connection(end.detach())
+            name, rank, pid, versions = link.recv()
+            worlds[name].enter(rank, link, pid, versions)
