@@ -32,6 +32,7 @@ import os
 import shlex
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from worlds import report, targets
@@ -178,6 +179,8 @@ def main() -> None:
         with started(kinds, ranks, pin=options.pin, backend=options.backend) as worlds:
             for world in worlds.values():
                 facts.update(world.versions)
+            if "frameworks" in worlds:
+                facts.update({"torch": metadata.version("torch"), "JAX": metadata.version("jax")})
             measure_all(worlds, ranks, options, results)
     command = shlex.join(["python", *sys.argv])
     pinned = "rank r pinned to core r modulo the cores" if options.pin else "no process pinned"

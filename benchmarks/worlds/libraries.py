@@ -85,7 +85,10 @@ class Colltensor:
 
         self.rank, self.ranks, self._col = rank, ranks, col
         self._group = col.init_collective_group(ranks, rank, backend, init_method=f"file://{meeting}")
-        self.versions = {"colltensor": f"{col.__version__} (backend {self._group.backend})"}
+        self.versions = {
+            "colltensor": f"{col.__version__} (backend {self._group.backend})",
+            "apache-tvm-ffi": metadata.version("apache-tvm-ffi"),
+        }
         self.barrier = self._group.barrier
 
     def loop(self, operation: str, arrays: Arrays) -> Loop:
@@ -239,7 +242,7 @@ class TorchGloo:
         store = dist.FileStore(f"{folder}/torch", ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         self.rank, self.ranks, self._dist = rank, ranks, dist
-        self.versions = {"torch": torch.__version__}
+        self.versions = {"torch": str(torch.__version__)}
         self.barrier = dist.barrier
 
     def loop(self, operation: str, arrays: Arrays) -> Loop:

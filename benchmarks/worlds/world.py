@@ -98,13 +98,15 @@ class World:
         name: The world's name.
         ranks: The number of ranks.
         versions: What rank 0 says it runs on.
+        pid: The process id of rank 0.
     """
 
     def __init__(self, kind: Kind, settings: Settings) -> None:
         self.name = kind.name
         self.versions: dict[str, str] = {}
+        self.pid = 0
         self._links: dict[int, Connection] = {}
-        self._pids: list[int] = []
+        self._holds: list[int] = []
         self.ranks = settings.ranks
         self._log = Path(settings.folder) / f"{kind.name}.log"
         path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
@@ -125,9 +127,9 @@ class World:
     def enter(self, rank: int, link: Connection, pid: int, versions: dict[str, str]) -> None:
         """Take a rank in that said hello."""
         self._links[rank] = link
-        self._pids.append(os.pidfd_open(pid))  # not the number, which may be another process's when it comes to a kill
+        self._holds.append(os.pidfd_open(pid))  # not the number, which may be another process's when it comes to a kill
         if rank == 0:
-            self.versions = versions
+            self.versions, self.pid = versions, pid
 
     def check(self) -> None:
         """Raise WorldError if a process has ended."""
@@ -165,10 +167,10 @@ class World:
             for process in self._processes:
                 if process.poll() is None and number is not None:
                     os.killpg(process.pid, number)
-        for pid in self._pids:
+        for hold in self._holds:
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pid, signal.SIGKILL)
-            os.close(pid)
+                signal.pidfd_send_signal(hold, signal.SIGKILL)
+            os.close(hold)
 
     def _error(self, what: str) -> WorldError:
         text = self._log.read_text(errors="replace")[-4000:]
