@@ -28,12 +28,17 @@ class Buffers(Protocol):
     Attributes:
         views: One view a leaf, in the user's layout.
         transfers: What the backend works on: the views themselves, staging copies of strided ones,
-            or buckets of several. The list stays the same object once staged; ``load`` fills in the
-            memory of new results.
+            or buckets of several. Lists and views stay the same objects once staged; ``claim`` gives
+            views of immutable tensors another address.
+        claims: Whether ``claim`` does anything.
     """
 
     views: list[BufferView]
     transfers: list[BufferView]
+
+    @property
+    def claims(self) -> bool:
+        """True where a tensor is written whose framework never changes one."""
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None) -> None:
         """Decide the transfers, from counts and dtypes alone, which are equal on all ranks.
@@ -47,8 +52,14 @@ class Buffers(Protocol):
             OptionError: ``copy`` is False and a staging copy is needed.
         """
 
+    def claim(self) -> None:
+        """Make immutable tensors' results, with the same contents; their views are the results' from now on.
+
+        Called once the ranks agreed, because a donated tensor is gone then.
+        """
+
     def load(self) -> None:
-        """Make immutable tensors' results, and copy staged leaves into their staging buffers."""
+        """Copy staged leaves into their staging buffers; before or after ``claim``."""
 
     def store(self) -> None:
         """Copy staged results back and tell the frameworks what was written."""
@@ -105,9 +116,16 @@ class TensorBuffers:
         self.transfers = [memory_of(view.device.type).allocate(view.nbytes).cast(view.dtype)]
         self._staged = True
 
-    def load(self) -> None:
+    @property
+    def claims(self) -> bool:
+        return self._write and self._adapter.immutable
+
+    def claim(self) -> None:
         if self._write and self._adapter.immutable:
-            self._tensor, self.views[0] = self._adapter.claim(self._tensor, self._donate)
+            self._tensor, view = self._adapter.claim(self._tensor, self._donate)
+            self.views[0].become(view)
+
+    def load(self) -> None:
         if self._staged:
             memory_of(self.views[0].device.type).copy(self.transfers[0], self.views[0])
 
@@ -181,19 +199,21 @@ class TreeBuffers:
             start = end
         return bucket if bytewise and len(members) > 1 else bucket.cast(views[0].dtype)
 
+    @property
+    def claims(self) -> bool:
+        return self._write and any(adapter.immutable for adapter in self._adapters)
+
+    def claim(self) -> None:
+        if not self._write:
+            return
+        for index, adapter in enumerate(self._adapters):
+            if adapter.immutable:
+                self._results[index], view = adapter.claim(self._results[index], self._donate)
+                self.views[index].become(view)
+
     def load(self) -> None:
-        if self._write:
-            for index, adapter in enumerate(self._adapters):
-                if adapter.immutable:
-                    self._claim(index, adapter)
         for index, staging in self._staged:
             memory_of(staging.device.type).copy(staging, self.views[index])
-
-    def _claim(self, index: int, adapter: Adapter) -> None:
-        before = self.views[index]
-        self._results[index], view = adapter.claim(self._results[index], self._donate)
-        self.transfers[:] = [view if transfer is before else transfer for transfer in self.transfers]
-        self.views[index] = view
 
     def store(self) -> None:
         if self._write:
@@ -203,9 +223,7 @@ class TreeBuffers:
                 adapter.written(result)
 
     def result(self) -> Any:
-        if self._write and any(adapter.immutable for adapter in self._adapters):
-            return self._rebuild(self._results)
-        return self._original
+        return self._rebuild(self._results) if self.claims else self._original
 
     def count(self) -> int:
         return sum(view.count for view in self.views)

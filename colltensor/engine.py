@@ -10,8 +10,9 @@ import struct
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
+from colltensor.backends.base import SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.errors import CollectiveError, GroupError, MismatchError
@@ -34,16 +35,6 @@ _CODES: Final = {
     )
 }
 """Operations as ranks name them to each other."""
-
-
-class Signer(Protocol):
-    """A backend that compares signatures itself, while the ranks arrive and before it writes."""
-
-    def sign(self, signature: bytes, describe: Callable[[], str]) -> None:
-        """Say what all ranks must agree on in the collective that follows."""
-
-    def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
-        """Say what two ranks must agree on in the transfer that follows."""
 
 
 class Transfer(NamedTuple):
@@ -71,7 +62,7 @@ class Call:
         op: The reduce op, or None.
         root: The root's rank, or -1.
         fused: Whether small leaves share transfers.
-        buffers: The arguments to load before the payload and to store after it.
+        buffers: The arguments to claim and load before the payload and to store after it.
         move: Moves the payload: called with ``arguments`` and the deadline.
         arguments: What ``move`` gets.
         result: Returns what the call returns.
@@ -104,6 +95,11 @@ class Call:
         self.result = result
         self.transfers = transfers
 
+    def claim(self) -> None:
+        """Make the results of immutable tensors."""
+        for buffers in self.buffers:
+            buffers.claim()
+
     def signature(self, sequence: int) -> bytes:
         """Return what must be equal on all ranks, packed."""
         argument = self.argument
@@ -126,11 +122,13 @@ class Engine:
 
     Attributes:
         broken: The error that broke the group, or None.
+        queue: The order of the calls.
+        timeout_s: How long a call waits for other ranks.
     """
 
     def __init__(
         self, name: str, rank: int, control: Control | None, agrees: bool, timeout_s: float,
-        signer: Signer | None = None,
+        signer: SigningBackend | None = None,
     ) -> None:
         self._name = name
         self._rank = rank
@@ -138,8 +136,8 @@ class Engine:
         self._agrees = agrees
         self._signer = signer
         self._alone = control is None
-        self._timeout_s = timeout_s
-        self._queue = OperationQueue(name)
+        self.timeout_s = timeout_s
+        self.queue = OperationQueue(name)
         self._sequence = 0
         self._transfers: dict[tuple[int, int], int] = {}
         self._kept: list[Call] = []
@@ -165,10 +163,11 @@ class Engine:
         Returns:
             What the call returns, or with ``async_op`` the Work that will have it.
         """
-        queue = self._queue
+        queue = self.queue
         if self._alone and not async_op and queue.enter():  # one rank: nobody to agree with or to tell
             try:
                 for buffer in buffers:
+                    buffer.claim()
                     buffer.load()
                 move(*arguments, _NEVER)
                 for buffer in buffers:
@@ -182,8 +181,8 @@ class Engine:
 
     def _submit(self, call: Call, async_op: bool) -> Any:
         if self.broken is not None:
-            raise self._refusal(call)
-        queue = self._queue
+            raise self._refusal(call.name)
+        queue = self.queue
         if async_op:
             return queue.put(Work(call.name, lambda: self._execute(call)))
         if not queue.enter():
@@ -202,19 +201,23 @@ class Engine:
         self.broken = self.broken or gone
         if self._control is not None:
             self._control.close()
-        self._queue.close(gone, _CLOSE_TIMEOUT_S)
+        self.queue.close(gone, _CLOSE_TIMEOUT_S)
         self._kept.clear()
 
     def _execute(self, call: Call) -> Any:
         if self.broken is not None:
-            raise self._refusal(call)
-        deadline = time.monotonic() + self._timeout_s
+            raise self._refusal(call.name)
+        deadline = time.monotonic() + self.timeout_s
+        signer = self._signer
         try:
             if self._control is not None:
-                if self._signer is not None and (call.buffers or call.name == "barrier"):
-                    self._sign(call, self._control, self._signer)
+                if signer is not None:
+                    signer.hold(deadline)
+                    self._sign(call, self._control, signer, deadline)
                 elif self._agrees or not call.buffers:
                     self._agree(call, self._control, deadline)
+            if signer is None:
+                call.claim()
             for buffers in call.buffers:
                 buffers.load()
             call.move(*call.arguments, deadline)
@@ -224,14 +227,35 @@ class Engine:
             raise
         except BaseException as error:
             self._kept.append(call)  # a provider may still write to the memory of a call that failed
-            verdict = self._verdict(call, error)
+            verdict = self._verdict(call.name, error)
             if verdict is error:
                 raise
             raise verdict from error
         finally:
+            if signer is not None:
+                signer.release()
             if self._control is not None:
                 self._control.position(self._sequence, None)
         return call.result()
+
+    def check(self, name: str) -> None:
+        """Raise GroupError if the group is broken or destroyed."""
+        if self.broken is not None:
+            raise self._refusal(name)
+
+    def signed(self, transfers: Sequence[Transfer]) -> list[tuple[int, int, bytes, Callable[[], str]]]:
+        """Return source, destination, signature and words of transfers that were made already."""
+        return [
+            (transfer.source, transfer.destination, *self._transfer_signature(transfer, True)[1:])
+            for transfer in transfers
+        ]
+
+    def interrupted(self, name: str, error: BaseException) -> BaseException:
+        """Break the group over what a direct call raised, and return what the caller gets."""
+        verdict = self._verdict(name, error)
+        if self._signer is not None:
+            self._signer.drop()
+        return verdict
 
     def _agree(self, call: Call, control: Control, deadline: float) -> None:
         """Let the ranks concerned agree on a call; returns once they have all arrived.
@@ -249,24 +273,31 @@ class Engine:
         control.position(sequence, call.name)
         control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
 
-    def _sign(self, call: Call, control: Control, signer: Signer) -> None:
-        """Hand the backend what the ranks concerned must agree on, because it compares while they arrive."""
+    def _sign(self, call: Call, control: Control, signer: SigningBackend, deadline: float) -> None:
+        """Hand the backend what the ranks concerned must agree on, because it compares while they arrive.
+
+        What moves on the control plane is agreed through the backend as well, so that it meets every other call.
+        """
+        claim = call.claim if any(buffers.claims for buffers in call.buffers) else None
         if call.transfers is None:
-            self._sequence += 1
-            sequence = self._sequence
+            sequence = self._sequence = signer.calls() + 1  # direct calls are counted there alone
             control.position(sequence, call.name)
-            signer.sign(call.signature(sequence), lambda: call.describe(sequence))
+            signer.sign(call.signature(sequence), lambda: call.describe(sequence), claim)
+            if not call.buffers and call.name != "barrier":
+                signer.agree(deadline)
             return
         for transfer in call.transfers:
             peer, signature, describe = self._transfer_signature(transfer, call.fused)
             control.position(self._sequence, f"{call.name} with rank {peer}")
-            signer.sign_transfer(transfer.source, transfer.destination, signature, describe)
+            signer.sign_transfer(transfer.source, transfer.destination, signature, describe, claim)
 
     def _transfer_signature(self, transfer: Transfer, fused: bool) -> tuple[int, bytes, Callable[[], str]]:
         """Count a transfer and return its peer, its signature, and the signature in words."""
         source, destination, buffers, _ = transfer
         fused = fused or len(buffers.views) == 1  # one tensor travels alone either way
         number = self._transfers[source, destination] = self._transfers.get((source, destination), 0) + 1
+        if self._signer is not None:  # direct ones are counted there alone
+            number = self._signer.transfers(source, destination) + 1
         signature = _SIGNATURE.pack(
             number, _CODES["transfer"], _NO_OP, source, fused, buffers.count(), buffers.leaves_hash()
         )
@@ -297,32 +328,35 @@ class Engine:
                 mismatch = error
         if mismatch is not None:
             for transfer in agreed:
+                transfer.buffers.claim()
                 transfer.buffers.load()
                 transfer.move(deadline)
                 transfer.buffers.store()
             raise mismatch
 
-    def _refusal(self, call: Call) -> GroupError:
+    def _refusal(self, name: str) -> GroupError:
         error = GroupError(
-            f"{call.name}: group '{self._name}' (rank {self._rank}) cannot be used any more: {self.broken}; destroy it "
+            f"{name}: group '{self._name}' (rank {self._rank}) cannot be used any more: {self.broken}; destroy it "
             "and make it again on all ranks"
         )
         error.__cause__ = self.broken
         return error
 
-    def _verdict(self, call: Call, error: BaseException) -> BaseException:
+    def _verdict(self, name: str, error: BaseException) -> BaseException:
         """Break the group over ``error``, tell the peers, and return what the caller gets."""
         control = self._control
         if control is None:
             return error
+        if self._signer is not None:
+            self._signer.abandon()
         if self.broken is not None:
             return self.broken
         if isinstance(error, CollectiveError):
             self.broken = error
         elif isinstance(error, (RuntimeError, OSError)):
-            self.broken = control.diagnose(call.name, None if isinstance(error, TimeoutError) else error)
+            self.broken = control.diagnose(name, None if isinstance(error, TimeoutError) else error)
         else:
-            self.broken = GroupError(f"{call.name}: rank {self._rank} gave up: {type(error).__name__} {error}".rstrip())
+            self.broken = GroupError(f"{name}: rank {self._rank} gave up: {type(error).__name__} {error}".rstrip())
         control.fail(self.broken)
         interrupted = not isinstance(error, (RuntimeError, OSError))
         return error if interrupted else self.broken

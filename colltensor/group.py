@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from colltensor import backends
+from colltensor.adapters import direct
 from colltensor.arguments import Arguments
 from colltensor.backends.base import Backend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
+from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
 from colltensor.engine import Engine, Transfer
 from colltensor.errors import CollectiveError, OptionError
 from colltensor.rendezvous import Meeting, meet_through
@@ -105,9 +107,12 @@ class Group:
         self._control = control
         signer = backend if isinstance(backend, SigningBackend) else None
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
+        self._queue = self._engine.queue
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
         self._arguments = Arguments(name, rank, world_size, backend)
+        self._direct: Any = None if signer is None else Direct(signer, self._engine, self._arguments, rank)
+        self._allreduce = None if signer is None else signer.direct_allreduce
 
     def allreduce(
         self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,
@@ -127,6 +132,18 @@ class Group:
         """
         if op.__class__ is not ReduceOp:
             op = self._arguments.op("allreduce", op)
+        if self._allreduce is not None and copy is None and not async_op and self._queue.idle:
+            plain, written = direct.get(tensor.__class__, NOT_DIRECT)
+            if plain is None or plain(tensor):
+                try:
+                    code = self._allreduce(tensor, op)
+                except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
+                    self._direct.failed("allreduce", error)
+                else:
+                    if not code or self._direct.finish_allreduce(tensor, op, code):
+                        if written is not None:
+                            written(tensor)
+                        return tensor
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         return self._engine.run(
             async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
@@ -150,6 +167,11 @@ class Group:
         Returns:
             On ``dst_rank`` as ``allreduce``; elsewhere ``tensor`` itself.
         """
+        if (
+            self._is_direct(async_op, copy, dst_rank) and op.__class__ is ReduceOp
+            and self._direct.call("reduce", op, dst_rank, NO_RANK, (tensor,), (tensor,)[dst_rank != self.rank :])
+        ):
+            return tensor
         op, root = self._arguments.op("reduce", op), self._arguments.rank("reduce", "dst_rank", dst_rank)
         write = root == self.rank
         buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
@@ -173,6 +195,10 @@ class Group:
         Returns:
             ``tensor`` itself, with JAX arrays replaced by new ones where they were written.
         """
+        if self._is_direct(async_op, copy, src_rank) and self._direct.call(
+            "broadcast", NO_OP, src_rank, NO_RANK, (tensor,), (tensor,)[src_rank == self.rank :]
+        ):
+            return tensor
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
         write = root != self.rank
         buffers = self._arguments.tensor("broadcast", "tensor", tensor, None, write, donate, copy, True)
@@ -196,6 +222,11 @@ class Group:
         Returns:
             ``tensor_list``.
         """
+        if (
+            self._is_direct(async_op, copy) and tensor_list.__class__ is list
+            and self._direct.call("allgather", NO_OP, NO_RANK, NO_RANK, (*tensor_list, tensor), tensor_list)
+        ):
+            return tensor_list
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
         targets = self._arguments.tensors("allgather", "tensor_list", tensor_list, source, None, True, copy)
         self._arguments.separate("allgather", _named("tensor_list", targets), [(source, "tensor")], same=self.rank)
@@ -221,6 +252,10 @@ class Group:
         Returns:
             ``tensor_list``.
         """
+        if self._is_direct(async_op, copy, dst_rank):
+            taken = () if dst_rank != self.rank or tensor_list.__class__ is not list else tensor_list
+            if self._direct.call("gather", NO_OP, dst_rank, NO_RANK, (*taken, tensor), taken):
+                return tensor_list
         root = self._arguments.rank("gather", "dst_rank", dst_rank)
         source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
         targets = None
@@ -253,6 +288,10 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
+        if self._is_direct(async_op, copy, src_rank):
+            given = () if src_rank != self.rank or tensor_list.__class__ is not list else tensor_list
+            if self._direct.call("scatter", NO_OP, src_rank, NO_RANK, (tensor, *given), (tensor,)):
+                return tensor
         root = self._arguments.rank("scatter", "src_rank", src_rank)
         target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
         sources = None
@@ -284,6 +323,11 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
+        if (
+            self._is_direct(async_op, copy) and tensor_list.__class__ is list and op.__class__ is ReduceOp
+            and self._direct.call("reducescatter", op, NO_RANK, NO_RANK, (tensor, *tensor_list), (tensor,))
+        ):
+            return tensor
         op = self._arguments.op("reducescatter", op)
         target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
         sources = self._arguments.tensors("reducescatter", "tensor_list", tensor_list, target, op, False, copy)
@@ -308,6 +352,11 @@ class Group:
         Returns:
             ``output_list``.
         """
+        if (
+            self._is_direct(async_op, copy) and output_list.__class__ is list and input_list.__class__ is list
+            and self._direct.call("alltoall", NO_OP, NO_RANK, NO_RANK, (*output_list, *input_list), output_list)
+        ):
+            return output_list
         self._arguments.length("alltoall", "input_list", input_list)
         first = self._arguments.tensor("alltoall", "input_list[0]", input_list[0], None, False, False, copy, False)
         sources = self._arguments.tensors("alltoall", "input_list", input_list, first, None, False, copy)
@@ -325,6 +374,10 @@ class Group:
         Only those two ranks call; the call waits for the receiver. Two ranks that both send before
         they receive wait for each other until the timeout: use ``sendrecv``.
         """
+        if self._is_direct(async_op, copy, dst_rank) and self._direct.call(
+            "transfer", NO_OP, dst_rank, NO_RANK, (tensor,), ()
+        ):
+            return tensor
         peer = self._arguments.peer("send", "dst_rank", dst_rank)
         buffers = self._arguments.tensor("send", "tensor", tensor, None, False, False, copy, True)
         return self._engine.run(
@@ -340,6 +393,10 @@ class Group:
         Returns:
             ``tensor`` itself, with JAX arrays replaced by new ones.
         """
+        if self._is_direct(async_op, copy, src_rank) and self._direct.call(
+            "transfer", NO_OP, NO_RANK, src_rank, (tensor,), (tensor,)
+        ):
+            return tensor
         peer = self._arguments.peer("recv", "src_rank", src_rank)
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
         return self._engine.run(
@@ -359,6 +416,10 @@ class Group:
         Returns:
             ``recv_tensor`` itself, or a new JAX array.
         """
+        if self._is_direct(async_op, copy, dst_rank) and self._is_direct(async_op, copy, src_rank) and (
+            self._direct.call("transfer", NO_OP, dst_rank, src_rank, (send_tensor, recv_tensor), (recv_tensor,))
+        ):
+            return recv_tensor
         to, of = self._arguments.shift(dst_rank, src_rank)
         source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
         target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
@@ -371,6 +432,8 @@ class Group:
 
     def barrier(self, *, async_op: bool = False) -> Any:
         """Return when all ranks have called."""
+        if self._is_direct(async_op, None) and self._direct.call("barrier", NO_OP, NO_RANK, NO_RANK, (), ()):
+            return None
         agreed = self._backend.agrees  # the agreement is a barrier
         return self._engine.run(
             async_op, "barrier", None, None, -1, True, (),
@@ -440,6 +503,13 @@ class Group:
             backend=self._recipe.backend_for(len(members)),
         )
         return connect(meeting, self._recipe, deadline)
+
+    def _is_direct(self, async_op: bool, copy: bool | None, root: Any = 0) -> bool:
+        """Return True if a call may go the short way, as far as its options say."""
+        return (
+            self._direct is not None and not async_op and copy is None and root.__class__ is int
+            and 0 <= root < self.world_size
+        )
 
     def _sending(self, peer: int, buffers: Buffers) -> Transfer:
         return Transfer(

@@ -114,6 +114,11 @@ class BufferView:
         raw._view = self  # type: ignore[attr-defined]  # the array keeps its view, and so the owner, alive
         return memoryview(raw).cast("B")
 
+    def become(self, other: BufferView) -> None:
+        """View the memory of ``other`` instead, which has the same elements in the same layout."""
+        self.pointer, self.handle, self.owner = other.pointer, other.handle, other.owner
+        self.readonly, self.device = other.readonly, other.device
+
     def slice(self, start: int, stop: int) -> BufferView:
         """Return the elements ``start`` to ``stop`` in row-major order of a contiguous view."""
         if self.strides is not None:

@@ -75,6 +75,9 @@ class OperationQueue:
     A synchronous call runs in its own thread when nothing is before it (``enter`` and ``leave``);
     everything else runs in one worker thread, made on first use. The turn is a lock used as an
     atomic flag: it is only ever tried, so nobody blocks on it while an operation runs.
+
+    Attributes:
+        idle: Whether the worker has nothing to do, so that a call needs not queue behind it.
     """
 
     def __init__(self, name: str) -> None:
@@ -84,6 +87,7 @@ class OperationQueue:
         self._waiting: collections.deque[Work] = collections.deque()
         self._closed = False
         self._worker: threading.Thread | None = None
+        self.idle = True
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
@@ -99,6 +103,7 @@ class OperationQueue:
     def put(self, work: Work) -> Work:
         """Run ``work`` in the worker thread when its turn comes."""
         with self._changed:
+            self.idle = False
             self._waiting.append(work)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
@@ -127,3 +132,5 @@ class OperationQueue:
                 work = self._waiting.popleft()
             work._finish()
             self.leave()
+            with self._changed:
+                self.idle = not self._waiting

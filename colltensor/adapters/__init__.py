@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from colltensor.errors import OptionError, UnsupportedTensorError
@@ -20,6 +21,10 @@ class Adapter(Protocol):
     Attributes:
         name: The framework's name, for messages.
         immutable: True where tensors cannot be written, so that results are made by ``claim``.
+
+    An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written and of
+    which its DLPack export says all; None if that holds for every tensor that can be exported. A backend may then
+    take the tensor itself, after which ``written`` is called unless ``plain`` is None.
     """
 
     name: str
@@ -79,6 +84,11 @@ known: Final[dict[type, Adapter]] = {}
 """Adapters by tensor type, as far as they were found: a short cut for the path of every call."""
 
 
+Plain = Callable[[Any], bool]
+direct: Final[dict[type, tuple[Plain, Callable[[Any], None]] | tuple[None, None]]] = {}
+"""By tensor type, as far as they were found: ``plain`` and ``written`` of the adapters that have the former."""
+
+
 def register_adapter(adapter: Adapter) -> None:
     """Add an adapter for tensors of another framework, or for a subclass that ours refuse.
 
@@ -93,6 +103,7 @@ def register_adapter(adapter: Adapter) -> None:
         raise OptionError(f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}")
     _registered.insert(0, adapter)
     known.clear()
+    direct.clear()
 
 
 def find_adapter(kind: type) -> Adapter | None:
@@ -102,6 +113,8 @@ def find_adapter(kind: type) -> Adapter | None:
         found = _search(kind)
         if found is not None:
             known[kind] = found
+            if hasattr(found, "plain"):
+                direct[kind] = (None, None) if found.plain is None else (found.plain, found.written)
     return found
 
 

@@ -26,6 +26,7 @@ class NumpyAdapter:
 
     name = "numpy"
     immutable = False
+    plain = None  # numpy exports neither read-only memory nor types that DLPack does not know
 
     def claims(self, kind: type) -> bool:
         return kind is np.ndarray or kind is np.memmap

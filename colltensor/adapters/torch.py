@@ -45,6 +45,15 @@ class TorchAdapter:
             )
         return _view(tensor)
 
+    def plain(self, tensor: Any) -> bool:
+        if tensor.requires_grad or tensor.is_neg() or tensor.is_conj() or tensor.is_inference() or tensor.is_nested:
+            return False
+        try:
+            tensor.data_ptr()
+        except RuntimeError:  # sparse, or inside torch.func's transforms
+            return False
+        return True
+
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, _view(tensor)
 

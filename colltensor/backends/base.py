@@ -168,14 +168,106 @@ class Backend(Protocol):
 class SigningBackend(Backend, Protocol):
     """A backend that compares the call's signature itself, on arrival: ``agrees`` is False.
 
-    The group calls ``sign`` or ``sign_transfer`` right before the payload method.
+    For each call the group takes the turn with ``hold``, says with ``sign`` or ``sign_transfer`` what the payload
+    method that follows must agree on, and gives the turn back with ``release``. A tensor as it comes from its
+    framework may go to ``direct`` instead.
     """
 
-    def sign(self, signature: bytes, describe: Callable[[], str]) -> None:
-        """Say what all ranks must agree on in the next collective: 8 bytes of sequence number, and the rest."""
+    def hold(self, deadline: float) -> None:
+        """Take the turn for one call, waiting for a direct call of another thread."""
 
-    def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
+    def release(self) -> None:
+        """Give the turn back."""
+
+    def calls(self) -> int:
+        """Return how many collectives this rank has taken part in."""
+
+    def transfers(self, source: int, destination: int) -> int:
+        """Return how many transfers there were from ``source`` to ``destination``, one of which is this rank."""
+
+    def sign(self, signature: bytes, describe: Callable[[], str], claim: Callable[[], None] | None) -> None:
+        """Say what all ranks must agree on in the next collective: 8 bytes of sequence number, and the rest.
+
+        ``claim`` is called once they agree and before anything is written; it may move the buffers to be written.
+        """
+
+    def sign_transfer(
+        self, source: int, destination: int, signature: bytes, describe: Callable[[], str],
+        claim: Callable[[], None] | None,
+    ) -> None:
         """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
+
+    def agree(self, deadline: float) -> None:
+        """Agree on what was signed, without a payload."""
+
+    def abandon(self) -> None:
+        """Let no rank wait for this one any longer; idempotent."""
+
+    def direct_allreduce(self, tensor: Any, op: int) -> int:
+        """Begin an allreduce of a contiguous host tensor, in place: 0 if it is done, else what ``settle`` is told.
+
+        Raises:
+            BufferError, TypeError, ValueError: It cannot be exported; nothing has begun unless ``begun`` says so.
+        """
+
+    def direct(self, operation: int, op: int, root: int, source: int, *tensors: Any) -> int:
+        """Run any operation on contiguous host tensors of one count and dtype: 0, or what ``settle`` is told.
+
+        Args:
+            operation: A number of ``DIRECT``.
+            op: The reduce op, 255 for none.
+            root: The root, or the rank to send to; -1 for none.
+            source: The rank to receive from; -1 for none.
+            *tensors: Those that are written first, but for reduce, broadcast and a send all of them.
+
+        Raises:
+            BufferError, TypeError, ValueError: As ``direct_allreduce``.
+        """
+
+    def begun(self) -> bool:
+        """Return True if a direct call that raised has met other ranks already."""
+
+    def drop(self) -> None:
+        """Forget a direct call that was interrupted between its steps, after ``abandon``."""
+
+    def settle(self, name: str, code: int, resume: Callable[[], int]) -> int:
+        """End what a direct call began.
+
+        Args:
+            name: The operation, for messages.
+            code: What the call returned.
+            resume: Makes the call again where it was too large for ``direct_allreduce``.
+
+        Returns:
+            ``DIRECT_DONE``; ``DIRECT_REFUSED`` if nothing was begun and the call must go the general way;
+            ``DIRECT_MISMATCH`` if the ranks disagree: then ``explain`` or ``explain_transfer`` must follow. To the
+            mismatch of a transfer 256 is added if the send differs, 512 if the receive does.
+
+        Raises:
+            CollectiveError: As every collective.
+        """
+
+    def explain(self, signature: bytes, describe: Callable[[], str], deadline: float) -> None:
+        """Raise the MismatchError of a direct call, as all ranks do."""
+
+    def explain_transfer(
+        self, pairs: Sequence[tuple[int, int, bytes, Callable[[], str]]], deadline: float
+    ) -> None:
+        """Raise the MismatchError of transfers; of each that differs source, destination, signature and words."""
+
+
+DIRECT_DONE: Final = 0
+DIRECT_REFUSED: Final = 1
+DIRECT_MISMATCH: Final = 2
+
+DIRECT: Final = {
+    name: number
+    for number, name in enumerate(
+        ("barrier", "allreduce", "reduce", "broadcast", "allgather", "gather", "reducescatter", "scatter", "alltoall",
+         "transfer")
+    )
+}
+"""The operations as ``SigningBackend.direct`` knows them."""
 
 
 class BackendSpec(Protocol):

@@ -40,13 +40,13 @@ Outcome Group::broadcast(const View& data, std::size_t count, std::size_t item, 
 Outcome Group::allgather(const View* outputs, const View& source, std::size_t count, std::size_t item,
                          const Signature& signature, std::int64_t deadline_ns) {
   Exchange exchange(*this, count, item, {kEveryone, kEveryone, true});
-  const Outcome outcome = exchange.run(
+  const Outcome outcome = exchange.gives(&source, 1).run(
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { source.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {
-        for (int next = 1; next < world_size_; ++next) {
-          const int rank = (rank_ + next) % world_size_;
-          outputs[rank].write(first, n, from(rank));
-        }
+        for (int rank : others()) outputs[rank].write(first, n, from(rank));
+      },
+      [&] {
+        return read_others([&](int rank) { return read_into(outputs[rank], rank, address(rank, 0), 0, count, item); });
       });
   if (outcome == Outcome::kDone) copy_own(outputs[rank_], source, count, item);
   return outcome;
@@ -56,12 +56,15 @@ Outcome Group::gather(const View* outputs, const View& source, std::size_t count
                       const Signature& signature, std::int64_t deadline_ns) {
   const bool takes = rank_ == root;
   Exchange exchange(*this, count, item, {takes ? kNobody : root, takes ? kEveryone : kNobody, !takes});
-  const Outcome outcome = exchange.run(
+  const Outcome outcome = exchange.gives(&source, 1).run(
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { source.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {
-        for (int rank = 0; takes && rank < world_size_; ++rank) {
-          if (rank != rank_) outputs[rank].write(first, n, from(rank));
-        }
+        if (!takes) return;
+        for (int rank : others()) outputs[rank].write(first, n, from(rank));
+      },
+      [&] {
+        if (!takes) return Outcome::kDone;
+        return read_others([&](int rank) { return read_into(outputs[rank], rank, address(rank, 0), 0, count, item); });
       });
   if (outcome == Outcome::kDone && takes) copy_own(outputs[rank_], source, count, item);
   return outcome;
@@ -71,16 +74,15 @@ Outcome Group::scatter(const View& target, const View* sources, std::size_t coun
                        const Signature& signature, std::int64_t deadline_ns) {
   const bool gives = rank_ == root;
   Exchange exchange(*this, count, item * world_size_, {gives ? kEveryone : kNobody, gives ? kNobody : root, gives});
-  const Outcome outcome = exchange.run(
+  const Outcome outcome = exchange.gives(sources, world_size_).run(
       signature, deadline_ns,
       [&](std::size_t first, std::size_t n, char* to) {
-        for (int rank = 0; rank < world_size_; ++rank) {
-          if (rank != rank_) sources[rank].read(first, n, to + rank * n * item);
-        }
+        for (int rank : others()) sources[rank].read(first, n, to + rank * n * item);
       },
       [&](std::size_t first, std::size_t n, auto from) {
         if (!gives) target.write(first, n, from(root) + rank_ * n * item);
-      });
+      },
+      [&] { return gives ? Outcome::kDone : read_into(target, root, address(root, rank_), 0, count, item); });
   if (outcome == Outcome::kDone && gives) copy_own(target, sources[rank_], count, item);
   return outcome;
 }
@@ -88,18 +90,17 @@ Outcome Group::scatter(const View& target, const View* sources, std::size_t coun
 Outcome Group::alltoall(const View* outputs, const View* sources, std::size_t count, std::size_t item,
                         const Signature& signature, std::int64_t deadline_ns) {
   Exchange exchange(*this, count, item * world_size_, {kEveryone, kEveryone, true});
-  const Outcome outcome = exchange.run(
+  const Outcome outcome = exchange.gives(sources, world_size_).run(
       signature, deadline_ns,
       [&](std::size_t first, std::size_t n, char* to) {
-        for (int rank = 0; rank < world_size_; ++rank) {
-          if (rank != rank_) sources[rank].read(first, n, to + rank * n * item);
-        }
+        for (int rank : others()) sources[rank].read(first, n, to + rank * n * item);
       },
       [&](std::size_t first, std::size_t n, auto from) {
-        for (int next = 1; next < world_size_; ++next) {
-          const int rank = (rank_ + next) % world_size_;
-          outputs[rank].write(first, n, from(rank) + rank_ * n * item);
-        }
+        for (int rank : others()) outputs[rank].write(first, n, from(rank) + rank_ * n * item);
+      },
+      [&] {
+        return read_others(
+            [&](int rank) { return read_into(outputs[rank], rank, address(rank, rank_), 0, count, item); });
       });
   if (outcome == Outcome::kDone) copy_own(outputs[rank_], sources[rank_], count, item);
   return outcome;

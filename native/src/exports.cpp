@@ -3,12 +3,15 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
 #include <cerrno>
 #include <cstring>
+#include <functional>
 
 #include "colltensor/kernels.h"
+#include "exports.h"
 #include "registry.h"
 #include "request.h"
 
@@ -17,10 +20,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 1;  // grows with every change that Python must know of
-
-// Beyond this size copying takes longer than giving up the interpreter lock and taking it again.
-constexpr std::size_t kBriefNbytes = 16384;
+constexpr std::int64_t kInterface = 2;  // grows with every change that Python must know of
 
 bool signalled() { return TVMFFIEnvCheckSignals() != 0; }
 
@@ -30,11 +30,6 @@ bool stop(void* context) {
   } catch (const ffi::Error&) {
     return true;
   }
-}
-
-std::int64_t result(Outcome outcome) {
-  if (outcome == Outcome::kSignalled) throw ffi::EnvErrorAlreadySet();
-  return static_cast<std::int64_t>(outcome);
 }
 
 std::int64_t nbytes(std::int64_t world_size, std::int64_t half_nbytes) {
@@ -47,10 +42,11 @@ std::int64_t half_nbytes(std::int64_t world_size) {
 
 // Writes the header of a new segment; 0, or errno.
 std::int64_t format(std::int64_t fd, std::int64_t world_size, std::int64_t cores, std::int64_t half,
-                    std::int64_t direct, std::int64_t chunk) {
+                    std::int64_t direct, std::int64_t chunk, std::int64_t read) {
   Mapping mapping;
   if (!mapping.map(static_cast<int>(fd), segment_nbytes(static_cast<int>(world_size), half))) return errno;
-  format_segment(mapping.base(), static_cast<int>(world_size), static_cast<int>(cores), half, direct, chunk);
+  format_segment(mapping.base(), static_cast<int>(world_size), static_cast<int>(cores), half, direct, chunk,
+                 read);
   return 0;
 }
 
@@ -80,6 +76,9 @@ void write_nonce(std::int64_t handle, std::int64_t low, std::int64_t high) {
   Group* group = peek_member(handle);
   if (group == nullptr) return;
   RankLine& line = group->layout().rank(group->rank());
+  member_nonces(handle)[0] = static_cast<std::uint64_t>(low);
+  member_nonces(handle)[1] = static_cast<std::uint64_t>(high);
+  line.own_nonce.store(reinterpret_cast<std::uint64_t>(member_nonces(handle)), std::memory_order_release);
   line.nonce[0].store(static_cast<std::uint64_t>(low), std::memory_order_release);
   line.nonce[1].store(static_cast<std::uint64_t>(high), std::memory_order_release);
 }
@@ -92,71 +91,48 @@ bool has_nonce(std::int64_t handle, std::int64_t rank, std::int64_t low, std::in
          line.nonce[1].load(std::memory_order_acquire) == static_cast<std::uint64_t>(high);
 }
 
-std::int64_t run(std::int64_t handle, std::int64_t request, std::int64_t deadline_ns) {
-  Turn group(handle);
-  if (group.outcome() != Outcome::kDone) return result(group.outcome());
-  return result(run_request(*group, reinterpret_cast<std::int64_t*>(request), deadline_ns));
+// Whether this rank can read the memory of all others, once all have written their nonce; pids as in `open`.
+bool try_reading(std::int64_t handle, std::int64_t pids) {
+  Group* group = peek_member(handle);
+  return group != nullptr && group->try_reading(reinterpret_cast<const std::int32_t*>(pids));
 }
 
-std::int64_t resume(std::int64_t handle, std::int64_t deadline_ns) {
-  Turn group(handle);
-  return result(group.outcome() == Outcome::kDone ? group->resume(deadline_ns) : group.outcome());
+// Lets the ranks read each other's memory; all or none.
+void allow_reading(std::int64_t handle, bool allowed) {
+  Group* group = peek_member(handle);
+  if (group != nullptr) group->allow_reading(allowed);
 }
 
-// The dtype of what DLPack calls so, or kMovesOnly.
-DType dtype_of(DLDataType type) {
-  if (type.lanes != 1) return DType::kMovesOnly;
-  const int log = type.bits == 8 ? 0 : type.bits == 16 ? 1 : type.bits == 32 ? 2 : type.bits == 64 ? 3 : 4;
-  const auto step = [&](DType first, int from) { return static_cast<DType>(static_cast<int>(first) + log - from); };
-  switch (type.code) {
-    case kDLInt: return log < 4 ? step(DType::kInt8, 0) : DType::kMovesOnly;
-    case kDLUInt: return log < 4 ? step(DType::kUInt8, 0) : DType::kMovesOnly;
-    case kDLFloat:
-      if (log == 1) return DType::kFloat16;
-      return log == 2 || log == 3 ? step(DType::kFloat32, 2) : DType::kMovesOnly;
-    case kDLBfloat: return log == 1 ? DType::kBFloat16 : DType::kMovesOnly;
-    case kDLComplex:
-      if (type.bits == 64) return DType::kComplex64;
-      return type.bits == 128 ? DType::kComplex128 : DType::kMovesOnly;
-    case kDLBool: return log == 0 ? DType::kBool : DType::kMovesOnly;
-    default: return DType::kMovesOnly;
-  }
+// Takes the turn of a group for one call of several steps; waits while another thread has it.
+std::int64_t hold(std::int64_t handle, std::int64_t deadline_ns) { return static_cast<std::int64_t>(hold_member(handle, deadline_ns)); }
+void release(std::int64_t handle) { release_member(handle); }
+
+// Runs a request; the caller holds the turn. `agreed` is called before this rank's memory is written.
+std::int64_t run(std::int64_t handle, std::int64_t request, std::int64_t deadline_ns,
+                 ffi::Optional<ffi::Function> agreed) {
+  Group* group = held_member(handle);
+  if (group == nullptr) return static_cast<std::int64_t>(Outcome::kClosed);
+  std::function<void()> moved;
+  if (agreed.has_value()) moved = [&] { (*agreed)(); };
+  return result(*group, run_request(*group, reinterpret_cast<std::int64_t*>(request), deadline_ns, moved));
 }
 
-// Byte for byte what colltensor.engine.Call.signature packs for a tensor of its own, after the sequence number.
-Signature allreduce_signature(std::uint8_t op, std::uint64_t count, DType dtype) {
-  constexpr std::uint8_t kAllReduceCode = 1;
-  constexpr std::int16_t kNoRoot = -1;
-  const std::uint64_t leaves = static_cast<std::uint64_t>(dtype);
-  unsigned char bytes[32] = {kAllReduceCode, op, 0, 0, 1};
-  std::memcpy(bytes + 2, &kNoRoot, sizeof kNoRoot);
-  std::memcpy(bytes + 5, &count, sizeof count);
-  std::memcpy(bytes + 13, &leaves, sizeof leaves);
-  Signature signature;
-  std::memcpy(signature.words, bytes, sizeof bytes);
-  return signature;
+// True if a direct call left something behind: it waits to be resumed, or the group is broken.
+bool begun(std::int64_t handle) {
+  Group* group = peek_member(handle);
+  return group != nullptr && (group->pending() || group->failure().kind != Failure::kNone);
 }
 
-// The allreduce of a tensor as it comes from the framework. With deadline_ns 0 the caller holds the interpreter
-// lock: the call copies little and waits for microseconds only.
-std::int64_t allreduce_tensor(std::int64_t handle, ffi::TensorView tensor, std::int64_t op, std::int64_t deadline_ns) {
-  if (tensor.device().device_type != kDLCPU || !tensor.IsContiguous()) return result(Outcome::kRefused);
-  const DType dtype = dtype_of(tensor.dtype());
-  const Reduction reduction = find_reduction(dtype, static_cast<ReduceOp>(op));
-  if (reduction == nullptr) return result(Outcome::kRefused);
-  const auto count = static_cast<std::size_t>(tensor.numel());
-  const std::size_t size = count * item_size(dtype);
-  if (deadline_ns == 0 && size > kBriefNbytes) return result(Outcome::kLarge);
-  Turn group(handle);
-  if (group.outcome() != Outcome::kDone) return result(group.outcome());
-  void* data = static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
-  const Signature signature = allreduce_signature(static_cast<std::uint8_t>(op), count, dtype);
-  if (deadline_ns == 0) {
-    if (size > group->direct_nbytes()) return result(Outcome::kLarge);
-    return result(group->begin_allreduce(data, count, size, reduction, signature));
-  }
-  return result(
-      group->allreduce(View(data, item_size(dtype)), count, dtype, static_cast<ReduceOp>(op), signature, deadline_ns));
+// How many collectives this rank has taken part in; the same on all ranks that have come equally far.
+std::int64_t calls(std::int64_t handle) {
+  Group* group = peek_member(handle);
+  return group == nullptr ? 0 : group->calls();
+}
+
+// How many transfers there were from one rank to another, as one of the two counts.
+std::int64_t transfers(std::int64_t handle, std::int64_t source, std::int64_t destination) {
+  Group* group = peek_member(handle);
+  return group == nullptr ? 0 : group->transfers(static_cast<int>(source), static_cast<int>(destination));
 }
 
 // Why the group is broken: [kind, rank that found it, 4 words of the ranks concerned], at `report`.
@@ -192,9 +168,14 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_open, colltensor::open)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_close, colltensor::close)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_write_nonce, colltensor::write_nonce)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_has_nonce, colltensor::has_nonce)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_try_reading, colltensor::try_reading)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_allow_reading, colltensor::allow_reading)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_run, colltensor::run)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume, colltensor::resume)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_allreduce_tensor, colltensor::allreduce_tensor)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hold, colltensor::hold)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_release, colltensor::release)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_begun, colltensor::begun)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_calls, colltensor::calls)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_transfers, colltensor::transfers)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_failure, colltensor::failure)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_fail, colltensor::fail)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_instructions, colltensor::instructions)

@@ -6,10 +6,10 @@
 namespace colltensor {
 namespace {
 
-// Where every rank has a core: 20 us of pauses, then more than 100 us of offering the core to whoever wants it, because
-// waking a sleeper takes about 60 us on a virtual machine, and a wait that gives up sooner than that makes the
-// other rank sleep too, call after call. Where ranks share cores a pause only keeps them from running.
-constexpr int kSpins = 1000, kSpinsCrowded = 0;
+// Pauses before the core is offered to whoever wants it, and how often that is done before the rank sleeps. Nobody
+// pauses while a rank that it waits for was last seen on the very core. Waking a sleeper takes about 60 us on a virtual
+// machine, and a wait that gives up sooner makes the other rank sleep too, call after call.
+constexpr int kSpins = 1000, kSpinsCrowded = 200;
 constexpr int kYields = 300, kYieldsCrowded = 64;
 
 }  // namespace
@@ -22,6 +22,7 @@ Group::Group(char* base, Place place)
       half_nbytes_(layout_.header().half_nbytes),
       direct_nbytes_(layout_.header().direct_nbytes),
       chunk_nbytes_(layout_.header().chunk_nbytes),
+      read_nbytes_(layout_.header().read_nbytes),
       crowded_(static_cast<std::uint32_t>(place.world_size) > layout_.header().cores),
       spins_(crowded_ ? kSpinsCrowded : kSpins),
       yields_(crowded_ ? kYieldsCrowded : kYields),
@@ -35,6 +36,7 @@ Group::Group(char* base, Place place)
       sends_(place.world_size),
       receives_(place.world_size) {
   for (int rank = 0; rank < world_size_; ++rank) lines_.push_back(&layout_.rank(rank));
+  for (int next = 1; next < world_size_; ++next) others_.push_back((rank_ + next) % world_size_);
 }
 
 Outcome Group::enter() const {
@@ -45,6 +47,32 @@ Outcome Group::enter() const {
 
 Outcome Group::wait_for_half(unsigned which, std::int64_t deadline_ns) {
   return wait_for_all(half_free_[which], deadline_ns);
+}
+
+// Not before the caller is to wait for others, or has seen that it need not, are sleepers looked for: the fence is
+// cheap once the stores have left the processor.
+void Group::arrive(std::uint32_t arrival, const Signature& signature) {
+  Post& post = own_post();
+  post.signature = signature;
+  post.arrived.store(arrival, std::memory_order_release);
+  done_ = arrival;
+  lines_[rank_]->seat.store(current_seat(), std::memory_order_relaxed);
+  lines_[rank_]->progress.store(arrival, std::memory_order_release);
+}
+
+Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int64_t deadline_ns) {
+  const bool all = !crowded_ && spin_for_arrivals(arrival, kBriefSpins);
+  wake_sleepers();
+  if (!all) {
+    const Outcome outcome = wait_for_all(arrival, deadline_ns);
+    if (outcome != Outcome::kDone) return outcome;
+  }
+  if (!signatures_agree(signature)) {
+    ++calls_;
+    return Outcome::kMismatch;
+  }
+  if (hooks_.agreed != nullptr) hooks_.agreed(hooks_.agreed_context);
+  return Outcome::kDone;
 }
 
 bool Group::signatures_agree(const Signature& signature) const {

@@ -58,12 +58,20 @@ class Sender : public PairSide {
     number_ = group.sends_[peer()]++ & 1;
   }
 
-  Outcome arrive(std::int64_t deadline_ns) {
+  // The receiver reads large messages from this rank's memory if it `may`: that takes half the time where both ranks
+  // send and receive (16 MiB: 1.3 ms instead of 2.5), and a third more where one only sends (1 MiB: 129 us, not 81).
+  Outcome arrive(bool may_be_read, std::int64_t deadline_ns) {
     if (finished_) return Outcome::kDone;
     const Outcome outcome = group_.wait_for_half(group_.parity(), deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
     box_->sender.signature[number_] = transfer_->signature;
     box_->sender.half[number_] = group_.parity();
+    box_->sender.address[number_] = 0;
+    const std::size_t nbytes = transfer_->count * transfer_->item;
+    if (may_be_read && group_.reads(nbytes) && group_.can_be_read(*transfer_->view, nbytes)) {
+      box_->sender.address[number_] = reinterpret_cast<std::uint64_t>(transfer_->view->data());
+      pieces_ = 1;
+    }
     put();
     return Outcome::kDone;
   }
@@ -94,7 +102,7 @@ class Sender : public PairSide {
     return next_ < kPieces ? theirs_ + 1 : theirs_ + 1 + (next_ - static_cast<std::uint32_t>(kPieces) + 1);
   }
   void put() {
-    if (transfer_->count != 0) {
+    if (transfer_->count != 0 && box_->sender.address[number_] == 0) {
       transfer_->view->read(first(next_), length(next_), where(group_, group_.rank_, group_.parity(), next_));
     }
     ++next_;
@@ -126,6 +134,8 @@ class Receiver : public PairSide {
     publish(box_->receiver, mine_ + 1);
   }
 
+  Outcome outcome() const { return outcome_; }  // of reading the sender's memory
+
   bool ready() const { return !finished_ && reached(box_->sender, theirs_ + 1 + next_); }
 
   void advance() {
@@ -136,8 +146,14 @@ class Receiver : public PairSide {
           transfer_->mismatch = true;
           return finish(mine_ + 1, theirs_ + 1);
         }
+        if (group_.hooks_.agreed != nullptr) group_.hooks_.agreed(group_.hooks_.agreed_context);
       }
-      if (transfer_->count != 0) {
+      const std::uint64_t address = box_->sender.address[number_];
+      if (address != 0) {
+        pieces_ = 1;
+        outcome_ = group_.read_into(*transfer_->view, peer(), address, 0, transfer_->count, transfer_->item);
+        if (outcome_ != Outcome::kDone) return;
+      } else if (transfer_->count != 0) {
         transfer_->view->write(first(next_), length(next_), where(group_, peer(), box_->sender.half[number_], next_));
       }
       ++next_;
@@ -155,14 +171,18 @@ class Receiver : public PairSide {
 
   Mailbox* box_ = nullptr;
   std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;
+  Outcome outcome_ = Outcome::kDone;
 };
-
-namespace {
 
 class PairCondition final : public Condition {
  public:
-  PairCondition(const Sender& sender, const Receiver& receiver) : sender_(sender), receiver_(receiver) {}
+  PairCondition(const Group& group, const Sender& sender, const Receiver& receiver)
+      : group_(group), sender_(sender), receiver_(receiver) {}
   bool ready() const override { return sender_.ready() || receiver_.ready(); }
+  bool needs_seat(std::uint32_t seat) const override {
+    return (!sender_.finished() && group_.is_on(sender_.peer(), seat)) ||
+           (!receiver_.finished() && group_.is_on(receiver_.peer(), seat));
+  }
   RankSet missing() const override {
     RankSet set;
     if (!sender_.finished() && !sender_.ready()) set.add(sender_.peer());
@@ -171,11 +191,10 @@ class PairCondition final : public Condition {
   }
 
  private:
+  const Group& group_;
   const Sender& sender_;
   const Receiver& receiver_;
 };
-
-}  // namespace
 
 Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns) {
   Outcome outcome = enter();
@@ -183,12 +202,13 @@ Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns
   Sender sender(*this, send);
   Receiver receiver(*this, recv);
   receiver.arrive();
-  outcome = sender.arrive(deadline_ns);
-  const PairCondition condition(sender, receiver);
+  outcome = sender.arrive(recv != nullptr, deadline_ns);
+  const PairCondition condition(*this, sender, receiver);
   RankLine& own = *lines_[rank_];
   while (outcome == Outcome::kDone) {
     sender.advance();
     receiver.advance();
+    if (receiver.outcome() != Outcome::kDone) return receiver.outcome();
     if (sender.finished() && receiver.finished()) break;
     outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
   }

@@ -48,6 +48,8 @@ void futex_wake_all(const std::atomic<std::uint32_t>* word) {
 
 void yield_processor() { sched_yield(); }
 
+std::uint32_t current_seat() { return static_cast<std::uint32_t>(sched_getcpu() + 1); }
+
 std::uint32_t fork_generation() { return generation.load(std::memory_order_relaxed); }
 
 }  // namespace colltensor

@@ -60,17 +60,16 @@ Outcome Group::reducescatter(const View& target, const View* sources, std::size_
   if (reduction == nullptr) return Outcome::kRefused;
   const std::size_t item = item_size(dtype);
   Exchange exchange(*this, count, item * world_size_, {kEveryone, kEveryone, true});
-  return exchange.run(
+  return exchange.gives(sources, world_size_).run(
       signature, deadline_ns,
       [&](std::size_t first, std::size_t n, char* to) {
-        for (int rank = 0; rank < world_size_; ++rank) {
-          if (rank != rank_) sources[rank].read(first, n, to + rank * n * item);
-        }
+        for (int rank : others()) sources[rank].read(first, n, to + rank * n * item);
       },
       [&](std::size_t first, std::size_t n, auto from) {
         combine(target, sources[rank_], rank_, world_size_, first, n, item, reduction,
                 [&](int rank) { return from(rank) + rank_ * n * item; });
-      });
+      },
+      [&] { return read_and_combine(target, sources[rank_], rank_, 0, count, item, reduction); });
 }
 
 Outcome Group::allreduce(const View& data, std::size_t count, DType dtype, ReduceOp op, const Signature& signature,
@@ -89,10 +88,27 @@ Outcome Group::allreduce(const View& data, std::size_t count, DType dtype, Reduc
       });
 }
 
+Outcome Group::read_and_combine(const View& target, const View& own, int source, std::size_t first, std::size_t count,
+                                std::size_t item, Reduction reduction) {
+  const auto peers = static_cast<std::size_t>(world_size_ - 1);
+  const std::size_t most = std::max<std::size_t>(kScratchNbytes / peers / kLine, 64) * kLine / item;
+  char* const others_elements = scratch(peers * most * item);
+  const auto place = [&](int rank) { return others_elements + (rank - (rank > rank_)) * most * item; };
+  for (std::size_t start = 0; start < count; start += most) {
+    const std::size_t n = std::min(most, count - start);
+    const Outcome outcome = read_others([&](int rank) {
+      return read(rank, address(rank, source) + (first + start) * item, place(rank), n * item);
+    });
+    if (outcome != Outcome::kDone) return outcome;
+    combine(target, own, rank_, world_size_, first + start, n, item, reduction, place);
+  }
+  return Outcome::kDone;
+}
+
 void Group::combine_posted(void* data, std::size_t count, std::size_t nbytes, Reduction reduction) const {
   const void* sources[kMaxRanks];
   for (int rank = 0; rank < world_size_; ++rank) {
-    sources[rank] = nbytes <= kInline ? static_cast<const void*>(layout_.post(rank, parity()).data)
+    sources[rank] = nbytes <= kInline ? static_cast<const void*>(layout_.post(rank, parity()).data(nbytes))
                                       : static_cast<const void*>(half(rank, parity()));
   }
   sources[rank_] = data;
@@ -103,16 +119,17 @@ Outcome Group::begin_allreduce(void* data, std::size_t count, std::size_t nbytes
                                const Signature& signature) {
   const Outcome entered = enter();
   if (entered != Outcome::kDone) return entered;
-  char* to = reinterpret_cast<char*>(own_post().data);
+  char* to = reinterpret_cast<char*>(own_post().data(nbytes));
   if (nbytes > kInline) {
-    if (!spin_for_all(half_free_[parity()], 0)) return Outcome::kLarge;
+    if (!is_there(half_free_[parity()])) return Outcome::kLarge;
     to = half(rank_, parity());
   }
   if (nbytes != 0) std::memcpy(to, data, nbytes);
-  own_post().signature = signature;
   const std::uint32_t arrival = done_ + 1;
-  publish(arrival);
-  if (!spin_for_all(arrival, kBriefSpins)) {
+  arrive(arrival, signature);
+  const bool all = spin_for_arrivals(arrival, kBriefSpins);
+  wake_sleepers();
+  if (!all) {
     pending_ = {data, count, nbytes, reduction, signature};
     return Outcome::kPending;
   }

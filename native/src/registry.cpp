@@ -39,6 +39,8 @@ std::int64_t add_member(std::unique_ptr<Member> member) {
   return -1;
 }
 
+std::uint64_t* member_nonces(std::int64_t handle) { return slot_of(handle).member->nonce; }
+
 bool remove_member(std::int64_t handle) {
   if (handle < 0) return true;
   Slot& slot = slot_of(handle);
@@ -73,6 +75,24 @@ Turn::Turn(std::int64_t handle) : outcome_(Outcome::kClosed) {
 
 Turn::~Turn() {
   if (state_ != nullptr) state_->fetch_and(~kBusy, std::memory_order_release);
+}
+
+Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns) {
+  for (;;) {
+    Turn turn(handle);
+    if (turn.outcome() == Outcome::kDone) turn.keep();
+    if (turn.outcome() != Outcome::kBusy || now_ns() >= deadline_ns) return turn.outcome();
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+}
+
+void release_member(std::int64_t handle) { slot_of(handle).state.fetch_and(~kBusy, std::memory_order_release); }
+
+Group* held_member(std::int64_t handle) {
+  if (handle < 0) return nullptr;
+  Slot& slot = slot_of(handle);
+  const std::uint64_t state = slot.state.load(std::memory_order_acquire);
+  return (state & ~kClosed) == (use_of(handle) | kBusy) ? slot.member->group.get() : nullptr;
 }
 
 Group* peek_member(std::int64_t handle) {

@@ -14,7 +14,10 @@ struct Member {
   Mapping mapping;
   std::unique_ptr<Group> group;
   std::shared_ptr<void> context;  // of the group's hooks
+  std::uint64_t nonce[2] = {};    // what other ranks try to read
 };
+
+std::uint64_t* member_nonces(std::int64_t handle);
 
 // Returns the number of the new member, or -1 if there are too many.
 std::int64_t add_member(std::unique_ptr<Member> member);
@@ -22,7 +25,7 @@ std::int64_t add_member(std::unique_ptr<Member> member);
 // Leaves the group, waits for a call of another thread to notice, and frees everything. True if that call ended.
 bool remove_member(std::int64_t handle);
 
-// The right to use a group, of one thread at a time.
+// The right to use a group, of one thread at a time: taken at once or not at all.
 class Turn {
  public:
   explicit Turn(std::int64_t handle);
@@ -31,6 +34,7 @@ class Turn {
   Turn& operator=(const Turn&) = delete;
 
   Outcome outcome() const { return outcome_; }  // kDone, kBusy or kClosed
+  void keep() { state_ = nullptr; }             // until release_member()
   Group* operator->() const { return group_; }
   Group& operator*() const { return *group_; }
 
@@ -39,6 +43,13 @@ class Turn {
   Group* group_ = nullptr;
   Outcome outcome_;
 };
+
+// Takes the turn for longer than one call, waiting for a thread that has it: kDone, kClosed, or kBusy at the deadline.
+Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns);
+void release_member(std::int64_t handle);
+
+// The group, whose turn the calling thread holds; null if it does not.
+Group* held_member(std::int64_t handle);
 
 // The group without a turn, for what any thread may do at any time; null if there is none.
 Group* peek_member(std::int64_t handle);

@@ -5,27 +5,32 @@
 namespace colltensor {
 namespace {
 
-class Reader {
+// The views of a request, in the order in which they were packed.
+class Views {
  public:
-  explicit Reader(const std::int64_t* next) : next_(next) {}
-
-  View view(std::size_t item) {
-    void* data = reinterpret_cast<void*>(next_[0]);
-    const int axes = static_cast<int>(next_[1]);
-    const std::int64_t* shape = next_ + 2;
-    next_ += 2 + 2 * axes;
-    return axes == 0 ? View(data, item) : View(data, item, axes, shape, shape + axes);
+  Views(std::int64_t* next, int count, const std::size_t* items) : views_(count), places_(count) {
+    for (int i = 0; i < count; ++i) {
+      places_[i] = next;
+      const int axes = static_cast<int>(next[1]);
+      const std::int64_t* shape = next + 2;
+      void* data = address(i);
+      views_[i] = axes == 0 ? View(data, items[i]) : View(data, items[i], axes, shape, shape + axes);
+      next += 2 + 2 * axes;
+    }
   }
 
-  std::vector<View> views(int count, std::size_t item) {
-    std::vector<View> found;
-    found.reserve(count);
-    for (int i = 0; i < count; ++i) found.push_back(view(item));
-    return found;
+  const View& operator[](int i) const { return views_[i]; }
+  const View* from(int i) const { return views_.data() + i; }
+
+  void rebase() {
+    for (std::size_t i = 0; i < views_.size(); ++i) views_[i].rebase(address(i));
   }
 
  private:
-  const std::int64_t* next_;
+  void* address(std::size_t i) const { return reinterpret_cast<void*>(*places_[i]); }
+
+  std::vector<View> views_;
+  std::vector<const std::int64_t*> places_;
 };
 
 Signature signature_at(const std::int64_t* words) {
@@ -34,21 +39,35 @@ Signature signature_at(const std::int64_t* words) {
   return signature;
 }
 
-Outcome run_transfer(Group& group, std::int64_t* request, std::int64_t deadline_ns) {
-  Reader reader(request + kViewsField);
+// How many views a request has, by what the operation gives and gets on this rank.
+int view_count(Operation operation, const Group& group, int root, int source) {
+  const int ranks = group.world_size();
+  const bool is_root = root == group.rank();
+  switch (operation) {
+    case Operation::kBarrier: return 0;
+    case Operation::kAllReduce:
+    case Operation::kReduce:
+    case Operation::kBroadcast: return 1;
+    case Operation::kAllGather:
+    case Operation::kReduceScatter: return ranks + 1;
+    case Operation::kGather:
+    case Operation::kScatter: return is_root ? ranks + 1 : 1;
+    case Operation::kAllToAll: return 2 * ranks;
+    case Operation::kTransfer: return (root >= 0) + (source >= 0);
+  }
+  return 0;
+}
+
+Outcome run_transfer(Group& group, std::int64_t* request, const Views& views, std::int64_t deadline_ns) {
   const int destination = static_cast<int>(request[kRootField]), source = static_cast<int>(request[kSourceField]);
   Group::Transfer send{}, recv{};
-  View sent, received;
   if (destination >= 0) {
-    const auto item = static_cast<std::size_t>(request[kItemField]);
-    sent = reader.view(item);
-    send = {&sent, static_cast<std::size_t>(request[kCountField]), item, destination,
-            signature_at(request + kSignatureField)};
+    send = {&views[0], static_cast<std::size_t>(request[kCountField]), static_cast<std::size_t>(request[kItemField]),
+            destination, signature_at(request + kSignatureField)};
   }
   if (source >= 0) {
-    const auto item = static_cast<std::size_t>(request[kSourceItemField]);
-    received = reader.view(item);
-    recv = {&received, static_cast<std::size_t>(request[kSourceCountField]), item, source,
+    recv = {&views[destination >= 0], static_cast<std::size_t>(request[kSourceCountField]),
+            static_cast<std::size_t>(request[kSourceItemField]), source,
             signature_at(request + kSourceSignatureField)};
   }
   const Outcome outcome =
@@ -57,10 +76,7 @@ Outcome run_transfer(Group& group, std::int64_t* request, std::int64_t deadline_
   return outcome;
 }
 
-}  // namespace
-
-Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns) {
-  const auto operation = static_cast<Operation>(request[kOperationField]);
+Outcome run_operation(Group& group, std::int64_t* request, const Views& views, std::int64_t deadline_ns) {
   const auto op = static_cast<ReduceOp>(request[kReduceOpField]);
   const auto dtype = static_cast<DType>(request[kDTypeField]);
   const auto item = static_cast<std::size_t>(request[kItemField]);
@@ -68,43 +84,70 @@ Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_n
   const int root = static_cast<int>(request[kRootField]);
   const int ranks = group.world_size();
   const Signature signature = signature_at(request + kSignatureField);
-  Reader reader(request + kViewsField);
-  switch (operation) {
+  switch (static_cast<Operation>(request[kOperationField])) {
     case Operation::kBarrier:
       return group.barrier(signature, deadline_ns);
     case Operation::kAllReduce:
-      return group.allreduce(reader.view(item), count, dtype, op, signature, deadline_ns);
+      return group.allreduce(views[0], count, dtype, op, signature, deadline_ns);
     case Operation::kReduce:
-      return group.reduce(reader.view(item), count, dtype, op, root, signature, deadline_ns);
+      return group.reduce(views[0], count, dtype, op, root, signature, deadline_ns);
     case Operation::kBroadcast:
-      return group.broadcast(reader.view(item), count, item, root, signature, deadline_ns);
-    case Operation::kAllGather: {
-      const std::vector<View> outputs = reader.views(ranks, item);
-      return group.allgather(outputs.data(), reader.view(item), count, item, signature, deadline_ns);
-    }
-    case Operation::kGather: {
-      const std::vector<View> outputs = reader.views(root == group.rank() ? ranks : 0, item);
-      return group.gather(outputs.data(), reader.view(item), count, item, root, signature, deadline_ns);
-    }
-    case Operation::kScatter: {
-      const View target = reader.view(item);
-      const std::vector<View> sources = reader.views(root == group.rank() ? ranks : 0, item);
-      return group.scatter(target, sources.data(), count, item, root, signature, deadline_ns);
-    }
-    case Operation::kReduceScatter: {
-      const View target = reader.view(item);
-      const std::vector<View> sources = reader.views(ranks, item);
-      return group.reducescatter(target, sources.data(), count, dtype, op, signature, deadline_ns);
-    }
-    case Operation::kAllToAll: {
-      const std::vector<View> outputs = reader.views(ranks, item);
-      const std::vector<View> sources = reader.views(ranks, item);
-      return group.alltoall(outputs.data(), sources.data(), count, item, signature, deadline_ns);
-    }
+      return group.broadcast(views[0], count, item, root, signature, deadline_ns);
+    case Operation::kAllGather:
+      return group.allgather(views.from(0), views[ranks], count, item, signature, deadline_ns);
+    case Operation::kGather:
+      if (root != group.rank()) return group.gather(nullptr, views[0], count, item, root, signature, deadline_ns);
+      return group.gather(views.from(0), views[ranks], count, item, root, signature, deadline_ns);
+    case Operation::kScatter:
+      return group.scatter(views[0], root == group.rank() ? views.from(1) : nullptr, count, item, root, signature,
+                           deadline_ns);
+    case Operation::kReduceScatter:
+      return group.reducescatter(views[0], views.from(1), count, dtype, op, signature, deadline_ns);
+    case Operation::kAllToAll:
+      return group.alltoall(views.from(0), views.from(ranks), count, item, signature, deadline_ns);
     case Operation::kTransfer:
-      return run_transfer(group, request, deadline_ns);
+      return run_transfer(group, request, views, deadline_ns);
   }
   return Outcome::kRefused;
+}
+
+// Tells the group what to call when the ranks agree, for as long as it lives.
+class Agreed {
+ public:
+  Agreed(Group& group, Views& views, const std::function<void()>& function)
+      : group_(group), views_(views), function_(function) {
+    if (function_) group_.on_agreed(call, this);
+  }
+  ~Agreed() { group_.on_agreed(nullptr, nullptr); }
+  Agreed(const Agreed&) = delete;
+  Agreed& operator=(const Agreed&) = delete;
+
+ private:
+  static void call(void* self) {
+    auto* agreed = static_cast<Agreed*>(self);
+    agreed->function_();
+    agreed->views_.rebase();
+  }
+
+  Group& group_;
+  Views& views_;
+  const std::function<void()>& function_;
+};
+
+}  // namespace
+
+Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns,
+                    const std::function<void()>& agreed) {
+  const auto operation = static_cast<Operation>(request[kOperationField]);
+  const int root = static_cast<int>(request[kRootField]), source = static_cast<int>(request[kSourceField]);
+  const int count = view_count(operation, group, root, source);
+  std::vector<std::size_t> items(count, static_cast<std::size_t>(request[kItemField]));
+  if (operation == Operation::kTransfer && source >= 0) {
+    items.back() = static_cast<std::size_t>(request[kSourceItemField]);
+  }
+  Views views(request + kViewsField, count, items.data());
+  const Agreed notice(group, views, agreed);
+  return run_operation(group, request, views, deadline_ns);
 }
 
 }  // namespace colltensor

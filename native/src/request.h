@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "colltensor/group.h"
 
@@ -16,6 +17,9 @@ enum RequestField : int {
 };
 
 // Runs the call. A view is its address, its number of axes (0 for row-major without gaps), shape and strides.
-Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns);
+// `agreed`, if it is not empty, is called once the ranks agree and before this rank's memory is written; it may put
+// other addresses of the same layout and contents into the request.
+Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns,
+                    const std::function<void()>& agreed = {});
 
 }  // namespace colltensor

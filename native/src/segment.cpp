@@ -46,7 +46,7 @@ void Mapping::unmap() {
 }
 
 void format_segment(char* base, int world_size, int cores, std::uint64_t half_nbytes, std::uint64_t direct_nbytes,
-                    std::uint64_t chunk_nbytes) {
+                    std::uint64_t chunk_nbytes, std::uint64_t read_nbytes) {
   Header& header = Layout(base, world_size).header();
   header.world_size = static_cast<std::uint32_t>(world_size);
   header.cores = static_cast<std::uint32_t>(cores);
@@ -55,6 +55,7 @@ void format_segment(char* base, int world_size, int cores, std::uint64_t half_nb
   header.half_nbytes = half_nbytes;
   header.direct_nbytes = std::min(direct_nbytes, half_nbytes);
   header.chunk_nbytes = std::min(chunk_nbytes, half_nbytes);
+  header.read_nbytes = std::max(read_nbytes, header.direct_nbytes + 1);
   header.magic = kMagic;
 }
 

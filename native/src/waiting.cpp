@@ -22,6 +22,11 @@ void Group::publish(std::uint32_t step) {
   RankLine& line = *lines_[rank_];
   done_ = step;
   line.progress.store(step, std::memory_order_release);
+  wake_sleepers();
+}
+
+void Group::wake_sleepers() {
+  RankLine& line = *lines_[rank_];
   // Against the sleeper, which counts itself and then looks at `progress`: one of the two sees the other.
   full_fence();
   if (line.sleepers.load(std::memory_order_relaxed) != 0) futex_wake_all(&line.progress);
@@ -36,10 +41,18 @@ void Group::knock(int peer) {
   }
 }
 
-bool Group::spin_for_all(std::uint32_t step, int spins) const {
+bool Group::is_there(std::uint32_t step) const {
   for (int rank = 0; rank < world_size_; ++rank) {
-    while (!reached(progress_of(rank), step)) {
-      if (spins-- <= 0) return false;
+    if (!reached(progress_of(rank), step)) return false;
+  }
+  return true;
+}
+
+bool Group::spin_for_arrivals(std::uint32_t arrival, int spins) const {
+  for (int rank = 0; rank < world_size_; ++rank) {
+    const Post& post = layout_.post(rank, parity());
+    while (post.arrived.load(std::memory_order_acquire) != arrival) {
+      if (spins-- <= 0 || is_on(rank, lines_[rank_]->seat.load(std::memory_order_relaxed))) return false;
       relax_processor();
     }
   }
@@ -50,6 +63,12 @@ class StepCondition final : public Condition {
  public:
   StepCondition(const Group& group, int rank, std::uint32_t step) : group_(group), rank_(rank), step_(step) {}
   bool ready() const override { return Group::reached(group_.progress_of(rank_), step_); }
+  bool needs_seat(std::uint32_t seat) const override {
+    for (int rank = 0; rank < group_.world_size_; ++rank) {
+      if (group_.is_on(rank, seat) && !Group::reached(group_.progress_of(rank), step_)) return true;
+    }
+    return false;
+  }
   RankSet missing() const override { return group_.lagging(step_); }
 
  private:
@@ -65,8 +84,7 @@ Outcome Group::wait_for(int rank, std::uint32_t step, std::int64_t deadline_ns) 
 }
 
 Outcome Group::wait_for_all(std::uint32_t step, std::int64_t deadline_ns) {
-  for (int next = 1; next < world_size_; ++next) {
-    const int rank = rank_ + next < world_size_ ? rank_ + next : rank_ + next - world_size_;
+  for (int rank : others_) {
     const Outcome outcome = wait_for(rank, step, deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
   }
@@ -75,14 +93,16 @@ Outcome Group::wait_for_all(std::uint32_t step, std::int64_t deadline_ns) {
 
 Outcome Group::wait_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
                           std::atomic<std::uint32_t>& sleepers, std::int64_t deadline_ns) {
-  if (condition.ready()) return Outcome::kDone;
-  for (int i = 0; i < spins_; ++i) {
-    relax_processor();
+  int spins = spins_;
+  for (int yields = yields_; yields > 0;) {
     if (condition.ready()) return Outcome::kDone;
-  }
-  for (int i = 0; i < yields_; ++i) {
-    yield_processor();
-    if (condition.ready()) return Outcome::kDone;
+    if (spins > 0 && !condition.needs_seat(current_seat())) {
+      --spins;
+      relax_processor();
+    } else {
+      --yields;
+      yield_processor();
+    }
   }
   RankLine& own = *lines_[rank_];
   own.heartbeat.store(now_ns(), std::memory_order_relaxed);

@@ -412,38 +412,3 @@ def with_instructions(rank: int, size: int, name: str) -> list[str]:
 def test_every_16_bit_float_with_every_instruction_set(pool: RankPool) -> None:
     ran = pool.run(2, with_instructions, fresh())
     assert ran[0]
-
-
-def take_the_fast_way(rank: int, size: int, name: str) -> None:
-    """Some ranks take the function for a framework's own tensor, others the general way: nobody notices."""
-    from colltensor.backends.shm import backend as shm
-
-    with own_group(rank, size, name) as group:
-        backend, engine = group._backend, group._engine
-        for step, count in enumerate((0, 1, 7, 1024, 1025, 4000, 5000, 20_001, 300_007, 3) * 20):
-            data = np.full(count, rank + 1.0, np.float32)
-            if (step + rank) % 3 == 0:
-                group.allreduce(data)
-            else:
-                engine._sequence += 1
-                assert backend.fast_allreduce(data, 0, 20.0) == shm.DONE
-            assert (data == size * (size + 1) / 2).all()
-        readonly = np.ones(3)
-        readonly.flags.writeable = False
-        for refused in (readonly, np.ones((4, 4)).T[1:], np.ones(6)[::2], object(), np.ones(3, np.complex64)[::-1]):
-            assert backend.fast_allreduce(refused, 0, 20.0) == shm.GENERAL
-        assert backend.fast_allreduce(np.ones(3, np.int32), int(col.ReduceOp.AVERAGE), 20.0) == shm.GENERAL
-        engine._sequence += 1
-        if size == 1:
-            return
-        assert backend.fast_allreduce(np.ones(3 + rank), 0, 20.0) == shm.MISMATCH
-        with pytest.raises(col.MismatchError, match=r"float64\[3\]"):
-            backend.explain(bytes(8) + bytes([rank]), lambda: f"allreduce, float64[{3 + rank}]", time.monotonic() + 9)
-        data = np.full(9, 1, np.int64)
-        group.allreduce(data)
-        assert (data == size).all()
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_fast_way_meets_the_general_one(pool: RankPool, world_size: int) -> None:
-    pool.run(world_size, take_the_fast_way, fresh())

@@ -31,8 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "buffers": {*VALUES, "adapters", "tree"},
     "arguments": {*VALUES, "adapters", "backends", "buffers"},
     "work": {"errors"},
-    "engine": {*VALUES, "control", "buffers", "work"},
-    "group": {*VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "engine", "work"},
+    "engine": {*VALUES, "backends", "control", "buffers", "work"},
+    "direct": {*VALUES, "adapters", "backends", "arguments", "engine"},
+    "group": {
+        *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "engine", "work",
+    },
     "table": {"errors", "backends", "rendezvous", "group"},
     "collectives": {*VALUES, "backends", "tree", "work", "group", "table"},
     "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table"},

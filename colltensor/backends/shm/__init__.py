@@ -47,7 +47,7 @@ class ShmSpec:
         from colltensor.backends.shm import segment
         from colltensor.backends.shm.backend import ShmBackend
 
-        return ShmBackend(control, segment.share(control, meeting, time.monotonic() + timeout_s))
+        return ShmBackend(control, segment.share(control, meeting, time.monotonic() + timeout_s), timeout_s)
 
 
 SPEC: Final = ShmSpec()

@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import array
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.backends.base import require
+from colltensor.backends.base import DIRECT_DONE, DIRECT_MISMATCH, DIRECT_REFUSED, require
 from colltensor.backends.shm import outcomes, requests
 from colltensor.backends.shm.outcomes import AgreeingControl, Outcomes, Signed
 from colltensor.backends.shm.segment import Segment
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
-
-DONE: Final = 0
-GENERAL: Final = 1
-MISMATCH: Final = 2
-"""What ``ShmBackend.fast_allreduce`` returns."""
 
 _NEVER_NS: Final = (1 << 63) - 1
 
@@ -43,78 +37,109 @@ class ShmBackend:
 
     require = staticmethod(require)
 
-    def __init__(self, control: AgreeingControl, segment: Segment) -> None:
+    def __init__(self, control: AgreeingControl, segment: Segment, timeout_s: float) -> None:
         self._rank = control.rank
         self._size = control.world_size
         self._native = segment.library
         self._handle = segment.handle
         self._run = segment.library.shm_run
-        self._resume = segment.library.shm_resume
+        self._timeout_s = timeout_s
+        self._held = False
         self._signed: Signed | None = None
         self._current: Signed | None = None
         self._signed_transfers: dict[tuple[int, int], Signed] = {}
         self._outcomes = Outcomes(control, segment.library, segment.handle)
         segment.stop.append(self._outcomes.stop)
-        # One function, twice: Python asks each object on its own whether it gives up the interpreter lock.
-        self._brief: Any = segment.library.get_function("shm_allreduce_tensor")
-        self._brief.release_gil = False
-        self._long: Any = segment.library.get_function("shm_allreduce_tensor")
-        self._crowded = segment.crowded
+        timeout_ns = int(timeout_s * 1e9)
+        patient = segment.library.shm_patient_function(segment.handle, timeout_ns)
+        self._resume = segment.library.shm_resume_function(segment.handle, timeout_ns)
+        brief = segment.library.shm_brief_function(segment.handle)
+        brief.release_gil = False
+        # Where ranks share cores the others seldom come within microseconds: wait without the interpreter lock at once.
+        self.direct_allreduce: Callable[[Any, int], int] = patient if segment.crowded else brief
+        self.direct: Callable[..., int] = segment.library.shm_direct_function(segment.handle, timeout_ns)
 
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted: 16-bit floats are widened in registers."""
         return False
 
-    def sign(self, signature: bytes, describe: Callable[[], str]) -> None:
+    def hold(self, deadline: float) -> None:
+        """Take the turn for a call of several steps, waiting for a direct call of another thread."""
+        code = self._native.shm_hold(self._handle, _nanoseconds(deadline))
+        if code:
+            self._outcomes.fail("hold", code)
+        self._held = True
+
+    def release(self) -> None:
+        """Give the turn back, and forget what was signed and not used."""
+        self._signed = self._current = None
+        self._signed_transfers.clear()
+        if self._held:
+            self._held = False
+            self._native.shm_release(self._handle)
+
+    def calls(self) -> int:
+        """Return how many collectives this rank has taken part in, each buffer of a call counted."""
+        return int(self._native.shm_calls(self._handle))
+
+    def sign(self, signature: bytes, describe: Callable[[], str], claim: Callable[[], None] | None = None) -> None:
         """Say what the ranks must agree on in the next collective: its sequence number (8 bytes) and the rest."""
-        self._signed = Signed(signature, requests.words(signature), describe)
+        self._signed = Signed(signature, requests.words(signature), describe, claim)
 
-    def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
+    def sign_transfer(
+        self, source: int, destination: int, signature: bytes, describe: Callable[[], str],
+        claim: Callable[[], None] | None = None,
+    ) -> None:
         """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
-        self._signed_transfers[source, destination] = Signed(signature, requests.words(signature), describe)
+        self._signed_transfers[source, destination] = Signed(signature, requests.words(signature), describe, claim)
 
-    def fast_allreduce(self, tensor: Any, op: int, timeout_s: float) -> int:
-        """Combine a framework's contiguous CPU tensor in place, without a view.
+    def agree(self, deadline: float) -> None:
+        """Meet all ranks, which must have signed the same."""
+        self._collective("agree", requests.BARRIER, None, None, -1, 0, (), deadline)
 
-        The signature is that of a single tensor with ``copy=None``; the other ranks may come any way they like.
+    def abandon(self) -> None:
+        """Break the group for every rank, which then look at the control plane for the reason."""
+        self._outcomes.abandon()
 
-        Args:
-            tensor: A tensor that may be written and whose framework has nothing to add to what DLPack says.
-            op: The reduce op.
-            timeout_s: How long to wait for the other ranks.
+    def begun(self) -> bool:
+        """Return True if a direct call that raised an exception has met other ranks already."""
+        return bool(self._native.shm_begun(self._handle))
 
-        Returns:
-            ``DONE``; ``GENERAL`` if nothing was begun and the call must go the general way; ``MISMATCH`` if all
-            ranks found that they disagree: then ``explain`` must follow.
+    def drop(self) -> None:
+        """Forget a direct call that was interrupted between its steps: it ends at once in a broken group."""
+        self._resume()
 
-        Raises:
-            CollectiveError: As every collective.
-        """
-        try:
-            if self._crowded:
-                code = self._long(self._handle, tensor, op, _nanoseconds(time.monotonic() + timeout_s))
-            else:
-                code = self._brief(self._handle, tensor, op, 0)
-                if code == outcomes.LARGE:
-                    code = self._long(self._handle, tensor, op, _nanoseconds(time.monotonic() + timeout_s))
-                elif code == outcomes.PENDING:
-                    code = self._resume(self._handle, _nanoseconds(time.monotonic() + timeout_s))
-        except (BufferError, TypeError, ValueError):  # what the conversion to DLPack raises, before anything has begun
-            return GENERAL
-        except BaseException:
-            self._outcomes.abandon()
-            raise
+    def settle(self, name: str, code: int, resume: Callable[[], int]) -> int:
+        """End a direct call: see ``SigningBackend``."""
+        if code == outcomes.LARGE:
+            code = resume()
+        elif code == outcomes.PENDING:
+            code = self._resume()
         if code == outcomes.DONE:
-            return DONE
-        if code == outcomes.REFUSED:
-            return GENERAL
-        if code == outcomes.MISMATCH:
-            return MISMATCH
-        return self._outcomes.fail("allreduce", code)
+            return DIRECT_DONE
+        if code in (outcomes.REFUSED, outcomes.BUSY):
+            return DIRECT_REFUSED
+        if code & 0xFF == outcomes.MISMATCH:
+            return code - outcomes.MISMATCH + DIRECT_MISMATCH
+        return self._outcomes.fail(name, code)
 
     def explain(self, signature: bytes, describe: Callable[[], str], deadline: float) -> None:
-        """Raise the MismatchError of a call that came back as ``MISMATCH``."""
+        """Raise the MismatchError of a direct call."""
         self._outcomes.mismatch(Signed(signature, requests.words(signature), describe), deadline)
+
+    def explain_transfer(
+        self, pairs: Sequence[tuple[int, int, bytes, Callable[[], str]]], deadline: float
+    ) -> None:
+        """Raise the MismatchError of direct transfers."""
+        signed = [
+            (source, destination, Signed(signature, requests.words(signature), describe))
+            for source, destination, signature, describe in pairs
+        ]
+        self._outcomes.pair_mismatch(signed, deadline)
+
+    def transfers(self, source: int, destination: int) -> int:
+        """Return how many transfers there were from ``source`` to ``destination``, one of which is this rank."""
+        return int(self._native.shm_transfers(self._handle, source, destination))
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank, each buffer on its own."""
@@ -165,20 +190,20 @@ class ShmBackend:
 
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Send each buffer to ``peer``, one after the other; returns when it has them."""
-        signed = self._signed_transfers.pop((self._rank, peer), None)
+        signed = self._signed_transfers.get((self._rank, peer))
         for index, buffer in enumerate(buffers or (None,)):
             self._transfer("send", buffer, peer, signed, None, -1, None, index, deadline)
 
     def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Receive each buffer from ``peer``, one after the other."""
-        signed = self._signed_transfers.pop((peer, self._rank), None)
+        signed = self._signed_transfers.get((peer, self._rank))
         for index, buffer in enumerate(buffers or (None,)):
             self._transfer("recv", None, -1, None, buffer, peer, signed, index, deadline)
 
     def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
         """Send to ``dst`` and receive from ``src`` at once; both may be one rank."""
-        sending = self._signed_transfers.pop((self._rank, dst), None)
-        receiving = self._signed_transfers.pop((src, self._rank), None)
+        sending = self._signed_transfers.get((self._rank, dst))
+        receiving = self._signed_transfers.get((src, self._rank))
         self._transfer("sendrecv", source, dst, sending, target, src, receiving, 0, deadline)
 
     def close(self) -> None:
@@ -197,11 +222,11 @@ class ShmBackend:
             dtype, count = (None, 0) if like is None else (like.dtype, like.count)
             words = requests.own_words(operation, dtype, count, op, root)
             signed = outcomes.unsigned(name, words, like, op, "" if root < 0 else f"root {root}")
+        moved = [view for view in views if view is not None]
         request = requests.collective(
-            requests.BARRIER if like is None else operation, like, op, root, signed.words, index,
-            [view for view in views if view is not None],
+            requests.BARRIER if like is None else operation, like, op, root, signed.words, index, moved
         )
-        code = self._call(request, deadline)
+        code = self._call(request, moved, None if index else signed.claim, deadline)
         if code == outcomes.MISMATCH:
             self._outcomes.mismatch(signed, deadline)
         elif code:
@@ -215,7 +240,8 @@ class ShmBackend:
         gives = sending or _unsigned_transfer(source, self._rank, dst)
         takes = receiving or _unsigned_transfer(target, src, self._rank)
         request = requests.transfer(source, dst, gives.words, target, src, takes.words, index)
-        code = self._call(request, deadline)
+        moved = [view for view in (source, target) if view is not None]
+        code = self._call(request, moved, None if index else takes.claim, deadline)
         if code == outcomes.MISMATCH:
             sent, received = requests.differing(request)
             pairs = [(self._rank, dst, gives)] if sent else []
@@ -223,12 +249,27 @@ class ShmBackend:
         elif code:
             self._outcomes.fail(name, code)
 
-    def _call(self, request: array.array[int], deadline: float) -> int:
+    def _call(
+        self, request: array.array[int], views: Sequence[BufferView], claim: Callable[[], None] | None, deadline: float
+    ) -> int:
+        """Run a request; ``claim`` may move its views once the ranks agree."""
+        def agreed() -> None:
+            assert claim is not None
+            claim()
+            requests.rebase(request, views)
+
+        held = self._held
+        if not held:  # a call that no group makes, but another backend
+            self.hold(deadline)
         try:
-            return int(self._run(self._handle, request.buffer_info()[0], _nanoseconds(deadline)))
-        except BaseException:  # a signal's exception
+            address = request.buffer_info()[0]
+            return int(self._run(self._handle, address, _nanoseconds(deadline), None if claim is None else agreed))
+        except BaseException:  # a signal's exception, or what claim raised
             self._outcomes.abandon()
             raise
+        finally:
+            if not held:
+                self.release()
 
 
 def _nanoseconds(deadline: float) -> int:

@@ -28,7 +28,7 @@ DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUS
 
 Describe = Callable[[], str]
 
-_LOST, _LATE, _LEFT = 2, 3, 5
+_LOST, _LATE, _LEFT, _UNREADABLE = 2, 3, 5, 6
 _REMEDY: Final = "The group is broken: destroy it and create it again"
 _REASON_S: Final = 2.0
 """How long a rank waits for the control plane to say why another broke the group."""
@@ -49,14 +49,17 @@ class AgreeingControl(ControlPlane, Protocol):
 
 
 class Signed:
-    """What a call wants agreed, and how it says so in words."""
+    """What a call wants agreed, how it says so in words, and what it does once that is agreed."""
 
-    __slots__ = ("describe", "signature", "words")
+    __slots__ = ("claim", "describe", "signature", "words")
 
-    def __init__(self, signature: bytes, words: Words, describe: Describe) -> None:
+    def __init__(
+        self, signature: bytes, words: Words, describe: Describe, claim: Callable[[], None] | None = None
+    ) -> None:
         self.signature = signature
         self.words = words
         self.describe = describe
+        self.claim = claim
 
 
 def unsigned(name: str, words: Words, view: BufferView | None, op: ReduceOp | None, detail: str = "") -> Signed:
@@ -154,6 +157,11 @@ class Outcomes:
         if kind == _LATE:
             return CollectiveTimeoutError(
                 f"{name}: {self._where}: {named} did not come in time, as rank {origin} saw it. {_REMEDY}", ranks
+            )
+        if kind == _UNREADABLE:
+            return GroupError(
+                f"{name}: {self._where}: rank {origin} could not read the memory of {named}; set "
+                f"COLLTENSOR_READ_PEERS=0 on all ranks to do without. {_REMEDY}"
             )
         return self._reason(name, origin)
 

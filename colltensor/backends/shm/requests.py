@@ -23,6 +23,7 @@ _SEQUENCE_NBYTES: Final = 8
 _WORDS: Final = struct.Struct("<qqq")
 _CALL: Final = struct.Struct("<BBhBQQ")
 _DETAIL: Final = 10
+_VIEWS: Final = 18
 _NO_SOURCE: Final = (-1, 0, 0, 0, 0, 0, 0)
 
 
@@ -77,6 +78,14 @@ def transfer(
         if view is not None:
             _append(fields, view)
     return array.array("q", fields)
+
+
+def rebase(request: array.array[int], views: Iterable[BufferView]) -> None:
+    """Put the addresses that the views have now into a request that was packed with them."""
+    place = _VIEWS
+    for view in views:
+        request[place] = view.pointer
+        place += 2 + 2 * request[place + 1]
 
 
 def differing(request: array.array[int]) -> tuple[bool, bool]:

@@ -37,6 +37,8 @@ _GREETING_S: Final = 5.0
 _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
 _CHUNK_NBYTES: Final = 128 << 10
+_READ_NBYTES: Final = 256 << 10
+_READ_VARIABLE: Final = "COLLTENSOR_READ_PEERS"
 
 
 class Meeting(Protocol):
@@ -113,7 +115,7 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
         if fd >= 0:
             os.close(fd)
     try:
-        _prove(segment, trouble, control, deadline)
+        _prove(segment, trouble, control, ballots, deadline)
     except BaseException:
         if segment is not None:
             segment.library.shm_close(segment.handle)
@@ -180,7 +182,7 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         direct = _DIRECT_NBYTES.get(size, _DIRECT_NBYTES_OF_MANY)
-        code = native.shm_format(fd, size, cores, half, direct, _CHUNK_NBYTES)
+        code = native.shm_format(fd, size, cores, half, direct, _CHUNK_NBYTES, _READ_NBYTES)
         if code:
             raise OSError(code, os.strerror(code))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -286,8 +288,12 @@ def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
     return pidfds
 
 
-def _prove(segment: Segment | None, trouble: str | None, control: ControlPlane, deadline: float) -> None:
+def _prove(
+    segment: Segment | None, trouble: str | None, control: ControlPlane, ballots: list[_Ballot], deadline: float
+) -> None:
     """Let every rank write a fresh number and find everybody's, or raise on every rank.
+
+    Where all ranks also find the numbers in each other's own memory, large messages are read from there.
 
     Raises:
         BackendUnavailableError: A rank has trouble, or does not see what another wrote.
@@ -303,5 +309,16 @@ def _prove(segment: Segment | None, trouble: str | None, control: ControlPlane, 
         ]
         if unseen:
             trouble = f"its memory is not the memory of ranks {unseen}"
-    votes = control.allgather(json.dumps(trouble).encode(), deadline)
-    _refuse(control, [json.loads(vote) for vote in votes])
+    reads = segment is not None and not trouble and _reads_peers(segment, control.rank, ballots)
+    votes = [json.loads(vote) for vote in control.allgather(json.dumps([trouble, reads]).encode(), deadline)]
+    _refuse(control, [vote[0] for vote in votes])
+    if segment is not None:
+        segment.library.shm_allow_reading(segment.handle, all(vote[1] for vote in votes))
+
+
+def _reads_peers(segment: Segment, own: int, ballots: list[_Ballot]) -> bool:
+    """Return whether this rank can read the memory of all other ranks' processes, and wants to."""
+    namespace = ballots[own].pid_namespace
+    pids = array.array("i", [ballot.pid if ballot.pid_namespace == namespace else 0 for ballot in ballots])
+    wanted = os.environ.get(_READ_VARIABLE, "1") != "0"
+    return wanted and bool(segment.library.shm_try_reading(segment.handle, pids.buffer_info()[0]))

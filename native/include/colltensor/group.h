@@ -13,7 +13,10 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "colltensor/kernels.h"
@@ -29,6 +32,8 @@ struct Hooks {
   void* context = nullptr;
   bool (*stop)(void* context) = nullptr;   // every 100 ms: true ends the call with kStopped
   bool (*signalled)() = nullptr;           // every 50 ms and on a signal: true ends it with kSignalled
+  void* agreed_context = nullptr;
+  void (*agreed)(void* context) = nullptr; // once in a call, when the ranks agree and before user memory is written
 };
 
 struct Place {
@@ -42,6 +47,8 @@ struct Place {
 class Condition {
  public:
   virtual bool ready() const = 0;
+  // Whether one of those that have yet to do it was last seen on this processor, and so needs it.
+  virtual bool needs_seat(std::uint32_t seat) const = 0;
   virtual RankSet missing() const = 0;
 
  protected:
@@ -105,12 +112,28 @@ class Group {
   bool pending() const { return pending_.reduction != nullptr; }
   std::size_t direct_nbytes() const { return direct_nbytes_; }
 
+  // Whether this rank can read the memory of all ranks, whose processes have these numbers (0: another namespace). Each
+  // has put the address of its nonce into the segment. `allow_reading` needs the same answer on all ranks.
+  bool try_reading(const std::int32_t* pids);
+  void allow_reading(bool allowed) { reading_ = allowed && world_size_ > 1; }
+
   // Breaks the group for every rank; the first failure stays.
   void fail(Failure kind, const RankSet& ranks);
   FailureReport failure() const;
 
   // Tells the others that this rank is gone, and ends a call of another thread with kClosed.
   void leave();
+
+  // Called in every call, once the ranks agree and before this rank's memory is written; null for nothing.
+  void on_agreed(void (*agreed)(void*), void* context) {
+    hooks_.agreed = agreed;
+    hooks_.agreed_context = context;
+  }
+
+  std::int64_t calls() const { return calls_; }
+  std::int64_t transfers(int source, int destination) const {
+    return source == rank_ ? sends_[destination] : receives_[source];
+  }
 
   bool foreign() const { return fork_generation_ != fork_generation(); }
 
@@ -123,6 +146,7 @@ class Group {
   friend class Sender;
   friend class Receiver;
   friend class StepCondition;
+  friend class PairCondition;
 
   struct Pending {
     void* data = nullptr;
@@ -139,9 +163,14 @@ class Group {
 
   // Publishing and waiting (waiting.cpp).
   void publish(std::uint32_t step);
-  bool spin_for_all(std::uint32_t step, int spins) const;
+  void wake_sleepers();
+  bool is_there(std::uint32_t step) const;
+  bool spin_for_arrivals(std::uint32_t arrival, int spins) const;
   Outcome wait_for(int rank, std::uint32_t step, std::int64_t deadline_ns);
   Outcome wait_for_all(std::uint32_t step, std::int64_t deadline_ns);
+  bool is_on(int rank, std::uint32_t seat) const {
+    return rank != rank_ && lines_[rank]->seat.load(std::memory_order_relaxed) == seat;
+  }
   Outcome wait_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
                      std::atomic<std::uint32_t>& sleepers, std::int64_t deadline_ns);
   Outcome sleep_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
@@ -155,6 +184,8 @@ class Group {
   // Arrival (group.cpp).
   Outcome enter() const;
   Outcome wait_for_half(unsigned half, std::int64_t deadline_ns);
+  void arrive(std::uint32_t arrival, const Signature& signature);
+  Outcome agree(std::uint32_t arrival, const Signature& signature, std::int64_t deadline_ns);
   bool signatures_agree(const Signature& signature) const;
   Post& own_post() const { return layout_.post(rank_, parity()); }
   unsigned parity() const { return calls_ & 1; }
@@ -164,6 +195,36 @@ class Group {
   void finish_direct(std::uint32_t arrival);
   void finish_large(std::uint32_t last);
 
+  // Reading the others' memory (reading.cpp).
+  static constexpr std::size_t kScratchNbytes = 262144;
+  bool reads(std::size_t nbytes) const { return reading_ && nbytes >= read_nbytes_; }
+  bool reads_allreduce(std::size_t nbytes) const;
+  void offer(const View* sources, int count, std::size_t nbytes);
+  void tell(const View* sources, int count);
+  bool all_readable() const;
+  static bool can_be_read(const View& view, std::size_t nbytes);
+  std::uint64_t address(int rank, int source) const { return layout_.post(rank, parity()).addresses()[source]; }
+  Outcome read(int rank, std::uint64_t address, void* to, std::size_t nbytes);
+  Outcome read_into(const View& target, int rank, std::uint64_t address, std::size_t first, std::size_t count,
+                    std::size_t item);
+  // Reads a slice of all other ranks and combines it with this rank's into `target`, in pieces.
+  Outcome read_and_combine(const View& target, const View& own, int source, std::size_t first, std::size_t count,
+                           std::size_t item, Reduction reduction);
+  char* scratch(std::size_t nbytes);
+  template <class Read>
+  Outcome read_others(Read read) {
+    for (int rank : others()) {
+      const Outcome outcome = read(rank);
+      if (outcome != Outcome::kDone) return outcome;
+    }
+    return Outcome::kDone;
+  }
+
+  // The other ranks, the next one first, so that not all turn to one rank at once.
+  const std::vector<int>& others() const { return others_; }
+
+  Outcome allreduce_reading(const View& data, std::size_t count, std::size_t item, Reduction reduction,
+                            std::uint32_t arrival, std::int64_t deadline_ns);
   Outcome allreduce_blocks(const View& data, std::size_t count, DType dtype, Reduction reduction,
                            const Signature& signature, std::int64_t deadline_ns);
   void combine_posted(void* data, std::size_t count, std::size_t nbytes, Reduction reduction) const;
@@ -177,9 +238,15 @@ class Group {
   std::size_t half_nbytes_;
   std::size_t direct_nbytes_;
   std::size_t chunk_nbytes_;
+  std::size_t read_nbytes_;
+  bool reading_ = false;   // each other's memory
+  std::vector<std::int32_t> pids_;
+  std::unique_ptr<char, void (*)(void*)> scratch_{nullptr, std::free};
+  std::size_t scratch_nbytes_ = 0;
   bool crowded_;           // more ranks than cores
   int spins_, yields_;
   std::vector<RankLine*> lines_;
+  std::vector<int> others_;
   Descriptors pidfds_;
   Hooks hooks_;
   const std::uint32_t fork_generation_;

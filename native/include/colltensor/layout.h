@@ -27,6 +27,7 @@ struct alignas(kLine) Header {
   std::uint64_t half_nbytes;     // of one of the two halves of a rank's staging
   std::uint64_t direct_nbytes;   // up to which size every rank reduces everything
   std::uint64_t chunk_nbytes;    // of an allreduce's blocks
+  std::uint64_t read_nbytes;     // from which size on ranks read each other's memory, where they may
 };
 
 struct alignas(kLine) FailureLine {
@@ -38,9 +39,11 @@ struct alignas(2 * kLine) RankLine {
   // Steps this rank has finished, of all collectives since the start; only ever grows (modulo 2^32).
   std::atomic<std::uint32_t> progress;
   std::atomic<std::uint32_t> sleepers;  // ranks that may sleep on `progress`
+  std::atomic<std::uint32_t> seat;      // 1 + the processor on which it last published; 0 before that
 
   alignas(kLine) std::atomic<std::int64_t> heartbeat;  // when it last looked around while waiting, now_ns()
   std::atomic<std::uint64_t> nonce[2];
+  std::atomic<std::uint64_t> own_nonce;  // the address of two such words in the rank's own memory
   std::atomic<std::uint32_t> waiting;   // 1 while it waits for others
   std::atomic<std::uint32_t> left;      // 1 once it has closed the group
   std::atomic<std::uint32_t> door;      // futex word: counts what peers have put into its mailboxes while it slept
@@ -50,13 +53,21 @@ struct alignas(2 * kLine) RankLine {
 // What a rank says on arrival, by the parity of the call's number. It is overwritten two calls later: by then every
 // rank has arrived at the call between, and so has read it.
 struct alignas(kLine) Post {
+  std::atomic<std::uint32_t> arrived;  // the step of the arrival, stored last: with a few bytes, one line says it all
+  std::uint32_t readable;              // of a large message: 1 if `many` holds the addresses of what this rank gives
   Signature signature;
-  unsigned char data[kInline];
+  unsigned char few[kFew];
+  unsigned char many[kInline];
+
+  unsigned char* data(std::size_t nbytes) { return nbytes <= kFew ? few : many; }
+  std::uint64_t* addresses() { return reinterpret_cast<std::uint64_t*>(many); }
 };
+static_assert(sizeof(Post) == kLine + kInline);
 
 struct alignas(kLine) MailboxSide {
   std::atomic<std::uint32_t> count;  // steps of this side, of all transfers since the start
   std::uint32_t half[2];             // the sender's: which half of its staging it uses
+  std::uint64_t address[2];          // the sender's: of its memory, if the receiver is to read that; else 0
   Signature signature[2];            // by the parity of the transfer's number; see Post
 };
 

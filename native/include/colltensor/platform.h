@@ -18,6 +18,9 @@ void futex_wake_all(const std::atomic<std::uint32_t>* word);
 
 void yield_processor();
 
+// 1 + the number of the processor that this thread runs on.
+std::uint32_t current_seat();
+
 // Grows by one in a forked child, so that what belongs to the parent can be told from what does not.
 std::uint32_t fork_generation();
 

@@ -35,11 +35,12 @@ enum class Outcome : std::int32_t {
 };
 
 // Why a group is broken; the first failure wins.
-enum class Failure : std::uint32_t { kNone = 0, kClaimed = 1, kLost = 2, kLate = 3, kBroken = 4, kLeft = 5 };
+enum class Failure : std::uint32_t { kNone = 0, kClaimed = 1, kLost = 2, kLate = 3, kBroken = 4, kLeft = 5, kUnreadable = 6 };
 
 constexpr int kMaxRanks = 256;
 constexpr std::size_t kLine = 64;       // of the caches of x86-64; arm64's are 64 or 128
 constexpr std::size_t kInline = 4096;   // bytes of a message that travels beside its signature
+constexpr std::size_t kFew = 24;        // bytes that travel in the very line of the signature
 
 struct RankSet {
   std::uint64_t words[kMaxRanks / 64] = {};

@@ -14,6 +14,9 @@ class View {
   // Strides count elements. Axes that lie behind each other without a gap are joined.
   View(void* data, std::size_t item_nbytes, int axes, const std::int64_t* shape, const std::int64_t* strides);
 
+  // The same layout at another address, where the elements have been moved.
+  void rebase(void* data) { data_ = static_cast<char*>(data); }
+
   bool contiguous() const { return shape_.empty(); }
   char* data() const { return data_; }
 

@@ -1,0 +1,291 @@
+// The short way: calls with the tensors as they come from their frameworks, without a request. What is not plain
+// (strided, of a type known by its size alone, of unequal counts, sharing memory) is refused and takes the general way.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "colltensor/kernels.h"
+#include "exports.h"
+#include "registry.h"
+
+namespace colltensor {
+namespace {
+
+namespace ffi = tvm::ffi;
+
+// Beyond this size copying takes longer than giving up the interpreter lock and taking it again.
+constexpr std::size_t kBriefNbytes = 16384;
+
+// The dtype of what DLPack calls so, or kMovesOnly.
+DType dtype_of(DLDataType type) {
+  if (type.lanes != 1) return DType::kMovesOnly;
+  const int log = type.bits == 8 ? 0 : type.bits == 16 ? 1 : type.bits == 32 ? 2 : type.bits == 64 ? 3 : 4;
+  const auto step = [&](DType first, int from) { return static_cast<DType>(static_cast<int>(first) + log - from); };
+  switch (type.code) {
+    case kDLInt: return log < 4 ? step(DType::kInt8, 0) : DType::kMovesOnly;
+    case kDLUInt: return log < 4 ? step(DType::kUInt8, 0) : DType::kMovesOnly;
+    case kDLFloat:
+      if (log == 1) return DType::kFloat16;
+      return log == 2 || log == 3 ? step(DType::kFloat32, 2) : DType::kMovesOnly;
+    case kDLBfloat: return log == 1 ? DType::kBFloat16 : DType::kMovesOnly;
+    case kDLComplex:
+      if (type.bits == 64) return DType::kComplex64;
+      return type.bits == 128 ? DType::kComplex128 : DType::kMovesOnly;
+    case kDLBool: return log == 0 ? DType::kBool : DType::kMovesOnly;
+    default: return DType::kMovesOnly;
+  }
+}
+
+// Byte for byte what colltensor.engine.Call.signature packs after the sequence number, for one tensor or a list of them
+// with ``copy=None``.
+Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count, DType dtype) {
+  // colltensor.engine._CODES, by Operation.
+  static constexpr std::uint8_t kCodes[] = {9, 1, 2, 3, 4, 6, 5, 7, 8, 13};
+  const std::uint64_t leaves = dtype == DType::kMovesOnly ? 0 : static_cast<std::uint64_t>(dtype);
+  unsigned char bytes[32] = {kCodes[static_cast<int>(operation)], op, 0, 0, 1};
+  std::memcpy(bytes + 2, &root, sizeof root);
+  std::memcpy(bytes + 5, &count, sizeof count);
+  std::memcpy(bytes + 13, &leaves, sizeof leaves);
+  Signature signature;
+  std::memcpy(signature.words, bytes, sizeof bytes);
+  return signature;
+}
+
+// A tensor's memory; null data and no dtype where the tensor is not plain.
+struct Plain {
+  explicit Plain(const ffi::TensorView& tensor) {
+    if (tensor.device().device_type != kDLCPU || !tensor.IsContiguous()) return;
+    dtype = dtype_of(tensor.dtype());
+    count = static_cast<std::size_t>(tensor.numel());
+    nbytes = count * item_size(dtype);
+    data = static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
+  }
+
+  char* data = nullptr;
+  std::size_t count = 0, nbytes = 0;
+  DType dtype = DType::kMovesOnly;
+};
+
+std::int64_t code(Outcome outcome) { return static_cast<std::int64_t>(outcome); }
+
+// The allreduce for a caller that holds the interpreter lock: it copies little and waits for microseconds only. The
+// turn is kept where it returns kPending; the function of resume_function() must follow.
+ffi::Function brief_function(std::int64_t handle) {
+  return ffi::Function::FromTyped([handle](ffi::TensorView tensor, std::int64_t op) -> std::int64_t {
+    const Plain plain(tensor);
+    const Reduction reduction = find_reduction(plain.dtype, static_cast<ReduceOp>(op));
+    if (reduction == nullptr) return code(Outcome::kRefused);
+    if (plain.nbytes > kBriefNbytes) return code(Outcome::kLarge);
+    Turn group(handle);
+    if (group.outcome() != Outcome::kDone) return code(group.outcome());
+    if (plain.nbytes > group->direct_nbytes()) return code(Outcome::kLarge);
+    const Signature signature =
+        direct_signature(Operation::kAllReduce, static_cast<std::uint8_t>(op), -1, plain.count, plain.dtype);
+    const Outcome outcome = group->begin_allreduce(plain.data, plain.count, plain.nbytes, reduction, signature);
+    if (outcome == Outcome::kPending) group.keep();
+    return result(*group, outcome);
+  });
+}
+
+// Ends what the brief function left pending, without the interpreter lock.
+ffi::Function resume_function(std::int64_t handle, std::int64_t timeout_ns) {
+  return ffi::Function::FromTyped([handle, timeout_ns]() -> std::int64_t {
+    Group* group = held_member(handle);
+    if (group == nullptr || !group->pending()) return code(Outcome::kClosed);
+    const Outcome outcome = group->resume(now_ns() + timeout_ns);
+    if (outcome == Outcome::kSignalled) group->fail(Failure::kBroken, {});
+    release_member(handle);
+    if (outcome == Outcome::kSignalled) throw ffi::EnvErrorAlreadySet();
+    return code(outcome);
+  });
+}
+
+// The allreduce of any size, without the interpreter lock.
+ffi::Function patient_function(std::int64_t handle, std::int64_t timeout_ns) {
+  return ffi::Function::FromTyped([handle, timeout_ns](ffi::TensorView tensor, std::int64_t op) -> std::int64_t {
+    const Plain plain(tensor);
+    const auto reduce_op = static_cast<ReduceOp>(op);
+    if (find_reduction(plain.dtype, reduce_op) == nullptr) return code(Outcome::kRefused);
+    Turn group(handle);
+    if (group.outcome() != Outcome::kDone) return code(group.outcome());
+    const Signature signature =
+        direct_signature(Operation::kAllReduce, static_cast<std::uint8_t>(op), -1, plain.count, plain.dtype);
+    const View view(plain.data, item_size(plain.dtype));
+    return result(*group, group->allreduce(view, plain.count, plain.dtype, reduce_op, signature,
+                                           now_ns() + timeout_ns));
+  });
+}
+
+// The tensors of a call, each of the first one's count and dtype.
+class Tensors {
+ public:
+  // False if they are not plain and alike.
+  bool take(const ffi::AnyView* arguments, int number) {
+    views_.clear();
+    first_ = {};
+    for (int i = 0; i < number; ++i) {
+      const Plain plain(arguments[i].cast<ffi::TensorView>());
+      if (plain.dtype == DType::kMovesOnly) return false;
+      if (i == 0) {
+        first_ = plain;
+      } else if (plain.dtype != first_.dtype || plain.count != first_.count) {
+        return false;
+      }
+      views_.emplace_back(plain.data, item_size(plain.dtype));
+    }
+    return true;
+  }
+
+  // True if one of the `written` tensors from `start` on shares memory with another tensor, but for one that is `same`
+  // as tensor `source`.
+  bool share_memory(int start, int written, int source, int same) const {
+    struct Range {
+      const char* low;
+      bool written;
+    };
+    if (first_.nbytes == 0) return false;
+    std::vector<Range> ranges;
+    ranges.reserve(views_.size());
+    for (int i = 0; i < static_cast<int>(views_.size()); ++i) {
+      if (i == source && same >= 0 && views_[i].data() == views_[same].data()) continue;
+      ranges.push_back({views_[i].data(), i >= start && i < start + written});
+    }
+    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.low < b.low; });
+    const char *end = nullptr, *written_end = nullptr;  // of all ranges so far, and of the written ones
+    for (const Range& range : ranges) {
+      if (range.low < (range.written ? end : written_end)) return true;
+      end = std::max(end, range.low + first_.nbytes);
+      if (range.written) written_end = std::max(written_end, range.low + first_.nbytes);
+    }
+    return false;
+  }
+
+  const View& operator[](int i) const { return views_[i]; }
+  const View* from(int i) const { return views_.data() + i; }
+  int size() const { return static_cast<int>(views_.size()); }
+  std::size_t count() const { return first_.count; }
+  DType dtype() const { return first_.dtype; }
+
+ private:
+  struct First {
+    std::size_t count = 0, nbytes = 0;
+    DType dtype = DType::kMovesOnly;
+    First& operator=(const Plain& plain) {
+      count = plain.count;
+      nbytes = plain.nbytes;
+      dtype = plain.dtype;
+      return *this;
+    }
+  } first_;
+  std::vector<View> views_;
+};
+
+// What a direct call asks for, beside its tensors. For a transfer `root` is the destination, -1 for none, and `source`
+// where it comes from.
+struct DirectCall {
+  Operation operation;
+  std::int64_t op;
+  int root;
+  int source;
+};
+
+bool is_plain_call(const DirectCall& call, const Tensors& tensors, const Group& group) {
+  const int ranks = group.world_size(), rank = group.rank();
+  const bool is_root = call.root == rank;
+  switch (call.operation) {
+    case Operation::kBarrier: return tensors.size() == 0;
+    case Operation::kAllReduce:
+    case Operation::kReduce:
+    case Operation::kBroadcast: return tensors.size() == 1;
+    case Operation::kAllGather: return tensors.size() == ranks + 1 && !tensors.share_memory(0, ranks, ranks, rank);
+    case Operation::kGather:
+      return tensors.size() == (is_root ? ranks + 1 : 1) &&
+             !(is_root && tensors.share_memory(0, ranks, ranks, rank));
+    case Operation::kReduceScatter: return tensors.size() == ranks + 1 && !tensors.share_memory(0, 1, -1, -1);
+    case Operation::kScatter:
+      return tensors.size() == (is_root ? ranks + 1 : 1) && !tensors.share_memory(0, 1, -1, -1);
+    case Operation::kAllToAll: return tensors.size() == 2 * ranks && !tensors.share_memory(0, ranks, -1, -1);
+    case Operation::kTransfer:
+      return call.root != rank && call.source != rank && tensors.size() == (call.root >= 0) + (call.source >= 0) &&
+             !(tensors.size() == 2 && tensors.share_memory(1, 1, -1, -1));
+  }
+  return false;
+}
+
+Outcome run_transfer(Group& group, const DirectCall& call, const Tensors& tensors, std::int64_t deadline_ns,
+                     std::int64_t& detail) {
+  const std::size_t count = tensors.count(), item = item_size(tensors.dtype());
+  const auto sign = [&](int source) {
+    return direct_signature(Operation::kTransfer, 255, static_cast<std::int16_t>(source), count, tensors.dtype());
+  };
+  Group::Transfer send{}, recv{};
+  if (call.root >= 0) send = {&tensors[0], count, item, call.root, sign(group.rank())};
+  if (call.source >= 0) recv = {&tensors[call.root >= 0], count, item, call.source, sign(call.source)};
+  const Outcome outcome =
+      group.transfer(call.root >= 0 ? &send : nullptr, call.source >= 0 ? &recv : nullptr, deadline_ns);
+  detail = (send.mismatch ? 1 : 0) | (recv.mismatch ? 2 : 0);
+  return outcome;
+}
+
+Outcome run_direct(Group& group, const DirectCall& call, const Tensors& tensors, std::int64_t deadline_ns,
+                   std::int64_t& detail) {
+  const auto op = static_cast<ReduceOp>(call.op);
+  const std::size_t count = tensors.count(), item = item_size(tensors.dtype());
+  const DType dtype = tensors.dtype();
+  const int ranks = group.world_size(), root = call.root;
+  const bool is_root = root == group.rank();
+  const Signature signature = direct_signature(call.operation, static_cast<std::uint8_t>(call.op),
+                                               static_cast<std::int16_t>(root), count, dtype);
+  switch (call.operation) {
+    case Operation::kBarrier: return group.barrier(signature, deadline_ns);
+    case Operation::kAllReduce: return group.allreduce(tensors[0], count, dtype, op, signature, deadline_ns);
+    case Operation::kReduce: return group.reduce(tensors[0], count, dtype, op, root, signature, deadline_ns);
+    case Operation::kBroadcast: return group.broadcast(tensors[0], count, item, root, signature, deadline_ns);
+    case Operation::kAllGather:
+      return group.allgather(tensors.from(0), tensors[ranks], count, item, signature, deadline_ns);
+    case Operation::kGather:
+      if (!is_root) return group.gather(nullptr, tensors[0], count, item, root, signature, deadline_ns);
+      return group.gather(tensors.from(0), tensors[ranks], count, item, root, signature, deadline_ns);
+    case Operation::kReduceScatter:
+      return group.reducescatter(tensors[0], tensors.from(1), count, dtype, op, signature, deadline_ns);
+    case Operation::kScatter:
+      return group.scatter(tensors[0], is_root ? tensors.from(1) : nullptr, count, item, root, signature, deadline_ns);
+    case Operation::kAllToAll:
+      return group.alltoall(tensors.from(0), tensors.from(ranks), count, item, signature, deadline_ns);
+    case Operation::kTransfer: return run_transfer(group, call, tensors, deadline_ns, detail);
+  }
+  return Outcome::kRefused;
+}
+
+// Any operation on plain tensors, without the interpreter lock: (operation, op, root, source, tensors in the order of a
+// request's views ...). Of a transfer's mismatch the code says which direction differs: 256 the send, 512 the receive.
+ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns) {
+  return ffi::Function::FromPacked([handle, timeout_ns](const ffi::AnyView* arguments, std::int32_t number,
+                                                        ffi::Any* returned) {
+    constexpr int kHead = 4;
+    const DirectCall call{static_cast<Operation>(arguments[0].cast<int>()), arguments[1].cast<std::int64_t>(),
+                          arguments[2].cast<int>(), arguments[3].cast<int>()};
+    static thread_local Tensors tensors;
+    *returned = code(Outcome::kRefused);
+    if (!tensors.take(arguments + kHead, number - kHead)) return;
+    Turn group(handle);
+    if (group.outcome() != Outcome::kDone) {
+      *returned = code(group.outcome());
+    } else if (is_plain_call(call, tensors, *group)) {
+      std::int64_t detail = 0;
+      const Outcome outcome = run_direct(*group, call, tensors, now_ns() + timeout_ns, detail);
+      *returned = result(*group, outcome) | detail << 8;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace colltensor
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_brief_function, colltensor::brief_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_patient_function, colltensor::patient_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_direct_function, colltensor::direct_function)

@@ -1,0 +1,21 @@
+// What the files of exported functions share.
+#pragma once
+
+#include <tvm/ffi/error.h>
+
+#include <cstdint>
+
+#include "colltensor/group.h"
+
+namespace colltensor {
+
+// The code of an outcome for Python. A signal's exception is thrown on; the group is broken by it.
+inline std::int64_t result(Group& group, Outcome outcome) {
+  if (outcome == Outcome::kSignalled) {
+    group.fail(Failure::kBroken, {});
+    throw tvm::ffi::EnvErrorAlreadySet();
+  }
+  return static_cast<std::int64_t>(outcome);
+}
+
+}  // namespace colltensor

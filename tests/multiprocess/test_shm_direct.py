@@ -1,0 +1,286 @@
+"""The short way of calls in shared memory: it meets the general one, refuses what it must, and reads large messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from pool import RankPool, group_of
+from shm_ranks import own_group, values
+
+import colltensor as col
+
+COUNTS = (0, 1, 6, 7, 1024, 1025, 5000, 20_001, 300_007, 1_200_001)
+"""Elements of four bytes: in the signature's line, inline, direct, in blocks, and read from the other's memory."""
+
+
+def fresh() -> str:
+    return f"shm-{uuid4().hex[:8]}"
+
+
+def every_operation(rank: int, size: int, count: int, step: int, way: bool | None, group: Any) -> None:
+    """Run and check all operations; ``way`` None is the short way, True the general one."""
+    given = [values(source, count, "float32") for source in range(size)]
+    parts = [[values(source, count, "float32", salt=1 + part) for part in range(size)] for source in range(size)]
+    root, up, down = step % size, (rank + 1) % size, (rank - 1) % size
+    total = given[0].copy()
+    for array in given[1:]:
+        total = total + array
+
+    data = given[rank].copy()
+    assert group.allreduce(data, copy=way) is data
+    np.testing.assert_array_equal(data, total)
+    data = given[rank].copy()
+    assert group.reduce(data, root, copy=way) is data
+    np.testing.assert_array_equal(data, total if rank == root else given[rank])
+    data = given[rank].copy()
+    group.broadcast(data, root, copy=way)
+    np.testing.assert_array_equal(data, given[root])
+    outputs = [np.zeros(count, np.float32) for _ in range(size)]
+    assert group.allgather(outputs, given[rank], copy=way) is outputs
+    np.testing.assert_array_equal(outputs, given)
+    outputs[rank] = given[rank].copy()  # an entry may be the tensor itself
+    group.allgather(outputs, outputs[rank], copy=way)
+    np.testing.assert_array_equal(outputs, given)
+    outputs = [np.zeros(count, np.float32) for _ in range(size)]
+    group.gather(outputs if rank == root else None, given[rank], root, copy=way)
+    if rank == root:
+        np.testing.assert_array_equal(outputs, given)
+    target = np.zeros(count, np.float32)
+    group.scatter(target, parts[root] if rank == root else None, root, copy=way)
+    np.testing.assert_array_equal(target, parts[root][rank])
+    group.reducescatter(target, parts[rank], copy=way)
+    wanted = parts[0][rank].copy()
+    for source in range(1, size):
+        wanted = wanted + parts[source][rank]
+    np.testing.assert_array_equal(target, wanted)
+    group.alltoall(outputs, parts[rank], copy=way)
+    np.testing.assert_array_equal(outputs, [parts[source][rank] for source in range(size)])
+    if size > 1:
+        group.sendrecv(given[rank], up, target, down, copy=way)
+        np.testing.assert_array_equal(target, given[down])
+        if rank == root:
+            group.send(given[rank], up, copy=way)
+        elif rank == (root + 1) % size:
+            group.recv(target, root, copy=way)
+            np.testing.assert_array_equal(target, given[root])
+    group.barrier()
+
+
+def both_ways(rank: int, size: int) -> None:
+    group = group_of(size, "shm")
+    for step, count in enumerate(COUNTS):
+        for turn in range(3):
+            every_operation(rank, size, count, step, True if (step + rank + turn) % 3 == 0 else None, group)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_short_way_meets_the_general_one(pool: RankPool, world_size: int) -> None:
+    pool.run(world_size, both_ways, timeout_s=110.0)
+
+
+def without_reading(rank: int, size: int, name: str) -> None:
+    os.environ["COLLTENSOR_READ_PEERS"] = "0" if rank == 0 else "1"  # one rank that does not want to is enough
+    try:
+        with own_group(rank, size, name) as group:
+            for step, count in enumerate(COUNTS[-3:]):
+                every_operation(rank, size, count, step, None, group)
+    finally:
+        del os.environ["COLLTENSOR_READ_PEERS"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_large_messages_where_ranks_may_not_read_each_other(pool: RankPool, world_size: int) -> None:
+    pool.run(world_size, without_reading, fresh())
+
+
+def strided_on_one_rank(rank: int, size: int) -> None:
+    """A strided array cannot be read as it lies: then all ranks go through staging."""
+    group = group_of(size, "shm")
+    count = 1_500_000
+    for odd in range(size):
+        room = np.zeros((count, 2), np.float32)
+        data = room[:, 0] if rank == odd else np.zeros(count, np.float32)
+        data[:] = rank + 1
+        group.allreduce(data)
+        assert (data == size * (size + 1) / 2).all()
+        assert not room[:, 1].any()
+        outputs = [np.zeros(count, np.float32) for _ in range(size)]
+        data[:] = rank
+        group.allgather(outputs, data)
+        assert all((output == source).all() for source, output in enumerate(outputs))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_strided_array_among_readable_ones(pool: RankPool, world_size: int) -> None:
+    pool.run(world_size, strided_on_one_rank)
+
+
+def refused(rank: int, size: int, name: str) -> None:
+    """What the short way does not take is explained by the general one, before anything is sent."""
+    with own_group(rank, size, name) as group:
+        data = np.ones(6, np.float32)
+        locked = data.copy()
+        locked.flags.writeable = False
+        with pytest.raises(col.ReadOnlyError):
+            group.allreduce(locked)
+        with pytest.raises(col.ReadOnlyError):
+            group.allgather([data, locked], data)
+        with pytest.raises(col.UnsupportedDTypeError):
+            group.allreduce(np.ones(3, np.int32), col.ReduceOp.AVERAGE)
+        with pytest.raises(col.UnsupportedTensorError):
+            group.broadcast(object(), 0)
+        with pytest.raises(col.RankError):
+            group.broadcast(data, 2)
+        with pytest.raises(col.ShapeError):
+            group.allgather([data], data)
+        with pytest.raises(col.ShapeError):
+            group.alltoall([data, data.copy()], [np.ones(6), np.ones(6)])
+        with pytest.raises(col.AliasError):
+            group.allgather([data, data], np.ones(6, np.float32))
+        with pytest.raises(col.AliasError):
+            group.reducescatter(data[:3], [data[1:4], data[3:]])
+        with pytest.raises(col.AliasError):
+            group.sendrecv(data[:4], 1 - rank, data[2:], 1 - rank)
+        if rank == 0:
+            group.send(locked, 1)  # only read: allowed, by the general way
+        else:
+            group.recv(data, 0)
+        strided = np.ones((4, 4), np.float32).T[1:]
+        group.allreduce(strided)
+        assert (strided == size).all()
+        assert group.allreduce(data) is data
+
+
+def test_what_is_refused(pool: RankPool) -> None:
+    pool.run(2, refused, fresh())
+
+
+def disagreeing(rank: int, size: int, name: str) -> list[str]:
+    """Calls that differ, each way against each: MismatchError on both ranks with both sides' words, and on it goes."""
+    found = []
+    with own_group(rank, size, name) as group:
+        x, y = np.full(3 + rank, 1.0 + rank), np.full(4, 1.0 + rank, np.float32)
+        calls: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+            (lambda **way: group.allreduce(x, **way), lambda **way: group.allreduce(x, **way)),
+            (lambda **way: group.allreduce(y, col.ReduceOp.MAX, **way), lambda **way: group.allreduce(y, **way)),
+            (lambda **way: group.broadcast(y, 0, **way), lambda **way: group.broadcast(y, 1, **way)),
+            (lambda **way: group.barrier(), lambda **way: group.allreduce(y, **way)),
+            (lambda **way: group.reduce(y, 0, **way), lambda **way: group.allgather([y.copy(), y], y, **way)),
+            (lambda **way: group.send(x, 1, **way), lambda **way: group.recv(x, 0, **way)),
+            (lambda **way: group.broadcast_object("word", 0), lambda **way: group.allreduce(y, **way)),
+        ]
+        for number, pair in enumerate(calls):
+            for ways in ((None, None), (None, True), (True, None)):
+                call = pair[rank]
+                with pytest.raises(col.MismatchError) as caught:
+                    call(copy=ways[rank])
+                found.append(str(caught.value))
+                assert (x == 1.0 + rank).all(), number
+                assert (y == 1.0 + rank).all(), number
+                total = np.full(9, 1, np.int64)
+                group.allreduce(total)
+                assert (total == size).all()
+    return found
+
+
+def test_mismatches_are_explained(pool: RankPool) -> None:
+    for message in zip(*pool.run(2, disagreeing, fresh()), strict=True):
+        assert all("rank 0" in side or "ranks 0" in side or "rank 1" in side for side in message)
+        assert "float64[3]" in message[0] or "float32[4]" in message[0]
+
+
+def counted(rank: int, size: int, name: str) -> str:
+    """Calls of all kinds are numbered alike, whichever way they went."""
+    with own_group(rank, size, name) as group:
+        data = np.ones(3, np.float32)
+        for step in range(5):
+            group.allreduce(data, copy=True if step % 2 == rank else None)
+        with pytest.raises(col.MismatchError) as caught:
+            group.allreduce(np.ones(1 + rank))
+    return str(caught.value)
+
+
+def test_the_number_of_a_call_is_the_same_on_all_ranks(pool: RankPool) -> None:
+    for message in pool.run(2, counted, fresh()):
+        assert message.count("allreduce #6") == 2, message
+
+
+def torch_tensors(rank: int, size: int, name: str) -> None:
+    import torch
+
+    with own_group(rank, size, name) as group:
+        plain = torch.full((5,), 1.0 + rank)
+        version = plain._version
+        assert group.allreduce(plain) is plain
+        assert plain.tolist() == [3.0] * 5
+        assert plain._version > version
+        version = plain._version
+        group.broadcast(plain, 0)
+        assert (plain._version > version) == (rank != 0)
+        parameter = torch.nn.Parameter(torch.ones(2))
+        with pytest.raises(col.ReadOnlyError):
+            group.allreduce(parameter)
+        conjugate = torch.ones(2, dtype=torch.complex64).conj()
+        with pytest.raises(col.UnsupportedTensorError):
+            group.allreduce(conjugate)
+        with pytest.raises(col.UnsupportedTensorError):
+            group.allreduce(torch.ones(2, 2).to_sparse())
+        half = torch.full((3,), 1.5, dtype=torch.bfloat16)
+        group.allreduce(half)
+        assert half.tolist() == [3.0] * 3
+        with torch.no_grad():
+            group.allreduce(parameter)
+        assert parameter.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.needs("torch")
+def test_torch_tensors_go_the_short_way(pool: RankPool) -> None:
+    pool.run(2, torch_tensors, fresh())
+
+
+def donated(rank: int, size: int, name: str) -> None:
+    """A donated array outlives a mismatch, and keeps its address where the ranks agree."""
+    import jax.numpy as jnp
+
+    with own_group(rank, size, name) as group:
+        for count in (5, 2000, 700_000):
+            array = jnp.full(count, 1.0 + rank)
+            with pytest.raises(col.MismatchError):
+                group.allreduce(array, col.ReduceOp.MAX if rank else col.ReduceOp.SUM, donate=True)
+            assert not array.is_deleted()
+            assert (array == 1.0 + rank).all()
+            address = array.unsafe_buffer_pointer()
+            result = group.allreduce(array, donate=True)
+            assert array.is_deleted()
+            assert result.unsafe_buffer_pointer() == address
+            assert (result == 3.0).all()
+            kept = jnp.full(count, 1.0 + rank)
+            assert (group.allreduce(kept) == 3.0).all()
+            assert (kept == 1.0 + rank).all()
+            shared = np.asarray(kept)  # somebody else holds the memory: it is copied, and they see no change
+            assert (group.allreduce(kept, donate=True) == 3.0).all()
+            assert (shared == 1.0 + rank).all()
+            if rank == 0:
+                with pytest.raises(col.MismatchError):
+                    group.send(jnp.ones(count), 1)
+                group.send(jnp.full(count, 7.0), 1)
+            else:
+                target = jnp.zeros(count)
+                with pytest.raises(col.MismatchError):
+                    group.recv(jnp.zeros(count + 1), 0, donate=True)
+                assert (group.recv(target, 0, donate=True) == 7.0).all()
+                assert target.is_deleted()
+            tree = {"a": jnp.full(count, 1.0 + rank), "b": np.full(3, 1.0 + rank)}
+            result = group.allreduce(tree, donate=True)
+            assert (result["a"] == 3.0).all()
+            assert (result["b"] == 3.0).all()
+
+
+@pytest.mark.needs("jax")
+def test_donated_arrays(pool: RankPool) -> None:
+    pool.run(2, donated, fresh())
