@@ -1,0 +1,101 @@
+"""Hierarchical: shared memory within hosts, Gloo between them; every element crosses between two hosts once each way.
+
+Imports no framework; numpy and a Gloo provider only when a group is made.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from colltensor.backends.base import Backend
+from colltensor.backends.gloo import SPEC as GLOO
+from colltensor.backends.hierarchical.hosts import Hosts
+from colltensor.backends.shm import SPEC as SHM
+from colltensor.errors import BackendUnavailableError, GroupError
+
+if TYPE_CHECKING:
+    from colltensor.backends.hierarchical.watch import Meeting, Watch
+    from colltensor.backends.shm.backend import ShmBackend
+
+
+class HierarchicalSpec:
+    """The table entry of ``HierarchicalBackend``."""
+
+    def available(self) -> str | None:
+        """Return None if shared memory and Gloo can be used here, else what to do."""
+        reasons = [why for why in (SHM.available(), GLOO.available()) if why is not None]
+        return "; ".join(reasons) or None
+
+    def create(
+        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+    ) -> Backend:
+        """Share memory on every host and connect Gloo between all ranks. All ranks call.
+
+        Where all ranks are on one host that is backend ``shm``, and with one rank on every host ``gloo``.
+
+        Args:
+            control: The group's control plane.
+            meeting: Where the ranks met, with the host of each.
+            timeout_s: How long each of the two may take.
+            interface: Gloo's.
+            provider: Gloo's.
+
+        Raises:
+            BackendUnavailableError: On some host the ranks cannot share memory, or there is no Gloo. Raised on every
+                rank; nothing is left behind and ``control`` goes on.
+            CollectiveError: As the other two backends.
+        """
+        if control is None:
+            raise GroupError("backend 'hierarchical' needs a control plane; use backend='loopback' for one rank")
+        hosts = Hosts.of(meeting.host_ids, control.rank)
+        if len(hosts.members) == 1:
+            return SHM.create(control, meeting, timeout_s=timeout_s, interface=interface, provider=None)
+        if max(map(len, hosts.members)) == 1:
+            return GLOO.create(control, meeting, timeout_s=timeout_s, interface=interface, provider=provider)
+        from colltensor.backends.hierarchical.backend import HierarchicalBackend
+        from colltensor.backends.hierarchical.watch import Watch
+
+        watch = Watch(control)
+        local = _share(watch, hosts, meeting, timeout_s)
+        try:
+            gloo = GLOO.create(watch, meeting, timeout_s=timeout_s, interface=interface, provider=provider)
+        except BaseException:
+            if local is not None:
+                local.close()
+            raise
+        return HierarchicalBackend(hosts, watch, local, gloo)
+
+
+SPEC: Final = HierarchicalSpec()
+
+
+def _share(watch: Watch, hosts: Hosts, meeting: Meeting, timeout_s: float) -> ShmBackend | None:
+    """Share memory with the ranks of this host, None where there is one only; all hosts at the same time.
+
+    Raises:
+        BackendUnavailableError: On every rank, where it cannot be done on some host.
+    """
+    from colltensor.backends.hierarchical.watch import HostControl
+
+    deadline = time.monotonic() + timeout_s
+    control = HostControl(watch, hosts, meeting)
+    local, trouble = None, ""
+    if len(hosts.neighbours) > 1:
+        try:
+            local = SHM.create(control, control, timeout_s=timeout_s, interface=None, provider=None)
+        except BackendUnavailableError as error:
+            trouble = str(error)
+    try:
+        troubles = control.conclude(trouble, deadline)
+        found = list(dict.fromkeys(filter(None, (troubles[members[0]] for members in hosts.members))))
+        if found or any(troubles):
+            raise BackendUnavailableError(
+                f"group '{watch.group_name}' (rank {watch.rank}): backend 'hierarchical' cannot be used: "
+                + "; ".join(found or list(filter(None, troubles)))
+            )
+    except BaseException:
+        if local is not None:
+            local.close()
+        raise
+    return local
