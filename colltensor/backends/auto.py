@@ -14,6 +14,7 @@ import logging
 from typing import Any, Final
 
 from colltensor import backends
+from colltensor.backends import hierarchical
 from colltensor.backends.base import Backend
 from colltensor.errors import BackendUnavailableError
 
@@ -40,17 +41,19 @@ class AutoSpec:
         hosts = list(meeting.host_ids)
         options: dict[str, Any] = {"timeout_s": timeout_s, "interface": interface, "provider": provider}
         refused: BackendUnavailableError | None = None
-        if len(set(hosts)) < len(hosts):
-            name = "shm" if len(set(hosts)) == 1 else "hierarchical"
-            try:
-                return backends.get_backend(name).create(control, meeting, **options)
-            except BackendUnavailableError as error:  # on every rank alike
-                refused = error
-                _LOG.debug("group %r (rank %d): using 'gloo': %s", control.group_name, control.rank, error)
+        try:
+            if len(set(hosts)) == 1:
+                return backends.get_backend("shm").create(control, meeting, **options)
+            sharing = hierarchical.share(control, meeting, timeout_s) if len(set(hosts)) < len(hosts) else None
+        except BackendUnavailableError as error:  # on every rank alike
+            refused, sharing = error, None
+            _LOG.debug("group %r (rank %d): using 'gloo': %s", control.group_name, control.rank, error)
+        if sharing is not None:
+            return sharing.connect(meeting, **options)
         try:
             return backends.get_backend("gloo").create(control, meeting, **options)
         except BackendUnavailableError as error:
-            if refused is None or str(refused) == str(error):
+            if refused is None:
                 raise
             raise BackendUnavailableError(f"{refused}; and instead of it: {error}") from refused
 

@@ -6,16 +6,17 @@ Imports no framework; numpy and a Gloo provider only when a group is made.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from colltensor.backends.base import Backend
+from colltensor.backends.base import Backend, ControlPlane
 from colltensor.backends.gloo import SPEC as GLOO
 from colltensor.backends.hierarchical.hosts import Hosts
 from colltensor.backends.shm import SPEC as SHM
 from colltensor.errors import BackendUnavailableError, GroupError
 
 if TYPE_CHECKING:
-    from colltensor.backends.hierarchical.watch import Meeting, Watch
+    from colltensor.backends.hierarchical.watch import Watch
     from colltensor.backends.shm.backend import ShmBackend
 
 
@@ -53,49 +54,72 @@ class HierarchicalSpec:
             return SHM.create(control, meeting, timeout_s=timeout_s, interface=interface, provider=None)
         if max(map(len, hosts.members)) == 1:
             return GLOO.create(control, meeting, timeout_s=timeout_s, interface=interface, provider=provider)
-        from colltensor.backends.hierarchical.backend import HierarchicalBackend
-        from colltensor.backends.hierarchical.watch import Watch
-
-        watch = Watch(control)
-        local = _share(watch, hosts, meeting, timeout_s)
-        try:
-            gloo = GLOO.create(watch, meeting, timeout_s=timeout_s, interface=interface, provider=provider)
-        except BaseException:
-            if local is not None:
-                local.close()
-            raise
-        return HierarchicalBackend(hosts, watch, local, gloo)
+        return share(control, meeting, timeout_s).connect(
+            meeting, timeout_s=timeout_s, interface=interface, provider=provider
+        )
 
 
 SPEC: Final = HierarchicalSpec()
 
 
-def _share(watch: Watch, hosts: Hosts, meeting: Meeting, timeout_s: float) -> ShmBackend | None:
-    """Share memory with the ranks of this host, None where there is one only; all hosts at the same time.
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Hosts whose ranks share memory, and that are not connected yet.
+
+    Attributes:
+        hosts: The hosts.
+        watch: The control plane for what is between and within them.
+        local: This host's wire, None where it has one rank.
+    """
+
+    hosts: Hosts
+    watch: Watch
+    local: ShmBackend | None
+
+    def connect(self, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None) -> Backend:
+        """Connect Gloo between all ranks, or close what there is. All ranks call; arguments as for ``create``.
+
+        Raises:
+            CollectiveError: As the Gloo backend.
+        """
+        from colltensor.backends.hierarchical.backend import HierarchicalBackend
+
+        try:
+            gloo = GLOO.create(self.watch, meeting, timeout_s=timeout_s, interface=interface, provider=provider)
+        except BaseException:
+            if self.local is not None:
+                self.local.close()
+            raise
+        return HierarchicalBackend(self.hosts, self.watch, self.local, gloo)
+
+
+def share(control: ControlPlane, meeting: Any, timeout_s: float) -> Sharing:
+    """Share memory between the ranks of each host, on all hosts at the same time. All ranks call.
 
     Raises:
-        BackendUnavailableError: On every rank, where it cannot be done on some host.
+        BackendUnavailableError: On every rank, where it cannot be done on some host; nothing is left behind.
+        CollectiveError: A rank died or did not come.
     """
-    from colltensor.backends.hierarchical.watch import HostControl
+    from colltensor.backends.hierarchical.watch import HostControl, Watch
 
     deadline = time.monotonic() + timeout_s
-    control = HostControl(watch, hosts, meeting)
+    watch = Watch(control)
+    hosts = Hosts.of(meeting.host_ids, control.rank)
+    host = HostControl(watch, hosts, meeting)
     local, trouble = None, ""
     if len(hosts.neighbours) > 1:
         try:
-            local = SHM.create(control, control, timeout_s=timeout_s, interface=None, provider=None)
+            local = SHM.create(host, host, timeout_s=timeout_s, interface=None, provider=None)
         except BackendUnavailableError as error:
             trouble = str(error)
     try:
-        troubles = control.conclude(trouble, deadline)
-        found = list(dict.fromkeys(filter(None, (troubles[members[0]] for members in hosts.members))))
-        if found or any(troubles):
+        found = list(dict.fromkeys(filter(None, host.conclude(trouble, deadline))))
+        if found:
             raise BackendUnavailableError(
-                f"group '{watch.group_name}' (rank {watch.rank}): backend 'hierarchical' cannot be used: "
-                + "; ".join(found or list(filter(None, troubles)))
+                f"group '{watch.group_name}' (rank {watch.rank}): backend 'hierarchical' cannot be used: {found[0]}"
             )
     except BaseException:
         if local is not None:
             local.close()
         raise
-    return local
+    return Sharing(hosts, watch, local)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Final
 
 
 class Errand:
@@ -37,6 +38,11 @@ class Errand:
         self.error = failure
         self._done.set()
         return failure
+
+
+NOTHING: Final = Errand(lambda: None)
+"""An errand that is done."""
+NOTHING._finish(None)
 
 
 class Courier:

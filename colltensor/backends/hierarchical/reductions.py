@@ -15,7 +15,7 @@ from colltensor.backends.gloo.backend import GlooBackend
 from colltensor.backends.gloo.composed import copy
 from colltensor.backends.gloo.part import GlooPart
 from colltensor.backends.hierarchical.blocks import Scratch, blocks, flat, parts
-from colltensor.backends.hierarchical.courier import Courier, Errand
+from colltensor.backends.hierarchical.courier import NOTHING, Courier, Errand
 from colltensor.backends.hierarchical.hosts import Hosts
 from colltensor.backends.shm.backend import ShmBackend
 from colltensor.types import DTYPES, ReduceOp
@@ -24,8 +24,9 @@ from colltensor.view import BufferView
 WIDENED: Final = frozenset({"float16", "bfloat16"})
 """Types that are summed in float32 from end to end and rounded once."""
 
-LEADER_NBYTES: Final = 64 << 10
-"""Up to this size one rank of each host sends everything: one exchange between hosts."""
+LEADER_NBYTES: Final = 256 << 10
+"""Up to this size one rank of each host sends everything: one exchange between hosts. Measured with 2 x 2 ranks on one
+machine of 2 cores, medians: 0.64 ms against 0.93 in slices for 16 KiB, 0.94 against 1.28 for 256 KiB."""
 
 _FLOAT32: Final = DTYPES["float32"]
 _EXACT: Final = frozenset({ReduceOp.MIN, ReduceOp.MAX})
@@ -42,24 +43,25 @@ class Reductions:
         self._size = len(hosts.index)
         self._scratch = Scratch()
         self._slices = hosts.slices
-        self._has_slice = hosts.position < hosts.slices
-        self._leads = hosts.position == 0
-        self._between_leaders = gloo.part(hosts.leaders()) if self._leads else None
-        self._between_counterparts = gloo.part(hosts.counterparts()) if self._has_slice else None
+        self._parts: dict[tuple[int, ...], GlooPart] = {}
+        self._between_leaders = self._part(hosts.leaders()) if hosts.position == 0 else None
+        self._between_counterparts = self._part(hosts.counterparts()) if hosts.position < hosts.slices else None
 
     def allreduce(self, view: BufferView, op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank."""
         if view.nbytes <= LEADER_NBYTES:
             self._through_leaders(flat(view), op, deadline)
             return
+        pieces = list(blocks(view, self._slices, _itemsize(view, op)))
         waiting: deque[tuple[BufferView, Errand]] = deque()
-        for number, block in enumerate(blocks(view, self._slices)):
+        for number, block in enumerate(pieces):
             if block.count < self._slices:  # what the slices leave over
                 while waiting:
                     self._spread(*waiting.popleft(), deadline)
                 self._through_leaders(block, op, deadline)
                 continue
-            waiting.append((block, self._collect(number % 2, block, op, deadline)))
+            crossing = self._collect(number % 2, block, op, deadline)
+            waiting.append((block, self._send(crossing, len(pieces))))
             if len(waiting) == 2:
                 self._spread(*waiting.popleft(), deadline)
         while waiting:
@@ -70,22 +72,41 @@ class Reductions:
         leaders = self._hosts.leaders(root)
         leader = leaders[self._hosts.host]
         leads = self._hosts.neighbours[self._hosts.position] == leader
-        between = self._gloo.part(leaders) if leads else None
+        between = self._part(leaders) if leads else None
+        pieces = list(blocks(view, 1, _itemsize(view, op)))
         waiting: deque[Errand] = deque()
-        for number, block in enumerate(blocks(view, 1)):
+        for number, block in enumerate(pieces):
             if len(waiting) == 2:  # whose scratch memory is used again
                 waiting.popleft().wait()
             keep = leads and leader != root
             summed = self._summed_on(leader, number % 2, block, op, keep, deadline)
+            crossing = None
             if between is not None:
-                waiting.append(self._courier.send(
-                    self._reduction_to(between, self._hosts.index[root], leader == root, summed, block, op, deadline)
-                ))
+                crossing = self._crossing_to(
+                    between, self._hosts.index[root], leader == root, summed, block, op, deadline
+                )
+            waiting.append(self._send(crossing, len(pieces)))
         while waiting:
             waiting.popleft().wait()
 
-    def _collect(self, piece: int, block: BufferView, op: ReduceOp, deadline: float) -> Errand:
-        """Combine a block on this host and send this rank's slice on its way; the errand ends with the result."""
+    def _part(self, members: tuple[int, ...]) -> GlooPart:
+        """Return the wire between some ranks; its memory is kept for the next call."""
+        if members not in self._parts:
+            self._parts[members] = self._gloo.part(members)
+        return self._parts[members]
+
+    def _send(self, crossing: Callable[[], None] | None, of: int) -> Errand:
+        """Give the courier what crosses the network, one of ``of`` in this call; a single one needs no other thread."""
+        if crossing is not None and of > 1:
+            return self._courier.send(crossing)
+        if crossing is not None:
+            crossing()
+        return NOTHING
+
+    def _collect(
+        self, piece: int, block: BufferView, op: ReduceOp, deadline: float
+    ) -> Callable[[], None] | None:
+        """Combine a block on this host; return what makes this rank's slice the result of all hosts, if it has one."""
         summed = self._widened(piece, block, op)
         sums = parts(summed, self._slices)
         if self._local is not None and self._slices == len(self._hosts.neighbours):
@@ -95,14 +116,14 @@ class Reductions:
                 self._local.reduce([part], position, _inner(op), deadline)
         between = self._between_counterparts
         if between is None:
-            return _NOTHING
+            return None
         own, result = sums[self._hosts.position], parts(block, self._slices)[self._hosts.position]
 
         def cross() -> None:
             between.allreduce(own, _inner(op), deadline)
             self._finish(own, result, op)
 
-        return self._courier.send(cross)
+        return cross
 
     def _spread(self, block: BufferView, errand: Errand, deadline: float) -> None:
         """Give the slices of a block to all ranks of this host, once this rank's own is there."""
@@ -147,7 +168,7 @@ class Reductions:
         self._local.reduce([summed], self._hosts.local[leader], _inner(op), deadline)
         return summed
 
-    def _reduction_to(
+    def _crossing_to(
         self, between: GlooPart, root: int, is_root: bool, summed: BufferView, block: BufferView, op: ReduceOp,
         deadline: float,
     ) -> Callable[[], None]:
@@ -174,17 +195,9 @@ class Reductions:
             narrow(result.pointer, summed.pointer, summed.count, result.dtype)
 
 
-class _Nothing(Errand):
-    """The errand of a rank that has no slice."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__(lambda: None)
-        self._done.set()
-
-
-_NOTHING: Final = _Nothing()
+def _itemsize(view: BufferView, op: ReduceOp) -> int:
+    """Return the bytes of an element as it is summed."""
+    return _FLOAT32.itemsize if view.dtype.name in WIDENED and op not in _EXACT else view.dtype.itemsize
 
 
 def _inner(op: ReduceOp) -> ReduceOp:
