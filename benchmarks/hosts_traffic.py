@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-LINK = "link"
+LINK = "colltensor0"
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 RUN_S = 120.0
 
