@@ -120,13 +120,14 @@ def _network(holder: int, command: str) -> None:
 
 def measure(holders: Sequence[int], case: Case, nbytes: int, calls: int) -> Traffic:
     """Run the ranks of one case, which sum arrays and compare the result, and return what rank 0 counted."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
         ranks = []
         for rank, host in enumerate(case.hosts):
             program = [sys.executable, __file__, "--as-rank", json.dumps([rank, case, folder, nbytes, calls])]
             process = subprocess.Popen(
                 _inside(holders[host != case.hosts[0]], program), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                text=True, env=environment,
             )
             undo.callback(process.wait)
             undo.callback(process.kill)
