@@ -15,7 +15,8 @@ from typing import Any
 from colltensor import backends
 from colltensor.adapters import direct
 from colltensor.arguments import Arguments
-from colltensor.backends.base import Backend, SigningBackend
+from colltensor.backends import auto
+from colltensor.backends.base import Backend, BackendSpec, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
@@ -36,10 +37,17 @@ class Recipe:
     provider: str | None = None
 
     def backend_for(self, world_size: int) -> str:
-        """Return the backend's name, with ``"auto"`` decided."""
+        """Return the backend's name; ``"auto"`` where the hosts of the ranks decide, once they have met."""
         if self.backend != "auto":
             return self.backend
-        return "loopback" if world_size == 1 else "gloo"
+        if world_size == 1:
+            return "loopback"
+        return "auto" if self.provider is None else "gloo"
+
+    def spec_for(self, world_size: int) -> BackendSpec:
+        """Return what makes the backend."""
+        name = self.backend_for(world_size)
+        return auto.SPEC if name == "auto" else backends.get_backend(name)
 
 
 def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
@@ -50,8 +58,7 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
     """
     control = Control(meeting, deadline)
     try:
-        spec = backends.get_backend(recipe.backend_for(meeting.world_size))
-        backend = spec.create(
+        backend = recipe.spec_for(meeting.world_size).create(
             control, meeting, timeout_s=recipe.timeout_s, interface=recipe.interface, provider=recipe.provider
         )
     except BaseException as error:
@@ -500,7 +507,7 @@ class Group:
         rank = members.index(self.rank)
         meeting = meet_through(
             exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
-            backend=self._recipe.backend_for(len(members)),
+            backend=self._recipe.backend_for(len(members)), host_id=self._control.host_id,
         )
         return connect(meeting, self._recipe, deadline)
 

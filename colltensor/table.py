@@ -42,7 +42,9 @@ def init_collective_group(
     Args:
         world_size: The number of ranks. May be left out with ``env://`` (torchrun's ``WORLD_SIZE``).
         rank: This process's rank, 0 to ``world_size - 1``. May be left out with ``env://`` (``RANK``).
-        backend: ``"auto"``, ``"gloo"``, ``"loopback"`` (one rank), or a registered one.
+        backend: ``"auto"``, ``"shm"`` (ranks of one host), ``"gloo"``, ``"hierarchical"`` (shared memory within
+            hosts, Gloo between them), ``"loopback"`` (one rank), or a registered one. ``"auto"`` is the one of these
+            that is fastest for where the ranks are, and Gloo where they cannot share memory.
         group_name: The group's name, free in this process.
         gloo_timeout: ``ray.util.collective``'s spelling of the timeout, in milliseconds.
         timeout_s: How long to wait for the other ranks, here and in every operation, in seconds.
@@ -50,7 +52,8 @@ def init_collective_group(
             reach), ``tcp://host:port`` (served by rank 0), ``env://`` (MASTER_ADDR, MASTER_PORT).
             None is Ray inside a Ray worker and ``env://`` elsewhere.
         interface: A network interface or address to use; by default the one that reaches the others.
-        provider: Which Gloo to use, ``"torch"`` or ``"pygloo"``; by default the first there is.
+        provider: Which Gloo to use, ``"torch"`` or ``"pygloo"``; by default the first there is. With ``"auto"`` it
+            also means backend ``"gloo"``.
 
     Returns:
         The group, which is also found by its name until ``destroy_collective_group``.
@@ -223,7 +226,7 @@ def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:
     world_size, rank = _check_numbers(world_size, rank)
     _check_loopback(recipe, world_size)
     name = recipe.backend_for(world_size)
-    reason = backends.reason(name)
+    reason = recipe.spec_for(world_size).available()
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot be used here: {reason}")
     return world_size, rank

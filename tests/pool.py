@@ -26,9 +26,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from pool_rank import Call, Reply, group_of
+from pool_rank import Call, Reply, group_of, on_host
 
-__all__ = ["RankPool", "RanksFailedError", "group_of"]
+__all__ = ["RankPool", "RanksFailedError", "group_of", "on_host"]
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",

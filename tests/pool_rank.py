@@ -6,6 +6,7 @@ group, nothing of the package.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -15,13 +16,14 @@ import reprlib
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
+HOST_VARIABLE = "COLLTENSOR_HOST_ID"
 NO_RESULT = pickle.dumps(None)
 
 
@@ -72,7 +74,23 @@ _state: _State | None = None
 _groups: dict[tuple[Any, ...], Any] = {}
 
 
-def group_of(world_size: int, backend: str = "gloo", provider: str | None = None, *, timeout_s: float = 30.0) -> Any:
+@contextlib.contextmanager
+def on_host(name: str | None) -> Iterator[None]:
+    """Simulate a host for the groups that are made meanwhile; nothing is simulated where there is no name."""
+    before = os.environ.get(HOST_VARIABLE)
+    try:
+        if name is not None:
+            os.environ[HOST_VARIABLE] = f"simulated-{name}"
+        yield
+    finally:
+        os.environ.pop(HOST_VARIABLE, None)
+        if before is not None:
+            os.environ[HOST_VARIABLE] = before
+
+
+def group_of(
+    world_size: int, backend: str = "gloo", provider: str | None = None, *, timeout_s: float = 30.0, hosts: str = ""
+) -> Any:
     """Return this rank's initialised group, made by the first call and kept for later ones.
 
     Ranks 0 to ``world_size - 1`` must all call, with the same arguments. A test that breaks or
@@ -83,24 +101,26 @@ def group_of(world_size: int, backend: str = "gloo", provider: str | None = None
         backend: The backend's name.
         provider: The Gloo provider (``"pygloo"``, ``"torch"``), or None for the backend's own choice.
         timeout_s: The group's timeout.
+        hosts: A letter for every rank, equal where two ranks are to be on one simulated host; "" simulates none.
 
     Raises:
         RuntimeError: Not called in a rank of the pool.
     """
     if _state is None or _state.rank < 0:
         raise RuntimeError("group_of() works only inside a function that pool.run() calls in a rank")
-    key = (world_size, backend, provider, timeout_s)
+    key = (world_size, backend, provider, timeout_s, hosts)
     if key not in _groups:
         colltensor = importlib.import_module("colltensor")
-        _groups[key] = colltensor.init_collective_group(
-            world_size,
-            _state.rank,
-            backend,
-            f"pool-{world_size}-{backend}-{provider}-{timeout_s:g}-{_state.edition}",
-            timeout_s=timeout_s,
-            init_method=f"file://{_state.folder / 'rendezvous'}",
-            provider=provider,
-        )
+        with on_host(hosts[_state.rank] if hosts else None):
+            _groups[key] = colltensor.init_collective_group(
+                world_size,
+                _state.rank,
+                backend,
+                f"pool-{world_size}-{backend}-{provider}-{timeout_s:g}-{hosts}-{_state.edition}",
+                timeout_s=timeout_s,
+                init_method=f"file://{_state.folder / 'rendezvous'}",
+                provider=provider,
+            )
     return _groups[key]
 
 

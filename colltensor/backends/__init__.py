@@ -12,7 +12,10 @@ from colltensor.backends.base import BackendSpec
 from colltensor.errors import OptionError
 
 _MODULES: Final = {
-    "gloo": "colltensor.backends.gloo", "loopback": "colltensor.backends.loopback", "shm": "colltensor.backends.shm"
+    "gloo": "colltensor.backends.gloo",
+    "hierarchical": "colltensor.backends.hierarchical",
+    "loopback": "colltensor.backends.loopback",
+    "shm": "colltensor.backends.shm",
 }
 """Backends of the package: the module whose ``SPEC`` is the entry."""
 

@@ -88,6 +88,10 @@ class Placement(Protocol):
     def addresses(self) -> Sequence[tuple[str, int]]:
         """The address and port of every rank's control plane; the others reach it by this address."""
 
+    @property
+    def host_ids(self) -> Sequence[str]:
+        """The host of every rank, by name."""
+
 
 class Backend(Protocol):
     """One wire, connected: the payload half of a group's collectives.

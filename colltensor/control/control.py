@@ -67,6 +67,11 @@ class Control:
         self._lookout.operation = None
 
     @property
+    def host_id(self) -> str:
+        """This rank's host, by the name with which the ranks met."""
+        return self._lookout.meeting.host_ids[self.rank]
+
+    @property
     def broken(self) -> CollectiveError | None:
         """The error that broke the group, None while it works."""
         failure = self._board.failure

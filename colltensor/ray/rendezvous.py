@@ -7,6 +7,7 @@ it ends; rank 0 ends it as soon as the meeting is over.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from colltensor import net
 from colltensor.errors import CollectiveTimeoutError, OptionError
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
 from colltensor.rendezvous.messages import taken
@@ -50,6 +52,11 @@ class RayDirectory:
         """Say which place this is."""
         context = ray.get_runtime_context()
         return f"ray:{context.get_job_id()}:{context.namespace}"
+
+    @property
+    def host_id(self) -> str:
+        """Name this process's host."""
+        return node_host_id()
 
     def publish(self, key: str, invitation: bytes) -> None:
         """Start the named actor that holds the invitation: see Directory.
@@ -110,6 +117,15 @@ class RayDirectory:
             raise OptionError(
                 f"group_name: Ray does not let rank 0 start the actor '{name}': {error}; choose another group_name"
             ) from error
+
+
+def node_host_id() -> str:
+    """Return a name that processes share if they are on one node of Ray's and on one host.
+
+    Two nodes count as two hosts, also where one machine simulates them; COLLTENSOR_HOST_ID says otherwise.
+    """
+    given = os.environ.get("COLLTENSOR_HOST_ID")
+    return given or f"{ray.get_runtime_context().get_node_id()}/{net.host_id()}"
 
 
 def _find(key: str) -> ActorHandle[InvitationBoard] | None:

@@ -18,6 +18,7 @@ import ray
 from colltensor import net, table
 from colltensor.errors import GroupError
 from colltensor.group import Group
+from colltensor.ray.rendezvous import node_host_id
 from colltensor.rendezvous import Introduction, Meeting
 
 _lock: Final = threading.Lock()
@@ -55,6 +56,7 @@ class Seat:
         self.introduction = Introduction(
             group_name=options["group_name"], world_size=place.world_size, rank=place.rank,
             interface=options["interface"], backend=options["backend"], address=_address_in_ray(),
+            host_id=node_host_id(),
         )  # fmt: skip
 
     def connect(self, listeners: Sequence[bytes], patience_s: float) -> None:

@@ -15,7 +15,8 @@ class Directory(Protocol):
     """A place that all ranks can reach, and where rank 0 leaves an invitation under a key.
 
     A directory may have an attribute ``scope``, a string equal for two directories exactly if they are the same
-    place: with it, a process that an earlier meeting left out is kept out of the next one of the same name.
+    place: with it, a process that an earlier meeting left out is kept out of the next one of the same name. It may
+    have an attribute ``host_id``, which names this process's host in place of ``net.host_id()``.
     """
 
     def publish(self, key: str, invitation: bytes) -> None:

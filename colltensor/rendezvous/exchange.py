@@ -39,7 +39,7 @@ class Introduction:
 
     def __init__(self, *, group_name: str, world_size: int, rank: int, interface: str | None = None,
                  backend: str = "auto", properties: Mapping[str, Any] | None = None,
-                 address: str | None = None) -> None:
+                 address: str | None = None, host_id: str | None = None) -> None:
         """Take this rank's part.
 
         Args:
@@ -51,8 +51,9 @@ class Introduction:
             properties: See ``meet``.
             address: This host's address on the network that the hosts share, for ranks on several hosts and no
                 ``interface``; by default the address of the default route.
+            host_id: Names this process's host in place of ``net.host_id()``.
         """
-        self._arguments = (group_name, world_size, rank, interface, backend)
+        self._arguments = (group_name, world_size, rank, interface, backend, host_id)
         self._external = address
         self._properties = properties
         self._hello: Hello | None = None
@@ -152,7 +153,7 @@ class Introduction:
 
 def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: str, world_size: int, rank: int,
                  interface: str | None = None, backend: str = "auto",
-                 properties: Mapping[str, Any] | None = None) -> Meeting:
+                 properties: Mapping[str, Any] | None = None, host_id: str | None = None) -> Meeting:
     """Bring the ranks of a new group together through an exchange of bytes that they have already.
 
     Args:
@@ -164,6 +165,7 @@ def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: st
         interface: See ``meet``; between hosts the default is the interface of the default route.
         backend: See ``meet``.
         properties: See ``meet``.
+        host_id: Names this process's host in place of ``net.host_id()``.
 
     Returns:
         What every rank knows. The caller owns its listener.
@@ -172,7 +174,7 @@ def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: st
         CollectiveError: An argument of any rank cannot be used, or the ranks disagree; the same on every rank.
     """
     part = Introduction(group_name=group_name, world_size=world_size, rank=rank, interface=interface,
-                        backend=backend, properties=properties)  # fmt: skip
+                        backend=backend, properties=properties, host_id=host_id)  # fmt: skip
     said = exchange(part.first())
     try:
         place = part.second(said)

@@ -45,7 +45,7 @@ def probe(invitation: Invitation, group_name: str) -> Found:
     """
     deadline = time.monotonic() + _CONNECT_S
     try:
-        with _reach(invitation, group_name, deadline) as sock:
+        with _reach(invitation, group_name, net.host_id(), deadline) as sock:
             net.send_frame(sock, Message.CLAIM, pack({"who": who_am_i()}), deadline)
             kind, _ = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
     except (net.FrameError, net.AuthenticationError, TimeoutError):
@@ -81,7 +81,7 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
     while True:
         invitation = _located(directory, hello.group_name, deadline, reason)
         try:
-            with _reach(invitation, hello.group_name, deadline) as sock:
+            with _reach(invitation, hello.group_name, hello.host_id, deadline) as sock:
                 reason, stranger_since = "it answers, but this group is not meeting there", None
                 if _introduce(sock, hello, started, deadline):
                     table, listener = _attend(sock, deadline)
@@ -129,10 +129,10 @@ def _spelt(invitation: Invitation) -> str:
     return f"{', '.join(invitation.addresses)} port {invitation.port}"
 
 
-def _reach(invitation: Invitation, group_name: str, deadline: float) -> socket.socket:
+def _reach(invitation: Invitation, group_name: str, host_id: str, deadline: float) -> socket.socket:
     """Return an authenticated connection to whoever can prove to have issued the invitation."""
     addresses = list(invitation.addresses)
-    if invitation.host_id == net.host_id():
+    if invitation.host_id == host_id:
         addresses.insert(0, "127.0.0.1")
     failure: OSError = ConnectionError("the invitation names no address")
     for address in dict.fromkeys(addresses):

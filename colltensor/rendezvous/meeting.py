@@ -89,7 +89,8 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
         OptionError: An argument cannot be used, or the directory or its port cannot.
         GroupError: The network failed in some other way.
     """
-    hello = introduction(group_name, world_size, rank, interface, backend)
+    host_id: str | None = getattr(directory, "host_id", None)
+    hello = introduction(group_name, world_size, rank, interface, backend, host_id)
     try:
         told = json_object(properties)
         if hello.world_size == 1:
@@ -106,9 +107,10 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
 
 
 def introduction(
-    group_name: object, world_size: object, rank: object, interface: str | None, backend: object
+    group_name: object, world_size: object, rank: object, interface: str | None, backend: object,
+    host_id: str | None = None,
 ) -> Hello:
-    """Return what this rank says of itself, checked.
+    """Return what this rank says of itself, checked; ``host_id`` names its host where ``net.host_id()`` does not.
 
     Raises:
         OptionError: The group name, world size, interface or backend cannot be used.
@@ -122,7 +124,8 @@ def introduction(
     if not isinstance(backend, str) or len(backend) > _NAME_LIMIT:
         raise OptionError(f"backend must be the name of a backend, got {backend!r:.80}")
     address = None if interface is None else net.interface_address(interface)
-    return Hello(rank, world_size, group_name, backend, net.host_id(), address, "127.0.0.1", who_am_i(), 0.0, 0.0)
+    host = net.host_id() if host_id is None else host_id
+    return Hello(rank, world_size, group_name, backend, host, address, "127.0.0.1", who_am_i(), 0.0, 0.0)
 
 
 def checked_rank(rank: object, world_size: object) -> tuple[int, int]:

@@ -5,7 +5,8 @@ Every value depends on rank and index, so that a swapped rank or a shifted block
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +24,8 @@ FLOAT8 = tuple(
 )
 REDUCIBLE = ("bool", *INTEGERS, *FLOATS, *COMPLEXES)
 DTYPES = (*REDUCIBLE, *FLOAT8)
+
+_rank_order = [True]
 
 ARITHMETIC = ("SUM", "PRODUCT", "MIN", "MAX")
 BITWISE = ("BAND", "BOR", "BXOR")
@@ -82,7 +85,7 @@ def combined(name: str, op: str, inputs: Sequence[Array]) -> tuple[Array, Array 
     if name in INTEGERS:
         return _combined_integers(name, op, inputs), None
     if name in ("float16", "bfloat16"):
-        return _combined_halves(name, op, inputs), None
+        return _combined_halves(name, op, inputs), _apart(name, op, inputs)
     stack = np.stack(inputs)
     if op in ("MIN", "MAX"):
         ordered = np.sort(stack, axis=0)  # NaN comes last, wherever it was
@@ -96,6 +99,27 @@ def combined(name: str, op: str, inputs: Sequence[Array]) -> tuple[Array, Array 
         exact, size = exact / len(inputs), size / len(inputs)
     part = np.finfo(name).eps
     return exact.astype(name), (size * part * (len(inputs) + 1)).astype(np.float64)
+
+
+@contextlib.contextmanager
+def in_another_order() -> Iterator[None]:
+    """Let ``combined`` expect sums in any order, as between hosts, which 16-bit floats do not have by default."""
+    _rank_order.append(False)
+    try:
+        yield
+    finally:
+        _rank_order.pop()
+
+
+def _apart(name: str, op: str, inputs: Sequence[Array]) -> Array | None:
+    """Return how far sums in two orders, in float32 and rounded once, may be apart; None where the order is given."""
+    if _rank_order[-1] or op in ("MIN", "MAX"):
+        return None
+    wide = np.stack(inputs).astype(np.float64)
+    size = np.abs(np.prod(wide, axis=0)) if op == "PRODUCT" else np.sum(np.abs(wide), axis=0)
+    result = np.abs(_combined_halves(name, op, inputs).astype(np.float64))
+    unit = result * float(ml_dtypes.finfo(name).eps) + float(ml_dtypes.finfo(name).smallest_subnormal)
+    return unit + size * np.finfo(np.float32).eps * len(inputs)
 
 
 def _combined_integers(name: str, op: str, inputs: Sequence[Array]) -> Array:

@@ -14,18 +14,19 @@ SHOWN = 12
 
 
 class World(NamedTuple):
-    """A number of ranks with a backend between them."""
+    """A number of ranks with a backend between them, and the simulated host of each as ``group_of`` takes them."""
 
     size: int
     backend: str
     provider: str | None
+    hosts: str = ""
 
     def __str__(self) -> str:
-        return f"{self.size}-{self.provider or self.backend}"
+        return f"{self.hosts or self.size}-{self.provider or self.backend}"
 
     def group(self) -> Any:
         """Return this rank's group; only in a rank of the pool."""
-        return group_of(self.size, self.backend, self.provider)
+        return group_of(self.size, self.backend, self.provider, hosts=self.hosts)
 
 
 class Report:

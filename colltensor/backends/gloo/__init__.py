@@ -13,11 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from colltensor.backends.base import Backend, ControlPlane
+from colltensor.backends.base import ControlPlane
 from colltensor.errors import BackendUnavailableError, GroupError, MismatchError, OptionError
 from colltensor.net import interface_address
 
 if TYPE_CHECKING:
+    from colltensor.backends.gloo.backend import GlooBackend
     from colltensor.backends.gloo.provider import Provider
 
 _PROVIDERS: Final = {
@@ -38,7 +39,7 @@ class GlooSpec:
 
     def create(
         self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
-    ) -> Backend:
+    ) -> GlooBackend:
         """Agree on a provider and connect it. All ranks call.
 
         Args:

@@ -70,9 +70,29 @@ def divide(pointer: int, count: int, dtype: DType, divisor: int) -> None:
         np.true_divide(elements, divisor, out=elements)
 
 
+def widen(target: int, source: int, count: int, dtype: DType) -> None:
+    """Write 16-bit floats as float32."""
+    wide, halves = np.frombuffer(_memory(target), np.float32, count), _array(source, count, dtype)
+    (_widen_float16 if dtype is _FLOAT16 else _widen_bfloat16)(halves, wide)
+
+
+def narrow(target: int, source: int, count: int, dtype: DType) -> None:
+    """Round float32 to 16-bit floats, to nearest even."""
+    wide, halves = np.frombuffer(_memory(source), np.float32, count), _array(target, count, dtype)
+    scratch = np.empty(min(CHUNK, count), np.float32)
+    with np.errstate(all="ignore"):
+        for start in range(0, count, CHUNK):
+            part = wide[start : start + CHUNK]
+            own = scratch[: len(part)]
+            (_narrow_float16 if dtype is _FLOAT16 else _narrow_bfloat16)(part, own, halves[start : start + CHUNK])
+
+
 def _array(pointer: int, count: int, dtype: DType) -> Array:
-    memory: Any = ANY_MEMORY.from_address(pointer)
-    return np.frombuffer(memory, _STORED_AS[dtype], count)
+    return np.frombuffer(_memory(pointer), _STORED_AS[dtype], count)
+
+
+def _memory(pointer: int) -> Any:
+    return ANY_MEMORY.from_address(pointer)
 
 
 def _combine_chunks(out: Array, arrays: Sequence[Array], function: np.ufunc) -> None:

@@ -12,6 +12,7 @@ from typing import Concatenate, Final, ParamSpec
 from colltensor.backends.base import REDUCTIONS, ControlPlane, require
 from colltensor.backends.gloo.arithmetic import divide
 from colltensor.backends.gloo.composed import Composer, copy
+from colltensor.backends.gloo.part import GlooPart
 from colltensor.backends.gloo.provider import Provider, Transfer, never_free
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
@@ -155,6 +156,20 @@ class GlooBackend:
     def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
         """Send to ``dst`` and receive from ``src`` at once; both may be one rank, this one included."""
         self._move([(src, target)], [(dst, source)], deadline)
+
+    @_keeps_buffers
+    def exchange(
+        self, targets: list[tuple[int, BufferView]], sources: list[tuple[int, BufferView]], deadline: float
+    ) -> None:
+        """Receive into ``targets`` and send ``sources``, at most one of each a peer, all at once."""
+        self._move(targets, sources, deadline)
+
+    def part(self, members: Sequence[int]) -> GlooPart:
+        """Return the collectives of some ranks, this one among them, over these connections. Opens nothing.
+
+        Its calls and this backend's take turns; whoever calls sees to that.
+        """
+        return GlooPart(self._provider, members, self._rank, self.kept)
 
     def barrier(self, deadline: float) -> None:
         """Wait for all ranks on the control plane; Gloo has no part in it."""

@@ -74,9 +74,11 @@ def transfer(
         TRANSFER, _NO_OP, 0, item, destination_rank, count, *signature, index, 0,
         source_rank, target_item, target_count, *target_signature, index,
     ]
-    for view in (source, target):
+    for peer, view in ((destination_rank, source), (source_rank, target)):
         if view is not None:
             _append(fields, view)
+        elif peer >= 0:  # a transfer of nothing, such as an empty tree: the library reads a view of each transfer
+            fields += (0, 0)
     return array.array("q", fields)
 
 

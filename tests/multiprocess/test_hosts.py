@@ -1,0 +1,412 @@
+"""Which backend "auto" chooses where, and what becomes of a group between hosts when a rank fails."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from host_ranks import group_on, held
+from pool import RankPool
+
+import colltensor as col
+from colltensor.backends import get_backend, is_available, reason
+from colltensor.backends.auto import AutoSpec
+from colltensor.backends.hierarchical.hosts import Hosts
+
+pytestmark = pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
+
+
+def fresh() -> str:
+    return f"hosts-{uuid4().hex[:8]}"
+
+
+def choose(rank: int, size: int, hosts: str, name: str, options: dict[str, Any]) -> tuple[str, float]:
+    with group_on(hosts, rank, name, **options) as group:
+        return group.backend, float(group.allreduce(np.full(5, rank + 1.0))[0])
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("hosts", "options", "backend"),
+    [
+        ("a", {}, "loopback"),
+        ("aa", {}, "shm"),
+        ("aaa", {"interface": "lo"}, "shm"),
+        ("ab", {}, "gloo"),
+        ("abc", {}, "gloo"),
+        ("aab", {}, "hierarchical"),
+        ("abab", {}, "hierarchical"),
+        ("aa", {"backend": "gloo"}, "gloo"),
+        ("aab", {"backend": "gloo"}, "gloo"),
+        ("aa", {"backend": "hierarchical"}, "shm"),
+        ("ab", {"backend": "hierarchical"}, "gloo"),
+    ],
+)
+def test_the_backend_for_the_hosts(
+    pool: RankPool, hosts: str, options: dict[str, Any], backend: str
+) -> None:
+    size = len(hosts)
+    assert pool.run(size, choose, hosts, fresh(), options) == [(backend, size * (size + 1) / 2)] * size
+
+
+def test_one_host_needs_no_gloo(pool: RankPool) -> None:
+    assert pool.run(2, choose, "aa", fresh(), {}) == [("shm", 3.0)] * 2
+
+
+@pytest.mark.parametrize("hosts", ["aa", "aab"])
+def test_a_provider_means_gloo(pool: RankPool, provider: str, hosts: str) -> None:
+    size = len(hosts)
+    for found in pool.run(size, choose, hosts, fresh(), {"provider": provider}):
+        assert found == ("gloo", size * (size + 1) / 2)
+
+
+MISSING = "/nowhere/libcolltensor.so"
+
+
+def without_library(
+    rank: int, size: int, hosts: str, name: str, lacking: int, options: dict[str, Any], instead: str = MISSING
+) -> tuple[str, str]:
+    """Make a group while one rank has no native library; return its backend or the error, and what was logged."""
+    from colltensor.backends.shm import library
+
+    loaded = list(library._loaded)
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("colltensor")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    variable = "COLLTENSOR_LIBRARY"
+    place = os.environ.get(variable)
+    if rank == lacking:
+        library._loaded.clear()
+        os.environ[variable] = instead
+    before = held()
+    try:
+        with group_on(hosts, rank, name, **options) as group:
+            assert group.allreduce(np.full(5, rank + 1.0))[0] == size * (size + 1) / 2
+            found = group.backend
+    except col.BackendUnavailableError as error:
+        found = str(error)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        if rank == lacking:
+            library._loaded[:] = loaded
+            os.environ.pop(variable)
+            if place is not None:
+                os.environ[variable] = place
+    wait_for(lambda: held()[1:] == before[1:] and (options.get("backend") is None or held() == before), before)
+    return found, "\n".join(logged)
+
+
+def wait_for(condition: Callable[[], bool], what: object) -> None:
+    deadline = time.monotonic() + 3.0
+    while not condition():
+        threads = [thread.name for thread in threading.enumerate()]
+        assert time.monotonic() < deadline, f"{held()} instead of {what}: {threads}"
+        time.sleep(0.02)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("hosts", "lacking"), [("aa", 1), ("aabb", 0), ("aabb", 3), ("abb", 2)])
+def test_gloo_where_memory_cannot_be_shared(pool: RankPool, hosts: str, lacking: int) -> None:
+    for found, logged in pool.run(len(hosts), without_library, hosts, fresh(), lacking, {}):
+        assert found == "gloo"
+        assert "using 'gloo'" in logged
+        assert MISSING in logged
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> str:
+    """A library that is there and cannot be loaded."""
+    path = tmp_path / "libcolltensor.so"
+    path.write_text("no library")
+    return str(path)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("hosts", "backend", "lacking"),
+    [("aa", "shm", 0), ("aa", "shm", 1), ("aabb", "hierarchical", 0), ("aabb", "hierarchical", 3),
+     ("abb", "hierarchical", 2)],
+)
+def test_an_explicit_backend_is_not_replaced(
+    pool: RankPool, broken: str, hosts: str, backend: str, lacking: int
+) -> None:
+    options = {"backend": backend}
+    for error, logged in pool.run(len(hosts), without_library, hosts, fresh(), lacking, options, broken):
+        assert f"'{backend}' cannot be used" in error
+        assert f"{broken} cannot be loaded" in error
+        assert "using 'gloo'" not in logged
+
+
+@pytest.mark.gloo
+def test_a_rank_alone_on_its_host_needs_no_library(pool: RankPool, broken: str) -> None:
+    options = {"backend": "hierarchical"}
+    found = pool.run(3, without_library, "abb", fresh(), 0, options, broken)
+    assert [backend for backend, _ in found] == ["hierarchical"] * 3
+
+
+def without_both(rank: int, size: int, hosts: str, name: str, broken: str) -> str:
+    """Make a group where there is no Gloo, and a library that cannot be loaded on rank 1."""
+    from colltensor.backends import gloo
+
+    installed, gloo._installed = gloo._installed, dict  # type: ignore[assignment]
+    try:
+        return without_library(rank, size, hosts, name, 1, {}, broken)[0]
+    finally:
+        gloo._installed = installed
+
+
+@pytest.mark.parametrize("hosts", ["aa", "aab"])
+def test_neither_says_both_reasons(pool: RankPool, broken: str, hosts: str) -> None:
+    for found in pool.run(len(hosts), without_both, hosts, fresh(), broken):
+        assert f"{broken} cannot be loaded" in found
+        assert "reinstall colltensor" in found
+        assert "pip install 'colltensor[torch]'" in found
+
+
+def test_auto_is_available_with_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    shm, gloo = type(get_backend("shm")), type(get_backend("gloo"))
+    monkeypatch.setattr(shm, "available", lambda self: "no library")
+    monkeypatch.setattr(gloo, "available", lambda self: None)
+    assert AutoSpec().available() is None
+    monkeypatch.setattr(gloo, "available", lambda self: "no Gloo")
+    assert AutoSpec().available() == "no library; no Gloo"
+    monkeypatch.setattr(shm, "available", lambda self: None)
+    assert AutoSpec().available() is None
+
+
+def test_hosts_by_name() -> None:
+    hosts = Hosts.of(("x", "y", "x", "x", "y"), 3)
+    assert hosts.members == ((0, 2, 3), (1, 4))
+    assert hosts.index == (0, 1, 0, 0, 1)
+    assert hosts.local == (0, 0, 1, 2, 1)
+    assert (hosts.host, hosts.position, hosts.slices) == (0, 2, 2)
+    assert hosts.neighbours == (0, 2, 3)
+    assert hosts.leaders() == (0, 1)
+    assert hosts.leaders(root=4) == (0, 4)
+    assert Hosts.of(("x", "y", "x", "x", "y"), 4).counterparts() == (2, 4)
+
+
+def couriers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.endswith(" hosts")]
+
+
+CALLS: dict[str, Callable[[Any, np.ndarray[Any, Any]], object]] = {
+    "allreduce": lambda group, data: group.allreduce(data),
+    "broadcast": lambda group, data: group.broadcast(data, 1),
+    "reduce": lambda group, data: group.reduce(data, 2),
+    "allgather": lambda group, data: group.allgather([np.empty_like(data) for _ in range(4)], data),
+}
+
+
+def call_for_ever(group: Any, call: str, data: np.ndarray[Any, Any]) -> None:
+    while True:
+        data[:] = 1
+        CALLS[call](group, data)
+
+
+def lose_a_rank(
+    rank: int, size: int, hosts: str, name: str, victim: int, after_s: float, call: str, count: int
+) -> tuple[float, str, tuple[int, ...], float]:
+    """One rank is killed in the middle of a call; return when the others knew, what, and how long leaving took."""
+    before = held()
+    with group_on(hosts, rank, name) as group:
+        assert group.backend == "hierarchical"
+        data = np.ones(count, np.float32)
+        CALLS[call](group, data)
+        died = time.monotonic() + after_s
+        if rank == victim:
+            threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        with pytest.raises(col.CollectiveError) as caught:
+            call_for_ever(group, call, data)
+        took = time.monotonic() - died
+        with pytest.raises(col.GroupError, match="cannot be used any more"):
+            group.allreduce(data)
+        began = time.monotonic()
+        group.destroy()
+        left = time.monotonic() - began
+    # Of Gloo something may stay until its own timeout: what was half received from the rank that died does not end.
+    wait_for(lambda: held()[1] == before[1] and not couriers(), before)
+    return took, type(caught.value).__name__, getattr(caught.value, "ranks", ()), left
+
+
+@pytest.mark.gloo
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize(
+    ("call", "count"), [("allreduce", 8_000_000), ("allreduce", 5), ("broadcast", 8_000_000), ("reduce", 8_000_000),
+                        ("allgather", 1_000_000)]
+)
+@pytest.mark.parametrize("hosts", ["aabb", "abab"])
+def test_a_killed_rank_is_named_everywhere(pool: RankPool, hosts: str, call: str, count: int) -> None:
+    chance = random.Random(f"{hosts} {call} {count}")
+    for victim in range(4):
+        after_s = chance.uniform(0.05, 0.5)
+        found = pool.run(4, lose_a_rank, hosts, fresh(), victim, after_s, call, count, may_die={victim})
+        for rank, outcome in enumerate(found):
+            if rank != victim:
+                took, kind, ranks, left = outcome
+                assert (kind, ranks) == ("PeerLostError", (victim,)), (rank, outcome)
+                assert took < 2.5, (rank, outcome)
+                assert left < 2.5, (rank, outcome)
+
+
+def stop_a_rank(rank: int, size: int, hosts: str, name: str, victim: int) -> tuple[str, tuple[int, ...], float]:
+    with group_on(hosts, rank, name, timeout_s=1.5) as group:
+        data = np.ones(4_000_000, np.float32)
+        pids = group.allgather_object(os.getpid())
+        began = time.monotonic()
+        other = (victim + 1) % size
+        if rank == other:
+            threading.Timer(0.3, os.kill, (pids[victim], signal.SIGSTOP)).start()
+            threading.Timer(5.0, os.kill, (pids[victim], signal.SIGCONT)).start()
+        with pytest.raises(col.CollectiveError) as caught:
+            call_for_ever(group, "allreduce", data)
+        took = time.monotonic() - began
+        if rank == other:
+            time.sleep(max(0.0, began + 5.2 - time.monotonic()))
+        return type(caught.value).__name__, getattr(caught.value, "ranks", ()), took
+
+
+@pytest.mark.gloo
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_stopped_rank_is_late(pool: RankPool, victim: int) -> None:
+    found = pool.run(4, stop_a_rank, "aabb", fresh(), victim)
+    assert [kind for kind, _, _ in found] == ["CollectiveTimeoutError"] * 4
+    for rank, (_, ranks, took) in enumerate(found):
+        assert ranks == (victim,), found
+        assert rank == victim or took < 5.0
+
+
+def come_late(rank: int, size: int, hosts: str, name: str) -> tuple[int, ...]:
+    with group_on(hosts, rank, name, timeout_s=1.0) as group:
+        group.barrier()
+        if rank == 2:
+            time.sleep(2.0)
+        with pytest.raises(col.CollectiveTimeoutError) as caught:
+            group.allreduce(np.ones(3_000_000))
+        return caught.value.ranks
+
+
+@pytest.mark.gloo
+def test_a_late_rank_is_named_on_every_rank(pool: RankPool) -> None:
+    assert pool.run(4, come_late, "aabb", fresh()) == [(2,)] * 4
+
+
+def interrupt(rank: int, size: int, hosts: str, name: str) -> tuple[str, float]:
+    with group_on(hosts, rank, name) as group:
+        data = np.ones(8_000_000, np.float32)
+        group.allreduce(data)
+        began = time.monotonic()
+        if rank == 1:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises((col.GroupError, KeyboardInterrupt)) as caught:
+            call_for_ever(group, "allreduce", data)
+        took = time.monotonic() - began
+        return f"{type(caught.value).__name__} {caught.value}", took
+
+
+@pytest.mark.gloo
+@pytest.mark.needs("torch")
+def test_an_interrupt_ends_the_call_everywhere(pool: RankPool) -> None:
+    found = pool.run(4, interrupt, "abab", fresh())
+    for rank, (what, took) in enumerate(found):
+        assert what.startswith("KeyboardInterrupt" if rank == 1 else "GroupError"), found
+        assert "rank 1" in what or rank == 1
+        assert took < 2.5, found
+
+
+def disagree(rank: int, size: int, hosts: str, name: str) -> None:
+    with group_on(hosts, rank, name) as group:
+        for count in (3, 1_000_000):
+            data = np.full(count, rank, np.float32)
+            with pytest.raises(col.MismatchError) as caught:
+                group.allreduce(data if rank != 2 else data[:-1])
+            assert caught.value.ranks == (2,)
+            assert (data == rank).all()
+            assert group.allreduce(np.ones(count))[0] == size
+
+
+@pytest.mark.gloo
+def test_a_mismatch_leaves_the_group_whole(pool: RankPool) -> None:
+    pool.run(4, disagree, "aabb", fresh())
+
+
+def make_and_destroy(rank: int, size: int, hosts: str, names: list[str]) -> None:
+    for number, name in enumerate(names):
+        if number == 1:
+            before = held()
+        with group_on(hosts, rank, name) as group:
+            data = np.ones(3_000_000, np.float32)
+            group.allreduce(data)
+            assert (data == size).all()
+    wait_for(lambda: held() == before, before)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("hosts", ["aabb", "abb"])
+def test_nothing_is_left_of_a_group(pool: RankPool, hosts: str) -> None:
+    pool.run(len(hosts), make_and_destroy, hosts, [fresh() for _ in range(4)])
+
+
+def die_while_it_is_made(
+    rank: int, size: int, hosts: str, name: str, victim: int, after_s: float
+) -> tuple[str, tuple[int, ...], float]:
+    """One rank is killed while the backend is being made; what had been made by then is gone afterwards."""
+    with group_on(hosts, rank, f"{name}-first"):
+        pass  # what a process loads once is loaded
+    before = held()
+    if rank == victim:
+        spec = type(get_backend("hierarchical"))
+        make = spec.create
+
+        def make_and_die(*arguments: Any, **options: Any) -> Any:
+            threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            make(*arguments, **options)
+            time.sleep(10)
+
+        spec.create = make_and_die  # type: ignore[method-assign, assignment]
+    began = time.monotonic()
+    found = error_of_calls(hosts, rank, name)
+    took = time.monotonic() - began
+    gc.collect()
+    wait_for(lambda: held() == before, before)
+    return *found, took
+
+
+def error_of_calls(hosts: str, rank: int, name: str) -> tuple[str, tuple[int, ...]]:
+    """Make a group and call until something goes wrong; nothing refers to the error any more on return."""
+    try:
+        with group_on(hosts, rank, name, "hierarchical") as group:
+            call_for_ever(group, "allreduce", np.ones(1000, np.float32))
+    except col.CollectiveError as error:
+        return type(error).__name__, getattr(error, "ranks", ())
+    raise AssertionError("the calls ended")
+
+
+@pytest.mark.gloo
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.05, 0.3])
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_rank_that_dies_while_the_group_is_made(pool: RankPool, victim: int, after_s: float) -> None:
+    found = pool.run(4, die_while_it_is_made, "aabb", fresh(), victim, after_s, may_die={victim})
+    for rank, outcome in enumerate(found):
+        if rank != victim:
+            kind, ranks, took = outcome
+            assert (kind, ranks) == ("PeerLostError", (victim,)), found
+            assert took < 4.0, found
