@@ -24,11 +24,13 @@ constexpr std::size_t kBriefNbytes = 16384;
 
 bool signalled() { return TVMFFIEnvCheckSignals() != 0; }
 
-bool stop(void* context) {
+// The interpreter may handle a signal while it answers: what that raises is either kept by the callee, which answers
+// 2, or arrives here.
+Hooks::Answer stop(void* context) {
   try {
-    return (*static_cast<ffi::Function*>(context))().cast<bool>();
+    return static_cast<Hooks::Answer>((*static_cast<ffi::Function*>(context))().cast<std::int64_t>());
   } catch (const ffi::Error&) {
-    return true;
+    return Hooks::kRaised;
   }
 }
 
@@ -77,16 +79,16 @@ bool close(std::int64_t handle) { return remove_member(handle); }
 
 // A rank's half of a proof that all map one memory: writes its number, or reads another's.
 void write_nonce(std::int64_t handle, std::int64_t low, std::int64_t high) {
-  Group* group = peek_member(handle);
-  if (group == nullptr) return;
+  const Guest group(handle);
+  if (!group) return;
   RankLine& line = group->layout().rank(group->rank());
   line.nonce[0].store(static_cast<std::uint64_t>(low), std::memory_order_release);
   line.nonce[1].store(static_cast<std::uint64_t>(high), std::memory_order_release);
 }
 
 bool has_nonce(std::int64_t handle, std::int64_t rank, std::int64_t low, std::int64_t high) {
-  Group* group = peek_member(handle);
-  if (group == nullptr) return false;
+  const Guest group(handle);
+  if (!group) return false;
   const RankLine& line = group->layout().rank(static_cast<int>(rank));
   return line.nonce[0].load(std::memory_order_acquire) == static_cast<std::uint64_t>(low) &&
          line.nonce[1].load(std::memory_order_acquire) == static_cast<std::uint64_t>(high);
@@ -163,8 +165,8 @@ std::int64_t allreduce_tensor(std::int64_t handle, ffi::TensorView tensor, std::
 void failure(std::int64_t handle, std::int64_t report) {
   auto* words = reinterpret_cast<std::int64_t*>(report);
   std::memset(words, 0, 6 * sizeof *words);
-  Group* group = peek_member(handle);
-  if (group == nullptr) return;
+  const Guest group(handle);
+  if (!group || group->foreign()) return;
   const FailureReport found = group->failure();
   words[0] = static_cast<std::int64_t>(found.kind);
   words[1] = found.origin;
@@ -173,8 +175,8 @@ void failure(std::int64_t handle, std::int64_t report) {
 
 // Breaks the group for every rank, which then look at the control plane for the reason.
 void fail(std::int64_t handle) {
-  Group* group = peek_member(handle);
-  if (group != nullptr && !group->foreign()) group->fail(Failure::kBroken, {});
+  const Guest group(handle);
+  if (group && !group->foreign()) group->fail(Failure::kBroken, {});
 }
 
 ffi::String instructions() { return instruction_set(); }

@@ -99,7 +99,9 @@ Outcome Group::sleep_until(const Condition& condition, const std::atomic<std::ui
     const std::int64_t now = now_ns();
     if (now >= next_look_ns) {
       const Outcome outcome = look_around(condition, deadline_ns, next_stop_ns);
-      if (outcome != Outcome::kDone) return condition.ready() ? Outcome::kDone : outcome;
+      // What the others did counts more than how they went; but an exception of the caller's must reach it.
+      const bool raised = outcome == Outcome::kSignalled || outcome == Outcome::kInterrupted;
+      if (outcome != Outcome::kDone) return !raised && condition.ready() ? Outcome::kDone : outcome;
       next_look_ns = now + kSliceNs;
     }
     sleepers.fetch_add(1, std::memory_order_relaxed);
@@ -137,7 +139,8 @@ Outcome Group::look_around(const Condition& condition, std::int64_t deadline_ns,
   if (hooks_.signalled != nullptr && hooks_.signalled()) return Outcome::kSignalled;
   if (hooks_.stop != nullptr && now >= next_stop_ns) {
     next_stop_ns = now + kStopNs;
-    if (hooks_.stop(hooks_.context)) return Outcome::kStopped;
+    const Hooks::Answer answer = hooks_.stop(hooks_.context);
+    if (answer != Hooks::kGoOn) return answer == Hooks::kStop ? Outcome::kStopped : Outcome::kInterrupted;
   }
   if (now < deadline_ns || condition.ready()) return Outcome::kDone;
   fail(Failure::kLate, late_ranks(condition.missing()));

@@ -24,7 +24,7 @@ from colltensor.errors import (
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
-DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY = range(10)
+DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY, INTERRUPTED = range(11)
 
 Describe = Callable[[], str]
 
@@ -74,7 +74,7 @@ class Outcomes:
     """Turns the library's codes into errors, for one group.
 
     Attributes:
-        stopped: The error with which the control plane ended a wait of the library's.
+        stopped: What ended a wait of the library's: the control plane's error, or what a signal's handler raised.
     """
 
     def __init__(self, control: AgreeingControl, native: Any, handle: int) -> None:
@@ -82,16 +82,24 @@ class Outcomes:
         self._native = native
         self._handle = handle
         self._where = f"group '{control.group_name}' (rank {control.rank})"
-        self.stopped: CollectiveError | None = None
+        self.stopped: BaseException | None = None
 
-    def stop(self) -> bool:
-        """Ask the control plane, while the library waits, whether the group is broken."""
+    def stop(self) -> int:
+        """Ask the control plane, while the library waits, whether the group is broken.
+
+        Returns:
+            0 if the wait may go on, 1 if the group is broken, 2 if something else was raised: a signal may be
+            handled here, whose handler may raise.
+        """
         try:
             self._control.check()
         except CollectiveError as error:
             self.stopped = error
-            return True
-        return False
+            return 1
+        except BaseException as error:  # noqa: BLE001 - it would be lost on its way through the library; fail() raises it
+            self.stopped = error
+            return 2
+        return 0
 
     def abandon(self) -> None:
         """Let no other rank wait for this one: it was interrupted in a call."""
@@ -129,12 +137,16 @@ class Outcomes:
 
         Raises:
             CollectiveError: Names the operation and the ranks to blame.
+            BaseException: What a signal's handler raised.
         """
         if code == FAILED:
             raise self._failure(name)
-        if code == STOPPED and self.stopped is not None:
-            self.abandon()
-            raise self.stopped
+        if code in (STOPPED, INTERRUPTED):
+            # The control plane tells all ranks what it knows, or this rank is being destroyed and about to leave.
+            if code == INTERRUPTED:
+                self.abandon()
+            stopped, self.stopped = self.stopped, None
+            raise stopped or KeyboardInterrupt  # none: raised before stop() could keep it, by a signal's handler
         if code == REFUSED:
             raise UnsupportedDTypeError(f"{name}: {self._where}: the library has no such reduction")
         if code == BUSY:

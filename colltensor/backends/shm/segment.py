@@ -63,13 +63,13 @@ class Segment:
         library: The native library.
         handle: The library's number for this rank's part.
         crowded: Whether there are more ranks than processors for them.
-        stop: Asked by the library every 100 ms while it waits: true ends the call. Set by the owner.
+        stop: Asked by the library every 100 ms while it waits, see ``Outcomes.stop``. Set by the owner.
     """
 
     library: Any
     handle: int
     crowded: bool
-    stop: list[Callable[[], bool]]
+    stop: list[Callable[[], int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +259,10 @@ def _map(
         return None, "the shared memory is not sealed"
     native = library.load()
     pidfds = _pidfds(control.rank, ballots)
-    stop: list[Callable[[], bool]] = []
+    stop: list[Callable[[], int]] = []
     handle = native.shm_open(
         fd, os.fstat(fd).st_size, control.rank, control.world_size, pidfds.buffer_info()[0],
-        lambda: bool(stop) and stop[0](),
+        lambda: stop[0]() if stop else 0,
     )
     if handle < 0:
         return None, f"the shared memory cannot be mapped: {os.strerror(-handle)}"

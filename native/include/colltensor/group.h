@@ -26,8 +26,9 @@ namespace colltensor {
 
 // What the caller is asked while a call waits. Either may be null.
 struct Hooks {
+  enum Answer { kGoOn = 0, kStop = 1, kRaised = 2 };
   void* context = nullptr;
-  bool (*stop)(void* context) = nullptr;   // every 100 ms: true ends the call with kStopped
+  Answer (*stop)(void* context) = nullptr; // every 100 ms: ends the call with kStopped or kInterrupted
   bool (*signalled)() = nullptr;           // every 50 ms and on a signal: true ends it with kSignalled
 };
 

@@ -32,6 +32,7 @@ enum class Outcome : std::int32_t {
   kSignalled = 7, // the interpreter has a signal's exception; the group is not marked broken yet
   kClosed = 8,    // the group is closed, is being closed, or is the parent process's
   kBusy = 9,      // another thread is in a call, or one is pending
+  kInterrupted = 10,  // a check of the caller's raised, as a signal's handler may; the group is not marked broken yet
 };
 
 // Why a group is broken; the first failure wins.
