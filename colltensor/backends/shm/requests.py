@@ -66,16 +66,21 @@ def transfer(
     source: BufferView | None, destination_rank: int, signature: Words, target: BufferView | None, source_rank: int,
     target_signature: Words, index: int,
 ) -> array.array[int]:
-    """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 and None for what there is not."""
+    """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 for what there is not.
+
+    A view is None where nothing is moved, as of an empty tree.
+    """
     item, count = (1, 0) if source is None else (source.dtype.itemsize, source.count)
     target_item, target_count = (1, 0) if target is None else (target.dtype.itemsize, target.count)
     fields = [
         TRANSFER, _NO_OP, 0, item, destination_rank, count, *signature, index, 0,
         source_rank, target_item, target_count, *target_signature, index,
     ]
-    for view in (source, target):
+    for rank, view in ((destination_rank, source), (source_rank, target)):
         if view is not None:
             _append(fields, view)
+        elif rank >= 0:
+            fields += (0, 0)
     return array.array("q", fields)
 
 
