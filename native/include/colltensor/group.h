@@ -185,9 +185,9 @@ class Group {
   Hooks hooks_;
   const std::uint32_t fork_generation_;
 
-  std::uint32_t done_ = 0;             // this rank's progress
+  std::uint32_t done_ = kFirstStep;    // this rank's progress
   std::uint32_t calls_ = 0;            // collectives so far
-  std::uint32_t half_free_[2] = {0, 0};
+  std::uint32_t half_free_[2] = {kFirstStep, kFirstStep};
   // Steps of mailboxes, by peer: of this rank's side as sender and as receiver, and of the peers' other sides.
   std::vector<std::uint32_t> sent_, received_, taken_, given_;
   std::vector<std::uint32_t> sends_, receives_;  // transfers so far
