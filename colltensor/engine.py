@@ -45,6 +45,9 @@ class Signer(Protocol):
     def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
         """Say what two ranks must agree on in the transfer that follows."""
 
+    def tell(self, error: CollectiveError) -> None:
+        """Let ranks that wait for each other there know why the group broke."""
+
 
 class Transfer(NamedTuple):
     """One point-to-point transfer of a call.
@@ -324,6 +327,8 @@ class Engine:
         else:
             self.broken = GroupError(f"{call.name}: rank {self._rank} gave up: {type(error).__name__} {error}".rstrip())
         control.fail(self.broken)
+        if self._signer is not None:
+            self._signer.tell(self.broken)
         interrupted = not isinstance(error, (RuntimeError, OSError))
         return error if interrupted else self.broken
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
-from colltensor.errors import OptionError, UnsupportedDTypeError
+from colltensor.errors import CollectiveError, OptionError, UnsupportedDTypeError
 from colltensor.types import DTYPES, DType, ReduceOp
 from colltensor.view import BufferView
 
@@ -176,6 +176,9 @@ class SigningBackend(Backend, Protocol):
 
     def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
         """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
+
+    def tell(self, error: CollectiveError) -> None:
+        """Let ranks that wait in this backend know why the group broke; idempotent, and nothing after ``close``."""
 
 
 class BackendSpec(Protocol):

@@ -17,7 +17,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 1;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 2;  // grows with every change that Python must know of
 
 // Beyond this size copying takes longer than giving up the interpreter lock and taking it again.
 constexpr std::size_t kBriefNbytes = 16384;
@@ -173,10 +173,14 @@ void failure(std::int64_t handle, std::int64_t report) {
   for (int i = 0; i < 4; ++i) words[2 + i] = static_cast<std::int64_t>(found.ranks.words[i]);
 }
 
-// Breaks the group for every rank, which then look at the control plane for the reason.
-void fail(std::int64_t handle) {
+// Breaks the group for every rank. Of kBroken the others look for the reason on the control plane; `ranks` is the
+// address of 4 words of the ranks concerned.
+void fail(std::int64_t handle, std::int64_t kind, std::int64_t ranks) {
   const Guest group(handle);
-  if (group && !group->foreign()) group->fail(Failure::kBroken, {});
+  if (!group || group->foreign()) return;
+  RankSet set;
+  std::memcpy(set.words, reinterpret_cast<const void*>(ranks), sizeof set.words);
+  group->fail(static_cast<Failure>(kind), set);
 }
 
 ffi::String instructions() { return instruction_set(); }

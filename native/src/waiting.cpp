@@ -128,12 +128,10 @@ Outcome Group::look_around(const Condition& condition, std::int64_t deadline_ns,
   }
   // Only now: what a rank published before it went counts.
   const RankSet missing = condition.missing();
-  if (!missing.and_(left).empty()) {
-    fail(Failure::kLeft, missing.and_(left));
-    return Outcome::kFailed;
-  }
-  if (!missing.and_(dead).empty()) {
-    fail(Failure::kLost, missing.and_(dead));
+  // A rank that died before it left comes first: the others may have left because of it.
+  const RankSet lost = missing.and_(dead).without(left), gone = missing.and_(left);
+  if (!lost.empty() || !gone.empty()) {
+    fail(lost.empty() ? Failure::kLeft : Failure::kLost, lost.empty() ? gone : lost);
     return Outcome::kFailed;
   }
   if (hooks_.signalled != nullptr && hooks_.signalled()) return Outcome::kSignalled;

@@ -18,6 +18,7 @@ from colltensor.backends.base import require
 from colltensor.backends.shm import outcomes, requests
 from colltensor.backends.shm.outcomes import AgreeingControl, Outcomes, Signed
 from colltensor.backends.shm.segment import Segment
+from colltensor.errors import CollectiveError
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 
@@ -71,6 +72,10 @@ class ShmBackend:
     def sign_transfer(self, source: int, destination: int, signature: bytes, describe: Callable[[], str]) -> None:
         """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
         self._signed_transfers[source, destination] = Signed(signature, requests.words(signature), describe)
+
+    def tell(self, error: CollectiveError) -> None:
+        """Let the ranks that wait in the segment know why the group broke."""
+        self._outcomes.tell(error)
 
     def fast_allreduce(self, tensor: Any, op: int, timeout_s: float) -> int:
         """Combine a framework's contiguous CPU tensor in place, without a view.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import array
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NoReturn, Protocol
 
 from colltensor.backends.base import ControlPlane
@@ -28,11 +28,12 @@ DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUS
 
 Describe = Callable[[], str]
 
-_LOST, _LATE, _LEFT = 2, 3, 5
+_LOST, _LATE, _BROKEN, _LEFT, _GONE = range(2, 7)
 _REMEDY: Final = "The group is broken: destroy it and create it again"
 _REASON_S: Final = 2.0
 """How long a rank waits for the control plane to say why another broke the group."""
 _REPORT_WORDS: Final = 6
+_SET_WORDS: Final = 4
 
 
 class AgreeingControl(ControlPlane, Protocol):
@@ -103,7 +104,21 @@ class Outcomes:
 
     def abandon(self) -> None:
         """Let no other rank wait for this one: it was interrupted in a call."""
-        self._native.shm_fail(self._handle)
+        self._fail(_BROKEN, ())
+
+    def tell(self, error: CollectiveError) -> None:
+        """Let every rank that waits here have the error with which the group broke elsewhere, on the control plane.
+
+        Else it would see this rank leave, and name it.
+        """
+        kind = _GONE if isinstance(error, PeerLostError) else _BROKEN
+        self._fail(_LATE if isinstance(error, CollectiveTimeoutError) else kind, getattr(error, "ranks", ()))
+
+    def _fail(self, kind: int, ranks: Iterable[int]) -> None:
+        words = array.array("Q", bytes(8 * _SET_WORDS))
+        for rank in ranks:
+            words[rank // 64] |= 1 << rank % 64
+        self._native.shm_fail(self._handle, kind, words.buffer_info()[0])
 
     def mismatch(self, signed: Signed, deadline: float) -> NoReturn:
         """Exchange descriptions with all ranks, which all found the mismatch.
@@ -161,6 +176,8 @@ class Outcomes:
         named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         if kind == _LOST:
             return PeerLostError(f"{name}: {self._where}: {named} died. {_REMEDY}", ranks)
+        if kind == _GONE:
+            return PeerLostError(f"{name}: {self._where}: {named} died or left. {_REMEDY}", ranks)
         if kind == _LEFT:
             return PeerLostError(f"{name}: {self._where}: {named} destroyed the group or exited. {_REMEDY}", ranks)
         if kind == _LATE:
