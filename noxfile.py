@@ -48,7 +48,7 @@ PAIRS = [
 ]
 """Gloo comes from pygloo on 3.10 (it has no later wheels) and from torch on 3.11 (its CPU build is for that one).
 
-Elsewhere there is no Gloo: unit tests and the backends that need none.
+Elsewhere there is no Gloo: unit tests and the backends that need none. Shared memory is in every wheel.
 """
 
 SELECTED = {
@@ -60,6 +60,9 @@ SELECTED = {
     "ray": ("numpy", "torch", "jax", "ray"),
 }
 """The frameworks that a session's tests are run over."""
+
+GLOO_SIZES = {"jax": "3", "mixed": "3"}
+"""The conformance suite's Gloo worlds, where another session of the same Python has them at every size."""
 
 FOLDERS = {
     "numpy": ("tests",),
@@ -158,11 +161,13 @@ def _pytest(
     *arguments: str,
     frameworks: tuple[str, ...],
     providers: tuple[str, ...],
+    gloo_sizes: str = "",
 ) -> None:
     """Run pytest on the installed package; arguments after nox's ``--`` are passed on."""
     environment = {
         "COLLTENSOR_TEST_FRAMEWORKS": ",".join(frameworks),
         "COLLTENSOR_TEST_PROVIDERS": ",".join(providers),
+        "COLLTENSOR_TEST_GLOO_SIZES": gloo_sizes,
         "COLLTENSOR_TEST_INSTALLED": "1",
     }
     given = [str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in session.posargs]
@@ -206,7 +211,8 @@ def tests(session: nox.Session, framework: str) -> None:
         extras, providers = [*extras, "pygloo"], ("pygloo",)
     groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
     _install(session, *extras, groups=groups)
-    _pytest(session, FOLDERS[framework], frameworks=frameworks, providers=providers)
+    sizes = GLOO_SIZES.get(framework, "")
+    _pytest(session, FOLDERS[framework], frameworks=frameworks, providers=providers, gloo_sizes=sizes)
 
 
 @nox.session(python=MAIN_PYTHON)

@@ -81,19 +81,26 @@ class Arguments:
             UnsupportedTensorError: It is no list.
         """
         self.length(operation, argument, tensor_list)
-        expected = like.views[0]
         adapted = []
         for index, tensor in enumerate(tensor_list):
             name = f"{argument}[{index}]"
             buffers = self.tensor(operation, name, tensor, op, write, False, copy, False)
-            view = buffers.views[0]
-            if view.count != expected.count or view.dtype is not expected.dtype:
-                raise ShapeError(
-                    f"{operation}: {name} (rank {self._rank}): expected {expected.count} elements of "
-                    f"{expected.dtype}, as the other tensors of the call have, got {view.count} of {view.dtype}"
-                )
+            self.alike(operation, name, buffers, like)
             adapted.append(buffers)
         return adapted
+
+    def alike(self, operation: str, argument: str, buffers: Buffers, like: Buffers) -> None:
+        """Check that a tensor has the count and dtype of another one of the call.
+
+        Raises:
+            ShapeError: It has not.
+        """
+        view, expected = buffers.views[0], like.views[0]
+        if view.count != expected.count or view.dtype is not expected.dtype:
+            raise ShapeError(
+                f"{operation}: {argument} (rank {self._rank}): expected {expected.count} elements of "
+                f"{expected.dtype}, as the other tensors of the call have, got {view.count} of {view.dtype}"
+            )
 
     def length(self, operation: str, argument: str, tensor_list: Any) -> None:
         """Check that ``tensor_list`` is a list or tuple with an entry for every rank."""

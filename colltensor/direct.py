@@ -94,8 +94,8 @@ class Direct:
         self._engine.check(name)
         try:
             code = self._backend.settle(name, code, lambda: self._call(DIRECT[name], op, root, source, *tensors))
-        except BaseException as error:
-            raise self._engine.interrupted(name, error) from error
+        except BaseException as error:  # noqa: BLE001 - abort() raises
+            self._engine.abort(name, error)
         if code & 0xFF == DIRECT_MISMATCH:
             self._explain(name, op, root, source, tensors, code)
         return code == DIRECT_DONE
@@ -104,7 +104,7 @@ class Direct:
         """Return if a tensor could not be exported, which the general way explains; break the group over the rest."""
         if isinstance(error, (BufferError, TypeError, ValueError)) and not self._backend.begun():
             return
-        raise self._engine.interrupted(name, error) from error
+        self._engine.abort(name, error)
 
     def _explain(
         self, name: str, op: int, root: int, source: int, tensors: Sequence[Any], code: int
@@ -129,8 +129,8 @@ class Direct:
             self._backend.explain(call.signature(sequence), lambda: call.describe(sequence), deadline)
         except MismatchError:
             raise
-        except BaseException as error:
-            raise self._engine.interrupted(name, error) from error
+        except BaseException as error:  # noqa: BLE001 - abort() raises
+            self._engine.abort(name, error)
         raise AssertionError("explain() always raises")
 
 

@@ -10,7 +10,7 @@ import struct
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 from colltensor.backends.base import SigningBackend
 from colltensor.buffers import Buffers
@@ -250,12 +250,14 @@ class Engine:
             for transfer in transfers
         ]
 
-    def interrupted(self, name: str, error: BaseException) -> BaseException:
-        """Break the group over what a direct call raised, and return what the caller gets."""
+    def abort(self, name: str, error: BaseException) -> NoReturn:
+        """Break the group over what a direct call raised, and raise what the caller gets."""
         verdict = self._verdict(name, error)
         if self._signer is not None:
             self._signer.drop()
-        return verdict
+        if verdict is error:
+            raise error
+        raise verdict from error
 
     def _agree(self, call: Call, control: Control, deadline: float) -> None:
         """Let the ranks concerned agree on a call; returns once they have all arrived.
@@ -347,8 +349,6 @@ class Engine:
         control = self._control
         if control is None:
             return error
-        if self._signer is not None:
-            self._signer.abandon()
         if self.broken is not None:
             return self.broken
         if isinstance(error, CollectiveError):
@@ -358,6 +358,8 @@ class Engine:
         else:
             self.broken = GroupError(f"{name}: rank {self._rank} gave up: {type(error).__name__} {error}".rstrip())
         control.fail(self.broken)
+        if self._signer is not None:
+            self._signer.tell(self.broken)
         interrupted = not isinstance(error, (RuntimeError, OSError))
         return error if interrupted else self.broken
 

@@ -431,6 +431,8 @@ class Group:
         source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
         target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
         self._arguments.separate("sendrecv", [(target, "recv_tensor")], [(source, "send_tensor")])
+        if to == self.rank:  # no peer to compare with
+            self._arguments.alike("sendrecv", "recv_tensor", target, source)
         return self._engine.run(
             async_op, "sendrecv", source, None, -1, True, (source, target),
             lambda deadline: self._backend.sendrecv(source.transfers[0], to, target.transfers[0], of, deadline), (),

@@ -4,15 +4,17 @@ Options (each also by an environment variable, which is how nox's sessions pass 
     --frameworks, COLLTENSOR_TEST_FRAMEWORKS  Of numpy, torch, jax, cupy, ray; what is installed, by default.
         One that is selected but missing ends the session.
     --providers, COLLTENSOR_TEST_PROVIDERS  Gloo's providers, pygloo and torch, likewise; may be empty.
-    COLLTENSOR_TEST_INSTALLED=1  The package must be the installed one, not the checkout.
+    --gloo-sizes, COLLTENSOR_TEST_GLOO_SIZES  World sizes of the conformance suite's Gloo worlds; 1,2,3,4 by default.
+    COLLTENSOR_TEST_INSTALLED=1  The package must be the installed one, not the checkout, and have its native library.
 
 A test that takes ``framework`` or ``provider`` runs once for each selected one. Marks: ``needs("torch", "jax")``
 and the folder ``tests/ray`` deselect a test where one of them is not selected; ``gloo`` where there is no provider;
-``gpu`` where pytest was not asked for it by ``-m gpu``.
+``shm`` in a checkout whose native library was not built; ``gpu`` where pytest was not asked for it by ``-m gpu``.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -38,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the session's two options."""
     for name, choices in (("frameworks", FRAMEWORKS), ("providers", PROVIDERS)):
         parser.addoption(f"--{name}", help=f"comma-separated, of: {', '.join(choices)}")
+    parser.addoption("--gloo-sizes", help="comma-separated world sizes")
 
 
 def _is_installed(name: str) -> bool:
@@ -66,6 +69,19 @@ def _selected(config: pytest.Config, option: str, choices: tuple[str, ...]) -> t
     return names
 
 
+def _gloo_sizes(config: pytest.Config) -> tuple[int, ...]:
+    text = config.getoption("gloo_sizes") or os.environ.get("COLLTENSOR_TEST_GLOO_SIZES") or "1,2,3,4"
+    return tuple(int(word) for word in text.split(","))
+
+
+def _missing_library() -> str | None:
+    """Return None if shared memory can be used, else why not; a package that cannot be imported is for its tests."""
+    try:
+        return importlib.import_module("colltensor.backends").reason("shm")
+    except ImportError as error:
+        return f"colltensor cannot be imported: {error}"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options; give the session a temporary folder of its own."""
     # A shell ignores SIGINT in what it runs in the background, and children inherit that: tests of Ctrl-C need it.
@@ -79,6 +95,10 @@ def pytest_configure(config: pytest.Config) -> None:
         origin = found.origin if found else None
         if origin is None or "site-packages" not in Path(origin).parts:
             raise pytest.UsageError(f"COLLTENSOR_TEST_INSTALLED=1, but colltensor would come from {origin}")
+    config.stash[GLOO_SIZES_KEY] = _gloo_sizes(config)
+    config.stash[NO_SHM_KEY] = why = _missing_library()
+    if why is not None and (os.environ.get("COLLTENSOR_TEST_INSTALLED") == "1" or "COLLTENSOR_LIBRARY" in os.environ):
+        raise pytest.UsageError(f"shared memory is under test, but {why}")
     # Short, because Ray puts unix sockets below it, whose paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ct-", dir=tempfile.gettempdir()))
     config.stash[FOLDER_KEY] = folder
@@ -104,6 +124,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 FRAMEWORKS_KEY = pytest.StashKey[tuple[str, ...]]()
 PROVIDERS_KEY = pytest.StashKey[tuple[str, ...]]()
+GLOO_SIZES_KEY = pytest.StashKey[tuple[int, ...]]()
+NO_SHM_KEY = pytest.StashKey["str | None"]()
 FOLDER_KEY = pytest.StashKey[Path]()
 TMPDIR_KEY = pytest.StashKey["str | None"]()
 
@@ -114,7 +136,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     frameworks, providers = config.stash[FRAMEWORKS_KEY], config.stash[PROVIDERS_KEY]
     return (
         f"colltensor: {found.origin if found else 'missing'}; frameworks: {', '.join(frameworks)}; "
-        f"Gloo providers: {', '.join(providers) or 'none'}"
+        f"Gloo providers: {', '.join(providers) or 'none'}; shared memory: {config.stash[NO_SHM_KEY] or 'yes'}"
     )
 
 
@@ -132,6 +154,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what needs a framework, a provider or a GPU that is not under test."""
     frameworks, providers = config.stash[FRAMEWORKS_KEY], config.stash[PROVIDERS_KEY]
+    no_shm = config.stash[NO_SHM_KEY]
     asked_for_gpu = "gpu" in (config.getoption("markexpr") or "")
     kept, dropped = [], []
     for item in items:
@@ -140,6 +163,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("ray")
             needed.add("ray")
         fits = needed <= set(frameworks) and (providers or not item.get_closest_marker("gloo"))
+        fits = fits and (no_shm is None or not item.get_closest_marker("shm"))
         fits = fits and (asked_for_gpu or not item.get_closest_marker("gpu"))
         # What is parametrised over nothing selected; pytest would show it as skipped.
         fits = fits and not any("empty parameter set" in str(mark.kwargs) for mark in item.iter_markers("skip"))

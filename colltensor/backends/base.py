@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
-from colltensor.errors import OptionError, UnsupportedDTypeError
+from colltensor.errors import CollectiveError, OptionError, UnsupportedDTypeError
 from colltensor.types import DTYPES, DType, ReduceOp
 from colltensor.view import BufferView
 
@@ -206,6 +206,9 @@ class SigningBackend(Backend, Protocol):
 
     def abandon(self) -> None:
         """Let no rank wait for this one any longer; idempotent."""
+
+    def tell(self, error: CollectiveError) -> None:
+        """Let ranks that wait in this backend know why the group broke; idempotent, and nothing after ``close``."""
 
     def direct_allreduce(self, tensor: Any, op: int) -> int:
         """Begin an allreduce of a contiguous host tensor, in place: 0 if it is done, else what ``settle`` is told.

@@ -20,15 +20,17 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 2;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 3;  // grows with every change that Python must know of
 
 bool signalled() { return TVMFFIEnvCheckSignals() != 0; }
 
-bool stop(void* context) {
+// The interpreter may handle a signal while it answers: what that raises is either kept by the callee, which answers
+// 2, or arrives here.
+Hooks::Answer stop(void* context) {
   try {
-    return (*static_cast<ffi::Function*>(context))().cast<bool>();
+    return static_cast<Hooks::Answer>((*static_cast<ffi::Function*>(context))().cast<std::int64_t>());
   } catch (const ffi::Error&) {
-    return true;
+    return Hooks::kRaised;
   }
 }
 
@@ -73,8 +75,8 @@ bool close(std::int64_t handle) { return remove_member(handle); }
 
 // A rank's half of a proof that all map one memory: writes its number, or reads another's.
 void write_nonce(std::int64_t handle, std::int64_t low, std::int64_t high) {
-  Group* group = peek_member(handle);
-  if (group == nullptr) return;
+  const Guest group(handle);
+  if (!group) return;
   RankLine& line = group->layout().rank(group->rank());
   member_nonces(handle)[0] = static_cast<std::uint64_t>(low);
   member_nonces(handle)[1] = static_cast<std::uint64_t>(high);
@@ -84,8 +86,8 @@ void write_nonce(std::int64_t handle, std::int64_t low, std::int64_t high) {
 }
 
 bool has_nonce(std::int64_t handle, std::int64_t rank, std::int64_t low, std::int64_t high) {
-  Group* group = peek_member(handle);
-  if (group == nullptr) return false;
+  const Guest group(handle);
+  if (!group) return false;
   const RankLine& line = group->layout().rank(static_cast<int>(rank));
   return line.nonce[0].load(std::memory_order_acquire) == static_cast<std::uint64_t>(low) &&
          line.nonce[1].load(std::memory_order_acquire) == static_cast<std::uint64_t>(high);
@@ -93,14 +95,14 @@ bool has_nonce(std::int64_t handle, std::int64_t rank, std::int64_t low, std::in
 
 // Whether this rank can read the memory of all others, once all have written their nonce; pids as in `open`.
 bool try_reading(std::int64_t handle, std::int64_t pids) {
-  Group* group = peek_member(handle);
-  return group != nullptr && group->try_reading(reinterpret_cast<const std::int32_t*>(pids));
+  const Guest group(handle);
+  return group && group->try_reading(reinterpret_cast<const std::int32_t*>(pids));
 }
 
 // Lets the ranks read each other's memory; all or none.
 void allow_reading(std::int64_t handle, bool allowed) {
-  Group* group = peek_member(handle);
-  if (group != nullptr) group->allow_reading(allowed);
+  const Guest group(handle);
+  if (group) group->allow_reading(allowed);
 }
 
 // Takes the turn of a group for one call of several steps; waits while another thread has it.
@@ -119,38 +121,42 @@ std::int64_t run(std::int64_t handle, std::int64_t request, std::int64_t deadlin
 
 // True if a direct call left something behind: it waits to be resumed, or the group is broken.
 bool begun(std::int64_t handle) {
-  Group* group = peek_member(handle);
-  return group != nullptr && (group->pending() || group->failure().kind != Failure::kNone);
+  const Guest group(handle);
+  return group && (group->pending() || group->failure().kind != Failure::kNone);
 }
 
 // How many collectives this rank has taken part in; the same on all ranks that have come equally far.
 std::int64_t calls(std::int64_t handle) {
-  Group* group = peek_member(handle);
-  return group == nullptr ? 0 : group->calls();
+  const Guest group(handle);
+  return !group ? 0 : group->calls();
 }
 
 // How many transfers there were from one rank to another, as one of the two counts.
 std::int64_t transfers(std::int64_t handle, std::int64_t source, std::int64_t destination) {
-  Group* group = peek_member(handle);
-  return group == nullptr ? 0 : group->transfers(static_cast<int>(source), static_cast<int>(destination));
+  const Guest group(handle);
+  return !group ? 0 : group->transfers(static_cast<int>(source), static_cast<int>(destination));
 }
 
 // Why the group is broken: [kind, rank that found it, 4 words of the ranks concerned], at `report`.
 void failure(std::int64_t handle, std::int64_t report) {
   auto* words = reinterpret_cast<std::int64_t*>(report);
   std::memset(words, 0, 6 * sizeof *words);
-  Group* group = peek_member(handle);
-  if (group == nullptr) return;
+  const Guest group(handle);
+  if (!group || group->foreign()) return;
   const FailureReport found = group->failure();
   words[0] = static_cast<std::int64_t>(found.kind);
   words[1] = found.origin;
   for (int i = 0; i < 4; ++i) words[2 + i] = static_cast<std::int64_t>(found.ranks.words[i]);
 }
 
-// Breaks the group for every rank, which then look at the control plane for the reason.
-void fail(std::int64_t handle) {
-  Group* group = peek_member(handle);
-  if (group != nullptr && !group->foreign()) group->fail(Failure::kBroken, {});
+// Breaks the group for every rank. Of kBroken the others look for the reason on the control plane; `ranks` is the
+// address of 4 words of the ranks concerned.
+void fail(std::int64_t handle, std::int64_t kind, std::int64_t ranks) {
+  const Guest group(handle);
+  if (!group || group->foreign()) return;
+  RankSet set;
+  std::memcpy(set.words, reinterpret_cast<const void*>(ranks), sizeof set.words);
+  group->fail(static_cast<Failure>(kind), set);
 }
 
 ffi::String instructions() { return instruction_set(); }

@@ -29,10 +29,10 @@ Group::Group(char* base, Place place)
       pidfds_(std::move(place.pidfds)),
       hooks_(place.hooks),
       fork_generation_(fork_generation()),
-      sent_(place.world_size),
-      received_(place.world_size),
-      taken_(place.world_size),
-      given_(place.world_size),
+      sent_(place.world_size, kFirstStep),
+      received_(place.world_size, kFirstStep),
+      taken_(place.world_size, kFirstStep),
+      given_(place.world_size, kFirstStep),
       sends_(place.world_size),
       receives_(place.world_size) {
   for (int rank = 0; rank < world_size_; ++rank) lines_.push_back(&layout_.rank(rank));

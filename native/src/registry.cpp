@@ -1,5 +1,7 @@
 #include "registry.h"
 
+#include <pthread.h>
+
 #include <chrono>
 #include <mutex>
 #include <thread>
@@ -13,12 +15,20 @@ constexpr int kCloseLimitMs = 3000;
 
 struct Slot {
   std::atomic<std::uint64_t> state{kClosed};  // the use's number, and above which it is busy or closed
+  std::atomic<std::uint32_t> guests{0};    // threads that look at the member without a turn
   std::unique_ptr<Member> member;
 };
 
 // Never destroyed: threads may still be in a call when the process ends.
 Slot* const slots = new Slot[std::size_t{1} << kIndexBits];
 std::mutex* const opening = new std::mutex;
+
+// A child forked while another thread opens or closes a group must not find the lock taken for ever.
+struct ForkGuard {
+  ForkGuard() {
+    pthread_atfork([] { opening->lock(); }, [] { opening->unlock(); }, [] { opening->unlock(); });
+  }
+} fork_guard;
 
 Slot& slot_of(std::int64_t handle) { return slots[handle & ((1 << kIndexBits) - 1)]; }
 std::uint64_t use_of(std::int64_t handle) { return static_cast<std::uint64_t>(handle) >> kIndexBits << 2; }
@@ -49,13 +59,19 @@ bool remove_member(std::int64_t handle) {
     if ((state & ~kFlags) != use_of(handle) || (state & kClosed) != 0) return true;
   } while (!slot.state.compare_exchange_weak(state, state | kClosed, std::memory_order_acq_rel));
   slot.member->group->leave();
-  for (int waited = 0; (slot.state.load(std::memory_order_acquire) & kBusy) != 0; ++waited) {
+  const auto used = [&] {
+    return (slot.state.load(std::memory_order_acquire) & kBusy) != 0 ||
+           slot.guests.load(std::memory_order_acquire) != 0;
+  };
+  full_fence();  // against Guest, which counts itself and then looks whether the slot is closed
+  for (int waited = 0; used(); ++waited) {
     // The slot and its memory are never used again.
     if (waited == kCloseLimitMs || slot.member->group->foreign()) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
+  std::unique_ptr<Member> gone;  // freed without the lock: its context may run code of the interpreter's
   const std::lock_guard<std::mutex> lock(*opening);
-  slot.member.reset();
+  gone = std::move(slot.member);
   return true;
 }
 
@@ -95,11 +111,18 @@ Group* held_member(std::int64_t handle) {
   return (state & ~kClosed) == (use_of(handle) | kBusy) ? slot.member->group.get() : nullptr;
 }
 
-Group* peek_member(std::int64_t handle) {
-  if (handle < 0) return nullptr;
+Guest::Guest(std::int64_t handle) {
+  if (handle < 0) return;
   Slot& slot = slot_of(handle);
+  guests_ = &slot.guests;
+  guests_->fetch_add(1, std::memory_order_relaxed);
+  full_fence();  // against remove_member()
   const std::uint64_t state = slot.state.load(std::memory_order_acquire);
-  return (state & ~kFlags) == use_of(handle) && (state & kClosed) == 0 ? slot.member->group.get() : nullptr;
+  if ((state & ~kFlags) == use_of(handle) && (state & kClosed) == 0) group_ = slot.member->group.get();
+}
+
+Guest::~Guest() {
+  if (guests_ != nullptr) guests_->fetch_sub(1, std::memory_order_release);
 }
 
 }  // namespace colltensor

@@ -51,7 +51,20 @@ void release_member(std::int64_t handle);
 // The group, whose turn the calling thread holds; null if it does not.
 Group* held_member(std::int64_t handle);
 
-// The group without a turn, for what any thread may do at any time; null if there is none.
-Group* peek_member(std::int64_t handle);
+// The group without a turn, for what any thread may do at any time and in no time; it is not freed meanwhile.
+class Guest {
+ public:
+  explicit Guest(std::int64_t handle);
+  ~Guest();
+  Guest(const Guest&) = delete;
+  Guest& operator=(const Guest&) = delete;
+
+  explicit operator bool() const { return group_ != nullptr; }  // false: there is none
+  Group* operator->() const { return group_; }
+
+ private:
+  std::atomic<std::uint32_t>* guests_ = nullptr;
+  Group* group_ = nullptr;
+};
 
 }  // namespace colltensor

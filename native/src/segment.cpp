@@ -56,6 +56,17 @@ void format_segment(char* base, int world_size, int cores, std::uint64_t half_nb
   header.direct_nbytes = std::min(direct_nbytes, half_nbytes);
   header.chunk_nbytes = std::min(chunk_nbytes, half_nbytes);
   header.read_nbytes = std::max(read_nbytes, header.direct_nbytes + 1);
+  const Layout layout(base, world_size);
+  for (int rank = 0; rank < world_size; ++rank) {
+    layout.rank(rank).progress.store(kFirstStep, std::memory_order_relaxed);
+    for (unsigned parity = 0; parity < 2; ++parity) {
+      layout.post(rank, parity).arrived.store(kFirstStep, std::memory_order_relaxed);
+    }
+    for (int peer = 0; peer < world_size; ++peer) {
+      layout.mailbox(rank, peer).sender.count.store(kFirstStep, std::memory_order_relaxed);
+      layout.mailbox(rank, peer).receiver.count.store(kFirstStep, std::memory_order_relaxed);
+    }
+  }
   header.magic = kMagic;
 }
 

@@ -119,7 +119,9 @@ Outcome Group::sleep_until(const Condition& condition, const std::atomic<std::ui
     const std::int64_t now = now_ns();
     if (now >= next_look_ns) {
       const Outcome outcome = look_around(condition, deadline_ns, next_stop_ns);
-      if (outcome != Outcome::kDone) return condition.ready() ? Outcome::kDone : outcome;
+      // What the others did counts more than how they went; but an exception of the caller's must reach it.
+      const bool raised = outcome == Outcome::kSignalled || outcome == Outcome::kInterrupted;
+      if (outcome != Outcome::kDone) return !raised && condition.ready() ? Outcome::kDone : outcome;
       next_look_ns = now + kSliceNs;
     }
     sleepers.fetch_add(1, std::memory_order_relaxed);
@@ -146,18 +148,17 @@ Outcome Group::look_around(const Condition& condition, std::int64_t deadline_ns,
   }
   // Only now: what a rank published before it went counts.
   const RankSet missing = condition.missing();
-  if (!missing.and_(left).empty()) {
-    fail(Failure::kLeft, missing.and_(left));
-    return Outcome::kFailed;
-  }
-  if (!missing.and_(dead).empty()) {
-    fail(Failure::kLost, missing.and_(dead));
+  // A rank that died before it left comes first: the others may have left because of it.
+  const RankSet lost = missing.and_(dead).without(left), gone = missing.and_(left);
+  if (!lost.empty() || !gone.empty()) {
+    fail(lost.empty() ? Failure::kLeft : Failure::kLost, lost.empty() ? gone : lost);
     return Outcome::kFailed;
   }
   if (hooks_.signalled != nullptr && hooks_.signalled()) return Outcome::kSignalled;
   if (hooks_.stop != nullptr && now >= next_stop_ns) {
     next_stop_ns = now + kStopNs;
-    if (hooks_.stop(hooks_.context)) return Outcome::kStopped;
+    const Hooks::Answer answer = hooks_.stop(hooks_.context);
+    if (answer != Hooks::kGoOn) return answer == Hooks::kStop ? Outcome::kStopped : Outcome::kInterrupted;
   }
   if (now < deadline_ns || condition.ready()) return Outcome::kDone;
   fail(Failure::kLate, late_ranks(condition.missing()));

@@ -1,8 +1,9 @@
 """What the conformance suite runs over: the array libraries and the worlds (ranks, backend, provider).
 
 A test that takes ``arrays`` runs once for each selected framework, for the generic DLPack adapter where
-array-api-strict is installed, and for the mix of them; one that takes ``world`` once for loopback and, with
-every selected Gloo provider, for 1 to 4 ranks; ``ranks`` leaves out worlds of one rank.
+array-api-strict is installed, and for the mix of them; one that takes ``world`` once for loopback, in shared memory
+for 2 to 4 ranks and, with every selected Gloo provider, for 1 to 4 (or as ``--gloo-sizes`` says); ``ranks`` leaves out
+worlds of one rank; ``wire`` is each backend between ranks once, for tests that say their world sizes themselves.
 """
 
 from __future__ import annotations
@@ -12,42 +13,68 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import World
+from worlds import Wire, World
 
 _SESSION = str(Path(__file__).resolve().parent.parent / "conftest.py")
 _HOST_FRAMEWORKS = ("numpy", "torch", "jax")
 
 
-def _selected(config: pytest.Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the array libraries under test on the host, and the Gloo providers."""
-    session: Any = config.pluginmanager.get_plugin(_SESSION)
-    names = [name for name in config.stash[session.FRAMEWORKS_KEY] if name in _HOST_FRAMEWORKS]
+def _session_of(config: pytest.Config) -> Any:
+    return config.pluginmanager.get_plugin(_SESSION)
+
+
+def _selected(config: pytest.Config) -> tuple[str, ...]:
+    """Return the array libraries under test on the host."""
+    names = [name for name in config.stash[_session_of(config).FRAMEWORKS_KEY] if name in _HOST_FRAMEWORKS]
     if importlib.util.find_spec("array_api_strict"):
         names.append("dlpack")
-    return tuple(names or ["numpy"]), config.stash[session.PROVIDERS_KEY]
+    return tuple(names or ["numpy"])
+
+
+def _wires(config: pytest.Config) -> list[Wire]:
+    """Return the backends between ranks that are under test."""
+    session = _session_of(config)
+    wires = [Wire("gloo", provider) for provider in config.stash[session.PROVIDERS_KEY]]
+    return wires if config.stash[session.NO_SHM_KEY] else [Wire("shm", None), *wires]
+
+
+def _worlds(config: pytest.Config) -> list[World]:
+    sizes = {"shm": (2, 3, 4), "gloo": config.stash[_session_of(config).GLOO_SIZES_KEY]}
+    return [World(size, *wire) for wire in _wires(config) for size in sizes[wire.backend]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test over the selected array libraries and worlds."""
-    names, providers = _selected(metafunc.config)
+    config = metafunc.config
+    names, worlds = _selected(config), _worlds(config)
     if "arrays" in metafunc.fixturenames:
         cases = [(name,) for name in names] + ([names] if len(names) > 1 else [])
         metafunc.parametrize("arrays", cases, ids=["mixed" if len(case) > 1 else case[0] for case in cases])
-    worlds = [World(size, "gloo", provider) for provider in providers for size in (1, 2, 3, 4)]
     if "world" in metafunc.fixturenames:
-        worlds.insert(0, World(1, "loopback", None))
-        metafunc.parametrize("world", worlds, ids=str)
+        metafunc.parametrize("world", [World(1, "loopback", None), *worlds], ids=str)
     if "ranks" in metafunc.fixturenames:
         metafunc.parametrize("ranks", [world for world in worlds if world.size > 1], ids=str)
+    if "wire" in metafunc.fixturenames:
+        metafunc.parametrize("wire", _wires(config), ids=str)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark what runs over Gloo, so that it is deselected where there is no provider."""
-    if {"ranks", "provider"} & set(getattr(item, "fixturenames", ())):
+    """Mark what runs over Gloo or in shared memory, by its world."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    for value in parameters.values():
+        if isinstance(value, (World, Wire)) and value.backend != "loopback":
+            item.add_marker(value.backend)
+    if "provider" in getattr(item, "fixturenames", ()):
         item.add_marker("gloo")
 
 
 @pytest.fixture(scope="session")
 def libraries(pytestconfig: pytest.Config) -> tuple[str, ...]:
     """The array libraries under test on the host."""
-    return _selected(pytestconfig)[0]
+    return _selected(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def worlds(pytestconfig: pytest.Config) -> list[World]:
+    """All worlds under test but loopback."""
+    return _worlds(pytestconfig)

@@ -11,7 +11,7 @@ import pytest
 from oracle import combined, moved, numpy_dtype, reduced
 from pool import RankPool
 from samples import LAYOUTS, Layout, Sample, as_numpy, dense, library_for
-from worlds import Report, World, assert_same_bits
+from worlds import Report, Wire, World, assert_same_bits
 
 import colltensor as col
 
@@ -91,9 +91,9 @@ def insertion_orders(rank: int, world_size: int, world: World) -> dict[str, floa
     return {name: float(leaf[0]) for name, leaf in tree.items()}
 
 
-def test_insertion_order_does_not_matter(pool: RankPool, provider: str) -> None:
+def test_insertion_order_does_not_matter(pool: RankPool, wire: Wire) -> None:
     """Plain dicts in any order; the OrderedDicts of odd ranks keep theirs, so they were made in sorted order."""
-    for found in pool.run(4, insertion_orders, World(4, "gloo", provider)):
+    for found in pool.run(4, insertion_orders, World(4, *wire)):
         assert found == {name: 400.0 * number + 6 for number, name in enumerate(("w", "b", "a", "z"))}
 
 
@@ -173,8 +173,8 @@ def many_small_leaves(rank: int, world_size: int, world: World) -> None:
         assert len(tree[number]) == count
 
 
-def test_more_leaves_than_one_bucket(pool: RankPool, provider: str) -> None:
-    pool.run(2, many_small_leaves, World(2, "gloo", provider))
+def test_more_leaves_than_one_bucket(pool: RankPool, wire: Wire) -> None:
+    pool.run(2, many_small_leaves, World(2, *wire))
 
 
 def mixed_tree(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> None:

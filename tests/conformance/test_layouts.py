@@ -8,7 +8,7 @@ from oracle import combined, moved, reduced
 from pool import RankPool
 from samples import EMPTY, LAYOUTS, SCALARS, Layout, Sample, dense, library_for
 from test_moves import OPERATIONS, Mover
-from worlds import Report, World, assert_same_bits
+from worlds import Report, Wire, World, assert_same_bits
 
 import colltensor as col
 
@@ -79,10 +79,10 @@ def meet_with_different_layouts(rank: int, world_size: int, world: World, librar
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_layouts_that_differ_between_ranks(pool: RankPool, provider: str, size: int,
+def test_layouts_that_differ_between_ranks(pool: RankPool, wire: Wire, size: int,
                                            libraries: tuple[str, ...]) -> None:
     order = ("numpy", *(name for name in libraries if name != "numpy"))
-    assert_same_bits(pool.run(size, meet_with_different_layouts, World(size, "gloo", provider), order))
+    assert_same_bits(pool.run(size, meet_with_different_layouts, World(size, *wire), order))
 
 
 def mix_layouts_within_a_call(rank: int, world_size: int, world: World) -> None:
@@ -126,5 +126,5 @@ def stride_over_many_megabytes(rank: int, world_size: int, world: World) -> None
     assert dense(3).dense
 
 
-def test_a_large_strided_tensor(pool: RankPool, provider: str) -> None:
-    pool.run(2, stride_over_many_megabytes, World(2, "gloo", provider))
+def test_a_large_strided_tensor(pool: RankPool, wire: Wire) -> None:
+    pool.run(2, stride_over_many_megabytes, World(2, *wire))

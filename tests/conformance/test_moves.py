@@ -10,7 +10,7 @@ import pytest
 from oracle import DTYPES, Array, moved, numpy_dtype
 from pool import RankPool
 from samples import Layout, Sample, dense, library_for
-from worlds import Report, World
+from worlds import Report, Wire, World
 
 SIZES = (7, 0, 1, 2049)
 LARGE = 3_000_001
@@ -137,9 +137,9 @@ def test_every_move_of_every_dtype(pool: RankPool, world: World, arrays: tuple[s
 
 
 @pytest.mark.parametrize("skip", [1, 2, 3])
-def test_every_move_of_every_dtype_at_other_sizes(pool: RankPool, provider: str, skip: int,
+def test_every_move_of_every_dtype_at_other_sizes(pool: RankPool, wire: Wire, skip: int,
                                                   libraries: tuple[str, ...]) -> None:
-    pool.run(3, move_all, World(3, "gloo", provider), libraries, skip)
+    pool.run(3, move_all, World(3, *wire), libraries, skip)
 
 
 def move_large(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> None:
@@ -151,8 +151,8 @@ def move_large(rank: int, world_size: int, world: World, libraries: tuple[str, .
     report.done()
 
 
-def test_moves_of_many_megabytes(pool: RankPool, provider: str, libraries: tuple[str, ...]) -> None:
-    pool.run(2, move_large, World(2, "gloo", provider), libraries)
+def test_moves_of_many_megabytes(pool: RankPool, wire: Wire, libraries: tuple[str, ...]) -> None:
+    pool.run(2, move_large, World(2, *wire), libraries)
 
 
 def move_from_every_root(rank: int, world_size: int, world: World) -> None:

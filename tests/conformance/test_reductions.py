@@ -10,7 +10,7 @@ import pytest
 from oracle import FLOATS, REDUCIBLE, Array, assert_values, combined, numpy_dtype, ops_of, reduced
 from pool import RankPool
 from samples import Layout, Sample, dense, library_for
-from worlds import Report, World, assert_same_bits
+from worlds import Report, Wire, World, assert_same_bits
 
 import colltensor as col
 from colltensor.backends.gloo.backend import DIRECT_NBYTES
@@ -75,8 +75,8 @@ def test_allreduce_of_every_pair(pool: RankPool, world: World, arrays: tuple[str
     assert_same_bits(pool.run(world.size, allreduce_all, world, arrays))
 
 
-def allreduce_through_the_provider(rank: int, world_size: int, world: World) -> dict[str, str]:
-    """Just more than what goes in one step: what Gloo itself can reduce goes through Gloo."""
+def allreduce_in_steps(rank: int, world_size: int, world: World) -> dict[str, str]:
+    """Just more than what Gloo's composed reductions take, and than shared memory takes in one step."""
     group = world.group()
     report = Report(group)
     for dtype, op in pairs():
@@ -88,9 +88,9 @@ def allreduce_through_the_provider(rank: int, world_size: int, world: World) -> 
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_allreduce_of_every_pair_through_the_provider(pool: RankPool, provider: str, size: int) -> None:
-    world = World(size, "gloo", provider)
-    assert_same_bits(pool.run(size, allreduce_through_the_provider, world, timeout_s=90))
+def test_allreduce_of_every_pair_in_more_than_one_step(pool: RankPool, wire: Wire, size: int) -> None:
+    world = World(size, *wire)
+    assert_same_bits(pool.run(size, allreduce_in_steps, world, timeout_s=90))
 
 
 def reduce_all(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
@@ -169,8 +169,8 @@ def reduce_large(rank: int, world_size: int, world: World) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_more_than_one_block(pool: RankPool, provider: str, size: int) -> None:
-    assert_same_bits(pool.run(size, reduce_large, World(size, "gloo", provider), timeout_s=90))
+def test_more_than_one_block(pool: RankPool, wire: Wire, size: int) -> None:
+    assert_same_bits(pool.run(size, reduce_large, World(size, *wire), timeout_s=90))
 
 
 def special_values(dtype: str, rank: int, world_size: int) -> Array:
@@ -253,6 +253,6 @@ def accumulate_halves(rank: int, world_size: int, world: World) -> list[list[flo
 
 
 @pytest.mark.parametrize("size", [4])
-def test_halves_accumulate_in_float32(pool: RankPool, provider: str, size: int) -> None:
-    for found in pool.run(size, accumulate_halves, World(size, "gloo", provider)):
+def test_halves_accumulate_in_float32(pool: RankPool, wire: Wire, size: int) -> None:
+    for found in pool.run(size, accumulate_halves, World(size, *wire)):
         assert found == [[2050.0] * 2] * 2 + [[258.0] * 2] * 2

@@ -15,7 +15,7 @@ import pytest
 from oracle import moved, reduced
 from pool import RankPool
 from samples import Sample, address, as_numpy, dense
-from worlds import Report, World
+from worlds import Report, Wire, World
 
 import colltensor as col
 
@@ -134,8 +134,8 @@ def memory_of_calls(rank: int, world_size: int, world: World) -> dict[str, int]:
     return peaks
 
 
-def test_no_memory_is_allocated_for_a_payload(pool: RankPool, provider: str) -> None:
-    for peaks in pool.run(2, memory_of_calls, World(2, "gloo", provider)):
+def test_no_memory_is_allocated_for_a_payload(pool: RankPool, wire: Wire) -> None:
+    for peaks in pool.run(2, memory_of_calls, World(2, *wire)):
         assert all(peak < 100_000 for peak in peaks.values()), peaks
 
 
@@ -212,19 +212,22 @@ def refuse_copies(rank: int, world_size: int, world: World) -> list[str]:
         except col.OptionError as error:
             message = str(error)
         assert not message or ("copy=False" in message and "copy=None" in message), message
+        if message and name.startswith("strided"):
+            assert "strided" in message, message
         found.append(f"{name}: {'refused' if message else 'fine'}")
     leaves = {"a": np.full(3, 1.0), "b": np.full((2, 2), 2.0), "c": np.full(5, 1, np.int32)}
     group.allreduce(leaves, copy=False)
     assert [int(leaf.flat[-1]) for leaf in leaves.values()] == [world_size, 2 * world_size, world_size]
     group.allreduce(dense_array, copy=False)
     group.broadcast(half, copy=False)
-    assert group.backend == "loopback" or strided.tolist() == np.arange(12.0)[::2].tolist()
+    assert group.backend != "gloo" or strided.tolist() == np.arange(12.0)[::2].tolist()
     return found
 
 
-def test_copy_false_refuses_staging(pool: RankPool, ranks: World) -> None:
+def test_copy_false_refuses_staging_where_a_backend_needs_it(pool: RankPool, ranks: World) -> None:
     for found in pool.run(ranks.size, refuse_copies, ranks):
-        assert all(line.endswith("refused") for line in found), found
+        wanted = "refused" if ranks.backend == "gloo" else "fine"
+        assert all(line.endswith(wanted) for line in found), found
         assert len(found) == 7
 
 

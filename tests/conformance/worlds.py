@@ -13,6 +13,16 @@ from pool import group_of
 SHOWN = 12
 
 
+class Wire(NamedTuple):
+    """A backend between ranks, and its provider where it has several."""
+
+    backend: str
+    provider: str | None
+
+    def __str__(self) -> str:
+        return self.provider or self.backend
+
+
 class World(NamedTuple):
     """A number of ranks with a backend between them, and the simulated host of each as ``group_of`` takes them."""
 

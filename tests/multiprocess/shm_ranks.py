@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -15,6 +17,11 @@ import colltensor as col
 from colltensor.types import DTYPES, DType
 
 Array = np.ndarray[Any, Any]
+
+
+def fresh() -> str:
+    """A group name that nobody has."""
+    return f"shm-{uuid4().hex[:8]}"
 
 
 @contextlib.contextmanager
@@ -79,3 +86,19 @@ def open_descriptors() -> int:
 def shared_mappings() -> int:
     """Count the mappings of this process that are ours."""
     return Path("/proc/self/maps").read_text().count("memfd:colltensor")
+
+
+class Held(NamedTuple):
+    """What a process holds that a group could leave behind."""
+
+    descriptors: tuple[str, ...]
+    mappings: int
+    threads: int
+
+    @classmethod
+    def now(cls) -> Held:
+        kinds = []
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the listing's own
+                kinds.append(os.readlink(f"/proc/self/fd/{number}").partition("[")[0])
+        return cls(tuple(sorted(kinds)), shared_mappings(), threading.active_count())

@@ -8,26 +8,20 @@ import signal
 import threading
 import time
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pytest
 from pool import RankPool, group_of
-from shm_ranks import open_descriptors, own_group, shared_mappings, strided, values
+from shm_ranks import fresh, open_descriptors, own_group, shared_mappings, strided, values
 
 import colltensor as col
-from colltensor.backends import is_available, reason
 
-pytestmark = pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
+pytestmark = pytest.mark.shm
 
 WORLD_SIZES = (1, 2, 3, 4)
 COUNTS = (0, 1, 7, 1024, 1025, 20_001, 300_007, 1_300_003)
 """Inline, direct, in blocks, and more than all staging together."""
 PAIRS = (("float32", "SUM"), ("float64", "AVERAGE"), ("int16", "PRODUCT"), ("uint8", "BXOR"), ("float16", "SUM"))
-
-
-def fresh() -> str:
-    return f"shm-{uuid4().hex[:8]}"
 
 
 def move_all(rank: int, size: int) -> None:

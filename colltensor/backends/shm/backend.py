@@ -17,6 +17,7 @@ from colltensor.backends.base import DIRECT_DONE, DIRECT_MISMATCH, DIRECT_REFUSE
 from colltensor.backends.shm import outcomes, requests
 from colltensor.backends.shm.outcomes import AgreeingControl, Outcomes, Signed
 from colltensor.backends.shm.segment import Segment
+from colltensor.errors import CollectiveError
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 
@@ -46,7 +47,6 @@ class ShmBackend:
         self._timeout_s = timeout_s
         self._held = False
         self._signed: Signed | None = None
-        self._current: Signed | None = None
         self._signed_transfers: dict[tuple[int, int], Signed] = {}
         self._outcomes = Outcomes(control, segment.library, segment.handle)
         segment.stop.append(self._outcomes.stop)
@@ -72,7 +72,7 @@ class ShmBackend:
 
     def release(self) -> None:
         """Give the turn back, and forget what was signed and not used."""
-        self._signed = self._current = None
+        self._signed = None
         self._signed_transfers.clear()
         if self._held:
             self._held = False
@@ -95,7 +95,11 @@ class ShmBackend:
 
     def agree(self, deadline: float) -> None:
         """Meet all ranks, which must have signed the same."""
-        self._collective("agree", requests.BARRIER, None, None, -1, 0, (), deadline)
+        self._collective(self._take(), "agree", requests.BARRIER, None, None, -1, 0, (), deadline)
+
+    def tell(self, error: CollectiveError) -> None:
+        """Let the ranks that wait in the segment know why the group broke."""
+        self._outcomes.tell(error)
 
     def abandon(self) -> None:
         """Break the group for every rank, which then look at the control plane for the reason."""
@@ -143,50 +147,59 @@ class ShmBackend:
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank, each buffer on its own."""
+        signed = self._take()
         for index, buffer in enumerate(buffers or (None,)):
-            self._collective("allreduce", requests.ALLREDUCE, buffer, op, -1, index, (buffer,), deadline)
+            self._collective(signed, "allreduce", requests.ALLREDUCE, buffer, op, -1, index, (buffer,), deadline)
 
     def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
         """Combine in place on ``root``; elsewhere the buffers are only read."""
+        signed = self._take()
         for index, buffer in enumerate(buffers or (None,)):
-            self._collective("reduce", requests.REDUCE, buffer, op, root, index, (buffer,), deadline)
+            self._collective(signed, "reduce", requests.REDUCE, buffer, op, root, index, (buffer,), deadline)
 
     def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
         """Overwrite with ``root``'s elements on the other ranks, each buffer on its own."""
+        signed = self._take()
         for index, buffer in enumerate(buffers or (None,)):
-            self._collective("broadcast", requests.BROADCAST, buffer, None, root, index, (buffer,), deadline)
+            self._collective(signed, "broadcast", requests.BROADCAST, buffer, None, root, index, (buffer,), deadline)
 
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
         """Copy every rank's ``source`` into ``outputs``."""
-        self._collective("allgather", requests.ALLGATHER, source, None, -1, 0, (*outputs, source), deadline)
+        self._collective(
+            self._take(), "allgather", requests.ALLGATHER, source, None, -1, 0, (*outputs, source), deadline
+        )
 
     def gather(
         self, outputs: Sequence[BufferView] | None, source: BufferView, root: int, deadline: float
     ) -> None:
         """Copy every rank's ``source`` into ``outputs`` of ``root``."""
         views = (*(outputs or ()), source) if self._rank == root else (source,)
-        self._collective("gather", requests.GATHER, source, None, root, 0, views, deadline)
+        self._collective(self._take(), "gather", requests.GATHER, source, None, root, 0, views, deadline)
 
     def scatter(
         self, target: BufferView, sources: Sequence[BufferView] | None, root: int, deadline: float
     ) -> None:
         """Copy ``root``'s ``sources`` to their ranks' ``target``."""
         views = (target, *(sources or ())) if self._rank == root else (target,)
-        self._collective("scatter", requests.SCATTER, target, None, root, 0, views, deadline)
+        self._collective(self._take(), "scatter", requests.SCATTER, target, None, root, 0, views, deadline)
 
     def reducescatter(
         self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
     ) -> None:
         """Combine all ranks' ``sources[rank]`` into ``target``."""
-        self._collective("reducescatter", requests.REDUCESCATTER, target, op, -1, 0, (target, *sources), deadline)
+        self._collective(
+            self._take(), "reducescatter", requests.REDUCESCATTER, target, op, -1, 0, (target, *sources), deadline
+        )
 
     def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
         """Copy rank r's ``sources[rank]`` into ``outputs[r]``."""
-        self._collective("alltoall", requests.ALLTOALL, sources[0], None, -1, 0, (*outputs, *sources), deadline)
+        self._collective(
+            self._take(), "alltoall", requests.ALLTOALL, sources[0], None, -1, 0, (*outputs, *sources), deadline
+        )
 
     def barrier(self, deadline: float) -> None:
         """Return when all ranks have called."""
-        self._collective("barrier", requests.BARRIER, None, None, -1, 0, (), deadline)
+        self._collective(self._take(), "barrier", requests.BARRIER, None, None, -1, 0, (), deadline)
 
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Send each buffer to ``peer``, one after the other; returns when it has them."""
@@ -210,14 +223,16 @@ class ShmBackend:
         """Leave the segment and unmap it; a call of another thread ends with an error. Idempotent."""
         self._native.shm_close(self._handle)
 
+    def _take(self) -> Signed | None:
+        """Return what the next call is signed with; it is not kept, because it keeps the call's tensors."""
+        signed, self._signed = self._signed, None
+        return signed
+
     def _collective(
-        self, name: str, operation: int, like: BufferView | None, op: ReduceOp | None, root: int, index: int,
-        views: Sequence[BufferView | None], deadline: float,
+        self, signed: Signed | None, name: str, operation: int, like: BufferView | None, op: ReduceOp | None,
+        root: int, index: int, views: Sequence[BufferView | None], deadline: float,
     ) -> None:
         """Run one collective; ``like`` has its count and dtype, None where nothing is moved."""
-        if index == 0:
-            self._current, self._signed = self._signed, None
-        signed = self._current
         if signed is None:
             dtype, count = (None, 0) if like is None else (like.dtype, like.count)
             words = requests.own_words(operation, dtype, count, op, root)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from colltensor import dlpack
 from colltensor.errors import BackendUnavailableError
 
-INTERFACE: Final = 2
+INTERFACE: Final = 3
 """What the library's ``shm_interface()`` must say: it counts the changes of its functions."""
 
 _VARIABLE: Final = "COLLTENSOR_LIBRARY"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import array
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NoReturn, Protocol
 
 from colltensor.backends.base import ControlPlane
@@ -24,15 +24,16 @@ from colltensor.errors import (
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
-DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY = range(10)
+DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY, INTERRUPTED = range(11)
 
 Describe = Callable[[], str]
 
-_LOST, _LATE, _LEFT, _UNREADABLE = 2, 3, 5, 6
+_LOST, _LATE, _BROKEN, _LEFT, _GONE, _UNREADABLE = range(2, 8)
 _REMEDY: Final = "The group is broken: destroy it and create it again"
 _REASON_S: Final = 2.0
 """How long a rank waits for the control plane to say why another broke the group."""
 _REPORT_WORDS: Final = 6
+_SET_WORDS: Final = 4
 
 
 class AgreeingControl(ControlPlane, Protocol):
@@ -77,7 +78,7 @@ class Outcomes:
     """Turns the library's codes into errors, for one group.
 
     Attributes:
-        stopped: The error with which the control plane ended a wait of the library's.
+        stopped: What ended a wait of the library's: the control plane's error, or what a signal's handler raised.
     """
 
     def __init__(self, control: AgreeingControl, native: Any, handle: int) -> None:
@@ -85,20 +86,42 @@ class Outcomes:
         self._native = native
         self._handle = handle
         self._where = f"group '{control.group_name}' (rank {control.rank})"
-        self.stopped: CollectiveError | None = None
+        self.stopped: BaseException | None = None
 
-    def stop(self) -> bool:
-        """Ask the control plane, while the library waits, whether the group is broken."""
+    def stop(self) -> int:
+        """Ask the control plane, while the library waits, whether the group is broken.
+
+        Returns:
+            0 if the wait may go on, 1 if the group is broken, 2 if something else was raised: a signal may be
+            handled here, whose handler may raise.
+        """
         try:
             self._control.check()
         except CollectiveError as error:
             self.stopped = error
-            return True
-        return False
+            return 1
+        except BaseException as error:  # noqa: BLE001 - it would be lost on its way through the library; fail() raises it
+            self.stopped = error
+            return 2
+        return 0
 
     def abandon(self) -> None:
         """Let no other rank wait for this one: it was interrupted in a call."""
-        self._native.shm_fail(self._handle)
+        self._fail(_BROKEN, ())
+
+    def tell(self, error: CollectiveError) -> None:
+        """Let every rank that waits here have the error with which the group broke elsewhere, on the control plane.
+
+        Else it would see this rank leave, and name it.
+        """
+        kind = _GONE if isinstance(error, PeerLostError) else _BROKEN
+        self._fail(_LATE if isinstance(error, CollectiveTimeoutError) else kind, getattr(error, "ranks", ()))
+
+    def _fail(self, kind: int, ranks: Iterable[int]) -> None:
+        words = array.array("Q", bytes(8 * _SET_WORDS))
+        for rank in ranks:
+            words[rank // 64] |= 1 << rank % 64
+        self._native.shm_fail(self._handle, kind, words.buffer_info()[0])
 
     def mismatch(self, signed: Signed, deadline: float) -> NoReturn:
         """Exchange descriptions with all ranks, which all found the mismatch.
@@ -132,12 +155,16 @@ class Outcomes:
 
         Raises:
             CollectiveError: Names the operation and the ranks to blame.
+            BaseException: What a signal's handler raised.
         """
         if code == FAILED:
             raise self._failure(name)
-        if code == STOPPED and self.stopped is not None:
-            self.abandon()
-            raise self.stopped
+        if code in (STOPPED, INTERRUPTED):
+            # The control plane tells all ranks what it knows, or this rank is being destroyed and about to leave.
+            if code == INTERRUPTED:
+                self.abandon()
+            stopped, self.stopped = self.stopped, None
+            raise stopped or KeyboardInterrupt  # none: raised before stop() could keep it, by a signal's handler
         if code == REFUSED:
             raise UnsupportedDTypeError(f"{name}: {self._where}: the library has no such reduction")
         if code == BUSY:
@@ -152,6 +179,8 @@ class Outcomes:
         named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         if kind == _LOST:
             return PeerLostError(f"{name}: {self._where}: {named} died. {_REMEDY}", ranks)
+        if kind == _GONE:
+            return PeerLostError(f"{name}: {self._where}: {named} died or left. {_REMEDY}", ranks)
         if kind == _LEFT:
             return PeerLostError(f"{name}: {self._where}: {named} destroyed the group or exited. {_REMEDY}", ranks)
         if kind == _LATE:

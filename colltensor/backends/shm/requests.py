@@ -67,7 +67,10 @@ def transfer(
     source: BufferView | None, destination_rank: int, signature: Words, target: BufferView | None, source_rank: int,
     target_signature: Words, index: int,
 ) -> array.array[int]:
-    """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 and None for what there is not."""
+    """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 for what there is not.
+
+    A view is None where nothing is moved, as of an empty tree.
+    """
     item, count = (1, 0) if source is None else (source.dtype.itemsize, source.count)
     target_item, target_count = (1, 0) if target is None else (target.dtype.itemsize, target.count)
     fields = [

@@ -27,13 +27,14 @@ from typing import Any, Final, Protocol
 from colltensor import net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import library
-from colltensor.errors import BackendUnavailableError, CollectiveTimeoutError
+from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
 
 MAX_RANKS: Final = 256
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _RANK: Final = struct.Struct("!I")
 _GREETING_S: Final = 5.0
+_SLICE_S: Final = 0.1
 _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
 _CHUNK_NBYTES: Final = 128 << 10
@@ -65,13 +66,13 @@ class Segment:
         library: The native library.
         handle: The library's number for this rank's part.
         crowded: Whether there are more ranks than processors for them.
-        stop: Asked by the library every 100 ms while it waits: true ends the call. Set by the owner.
+        stop: Asked by the library every 100 ms while it waits, see ``Outcomes.stop``. Set by the owner.
     """
 
     library: Any
     handle: int
     crowded: bool
-    stop: list[Callable[[], bool]]
+    stop: list[Callable[[], int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,8 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
             else:
                 fd = _fetch(bytes.fromhex(name), control, meeting, deadline)
             segment, trouble = _map(fd, control, ballots, cores)
+        except CollectiveError:  # a lost or late rank is an OSError, too
+            raise
         except OSError as error:
             segment, trouble = None, f"the shared memory could not be handed over: {error}"
     finally:
@@ -219,7 +222,7 @@ def _hand_out(listener: socket.socket, fd: int, control: ControlPlane, meeting: 
         return meeting.secret if known and _RANK.unpack(named)[0] in missing else None
 
     while missing:
-        listener.settimeout(min(0.5, _left(deadline, missing, control)))
+        listener.settimeout(min(_SLICE_S, _left(deadline, missing, control)))
         try:
             accepted, _ = listener.accept()
         except TimeoutError:
@@ -261,10 +264,10 @@ def _map(
         return None, "the shared memory is not sealed"
     native = library.load()
     pidfds = _pidfds(control.rank, ballots)
-    stop: list[Callable[[], bool]] = []
+    stop: list[Callable[[], int]] = []
     handle = native.shm_open(
         fd, os.fstat(fd).st_size, control.rank, control.world_size, pidfds.buffer_info()[0],
-        lambda: bool(stop) and stop[0](),
+        lambda: stop[0]() if stop else 0,
     )
     if handle < 0:
         return None, f"the shared memory cannot be mapped: {os.strerror(-handle)}"

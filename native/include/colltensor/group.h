@@ -29,8 +29,9 @@ namespace colltensor {
 
 // What the caller is asked while a call waits. Either may be null.
 struct Hooks {
+  enum Answer { kGoOn = 0, kStop = 1, kRaised = 2 };
   void* context = nullptr;
-  bool (*stop)(void* context) = nullptr;   // every 100 ms: true ends the call with kStopped
+  Answer (*stop)(void* context) = nullptr; // every 100 ms: ends the call with kStopped or kInterrupted
   bool (*signalled)() = nullptr;           // every 50 ms and on a signal: true ends it with kSignalled
   void* agreed_context = nullptr;
   void (*agreed)(void* context) = nullptr; // once in a call, when the ranks agree and before user memory is written
@@ -251,9 +252,9 @@ class Group {
   Hooks hooks_;
   const std::uint32_t fork_generation_;
 
-  std::uint32_t done_ = 0;             // this rank's progress
+  std::uint32_t done_ = kFirstStep;    // this rank's progress
   std::uint32_t calls_ = 0;            // collectives so far
-  std::uint32_t half_free_[2] = {0, 0};
+  std::uint32_t half_free_[2] = {kFirstStep, kFirstStep};
   // Steps of mailboxes, by peer: of this rank's side as sender and as receiver, and of the peers' other sides.
   std::vector<std::uint32_t> sent_, received_, taken_, given_;
   std::vector<std::uint32_t> sends_, receives_;  // transfers so far

@@ -17,6 +17,9 @@ static_assert(std::atomic<std::uint32_t>::is_always_lock_free && std::atomic<std
 
 constexpr std::uint64_t kMagic = 0x31726f736e65746c;  // "ltensor1"
 
+// Where every count of steps begins: so short before it wraps around that every group soon has, and every test sees it.
+constexpr std::uint32_t kFirstStep = 0xffffffffu - 99;
+
 // Written by the rank that makes the segment, before the others map it.
 struct alignas(kLine) Header {
   std::uint64_t magic;

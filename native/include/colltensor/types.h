@@ -32,10 +32,13 @@ enum class Outcome : std::int32_t {
   kSignalled = 7, // the interpreter has a signal's exception; the group is not marked broken yet
   kClosed = 8,    // the group is closed, is being closed, or is the parent process's
   kBusy = 9,      // another thread is in a call, or one is pending
+  kInterrupted = 10,  // a check of the caller's raised, as a signal's handler may; the group is not marked broken yet
 };
 
-// Why a group is broken; the first failure wins.
-enum class Failure : std::uint32_t { kNone = 0, kClaimed = 1, kLost = 2, kLate = 3, kBroken = 4, kLeft = 5, kUnreadable = 6 };
+// Why a group is broken; the first failure wins. kGone is a rank that died or left, as the caller has found.
+enum class Failure : std::uint32_t {
+  kNone = 0, kClaimed = 1, kLost = 2, kLate = 3, kBroken = 4, kLeft = 5, kGone = 6, kUnreadable = 7,
+};
 
 constexpr int kMaxRanks = 256;
 constexpr std::size_t kLine = 64;       // of the caches of x86-64; arm64's are 64 or 128
@@ -50,6 +53,11 @@ struct RankSet {
     RankSet both;
     for (int word = 0; word < kMaxRanks / 64; ++word) both.words[word] = words[word] & other.words[word];
     return both;
+  }
+  RankSet without(const RankSet& other) const {
+    RankSet rest;
+    for (int word = 0; word < kMaxRanks / 64; ++word) rest.words[word] = words[word] & ~other.words[word];
+    return rest;
   }
   bool empty() const { return !(words[0] | words[1] | words[2] | words[3]); }
 };

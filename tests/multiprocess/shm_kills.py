@@ -1,0 +1,195 @@
+"""Ranks killed at random moments: each trial kills one, and the survivors say what they saw and what they still hold.
+
+The survivors must have an error that names the dead rank within ``LIMIT_S`` of its death, hold nothing of the group
+once they have destroyed it, and be able to make a group of the same name again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from pool import RankPool
+from shm_ranks import Held, fresh, own_group
+
+import colltensor as col
+
+LIMIT_S = 2.0
+CREATION_TIMEOUT_S = 1.7
+"""Of groups whose creation is disturbed: a rank that dies before anybody has met it is noticed by that alone."""
+
+
+class Trial(NamedTuple):
+    """Who is killed, when, and what all ranks do meanwhile."""
+
+    size: int
+    victim: int
+    phase: str
+    delay_s: float
+
+
+class Seen(NamedTuple):
+    """What one survivor saw."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    words: str
+    at: float
+    killed_at: float
+    held_before: Held
+    held_after: Held
+
+
+def small(group: Any) -> None:
+    group.allreduce(np.ones(7, np.float32))
+
+
+def large(group: Any) -> None:
+    group.allreduce(np.ones(3_000_000, np.float32))
+
+
+def asleep(group: Any) -> None:
+    """All but rank 0 wait in their sleep for most of the time."""
+    if group.rank == 0:
+        time.sleep(0.15)
+    group.barrier()
+
+
+def transfers(group: Any) -> None:
+    source, target = np.ones(400_000), np.zeros(400_000)
+    group.sendrecv(source, (group.rank + 1) % group.world_size, target, (group.rank - 1) % group.world_size)
+
+
+def asynchronous(group: Any) -> None:
+    works = [group.allreduce(np.ones(count, np.float32), async_op=True) for count in (5, 500_000, 50)]
+    for work in works:
+        work.wait()
+
+
+def others(group: Any) -> None:
+    size = group.world_size
+    group.allgather([np.zeros(100_000) for _ in range(size)], np.ones(100_000))
+    group.reduce(np.ones(200_000), 0)
+    group.broadcast(np.ones(200_000), size - 1)
+    group.alltoall([np.zeros(9) for _ in range(size)], [np.ones(9) for _ in range(size)])
+
+
+def objects(group: Any) -> None:
+    group.allgather_object(b"x" * 100_000)
+    group.barrier()
+
+
+PHASES: dict[str, tuple[Callable[[Any], None], float]] = {
+    "creation": (small, 0.06),
+    "small": (small, 0.2),
+    "large": (large, 0.3),
+    "asleep": (asleep, 0.4),
+    "transfers": (transfers, 0.2),
+    "asynchronous": (asynchronous, 0.3),
+    "others": (others, 0.3),
+    "objects": (objects, 0.2),
+}
+"""What is repeated until the rank dies, and how long it may live at most."""
+
+
+def survive(rank: int, size: int, name: str, trial: Trial, pids: tuple[int, ...]) -> Seen:
+    """Be one rank of a trial; the rank after the victim kills it."""
+    killed_at = [0.0]
+
+    def kill() -> None:
+        os.kill(pids[trial.victim], signal.SIGKILL)
+        killed_at[0] = time.monotonic()
+
+    creating = trial.phase == "creation"
+    before = Held.now()
+    killer = threading.Timer(trial.delay_s, kill) if rank == (trial.victim + 1) % size else None
+    error: BaseException | None = None
+    try:
+        if killer is not None and creating:
+            killer.start()
+        with own_group(rank, size, name, CREATION_TIMEOUT_S if creating else 20.0) as group:
+            group.barrier()
+            if killer is not None and not creating:
+                killer.start()
+            while True:
+                PHASES[trial.phase][0](group)
+    except col.CollectiveError as caught:
+        at, error = time.monotonic(), caught
+    if killer is not None:
+        killer.join()
+    ranks = tuple(getattr(error, "ranks", ()))
+    return Seen(type(error).__name__, ranks, str(error), at, killed_at[0], before, settled(before))
+
+
+def settled(before: Held) -> Held:
+    """Return what is held once threads that were told to end have ended."""
+    deadline = time.monotonic() + 2.0
+    while (after := Held.now()) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return after
+
+
+def make_again(rank: int, size: int, name: str) -> float:
+    with own_group(rank, size, name) as group:
+        return float(group.allreduce(np.full(5000, rank + 1.0))[0])
+
+
+def own_pid(rank: int, size: int) -> int:
+    return os.getpid()
+
+
+def run_trial(pool: RankPool, trial: Trial) -> float:
+    """Run one trial.
+
+    Returns:
+        How long after the death the last survivor had its error, in seconds.
+
+    Raises:
+        AssertionError: A survivor saw or kept something wrong.
+    """
+    size, victim = trial.size, trial.victim
+    name = fresh()
+    pids = tuple(pool.run(size, own_pid))
+    results = pool.run(size, survive, name, trial, pids, may_die=[victim])
+    found: dict[int, Seen] = {rank: seen for rank, seen in enumerate(results) if rank != victim}
+    killed_at = max(seen.killed_at for seen in found.values())
+    slowest = 0.0
+    for rank, seen in found.items():
+        told = f"{trial}: rank {rank} saw {seen.at - killed_at:.2f} s after the death: {seen}"
+        allowed = {"PeerLostError", "CollectiveTimeoutError"} if trial.phase == "creation" else {"PeerLostError"}
+        assert seen.kind in allowed, told
+        assert seen.ranks == (victim,), told
+        assert seen.at - killed_at < LIMIT_S, told
+        assert seen.held_after == seen.held_before, told
+        slowest = max(slowest, seen.at - killed_at)
+    again = pool.run(size - 1, make_again, name)
+    assert again == [size * (size - 1) / 2] * (size - 1), f"{trial}: {again}"
+    return slowest
+
+
+def trials(number: int, seed: int) -> list[Trial]:
+    """Return so many trials; all phases come in turn."""
+    random_ = random.Random(seed)
+    made = []
+    for turn in range(number):
+        phase = list(PHASES)[turn % len(PHASES)]
+        size = random_.randint(2, 4)
+        made.append(Trial(size, random_.randrange(size), phase, random_.random() * PHASES[phase][1]))
+    return made
+
+
+def campaign(pool: RankPool, number: int, seed: int, say: Callable[[str], None]) -> float:
+    """Run trials; return the longest time that a survivor waited for its error."""
+    slowest = 0.0
+    for turn, trial in enumerate(trials(number, seed)):
+        took = run_trial(pool, trial)
+        slowest = max(slowest, took)
+        say(f"{turn + 1:3} of {number}: {trial.phase}, rank {trial.victim} of {trial.size} after "
+            f"{1000 * trial.delay_s:.0f} ms: errors within {took:.2f} s")
+    return slowest
