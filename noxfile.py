@@ -4,6 +4,7 @@
     nox -s "tests(jax-3.12)"        one pair
     nox -t torch                    every session of one framework
     nox -s "tests(torch-3.11)" -- -k allreduce -x    arguments for pytest
+    nox -s native                   the native library's own tests, under sanitizers
     nox -s gpu                      on a machine with a CUDA device
 
 Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
@@ -27,7 +28,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests", "demo"]
+nox.options.sessions = ["lint", "types", "native", "arm64", "tests", "demo"]
 
 ROOT = Path(__file__).parent
 DIST = ROOT / ".nox" / "dist"
@@ -48,8 +49,17 @@ PAIRS = [
 ]
 """Gloo comes from pygloo on 3.10 (it has no later wheels) and from torch on 3.11 (its CPU build is for that one).
 
-Elsewhere there is no Gloo: unit tests and the backends that need none. Shared memory is in every wheel.
+On 3.12 and 3.13 there is no Gloo: unit tests, and everything that runs over shared memory or needs no backend. The
+native library in the wheel is the same one for every Python.
 """
+
+SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
+"""The builds of the native tests, and what -fsanitize is given."""
+
+NATIVE_TOOLS = ("cmake>=3.24", "ninja")
+
+STRESS_S = 15
+"""How long each of them runs, about."""
 
 SELECTED = {
     "numpy": ("numpy",),
@@ -194,6 +204,58 @@ def types(session: nox.Session) -> None:
     dependencies = PYPROJECT["project"]["dependencies"]
     session.install("--quiet", *dependencies, *nox.project.dependency_groups(PYPROJECT, "types"))
     session.run("mypy")
+
+
+def _native_tests(session: nox.Session, name: str, definitions: list[str]) -> str:
+    """Build the native tests and return the program. What was built before is used again."""
+    folder = str(ROOT / ".nox" / "native" / name)
+    options = ["-DCOLLTENSOR_PYTHON=OFF", "-DCOLLTENSOR_NATIVE_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"]
+    configure = ["cmake", "--fresh", "-S", str(ROOT / "native"), "-B", folder, "-G", "Ninja"]
+    session.run(*configure, *options, *definitions, silent=True)
+    session.run("cmake", "--build", folder, silent=True)
+    return f"{folder}/colltensor_stress"
+
+
+def _without_randomisation() -> list[str]:
+    """Return the words before a command that fix where the kernel places its memory, as far as that is permitted.
+
+    ThreadSanitizer before g++ 14 cannot start where the kernel randomises addresses with 32 bits, as recent ones do
+    (https://github.com/google/sanitizers/issues/1716); containers may forbid it.
+    """
+    words = ["setarch", "-R"]
+    if shutil.which("setarch") is None:
+        return []
+    return words if subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0 else []
+
+
+@nox.session
+@_timed
+def native(session: nox.Session) -> None:
+    """Run the native library's own tests: plain, under AddressSanitizer and UBSan, and under ThreadSanitizer.
+
+    Arguments after ``--``: seconds for each, and the first seed.
+    """
+    session.install("--quiet", *NATIVE_TOOLS)
+    for name, sanitizers in SANITIZERS.items():
+        program = _native_tests(session, name, [f"-DCOLLTENSOR_SANITIZE={sanitizers}"])
+        arguments = session.posargs or [str(STRESS_S)]
+        environment = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
+        session.run(*_without_randomisation(), program, *arguments, env=environment, external=True)
+
+
+@nox.session
+@_timed
+def arm64(session: nox.Session) -> None:
+    """Run the native library's own tests on arm64, cross-compiled, in qemu's user mode; skipped without these tools."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    missing = [tool for tool in (compiler, emulator) if shutil.which(tool) is None]
+    if missing:
+        session.skip(f"no {' and no '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user")
+    session.install("--quiet", *NATIVE_TOOLS)
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    program = _native_tests(session, "arm64", target)
+    arguments = session.posargs or [str(STRESS_S // 2)]
+    session.run(emulator, "-L", "/usr/aarch64-linux-gnu", program, *arguments, external=True)
 
 
 @nox.session

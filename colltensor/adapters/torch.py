@@ -46,7 +46,9 @@ class TorchAdapter:
         return _view(tensor)
 
     def plain(self, tensor: Any) -> bool:
-        if tensor.requires_grad or tensor.is_neg() or tensor.is_conj() or tensor.is_inference() or tensor.is_nested:
+        if not tensor.is_cpu or tensor.requires_grad or tensor.is_inference() or tensor.is_nested:
+            return False
+        if tensor.is_neg() or tensor.is_conj():
             return False
         try:
             tensor.data_ptr()

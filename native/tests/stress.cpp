@@ -1,247 +1,372 @@
 // Random collectives between ranks that are threads of one process over one mapping, so that the sanitizers see every
-// access of every rank. Every result is compared with one computed alone; now and then a rank disagrees on purpose.
+// access of every rank; then the kernels, the ways in which a call can fail, and ranks that are processes.
 //
-//   colltensor_stress [ranks] [calls] [seed]
+//   colltensor_stress [seconds] [seed]
+//
+// Every operation, dtype, reduce op and layout in turn; every result is compared with one computed alone, and now and
+// then a rank disagrees on purpose. Exits with 1 if anything was not as expected.
 #include <sys/mman.h>
+#include <unistd.h>
 
-#include <atomic>
-#include <cinttypes>
+#include <chrono>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <memory>
 #include <random>
 #include <thread>
-#include <vector>
 
-#include "colltensor/group.h"
-#include "colltensor/segment.h"
+#include "check.h"
+#include "request.h"
+#include "tensor.h"
+
+namespace colltensor {
+namespace tests {
 
 namespace {
 
-using namespace colltensor;
+std::atomic<long> calls_made{0};
 
-constexpr std::uint64_t kHalf = 1 << 16, kDirect = 1 << 14, kChunk = 1 << 13;
-constexpr std::int64_t kForever = INT64_MAX;
-
-std::atomic<int> failures{0};
-
-// The elements of one rank's argument in one call.
-template <class T>
-std::vector<T> values(int call, int rank, int part, std::size_t count) {
-  std::vector<T> found(count);
-  std::uint32_t state = 2654435761u * static_cast<std::uint32_t>(call * 1009 + rank * 31 + part + 1);
-  for (T& value : found) {
-    state = state * 1664525u + 1013904223u;
-    value = static_cast<T>(state >> 24);
-  }
-  return found;
-}
-
-// A tensor that may lie scattered in memory; what lies between its elements must keep its value.
-template <class T>
-class Tensor {
- public:
-  Tensor(const std::vector<T>& elements, int stride)
-      : stride_(stride), memory_(elements.size() * stride + 1, kGap), count_(elements.size()) {
-    for (std::size_t i = 0; i < count_; ++i) memory_[i * stride] = elements[i];
-    shape_ = static_cast<std::int64_t>(count_);
-  }
-  View view() {
-    const std::int64_t stride = stride_;
-    return stride == 1 ? View(memory_.data(), sizeof(T)) : View(memory_.data(), sizeof(T), 1, &shape_, &stride);
-  }
-  bool holds(const std::vector<T>& elements) const {
-    for (std::size_t i = 0; i < memory_.size(); ++i) {
-      const bool element = i % stride_ == 0 && i / stride_ < count_;
-      const T wanted = element ? elements[i / stride_] : kGap;
-      if (std::memcmp(&memory_[i], &wanted, sizeof(T)) != 0) return false;
-    }
-    return true;
-  }
-
- private:
-  static constexpr T kGap = static_cast<T>(77);
-  int stride_;
-  std::vector<T> memory_;
-  std::size_t count_;
-  std::int64_t shape_;
-};
-
-template <class T>
-std::vector<T> sums(int call, int ranks, int part, std::size_t count) {
-  std::vector<T> total = values<T>(call, 0, part, count);
-  for (int rank = 1; rank < ranks; ++rank) {
-    const std::vector<T> next = values<T>(call, rank, part, count);
-    for (std::size_t i = 0; i < count; ++i) total[i] = static_cast<T>(total[i] + next[i]);
-  }
-  return total;
-}
-
-void expect(bool truth, int call, int rank, const char* what) {
-  if (truth) return;
-  std::fprintf(stderr, "call %d, rank %d: %s\n", call, rank, what);
-  failures.fetch_add(1);
-}
-
-template <class T>
-std::vector<View> views(std::vector<Tensor<T>>& tensors) {
-  std::vector<View> found;
-  for (Tensor<T>& tensor : tensors) found.push_back(tensor.view());
-  return found;
-}
+enum Kind : int { kBrief = static_cast<int>(Operation::kTransfer) + 1, kKinds };  // beyond the operations
 
 struct Plan {
-  int operation;
+  Operation operation;
+  bool brief;
+  DType dtype;
+  ReduceOp op;
   std::size_t count;
-  int stride, root, odd;  // odd: the rank that disagrees, or -1
-  bool wide;
+  int root, odd;  // odd: the rank that disagrees, or -1
 };
 
-Plan plan(std::mt19937& random, int ranks) {
-  static constexpr std::size_t kCounts[] = {0, 1, 3, 100, 1024, 1500, 5000, 20000, 70001};
+Plan planned(std::mt19937& random, int ranks, bool may_disagree) {
+  static constexpr std::size_t kCounts[] = {0, 1, 3, 30, 100, 500, 1024, 1500, 2100, 5000, 20000, 70001};
   Plan made;
-  made.operation = static_cast<int>(random() % 11);
-  made.count = kCounts[random() % 9] + random() % 3;
-  made.stride = random() % 4 == 0 ? 2 + static_cast<int>(random() % 2) : 1;
+  const int kind = static_cast<int>(random() % kKinds);
+  made.brief = kind == kBrief;
+  made.operation = made.brief ? Operation::kAllReduce : static_cast<Operation>(kind);
+  made.dtype = static_cast<DType>(random() % kDTypes);
+  do {
+    made.op = static_cast<ReduceOp>(random() % kOps);
+  } while (!defined(made.dtype, made.op));
+  const std::size_t size = random() % 12;
+  made.count = kCounts[random() % 4 == 0 ? size : size % 9] + random() % 3 * 30 % 31;
   made.root = static_cast<int>(random() % ranks);
-  made.odd = random() % 16 == 0 ? static_cast<int>(random() % ranks) : -1;
-  made.wide = random() % 2;
+  made.odd = may_disagree && ranks > 1 && random() % 16 == 0 ? static_cast<int>(random() % ranks) : -1;
   return made;
 }
 
-template <class T>
-void run(Group& group, int call, const Plan& plan, DType dtype) {
-  const int rank = group.rank(), ranks = group.world_size(), root = plan.root;
-  const std::size_t count = plan.count;
-  Signature signature;
-  signature.words[0] = static_cast<std::uint64_t>(plan.operation) << 8 | static_cast<std::uint64_t>(root);
-  signature.words[1] = count;
-  const bool disagrees = plan.odd == rank, mismatch = plan.odd >= 0 && ranks > 1;
-  if (disagrees) signature.words[2] = 1;
-  const std::vector<T> given = values<T>(call, rank, 0, count), zeros(count);
-  Tensor<T> own(given, plan.stride), target(zeros, plan.stride);
-  std::vector<Tensor<T>> outputs(ranks, Tensor<T>(zeros, plan.stride)), parts;
-  for (int part = 0; part < ranks; ++part) parts.emplace_back(values<T>(call, rank, part, count), plan.stride);
-  const std::vector<View> to = views(outputs), of = views(parts);
-  Outcome outcome = Outcome::kDone;
-  const auto check = [&](bool truth, const char* what) { expect(truth, call, rank, what); };
-  const auto untouched = [&] {
-    bool clean = own.holds(given) && target.holds(zeros);
-    for (const Tensor<T>& output : outputs) clean = clean && output.holds(zeros);
-    return clean;
-  };
-  switch (plan.operation) {
-    case 0:
-      outcome = group.barrier(signature, kForever);
-      break;
-    case 1:
-    case 2:
-      outcome = group.allreduce(own.view(), count, dtype, ReduceOp::kSum, signature, kForever);
-      if (!mismatch) check(own.holds(sums<T>(call, ranks, 0, count)), "allreduce");
-      break;
-    case 3:
-      outcome = group.reduce(own.view(), count, dtype, ReduceOp::kSum, root, signature, kForever);
-      if (!mismatch) check(own.holds(rank == root ? sums<T>(call, ranks, 0, count) : given), "reduce");
-      break;
-    case 4:
-      outcome = group.broadcast(own.view(), count, sizeof(T), root, signature, kForever);
-      if (!mismatch) check(own.holds(values<T>(call, root, 0, count)), "broadcast");
-      break;
-    case 5:
-      outcome = group.allgather(to.data(), own.view(), count, sizeof(T), signature, kForever);
-      for (int other = 0; !mismatch && other < ranks; ++other) {
-        check(outputs[other].holds(values<T>(call, other, 0, count)), "allgather");
-      }
-      break;
-    case 6:
-      outcome = group.gather(to.data(), own.view(), count, sizeof(T), root, signature, kForever);
-      for (int other = 0; !mismatch && other < ranks; ++other) {
-        check(outputs[other].holds(rank == root ? values<T>(call, other, 0, count) : zeros), "gather");
-      }
-      break;
-    case 7:
-      outcome = group.scatter(target.view(), of.data(), count, sizeof(T), root, signature, kForever);
-      if (!mismatch) check(target.holds(values<T>(call, root, rank, count)), "scatter");
-      break;
-    case 8:
-      outcome = group.alltoall(to.data(), of.data(), count, sizeof(T), signature, kForever);
-      for (int other = 0; !mismatch && other < ranks; ++other) {
-        check(outputs[other].holds(values<T>(call, other, rank, count)), "alltoall");
-      }
-      break;
-    case 9:
-      outcome = group.reducescatter(target.view(), of.data(), count, dtype, ReduceOp::kSum, signature, kForever);
-      if (!mismatch) check(target.holds(sums<T>(call, ranks, rank, count)), "reducescatter");
-      break;
-    default: {
-      if (ranks == 1) return;
-      const int next = (rank + 1) % ranks, before = (rank + ranks - 1) % ranks;
-      const View mine = own.view(), theirs = target.view();
-      Signature plain = signature;
-      plain.words[2] = 0;
-      Group::Transfer send{&mine, count, sizeof(T), next, signature}, recv{&theirs, count, sizeof(T), before, plain};
-      outcome = group.transfer(&send, &recv, kForever);
-      const bool wrong = plan.odd == before;
-      check(target.holds(wrong ? zeros : values<T>(call, before, 0, count)), "transfer");
-      check(outcome == (wrong || disagrees ? Outcome::kMismatch : Outcome::kDone), "outcome of a transfer");
-      return;
+// One rank's part in one call.
+class Call {
+ public:
+  Call(Group& group, int number, const Plan& plan, unsigned layouts)
+      : group_(group), rank_(group.rank()), ranks_(group.world_size()), number_(number), plan_(plan),
+        zeros_(plan.count * nbytes_of(plan.dtype)), given_(of(rank_, 0)), own_(plan.dtype, given_, layouts),
+        target_(plan.dtype, zeros_, layouts / 7) {
+    for (int part = 0; part < ranks_; ++part) {
+      parts_.emplace_back(plan.dtype, of(rank_, part), layouts / 3 + part);
+      outputs_.emplace_back(plan.dtype, zeros_, layouts / 5 + part);
+    }
+    signature_.words[0] = static_cast<std::uint64_t>(plan.operation) << 8 | static_cast<std::uint64_t>(plan.root);
+    signature_.words[1] = plan.count;
+    if (plan.odd == rank_) signature_.words[2] = 1;
+  }
+
+  Outcome make(bool packed) {
+    if (plan_.operation == Operation::kTransfer) return ranks_ == 1 ? Outcome::kDone : transfer(packed);
+    const Outcome outcome = plan_.brief && own_.contiguous() && plan_.count * nbytes_of(plan_.dtype) <= kBriefNbytes
+                                ? brief()
+                                : packed ? run_request(group_, request().data(), in_ms(kHangMs)) : direct();
+    if (outcome == Outcome::kDone && plan_.odd < 0) check(done(), "result");
+    if (plan_.odd >= 0 && outcome != Outcome::kFailed) {
+      check(outcome == Outcome::kMismatch, "outcome of ranks that disagree");
+      check(untouched(), "memory was written in spite of a mismatch");
+    }
+    return outcome;
+  }
+
+ private:
+  static constexpr std::size_t kBriefNbytes = 16384;  // as in exports.cpp
+
+  Bytes of(int rank, int part) const {
+    return elements(plan_.dtype, plan_.count, static_cast<std::uint32_t>(number_ * 1009 + rank * 31 + part + 1));
+  }
+  Bytes combination(int part) const {
+    std::vector<Bytes> all;
+    for (int rank = 0; rank < ranks_; ++rank) all.push_back(of(rank, part));
+    return combined(plan_.dtype, plan_.op, all);
+  }
+  void check(bool truth, const char* what) const {
+    expect(truth, "%s: call %d, rank %d of %d: operation %d%s, dtype %d, op %d, %zu elements, root %d, odd %d", what,
+           number_, rank_, ranks_, static_cast<int>(plan_.operation), plan_.brief ? " (brief)" : "",
+           static_cast<int>(plan_.dtype), static_cast<int>(plan_.op), plan_.count, plan_.root, plan_.odd);
+  }
+
+  Outcome direct() {
+    const std::size_t count = plan_.count, item = nbytes_of(plan_.dtype);
+    const std::int64_t deadline = in_ms(kHangMs);
+    const auto views = [](std::vector<Tensor>& tensors) {
+      std::vector<View> found;
+      for (Tensor& tensor : tensors) found.push_back(tensor.view());
+      return found;
+    };
+    const std::vector<View> to = views(outputs_), from = views(parts_);
+    const int root = plan_.root;
+    switch (plan_.operation) {
+      case Operation::kBarrier: return group_.barrier(signature_, deadline);
+      case Operation::kAllReduce:
+        return group_.allreduce(own_.view(), count, plan_.dtype, plan_.op, signature_, deadline);
+      case Operation::kReduce:
+        return group_.reduce(own_.view(), count, plan_.dtype, plan_.op, root, signature_, deadline);
+      case Operation::kBroadcast: return group_.broadcast(own_.view(), count, item, root, signature_, deadline);
+      case Operation::kAllGather: return group_.allgather(to.data(), own_.view(), count, item, signature_, deadline);
+      case Operation::kGather: return group_.gather(to.data(), own_.view(), count, item, root, signature_, deadline);
+      case Operation::kScatter:
+        return group_.scatter(target_.view(), from.data(), count, item, root, signature_, deadline);
+      case Operation::kReduceScatter:
+        return group_.reducescatter(target_.view(), from.data(), count, plan_.dtype, plan_.op, signature_, deadline);
+      default: return group_.alltoall(to.data(), from.data(), count, item, signature_, deadline);
     }
   }
-  check(outcome == (mismatch ? Outcome::kMismatch : Outcome::kDone), "outcome");
-  if (mismatch) check(untouched(), "memory was written in spite of a mismatch");
-}
 
-// The allreduce that Python begins while it holds the interpreter lock.
-void run_brief(Group& group, int call, std::size_t count) {
-  std::vector<float> data = values<float>(call, group.rank(), 0, count);
-  Signature signature;
-  signature.words[0] = 99;
-  Outcome outcome = group.begin_allreduce(data.data(), count, count * sizeof(float),
-                                          find_reduction(DType::kFloat32, ReduceOp::kSum), signature);
-  if (outcome == Outcome::kPending) outcome = group.resume(kForever);
-  if (outcome == Outcome::kLarge) {
-    const View view(data.data(), sizeof(float));
-    outcome = group.allreduce(view, count, DType::kFloat32, ReduceOp::kSum, signature, kForever);
+  // The call as Python packs it, in memory that ends where it ends.
+  std::vector<std::int64_t> request() {
+    std::vector<std::int64_t> words(kViewsField);
+    words[kOperationField] = static_cast<std::int64_t>(plan_.operation);
+    words[kReduceOpField] = static_cast<std::int64_t>(plan_.op);
+    words[kDTypeField] = static_cast<std::int64_t>(plan_.dtype);
+    words[kItemField] = static_cast<std::int64_t>(nbytes_of(plan_.dtype));
+    words[kRootField] = plan_.root;
+    words[kCountField] = static_cast<std::int64_t>(plan_.count);
+    for (int i = 0; i < 4; ++i) words[kSignatureField + i] = static_cast<std::int64_t>(signature_.words[i]);
+    const auto add_all = [&](std::vector<Tensor>& tensors) {
+      for (Tensor& tensor : tensors) tensor.pack(words);
+    };
+    const bool root = plan_.root == rank_;
+    switch (plan_.operation) {
+      case Operation::kBarrier: break;
+      case Operation::kAllGather: add_all(outputs_); own_.pack(words); break;
+      case Operation::kGather:
+        if (root) add_all(outputs_);
+        own_.pack(words);
+        break;
+      case Operation::kScatter:
+        target_.pack(words);
+        if (root) add_all(parts_);
+        break;
+      case Operation::kReduceScatter: target_.pack(words); add_all(parts_); break;
+      case Operation::kAllToAll: add_all(outputs_); add_all(parts_); break;
+      default: own_.pack(words); break;
+    }
+    words.shrink_to_fit();
+    return words;
   }
-  expect(outcome == Outcome::kDone, call, group.rank(), "outcome of a brief call");
-  expect(data == sums<float>(call, group.world_size(), 0, count), call, group.rank(), "brief allreduce");
-}
 
-void be_rank(char* base, int rank, int ranks, int calls, unsigned seed) {
-  Group group(base, Place{rank, ranks, {}, {}});
-  std::mt19937 shared(seed), own(seed * 7919 + static_cast<unsigned>(rank));
-  for (int call = 0; call < calls && failures.load() == 0; ++call) {
-    const Plan next = plan(shared, ranks);
-    if (own() % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own() % 2000));
-    if (call % 5 == 4) {
-      run_brief(group, call, next.count % 3000);
-    } else if (next.wide) {
-      run<float>(group, call, next, DType::kFloat32);
+  // The allreduce that Python begins while it holds the interpreter lock.
+  Outcome brief() {
+    const std::size_t nbytes = plan_.count * nbytes_of(plan_.dtype);
+    if (nbytes > group_.direct_nbytes()) return direct();
+    Outcome outcome = group_.begin_allreduce(own_.data(), plan_.count, nbytes,
+                                             find_reduction(plan_.dtype, plan_.op), signature_);
+    if (outcome == Outcome::kPending) {
+      check(group_.barrier(signature_, in_ms(0)) == Outcome::kBusy, "a call beside a pending one");
+      outcome = group_.resume(in_ms(kHangMs));
+    }
+    return outcome == Outcome::kLarge ? direct() : outcome;
+  }
+
+  // A ring.
+  Outcome transfer(bool packed) {
+    const int next = (rank_ + 1) % ranks_, before = (rank_ + ranks_ - 1) % ranks_;
+    const std::size_t item = nbytes_of(plan_.dtype);
+    Signature plain = signature_;
+    plain.words[2] = 0;
+    const View mine = own_.view(), theirs = target_.view();
+    Group::Transfer send{&mine, plan_.count, item, next, signature_}, recv{&theirs, plan_.count, item, before, plain};
+    Outcome outcome;
+    int differs;
+    if (packed) {
+      std::vector<std::int64_t> words = request();
+      words[kRootField] = next;
+      words[kSourceField] = before;
+      words[kSourceItemField] = words[kItemField];
+      words[kSourceCountField] = words[kCountField];
+      for (int i = 0; i < 4; ++i) words[kSourceSignatureField + i] = static_cast<std::int64_t>(plain.words[i]);
+      target_.pack(words);
+      outcome = run_request(group_, words.data(), in_ms(kHangMs));
+      differs = static_cast<int>(words[kDetailField]);
     } else {
-      run<std::uint8_t>(group, call, next, DType::kUInt8);
+      outcome = group_.transfer(&send, &recv, in_ms(kHangMs));
+      differs = (send.mismatch ? 1 : 0) | (recv.mismatch ? 2 : 0);
     }
+    if (outcome == Outcome::kFailed) return outcome;
+    const int wanted = (plan_.odd == rank_ ? 1 : 0) | (plan_.odd == before ? 2 : 0);
+    check(differs == wanted, "which half of a transfer differs");
+    check(outcome == (wanted != 0 ? Outcome::kMismatch : Outcome::kDone), "outcome of a transfer");
+    check(target_.holds(plan_.odd == before ? zeros_ : of(before, 0)), "transfer");
+    check(own_.holds(given_), "what was sent");
+    return Outcome::kDone;
+  }
+
+  bool done() {
+    const bool root = plan_.root == rank_;
+    bool right = true;
+    switch (plan_.operation) {
+      case Operation::kBarrier: return untouched();
+      case Operation::kAllReduce: return own_.holds(combination(0));
+      case Operation::kReduce: return own_.holds(root ? combination(0) : given_);
+      case Operation::kBroadcast: return own_.holds(of(plan_.root, 0));
+      case Operation::kScatter: return target_.holds(of(plan_.root, rank_));
+      case Operation::kReduceScatter: return target_.holds(combination(rank_));
+      case Operation::kAllGather:
+        for (int other = 0; other < ranks_; ++other) right = right && outputs_[other].holds(of(other, 0));
+        return right && own_.holds(given_);
+      case Operation::kGather:
+        for (int other = 0; other < ranks_; ++other) {
+          right = right && outputs_[other].holds(root ? of(other, 0) : zeros_);
+        }
+        return right && own_.holds(given_);
+      default:
+        for (int other = 0; other < ranks_; ++other) right = right && outputs_[other].holds(of(other, rank_));
+        return right;
+    }
+  }
+
+  bool untouched() {
+    bool clean = own_.holds(given_) && target_.holds(zeros_);
+    for (int rank = 0; rank < ranks_; ++rank) {
+      clean = clean && outputs_[rank].holds(zeros_) && parts_[rank].holds(of(rank_, rank));
+    }
+    return clean;
+  }
+
+  Group& group_;
+  const int rank_, ranks_, number_;
+  const Plan plan_;
+  const Bytes zeros_, given_;
+  Tensor own_, target_;
+  std::vector<Tensor> parts_, outputs_;
+  Signature signature_;
+};
+
+// A rank of several groups, which it uses by turns.
+void be_rank(const std::vector<std::unique_ptr<SharedMemory>>& memories, int rank, int calls, unsigned seed) {
+  this_rank = rank;
+  std::vector<std::unique_ptr<Group>> groups;
+  std::vector<RandomCalls> random;
+  for (const auto& memory : memories) {
+    groups.push_back(
+        std::make_unique<Group>(memory->base(), Place{rank, memory->ranks(), Descriptors(), counting_hooks()}));
+    random.emplace_back(seed + static_cast<unsigned>(random.size()), rank, true);
+  }
+  std::mt19937 turns(seed);
+  for (int call = 0; call < calls && failures.load() == 0; ++call) {
+    const std::size_t which = turns() % groups.size();
+    const Outcome outcome = random[which].make(*groups[which]);
+    expect(outcome == Outcome::kDone || outcome == Outcome::kMismatch, "rank %d: call %d ended with outcome %d", rank,
+           call, static_cast<int>(outcome));
   }
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const int ranks = argc > 1 ? std::atoi(argv[1]) : 4;
-  const int calls = argc > 2 ? std::atoi(argv[2]) : 2000;
-  const unsigned seed = argc > 3 ? static_cast<unsigned>(std::atoi(argv[3])) : 1;
-  const std::uint64_t nbytes = segment_nbytes(ranks, kHalf);
-  void* base = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-  if (base == MAP_FAILED) return 2;
-  const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  format_segment(static_cast<char*>(base), ranks, cores, kHalf, kDirect, kChunk);
-  if (!check_segment(static_cast<char*>(base), nbytes, ranks)) return 2;
+bool expect(bool truth, const char* what, ...) {
+  if (!truth && failures.fetch_add(1) < 20) {
+    char line[512];
+    va_list arguments;
+    va_start(arguments, what);
+    std::vsnprintf(line, sizeof line, what, arguments);
+    va_end(arguments);
+    std::fprintf(stderr, "FAILED: %s\n", line);
+  }
+  return truth;
+}
+
+std::int64_t in_ms(std::int64_t milliseconds) { return now_ns() + milliseconds * 1'000'000; }
+
+SharedMemory::SharedMemory(int ranks, int cores, const Sizes& sizes)
+    : nbytes_(segment_nbytes(ranks, sizes.half)), ranks_(ranks) {
+  void* base = mmap(nullptr, nbytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) std::abort();
+  base_ = static_cast<char*>(base);
+  expect(!check_segment(base_, nbytes_, ranks), "a segment of zeros is taken for one");
+  format_segment(base_, ranks, cores, sizes.half, sizes.direct, sizes.chunk);
+  expect(check_segment(base_, nbytes_, ranks), "a new segment is refused");
+  expect(!check_segment(base_, nbytes_, ranks + 1), "a segment for another number of ranks is taken");
+}
+
+SharedMemory::~SharedMemory() { munmap(base_, nbytes_); }
+
+Hooks counting_hooks() {
+  Hooks hooks;
+  hooks.signalled = [] {
+    naps.fetch_add(1, std::memory_order_relaxed);
+    return signalled_rank.load() == this_rank;
+  };
+  return hooks;
+}
+
+RandomCalls::RandomCalls(unsigned seed, int rank, bool may_disagree)
+    : seed_(seed), own_(seed * 7919 + static_cast<unsigned>(rank)), may_disagree_(may_disagree) {}
+
+Outcome RandomCalls::make(Group& group) {
+  std::mt19937 shared(seed_ * 100003 + static_cast<unsigned>(call_)), own(own_ * 100019 + static_cast<unsigned>(call_));
+  const Plan plan = planned(shared, group.world_size(), may_disagree_);
+  if (own() % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own() % 3000));
+  Call call(group, call_++, plan, static_cast<unsigned>(own()));
+  const Outcome outcome = call.make(own() % 2 == 0);
+  calls_made.fetch_add(1, std::memory_order_relaxed);
+  return outcome;
+}
+
+long RandomCalls::made() { return calls_made.load(); }
+
+void stress(unsigned seed) {
+  static constexpr int kRanks[] = {2, 3, 4, 1, 5, 8};
+  const int ranks = kRanks[seed % 6];
+  const int cores = seed % 4 == 3 ? ranks : static_cast<int>(std::thread::hardware_concurrency());
+  const Sizes& sizes = seed % 5 == 4 ? kUsual : kSmall;
+  // Two sets of threads, each with two groups that no other thread uses.
+  std::vector<std::vector<std::unique_ptr<SharedMemory>>> memories(2);
+  for (auto& set : memories) {
+    for (int group = 0; group < 2; ++group) set.push_back(std::make_unique<SharedMemory>(ranks, cores, sizes));
+  }
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back(be_rank, static_cast<char*>(base), rank, ranks, calls, seed);
+  for (std::size_t set = 0; set < memories.size(); ++set) {
+    for (int rank = 0; rank < ranks; ++rank) {
+      threads.emplace_back(be_rank, std::cref(memories[set]), rank, 300 / ranks,
+                           static_cast<unsigned>(seed * 10 + 4 * set));
+    }
   }
   for (std::thread& thread : threads) thread.join();
-  std::printf("%d ranks, %d calls, seed %u, %s: %s\n", ranks, calls, seed, instruction_set(),
-              failures.load() == 0 ? "passed" : "FAILED");
-  munmap(base, nbytes);
+}
+
+}  // namespace tests
+}  // namespace colltensor
+
+int main(int argc, char** argv) {
+  using namespace colltensor;
+  using namespace colltensor::tests;
+  const int seconds = argc > 1 ? std::atoi(argv[1]) : 10;
+  const auto first = static_cast<unsigned>(argc > 2 ? std::atoi(argv[2]) : 1);
+  alarm(static_cast<unsigned>(10 * seconds + 120));  // whoever hangs is ended by the signal
+  const auto step = [](const char* name, auto run) {
+    const std::int64_t began = now_ns();
+    run();
+    std::printf("%-10s %5.1f s\n", name, static_cast<double>(now_ns() - began) / 1e9);
+    std::fflush(stdout);
+  };
+  const std::int64_t end = in_ms(1000 * seconds);
+  step("processes", [&] { test_processes(first); });  // first: they are forked, and there is no thread yet
+  step("kernels", test_kernels);
+  step("failures", test_failures);
+  unsigned seed = first;
+  step("stress", [&] {
+    do {
+      stress(seed++);
+    } while ((now_ns() < end || seed < first + 6) && failures.load() == 0);
+  });
+  expect(naps.load() > 100, "only %ld waits came to sleep", naps.load());
+  std::printf("%ld calls, %ld waits that slept, seeds %u to %u, %s: %s\n", RandomCalls::made(), naps.load(), first,
+              seed - 1, instruction_set(), failures.load() == 0 ? "passed" : "FAILED");
   return failures.load() == 0 ? 0 : 1;
 }

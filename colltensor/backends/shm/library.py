@@ -16,15 +16,30 @@ from colltensor.errors import BackendUnavailableError
 INTERFACE: Final = 3
 """What the library's ``shm_interface()`` must say: it counts the changes of its functions."""
 
+TVM_FFI_SERIES: Final = "0.1"
+"""The versions of apache-tvm-ffi that the library works with, whichever of them it was built against.
+
+It uses their C ABI alone, and "bumps in X [of 0.X.Y] indicate C ABI-breaking changes" (apache-tvm-ffi's README,
+"Status and Release Versioning"). pyproject.toml asks for the same; a new series means to build and test again.
+"""
+
 _VARIABLE: Final = "COLLTENSOR_LIBRARY"
-_BUILT: Final = Path(__file__).parents[2] / "lib" / "libcolltensor.so"
+_NAME: Final = Path("lib", "libcolltensor.so")
 
 _loaded: list[Any] = []
 
 
 def path() -> Path:
-    """Return where the library should be; the variable ``COLLTENSOR_LIBRARY`` names another place."""
-    return Path(os.environ.get(_VARIABLE) or _BUILT)
+    """Return where the library should be; the variable ``COLLTENSOR_LIBRARY`` names another place.
+
+    An editable install has two folders: the sources' and, for what was built, one in site-packages.
+    """
+    named = os.environ.get(_VARIABLE)
+    if named:
+        return Path(named)
+    folders = sys.modules[__name__.partition(".")[0]].__path__
+    places = [Path(folder) / _NAME for folder in folders]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def reason() -> str | None:
@@ -33,11 +48,14 @@ def reason() -> str | None:
         return None
     if sys.platform != "linux":
         return f"shared memory between ranks needs Linux, and this is {sys.platform}; use backend='gloo'"
-    if not path().is_file():
+    place = path()
+    if not place.is_file():
+        if os.environ.get(_VARIABLE):
+            return f"there is no file {place}, which the variable {_VARIABLE} names: build it, or unset the variable"
         return (
-            f"the native library is missing ({path()}): install a wheel for this platform (pip install "
-            "--force-reinstall colltensor), or, where there is none, build it: install a C++17 compiler and CMake "
-            "(apt-get install g++ cmake ninja-build) and run pip install --no-binary colltensor colltensor"
+            f"the native library is missing ({place}): install colltensor for this platform (pip install "
+            "--force-reinstall --no-deps colltensor; without a wheel for it this builds the library, for which it "
+            "needs a C++17 compiler: apt-get install g++), or, in a checkout, pip install -e ."
         )
     return None
 
@@ -46,23 +64,31 @@ def load() -> Any:
     """Return the library as a ``tvm_ffi.Module`` whose functions are the exports of native/src/exports.cpp.
 
     Raises:
-        BackendUnavailableError: It is missing, of another version, or cannot be loaded.
+        BackendUnavailableError: It is missing, of another version, or cannot be loaded, or apache-tvm-ffi is of
+            another series.
     """
     if _loaded:
         return _loaded[0]
     why = reason()
     if why is not None:
         raise BackendUnavailableError(f"backend 'shm': {why}")
+    place = path()
+    tvm_ffi = dlpack.tvm_ffi()
+    if not f"{tvm_ffi.__version__}.".startswith(f"{TVM_FFI_SERIES}."):
+        raise BackendUnavailableError(
+            f"backend 'shm': {place} is built for apache-tvm-ffi {TVM_FFI_SERIES}, and {tvm_ffi.__version__} is "
+            f"installed: pip install 'apache-tvm-ffi=={TVM_FFI_SERIES}.*'"
+        )
+    reinstall = "pip install --force-reinstall --no-deps colltensor"
+    remedy = f"build {place} again" if os.environ.get(_VARIABLE) else reinstall
     try:
-        module = dlpack.tvm_ffi().load_module(str(path()))
+        module = tvm_ffi.load_module(str(place))
         version = module.shm_interface()
     except (RuntimeError, AttributeError, OSError) as error:
-        raise BackendUnavailableError(
-            f"backend 'shm': {path()} cannot be loaded: {error}; reinstall colltensor for this platform"
-        ) from error
+        raise BackendUnavailableError(f"backend 'shm': {place} cannot be loaded: {error}; {remedy}") from error
     if version != INTERFACE:
         raise BackendUnavailableError(
-            f"backend 'shm': {path()} has interface {version}, and this colltensor needs {INTERFACE}: reinstall it"
+            f"backend 'shm': {place} has interface {version}, and this colltensor needs {INTERFACE}; {remedy}"
         )
     _loaded.append(module)
     return module

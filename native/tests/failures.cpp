@@ -1,0 +1,254 @@
+// The ways in which a call can end without a result: late and departed ranks, a closed group, the caller's own reasons;
+// and the table of groups. Ranks are threads; each waits long enough to sleep.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <thread>
+
+#include "check.h"
+#include "registry.h"
+
+namespace colltensor {
+namespace tests {
+namespace {
+
+constexpr std::int64_t kShortMs = 80, kLongMs = 10'000, kSoonMs = 1500;
+constexpr std::size_t kSmallCount = 10, kLargeCount = 100'000;
+constexpr int kAbsent = 2, kRanks = 3;
+
+enum Kind { kBarrier, kAllReduce, kReduce, kBroadcast, kAllGather, kGather, kScatter, kAllToAll, kReduceScatter, kSend,
+            kReceive, kBrief, kKinds };
+
+RankSet only(int rank) {
+  RankSet set;
+  set.add(rank);
+  return set;
+}
+
+std::unique_ptr<Group> member(const SharedMemory& memory, int rank, Hooks hooks = counting_hooks()) {
+  return std::make_unique<Group>(memory.base(), Place{rank, memory.ranks(), Descriptors(), hooks});
+}
+
+// A call of `kind` with everybody, or the rank that does not come.
+Outcome call(Group& group, int kind, std::size_t count, std::int64_t deadline) {
+  std::vector<std::vector<float>> memory(kRanks, std::vector<float>(count, 1.0f));
+  std::vector<View> views;
+  for (auto& floats : memory) views.emplace_back(floats.data(), sizeof(float));
+  std::vector<float> own(count, 1.0f);
+  const View view(own.data(), sizeof(float));
+  const Signature signature;
+  Group::Transfer transfer{&view, count, sizeof(float), kAbsent, signature};
+  switch (kind) {
+    case kBarrier: return group.barrier(signature, deadline);
+    case kAllReduce: return group.allreduce(view, count, DType::kFloat32, ReduceOp::kSum, signature, deadline);
+    case kReduce: return group.reduce(view, count, DType::kFloat32, ReduceOp::kSum, 0, signature, deadline);
+    case kBroadcast: return group.broadcast(view, count, sizeof(float), 0, signature, deadline);
+    case kAllGather: return group.allgather(views.data(), view, count, sizeof(float), signature, deadline);
+    case kGather: return group.gather(views.data(), view, count, sizeof(float), 0, signature, deadline);
+    case kScatter: return group.scatter(view, views.data(), count, sizeof(float), 0, signature, deadline);
+    case kAllToAll: return group.alltoall(views.data(), views.data(), count, sizeof(float), signature, deadline);
+    case kReduceScatter:
+      return group.reducescatter(view, views.data(), count, DType::kFloat32, ReduceOp::kSum, signature, deadline);
+    case kSend: return group.transfer(&transfer, nullptr, deadline);
+    case kReceive: return group.transfer(nullptr, &transfer, deadline);
+    default: {
+      const Reduction reduction = find_reduction(DType::kFloat32, ReduceOp::kSum);
+      const Outcome begun = group.begin_allreduce(own.data(), kSmallCount, kSmallCount * 4, reduction, signature);
+      return begun == Outcome::kPending ? group.resume(deadline) : begun;
+    }
+  }
+}
+
+void expect_failure(const Group& group, Failure kind, const RankSet& ranks, const char* what) {
+  const FailureReport report = group.failure();
+  expect(report.kind == kind, "%s: rank %d sees failure %d", what, group.rank(), static_cast<int>(report.kind));
+  for (int rank = 0; rank < kRanks; ++rank) {
+    expect(report.ranks.has(rank) == ranks.has(rank), "%s: rank %d %s rank %d", what, group.rank(),
+           report.ranks.has(rank) ? "names" : "does not name", rank);
+  }
+}
+
+void late(int kind, std::size_t count) {
+  const SharedMemory memory(kRanks, kind % 2 == 0 ? 1 : kRanks, kSmall);
+  const std::unique_ptr<Group> absent = member(memory, kAbsent);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kAbsent; ++rank) {
+    threads.emplace_back([&memory, rank, kind, count] {
+      this_rank = rank;
+      const std::unique_ptr<Group> group = member(memory, rank);
+      const std::int64_t began = now_ns();
+      const Outcome outcome = call(*group, kind, count, in_ms(kShortMs));
+      const std::int64_t took = (now_ns() - began) / 1'000'000;
+      expect(outcome == Outcome::kFailed, "late: kind %d ended with outcome %d", kind, static_cast<int>(outcome));
+      expect(took < kSoonMs, "late: kind %d took %d ms", kind, static_cast<int>(took));
+      expect_failure(*group, Failure::kLate, only(kAbsent), "late");
+      expect(call(*group, kind, count, in_ms(kLongMs)) == Outcome::kFailed, "a broken group goes on, kind %d", kind);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  expect(call(*absent, kBarrier, 0, in_ms(kLongMs)) == Outcome::kFailed, "the late rank is not told");
+}
+
+// One rank waits for another, which does `act` meanwhile.
+template <class Act>
+Outcome wait_for_other(Group& group, Act act) {
+  std::thread other([&act] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    act();
+  });
+  const std::int64_t began = now_ns();
+  const Outcome outcome = call(group, kAllReduce, kLargeCount, in_ms(kLongMs));
+  expect(now_ns() - began < kSoonMs * 1'000'000, "a wait did not end soon: outcome %d", static_cast<int>(outcome));
+  other.join();
+  return outcome;
+}
+
+void departed() {
+  const SharedMemory memory(2, 2, kSmall);
+  const std::unique_ptr<Group> stays = member(memory, 0), leaves = member(memory, 1);
+  this_rank = 0;
+  expect(wait_for_other(*stays, [&] { leaves->leave(); }) == Outcome::kFailed, "a rank that left is waited for");
+  expect_failure(*stays, Failure::kLeft, only(1), "departed");
+  expect(call(*leaves, kBarrier, 0, in_ms(kLongMs)) == Outcome::kClosed, "a rank that left can call");
+}
+
+void closed_by_another_thread() {
+  const SharedMemory memory(2, 2, kSmall);
+  const std::unique_ptr<Group> group = member(memory, 0), peer = member(memory, 1);
+  expect(wait_for_other(*group, [&] { group->leave(); }) == Outcome::kClosed, "closing does not end a call");
+  // It has arrived, but it will not go on.
+  expect(call(*peer, kAllReduce, kLargeCount, in_ms(kLongMs)) == Outcome::kFailed, "a closed rank is waited for");
+  expect_failure(*peer, Failure::kLeft, only(0), "closed");
+}
+
+void stopped() {
+  const SharedMemory memory(2, 2, kSmall);
+  std::atomic<bool> wanted{false};
+  Hooks hooks = counting_hooks();
+  hooks.context = &wanted;
+  hooks.stop = [](void* context) { return static_cast<std::atomic<bool>*>(context)->load(); };
+  const std::unique_ptr<Group> group = member(memory, 0, hooks), peer = member(memory, 1);
+  expect(wait_for_other(*group, [&] { wanted = true; }) == Outcome::kStopped, "the caller cannot stop a call");
+  expect(group->failure().kind == Failure::kNone, "a stopped call breaks the group by itself");
+  std::thread waits([&] {
+    expect(call(*peer, kReduce, kLargeCount, in_ms(kLongMs)) == Outcome::kFailed, "a broken group is waited for");
+    expect_failure(*peer, Failure::kBroken, {}, "broken");
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  group->fail(Failure::kBroken, {});
+  group->fail(Failure::kLate, only(1));  // too late: the first failure stays
+  waits.join();
+  expect_failure(*group, Failure::kBroken, {}, "broken");
+}
+
+void signalled() {
+  const SharedMemory memory(2, 2, kSmall);
+  const std::unique_ptr<Group> group = member(memory, 0), peer = member(memory, 1);
+  this_rank = 0;
+  expect(wait_for_other(*group, [] { signalled_rank = 0; }) == Outcome::kSignalled, "a signal does not end a call");
+  signalled_rank = kNoRank;
+}
+
+// A rank that sleeps is woken, and does not merely look around after its slice of 50 ms, 20 ms later.
+void wakes(int kind) {
+  std::int64_t quickest = kLongMs * 1'000'000;
+  for (int attempt = 0; attempt < 5; ++attempt) {
+    const SharedMemory memory(kRanks, 1, kSmall);
+    std::atomic<std::int64_t> arrived{0};
+    std::thread sleeps([&memory, &arrived, &quickest, kind] {
+      const std::unique_ptr<Group> group = member(memory, 0);
+      expect(call(*group, kind, kSmallCount, in_ms(kLongMs)) == Outcome::kDone, "a sleeper's call");
+      quickest = std::min(quickest, now_ns() - arrived.load());
+    });
+    std::vector<std::thread> threads;
+    if (kind != kReceive) {
+      threads.emplace_back([&memory, kind] {
+        expect(call(*member(memory, 1), kind, kSmallCount, in_ms(kLongMs)) == Outcome::kDone, "a sleeper's call");
+      });
+    }
+    const std::unique_ptr<Group> wakes = member(memory, kAbsent);
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    arrived = now_ns();
+    if (kind == kReceive) {
+      const std::vector<float> given(kSmallCount);
+      const View view(const_cast<float*>(given.data()), sizeof(float));
+      Group::Transfer send{&view, kSmallCount, sizeof(float), 0, Signature()};
+      expect(wakes->transfer(&send, nullptr, in_ms(kLongMs)) == Outcome::kDone, "the call of who wakes");
+    } else {
+      expect(call(*wakes, kind, kSmallCount, in_ms(kLongMs)) == Outcome::kDone, "the call of who wakes");
+    }
+    sleeps.join();
+    for (std::thread& thread : threads) thread.join();
+  }
+  expect(quickest < 10'000'000, "a sleeper was woken after %d us at best, kind %d", static_cast<int>(quickest / 1000),
+         kind);
+}
+
+// A group as Python has it: its memory is mapped once for each rank.
+std::int64_t open(int fd, std::uint64_t nbytes, int rank) {
+  auto opened = std::make_unique<Member>();
+  expect(opened->mapping.map(fd, nbytes), "the segment cannot be mapped");
+  expect(check_segment(opened->mapping.base(), nbytes, 2), "the segment is refused");
+  opened->group = std::make_unique<Group>(opened->mapping.base(), Place{rank, 2, Descriptors(), counting_hooks()});
+  return add_member(std::move(opened));
+}
+
+void table_of_groups() {
+  const std::uint64_t nbytes = segment_nbytes(2, kSmall.half);
+  const int fd = memfd_create("colltensor-test", MFD_CLOEXEC);
+  expect(fd >= 0 && ftruncate(fd, static_cast<off_t>(nbytes)) == 0, "no memory of its own");
+  {
+    Mapping mapping;
+    expect(mapping.map(fd, nbytes), "the segment cannot be mapped");
+    format_segment(mapping.base(), 2, 2, kSmall.half, kSmall.direct, kSmall.chunk);
+  }
+  const std::int64_t handles[] = {open(fd, nbytes, 0), open(fd, nbytes, 1)};
+  close(fd);
+  expect(handles[0] >= 0 && handles[1] >= 0 && handles[0] != handles[1], "no handles");
+  std::vector<std::thread> threads;
+  std::atomic<int> busy{0}, begun{0};
+  for (const std::int64_t handle : handles) {
+    threads.emplace_back([&, handle] {
+      for (int i = 0; i < 200; ++i) {
+        Turn turn(handle);
+        begun.fetch_add(1);
+        if (!expect(turn.outcome() == Outcome::kDone, "no turn")) return;
+        expect(call(*turn, i % 2 == 0 ? kBarrier : kBrief, kSmallCount, in_ms(kLongMs)) == Outcome::kDone, "a call");
+      }
+      if (handle == handles[1]) return;
+      Turn turn(handle);
+      expect(call(*turn, kBarrier, 0, in_ms(kLongMs)) == Outcome::kClosed, "closing does not end a call");
+    });
+    if (handle == handles[0]) {  // alone in its first call, so that it has the turn
+      while (begun.load() == 0) std::this_thread::yield();
+      for (int i = 0; i < 50; ++i) busy += Turn(handle).outcome() == Outcome::kBusy;
+      expect(busy.load() > 0, "two threads have a turn at once");
+    }
+  }
+  threads[1].join();
+  expect(remove_member(handles[0]), "a call did not end when its group was closed");
+  threads[0].join();
+  for (const std::int64_t handle : handles) expect(remove_member(handle) && remove_member(handle), "closed twice");
+  expect(Turn(handles[0]).outcome() == Outcome::kClosed && peek_member(handles[0]) == nullptr, "an old handle works");
+  expect(Turn(-1).outcome() == Outcome::kClosed && peek_member(-1) == nullptr && remove_member(-1), "no handle works");
+}
+
+}  // namespace
+
+void test_failures() {
+  for (int kind = 0; kind < kKinds; ++kind) late(kind, kSmallCount);
+  for (int kind = 0; kind < kBrief; ++kind) late(kind, kLargeCount);
+  wakes(kBarrier);
+  wakes(kReceive);
+  departed();
+  closed_by_another_thread();
+  stopped();
+  signalled();
+  table_of_groups();
+}
+
+}  // namespace tests
+}  // namespace colltensor
