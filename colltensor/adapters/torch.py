@@ -46,9 +46,10 @@ class TorchAdapter:
         return _view(tensor)
 
     def plain(self, tensor: Any) -> bool:
-        if not tensor.is_cpu or tensor.requires_grad or tensor.is_inference() or tensor.is_nested:
-            return False
-        if tensor.is_neg() or tensor.is_conj():
+        if (
+            not tensor.is_cpu or tensor.requires_grad or tensor.is_neg() or tensor.is_conj() or tensor.is_inference()
+            or tensor.is_nested or tensor.is_quantized
+        ):
             return False
         try:
             tensor.data_ptr()
