@@ -124,15 +124,7 @@ def survive(rank: int, size: int, name: str, trial: Trial, pids: tuple[int, ...]
     if killer is not None:
         killer.join()
     ranks = tuple(getattr(error, "ranks", ()))
-    return Seen(type(error).__name__, ranks, str(error), at, killed_at[0], before, settled(before))
-
-
-def settled(before: Held) -> Held:
-    """Return what is held once threads that were told to end have ended."""
-    deadline = time.monotonic() + 2.0
-    while (after := Held.now()) != before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return after
+    return Seen(type(error).__name__, ranks, str(error), at, killed_at[0], before, before.settled())
 
 
 def make_again(rank: int, size: int, name: str) -> float:

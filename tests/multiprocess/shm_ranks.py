@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,3 +103,10 @@ class Held(NamedTuple):
             with contextlib.suppress(FileNotFoundError):  # the listing's own
                 kinds.append(os.readlink(f"/proc/self/fd/{number}").partition("[")[0])
         return cls(tuple(sorted(kinds)), shared_mappings(), threading.active_count())
+
+    def settled(self) -> Held:
+        """Return what is held once threads that were told to end have ended; equal to this if nothing was left."""
+        deadline = time.monotonic() + 2.0
+        while (after := Held.now()) != self and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return after

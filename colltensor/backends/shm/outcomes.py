@@ -32,6 +32,8 @@ _LOST, _LATE, _BROKEN, _LEFT, _GONE, _UNREADABLE = range(2, 8)
 _REMEDY: Final = "The group is broken: destroy it and create it again"
 _REASON_S: Final = 2.0
 """How long a rank waits for the control plane to say why another broke the group."""
+_WORDS_S: Final = 5.0
+"""How long the exchange of words after a mismatch may take at least: all have arrived, the last one perhaps late."""
 _REPORT_WORDS: Final = 6
 _SET_WORDS: Final = 4
 
@@ -61,6 +63,10 @@ class Signed:
         self.words = words
         self.describe = describe
         self.claim = claim
+
+
+def _at_least(deadline: float) -> float:
+    return max(deadline, time.monotonic() + _WORDS_S)
 
 
 def unsigned(name: str, words: Words, view: BufferView | None, op: ReduceOp | None, detail: str = "") -> Signed:
@@ -129,7 +135,7 @@ class Outcomes:
         Raises:
             MismatchError: Always, but for what may go wrong in an exchange.
         """
-        self._control.agree(signed.signature, signed.describe, deadline)
+        self._control.agree(signed.signature, signed.describe, _at_least(deadline))
         raise MismatchError(f"{self._where}: the ranks disagree about {signed.describe()}", ())
 
     def pair_mismatch(self, pairs: list[tuple[int, int, Signed]], deadline: float) -> NoReturn:
@@ -138,6 +144,7 @@ class Outcomes:
         Raises:
             MismatchError: Always, but for what may go wrong in an exchange.
         """
+        deadline = _at_least(deadline)
         ordered = sorted(pairs, key=lambda pair: pair[:2])
         peers = [source if destination == self._control.rank else destination for source, destination, _ in ordered]
         for peer, (_, _, signed) in zip(peers, ordered, strict=True):
