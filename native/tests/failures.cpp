@@ -129,7 +129,9 @@ void stopped() {
   std::atomic<bool> wanted{false};
   Hooks hooks = counting_hooks();
   hooks.context = &wanted;
-  hooks.stop = [](void* context) { return static_cast<std::atomic<bool>*>(context)->load(); };
+  hooks.stop = [](void* context) {
+    return static_cast<std::atomic<bool>*>(context)->load() ? Hooks::kStop : Hooks::kGoOn;
+  };
   const std::unique_ptr<Group> group = member(memory, 0, hooks), peer = member(memory, 1);
   expect(wait_for_other(*group, [&] { wanted = true; }) == Outcome::kStopped, "the caller cannot stop a call");
   expect(group->failure().kind == Failure::kNone, "a stopped call breaks the group by itself");
@@ -203,7 +205,7 @@ void table_of_groups() {
   {
     Mapping mapping;
     expect(mapping.map(fd, nbytes), "the segment cannot be mapped");
-    format_segment(mapping.base(), 2, 2, kSmall.half, kSmall.direct, kSmall.chunk);
+    format_segment(mapping.base(), 2, 2, kSmall.half, kSmall.direct, kSmall.chunk, kSmall.read);
   }
   const std::int64_t handles[] = {open(fd, nbytes, 0), open(fd, nbytes, 1)};
   close(fd);
@@ -232,8 +234,8 @@ void table_of_groups() {
   expect(remove_member(handles[0]), "a call did not end when its group was closed");
   threads[0].join();
   for (const std::int64_t handle : handles) expect(remove_member(handle) && remove_member(handle), "closed twice");
-  expect(Turn(handles[0]).outcome() == Outcome::kClosed && peek_member(handles[0]) == nullptr, "an old handle works");
-  expect(Turn(-1).outcome() == Outcome::kClosed && peek_member(-1) == nullptr && remove_member(-1), "no handle works");
+  expect(Turn(handles[0]).outcome() == Outcome::kClosed && !Guest(handles[0]), "an old handle works");
+  expect(Turn(-1).outcome() == Outcome::kClosed && !Guest(-1) && remove_member(-1), "no handle works");
 }
 
 }  // namespace

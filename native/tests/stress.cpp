@@ -249,13 +249,17 @@ class Call {
 };
 
 // A rank of several groups, which it uses by turns.
-void be_rank(const std::vector<std::unique_ptr<SharedMemory>>& memories, int rank, int calls, unsigned seed) {
+void be_rank(const std::vector<std::unique_ptr<SharedMemory>>& memories, int rank, bool reads, int calls, unsigned seed) {
   this_rank = rank;
   std::vector<std::unique_ptr<Group>> groups;
   std::vector<RandomCalls> random;
   for (const auto& memory : memories) {
     groups.push_back(
         std::make_unique<Group>(memory->base(), Place{rank, memory->ranks(), Descriptors(), counting_hooks()}));
+    if (reads) {
+      const std::vector<std::int32_t> pids(memory->ranks(), getpid());
+      groups.back()->allow_reading(expect(groups.back()->try_reading(pids.data()), "this process cannot be read"));
+    }
     random.emplace_back(seed + static_cast<unsigned>(random.size()), rank, true);
   }
   std::mt19937 turns(seed);
@@ -289,7 +293,7 @@ SharedMemory::SharedMemory(int ranks, int cores, const Sizes& sizes)
   if (base == MAP_FAILED) std::abort();
   base_ = static_cast<char*>(base);
   expect(!check_segment(base_, nbytes_, ranks), "a segment of zeros is taken for one");
-  format_segment(base_, ranks, cores, sizes.half, sizes.direct, sizes.chunk);
+  format_segment(base_, ranks, cores, sizes.half, sizes.direct, sizes.chunk, sizes.read);
   expect(check_segment(base_, nbytes_, ranks), "a new segment is refused");
   expect(!check_segment(base_, nbytes_, ranks + 1), "a segment for another number of ranks is taken");
 }
@@ -325,15 +329,23 @@ void stress(unsigned seed) {
   const int ranks = kRanks[seed % 6];
   const int cores = seed % 4 == 3 ? ranks : static_cast<int>(std::thread::hardware_concurrency());
   const Sizes& sizes = seed % 5 == 4 ? kUsual : kSmall;
+  // Where ranks read each other's memory, they first find these numbers there.
+  static const std::uint64_t nonce[2] = {0, 0};
+  const bool reads = seed % 3 != 1;
   // Two sets of threads, each with two groups that no other thread uses.
   std::vector<std::vector<std::unique_ptr<SharedMemory>>> memories(2);
   for (auto& set : memories) {
-    for (int group = 0; group < 2; ++group) set.push_back(std::make_unique<SharedMemory>(ranks, cores, sizes));
+    for (int group = 0; group < 2; ++group) {
+      set.push_back(std::make_unique<SharedMemory>(ranks, cores, sizes));
+      for (int rank = 0; rank < ranks; ++rank) {
+        Layout(set.back()->base(), ranks).rank(rank).own_nonce.store(reinterpret_cast<std::uint64_t>(nonce));
+      }
+    }
   }
   std::vector<std::thread> threads;
   for (std::size_t set = 0; set < memories.size(); ++set) {
     for (int rank = 0; rank < ranks; ++rank) {
-      threads.emplace_back(be_rank, std::cref(memories[set]), rank, 300 / ranks,
+      threads.emplace_back(be_rank, std::cref(memories[set]), rank, reads, 300 / ranks,
                            static_cast<unsigned>(seed * 10 + 4 * set));
     }
   }
