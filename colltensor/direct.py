@@ -30,6 +30,7 @@ NOT_DIRECT: Final = (never, None)
 """The entry of ``colltensor.adapters.direct`` for a type that it does not have."""
 
 _SENDS, _RECEIVES = 256, 512
+_NAMES: Final = tuple(DIRECT)
 
 
 class Direct:
@@ -48,16 +49,19 @@ class Direct:
         self._arguments = arguments
         self._rank = rank
 
-    def call(self, name: str, op: int, root: int, source: int, tensors: Sequence[Any], written: Sequence[Any]) -> bool:
+    def call(
+        self, operation: int, op: int, root: Any, source: Any, tensors: Sequence[Any], written: int, written_end: int
+    ) -> bool:
         """Run an operation on tensors as they are; False if it must go the general way.
 
         Args:
-            name: The operation, one of ``DIRECT``.
+            operation: A number of ``DIRECT``.
             op: The reduce op, ``NO_OP`` for none.
-            root: The root, or the rank to send to; ``NO_RANK`` for none.
+            root: The root, or the rank to send to; ``NO_RANK`` for none. Whatever is no rank goes the general way.
             source: The rank to receive from; ``NO_RANK`` for none.
             tensors: All tensors of the call, in the backend's order.
-            written: Those of them that are written on this rank.
+            written: The first of them that is written on this rank.
+            written_end: The one after the last.
 
         Raises:
             CollectiveError: As every collective.
@@ -71,16 +75,15 @@ class Direct:
                 noted = True
                 if not plain(tensor):
                     return False
-        number = DIRECT[name]
         try:
-            code = self._call(number, op, root, source, *tensors)
+            code = self._call(operation, op, root, source, *tensors)
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
-            self.failed(name, error)
+            self.failed(_NAMES[operation], error)
             return False
-        if code and not self._finish(name, op, root, source, tensors, code):
+        if code and not self._finish(operation, op, root, source, tensors, code):
             return False
         if noted:
-            for tensor in written:
+            for tensor in tensors[written:written_end]:
                 note = direct[tensor.__class__][1]
                 if note is not None:
                     note(tensor)
@@ -88,12 +91,13 @@ class Direct:
 
     def finish_allreduce(self, tensor: Any, op: ReduceOp, code: int) -> bool:
         """End an allreduce that was not done at once; False if it must go the general way."""
-        return self._finish("allreduce", op, NO_RANK, NO_RANK, (tensor,), code)
+        return self._finish(DIRECT["allreduce"], op, NO_RANK, NO_RANK, (tensor,), code)
 
-    def _finish(self, name: str, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
+    def _finish(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
+        name = _NAMES[operation]
         self._engine.check(name)
         try:
-            code = self._backend.settle(name, code, lambda: self._call(DIRECT[name], op, root, source, *tensors))
+            code = self._backend.settle(name, code, lambda: self._call(operation, op, root, source, *tensors))
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(name, error)
         if code & 0xFF == DIRECT_MISMATCH:

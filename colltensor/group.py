@@ -16,7 +16,7 @@ from colltensor import backends
 from colltensor.adapters import direct
 from colltensor.arguments import Arguments
 from colltensor.backends import auto
-from colltensor.backends.base import Backend, BackendSpec, SigningBackend
+from colltensor.backends.base import DIRECT, Backend, BackendSpec, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
@@ -25,6 +25,10 @@ from colltensor.errors import CollectiveError, OptionError
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
+
+_BARRIER, _ALLREDUCE, _REDUCE, _BROADCAST, _ALLGATHER, _GATHER, _REDUCESCATTER, _SCATTER, _ALLTOALL, _TRANSFER = (
+    DIRECT.values()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +179,8 @@ class Group:
             On ``dst_rank`` as ``allreduce``; elsewhere ``tensor`` itself.
         """
         if (
-            self._is_direct(async_op, copy, dst_rank) and op.__class__ is ReduceOp
-            and self._direct.call("reduce", op, dst_rank, NO_RANK, (tensor,), (tensor,)[dst_rank != self.rank :])
+            self._direct is not None and copy is None and not async_op and op.__class__ is ReduceOp
+            and self._direct.call(_REDUCE, op, dst_rank, NO_RANK, (tensor,), 0, dst_rank == self.rank)
         ):
             return tensor
         op, root = self._arguments.op("reduce", op), self._arguments.rank("reduce", "dst_rank", dst_rank)
@@ -202,8 +206,9 @@ class Group:
         Returns:
             ``tensor`` itself, with JAX arrays replaced by new ones where they were written.
         """
-        if self._is_direct(async_op, copy, src_rank) and self._direct.call(
-            "broadcast", NO_OP, src_rank, NO_RANK, (tensor,), (tensor,)[src_rank == self.rank :]
+        if (
+            self._direct is not None and copy is None and not async_op
+            and self._direct.call(_BROADCAST, NO_OP, src_rank, NO_RANK, (tensor,), 0, src_rank != self.rank)
         ):
             return tensor
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
@@ -230,8 +235,8 @@ class Group:
             ``tensor_list``.
         """
         if (
-            self._is_direct(async_op, copy) and tensor_list.__class__ is list
-            and self._direct.call("allgather", NO_OP, NO_RANK, NO_RANK, (*tensor_list, tensor), tensor_list)
+            self._direct is not None and copy is None and not async_op and tensor_list.__class__ is list
+            and self._direct.call(_ALLGATHER, NO_OP, NO_RANK, NO_RANK, (*tensor_list, tensor), 0, self.world_size)
         ):
             return tensor_list
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
@@ -259,9 +264,9 @@ class Group:
         Returns:
             ``tensor_list``.
         """
-        if self._is_direct(async_op, copy, dst_rank):
+        if self._direct is not None and copy is None and not async_op:
             taken = () if dst_rank != self.rank or tensor_list.__class__ is not list else tensor_list
-            if self._direct.call("gather", NO_OP, dst_rank, NO_RANK, (*taken, tensor), taken):
+            if self._direct.call(_GATHER, NO_OP, dst_rank, NO_RANK, (*taken, tensor), 0, len(taken)):
                 return tensor_list
         root = self._arguments.rank("gather", "dst_rank", dst_rank)
         source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
@@ -295,9 +300,9 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if self._is_direct(async_op, copy, src_rank):
+        if self._direct is not None and copy is None and not async_op:
             given = () if src_rank != self.rank or tensor_list.__class__ is not list else tensor_list
-            if self._direct.call("scatter", NO_OP, src_rank, NO_RANK, (tensor, *given), (tensor,)):
+            if self._direct.call(_SCATTER, NO_OP, src_rank, NO_RANK, (tensor, *given), 0, 1):
                 return tensor
         root = self._arguments.rank("scatter", "src_rank", src_rank)
         target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
@@ -331,8 +336,9 @@ class Group:
             ``tensor`` itself, or a new JAX array.
         """
         if (
-            self._is_direct(async_op, copy) and tensor_list.__class__ is list and op.__class__ is ReduceOp
-            and self._direct.call("reducescatter", op, NO_RANK, NO_RANK, (tensor, *tensor_list), (tensor,))
+            self._direct is not None and copy is None and not async_op
+            and tensor_list.__class__ is list and op.__class__ is ReduceOp
+            and self._direct.call(_REDUCESCATTER, op, NO_RANK, NO_RANK, (tensor, *tensor_list), 0, 1)
         ):
             return tensor
         op = self._arguments.op("reducescatter", op)
@@ -360,8 +366,9 @@ class Group:
             ``output_list``.
         """
         if (
-            self._is_direct(async_op, copy) and output_list.__class__ is list and input_list.__class__ is list
-            and self._direct.call("alltoall", NO_OP, NO_RANK, NO_RANK, (*output_list, *input_list), output_list)
+            self._direct is not None and copy is None and not async_op
+            and output_list.__class__ is list and input_list.__class__ is list
+            and self._direct.call(_ALLTOALL, NO_OP, NO_RANK, NO_RANK, (*output_list, *input_list), 0, self.world_size)
         ):
             return output_list
         self._arguments.length("alltoall", "input_list", input_list)
@@ -381,8 +388,9 @@ class Group:
         Only those two ranks call; the call waits for the receiver. Two ranks that both send before
         they receive wait for each other until the timeout: use ``sendrecv``.
         """
-        if self._is_direct(async_op, copy, dst_rank) and self._direct.call(
-            "transfer", NO_OP, dst_rank, NO_RANK, (tensor,), ()
+        if (
+            self._direct is not None and copy is None and not async_op
+            and self._direct.call(_TRANSFER, NO_OP, dst_rank, NO_RANK, (tensor,), 0, 0)
         ):
             return tensor
         peer = self._arguments.peer("send", "dst_rank", dst_rank)
@@ -400,8 +408,9 @@ class Group:
         Returns:
             ``tensor`` itself, with JAX arrays replaced by new ones.
         """
-        if self._is_direct(async_op, copy, src_rank) and self._direct.call(
-            "transfer", NO_OP, NO_RANK, src_rank, (tensor,), (tensor,)
+        if (
+            self._direct is not None and copy is None and not async_op
+            and self._direct.call(_TRANSFER, NO_OP, NO_RANK, src_rank, (tensor,), 0, 1)
         ):
             return tensor
         peer = self._arguments.peer("recv", "src_rank", src_rank)
@@ -423,8 +432,9 @@ class Group:
         Returns:
             ``recv_tensor`` itself, or a new JAX array.
         """
-        if self._is_direct(async_op, copy, dst_rank) and self._is_direct(async_op, copy, src_rank) and (
-            self._direct.call("transfer", NO_OP, dst_rank, src_rank, (send_tensor, recv_tensor), (recv_tensor,))
+        if (
+            self._direct is not None and copy is None and not async_op
+            and self._direct.call(_TRANSFER, NO_OP, dst_rank, src_rank, (send_tensor, recv_tensor), 1, 2)
         ):
             return recv_tensor
         to, of = self._arguments.shift(dst_rank, src_rank)
@@ -441,7 +451,10 @@ class Group:
 
     def barrier(self, *, async_op: bool = False) -> Any:
         """Return when all ranks have called."""
-        if self._is_direct(async_op, None) and self._direct.call("barrier", NO_OP, NO_RANK, NO_RANK, (), ()):
+        if (
+            self._direct is not None and not async_op
+            and self._direct.call(_BARRIER, NO_OP, NO_RANK, NO_RANK, (), 0, 0)
+        ):
             return None
         agreed = self._backend.agrees  # the agreement is a barrier
         return self._engine.run(
@@ -512,13 +525,6 @@ class Group:
             backend=self._recipe.backend_for(len(members)), host_id=self._control.host_id,
         )
         return connect(meeting, self._recipe, deadline)
-
-    def _is_direct(self, async_op: bool, copy: bool | None, root: Any = 0) -> bool:
-        """Return True if a call may go the short way, as far as its options say."""
-        return (
-            self._direct is not None and not async_op and copy is None and root.__class__ is int
-            and 0 <= root < self.world_size
-        )
 
     def _sending(self, peer: int, buffers: Buffers) -> Transfer:
         return Transfer(

@@ -194,22 +194,24 @@ struct DirectCall {
 
 bool is_plain_call(const DirectCall& call, const Tensors& tensors, const Group& group) {
   const int ranks = group.world_size(), rank = group.rank();
-  const bool is_root = call.root == rank;
+  const bool is_root = call.root == rank, has_root = call.root >= 0 && call.root < ranks;
   switch (call.operation) {
     case Operation::kBarrier: return tensors.size() == 0;
-    case Operation::kAllReduce:
+    case Operation::kAllReduce: return tensors.size() == 1;
     case Operation::kReduce:
-    case Operation::kBroadcast: return tensors.size() == 1;
+    case Operation::kBroadcast: return has_root && tensors.size() == 1;
     case Operation::kAllGather: return tensors.size() == ranks + 1 && !tensors.share_memory(0, ranks, ranks, rank);
     case Operation::kGather:
-      return tensors.size() == (is_root ? ranks + 1 : 1) &&
+      return has_root && tensors.size() == (is_root ? ranks + 1 : 1) &&
              !(is_root && tensors.share_memory(0, ranks, ranks, rank));
     case Operation::kReduceScatter: return tensors.size() == ranks + 1 && !tensors.share_memory(0, 1, -1, -1);
     case Operation::kScatter:
-      return tensors.size() == (is_root ? ranks + 1 : 1) && !tensors.share_memory(0, 1, -1, -1);
+      return has_root && tensors.size() == (is_root ? ranks + 1 : 1) && !tensors.share_memory(0, 1, -1, -1);
     case Operation::kAllToAll: return tensors.size() == 2 * ranks && !tensors.share_memory(0, ranks, -1, -1);
     case Operation::kTransfer:
-      return call.root != rank && call.source != rank && tensors.size() == (call.root >= 0) + (call.source >= 0) &&
+      // -1 stands for no transfer that way, and never for a rank that a caller names.
+      return call.root >= -1 && call.root < ranks && call.source >= -1 && call.source < ranks &&
+             call.root != rank && call.source != rank && tensors.size() == (call.root >= 0) + (call.source >= 0) &&
              !(tensors.size() == 2 && tensors.share_memory(1, 1, -1, -1));
   }
   return false;
