@@ -74,6 +74,9 @@ SELECTED = {
 GLOO_SIZES = {"jax": "3", "mixed": "3"}
 """The conformance suite's Gloo worlds, where another session of the same Python has them at every size."""
 
+WITHOUT_SLOW = [("numpy", "3.12"), ("numpy", "3.13")]
+"""Sessions that leave out what takes long and runs elsewhere: nothing in it depends on the version of Python."""
+
 FOLDERS = {
     "numpy": ("tests",),
     "torch": ("tests",),
@@ -274,7 +277,8 @@ def tests(session: nox.Session, framework: str) -> None:
     groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
     _install(session, *extras, groups=groups)
     sizes = GLOO_SIZES.get(framework, "")
-    _pytest(session, FOLDERS[framework], frameworks=frameworks, providers=providers, gloo_sizes=sizes)
+    arguments = ("-m", "not slow") if (framework, session.python) in WITHOUT_SLOW else ()
+    _pytest(session, FOLDERS[framework], *arguments, frameworks=frameworks, providers=providers, gloo_sizes=sizes)
 
 
 @nox.session(python=MAIN_PYTHON)

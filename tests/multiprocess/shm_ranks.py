@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,9 +105,20 @@ class Held(NamedTuple):
                 kinds.append(os.readlink(f"/proc/self/fd/{number}").partition("[")[0])
         return cls(tuple(sorted(kinds)), shared_mappings(), threading.active_count())
 
-    def settled(self) -> Held:
-        """Return what is held once threads that were told to end have ended; equal to this if nothing was left."""
+    def left_behind(self) -> list[str]:
+        """Return what is held beyond this, once threads that were told to end have ended.
+
+        Less than this may be held: what an earlier test had told to end.
+        """
         deadline = time.monotonic() + 2.0
-        while (after := Held.now()) != self and time.monotonic() < deadline:
+        while (more := Held.now()._beyond(self)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        return after
+        return more
+
+    def _beyond(self, before: Held) -> list[str]:
+        kinds = Counter(self.descriptors) - Counter(before.descriptors)
+        more = [f"descriptor of {kind}" for kind in kinds.elements()]
+        for name in ("mappings", "threads"):
+            had, has = getattr(before, name), getattr(self, name)
+            more += [f"{has - had} {name}"] if has > had else []
+        return more

@@ -9,6 +9,7 @@ from shm_kills import Trial, run_trial, trials
 pytestmark = pytest.mark.shm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", trials(10, 7), ids=lambda trial: f"{trial.phase}-{trial.victim}-of-{trial.size}")
 def test_the_survivors_of_a_killed_rank(pool: RankPool, trial: Trial) -> None:
     run_trial(pool, trial)

@@ -42,6 +42,7 @@ def stop_in(rank: int, size: int, name: str, phase: str) -> tuple[float, tuple[i
         return took, caught.value.ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["small", "asleep", "transfers", "asynchronous", "others"])
 def test_a_stopped_rank_is_late_whatever_it_did(pool: RankPool, phase: str) -> None:
     found = pool.run(3, stop_in, fresh(), phase)
