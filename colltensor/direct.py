@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
-from colltensor.adapters import direct
+from colltensor.adapters import direct, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_MISMATCH, SigningBackend
 from colltensor.engine import Call, Engine, Transfer
@@ -70,10 +70,9 @@ class Direct:
             return False
         noted = False
         for tensor in tensors:
-            plain = direct.get(tensor.__class__, NOT_DIRECT)[0]
-            if plain is not None:
+            if tensor.__class__ not in unnoted:
                 noted = True
-                if not plain(tensor):
+                if not _is_plain(tensor):
                     return False
         try:
             code = self._call(operation, op, root, source, *tensors)
@@ -92,6 +91,10 @@ class Direct:
     def finish_allreduce(self, tensor: Any, op: ReduceOp, code: int) -> bool:
         """End an allreduce that was not done at once; False if it must go the general way."""
         return self._finish(DIRECT["allreduce"], op, NO_RANK, NO_RANK, (tensor,), code)
+
+    def finish_barrier(self, code: int) -> bool:
+        """End a barrier that was not done at once; False if it must go the general way."""
+        return self._finish(DIRECT["barrier"], NO_OP, NO_RANK, NO_RANK, (), code)
 
     def _finish(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
         name = _NAMES[operation]
@@ -136,6 +139,11 @@ class Direct:
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(name, error)
         raise AssertionError("explain() always raises")
+
+
+def _is_plain(tensor: Any) -> bool:
+    plain = direct.get(tensor.__class__, NOT_DIRECT)[0]
+    return plain is None or plain(tensor)
 
 
 def _moves_nothing(deadline: float) -> None:

@@ -26,7 +26,7 @@ from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
-_BARRIER, _ALLREDUCE, _REDUCE, _BROADCAST, _ALLGATHER, _GATHER, _REDUCESCATTER, _SCATTER, _ALLTOALL, _TRANSFER = (
+_, _, _REDUCE, _BROADCAST, _ALLGATHER, _GATHER, _REDUCESCATTER, _SCATTER, _ALLTOALL, _TRANSFER = (
     DIRECT.values()
 )
 
@@ -124,6 +124,7 @@ class Group:
         self._arguments = Arguments(name, rank, world_size, backend)
         self._direct: Any = None if signer is None else Direct(signer, self._engine, self._arguments, rank)
         self._allreduce = None if signer is None else signer.direct_allreduce
+        self._barrier = None if signer is None else signer.direct_barrier
 
     def allreduce(
         self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,
@@ -451,11 +452,14 @@ class Group:
 
     def barrier(self, *, async_op: bool = False) -> Any:
         """Return when all ranks have called."""
-        if (
-            self._direct is not None and not async_op
-            and self._direct.call(_BARRIER, NO_OP, NO_RANK, NO_RANK, (), 0, 0)
-        ):
-            return None
+        if self._barrier is not None and not async_op and self._queue.idle:
+            try:
+                code = self._barrier()
+            except BaseException as error:  # noqa: BLE001 - raised on there
+                self._direct.failed("barrier", error)
+            else:
+                if not code or self._direct.finish_barrier(code):
+                    return None
         agreed = self._backend.agrees  # the agreement is a barrier
         return self._engine.run(
             async_op, "barrier", None, None, -1, True, (),

@@ -89,6 +89,10 @@ direct: Final[dict[type, tuple[Plain, Callable[[Any], None]] | tuple[None, None]
 """By tensor type, as far as they were found: ``plain`` and ``written`` of the adapters that have the former."""
 
 
+unnoted: Final[set[type]] = set()
+"""Those of them of which every tensor is plain and nothing is to be told after a write."""
+
+
 def register_adapter(adapter: Adapter) -> None:
     """Add an adapter for tensors of another framework, or for a subclass that ours refuse.
 
@@ -104,6 +108,7 @@ def register_adapter(adapter: Adapter) -> None:
     _registered.insert(0, adapter)
     known.clear()
     direct.clear()
+    unnoted.clear()
 
 
 def find_adapter(kind: type) -> Adapter | None:
@@ -115,6 +120,8 @@ def find_adapter(kind: type) -> Adapter | None:
             known[kind] = found
             if hasattr(found, "plain"):
                 direct[kind] = (None, None) if found.plain is None else (found.plain, found.written)
+                if found.plain is None:
+                    unnoted.add(kind)
     return found
 
 

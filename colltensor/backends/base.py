@@ -217,6 +217,9 @@ class SigningBackend(Backend, Protocol):
             BufferError, TypeError, ValueError: It cannot be exported; nothing has begun unless ``begun`` says so.
         """
 
+    def direct_barrier(self) -> int:
+        """Meet all ranks: 0, or what ``settle`` is told."""
+
     def direct(self, operation: int, op: int, root: int, source: int, *tensors: Any) -> int:
         """Run any operation on contiguous host tensors of one count and dtype: 0, or what ``settle`` is told.
 

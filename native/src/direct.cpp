@@ -284,10 +284,21 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns) {
   });
 }
 
+// The barrier, without the interpreter lock.
+ffi::Function barrier_function(std::int64_t handle, std::int64_t timeout_ns) {
+  return ffi::Function::FromTyped([handle, timeout_ns]() -> std::int64_t {
+    static const Signature signature = direct_signature(Operation::kBarrier, 255, -1, 0, DType::kMovesOnly);
+    Turn group(handle);
+    if (group.outcome() != Outcome::kDone) return code(group.outcome());
+    return result(*group, group->barrier(signature, now_ns() + timeout_ns));
+  });
+}
+
 }  // namespace
 }  // namespace colltensor
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_brief_function, colltensor::brief_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_patient_function, colltensor::patient_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_barrier_function, colltensor::barrier_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_direct_function, colltensor::direct_function)

@@ -57,6 +57,7 @@ class ShmBackend:
         brief.release_gil = False
         # Where ranks share cores the others seldom come within microseconds: wait without the interpreter lock at once.
         self.direct_allreduce: Callable[[Any, int], int] = patient if segment.crowded else brief
+        self.direct_barrier: Callable[[], int] = segment.library.shm_barrier_function(segment.handle, timeout_ns)
         self.direct: Callable[..., int] = segment.library.shm_direct_function(segment.handle, timeout_ns)
 
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
