@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "colltensor/kernels.h"
@@ -183,6 +184,21 @@ class Tensors {
   std::vector<View> views_;
 };
 
+// The thread's own Tensors, or others while those are in use: a signal's handler, which runs while a call waits, may call
+// another group.
+class Borrowed {
+ public:
+  Borrowed() : tensors_(spare ? std::move(spare) : std::make_unique<Tensors>()) {}
+  ~Borrowed() { spare = std::move(tensors_); }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  Tensors& operator*() const { return *tensors_; }
+
+ private:
+  static inline thread_local std::unique_ptr<Tensors> spare;
+  std::unique_ptr<Tensors> tensors_;
+};
+
 // What a direct call asks for, beside its tensors. For a transfer `root` is the destination, -1 for none, and `source`
 // where it comes from.
 struct DirectCall {
@@ -270,7 +286,8 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns) {
     constexpr int kHead = 4;
     const DirectCall call{static_cast<Operation>(arguments[0].cast<int>()), arguments[1].cast<std::int64_t>(),
                           arguments[2].cast<int>(), arguments[3].cast<int>()};
-    static thread_local Tensors tensors;
+    const Borrowed borrowed;
+    Tensors& tensors = *borrowed;
     *returned = code(Outcome::kRefused);
     if (!tensors.take(arguments + kHead, number - kHead)) return;
     Turn group(handle);

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -208,6 +210,37 @@ def counted(rank: int, size: int, name: str) -> str:
 def test_the_number_of_a_call_is_the_same_on_all_ranks(pool: RankPool) -> None:
     for message in pool.run(2, counted, fresh()):
         assert message.count("allreduce #6") == 2, message
+
+
+def calls_in_a_handler(rank: int, size: int, name: str) -> None:
+    """A signal's handler calls another group while a direct call waits with tensors of its own."""
+    with own_group(rank, size, name) as group, own_group(rank, size, f"{name}-2") as other:
+        group.allreduce(np.zeros(1))  # the first call with a type goes the general way
+        outputs = [np.zeros(5, np.float32) for _ in range(size)]
+        inner: list[list[float]] = []
+
+        def handler(number: int, frame: object) -> None:
+            found = [np.zeros(3) for _ in range(size)]
+            other.allgather(found, np.full(3, 10.0 + rank))
+            inner.append([float(array[0]) for array in found])
+
+        if rank == 0:
+            before = signal.signal(signal.SIGALRM, handler)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.3)
+                group.allgather(outputs, np.full(5, 1.0 + rank, np.float32))
+            finally:
+                signal.signal(signal.SIGALRM, before)
+        else:
+            handler(0, None)
+            time.sleep(0.2)
+            group.allgather(outputs, np.full(5, 1.0 + rank, np.float32))
+        assert inner == [[10.0 + source for source in range(size)]]
+        assert [array.tolist() for array in outputs] == [[1.0 + source] * 5 for source in range(size)]
+
+
+def test_a_signal_handler_calls_another_group(pool: RankPool) -> None:
+    pool.run(2, calls_in_a_handler, fresh())
 
 
 def torch_tensors(rank: int, size: int, name: str) -> None:
