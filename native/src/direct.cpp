@@ -11,6 +11,7 @@
 #include "colltensor/kernels.h"
 #include "exports.h"
 #include "registry.h"
+#include "request.h"
 
 namespace colltensor {
 namespace {
@@ -250,32 +251,13 @@ Outcome run_transfer(Group& group, const DirectCall& call, const Tensors& tensor
 
 Outcome run_direct(Group& group, const DirectCall& call, const Tensors& tensors, std::int64_t deadline_ns,
                    std::int64_t& detail) {
-  const auto op = static_cast<ReduceOp>(call.op);
-  const std::size_t count = tensors.count(), item = item_size(tensors.dtype());
-  const DType dtype = tensors.dtype();
-  const int ranks = group.world_size(), root = call.root;
-  const bool is_root = root == group.rank();
-  const Signature signature = direct_signature(call.operation, static_cast<std::uint8_t>(call.op),
-                                               static_cast<std::int16_t>(root), count, dtype);
-  switch (call.operation) {
-    case Operation::kBarrier: return group.barrier(signature, deadline_ns);
-    case Operation::kAllReduce: return group.allreduce(tensors[0], count, dtype, op, signature, deadline_ns);
-    case Operation::kReduce: return group.reduce(tensors[0], count, dtype, op, root, signature, deadline_ns);
-    case Operation::kBroadcast: return group.broadcast(tensors[0], count, item, root, signature, deadline_ns);
-    case Operation::kAllGather:
-      return group.allgather(tensors.from(0), tensors[ranks], count, item, signature, deadline_ns);
-    case Operation::kGather:
-      if (!is_root) return group.gather(nullptr, tensors[0], count, item, root, signature, deadline_ns);
-      return group.gather(tensors.from(0), tensors[ranks], count, item, root, signature, deadline_ns);
-    case Operation::kReduceScatter:
-      return group.reducescatter(tensors[0], tensors.from(1), count, dtype, op, signature, deadline_ns);
-    case Operation::kScatter:
-      return group.scatter(tensors[0], is_root ? tensors.from(1) : nullptr, count, item, root, signature, deadline_ns);
-    case Operation::kAllToAll:
-      return group.alltoall(tensors.from(0), tensors.from(ranks), count, item, signature, deadline_ns);
-    case Operation::kTransfer: return run_transfer(group, call, tensors, deadline_ns, detail);
-  }
-  return Outcome::kRefused;
+  if (call.operation == Operation::kTransfer) return run_transfer(group, call, tensors, deadline_ns, detail);
+  const Signature signature =
+      direct_signature(call.operation, static_cast<std::uint8_t>(call.op), static_cast<std::int16_t>(call.root),
+                       tensors.count(), tensors.dtype());
+  const Collective collective{call.operation, static_cast<ReduceOp>(call.op), tensors.dtype(),
+                              item_size(tensors.dtype()), tensors.count(), call.root, signature};
+  return run_collective(group, collective, tensors.from(0), deadline_ns);
 }
 
 // Any operation on plain tensors, without the interpreter lock: (operation, op, root, source, tensors in the order of a

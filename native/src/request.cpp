@@ -76,41 +76,6 @@ Outcome run_transfer(Group& group, std::int64_t* request, const Views& views, st
   return outcome;
 }
 
-Outcome run_operation(Group& group, std::int64_t* request, const Views& views, std::int64_t deadline_ns) {
-  const auto op = static_cast<ReduceOp>(request[kReduceOpField]);
-  const auto dtype = static_cast<DType>(request[kDTypeField]);
-  const auto item = static_cast<std::size_t>(request[kItemField]);
-  const auto count = static_cast<std::size_t>(request[kCountField]);
-  const int root = static_cast<int>(request[kRootField]);
-  const int ranks = group.world_size();
-  const Signature signature = signature_at(request + kSignatureField);
-  switch (static_cast<Operation>(request[kOperationField])) {
-    case Operation::kBarrier:
-      return group.barrier(signature, deadline_ns);
-    case Operation::kAllReduce:
-      return group.allreduce(views[0], count, dtype, op, signature, deadline_ns);
-    case Operation::kReduce:
-      return group.reduce(views[0], count, dtype, op, root, signature, deadline_ns);
-    case Operation::kBroadcast:
-      return group.broadcast(views[0], count, item, root, signature, deadline_ns);
-    case Operation::kAllGather:
-      return group.allgather(views.from(0), views[ranks], count, item, signature, deadline_ns);
-    case Operation::kGather:
-      if (root != group.rank()) return group.gather(nullptr, views[0], count, item, root, signature, deadline_ns);
-      return group.gather(views.from(0), views[ranks], count, item, root, signature, deadline_ns);
-    case Operation::kScatter:
-      return group.scatter(views[0], root == group.rank() ? views.from(1) : nullptr, count, item, root, signature,
-                           deadline_ns);
-    case Operation::kReduceScatter:
-      return group.reducescatter(views[0], views.from(1), count, dtype, op, signature, deadline_ns);
-    case Operation::kAllToAll:
-      return group.alltoall(views.from(0), views.from(ranks), count, item, signature, deadline_ns);
-    case Operation::kTransfer:
-      return run_transfer(group, request, views, deadline_ns);
-  }
-  return Outcome::kRefused;
-}
-
 // Tells the group what to call when the ranks agree, for as long as it lives.
 class Agreed {
  public:
@@ -136,6 +101,29 @@ class Agreed {
 
 }  // namespace
 
+Outcome run_collective(Group& group, const Collective& call, const View* views, std::int64_t deadline_ns) {
+  const auto& [operation, op, dtype, item, count, root, signature] = call;
+  const int ranks = group.world_size();
+  const bool is_root = root == group.rank();
+  switch (operation) {
+    case Operation::kBarrier: return group.barrier(signature, deadline_ns);
+    case Operation::kAllReduce: return group.allreduce(views[0], count, dtype, op, signature, deadline_ns);
+    case Operation::kReduce: return group.reduce(views[0], count, dtype, op, root, signature, deadline_ns);
+    case Operation::kBroadcast: return group.broadcast(views[0], count, item, root, signature, deadline_ns);
+    case Operation::kAllGather: return group.allgather(views, views[ranks], count, item, signature, deadline_ns);
+    case Operation::kGather:
+      return group.gather(is_root ? views : nullptr, views[is_root ? ranks : 0], count, item, root, signature,
+                          deadline_ns);
+    case Operation::kScatter:
+      return group.scatter(views[0], is_root ? views + 1 : nullptr, count, item, root, signature, deadline_ns);
+    case Operation::kReduceScatter:
+      return group.reducescatter(views[0], views + 1, count, dtype, op, signature, deadline_ns);
+    case Operation::kAllToAll: return group.alltoall(views, views + ranks, count, item, signature, deadline_ns);
+    case Operation::kTransfer: break;  // concerns two ranks
+  }
+  return Outcome::kRefused;
+}
+
 Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns,
                     const std::function<void()>& agreed) {
   const auto operation = static_cast<Operation>(request[kOperationField]);
@@ -147,7 +135,15 @@ Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_n
   }
   Views views(request + kViewsField, count, items.data());
   const Agreed notice(group, views, agreed);
-  return run_operation(group, request, views, deadline_ns);
+  if (operation == Operation::kTransfer) return run_transfer(group, request, views, deadline_ns);
+  const Collective collective{operation,
+                              static_cast<ReduceOp>(request[kReduceOpField]),
+                              static_cast<DType>(request[kDTypeField]),
+                              static_cast<std::size_t>(request[kItemField]),
+                              static_cast<std::size_t>(request[kCountField]),
+                              root,
+                              signature_at(request + kSignatureField)};
+  return run_collective(group, collective, views.from(0), deadline_ns);
 }
 
 }  // namespace colltensor

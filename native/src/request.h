@@ -1,6 +1,7 @@
 // A call as Python packs it: an array of 64-bit integers, a fixed head and then the views.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 
@@ -15,6 +16,21 @@ enum RequestField : int {
   kSourceField, kSourceItemField, kSourceCountField, kSourceSignatureField,
   kViewsField = kSourceSignatureField + 4,
 };
+
+// A call of all ranks, beside its tensors.
+struct Collective {
+  Operation operation;
+  ReduceOp op;
+  DType dtype;
+  std::size_t item;
+  std::size_t count;  // of each tensor
+  int root;           // -1 where there is none
+  Signature signature;
+};
+
+// Runs it. The views in this order, as far as the rank has them: those that are written, a list's by rank, then those
+// that are only read.
+Outcome run_collective(Group& group, const Collective& call, const View* views, std::int64_t deadline_ns);
 
 // Runs the call. A view is its address, its number of axes (0 for row-major without gaps), shape and strides.
 // `agreed`, if it is not empty, is called once the ranks agree and before this rank's memory is written; it may put
