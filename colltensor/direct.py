@@ -34,14 +34,9 @@ _NAMES: Final = tuple(DIRECT)
 
 
 class Direct:
-    """The direct calls of one group.
-
-    Attributes:
-        allreduce: The backend's function, for ``Group.allreduce``, which keeps the path of its every call short.
-    """
+    """The direct calls of one group. ``Group`` takes the first step of an allreduce and of a barrier itself."""
 
     def __init__(self, backend: SigningBackend, engine: Engine, arguments: Arguments, rank: int) -> None:
-        self.allreduce = backend.direct_allreduce
         self._backend = backend
         self._call = backend.direct
         self._engine = engine

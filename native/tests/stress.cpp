@@ -6,8 +6,10 @@
 // Every operation, dtype, reduce op and layout in turn; every result is compared with one computed alone, and now and
 // then a rank disagrees on purpose. Exits with 1 if anything was not as expected.
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <cstdarg>
 #include <cstdio>
@@ -273,6 +275,13 @@ void be_rank(const std::vector<std::unique_ptr<SharedMemory>>& memories, int ran
 
 }  // namespace
 
+// False where the kernel has no such call, as in qemu's user mode.
+bool has_process_reads() {
+  char from = 1, to = 0;
+  const iovec local{&to, 1}, remote{&from, 1};
+  return process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == 1 || errno != ENOSYS;
+}
+
 bool expect(bool truth, const char* what, ...) {
   if (!truth && failures.fetch_add(1) < 20) {
     char line[512];
@@ -331,7 +340,7 @@ void stress(unsigned seed) {
   const Sizes& sizes = seed % 5 == 4 ? kUsual : kSmall;
   // Where ranks read each other's memory, they first find these numbers there.
   static const std::uint64_t nonce[2] = {0, 0};
-  const bool reads = seed % 3 != 1;
+  const bool reads = seed % 3 != 1 && has_process_reads();
   // Two sets of threads, each with two groups that no other thread uses.
   std::vector<std::vector<std::unique_ptr<SharedMemory>>> memories(2);
   for (auto& set : memories) {
@@ -378,6 +387,7 @@ int main(int argc, char** argv) {
     } while ((now_ns() < end || seed < first + 6) && failures.load() == 0);
   });
   expect(naps.load() > 100, "only %ld waits came to sleep", naps.load());
+  if (!has_process_reads()) std::printf("no process_vm_readv here: reading other ranks' memory was not tested\n");
   std::printf("%ld calls, %ld waits that slept, seeds %u to %u, %s: %s\n", RandomCalls::made(), naps.load(), first,
               seed - 1, instruction_set(), failures.load() == 0 ? "passed" : "FAILED");
   return failures.load() == 0 ? 0 : 1;
