@@ -58,7 +58,7 @@ SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 
 NATIVE_TOOLS = ("cmake>=3.24", "ninja")
 
-STRESS_S = 15
+STRESS_S = 10
 """How long each of them runs, about."""
 
 SELECTED = {

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
 
 SILENCE_S = 1.0
+_TELLING_S = 0.5
 """How long, in seconds, a rank may take to answer a question before it counts as stopped."""
 
 _POLL_S = 1.0
@@ -75,6 +76,7 @@ class Switchboard:
         self._poller.register(self._wakened, select.POLLIN)
         self._polled: dict[int, Link] = {}
         self._reception: Reception | None = None
+        self._spreading: threading.Thread | None = None
 
     def open(self) -> None:
         """Start to receive links and to answer questions."""
@@ -172,6 +174,8 @@ class Switchboard:
         lifetime.forget(self)
         if self._disowned:
             return
+        if self._spreading is not None:  # whoever hears of it late asks this rank, and would find it gone as well
+            self._spreading.join(_TELLING_S)
         self._serve()
         self._done.wait(SILENCE_S)
 
@@ -360,7 +364,9 @@ class Switchboard:
             links.in_parallel(peers, lambda peer: links.tell(self._meeting, peer, failure, until), until)
 
         with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends
-            threading.Thread(target=spread, name=f"colltensor-{self._meeting.group_name}-failure").start()
+            thread = threading.Thread(target=spread, name=f"colltensor-{self._meeting.group_name}-failure")
+            thread.start()
+            self._spreading = thread
 
     def _shut_down(self) -> None:
         self._shut = True
