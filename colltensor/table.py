@@ -225,8 +225,13 @@ def _recipe(backend: str, timeout_s: Any, interface: str | None, provider: str |
 def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:
     world_size, rank = _check_numbers(world_size, rank)
     _check_loopback(recipe, world_size)
-    name = recipe.backend_for(world_size)
-    reason = recipe.spec_for(world_size).available()
+    name, spec = recipe.backend_for(world_size), recipe.spec_for(world_size)
+    providers = getattr(spec, "providers", ())
+    if providers and recipe.provider is not None and recipe.provider not in providers:
+        raise OptionError(
+            f"provider: expected one of {', '.join(providers)} or None for backend {name!r}, got {recipe.provider!r}"
+        )
+    reason = spec.available()
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot be used here: {reason}")
     return world_size, rank

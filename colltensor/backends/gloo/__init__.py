@@ -31,7 +31,13 @@ _INSTALL: Final = "pip install 'colltensor[torch]' (or, on CPython 3.10, pip ins
 
 
 class GlooSpec:
-    """The table entry of ``GlooBackend``."""
+    """The table entry of ``GlooBackend``.
+
+    Attributes:
+        providers: What ``provider`` may be, installed or not.
+    """
+
+    providers = tuple(_PROVIDERS)
 
     def available(self) -> str | None:
         """Return None if a provider is installed, else what to install."""
