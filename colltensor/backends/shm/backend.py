@@ -44,7 +44,6 @@ class ShmBackend:
         self._native = segment.library
         self._handle = segment.handle
         self._run = segment.library.shm_run
-        self._timeout_s = timeout_s
         self._held = False
         self._signed: Signed | None = None
         self._signed_transfers: dict[tuple[int, int], Signed] = {}
