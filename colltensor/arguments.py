@@ -6,7 +6,7 @@ Imports no framework.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from colltensor.adapters import known
@@ -17,18 +17,20 @@ from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 
 _BYTEWISE: Final = frozenset({"broadcast", "send", "recv"})
-_BACKEND_FOR: Final = {"cpu": "gloo", "cuda": "nccl"}
 
 
 class Arguments:
     """Turns a call's arguments into Buffers and ranks. Messages name operation, argument and rank."""
 
-    def __init__(self, name: str, rank: int, world_size: int, backend: Backend) -> None:
+    def __init__(
+        self, name: str, rank: int, world_size: int, backend: Backend, other: Callable[[BufferView], Backend]
+    ) -> None:
+        """Check for ``backend``, and for tensors that it cannot reach, for what ``other`` returns."""
         self._name = name
         self._rank = rank
         self._world_size = world_size
         self._backend = backend
-        self._takes_strided = backend.takes_strided
+        self._other = other
         self._accepted: set[tuple[str, ReduceOp | None, DType, str, bool | None]] = set()
 
     def tensor(
@@ -51,17 +53,22 @@ class Arguments:
             for view in views:
                 if (operation, op, view.dtype, view.device.type, copy) not in self._accepted:
                     self._accept(operation, view, op, copy)
+            if len(views) > 1:
+                _refuse_devices(views)
             if len(views) > 1 or (views and views[0].strides is not None):
-                buffers.stage(self._takes_strided, operation in _BYTEWISE, copy)
+                buffers.stage(self.wire(buffers).takes_strided, operation in _BYTEWISE, copy)
         except (TensorError, OptionError) as error:
             raise type(error)(f"{operation}: {argument} (rank {self._rank}): {error}") from error
         return buffers
 
+    def wire(self, buffers: Buffers) -> Backend:
+        """Return the backend that reaches the tensors of an argument."""
+        backend, views = self._backend, buffers.views
+        return backend if not views or views[0].device.type in backend.device_types else self._other(views[0])
+
     def _accept(self, operation: str, view: BufferView, op: ReduceOp | None, copy: bool | None) -> None:
         """Check what depends on dtype, op and device alone, and remember that it passed."""
-        backend = self._backend
-        if view.device.type not in backend.device_types:
-            raise self._wrong_device(view)
+        backend = self._backend if view.device.type in self._backend.device_types else self._other(view)
         backend.require(operation, view.dtype, op)
         if copy is False and backend.emulates(operation, view.dtype, op):
             raise OptionError(
@@ -100,6 +107,11 @@ class Arguments:
             raise ShapeError(
                 f"{operation}: {argument} (rank {self._rank}): expected {expected.count} elements of "
                 f"{expected.dtype}, as the other tensors of the call have, got {view.count} of {view.dtype}"
+            )
+        if view.device != expected.device:
+            raise DeviceError(
+                f"{operation}: {argument} (rank {self._rank}): expected a tensor on {expected.device}, as the others "
+                f"of the call, got one on {view.device}"
             )
 
     def length(self, operation: str, argument: str, tensor_list: Any) -> None:
@@ -196,13 +208,18 @@ class Arguments:
                 f"{operation}: {argument} (rank {self._rank}): expected a whole number or None, got {value!r}"
             ) from None
 
-    def _wrong_device(self, view: BufferView) -> DeviceError:
-        remedy = _BACKEND_FOR.get(view.device.type)
-        advice = f"make the group with backend='{remedy}', or move the tensor" if remedy else "move the tensor to cpu"
-        return DeviceError(
-            f"the tensor is on {view.device}, but backend {self._backend.name!r} works on "
-            f"{', '.join(sorted(self._backend.device_types))}; {advice}"
-        )
+
+def _refuse_devices(views: Sequence[BufferView]) -> None:
+    """Check that all leaves of one argument are on one device.
+
+    Raises:
+        DeviceError: They are not.
+    """
+    for view in views:
+        if view.device != views[0].device:
+            raise DeviceError(
+                f"the leaves are on {views[0].device} and {view.device}; make one call for those of each device"
+            )
 
 
 def _identical(first: BufferView, second: BufferView) -> bool:

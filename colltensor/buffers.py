@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import Any, Final, Protocol
 
 from colltensor import tree
-from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of
+from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, stream_of
 from colltensor.errors import AliasError, OptionError, TensorError
 from colltensor.types import UINT8, DType
 from colltensor.view import BufferView
@@ -67,6 +67,12 @@ class Buffers(Protocol):
     def result(self) -> Any:
         """Return the tensor or container to hand back: the very object given where nothing was replaced."""
 
+    def streams(self) -> set[int | None]:
+        """Return the streams on which the frameworks of tensors on a device queue this thread's work now.
+
+        None is among them where the host must wait before a framework may have a result.
+        """
+
     def count(self) -> int:
         """Return the number of elements of all leaves."""
 
@@ -113,7 +119,7 @@ class TensorBuffers:
             return
         if copy is False:
             raise _copy_refused(view)
-        self.transfers = [memory_of(view.device.type).allocate(view.nbytes).cast(view.dtype)]
+        self.transfers = [memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)]
         self._staged = True
 
     @property
@@ -137,6 +143,9 @@ class TensorBuffers:
 
     def result(self) -> Any:
         return self._tensor
+
+    def streams(self) -> set[int | None]:
+        return {_stream(self._adapter, self.views[0], self._write)}
 
     def count(self) -> int:
         return self.views[0].count
@@ -191,7 +200,7 @@ class TreeBuffers:
 
     def _bucket(self, members: list[int], bytewise: bool) -> BufferView:
         views = [self.views[index] for index in members]
-        bucket = memory_of(views[0].device.type).allocate(sum(view.nbytes for view in views))
+        bucket = memory_of(views[0].device.type).allocate(sum(view.nbytes for view in views), views[0])
         start = 0
         for index, view in zip(members, views, strict=True):
             end = start + view.nbytes
@@ -225,6 +234,10 @@ class TreeBuffers:
     def result(self) -> Any:
         return self._rebuild(self._results) if self.claims else self._original
 
+    def streams(self) -> set[int | None]:
+        pairs = zip(self._adapters, self.views, strict=True)
+        return {_stream(adapter, view, self._write) for adapter, view in pairs}
+
     def count(self) -> int:
         return sum(view.count for view in self.views)
 
@@ -238,6 +251,12 @@ class TreeBuffers:
         leaves = [f"{path} {view.dtype}[{view.count}]" for path, view in zip(self._paths, self.views, strict=True)]
         more = f", and {len(leaves) - _LEAVES_SHOWN} more leaves" if len(leaves) > _LEAVES_SHOWN else ""
         return "{" + ", ".join(leaves[:_LEAVES_SHOWN]) + more + "}"
+
+
+def _stream(adapter: Adapter, view: BufferView, written: bool) -> int | None:
+    """Return what must come after work on the view: this thread's stream, or None for the host."""
+    stream = stream_of(adapter, view.device.index)
+    return view.stream if stream is None and not written else stream
 
 
 def _copy_refused(view: BufferView, leaf: str = "") -> OptionError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from colltensor import backends
 from colltensor.errors import BackendUnavailableError, OptionError
 from colltensor.group import Group
-from colltensor.table import find_group, is_group_initialized
+from colltensor.table import all_groups, find_group, is_group_initialized
 from colltensor.types import ReduceOp
 
 if TYPE_CHECKING:
@@ -126,8 +126,11 @@ def allgather_object(obj: Any, group_name: str = "default") -> list[Any]:
 
 
 def allreduce_multigpu(tensor_list: list[Any], group_name: str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
-    """As ``allreduce`` over the tensors, one a GPU, of each process's list."""
-    return [allreduce(_only(tensor_list, "allreduce_multigpu"), group_name, op)]
+    """As ``allreduce`` over the tensors, one a GPU, of each process's list; see ``Group.multigpu``."""
+    group = find_group(group_name)
+    if _is_one(tensor_list):
+        return [group.allreduce(tensor_list[0], op)]
+    return group.multigpu.allreduce(tensor_list, op)
 
 
 def reduce_multigpu(
@@ -135,24 +138,30 @@ def reduce_multigpu(
     op: ReduceOp = ReduceOp.SUM,
 ) -> Any:
     """As ``reduce`` into entry ``dst_tensor`` of rank ``dst_rank``'s list."""
-    _zero("reduce_multigpu", "dst_tensor", dst_tensor)
-    return [reduce(_only(tensor_list, "reduce_multigpu"), dst_rank, group_name, op)]
+    group = find_group(group_name)
+    if _is_one(tensor_list) and dst_tensor == 0:
+        return [group.reduce(tensor_list[0], dst_rank, op)]
+    return group.multigpu.reduce(tensor_list, dst_rank, dst_tensor, op)
 
 
 def broadcast_multigpu(
     tensor_list: list[Any], src_rank: int = 0, src_tensor: int = 0, group_name: str = "default"
 ) -> Any:
     """As ``broadcast`` from entry ``src_tensor`` of rank ``src_rank``'s list."""
-    _zero("broadcast_multigpu", "src_tensor", src_tensor)
-    return [broadcast(_only(tensor_list, "broadcast_multigpu"), src_rank, group_name)]
+    group = find_group(group_name)
+    if _is_one(tensor_list) and src_tensor == 0:
+        return [group.broadcast(tensor_list[0], src_rank)]
+    return group.multigpu.broadcast(tensor_list, src_rank, src_tensor)
 
 
 def allgather_multigpu(
     output_tensor_lists: list[Any], input_tensor_list: list[Any], group_name: str = "default"
 ) -> Any:
     """As ``allgather`` with one list of outputs and one input a GPU."""
-    outputs = _only(output_tensor_lists, "allgather_multigpu")
-    return [allgather(outputs, _only(input_tensor_list, "allgather_multigpu"), group_name)]
+    group = find_group(group_name)
+    if _is_one(input_tensor_list) and _is_one(output_tensor_lists):
+        return [group.allgather(output_tensor_lists[0], input_tensor_list[0])]
+    return group.multigpu.allgather(output_tensor_lists, input_tensor_list)
 
 
 def reducescatter_multigpu(
@@ -160,35 +169,44 @@ def reducescatter_multigpu(
     op: ReduceOp = ReduceOp.SUM,
 ) -> Any:
     """As ``reducescatter`` with one output and one list of inputs a GPU."""
-    inputs = _only(input_tensor_lists, "reducescatter_multigpu")
-    return [reducescatter(_only(output_tensor_list, "reducescatter_multigpu"), inputs, group_name, op)]
+    group = find_group(group_name)
+    if _is_one(output_tensor_list) and _is_one(input_tensor_lists):
+        return [group.reducescatter(output_tensor_list[0], input_tensor_lists[0], op)]
+    return group.multigpu.reducescatter(output_tensor_list, input_tensor_lists, op)
 
 
 def send_multigpu(
     tensor: Any, dst_rank: int, dst_gpu_index: int, group_name: str = "default", n_elements: int = 0
 ) -> Any:
-    """As ``send`` to GPU ``dst_gpu_index`` of rank ``dst_rank``."""
-    _zero("send_multigpu", "dst_gpu_index", dst_gpu_index)
-    _zero("send_multigpu", "n_elements", n_elements)
-    return send(tensor, dst_rank, group_name)
+    """As ``send``, the first ``n_elements`` (0: all), to rank ``dst_rank``, whichever GPU it receives on."""
+    _index("send_multigpu", "dst_gpu_index", dst_gpu_index)
+    return send(_first("send_multigpu", tensor, n_elements), dst_rank, group_name)
 
 
 def recv_multigpu(
     tensor: Any, src_rank: int, src_gpu_index: int, group_name: str = "default", n_elements: int = 0
 ) -> Any:
-    """As ``recv`` from GPU ``src_gpu_index`` of rank ``src_rank``."""
-    _zero("recv_multigpu", "src_gpu_index", src_gpu_index)
-    _zero("recv_multigpu", "n_elements", n_elements)
-    return recv(tensor, src_rank, group_name)
+    """As ``recv`` into the first ``n_elements`` (0: all) from rank ``src_rank``, whichever GPU it sends from."""
+    _index("recv_multigpu", "src_gpu_index", src_gpu_index)
+    return recv(_first("recv_multigpu", tensor, n_elements), src_rank, group_name)
 
 
 def synchronize(gpu_id: int) -> None:
-    """Wait for the collectives on a GPU.
+    """Return, on the host, when all collectives that this process has queued on a GPU are done.
+
+    Args:
+        gpu_id: The index of the GPU.
 
     Raises:
-        BackendUnavailableError: There is no backend for GPUs here.
+        CollectiveError: One of them failed, in any of the process's groups.
+        BackendUnavailableError: There is no NCCL here.
     """
-    raise BackendUnavailableError(f"synchronize: gpu_id {gpu_id}: {backends.reason('nccl')}")
+    reason = backends.reason("nccl")
+    if reason is not None:
+        raise BackendUnavailableError(f"synchronize: gpu_id {gpu_id}: {reason}")
+    _index("synchronize", "gpu_id", gpu_id)
+    for group in all_groups():
+        group.synchronize(gpu_id)
 
 
 def get_rank(group_name: str = "default") -> int:
@@ -240,15 +258,17 @@ def create_collective_group(
     return group
 
 
-def _only(tensor_list: Any, operation: str) -> Any:
-    if isinstance(tensor_list, (list, tuple)) and len(tensor_list) == 1:
-        return tensor_list[0]
-    raise OptionError(
-        f"{operation}: expected a list of one entry, for this process's one device, got {tensor_list!r:.80}; several "
-        f"GPUs in one process need NCCL: {backends.reason('nccl')}"
-    )
+def _is_one(tensor_list: Any) -> bool:
+    return isinstance(tensor_list, (list, tuple)) and len(tensor_list) == 1
 
 
-def _zero(operation: str, argument: str, value: int) -> None:
-    if value != 0:
-        raise OptionError(f"{operation}: {argument}: expected 0, as this process has one device, got {value!r}")
+def _index(operation: str, argument: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise OptionError(f"{operation}: {argument}: expected the index of a GPU, got {value!r}")
+
+
+def _first(operation: str, tensor: Any, count: Any) -> Any:
+    """Return the first elements of a tensor, in its own memory."""
+    if not isinstance(count, int) or count < 0:
+        raise OptionError(f"{operation}: n_elements: expected a number of elements, or 0 for all, got {count!r}")
+    return tensor.reshape(-1)[:count] if count else tensor

@@ -12,12 +12,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, NoReturn
 
-from colltensor.backends.base import SigningBackend
+from colltensor.backends.base import Flight, QueueingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
-from colltensor.errors import CollectiveError, GroupError, MismatchError
+from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError
 from colltensor.types import ReduceOp
-from colltensor.work import OperationQueue, Work
+from colltensor.work import OperationQueue, QueuedWork, Work
 
 _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
@@ -30,7 +30,8 @@ _CODES: Final = {
     name: code
     for code, name in enumerate(
         ("allreduce", "reduce", "broadcast", "allgather", "reducescatter", "gather", "scatter", "alltoall", "barrier",
-         "broadcast_object", "allgather_object", "split", "transfer"),
+         "broadcast_object", "allgather_object", "split", "transfer", "allreduce_multigpu", "reduce_multigpu",
+         "broadcast_multigpu", "allgather_multigpu", "reducescatter_multigpu"),
         start=1,
     )
 }
@@ -100,6 +101,10 @@ class Call:
         for buffers in self.buffers:
             buffers.claim()
 
+    def streams(self) -> set[int | None]:
+        """Return the streams that must come after the call, on a device; None among them for the host."""
+        return set().union(*(buffers.streams() for buffers in self.buffers))
+
     def signature(self, sequence: int) -> bytes:
         """Return what must be equal on all ranks, packed."""
         argument = self.argument
@@ -123,6 +128,8 @@ class Engine:
     Attributes:
         broken: The error that broke the group, or None.
         queue: The order of the calls.
+        device: The backend of tensors that are on a device, or None.
+        check_device: Whether the ranks agree before each call of it.
         timeout_s: How long a call waits for other ranks.
     """
 
@@ -141,6 +148,9 @@ class Engine:
         self._sequence = 0
         self._transfers: dict[tuple[int, int], int] = {}
         self._kept: list[Call] = []
+        self.device: QueueingBackend | None = None
+        self.check_device = False
+        self._device_sequence = 0
         self.broken: CollectiveError | None = None
         _engines.add(self)
 
@@ -163,6 +173,10 @@ class Engine:
         Returns:
             What the call returns, or with ``async_op`` the Work that will have it.
         """
+        device = self.device
+        if device is not None and buffers and _is_on(device, buffers[0]):
+            call = Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers)
+            return self._run_on_device(call, device, async_op)
         queue = self.queue
         if self._alone and not async_op and queue.enter():  # one rank: nobody to agree with or to tell
             try:
@@ -191,6 +205,70 @@ class Engine:
             return self._execute(call)
         finally:
             queue.leave()
+
+    def _run_on_device(self, call: Call, device: QueueingBackend, async_op: bool) -> Any:
+        """Queue a call on a device, in this thread unless others are before it."""
+        if self.broken is not None:
+            raise self._refusal(call.name)
+        work = QueuedWork(call.name, lambda: self._launch(call, device, async_op), call.streams, call.result)
+        if self.queue.enter():
+            try:
+                work._finish()
+            finally:
+                self.queue.leave()
+        else:
+            self.queue.put(work)
+        return work if async_op else work.result()
+
+    def _launch(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
+        if self.broken is not None:
+            raise self._refusal(call.name)
+        deadline = time.monotonic() + self.timeout_s
+        peers = None
+        if call.transfers is not None:
+            peers = [t.destination if t.source == self._rank else t.source for t in call.transfers]
+        try:
+            if self._control is not None and self.check_device:
+                self._agree_on_device(call, self._control, deadline)
+            call.claim()
+            views = [view for buffers in call.buffers for view in buffers.views]
+            with device.launch(call.name, views, peers, apart, call, deadline) as flight:
+                for buffers in call.buffers:
+                    buffers.load()
+                call.move(*call.arguments, deadline)
+                for buffers in call.buffers:
+                    buffers.store()
+        except (MismatchError, DeviceError):  # nothing was queued; a tensor's device concerns this rank alone
+            raise
+        except BaseException as error:
+            self._kept.append(call)
+            verdict = self._verdict(call.name, error)
+            if verdict is error:
+                raise
+            raise verdict from error
+        return flight
+
+    def _agree_on_device(self, call: Call, control: Control, deadline: float) -> None:
+        """Let the ranks agree on a call before it is queued; counted apart from the calls of host tensors."""
+        if call.transfers is not None:
+            self._agree_on_transfers(call, call.transfers, control, deadline)
+            return
+        self._device_sequence += 1
+        sequence = self._device_sequence
+        control.position(sequence, call.name)
+        try:
+            control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
+        finally:
+            control.position(sequence, None)
+
+    def device_failed(self, error: CollectiveError) -> None:
+        """Break the group over what went wrong on a device after a call had returned."""
+        if self.broken is None:
+            self.broken = error
+        if self._control is not None:
+            self._control.fail(error)
+        if self._signer is not None:
+            self._signer.tell(error)
 
     def close(self) -> None:
         """Fail what waits and drop everything; a call that runs in another thread ends with an error."""
@@ -362,6 +440,10 @@ class Engine:
             self._signer.tell(self.broken)
         interrupted = not isinstance(error, (RuntimeError, OSError))
         return error if interrupted else self.broken
+
+
+def _is_on(device: QueueingBackend, buffers: Buffers) -> bool:
+    return bool(buffers.views) and buffers.views[0].device.type in device.device_types
 
 
 def _describer(number: int, transfer: Transfer, fused: bool) -> Callable[[], str]:

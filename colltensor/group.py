@@ -16,12 +16,13 @@ from colltensor import backends
 from colltensor.adapters import direct
 from colltensor.arguments import Arguments
 from colltensor.backends import auto
-from colltensor.backends.base import DIRECT, Backend, BackendSpec, SigningBackend
+from colltensor.backends.base import DIRECT, Backend, BackendSpec, QueueingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
 from colltensor.engine import Engine, Transfer
-from colltensor.errors import CollectiveError, OptionError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError, OptionError
+from colltensor.multigpu import MultiGpu
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
@@ -37,6 +38,7 @@ class Recipe:
     timeout_s: float = 30.0
     interface: str | None = None
     provider: str | None = None
+    check: bool = False
 
     def backend_for(self, world_size: int) -> str:
         """Return the backend's name; ``"auto"`` where the hosts of the ranks decide, once they have met."""
@@ -45,6 +47,10 @@ class Recipe:
         if world_size == 1:
             return "loopback"
         return "auto" if self.provider is None else "gloo"
+
+    def asked_of(self, world_size: int) -> str:
+        """Return what all ranks must have asked for, in words."""
+        return f"{self.backend_for(world_size)}{', check=True' if self.check else ''}"
 
     def spec_for(self, world_size: int) -> BackendSpec:
         """Return what makes the backend."""
@@ -68,7 +74,7 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
             control.fail(error)
         control.close()
         raise
-    return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe)
+    return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe, meeting)
 
 
 def solitary(name: str, recipe: Recipe) -> Group:
@@ -101,10 +107,12 @@ class Group:
         world_size: The number of ranks.
         backend: The name of the backend in use.
         timeout_s: How long every operation waits for the other ranks, in seconds.
+        multigpu: The collectives of several devices in each process.
     """
 
     def __init__(
-        self, name: str, rank: int, world_size: int, backend: Backend, control: Control | None, recipe: Recipe
+        self, name: str, rank: int, world_size: int, backend: Backend, control: Control | None, recipe: Recipe,
+        meeting: Meeting | None = None,
     ) -> None:
         self.name = name
         self.rank = rank
@@ -114,12 +122,17 @@ class Group:
         self._recipe = recipe
         self._backend = backend
         self._control = control
+        self._meeting = meeting
         signer = backend if isinstance(backend, SigningBackend) else None
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
         self._queue = self._engine.queue
+        self._engine.check_device = recipe.check
+        if isinstance(backend, QueueingBackend):
+            self._attach(backend)
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
-        self._arguments = Arguments(name, rank, world_size, backend)
+        self._arguments = Arguments(name, rank, world_size, backend, self._other_backend)
+        self.multigpu = MultiGpu(self._arguments, self._engine, rank, world_size)
         self._direct: Any = None if signer is None else Direct(signer, self._engine, self._arguments, rank)
         self._allreduce = None if signer is None else signer.direct_allreduce
         self._barrier = None if signer is None else signer.direct_barrier
@@ -157,7 +170,7 @@ class Group:
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         return self._engine.run(
             async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
-            self._backend.allreduce, (buffers.transfers, op), buffers.result,
+            self._arguments.wire(buffers).allreduce, (buffers.transfers, op), buffers.result,
         )
 
     def reduce(
@@ -187,7 +200,7 @@ class Group:
         buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
         return self._engine.run(
             async_op, "reduce", buffers, op, root, copy is not False, (buffers,),
-            self._backend.reduce, (buffers.transfers, root, op), buffers.result,
+            self._arguments.wire(buffers).reduce, (buffers.transfers, root, op), buffers.result,
         )
 
     def broadcast(
@@ -215,7 +228,7 @@ class Group:
         buffers = self._arguments.tensor("broadcast", "tensor", tensor, None, write, donate, copy, True)
         return self._engine.run(
             async_op, "broadcast", buffers, None, root, copy is not False, (buffers,),
-            self._backend.broadcast, (buffers.transfers, root), buffers.result,
+            self._arguments.wire(buffers).broadcast, (buffers.transfers, root), buffers.result,
         )
 
     def allgather(
@@ -243,7 +256,9 @@ class Group:
         self._arguments.separate("allgather", _named("tensor_list", targets), [(source, "tensor")], same=self.rank)
         return self._engine.run(
             async_op, "allgather", source, None, -1, True, (source, *targets),
-            lambda deadline: self._backend.allgather(_transfers(targets), source.transfers[0], deadline), (),
+            lambda deadline: self._arguments.wire(source).allgather(
+                _transfers(targets), source.transfers[0], deadline
+            ), (),
             lambda: _replace(tensor_list, targets),
         )
 
@@ -275,7 +290,7 @@ class Group:
             self._arguments.separate("gather", _named("tensor_list", targets), [(source, "tensor")], same=root)
         return self._engine.run(
             async_op, "gather", source, None, root, True, (source, *(targets or ())),
-            lambda deadline: self._backend.gather(
+            lambda deadline: self._arguments.wire(source).gather(
                 None if targets is None else _transfers(targets), source.transfers[0], root, deadline
             ), (),
             lambda: tensor_list if targets is None else _replace(tensor_list, targets),
@@ -311,7 +326,7 @@ class Group:
             self._arguments.separate("scatter", [(target, "tensor")], _named("tensor_list", sources))
         return self._engine.run(
             async_op, "scatter", target, None, root, True, (target, *(sources or ())),
-            lambda deadline: self._backend.scatter(
+            lambda deadline: self._arguments.wire(target).scatter(
                 target.transfers[0], None if sources is None else _transfers(sources), root, deadline
             ), (),
             target.result,
@@ -346,7 +361,9 @@ class Group:
         self._arguments.separate("reducescatter", [(target, "tensor")], _named("tensor_list", sources))
         return self._engine.run(
             async_op, "reducescatter", target, op, -1, True, (target, *sources),
-            lambda deadline: self._backend.reducescatter(target.transfers[0], _transfers(sources), op, deadline), (),
+            lambda deadline: self._arguments.wire(target).reducescatter(
+                target.transfers[0], _transfers(sources), op, deadline
+            ), (),
             target.result,
         )
 
@@ -377,7 +394,9 @@ class Group:
         self._arguments.separate("alltoall", _named("output_list", targets), _named("input_list", sources))
         return self._engine.run(
             async_op, "alltoall", first, None, -1, True, (*sources, *targets),
-            lambda deadline: self._backend.alltoall(_transfers(targets), _transfers(sources), deadline), (),
+            lambda deadline: self._arguments.wire(first).alltoall(
+                _transfers(targets), _transfers(sources), deadline
+            ), (),
             lambda: _replace(output_list, targets),
         )
 
@@ -396,7 +415,8 @@ class Group:
         buffers = self._arguments.tensor("send", "tensor", tensor, None, False, False, copy, True)
         return self._engine.run(
             async_op, "send", buffers, None, -1, copy is not False, (buffers,),
-            self._backend.send, (buffers.transfers, peer), buffers.result, [self._sending(peer, buffers)],
+            self._arguments.wire(buffers).send, (buffers.transfers, peer), buffers.result,
+            [self._sending(peer, buffers)],
         )
 
     def recv(
@@ -416,7 +436,8 @@ class Group:
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
         return self._engine.run(
             async_op, "recv", buffers, None, -1, copy is not False, (buffers,),
-            self._backend.recv, (buffers.transfers, peer), buffers.result, [self._receiving(peer, buffers)],
+            self._arguments.wire(buffers).recv, (buffers.transfers, peer), buffers.result,
+            [self._receiving(peer, buffers)],
         )
 
     def sendrecv(
@@ -444,13 +465,15 @@ class Group:
             self._arguments.alike("sendrecv", "recv_tensor", target, source)
         return self._engine.run(
             async_op, "sendrecv", source, None, -1, True, (source, target),
-            lambda deadline: self._backend.sendrecv(source.transfers[0], to, target.transfers[0], of, deadline), (),
+            lambda deadline: self._arguments.wire(source).sendrecv(
+                source.transfers[0], to, target.transfers[0], of, deadline
+            ), (),
             target.result, [] if to == self.rank else [self._sending(to, source), self._receiving(of, target)],
         )
 
     def barrier(self, *, async_op: bool = False) -> Any:
         """Return when all ranks have called."""
-        if self._barrier is not None and not async_op and self._queue.idle:
+        if self._barrier is not None and not async_op and self._queue.idle and self._engine.device is None:
             try:
                 code = self._barrier()
             except BaseException as error:  # noqa: BLE001 - raised on there
@@ -458,6 +481,8 @@ class Group:
             else:
                 if not code or self._direct.finish_barrier(code):
                     return None
+        if self._engine.device is not None:
+            self.synchronize()
         agreed = self._backend.agrees  # the agreement is a barrier
         return self._engine.run(
             async_op, "barrier", None, None, -1, True, (),
@@ -505,8 +530,60 @@ class Group:
         """
         if self.on_destroy is not None:
             self.on_destroy()
+        if self._engine.device is not None:
+            self._engine.device.close()
         self._engine.close()
         self._backend.close()
+
+    def synchronize(self, gpu_id: int | None = None) -> None:
+        """Return, on the host, when all that this rank has queued on a GPU, or any, is done; raises if it failed.
+
+        Raises:
+            CollectiveTimeoutError: It is not done after ``timeout_s``; it goes on.
+            CollectiveError: It failed.
+        """
+        device = self._engine.device
+        if device is None:
+            return
+        self._engine.check("synchronize")
+        try:
+            device.drain(time.monotonic() + self.timeout_s, gpu_id)
+        except CollectiveError:
+            raise
+        except TimeoutError:
+            raise CollectiveTimeoutError(
+                f"synchronize: group '{self.name}' (rank {self.rank}): not done after {self.timeout_s} s; it goes on"
+            ) from None
+
+    def _attach(self, device: QueueingBackend) -> None:
+        device.on_failure = self._engine.device_failed
+        self._engine.device = device
+
+    def _other_backend(self, view: BufferView) -> Backend:
+        """Return the backend for a tensor that the group's own one cannot reach: with ``"auto"``, NCCL for CUDA.
+
+        Raises:
+            DeviceError: There is none.
+        """
+        device = self._engine.device
+        if device is not None and view.device.type in device.device_types:
+            return device
+        own = f"backend {self.backend!r} works on {', '.join(sorted(self._backend.device_types))}"
+        if view.device.type != "cuda":
+            advice = "move it to cpu, or make the group with backend='auto'"
+            raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
+        reason = backends.reason("nccl")
+        if self._recipe.backend != "auto" or self._meeting is None:
+            advice = "make the group with backend='nccl' or 'auto', or move the tensor"
+            raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
+        if reason is not None:
+            raise DeviceError(f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}")
+        made = backends.get_backend("nccl").create(
+            self._control, self._meeting, timeout_s=self.timeout_s, interface=self._recipe.interface, provider=None
+        )
+        assert isinstance(made, QueueingBackend)
+        self._attach(made)
+        return made
 
     def _make_part(self, name: str, members: list[int]) -> Group | None:
         """Meet the other members through this group's control plane; non-members only help with the exchange."""
@@ -524,19 +601,17 @@ class Group:
         rank = members.index(self.rank)
         meeting = meet_through(
             exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
-            backend=self._recipe.backend_for(len(members)), host_id=self._control.host_id,
+            backend=self._recipe.asked_of(len(members)), host_id=self._control.host_id,
         )
         return connect(meeting, self._recipe, deadline)
 
     def _sending(self, peer: int, buffers: Buffers) -> Transfer:
-        return Transfer(
-            self.rank, peer, buffers, lambda deadline: self._backend.send(buffers.transfers, peer, deadline)
-        )
+        wire = self._arguments.wire(buffers)
+        return Transfer(self.rank, peer, buffers, lambda deadline: wire.send(buffers.transfers, peer, deadline))
 
     def _receiving(self, peer: int, buffers: Buffers) -> Transfer:
-        return Transfer(
-            peer, self.rank, buffers, lambda deadline: self._backend.recv(buffers.transfers, peer, deadline)
-        )
+        wire = self._arguments.wire(buffers)
+        return Transfer(peer, self.rank, buffers, lambda deadline: wire.recv(buffers.transfers, peer, deadline))
 
     def _exchange(self, name: str, payload: bytes, root: int) -> list[bytes]:
         """Allgather bytes over the control plane, once the ranks agreed on the operation."""

@@ -36,15 +36,17 @@ def init_collective_group(
     init_method: str | None = None,
     interface: str | None = None,
     provider: str | None = None,
+    check: bool = False,
 ) -> Group:
     """Meet the other ranks and make a group with them; every rank calls.
 
     Args:
         world_size: The number of ranks. May be left out with ``env://`` (torchrun's ``WORLD_SIZE``).
         rank: This process's rank, 0 to ``world_size - 1``. May be left out with ``env://`` (``RANK``).
-        backend: ``"auto"``, ``"shm"`` (ranks of one host), ``"gloo"``, ``"hierarchical"`` (shared memory within
-            hosts, Gloo between them), ``"loopback"`` (one rank), or a registered one. ``"auto"`` is the one of these
-            that is fastest for where the ranks are, and Gloo where they cannot share memory.
+        backend: For CPU tensors ``"shm"`` (ranks of one host), ``"gloo"``, ``"hierarchical"`` (shared memory within
+            hosts, Gloo between them); ``"nccl"`` for CUDA tensors; ``"loopback"`` (one rank), or a registered one.
+            ``"auto"`` takes CUDA tensors to NCCL, and CPU tensors to what is fastest for where the ranks are (Gloo
+            where they cannot share memory).
         group_name: The group's name, free in this process.
         gloo_timeout: ``ray.util.collective``'s spelling of the timeout, in milliseconds.
         timeout_s: How long to wait for the other ranks, here and in every operation, in seconds.
@@ -54,6 +56,8 @@ def init_collective_group(
         interface: A network interface or address to use; by default the one that reaches the others.
         provider: Which Gloo to use, ``"torch"`` or ``"pygloo"``; by default the first there is. With ``"auto"`` it
             also means backend ``"gloo"``.
+        check: Let the ranks agree before each call on CUDA tensors too, which makes the host wait for the others. Calls
+            on CPU tensors are always checked.
 
     Returns:
         The group, which is also found by its name until ``destroy_collective_group``.
@@ -69,7 +73,7 @@ def init_collective_group(
         if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
             raise OptionError(f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s")
         timeout_s = gloo_timeout / 1000
-    recipe = _recipe(backend, timeout_s, interface, provider)
+    recipe = _recipe(backend, timeout_s, interface, provider, check)
     if world_size is not None and rank is not None:
         world_size, rank = _check(world_size, rank, recipe)
     alone = world_size == 1 and init_method is None and recipe.backend_for(1) == "loopback"
@@ -156,6 +160,11 @@ def find_group(group_name: str = "default") -> Group:
     return group
 
 
+def all_groups() -> list[Group]:
+    """Return all groups of this process that are made."""
+    return [group for group in _groups.values() if group is not None]
+
+
 def is_group_initialized(group_name: str = "default") -> bool:
     """Return True if this process has a group of this name."""
     return _groups.get(group_name) is not None
@@ -206,12 +215,14 @@ def _meet(world_size: int, rank: int, directory: Directory, group_name: str, rec
     deadline = time.monotonic() + recipe.timeout_s
     meeting = meet(
         directory, group_name=group_name, world_size=world_size, rank=rank, deadline=deadline,
-        interface=recipe.interface, backend=recipe.backend_for(world_size),
+        interface=recipe.interface, backend=recipe.asked_of(world_size),
     )
     return connect(meeting, recipe, deadline)
 
 
-def _recipe(backend: str, timeout_s: Any, interface: str | None, provider: str | None) -> Recipe:
+def _recipe(
+    backend: str, timeout_s: Any, interface: str | None, provider: str | None, check: bool = False
+) -> Recipe:
     if not isinstance(backend, str):
         raise OptionError(f"backend: expected a name, got {backend!r}")
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
@@ -219,7 +230,7 @@ def _recipe(backend: str, timeout_s: Any, interface: str | None, provider: str |
     name, provider_of_name = _SPELLINGS.get(backend.lower(), (backend.lower(), None))
     if name != "auto":
         backends.get_backend(name)
-    return Recipe(name, float(timeout_s), interface, provider or provider_of_name)
+    return Recipe(name, float(timeout_s), interface, provider or provider_of_name, bool(check))
 
 
 def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:

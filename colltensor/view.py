@@ -31,9 +31,14 @@ class BufferView:
         handle: The DLPack handle (``tvm_ffi.Tensor``), or None for memory viewed by address. Its
             dtype is an integer of the same width where the framework cannot export ``dtype``.
         owner: The object that owns the memory.
+        stream: On a CUDA device, the stream (a ``cudaStream_t`` as a number; 1 is the legacy default stream) on which
+            the framework orders its work on this memory; None for host memory.
     """
 
-    __slots__ = ("_shape", "count", "device", "dtype", "handle", "owner", "pointer", "readonly", "strides")
+    __slots__ = (
+        "_shape", "count", "device", "dtype", "handle", "owner", "pointer", "readonly", "stream",
+        "strides",
+    )
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class BufferView:
         readonly: bool,
         handle: object,
         owner: Any,
+        stream: int | None = None,
     ) -> None:
         self.pointer = pointer
         self.count = count
@@ -56,6 +62,7 @@ class BufferView:
         self.readonly = readonly
         self.handle = handle
         self.owner = owner
+        self.stream = stream
 
     @classmethod
     def from_dlpack(cls, tensor: object, *, dtype: DType, device: Device, readonly: bool = False) -> BufferView:
@@ -76,9 +83,10 @@ class BufferView:
         strides: tuple[int, ...] | None = None,
         readonly: bool = False,
         owner: Any,
+        stream: int | None = None,
     ) -> BufferView:
         """View memory by its address; ``owner`` keeps it alive."""
-        return cls(pointer, math.prod(shape), dtype, device, shape, strides, readonly, None, owner)
+        return cls(pointer, math.prod(shape), dtype, device, shape, strides, readonly, None, owner, stream)
 
     @classmethod
     def from_buffer(cls, buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]) -> BufferView:
@@ -117,7 +125,7 @@ class BufferView:
     def become(self, other: BufferView) -> None:
         """View the memory of ``other`` instead, which has the same elements in the same layout."""
         self.pointer, self.handle, self.owner = other.pointer, other.handle, other.owner
-        self.readonly, self.device = other.readonly, other.device
+        self.readonly, self.device, self.stream = other.readonly, other.device, other.stream
 
     def slice(self, start: int, stop: int) -> BufferView:
         """Return the elements ``start`` to ``stop`` in row-major order of a contiguous view."""
@@ -125,7 +133,7 @@ class BufferView:
             raise ValueError(f"slice() needs a contiguous view, got {self!r}")
         return BufferView.from_address(
             self.pointer + start * self.dtype.itemsize, (stop - start,), self.dtype,
-            device=self.device, readonly=self.readonly, owner=self,
+            device=self.device, readonly=self.readonly, owner=self, stream=self.stream,
         )
 
     def cast(self, dtype: DType) -> BufferView:
@@ -134,7 +142,7 @@ class BufferView:
             raise ValueError(f"cast() to {dtype} needs a contiguous view of a multiple of its size, got {self!r}")
         shape = (self.nbytes // dtype.itemsize,)
         return BufferView.from_address(
-            self.pointer, shape, dtype, device=self.device, readonly=self.readonly, owner=self
+            self.pointer, shape, dtype, device=self.device, readonly=self.readonly, owner=self, stream=self.stream
         )
 
     def span(self) -> tuple[int, int]:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import collections
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError
+
+if TYPE_CHECKING:
+    from colltensor.backends.base import Flight
 
 
 class Work:
@@ -67,6 +71,53 @@ class Work:
         self._error = error
         self._run = None
         self._finished.set()
+
+
+class QueuedWork(Work):
+    """An operation that is queued on a device. Waiting lets the device wait, as torch's does, not the host.
+
+    After ``wait`` what this thread queues on the frameworks' current streams comes after the operation. The host waits
+    only where a framework cannot be told (JAX).
+    """
+
+    def __init__(
+        self, operation: str, launch: Callable[[], Flight], streams: Callable[[], set[int | None]],
+        result: Callable[[], Any],
+    ) -> None:
+        super().__init__(operation, self._launch)
+        self._begin = launch
+        self._streams = streams
+        self._get = result
+        self._flight: Flight | None = None
+
+    def _launch(self) -> None:
+        self._flight = self._begin()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Let this thread's streams, or the host where it must, wait for the operation; see ``Work.wait``."""
+        began = time.monotonic()
+        super().wait(timeout_s)
+        assert self._flight is not None
+        left_s = None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - began))
+        try:
+            self._flight.order(self._streams(), left_s)
+        except CollectiveError:
+            raise
+        except TimeoutError:
+            raise CollectiveTimeoutError(
+                f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
+            ) from None
+
+    def done(self) -> bool:
+        """Return True once the device is done with the operation, or it failed; never waits."""
+        if not super().done():
+            return False
+        return self._error is not None or (self._flight is not None and self._flight.done())
+
+    def result(self) -> Any:
+        """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
+        self.wait()
+        return self._get()
 
 
 class OperationQueue:

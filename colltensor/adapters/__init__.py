@@ -25,6 +25,10 @@ class Adapter(Protocol):
     An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written and of
     which its DLPack export says all; None if that holds for every tensor that can be exported. A backend may then
     take the tensor itself, after which ``written`` is called unless ``plain`` is None.
+
+    It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
+    device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it
+    that is the legacy default stream, as for DLPack's consumers.
     """
 
     name: str
@@ -61,8 +65,8 @@ class Adapter(Protocol):
 class Memory(Protocol):
     """Plain memory of one type of device: staging buffers and copies between layouts."""
 
-    def allocate(self, nbytes: int) -> BufferView:
-        """Return uninitialised memory as bytes, aligned to 64 bytes."""
+    def allocate(self, nbytes: int, like: BufferView | None = None) -> BufferView:
+        """Return uninitialised memory as bytes, aligned to 64 bytes; on ``like``'s device, for use on its stream."""
 
     def copy(self, target: BufferView, source: BufferView) -> None:
         """Copy elements in row-major order between views of one count and dtype, any layouts."""
@@ -78,6 +82,8 @@ _ADAPTERS: Final = {
     "cupy": "colltensor.adapters.cupy",
 }
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
+LEGACY_STREAM: Final = 1
+"""``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
 _TENSOR_PACKAGES: Final = frozenset({"numpy", "torch", "jax", "jaxlib", "cupy"})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
@@ -144,6 +150,12 @@ def memory_of(device_type: str) -> Memory:
     """Return the memory functions of a type of device (``"cpu"`` or ``"cuda"``)."""
     memory: Memory = importlib.import_module(_MEMORIES[device_type]).MEMORY
     return memory
+
+
+def stream_of(adapter: Adapter, index: int) -> int | None:
+    """Return the stream on which this thread's work is queued now; None where the host must wait. See ``Adapter``."""
+    function: Callable[[int], int | None] | None = getattr(adapter, "stream", None)
+    return LEGACY_STREAM if function is None else function(index)
 
 
 def _search(kind: type) -> Adapter | None:

@@ -36,6 +36,9 @@ class CupyAdapter:
     def written(self, tensor: Any) -> None:
         pass
 
+    def stream(self, index: int) -> int:
+        return _current_stream(index)
+
 
 def _view(array: Any) -> BufferView:
     dtype = DTYPE_OF.get(array.dtype)
@@ -47,16 +50,28 @@ def _view(array: Any) -> BufferView:
             raise UnsupportedTensorError(f"its strides {array.strides} cut through items; pass x.copy()")
         strides = tuple(step // array.itemsize for step in array.strides)
     device = Device("cuda", array.data.device_id)
-    return BufferView(array.data.ptr, array.size, dtype, device, array.shape, strides, False, None, array)
+    stream = _current_stream(device.index)
+    return BufferView(array.data.ptr, array.size, dtype, device, array.shape, strides, False, None, array, stream)
+
+
+def _current_stream(index: int) -> int:
+    stream: int = cp.cuda.get_current_stream(index).ptr
+    return stream
 
 
 class DeviceMemory:
     """Staging buffers on a CUDA device, and copies between layouts on its current stream."""
 
-    def allocate(self, nbytes: int) -> BufferView:
-        raw = cp.empty(nbytes, cp.uint8)
+    def allocate(self, nbytes: int, like: BufferView | None = None) -> BufferView:
+        if like is None:
+            raw = cp.empty(nbytes, cp.uint8)
+        else:
+            # CuPy's pool gives freed memory back to the stream that asked for it, in that stream's order.
+            with cp.cuda.Device(like.device.index), cp.cuda.ExternalStream(like.stream or 0, like.device.index):
+                raw = cp.empty(nbytes, cp.uint8)
         device = Device("cuda", raw.data.device_id)
-        return BufferView.from_address(raw.data.ptr, (nbytes,), UINT8, device=device, owner=raw)
+        stream = None if like is None else like.stream
+        return BufferView.from_address(raw.data.ptr, (nbytes,), UINT8, device=device, owner=raw, stream=stream)
 
     def copy(self, target: BufferView, source: BufferView) -> None:
         if target.count:

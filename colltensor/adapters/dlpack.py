@@ -11,6 +11,7 @@ import math
 from typing import Any, Final
 
 from colltensor import dlpack
+from colltensor.adapters import LEGACY_STREAM
 from colltensor.errors import DeviceError, ReadOnlyError, UnsupportedDTypeError, UnsupportedTensorError
 from colltensor.types import CPU, DTYPES, Device
 from colltensor.view import BufferView
@@ -63,8 +64,8 @@ def _view(tensor: Any) -> BufferView:
         raise UnsupportedDTypeError(f"dtype {name} is not supported; known are {', '.join(DTYPES)}")
     shape = tuple(handle.shape)
     strides = None if handle.is_contiguous() else tuple(handle.strides)
-    device = CPU if kind == _CPU else Device("cuda", index)
-    return BufferView(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, False, handle, tensor)
+    device, stream = (CPU, None) if kind == _CPU else (Device("cuda", index), LEGACY_STREAM)
+    return BufferView(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, False, handle, tensor, stream)
 
 
 def _dtype_name(handle: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
+from colltensor.adapters import LEGACY_STREAM
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.errors import DeviceError, UnsupportedTensorError
 from colltensor.types import CPU, Device
@@ -49,6 +50,9 @@ class JaxAdapter:
     def written(self, tensor: Any) -> None:
         pass
 
+    def stream(self, index: int) -> None:
+        return None  # XLA queues what reads an array as soon as it has it, on streams of its own
+
 
 def _check(tensor: Any) -> None:
     if tensor.is_deleted():
@@ -63,17 +67,19 @@ def _check(tensor: Any) -> None:
 
 
 def _view(tensor: Any, *, readonly: bool) -> BufferView:
-    tensor.block_until_ready()
     (where,) = tensor.sharding.device_set
+    stream = None
     if where.platform == "cpu":
+        tensor.block_until_ready()
         device = CPU
     elif where.platform in ("gpu", "cuda"):
-        device = Device("cuda", where.local_hardware_id)
+        device, stream = Device("cuda", where.local_hardware_id), LEGACY_STREAM
+        tensor.__dlpack__(stream=stream)  # makes that stream wait for the array, and not the host
     else:
         raise DeviceError(f"the JAX array is on {where}; collectives work on cpu and cuda: jax.device_put it there")
     return BufferView(
         tensor.unsafe_buffer_pointer(), tensor.size, DTYPE_OF[tensor.dtype], device, tensor.shape, None, readonly,
-        None, tensor,
+        None, tensor, stream,
     )
 
 

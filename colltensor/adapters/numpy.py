@@ -82,7 +82,7 @@ def _element_strides(array: Any) -> tuple[int, ...]:
 class HostMemory:
     """Staging buffers on the host, and copies between layouts through numpy's strided loops."""
 
-    def allocate(self, nbytes: int) -> BufferView:
+    def allocate(self, nbytes: int, like: BufferView | None = None) -> BufferView:
         raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         return BufferView.from_address(raw.ctypes.data + start, (nbytes,), UINT8, owner=raw)

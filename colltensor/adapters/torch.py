@@ -60,6 +60,9 @@ class TorchAdapter:
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, _view(tensor)
 
+    def stream(self, index: int) -> int:
+        return _current_stream(index)
+
     def written(self, tensor: Any) -> None:
         try:
             _increment_version((tensor,))
@@ -82,14 +85,20 @@ def _view(tensor: Any) -> BufferView:
     device = CPU if tensor.is_cpu else _device(tensor)
     try:
         strides = None if tensor.is_contiguous() else tensor.stride()
+        stream = None if device is CPU else _current_stream(device.index)
         return BufferView(
-            tensor.data_ptr(), tensor.numel(), dtype, device, None, strides, False, None, tensor
+            tensor.data_ptr(), tensor.numel(), dtype, device, None, strides, False, None, tensor, stream
         )
     except RuntimeError as error:  # sparse, or inside torch.func's transforms: no address, no strides
         raise UnsupportedTensorError(
             f"the torch tensor (layout {tensor.layout}) is no plain array in memory ({error}); pass a dense tensor, "
             "tensor.to_dense(), outside torch.func's transforms"
         ) from error
+
+
+def _current_stream(index: int) -> int:
+    stream: int = torch.cuda.current_stream(index).cuda_stream
+    return stream
 
 
 def _device(tensor: Any) -> Device:

@@ -15,6 +15,7 @@ _MODULES: Final = {
     "gloo": "colltensor.backends.gloo",
     "hierarchical": "colltensor.backends.hierarchical",
     "loopback": "colltensor.backends.loopback",
+    "nccl": "colltensor.backends.nccl",
     "shm": "colltensor.backends.shm",
 }
 """Backends of the package: the module whose ``SPEC`` is the entry."""

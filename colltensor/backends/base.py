@@ -5,7 +5,8 @@ Imports no framework, and of the package only the values that pass between layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol, runtime_checkable
 
 from colltensor.errors import CollectiveError, OptionError, UnsupportedDTypeError
@@ -79,6 +80,20 @@ class ControlPlane(Protocol):
 
     def check(self) -> None:
         """Raise the error with which another rank, or this one, has broken the group."""
+
+    def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
+        """Return the payload of rank ``peer``, which calls this with this rank."""
+
+    def queue(self, peers: Sequence[int] | None) -> int:
+        """Note that this rank has queued a call with ``peers``, None for all; returns how many of such there were."""
+
+    def gone(self, operation: str) -> CollectiveError | None:
+        """Ask every rank whether it is there; return the error that names those that are not, or None."""
+
+    def diagnose_queued(
+        self, operation: str, peers: Sequence[int] | None, number: int, cause: BaseException | None
+    ) -> CollectiveError:
+        """Find out why queued call ``number`` with ``peers`` did not end; see ``Control.diagnose``."""
 
 
 class Placement(Protocol):
@@ -166,6 +181,81 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the wire without waiting for other ranks; idempotent."""
+
+
+class Flight(Protocol):
+    """One call that was queued on a device."""
+
+    def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
+        """Let streams, and for None the host, go on only when the call is done.
+
+        Args:
+            streams: As in ``BufferView.stream``.
+            timeout_s: How long the host waits at most, beside the call's own timeout.
+
+        Raises:
+            TimeoutError: It is not done after ``timeout_s``; it goes on.
+            CollectiveError: The call failed.
+        """
+
+    def done(self) -> bool:
+        """Return True once the call is done or failed; never waits."""
+
+
+@runtime_checkable
+class QueueingBackend(Backend, Protocol):
+    """A backend whose methods return once their work is queued on a device; only ``barrier`` waits.
+
+    Each call is made inside ``launch``. What goes wrong later, a peer that does not come say, is found out by the
+    backend itself, which then ends all work that it has queued and calls ``on_failure``.
+
+    Attributes:
+        on_failure: What to call, in a thread of the backend's own, with the error that breaks the group.
+    """
+
+    on_failure: Callable[[CollectiveError], None] | None
+
+    def launch(
+        self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object,
+        deadline: float,
+    ) -> AbstractContextManager[Flight]:
+        """Return the context in which one call is queued, on a stream that comes after those of the views.
+
+        Args:
+            name: The operation, for messages.
+            views: All views of the call, on one device, or for the ``_multigpu`` methods on several.
+            peers: The ranks of a point-to-point call; None for one of all ranks.
+            apart: Whether to use the backend's own stream, beside the frameworks'; else it is a view's.
+            keep: Kept until the call is done; its memory must not be given to others before that.
+            deadline: When the ranks must have met that connect for this call.
+
+        Raises:
+            CollectiveError: It cannot be queued.
+        """
+
+    def allreduce_multigpu(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+        """Combine in place all ranks' buffers, one for each of the devices that this process works on."""
+
+    def reduce_multigpu(
+        self, buffers: Sequence[BufferView], root: int, index: int, op: ReduceOp, deadline: float
+    ) -> None:
+        """Combine all ranks' buffers into buffer ``index`` of rank ``root``; the others stay as they are."""
+
+    def broadcast_multigpu(self, buffers: Sequence[BufferView], root: int, index: int, deadline: float) -> None:
+        """Overwrite all ranks' buffers with buffer ``index`` of rank ``root``."""
+
+    def allgather_multigpu(
+        self, outputs: Sequence[Sequence[BufferView]], sources: Sequence[BufferView], deadline: float
+    ) -> None:
+        """Write all ranks' sources, by rank and device, to each of ``outputs``."""
+
+    def reducescatter_multigpu(
+        self, targets: Sequence[BufferView], sources: Sequence[Sequence[BufferView]], op: ReduceOp, deadline: float
+    ) -> None:
+        """Write the combination of all sources of a target's place, by rank and device, to each target."""
+
+    def drain(self, deadline: float, index: int | None = None) -> None:
+        """Return, on the host, when all that this rank has queued is done, on the device ``index`` or on all."""
 
 
 @runtime_checkable

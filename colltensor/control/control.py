@@ -16,13 +16,14 @@ Imports exchange, lookout and the errors of the package, and no framework.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from colltensor.control.exchange import Describe, Pairs, Tree
-from colltensor.control.lookout import Lookout
+from colltensor.control.lookout import ALL_RANKS, Lookout
 from colltensor.control.status import REMEDY
-from colltensor.errors import CollectiveError, GroupError, RankError
+from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError
 
 if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
@@ -197,6 +198,55 @@ class Control:
             if not self._board.usable:
                 return self.broken or error
         return self._lookout.diagnose(operation, cause)
+
+    def queue(self, peers: Sequence[int] | None) -> int:
+        """Note that this rank has queued a call on a device, which other ranks are told when they ask.
+
+        Args:
+            peers: The ranks of a point-to-point call; None for a call of all ranks.
+
+        Returns:
+            How many calls it has queued with all ranks, or with the first peer; 0 without one.
+        """
+        queued = self._lookout.queued
+        concerned = (ALL_RANKS,) if peers is None else peers
+        for peer in concerned:
+            queued[peer] = queued.get(peer, 0) + 1
+        return queued[concerned[0]] if concerned else 0
+
+    def diagnose_queued(
+        self, operation: str, peers: Sequence[int] | None, number: int, cause: BaseException | None = None
+    ) -> CollectiveError:
+        """Find out, as ``diagnose``, why a queued call did not end: who is gone, and who has not queued it yet.
+
+        Args:
+            operation: The operation, for the message.
+            peers: As for ``queue``.
+            number: What ``queue`` returned for the call.
+            cause: What the provider raised; None after a timeout.
+        """
+        try:
+            self.check()
+        except CollectiveError as error:
+            if not self._board.usable:
+                return self.broken or error
+        return self._lookout.diagnose(operation, cause, self._lookout.queuing(peers, number))
+
+    def gone(self, operation: str) -> PeerLostError | None:
+        """Ask every rank whether it is there; return the error that names those that are not, or None.
+
+        Does not break the group: pass the result to ``fail``. Takes a second at most.
+        """
+        return self._lookout.gone(operation)
+
+    def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
+        """Return the payload of rank ``peer``, which must call this with this rank as its peer.
+
+        Raises:
+            CollectiveError: As ``agree_pair``.
+        """
+        with self._working.until(deadline):
+            return self._pairs.swap(peer, payload, deadline)
 
     def fail(self, error: CollectiveError) -> None:
         """Break the group with ``error`` and tell every rank, so that all raise the same class naming the same ranks.

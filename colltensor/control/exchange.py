@@ -147,6 +147,10 @@ class Tree:
         raise mismatch(self._lookout.where, range(len(said)), signatures, texts)
 
 
+_SWAP: Final = b"swap"
+"""The signature of an exchange of payloads."""
+
+
 class Pairs:
     """Exchanges of this rank with single other ranks, over a link between the two."""
 
@@ -154,15 +158,17 @@ class Pairs:
         self._lookout = lookout
         self._finished: dict[int, int] = {}
 
-    def start(self, peer: int, signature: bytes, deadline: float) -> None:
-        """Send this rank's half. The higher rank opens the link: so two cannot open two of them at once.
+    def start(self, peer: int, signature: bytes, deadline: float, payload: bytes = b"") -> None:
+        """Send this rank's half, with a payload if ``swap`` receives it.
+
+        The higher rank opens the link: so two cannot open two of them at once.
 
         Raises:
             CollectiveError: The group broke.
         """
         lookout = self._lookout
         count = lookout.pairs[peer] = lookout.pairs.get(peer, 0) + 1
-        frame = pack(PAIR, 0, count, signature)
+        frame = pack(PAIR, 0, count, signature, len(payload)) + payload
         link = lookout.board.links.get(peer)
         if link is None and lookout.meeting.rank < peer:
             lookout.board.defer(peer, frame)
@@ -187,6 +193,22 @@ class Pairs:
         came, _ = lookout.receive(link, PAIR, deadline, (link,), suspects)
         if came != frame:
             self._raise_mismatch(link, signature, _text(describe), deadline, suspects)
+
+    def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
+        """Send this rank's payload and return the other's.
+
+        Raises:
+            GroupError: The other rank agrees on a call instead.
+            CollectiveError: The group broke.
+        """
+        lookout = self._lookout
+        self.start(peer, _SWAP, deadline, payload)
+        count = self._finished[peer] = self._finished.get(peer, 0) + 1
+        link = lookout.board.links.get(peer) or lookout.await_link(peer, deadline, lookout.partner(peer))
+        came, theirs = lookout.receive(link, PAIR, deadline, (link,), lookout.partner(peer))
+        if not _alike(came, pack(PAIR, 0, count, _SWAP)):
+            raise _out_of_step(lookout)
+        return theirs
 
     def _raise_mismatch(
         self, link: Link, signature: bytes, text: bytes, deadline: float, suspects: Suspects

@@ -23,6 +23,7 @@ from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupErro
 if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
 
+ALL_RANKS = -1
 _ATTEMPT_S = 1.0
 _PROBE_S = 0.5
 _GRACE_S = 1.0
@@ -56,6 +57,7 @@ class Lookout:
         operation: The current operation, None between operations.
         exchange: How many exchanges of all ranks this rank has entered.
         pairs: How many exchanges it has entered with single other ranks.
+        queued: How many calls it has queued on a device, with single other ranks and, under ALL_RANKS, with all.
         everyone: The suspects of an exchange of all ranks.
         board: The links.
     """
@@ -67,6 +69,7 @@ class Lookout:
         self.operation: str | None = None
         self.exchange = 0
         self.pairs: dict[int, int] = {}
+        self.queued: dict[int, int] = {}
         others = [rank for rank in range(meeting.world_size) if rank != meeting.rank]
         self.everyone = Suspects(others, lambda status: status.exchange < self.exchange)
         self.board = Switchboard(meeting, self)
@@ -86,6 +89,7 @@ class Lookout:
             operation=self.operation,
             exchange=self.exchange,
             pairs=dict(self.pairs),
+            queued=dict(self.queued),
             remaining_s=None if until is None else until - time.monotonic(),
             failure=self.board.failure,
         )
@@ -199,12 +203,29 @@ class Lookout:
             sorted((peer, *gone)),
         )
 
-    def diagnose(self, operation: str, cause: BaseException | None) -> CollectiveError:
+    def queuing(self, peers: Sequence[int] | None, number: int) -> Suspects:
+        """Return the suspects of a call queued on a device, this rank's ``number``-th with ``peers``, or with all."""
+        with_whom = ALL_RANKS if peers is None else self.meeting.rank
+        concerned = self.everyone.ranks if peers is None else peers[:1]
+        return Suspects(concerned, lambda status: status.queued.get(with_whom, 0) < number)
+
+    def gone(self, operation: str) -> PeerLostError | None:
+        """Return the error for ranks that are not there any more, or None."""
+        answers = self.ask(self.everyone.ranks, _CENSUS_S)
+        found = judge(self.where_in(operation), answers, lambda status: False)
+        return found if isinstance(found, PeerLostError) else None
+
+    def diagnose(
+        self, operation: str, cause: BaseException | None, suspects: Suspects | None = None
+    ) -> CollectiveError:
         """Return the error for a payload that did not end; see ``Control.diagnose``."""
         where = self.where_in(operation)
         found = None
         if self.board.usable:
-            found = judge(where, self.ask(self.everyone.ranks), self.everyone.is_late)
+            is_late = (suspects or self.everyone).is_late
+            concerned = self.everyone.ranks if suspects is None else suspects.ranks
+            answers = self.ask(self.everyone.ranks)
+            found = judge(where, answers, lambda status: status.rank in concerned and is_late(status))
         if self.board.failure is not None:
             return self.board.failure.exception(self.meeting.rank)
         if found is not None:

@@ -11,7 +11,7 @@ import enum
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from colltensor import errors
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
@@ -74,6 +74,7 @@ class Status:
         pairs: How many exchanges it has entered with single other ranks, by rank.
         remaining_s: Seconds until its present wait times out, None when it does not wait.
         failure: Why the group is broken for it, or None.
+        queued: How many calls it has queued on a device: with single other ranks, by rank, and with all under -1.
     """
 
     rank: int
@@ -83,28 +84,36 @@ class Status:
     pairs: Mapping[int, int]
     remaining_s: float | None = None
     failure: Failure | None = None
+    queued: Mapping[int, int] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return the status as bytes."""
         failure = self.failure.encode().decode() if self.failure else None
-        pairs = list(self.pairs.items())
-        fields = [self.rank, self.sequence, self.operation, self.exchange, pairs, self.remaining_s, failure]
+        pairs, queued = list(self.pairs.items()), list(self.queued.items())
+        fields = [self.rank, self.sequence, self.operation, self.exchange, pairs, self.remaining_s, failure, queued]
         return json.dumps(fields).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Status:
         """Return the status that ``encode`` made these bytes of."""
-        rank, sequence, operation, exchange, pairs, remaining_s, failure = json.loads(data)
+        rank, sequence, operation, exchange, pairs, remaining_s, failure, queued = json.loads(data)
         known = Failure.decode(failure.encode()) if failure else None
-        return cls(rank, sequence, operation, exchange, {int(k): int(v) for k, v in pairs}, remaining_s, known)
+        return cls(rank, sequence, operation, exchange, _counts(pairs), remaining_s, known, _counts(queued))
 
     def place(self) -> str:
         """Return where the rank is, in words."""
         if self.operation is not None:
             return f"rank {self.rank} is in {self.operation} #{self.sequence}"
+        queued = sum(self.queued.values())
+        if queued:
+            return f"rank {self.rank} has not called yet: it has queued {queued} calls on its device"
         if self.sequence:
             return f"rank {self.rank} has not called yet: its last operation was #{self.sequence}"
         return f"rank {self.rank} has not called yet: it has done no operation on the group"
+
+
+def _counts(pairs: Sequence[Sequence[int]]) -> dict[int, int]:
+    return {int(rank): int(count) for rank, count in pairs}
 
 
 class Absence(enum.Enum):

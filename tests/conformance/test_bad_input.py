@@ -372,10 +372,10 @@ _LISTS = {
                                    lambda s: s.group.allgather([[s.array()]] * SIZE, s.array())),
     "a container where a tensor belongs": Row(col.UnsupportedTensorError, ("scatter", "tensor", "got dict"),
                                               lambda s: s.group.scatter({"a": s.array()}, s.arrays(), s.rank)),
-    "two tensors for one device": Row(col.OptionError, ("allreduce_multigpu", "one entry"),
+    "two tensors for one device": Row(col.DeviceError, ("allreduce_multigpu", "different CUDA devices"),
                                       lambda s: col.allreduce_multigpu(s.arrays(2), s.group.name)),
-    "another GPU": Row(col.OptionError, ("send_multigpu", "dst_gpu_index", "expected 0"),
-                       lambda s: col.send_multigpu(s.array(), (s.rank + 1) % SIZE, 1, s.group.name)),
+    "another GPU": Row(col.OptionError, ("send_multigpu", "dst_gpu_index", "index of a GPU"),
+                       lambda s: col.send_multigpu(s.array(), (s.rank + 1) % SIZE, -1, s.group.name)),
 }
 
 _RANKS = {

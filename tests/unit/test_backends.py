@@ -56,13 +56,13 @@ class Lonely:
 
 class TestTable:
     def test_the_names(self) -> None:
-        assert backends.backend_names() == ["gloo", "hierarchical", "loopback", "shm"]
+        assert backends.backend_names() == ["gloo", "hierarchical", "loopback", "nccl", "shm"]
         assert reason("loopback") is None
         assert is_available("loopback")
 
-    @pytest.mark.parametrize("name", ["nccl", "", "auto", None, 3])
+    @pytest.mark.parametrize("name", ["mpi", "", "auto", None, 3])
     def test_an_unknown_name(self, name: object) -> None:
-        with pytest.raises(OptionError, match=r"'auto' or one of gloo, hierarchical, loopback, shm, got"):
+        with pytest.raises(OptionError, match=r"'auto' or one of gloo, hierarchical, loopback, nccl, shm, got"):
             get_backend(name)
         assert "there is no backend" in str(reason(name))
         assert not is_available(name)
@@ -81,7 +81,7 @@ class TestTable:
         assert get_backend("pigeon") is spec
         assert reason("pigeon") == "wants a licence"
         assert not is_available("pigeon")
-        assert backends.backend_names() == ["gloo", "hierarchical", "loopback", "pigeon", "shm"]
+        assert backends.backend_names() == ["gloo", "hierarchical", "loopback", "nccl", "pigeon", "shm"]
 
     @pytest.mark.parametrize("name", ["", "auto", None])
     def test_registering_under_no_name(self, name: object) -> None:

@@ -30,11 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tree": {"errors", "adapters"},
     "buffers": {*VALUES, "adapters", "tree"},
     "arguments": {*VALUES, "adapters", "backends", "buffers"},
-    "work": {"errors"},
+    "work": {"errors", "backends"},
     "engine": {*VALUES, "backends", "control", "buffers", "work"},
     "direct": {*VALUES, "adapters", "backends", "arguments", "engine"},
+    "multigpu": {*VALUES, "backends", "buffers", "arguments", "engine"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "engine", "work",
+        "multigpu",
     },
     "table": {"errors", "backends", "rendezvous", "group"},
     "collectives": {*VALUES, "backends", "tree", "work", "group", "table"},
@@ -55,6 +57,7 @@ FRAMEWORKS_OF = {
     "adapters.cupy": {"cupy", "numpy", "ml_dtypes"},
     "adapters.torch": {"torch"},
     "adapters.jax": {"jax", "jaxlib", "numpy", "ml_dtypes"},
+    "backends.nccl.driver": {"cupy"},
     "backends.loopback": {"numpy"},  # copies strided host memory with numpy's loops
     "backends.gloo.arithmetic": {"numpy", "ml_dtypes"},  # reduces host memory where Gloo lacks the type
     "backends.gloo.composed": {"numpy"},

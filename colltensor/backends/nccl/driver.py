@@ -1,0 +1,113 @@
+"""CUDA and NCCL as CuPy offers them: streams, events and communicators, by their numbers.
+
+Imports cupy, and nothing else of the backend. Streams and events are what CUDA calls ``cudaStream_t`` and
+``cudaEvent_t``, as numbers. Tests put a device of their own in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import cupy as cp
+from cupy.cuda import nccl, runtime
+
+from colltensor.types import UINT8
+from colltensor.view import BufferView
+
+
+class CupyDriver:
+    """The CUDA devices of this process.
+
+    Attributes:
+        error: What a call of NCCL raises.
+    """
+
+    error: Final = nccl.NcclError
+
+    def unique_id(self) -> bytes:
+        """Return what the ranks of a new communicator need to find each other; made by one of them."""
+        return bytes(nccl.get_unique_id())
+
+    def connect(self, size: int, unique_id: bytes, rank: int) -> Any:
+        """Return a communicator of the current device; blocks until all ``size`` ranks call."""
+        return nccl.NcclCommunicator(size, unique_id, rank)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Queue the calls made inside as one. On an exception the group is closed, whatever NCCL says to it."""
+        nccl.groupStart()
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(nccl.NcclError):
+                nccl.groupEnd()
+            raise
+        nccl.groupEnd()
+
+    @contextlib.contextmanager
+    def on(self, device: int, stream: int | None = None) -> Iterator[None]:
+        """Make a device the current one of this thread, and a stream CuPy's current one."""
+        with cp.cuda.Device(device):
+            if stream is None:
+                yield
+            else:
+                with cp.cuda.ExternalStream(stream, device):
+                    yield
+
+    def new_stream(self) -> int:
+        """Return a new stream of the current device, which the legacy default stream does not wait for."""
+        stream: int = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
+        return stream
+
+    def new_event(self) -> int:
+        """Return a new event of the current device, without a clock."""
+        event: int = runtime.eventCreateWithFlags(runtime.eventDisableTiming)
+        return event
+
+    def record(self, event: int, stream: int) -> None:
+        """Let ``event`` stand for all work that is on ``stream`` now."""
+        runtime.eventRecord(event, stream)
+
+    def wait(self, stream: int, event: int) -> None:
+        """Let what is queued on ``stream`` from now on wait for what ``event`` stands for now."""
+        runtime.streamWaitEvent(stream, event)
+
+    def done(self, event: int) -> bool:
+        """Return whether the work that ``event`` stands for is done."""
+        return bool(runtime.eventQuery(event) == 0)
+
+    def free(self, streams: list[int], events: list[int]) -> None:
+        """Free streams and events of the current device; CUDA does it once their work is done."""
+        for event in events:
+            runtime.eventDestroy(event)
+        for stream in streams:
+            runtime.streamDestroy(stream)
+
+    def allocate(self, nbytes: int, like: BufferView) -> BufferView:
+        """Return memory of CuPy's pool for use on CuPy's current stream, on ``like``'s device, as bytes."""
+        raw = cp.empty(nbytes, cp.uint8)
+        return BufferView.from_address(
+            raw.data.ptr, (nbytes,), UINT8, device=like.device, owner=raw, stream=cp.cuda.get_current_stream().ptr
+        )
+
+    def copy(self, target: BufferView, source: BufferView) -> None:
+        """Queue a copy between contiguous views of one size on CuPy's current stream."""
+        stream = cp.cuda.get_current_stream().ptr
+        runtime.memcpyAsync(target.pointer, source.pointer, source.nbytes, runtime.memcpyDeviceToDevice, stream)
+
+    def compute(self, target: BufferView, function: Callable[[Any, Any], Any], source: BufferView) -> None:
+        """Queue, on CuPy's current stream, writing what ``function`` makes of the elements of ``source``.
+
+        Args:
+            target: Where to; contiguous.
+            function: Takes an array and the module whose functions work on it.
+            source: Elements of the target's number; contiguous.
+        """
+        _array(target)[...] = function(_array(source), cp)
+
+
+def _array(view: BufferView) -> Any:
+    memory = cp.cuda.UnownedMemory(view.pointer, view.nbytes, view, view.device.index)
+    return cp.ndarray((view.count,), view.dtype.name, cp.cuda.MemoryPointer(memory, 0))

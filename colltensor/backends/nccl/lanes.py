@@ -1,0 +1,208 @@
+"""Lanes: which stream a call is queued on, what it comes after, and what comes after it.
+
+A synchronous call goes on the stream on which the framework queues its own work, so that nothing else is needed; the
+streams of other frameworks in the same call, and the stream of the call before, are waited for by events. An
+asynchronous one goes on a stream of the group's own, so that the frameworks' work goes on beside it. Imports no
+framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+from colltensor.errors import CollectiveError
+from colltensor.view import BufferView
+
+_GLANCE_S: Final = 20e-6
+_LONGEST_GLANCE_S: Final = 1e-3
+
+
+class QueuedFlight:
+    """One call on a device. Of ``Flight``.
+
+    Attributes:
+        name: The operation.
+        peers: The ranks of a point-to-point call, None for all.
+        number: Which one it is of this rank's calls with these ranks.
+        device: The index of the device.
+        stream: The stream that it is on.
+        began: The event before it.
+        ended: The event behind it.
+        since: When it was first seen under way, by ``time.monotonic()``.
+        patience_s: After how many seconds under way the other ranks are asked whether they are there.
+        landed: Whether it is done, and its events may be used again.
+        failure: Why it did not end, or None.
+    """
+
+    def __init__(
+        self, lanes: Lanes, name: str, peers: Sequence[int] | None, device: int, stream: int, keep: object
+    ) -> None:
+        self._lanes = lanes
+        self.name = name
+        self.peers = peers
+        self.number = 0
+        self.device = device
+        self.stream = stream
+        self.keep: object = keep
+        self.began = self.ended = 0
+        self.queued = False
+        self.since: float | None = None
+        self.patience_s = 1.0
+        self.landed = False
+        self.failure: CollectiveError | None = None
+
+    def done(self) -> bool:
+        """Return True once the call is done or failed; never waits."""
+        return self.failure is not None or self._lanes.finished(self)
+
+    def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
+        """Let streams, and for None the host, go on only when the call is done; see ``Flight``."""
+        if self.failure is not None:
+            raise self.failure
+        for stream in streams:
+            if stream is None:
+                self.wait(timeout_s)
+            elif stream != self.stream:
+                self._lanes.follow(stream, self)
+        if self.failure is not None:
+            raise self.failure
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return, on the host, when the call is done; the watcher bounds the wait by the group's timeout.
+
+        Raises:
+            TimeoutError: It is not done after ``timeout_s``.
+            CollectiveError: It failed.
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        glance_s = _GLANCE_S
+        while not self.done():
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError(f"{self.name} is not done after {timeout_s} s")
+            time.sleep(glance_s)
+            glance_s = min(2 * glance_s, _LONGEST_GLANCE_S)
+        if self.failure is not None:
+            raise self.failure
+
+
+class Flights:
+    """One call on several devices. Of ``Flight``."""
+
+    def __init__(self, flights: Sequence[QueuedFlight]) -> None:
+        self._flights = flights
+
+    def done(self) -> bool:
+        """Return True once the call is done on all devices, or failed on one; never waits."""
+        return all(flight.done() for flight in self._flights)
+
+    def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
+        """Let streams of each device, and for None the host, go on only when the call is done there."""
+        wanted = list(streams)
+        for flight in self._flights:
+            flight.order(wanted, timeout_s)
+
+
+class Lanes:
+    """The streams and events of one group in this process."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._lock = threading.Lock()
+        self._own: dict[int, int] = {}
+        self._events: dict[int, list[int]] = {}
+        self._last: dict[int, QueuedFlight] = {}
+
+    @contextlib.contextmanager
+    def open(
+        self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object,
+        added: Callable[[QueuedFlight], None],
+    ) -> Iterator[QueuedFlight]:
+        """Queue what is called inside, as one flight, on one stream that is current meanwhile.
+
+        Args:
+            name: The operation.
+            views: The views of the call, on one device; at least one.
+            peers: The ranks of a point-to-point call, None for all.
+            apart: Whether to use the group's own stream.
+            keep: Kept until the flight is done, where the frameworks' own order does not protect its memory.
+            added: Called with the flight before anything is queued.
+        """
+        driver, device = self._driver, views[0].device.index
+        streams = list(dict.fromkeys(view.stream or 0 for view in views))
+        with driver.on(device):
+            stream = self._own_stream(device) if apart else streams[0]
+            flight = QueuedFlight(self, name, peers, device, stream, keep if apart or len(streams) > 1 else None)
+            for other in streams:
+                if other != stream:
+                    self._chain(device, other, stream)
+            last = self._last.get(device)
+            if last is not None and last.stream != stream:
+                self.follow(stream, last)
+            flight.began, flight.ended = self._event(device), self._event(device)
+            driver.record(flight.began, stream)
+            added(flight)
+            with driver.on(device, stream):
+                yield flight
+            driver.record(flight.ended, stream)
+            flight.queued = True
+            self._last[device] = flight
+
+    def follow(self, stream: int, flight: QueuedFlight) -> None:
+        """Let a stream go on only when the flight is done."""
+        with self._lock:
+            if not flight.landed and flight.queued:
+                with self._driver.on(flight.device):
+                    self._driver.wait(stream, flight.ended)
+
+    def finished(self, flight: QueuedFlight) -> bool:
+        """Return whether the flight is done; takes its events back if so, and lets go of what it keeps."""
+        with self._lock:
+            if flight.landed:
+                return True
+            if not flight.queued or not self._driver.done(flight.ended):
+                return False
+            flight.landed = True
+            self._events[flight.device] += (flight.began, flight.ended)
+        flight.keep = None
+        return True
+
+    def under_way(self, flight: QueuedFlight) -> bool:
+        """Return whether all that was queued before the flight is done."""
+        with self._lock:
+            return flight.landed or bool(self._driver.done(flight.began))
+
+    def close(self) -> None:
+        """Free streams and events."""
+        with self._lock:
+            for device in {*self._own, *self._events}:
+                with self._driver.on(device):
+                    own = [self._own[device]] if device in self._own else []
+                    self._driver.free(own, self._events.get(device, []))
+            self._own.clear()
+            self._events.clear()
+            self._last.clear()
+
+    def _own_stream(self, device: int) -> int:
+        if device not in self._own:
+            self._own[device] = self._driver.new_stream()
+        return self._own[device]
+
+    def _event(self, device: int) -> int:
+        with self._lock:
+            spare = self._events.setdefault(device, [])
+            if spare:
+                return spare.pop()
+        event: int = self._driver.new_event()
+        return event
+
+    def _chain(self, device: int, before: int, after: int) -> None:
+        """Let one stream go on only when what is on another one now is done."""
+        event = self._event(device)
+        self._driver.record(event, before)
+        self._driver.wait(after, event)
+        with self._lock:  # a wait keeps to what the event stood for when it was queued
+            self._events[device].append(event)

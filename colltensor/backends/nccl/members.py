@@ -1,0 +1,186 @@
+"""Members: the communicators of one group, made on first use: one of all ranks, one for each pair.
+
+Each rank of a communicator is one device of one process. Imports no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from colltensor.errors import CollectiveError, DeviceError, MismatchError
+
+_SLICE_S: Final = 0.1
+_END_TIMEOUT_S: Final = 5.0
+
+
+class Crew(NamedTuple):
+    """Communicators that belong together, one for each device of this process that takes part.
+
+    Attributes:
+        communicators: This process's, in the order of its devices.
+        first: The communicators' rank of the first one.
+        firsts: The same for every rank of the group.
+        shared: Whether other ranks are threads of this process; their kernels wait for each other, so that they must
+            not be on one stream.
+    """
+
+    communicators: tuple[Any, ...]
+    first: int
+    firsts: tuple[int, ...]
+    shared: bool
+
+
+_local: Final[Counter[bytes]] = Counter()
+"""How many ranks of a communicator, by its id, are in this process."""
+_local_lock: Final = threading.Lock()
+
+
+class Members:
+    """Makes communicators and ends them."""
+
+    def __init__(self, control: Any, driver: Any) -> None:
+        self._control = control
+        self._driver = driver
+        self._rank = 0 if control is None else control.rank
+        self._crews: dict[tuple[int, ...], Crew] = {}
+        self._pairs: dict[int, tuple[int, Crew]] = {}
+        self._lock = threading.Lock()
+
+    def all(self, devices: tuple[int, ...], deadline: float) -> Crew:
+        """Return the communicators of all ranks' devices; every rank calls if they are not there yet.
+
+        Raises:
+            DeviceError: This process has used another device for such calls before.
+            MismatchError: The ranks bring different numbers of devices.
+            CollectiveError: A rank does not come.
+        """
+        if devices in self._crews:
+            return self._crews[devices]
+        for used in self._crews:
+            if len(used) == len(devices):
+                raise DeviceError(
+                    f"the tensor is on cuda:{devices[0]}, but this rank's earlier calls on the group were on "
+                    f"cuda:{used[0]}, and a rank keeps its device; make another group for another device"
+                )
+        control = self._control
+        identity = self._driver.unique_id() if self._rank == 0 else b""
+        ballot = json.dumps([identity.hex(), len(devices)]).encode()
+        ballots = [ballot] if control is None else control.allgather(ballot, deadline)
+        votes = [json.loads(vote) for vote in ballots]
+        counts = [count for _, count in votes]
+        odd = [rank for rank, count in enumerate(counts) if count != counts[0]]
+        if odd:
+            raise MismatchError(
+                f"the ranks bring different numbers of devices to one call: {counts}, by rank; bring as many", odd
+            )
+        firsts = tuple(len(devices) * rank for rank in range(len(counts)))
+        crew = self._connect(bytes.fromhex(votes[0][0]), sum(counts), firsts, self._rank, devices, deadline)
+        self._crews[devices] = crew
+        return crew
+
+    def pair(self, peer: int, device: int, deadline: float) -> Crew:
+        """Return the communicator of this rank and ``peer``, the lower rank first; both call if it is not there yet.
+
+        Raises:
+            DeviceError: Another device was used with this peer before.
+            CollectiveError: The peer does not come.
+        """
+        if peer in self._pairs:
+            used, crew = self._pairs[peer]
+            if used != device:
+                raise DeviceError(
+                    f"the tensor is on cuda:{device}, but earlier transfers with rank {peer} were on cuda:{used}, and "
+                    "a rank keeps its device; make another group for another device"
+                )
+            return crew
+        mine = self._driver.unique_id() if self._rank < peer else b""
+        theirs = self._control.swap(peer, mine, deadline)
+        place = 0 if self._rank < peer else 1
+        crew = self._connect(mine or theirs, 2, (0, 1), place, (device,), deadline)
+        self._pairs[peer] = device, crew
+        return crew
+
+    def error(self) -> BaseException | None:
+        """Return an error that a communicator reports, or None."""
+        with self._lock:
+            for communicator in self._everyone():
+                try:
+                    communicator.check_async_error()
+                except self._driver.error as error:
+                    found: BaseException = error
+                    return found
+        return None
+
+    def end(self) -> None:
+        """Abort all communicators; waits for that a few seconds at most."""
+        with self._lock:
+            everyone = self._everyone()
+            self._crews.clear()
+            self._pairs.clear()
+        thread = threading.Thread(target=self._abort, args=(everyone,), name="colltensor nccl abort", daemon=True)
+        thread.start()
+        thread.join(_END_TIMEOUT_S)
+
+    def _abort(self, communicators: Sequence[Any]) -> None:
+        for communicator in communicators:
+            with contextlib.suppress(self._driver.error):
+                communicator.abort()
+
+    def _everyone(self) -> list[Any]:
+        crews = [*self._crews.values(), *(crew for _, crew in self._pairs.values())]
+        return [communicator for crew in crews for communicator in crew.communicators]
+
+    def _connect(
+        self, identity: bytes, size: int, firsts: tuple[int, ...], place: int, devices: tuple[int, ...], deadline: float
+    ) -> Crew:
+        """Make this process's communicators in a thread of its own, because NCCL cannot be told when to give up.
+
+        Raises:
+            TimeoutError: A rank did not come before ``deadline``; the thread is left to it.
+            RuntimeError: NCCL refused.
+            CollectiveError: The group broke meanwhile.
+        """
+        with _local_lock:
+            _local[identity] += 1
+        made: list[Any] = []
+        failed: list[BaseException] = []
+
+        def make() -> None:
+            try:
+                # What one thread connects on several devices must begin together.
+                with self._driver.together() if len(devices) > 1 else contextlib.nullcontext():
+                    for index, device in enumerate(devices):
+                        with self._driver.on(device):
+                            made.append(self._driver.connect(size, identity, firsts[place] + index))
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                failed.append(error)
+
+        thread = threading.Thread(target=make, name="colltensor nccl connect", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_SLICE_S)
+            if self._control is not None:
+                self._control.check()
+            if thread.is_alive() and time.monotonic() >= deadline:
+                raise TimeoutError("NCCL did not connect the ranks in time")
+        if failed:
+            if isinstance(failed[0], CollectiveError):
+                raise failed[0]
+            raise RuntimeError(_explained(failed[0])) from failed[0]
+        return Crew(tuple(made), firsts[place], firsts, _local[identity] > 1)
+
+
+def _explained(error: BaseException) -> str:
+    text = f"NCCL could not connect the ranks: {error}"
+    if "invalid usage" in str(error).lower():
+        text += (
+            "; several ranks on one GPU need libnccl 2.30 or later with NCCL_MULTI_RANK_GPU_ENABLE=1, "
+            "NCCL_NVLS_ENABLE=0 and NCCL_MAX_CTAS=1 (NCCL_DEBUG=WARN says more)"
+        )
+    return text

@@ -1,0 +1,120 @@
+"""Groups whose ranks are threads of one process and whose tensors are on a device of pretence; see ``device``."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import device
+import pytest
+from device import DeviceAdapter, Driver, FrozenAdapter, Machine
+
+from colltensor import adapters
+from colltensor.backends.nccl.backend import NcclBackend
+from colltensor.group import Group, Recipe, connect
+from colltensor.rendezvous import meet, open_directory
+
+JOIN_S = 60.0
+
+
+class Spec:
+    """The table's entry ``nccl``, with the device of pretence in CUDA's place."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.drivers: dict[int, Driver] = {}
+
+    def available(self) -> str | None:
+        return None
+
+    def create(self, control: Any, meeting: Any, *, timeout_s: float, interface: Any, provider: Any) -> NcclBackend:
+        driver = self.drivers[control.rank if control else 0] = Driver(self.machine)
+        return NcclBackend(control, timeout_s, driver)
+
+
+@dataclass
+class Raised:
+    """What a rank raised."""
+
+    error: BaseException
+
+
+class World:
+    """Runs a function on every rank of a new group, each in a thread."""
+
+    def __init__(self, machine: Machine, spec: Spec, folder: Path) -> None:
+        self.machine = machine
+        self.spec = spec
+        self._folder = folder
+        self._made = 0
+
+    def run(
+        self, size: int, function: Callable[[Group], Any], *, backend: str = "nccl", timeout_s: float = 20.0,
+        check: bool = False,
+    ) -> list[Any]:
+        """Return what the function returned, or raised, on every rank."""
+        self._made += 1
+        meeting_place = f"file://{self._folder}/{self._made}"
+        results: list[Any] = [None] * size
+
+        def rank_main(rank: int) -> None:
+            device.enter(self.machine)
+            device.frozen_stream(self.machine)
+            recipe = Recipe(backend, timeout_s, check=check)
+            try:
+                directory, _, _ = open_directory(meeting_place, rank, size)
+                deadline = time.monotonic() + timeout_s
+                meeting = meet(
+                    directory, group_name="tested", world_size=size, rank=rank, deadline=deadline, interface=None,
+                    backend=backend,
+                )
+                group = connect(meeting, recipe, deadline)
+                try:
+                    with device.use(device.new_stream(self.machine)):
+                        results[rank] = function(group)
+                finally:
+                    group.destroy()
+            except BaseException as error:
+                results[rank] = Raised(error)
+
+        threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(JOIN_S)
+        assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+        return results
+
+    def values(self, size: int, function: Callable[[Group], Any], **options: Any) -> list[Any]:
+        """Return what the function returned on every rank; raise what one raised."""
+        results = self.run(size, function, **options)
+        for result in results:
+            if isinstance(result, Raised):
+                raise result.error
+        return results
+
+
+@contextlib.contextmanager
+def world(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[World]:
+    """Give a world; takes the device of pretence out of the tables afterwards."""
+    machine = Machine(seed)
+    spec = Spec(machine)
+    monkeypatch.setitem(adapters._MEMORIES, "cuda", "device")
+    monkeypatch.setattr("colltensor.backends._registered", {"nccl": spec})
+    monkeypatch.setattr(adapters, "_registered", [DeviceAdapter(), FrozenAdapter()])
+    for kind in (device.DeviceArray, device.FrozenArray):
+        adapters.known.pop(kind, None)
+    random.seed(seed)
+    try:
+        yield World(machine, spec, folder)
+    finally:
+        for kind in (device.DeviceArray, device.FrozenArray):
+            adapters.known.pop(kind, None)
+        machine.close()
+

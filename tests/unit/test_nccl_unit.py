@@ -1,0 +1,96 @@
+"""The nccl backend where there is no GPU: what is missing is said, and nothing is imported to say it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import colltensor as col
+from colltensor import ReduceOp
+from colltensor.backends.nccl import elements
+from colltensor.types import DTYPES
+
+
+def _is_missing() -> bool:
+    return not col.is_backend_available("nccl")
+
+
+@pytest.mark.skipif(not _is_missing(), reason="there is a GPU, where nothing is missing")
+class TestWithoutGpu:
+    """Import, availability, errors."""
+
+    def test_the_reason_says_what_to_do(self) -> None:
+        assert col.nccl_available() is False
+        reason = col.backend_unavailable_reason("nccl")
+        assert reason is not None
+        assert any(word in reason for word in ("pip install", "driver", "CUDA"))
+
+    def test_a_group_cannot_be_made(self) -> None:
+        with pytest.raises(col.BackendUnavailableError, match="nccl") as caught:
+            col.init_collective_group(2, 0, "nccl", "without a gpu", init_method="tcp://127.0.0.1:1")
+        assert str(col.backend_unavailable_reason("nccl")) in str(caught.value)
+        assert not col.is_group_initialized("without a gpu")
+
+    def test_synchronize_says_why(self) -> None:
+        with pytest.raises(col.BackendUnavailableError, match="gpu_id 0"):
+            col.synchronize(0)
+
+    def test_the_package_does_not_import_cupy_to_look(self) -> None:
+        code = (
+            "import sys, colltensor; import colltensor.backends.nccl.backend; "
+            "sys.exit('cupy' in sys.modules or 'numpy' in sys.modules)"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+class TestElements:
+    """Data types and reduce ops as NCCL has them."""
+
+    def test_every_pair_is_spelt_or_refused(self) -> None:
+        for dtype in DTYPES.values():
+            for op in ReduceOp:
+                refused = None
+                try:
+                    elements.require("allreduce", dtype, op)
+                except col.UnsupportedDTypeError as error:
+                    refused = str(error)
+                if refused is None:
+                    assert elements.spelling(dtype, op) is not None
+                else:
+                    assert dtype.name in refused
+
+    def test_moves_take_everything(self) -> None:
+        for dtype in DTYPES.values():
+            elements.require("broadcast", dtype, None)
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+    def test_keys_keep_order_and_values(self, dtype: str) -> None:
+        random = np.random.default_rng(3)
+        whole = {"float16": np.int16, "float32": np.int32, "float64": np.int64}[dtype]
+        limits = np.iinfo(whole)
+        floats = random.integers(limits.min, limits.max, 20_000, whole, endpoint=True).view(dtype)
+        floats = np.concatenate([floats, np.array([0.0, -0.0, np.inf, -np.inf], dtype)])
+        floats = floats[~np.isnan(floats)]
+        keys = elements.keys(floats, DTYPES[dtype], ReduceOp.MAX, np)
+        np.testing.assert_array_equal(elements.from_keys(keys, DTYPES[dtype], np).view(whole), floats.view(whole))
+        order = np.argsort(keys, kind="stable")
+        assert (np.diff(floats[order].astype(np.float64)) >= 0).all() if dtype != "float64" else True
+        assert (floats[order][1:] >= floats[order][:-1]).all()
+
+    def test_nan_is_least_for_min_and_greatest_for_max(self) -> None:
+        floats = np.array([np.nan, -np.nan, np.inf, -np.inf], np.float32)
+        for op, limit in ((ReduceOp.MAX, np.iinfo(np.int32).max), (ReduceOp.MIN, np.iinfo(np.int32).min)):
+            keys = elements.keys(floats, DTYPES["float32"], op, np)
+            assert list(keys[:2]) == [limit, limit]
+            assert np.isnan(elements.from_keys(keys, DTYPES["float32"], np)[:2]).all()
+            assert limit not in keys[2:]
+
+    def test_bfloat16_keys(self) -> None:
+        bits = np.arange(1 << 16, dtype=np.uint16)
+        floats = (bits.astype(np.uint32) << 16).view(np.float32)
+        kept = bits[~np.isnan(floats)]
+        keys = elements.keys(kept, DTYPES["bfloat16"], ReduceOp.MIN, np)
+        np.testing.assert_array_equal(elements.from_keys(keys, DTYPES["bfloat16"], np), kept)
