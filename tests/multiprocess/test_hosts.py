@@ -248,13 +248,16 @@ def lose_a_rank(
 @pytest.mark.gloo
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize(
-    ("call", "count"), [("allreduce", 8_000_000), ("allreduce", 5), ("broadcast", 8_000_000), ("reduce", 8_000_000),
-                        ("allgather", 1_000_000)]
+    ("call", "count", "victims"),
+    [("allreduce", 8_000_000, (0, 1)), ("allreduce", 5, (1, 2)), ("broadcast", 8_000_000, (2, 3)),
+     ("reduce", 8_000_000, (3, 0)), ("allgather", 1_000_000, (0, 3))],
 )
 @pytest.mark.parametrize("hosts", ["aabb", "abab"])
-def test_a_killed_rank_is_named_everywhere(pool: RankPool, hosts: str, call: str, count: int) -> None:
+def test_a_killed_rank_is_named_everywhere(
+    pool: RankPool, hosts: str, call: str, count: int, victims: tuple[int, ...]
+) -> None:
     chance = random.Random(f"{hosts} {call} {count}")
-    for victim in range(4):
+    for victim in victims:
         after_s = chance.uniform(0.05, 0.5)
         found = pool.run(4, lose_a_rank, hosts, fresh(), victim, after_s, call, count, may_die={victim})
         for rank, outcome in enumerate(found):
@@ -385,7 +388,8 @@ def die_while_it_is_made(
     found = error_of_calls(hosts, rank, name)
     took = time.monotonic() - began
     gc.collect()
-    wait_for(lambda: held() == before, before)
+    # Fewer where an earlier test's Gloo, whose peer was killed, has come to its own timeout meanwhile.
+    wait_for(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), before)
     return *found, took
 
 
