@@ -32,7 +32,7 @@ from colltensor.view import BufferView
 BUCKET_NBYTES: Final = 25 << 20
 """A bucket is closed when the next leaf would take it past this size, as in torch's DistributedDataParallel."""
 
-_ALONE_FROM_NBYTES: Final = {"shm": 128 << 10}
+_ALONE_FROM_NBYTES: Final = {"shm": 32 << 10}
 """From which size on a leaf travels by itself, by backend: two copies cost more then than a transfer. Measured on 2
 ranks, with benchmarks/gradient_trees.py; over Gloo a transfer costs so much that ``FUSE_BELOW_NBYTES`` holds."""
 
