@@ -305,6 +305,9 @@ def demo(session: nox.Session) -> None:
             "mixed_frameworks.py",
             "parameter_server.py",
             "no_ray.py",
+            "train_numpy.py --workers 2",
+            "train_thinc.py --workers 2",
+            "train_spacy.py --workers 2",
         ):
             script, *arguments = line.split()
             session.run("python", str(ROOT / "examples" / script), *arguments)

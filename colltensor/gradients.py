@@ -33,8 +33,8 @@ BUCKET_NBYTES: Final = 25 << 20
 """A bucket is closed when the next leaf would take it past this size, as in torch's DistributedDataParallel."""
 
 _ALONE_FROM_NBYTES: Final = {"shm": 32 << 10}
-"""From which size on a leaf travels by itself, by backend: two copies cost more then than a transfer. Measured on 2
-ranks, with benchmarks/gradient_trees.py; over Gloo a transfer costs so much that ``FUSE_BELOW_NBYTES`` holds."""
+"""From which size on a leaf travels by itself, by backend: two copies cost more then than a transfer does, which is
+about 2 us in shared memory; over Gloo it costs so much that ``FUSE_BELOW_NBYTES`` holds."""
 
 
 def sync_gradients(gradients: Any, *, group: Group | str = "default", average: bool = True) -> Any:
