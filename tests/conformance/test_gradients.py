@@ -273,7 +273,7 @@ def test_a_rank_that_dies_is_named(pool: RankPool, wire: Wire, victim: int, tmp_
 def jax_nodes(rank: int, world_size: int, world: World) -> None:
     """Containers that only jax knows."""
     jax = importlib.import_module("jax")
-    state = jax.tree_util.Partial(max, np.full(2, float(rank)), key=jax.numpy.full(3, rank + 1.0))
+    state = jax.tree_util.Partial(max, np.full(2, float(rank)), key=jax.numpy.full(3, rank + 1.0, "float32"))
     kept = Synchronizer({"state": state}, group=world.group(), average=False)
     result = kept.sync({"state": state})["state"]
     assert isinstance(result, jax.tree_util.Partial)
