@@ -22,7 +22,7 @@ from test_layouts import work_on_layouts
 from test_moves import gather_in_place, move_all, move_from_every_root, move_large
 from test_reductions import accumulate_halves, allreduce_all, reduce_all, reduce_specials, reducescatter_all
 from test_zero_copy import addresses_stay, nothing_is_kept, refuse_copies
-from worlds import Report, World, assert_same_bits
+from worlds import Report, World, assert_same_bits, stop_tracing
 
 import colltensor as col
 from colltensor.backends import is_available, reason
@@ -179,7 +179,7 @@ def memory_of_second_calls(rank: int, world_size: int, world: World) -> dict[str
         tracemalloc.start()
         call()
         peaks[name] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        stop_tracing()
     return peaks
 
 

@@ -16,7 +16,7 @@ import pytest
 from oracle import Array, combined, reduced
 from pool import RankPool
 from samples import LAYOUTS, Layout, Sample, as_numpy, dense, library_for
-from worlds import Report, Wire, World, assert_same_bits
+from worlds import Report, Wire, World, assert_same_bits, stop_tracing
 
 import colltensor as col
 from colltensor.gradients import Synchronizer, sync_gradients
@@ -70,8 +70,12 @@ def step_by_step(rank: int, world_size: int, world: World, libraries: tuple[str,
     return report.done()
 
 
-def test_gradients_become_the_mean(pool: RankPool, world: World, arrays: tuple[str, ...]) -> None:
-    assert_same_bits(pool.run(world.size, step_by_step, world, arrays))
+def test_gradients_become_the_mean(pool: RankPool, wire: Wire, arrays: tuple[str, ...]) -> None:
+    assert_same_bits(pool.run(3, step_by_step, World(3, *wire), arrays))
+
+
+def test_the_mean_of_one_rank(pool: RankPool, libraries: tuple[str, ...]) -> None:
+    pool.run(1, step_by_step, World(1, "loopback", None), libraries)
 
 
 def small_buckets(rank: int, world_size: int, world: World) -> None:
@@ -144,7 +148,7 @@ def thousand_steps(rank: int, world_size: int, world: World, library: str) -> tu
         kept.sync(tree)
     gc.collect()
     grown, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    stop_tracing()
     assert [view.pointer for view in kept.buckets] == addresses
     assert (as_numpy(tree[-1], "float32") == 1).all()
     return grown, peak
