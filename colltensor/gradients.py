@@ -175,12 +175,13 @@ class Synchronizer:
         tensors, found, _ = tree.flatten(gradients)
         expected = [leaf.path for leaf in self._leaves]
         if found != expected:
-            missing = [f"{path} is missing" for path in expected if path not in found]
-            surplus = [f"{path} is not among them" for path in found if path not in expected]
+            wrong = [f"leaf {path} is missing" for path in expected if path not in found]
+            wrong += [f"leaf {path} is not among them" for path in found if path not in expected]
+            wrong += [f"leaf {path} is where {there} was" for path, there in zip(found, expected, strict=False)
+                      if path != there]
             raise ShapeError(
                 f"{self._where()}: expected the {len(expected)} leaves that the Synchronizer was made for, got "
-                f"{len(found)}: leaf {[*missing, *surplus][0]}; pass zeros for what has no gradient, or make another "
-                "Synchronizer"
+                f"{len(found)}: {wrong[0]}; pass zeros for what has no gradient, or make another Synchronizer"
             )
         return tensors
 

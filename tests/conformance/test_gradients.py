@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import tracemalloc
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,9 @@ def wrong_step(rank: int, world_size: int, world: World) -> None:
     assert kept.sync(tree) is tree
     assert (good == (world_size - 1) / 2).all()
     assert whole.tolist() == [(world_size - 1) / 2] * 3 + [float(rank)] * 6
+    ordered = Synchronizer(OrderedDict(a=np.ones(3), b=np.ones(3)), group=world.group())
+    with pytest.raises(col.ShapeError, match=r"leaf \['b'\] is where \['a'\] was"):
+        ordered.sync(OrderedDict(b=whole[:3], a=whole[3:6]))
     both = Synchronizer([np.ones(3), np.ones(3)], group=world.group())
     with pytest.raises(col.AliasError, match=r"leaf \[0\] and leaf \[1\] share memory"):
         both.sync([whole[:3], whole[2:5]])
