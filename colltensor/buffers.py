@@ -5,6 +5,7 @@ Adapts tensors, decides which are staged or fused, and moves staged elements. Im
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, Final, Protocol
 
@@ -187,9 +188,9 @@ class TreeBuffers:
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None) -> None:
         views = self.views
-        plan = [[index] for index in range(len(views))] if copy is False else _plan(views, bytewise)
+        chosen = [[index] for index in range(len(views))] if copy is False else plan(views, bytewise)
         self.transfers = []
-        for members in plan:
+        for members in chosen:
             view = views[members[0]]
             if len(members) == 1 and (strided or view.strides is None):
                 self.transfers.append(view)
@@ -304,19 +305,22 @@ def _share(first: BufferView, second: BufferView) -> bool:
     return memory_of(first.device.type).overlap(first, second)
 
 
-def _plan(views: list[BufferView], bytewise: bool) -> list[list[int]]:
+def plan(
+    views: Sequence[BufferView], bytewise: bool = False, *, fuse_below: int = FUSE_BELOW_NBYTES,
+    bucket_nbytes: int = BUCKET_NBYTES,
+) -> list[list[int]]:
     """Return which leaves share a transfer: small ones of one dtype (or all, bytewise), in order."""
-    plan: list[list[int]] = []
+    transfers: list[list[int]] = []
     filling: dict[DType, tuple[list[int], int]] = {}
     for index, view in enumerate(views):
-        if view.nbytes >= FUSE_BELOW_NBYTES:
-            plan.append([index])
+        if view.nbytes >= fuse_below:
+            transfers.append([index])
             continue
         kind = UINT8 if bytewise else view.dtype
-        members, nbytes = filling.get(kind, ([], BUCKET_NBYTES + 1))
-        if nbytes + view.nbytes > BUCKET_NBYTES:
+        members, nbytes = filling.get(kind, ([], bucket_nbytes + 1))
+        if nbytes + view.nbytes > bucket_nbytes:
             members, nbytes = [], 0
-            plan.append(members)
+            transfers.append(members)
         members.append(index)
         filling[kind] = (members, nbytes + view.nbytes)
-    return plan
+    return transfers

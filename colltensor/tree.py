@@ -34,6 +34,18 @@ def flatten(tree: Any) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], 
     return _flatten_jax_nodes(outer, outer_paths, spec)
 
 
+def structure_of(tree: Any) -> optree.PyTreeSpec | None:
+    """Return what ``leaves_like`` compares with; None for a tree with nodes that only jax knows."""
+    leaves, structure = optree.tree_flatten(tree, is_leaf=_is_tensor)
+    return None if any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves) else structure
+
+
+def leaves_like(tree: Any, structure: optree.PyTreeSpec) -> list[Any] | None:
+    """Return the leaves of a tree of this structure, in ``flatten``'s order and cheaper; None for another tree."""
+    leaves, found = optree.tree_flatten(tree)
+    return leaves if found == structure else None
+
+
 def _flatten_jax_nodes(
     outer: list[Any], outer_paths: list[str], spec: optree.PyTreeSpec
 ) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:

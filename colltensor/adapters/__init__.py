@@ -71,6 +71,9 @@ class Memory(Protocol):
     def copy(self, target: BufferView, source: BufferView) -> None:
         """Copy elements in row-major order between views of one count and dtype, any layouts."""
 
+    def array(self, view: BufferView) -> Any:
+        """Return a writable array, of the framework that has these functions, over a view that it keeps alive."""
+
     def overlap(self, first: BufferView, second: BufferView) -> bool:
         """Return True if the elements of two views share memory."""
 

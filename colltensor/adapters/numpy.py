@@ -98,6 +98,9 @@ class HostMemory:
         else:
             to[...] = np.ascontiguousarray(of).reshape(target.shape)
 
+    def array(self, view: BufferView) -> np.ndarray[Any, Any]:
+        return host_array(view)
+
     def overlap(self, first: BufferView, second: BufferView) -> bool:
         (low, high), (other_low, other_high) = first.span(), second.span()
         if low >= other_high or other_low >= high:

@@ -15,7 +15,7 @@ import pytest
 from oracle import moved, reduced
 from pool import RankPool
 from samples import Sample, address, as_numpy, dense
-from worlds import Report, Wire, World
+from worlds import Report, Wire, World, stop_tracing
 
 import colltensor as col
 
@@ -130,7 +130,7 @@ def memory_of_calls(rank: int, world_size: int, world: World) -> dict[str, int]:
         tracemalloc.start()
         call()
         peaks[name] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        stop_tracing()
     return peaks
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -37,6 +39,16 @@ class World(NamedTuple):
     def group(self) -> Any:
         """Return this rank's group; only in a rank of the pool."""
         return group_of(self.size, self.backend, self.provider, hosts=self.hosts)
+
+
+def stop_tracing() -> None:
+    """Stop tracemalloc when torch's Gloo has let go of the last call's tensors.
+
+    Its threads take the interpreter lock for that, a little after the call, and CPython dies of a thread that gets its
+    state while ``tracemalloc.stop`` frees what the state is noted in.
+    """
+    time.sleep(0.02)
+    tracemalloc.stop()
 
 
 class Report:

@@ -15,6 +15,8 @@ from control_rank import SECRET, Outcome, Rank
 from colltensor import net
 from colltensor.control.links import ASK
 
+pytestmark = pytest.mark.slow
+
 SOON_S = 2.0
 """Within what a failure must be known everywhere: about a second, and some patience for a busy machine."""
 

@@ -108,8 +108,13 @@ def without_library(
             os.environ.pop(variable)
             if place is not None:
                 os.environ[variable] = place
-    wait_for(lambda: held()[1:] == before[1:] and (options.get("backend") is None or held() == before), before)
+    wait_for(lambda: held()[1:] == before[1:] and (options.get("backend") is None or nothing_more_than(before)), before)
     return found, "\n".join(logged)
+
+
+def nothing_more_than(before: tuple[int, int, int]) -> bool:
+    """Return True if this process holds no more; less where an earlier test's Gloo came to its timeout meanwhile."""
+    return all(now <= then for now, then in zip(held(), before, strict=True))
 
 
 def wait_for(condition: Callable[[], bool], what: object) -> None:
@@ -248,13 +253,16 @@ def lose_a_rank(
 @pytest.mark.gloo
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize(
-    ("call", "count"), [("allreduce", 8_000_000), ("allreduce", 5), ("broadcast", 8_000_000), ("reduce", 8_000_000),
-                        ("allgather", 1_000_000)]
+    ("call", "count", "victims"),
+    [("allreduce", 8_000_000, (0, 1)), ("allreduce", 5, (1, 2)), ("broadcast", 8_000_000, (2, 3)),
+     ("reduce", 8_000_000, (3, 0)), ("allgather", 1_000_000, (0, 3))],
 )
 @pytest.mark.parametrize("hosts", ["aabb", "abab"])
-def test_a_killed_rank_is_named_everywhere(pool: RankPool, hosts: str, call: str, count: int) -> None:
+def test_a_killed_rank_is_named_everywhere(
+    pool: RankPool, hosts: str, call: str, count: int, victims: tuple[int, ...]
+) -> None:
     chance = random.Random(f"{hosts} {call} {count}")
-    for victim in range(4):
+    for victim in victims:
         after_s = chance.uniform(0.05, 0.5)
         found = pool.run(4, lose_a_rank, hosts, fresh(), victim, after_s, call, count, may_die={victim})
         for rank, outcome in enumerate(found):
@@ -355,7 +363,7 @@ def make_and_destroy(rank: int, size: int, hosts: str, names: list[str]) -> None
             data = np.ones(3_000_000, np.float32)
             group.allreduce(data)
             assert (data == size).all()
-    wait_for(lambda: held() == before, before)
+    wait_for(lambda: nothing_more_than(before), before)
 
 
 @pytest.mark.gloo
@@ -385,7 +393,7 @@ def die_while_it_is_made(
     found = error_of_calls(hosts, rank, name)
     took = time.monotonic() - began
     gc.collect()
-    wait_for(lambda: held() == before, before)
+    wait_for(lambda: nothing_more_than(before), before)
     return *found, took
 
 

@@ -10,7 +10,11 @@ import pytest
 
 from colltensor.backends import is_available, reason
 
-pytestmark = [pytest.mark.gloo, pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))]
+pytestmark = [
+    pytest.mark.gloo,
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm"))),
+]
 
 NBYTES = 64 << 20
 

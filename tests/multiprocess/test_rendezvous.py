@@ -27,6 +27,8 @@ from colltensor import net
 from colltensor.errors import CollectiveError, MismatchError, OptionError, PeerLostError, RankError
 from colltensor.rendezvous import FixedDirectory, Meeting, meet, meet_through, open_directory
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from pool import RankPool, RanksFailedError, group_of
 
+pytestmark = pytest.mark.slow
+
 
 def rank_and_pid(rank: int, world_size: int, factor: int) -> tuple[int, int, int]:
     return rank * factor, world_size, os.getpid()
