@@ -122,6 +122,7 @@ class Engine:
 
     Attributes:
         broken: The error that broke the group, or None.
+        before: Called first in every call, in the caller's thread, or None.
         queue: The order of the calls.
         timeout_s: How long a call waits for other ranks.
     """
@@ -142,6 +143,7 @@ class Engine:
         self._transfers: dict[tuple[int, int], int] = {}
         self._kept: list[Call] = []
         self.broken: CollectiveError | None = None
+        self.before: Callable[[], None] | None = None
         _engines.add(self)
 
     def run(
@@ -163,6 +165,8 @@ class Engine:
         Returns:
             What the call returns, or with ``async_op`` the Work that will have it.
         """
+        if self.before is not None:
+            self.before()
         queue = self.queue
         if self._alone and not async_op and queue.enter():  # one rank: nobody to agree with or to tell
             try:
