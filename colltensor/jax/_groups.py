@@ -167,7 +167,7 @@ def register() -> None:
     """
     bridge = _jax_tvm_ffi()
     native = library.load()
-    attributes = ["handle", "timeout_ns", "number", "dtype", "operation", "op", "root", "source"]
+    attributes = ["handle", "timeout_ns", "number", "dtype", "itemsize", "operation", "op", "root", "source"]
     function = native.jax_target(dlpack.tvm_ffi().convert(_settle))
     order = [*(f"attrs.{name}" for name in attributes), "args", "rets"]
     capsule = bridge.register_ffi_target(f"{TARGET}_without_token", function, order)

@@ -40,10 +40,10 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
         return jax.core.ShapedArray(shape(x.shape, size), x.dtype), {_order.ORDERED}
 
     def lower(context: Any, x: Any, *, number: int, op: int, root: int, source: int, **parameters: int) -> Any:
-        group = _groups.group_of(number)
+        group, dtype = _groups.group_of(number), DTYPE_OF[context.avals_in[0].dtype]
         numbers = {
             "handle": group.shared_memory(), "timeout_ns": int(group.timeout_s * 1e9), "number": number,
-            "dtype": DTYPE_OF[context.avals_in[0].dtype].code, "operation": DIRECT[operation], "op": op, "root": root,
+            "dtype": dtype.code, "itemsize": dtype.itemsize, "operation": DIRECT[operation], "op": op, "root": root,
             "source": source,
         }
         aliased = operation in ("allreduce", "reduce", "broadcast") or (operation == "transfer" and name != "sendrecv")

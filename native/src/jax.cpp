@@ -102,31 +102,30 @@ bool copies_first(const DirectCall& call) {
   }
 }
 
-std::size_t nbytes_of(const ffi::TensorView& tensor) {
-  return static_cast<std::size_t>(tensor.numel()) * ((tensor.dtype().bits * tensor.dtype().lanes + 7) / 8);
-}
-
-// The target: (handle, timeout, number, dtype, operation, op, root, source, operand, result). What is not done here
-// goes to `settle` in Python, which ends it or raises: (number, code, dtype, operation, op, root, source, address and
+// The target: (handle, timeout, number, dtype, bytes of an element, operation, op, root, source, operand, result); the
+// tensors come as bytes, one an element, whatever their dtype (PlainBuffers). What is not done here goes to `settle` in Python, which ends it or raises: (number, code, dtype, operation, op, root, source, address and
 // bytes of the operand, address and bytes of the result).
 ffi::Function target(ffi::Function settle) {
   return ffi::Function::FromPacked([settle = std::move(settle)](const ffi::AnyView* arguments, std::int32_t,
                                                                 ffi::Any*) {
     const auto number = [&](int i) { return arguments[i].cast<std::int64_t>(); };
-    const auto given = arguments[8].cast<ffi::TensorView>(), result = arguments[9].cast<ffi::TensorView>();
+    const auto given = arguments[9].cast<ffi::TensorView>(), result = arguments[10].cast<ffi::TensorView>();
     const auto data = [](const ffi::TensorView& tensor) {
       return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
     };
+    const auto nbytes = [&](const ffi::TensorView& tensor) {
+      return static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(number(4));
+    };
     const JaxCall call{number(0), number(1), number(2), number(3),
-                       {static_cast<Operation>(number(4)), number(5), static_cast<int>(number(6)),
-                        static_cast<int>(number(7))},
-                       data(given), data(result), nbytes_of(given), nbytes_of(result)};
+                       {static_cast<Operation>(number(5)), number(6), static_cast<int>(number(7)),
+                        static_cast<int>(number(8))},
+                       data(given), data(result), nbytes(given), nbytes(result)};
     if (copies_first(call.call) && call.given != call.result && call.given_nbytes != 0) {
       std::memcpy(call.result, call.given, call.given_nbytes);
     }
     const std::int64_t code = run(call);
     if (code == 0) return;
-    settle(call.number, code, call.dtype, number(4), call.call.op, number(6), number(7),
+    settle(call.number, code, call.dtype, number(5), call.call.op, number(7), number(8),
            reinterpret_cast<std::int64_t>(call.given), static_cast<std::int64_t>(call.given_nbytes),
            reinterpret_cast<std::int64_t>(call.result), static_cast<std::int64_t>(call.result_nbytes));
   });
@@ -156,24 +155,37 @@ struct XlaCallFrame {
 };
 using XlaHandler = void*(XlaCallFrame*);
 
-constexpr std::int32_t kXlaToken = 17;
+constexpr std::int32_t kXlaUInt8 = 6, kXlaToken = 17;
 
 std::atomic<XlaHandler*> inner{nullptr};
 
-std::int64_t tokens_at_end(const XlaBuffers& list) {
-  return list.count != 0 && list.buffers[list.count - 1]->dtype == kXlaToken ? 1 : 0;
-}
+// For as long as it lives: a list of one tensor and a token without the token, and the tensor's dtype as one that
+// jax-tvm-ffi knows. It knows no complex numbers and no 8-bit floats.
+class PlainBuffers {
+ public:
+  explicit PlainBuffers(XlaBuffers& list) : list_(list), count_(list.count) {
+    if (count_ == 0) return;  // XLA asks for the handler's version
+    if (list.buffers[count_ - 1]->dtype == kXlaToken) list.count -= 1;
+    dtype_ = std::exchange(list.buffers[0]->dtype, kXlaUInt8);
+  }
+  ~PlainBuffers() {
+    list_.count = count_;
+    if (count_ != 0) list_.buffers[0]->dtype = dtype_;
+  }
+  PlainBuffers(const PlainBuffers&) = delete;
+  PlainBuffers& operator=(const PlainBuffers&) = delete;
+
+ private:
+  XlaBuffers& list_;
+  const std::int64_t count_;
+  std::int32_t dtype_ = 0;
+};
 
 // jax-tvm-ffi's handler refuses a call with a token among its operands. The token has no bytes: XLA alone needs it, to
 // order the calls.
 void* without_token(XlaCallFrame* frame) {
-  const std::int64_t operands = tokens_at_end(frame->operands), results = tokens_at_end(frame->results);
-  frame->operands.count -= operands;
-  frame->results.count -= results;
-  void* error = inner.load(std::memory_order_acquire)(frame);
-  frame->operands.count += operands;
-  frame->results.count += results;
-  return error;
+  const PlainBuffers operands(frame->operands), results(frame->results);
+  return inner.load(std::memory_order_acquire)(frame);
 }
 
 // The address of a handler that calls the one at `handler` without the token.
