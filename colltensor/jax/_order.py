@@ -82,7 +82,7 @@ def ordered(function: Callable[..., Any]) -> Callable[..., Any]:
             args, kwargs = jax.tree_util.tree_unflatten(tree, leaves)
             results, result_tree = jax.tree_util.tree_flatten(function(*args, **kwargs))
             shapes.append(result_tree)
-            return results
+            return list(results)
 
         closed = jax.make_jaxpr(flat)(*leaves)
         return jax.tree_util.tree_unflatten(shapes[-1], _ordered_p.bind(*leaves, jaxpr=closed))
@@ -91,10 +91,10 @@ def ordered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _inline(*operands: Any, jaxpr: ClosedJaxpr) -> list[Any]:
-    return jaxpr_as_fun(jaxpr)(*operands)  # type: ignore[no-any-return]  # jax is not looked into
+    results: list[Any] = jaxpr_as_fun(jaxpr)(*operands)
+    return results
 
 
-@_ordered_p.def_effectful_abstract_eval
 def _shapes(*operands: Any, jaxpr: ClosedJaxpr) -> Any:
     others = {effect for effect in jaxpr.effects if not isinstance(effect, Ordered)}
     return jaxpr.out_avals, {KEPT, *others} if len(others) < len(jaxpr.effects) else others
@@ -123,6 +123,7 @@ def _batch(operands: Any, axes: Any, *, jaxpr: ClosedJaxpr) -> Any:
     return results, [0] * len(results)
 
 
+_ordered_p.def_effectful_abstract_eval(_shapes)
 _ordered_p.def_impl(lambda *operands, jaxpr: jax.jit(functools.partial(_ordered_p.bind, jaxpr=jaxpr))(*operands))
 mlir.register_lowering(_ordered_p, _lower)
 ad.primitive_jvps[_ordered_p] = _jvp

@@ -35,7 +35,6 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
     """
     primitive = Primitive(f"colltensor_{name or operation}")
 
-    @primitive.def_effectful_abstract_eval
     def abstract(x: Any, *, size: int, **parameters: int) -> Any:
         return jax.core.ShapedArray(shape(x.shape, size), x.dtype), {_order.ORDERED}
 
@@ -53,6 +52,7 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
     def call(x: Any, **parameters: int) -> Any:
         return _compiled(primitive, tuple(parameters.items()))(x)
 
+    primitive.def_effectful_abstract_eval(abstract)
     primitive.def_impl(call)
     mlir.register_lowering(primitive, lower, platform="cpu")
     return primitive
@@ -161,7 +161,7 @@ for _primitive, _transpose in (
 
 
 def _vectorise(primitive: Primitive, given: int | None = None, result: int | None = None) -> None:
-    """Let the payload hold the whole batch: the axis stays where it is, or is moved to ``given`` and comes at ``result``."""
+    """Let the payload hold the whole batch: the axis stays, or is moved to ``given`` and comes back at ``result``."""
 
     def batch(operands: Any, axes: Any, **parameters: int) -> Any:
         (x,), (axis,) = operands, axes

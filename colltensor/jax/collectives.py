@@ -25,9 +25,9 @@ from colltensor.types import ReduceOp
 def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
     """Return the elementwise combination of all ranks' arrays; every rank calls and gets the same bits.
 
-    The gradient of a SUM-allreduce is a SUM-allreduce: y_s = sum of x_r for every s, so dL/dx_r = sum over s of v_s, for
-    every r. Of an AVERAGE it is an AVERAGE. The derivative of MIN and MAX belongs to the ranks that have the extreme
-    element, in equal parts; the other ops have none.
+    The gradient of a SUM-allreduce is a SUM-allreduce: y_s = sum of x_r for every s, so dL/dx_r = sum over s of v_s,
+    for every r. Of an AVERAGE it is an AVERAGE. The derivative of MIN and MAX belongs to the ranks that have the
+    extreme element, in equal parts; the other ops have none.
 
     Args:
         x: An array of any shape; all ranks' have one dtype and count.
@@ -87,8 +87,8 @@ def allgather(x: Any, group: Group | str = "default") -> Any:
 def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
     """Return the combination of all ranks' ``x[rank]``.
 
-    Derivative (SUM): y_s = sum over r of x_r[s], so dL/dx_r[s] = v_s for every r: an allgather of v. With AVERAGE, it is
-    divided by the number of ranks.
+    Derivative (SUM): y_s = sum over r of x_r[s], so dL/dx_r[s] = v_s for every r: an allgather of v. With AVERAGE, it
+    is divided by the number of ranks.
 
     Args:
         x: An array whose first axis has one entry for each rank.
@@ -101,8 +101,8 @@ def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceO
 def send(x: Any, dst_rank: int, group: Group | str = "default") -> Any:
     """Send an array to rank ``dst_rank``, which calls ``recv``; returns ``x`` as it is.
 
-    Derivative: y = x here and y_d = x on the receiver d, so dL/dx = v + v_d, where v_d comes back from the receiver. For
-    that the result must be used in what is differentiated (``x = send(x, 1)``).
+    Derivative: y = x here and y_d = x on the receiver d, so dL/dx = v + v_d, where v_d comes back from the receiver.
+    For that the result must be used in what is differentiated (``x = send(x, 1)``).
 
     Args:
         x: An array of any dtype.

@@ -14,8 +14,8 @@ from colltensor.types import ReduceOp
 def sync_gradients(group: Group | str = "default", average: bool = True) -> Any:
     """Return an ``optax.GradientTransformation`` that replaces gradients by their mean over the ranks.
 
-    ``optax.chain(sync_gradients(group), optax.sgd(0.1))``. All leaves of one dtype travel in one allreduce, in the order
-    of ``jax.tree``: a rank without JAX joins with the same flat tensors. Every rank gets the same bits.
+    ``optax.chain(sync_gradients(group), optax.sgd(0.1))``. All leaves of one dtype travel in one allreduce, in the
+    order of ``jax.tree``: a rank without JAX joins with the same flat tensors. Every rank gets the same bits.
 
     Args:
         group: The group or its name, looked up when the update is traced.

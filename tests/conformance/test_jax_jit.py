@@ -51,7 +51,7 @@ def _own_group(rank: int, size: int, wire: Wire, name: str, timeout_s: float = 1
 
 
 def every_collective(rank: int, size: int, world: World) -> None:
-    group, report = world.group(), None
+    group = world.group()
     jax, jnp, cj = _jax()
     report = Report(group)
     for dtype in DTYPES:
@@ -60,7 +60,8 @@ def every_collective(rank: int, size: int, world: World) -> None:
                 continue
             everyone = [_values(other, shape, dtype) for other in range(size)]
             x = jnp.asarray(everyone[rank])
-            total = np.any(everyone, axis=0) if dtype == "bool" else sum(array.astype("complex128") for array in everyone)
+            wide = [array.astype("complex128") for array in everyone]
+            total = np.any(everyone, axis=0) if dtype == "bool" else sum(wide)
             with report.case("allreduce", dtype, shape):
                 y = jax.jit(lambda a: cj.allreduce(a, group))(x)
                 assert y.dtype == x.dtype
@@ -452,7 +453,7 @@ def a_rank_dies(rank: int, size: int, wire: Wire, name: str, how: str) -> None:
         expected = col.CollectiveTimeoutError if how == "late" else col.PeerLostError
         assert isinstance(caught.value.__cause__, expected)
         assert caught.value.__cause__.ranks == (size - 1,)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="cannot be used any more|destroyed"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"cannot be used any more|destroyed"):
             step(jnp.ones(4)).block_until_ready()
 
 
