@@ -86,7 +86,7 @@ def forget_failures() -> None:
 def _defer(handle: int, on: bool) -> None:
     """Let jitted calls queue behind the group's asynchronous eager ones, or go straight to shared memory again."""
     if handle >= 0:
-        library.load().jax_defer(handle, on)
+        library.load().shm_jax_defer(handle, on)
 
 
 def _memory(address: int, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -172,10 +172,10 @@ def register() -> None:
     bridge = _jax_tvm_ffi()
     native = library.load()
     attributes = ["handle", "timeout_ns", "number", "dtype", "itemsize", "operation", "op", "root", "source"]
-    function = native.jax_target(dlpack.tvm_ffi().convert(_settle))
+    function = native.shm_jax_target(dlpack.tvm_ffi().convert(_settle))
     order = [*(f"attrs.{name}" for name in attributes), "args", "rets"]
     capsule = bridge.register_ffi_target(f"{TARGET}_without_token", function, order)
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    handler = native.jax_without_token(pointer(capsule, None))
+    handler = native.shm_jax_without_token(pointer(capsule, None))
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")

@@ -197,6 +197,6 @@ std::int64_t wrap(std::int64_t handler) {
 }  // namespace
 }  // namespace colltensor
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(jax_target, colltensor::target)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(jax_defer, colltensor::defer)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(jax_without_token, colltensor::wrap)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_target, colltensor::target)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_defer, colltensor::defer)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_without_token, colltensor::wrap)

@@ -507,7 +507,6 @@ def optax_step(rank: int, size: int, world: World, average: bool) -> None:
 
 @pytest.mark.parametrize("average", [True, False])
 def test_optax_transformation(pool: RankPool, world: World, average: bool) -> None:
-    pytest.importorskip("optax")
     pool.run(world.size, optax_step, world, average)
 
 
