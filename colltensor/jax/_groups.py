@@ -115,6 +115,8 @@ def _settle(
     except GroupError as error:
         remedy = "and jit the function anew: this one was traced with the group that is gone"
         raise GroupError(f"{error}; {remedy}") from error
+    except KeyboardInterrupt as error:  # XLA passes on words alone
+        raise GroupError(f"{_NAMES[operation]}: KeyboardInterrupt while rank {group.rank} waited") from error
     finally:
         _here.inside = outer
 

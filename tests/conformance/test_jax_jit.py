@@ -436,6 +436,31 @@ def test_a_mismatch_is_an_error_and_the_group_goes_on(pool: RankPool, wire: Wire
         pool.run(size, mismatch, wire, uuid.uuid4().hex)
 
 
+def failure_in_the_background(rank: int, size: int, name: str) -> None:
+    """JAX keeps the failure of a computation that ran in its own threads: documented, with the way out."""
+    jax, jnp, cj = _jax()
+    with _own_group(rank, size, Wire("shm", None), name) as group:
+        def slow(a: Any, b: Any) -> Any:
+            return cj.allreduce(b + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0], group)
+
+        square = jnp.ones((512, 512))
+        for step in (jax.jit(slow), jax.jit(cj.ordered(slow))):
+            assert float(step(square, jnp.ones(3))[0]) == size
+            with pytest.raises(jax.errors.JaxRuntimeError, match="disagree"):
+                step(square, jnp.ones(3 + rank)).block_until_ready()
+            cj.forget_failures()
+            assert float(step(square, jnp.ones(3))[0]) == size
+            with pytest.raises(jax.errors.JaxRuntimeError, match="disagree"):
+                step(square, jnp.ones(3 + rank)).block_until_ready()
+            assert float(group.allreduce(np.ones(3))[0]) == size
+            assert float(step(square, jnp.ones(3))[0]) == size
+
+
+@pytest.mark.shm
+def test_a_failure_in_the_background_can_be_left_behind(pool: RankPool) -> None:
+    pool.run(2, failure_in_the_background, uuid.uuid4().hex)
+
+
 def a_rank_dies(rank: int, size: int, wire: Wire, name: str, how: str) -> None:
     jax, jnp, cj = _jax()
     with _own_group(rank, size, wire, name, timeout_s=2.0 if how == "late" else 10.0) as group:
