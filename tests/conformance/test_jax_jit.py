@@ -332,6 +332,35 @@ def test_eager_calls_follow_jitted_ones(pool: RankPool, wire: Wire) -> None:
     assert pool.run(2, follows, wire, uuid.uuid4().hex, False) == [False, False]
 
 
+def started_one_after_the_other(rank: int, size: int, wire: Wire, name: str) -> None:
+    """A computation that takes long and one that does not, without waiting, in both spellings and mixed."""
+    jax, jnp, cj = _jax()
+    with _own_group(rank, size, wire, name) as group:
+        def slow(a: Any, value: Any) -> Any:
+            return cj.allreduce(jnp.full(4, value) + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0],
+                                group)
+
+        def quick(a: Any, value: Any) -> Any:
+            return cj.allreduce(jnp.full(4, value), group)
+
+        square, value = jnp.ones((512, 512)), 0
+        for first in (jax.jit(slow), jax.jit(cj.ordered(slow))):
+            for second in (jax.jit(quick), jax.jit(cj.ordered(quick))):
+                for _ in range(3):
+                    steps = (first, second, first, second)
+                    numbers = [float(value + k) for k in range(4)]
+                    if rank == 0:
+                        found = [step(square, number) for step, number in zip(steps, numbers, strict=True)]
+                    else:
+                        found = [group.allreduce(np.full(4, number)) for number in numbers]
+                    assert [float(y[0]) for y in found] == [size * number for number in numbers]
+                    value += 4
+
+
+def test_computations_run_in_the_order_in_which_they_were_started(pool: RankPool, wire: Wire) -> None:
+    pool.run(2, started_one_after_the_other, wire, uuid.uuid4().hex)
+
+
 def jitted_after_asynchronous(rank: int, size: int, wire: Wire, name: str) -> None:
     jax, jnp, cj = _jax()
     with _own_group(rank, size, wire, name) as group:
