@@ -284,6 +284,7 @@ def tests(session: nox.Session, framework: str) -> None:
     if session.python == "3.10":
         extras, providers = [*extras, "pygloo"], ("pygloo",)
     groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
+    groups = (*groups, "test-jax") if "jax" in frameworks else groups
     _install(session, *extras, groups=groups)
     sizes = GLOO_SIZES.get(framework, "")
     arguments = [f"--ignore={ROOT / file}" for file in LEFT_OUT.get(framework, ())]
@@ -302,6 +303,8 @@ def demo(session: nox.Session) -> None:
             "ray_allreduce.py --array torch --workers 4",
             "ray_allreduce.py --array jax --workers 2",
             "ray_digits.py --array torch --workers 2",
+            "train_jax.py --workers 2",
+            "train_mixed.py --workers 2",
             "mixed_frameworks.py",
             "parameter_server.py",
             "no_ray.py",

@@ -7,7 +7,7 @@ through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may com
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from colltensor.adapters import direct, unnoted
@@ -34,7 +34,11 @@ _NAMES: Final = tuple(DIRECT)
 
 
 class Direct:
-    """The direct calls of one group. ``Group`` takes the first step of an allreduce and of a barrier itself."""
+    """The direct calls of one group. ``Group`` takes the first step of an allreduce and of a barrier itself.
+
+    Attributes:
+        before: Called first in every call, or None.
+    """
 
     def __init__(self, backend: SigningBackend, engine: Engine, arguments: Arguments, rank: int) -> None:
         self._backend = backend
@@ -43,6 +47,7 @@ class Direct:
         self._queue = engine.queue
         self._arguments = arguments
         self._rank = rank
+        self.before: Callable[[], None] | None = None
 
     def call(
         self, operation: int, op: int, root: Any, source: Any, tensors: Sequence[Any], written: int, written_end: int
@@ -61,6 +66,8 @@ class Direct:
         Raises:
             CollectiveError: As every collective.
         """
+        if self.before is not None:
+            self.before()
         if not self._queue.idle:
             return False
         noted = False
@@ -74,7 +81,7 @@ class Direct:
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
             self.failed(_NAMES[operation], error)
             return False
-        if code and not self._finish(operation, op, root, source, tensors, code):
+        if code and not self.finish(operation, op, root, source, tensors, code):
             return False
         if noted:
             for tensor in tensors[written:written_end]:
@@ -85,13 +92,14 @@ class Direct:
 
     def finish_allreduce(self, tensor: Any, op: ReduceOp, code: int) -> bool:
         """End an allreduce that was not done at once; False if it must go the general way."""
-        return self._finish(DIRECT["allreduce"], op, NO_RANK, NO_RANK, (tensor,), code)
+        return self.finish(DIRECT["allreduce"], op, NO_RANK, NO_RANK, (tensor,), code)
 
     def finish_barrier(self, code: int) -> bool:
         """End a barrier that was not done at once; False if it must go the general way."""
-        return self._finish(DIRECT["barrier"], NO_OP, NO_RANK, NO_RANK, (), code)
+        return self.finish(DIRECT["barrier"], NO_OP, NO_RANK, NO_RANK, (), code)
 
-    def _finish(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
+    def finish(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
+        """End a call that was not done at once; False if it must go the general way."""
         name = _NAMES[operation]
         self._engine.check(name)
         try:

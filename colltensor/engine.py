@@ -127,6 +127,7 @@ class Engine:
 
     Attributes:
         broken: The error that broke the group, or None.
+        before: Called first in every call, in the caller's thread, or None.
         queue: The order of the calls.
         device: The backend of tensors that are on a device, or None.
         check_device: Whether the ranks agree before each call of it.
@@ -152,6 +153,7 @@ class Engine:
         self.check_device = False
         self._device_sequence = 0
         self.broken: CollectiveError | None = None
+        self.before: Callable[[], None] | None = None
         _engines.add(self)
 
     def run(
@@ -173,6 +175,8 @@ class Engine:
         Returns:
             What the call returns, or with ``async_op`` the Work that will have it.
         """
+        if self.before is not None:
+            self.before()
         device = self.device
         if device is not None and buffers and _is_on(device, buffers[0]):
             call = Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers)

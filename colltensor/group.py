@@ -123,7 +123,7 @@ class Group:
         self._backend = backend
         self._control = control
         self._meeting = meeting
-        signer = backend if isinstance(backend, SigningBackend) else None
+        signer = self._signer = backend if isinstance(backend, SigningBackend) else None
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
         self._queue = self._engine.queue
         self._engine.check_device = recipe.check
@@ -522,6 +522,39 @@ class Group:
         self._splits += 1
         name = group_name or f"{self.name}/{self._splits}.{color}"
         return self._make_part(name, [] if color is None else members)
+
+    def follow(self, wait: Callable[[], None], defer: Callable[[bool], None]) -> None:
+        """Keep the order with calls that reach this group's wire another way (``settle``).
+
+        Args:
+            wait: Called first in every collective from now on, in the caller's thread: waits for such calls.
+            defer: Told True when asynchronous calls wait for their turn, False when none does any more.
+        """
+        self._engine.before = wait
+        self._queue.watch = defer
+        if self._direct is not None:
+            self._direct.before = wait
+        self._allreduce = self._barrier = None  # by way of the engine, which waits
+
+    def shared_memory(self) -> int:
+        """Return the group's number in the native library, or -1 if it is not in shared memory."""
+        return -1 if self._signer is None else self._signer.number
+
+    def settle(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
+        """End a call that was begun on the group's wire itself; False if it must be made as a call of the group.
+
+        Args:
+            operation: A number of ``colltensor.backends.base.DIRECT``.
+            op: The reduce op, 255 for none.
+            root: The root, or the rank to send to; -1 for none.
+            source: The rank to receive from; -1 for none.
+            tensors: Tensors with the dtype and count that the ranks compare.
+            code: What the call returned.
+
+        Raises:
+            CollectiveError: As every collective.
+        """
+        return self._direct is not None and bool(self._direct.finish(operation, op, root, source, tensors, code))
 
     def destroy(self) -> None:
         """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.

@@ -129,6 +129,7 @@ class OperationQueue:
 
     Attributes:
         idle: Whether the worker has nothing to do, so that a call needs not queue behind it.
+        watch: Told True when work is put, and False when the worker has nothing to do any more; or None.
     """
 
     def __init__(self, name: str) -> None:
@@ -139,6 +140,7 @@ class OperationQueue:
         self._closed = False
         self._worker: threading.Thread | None = None
         self.idle = True
+        self.watch: Callable[[bool], None] | None = None
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
@@ -155,6 +157,8 @@ class OperationQueue:
         """Run ``work`` in the worker thread when its turn comes."""
         with self._changed:
             self.idle = False
+            if self.watch is not None:
+                self.watch(True)
             self._waiting.append(work)
             if self._worker is None:
                 self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
@@ -185,3 +189,5 @@ class OperationQueue:
             self.leave()
             with self._changed:
                 self.idle = not self._waiting
+                if self.idle and self.watch is not None:
+                    self.watch(False)

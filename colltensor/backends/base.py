@@ -265,7 +265,12 @@ class SigningBackend(Backend, Protocol):
     For each call the group takes the turn with ``hold``, says with ``sign`` or ``sign_transfer`` what the payload
     method that follows must agree on, and gives the turn back with ``release``. A tensor as it comes from its
     framework may go to ``direct`` instead.
+
+    Attributes:
+        number: The group's number in the native library.
     """
+
+    number: int
 
     def hold(self, deadline: float) -> None:
         """Take the turn for one call, waiting for a direct call of another thread."""

@@ -9,19 +9,15 @@
 #include <vector>
 
 #include "colltensor/kernels.h"
+#include "direct.h"
 #include "exports.h"
 #include "registry.h"
 #include "request.h"
 
 namespace colltensor {
-namespace {
 
 namespace ffi = tvm::ffi;
 
-// Beyond this size copying takes longer than giving up the interpreter lock and taking it again.
-constexpr std::size_t kBriefNbytes = 16384;
-
-// The dtype of what DLPack calls so, or kMovesOnly.
 DType dtype_of(DLDataType type) {
   if (type.lanes != 1) return DType::kMovesOnly;
   const int log = type.bits == 8 ? 0 : type.bits == 16 ? 1 : type.bits == 32 ? 2 : type.bits == 64 ? 3 : 4;
@@ -41,6 +37,8 @@ DType dtype_of(DLDataType type) {
   }
 }
 
+namespace {
+
 // Byte for byte what colltensor.engine.Call.signature packs after the sequence number, for one tensor or a list of them
 // with ``copy=None``.
 Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count, DType dtype) {
@@ -55,6 +53,9 @@ Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t ro
   std::memcpy(signature.words, bytes, sizeof bytes);
   return signature;
 }
+
+// Beyond this size copying takes longer than giving up the interpreter lock and taking it again.
+constexpr std::size_t kBriefNbytes = 16384;
 
 // A tensor's memory; null data and no dtype where the tensor is not plain.
 struct Plain {
@@ -200,15 +201,6 @@ class Borrowed {
   std::unique_ptr<Tensors> tensors_;
 };
 
-// What a direct call asks for, beside its tensors. For a transfer `root` is the destination, -1 for none, and `source`
-// where it comes from.
-struct DirectCall {
-  Operation operation;
-  std::int64_t op;
-  int root;
-  int source;
-};
-
 bool is_plain_call(const DirectCall& call, const Tensors& tensors, const Group& group) {
   const int ranks = group.world_size(), rank = group.rank();
   const bool is_root = call.root == rank, has_root = call.root >= 0 && call.root < ranks;
@@ -234,31 +226,36 @@ bool is_plain_call(const DirectCall& call, const Tensors& tensors, const Group& 
   return false;
 }
 
-Outcome run_transfer(Group& group, const DirectCall& call, const Tensors& tensors, std::int64_t deadline_ns,
-                     std::int64_t& detail) {
-  const std::size_t count = tensors.count(), item = item_size(tensors.dtype());
+Outcome run_transfer(Group& group, const DirectCall& call, const View* views, std::size_t count, DType dtype,
+                     std::int64_t deadline_ns, std::int64_t& detail) {
+  const std::size_t item = item_size(dtype);
   const auto sign = [&](int source) {
-    return direct_signature(Operation::kTransfer, 255, static_cast<std::int16_t>(source), count, tensors.dtype());
+    return direct_signature(Operation::kTransfer, 255, static_cast<std::int16_t>(source), count, dtype);
   };
   Group::Transfer send{}, recv{};
-  if (call.root >= 0) send = {&tensors[0], count, item, call.root, sign(group.rank())};
-  if (call.source >= 0) recv = {&tensors[call.root >= 0], count, item, call.source, sign(call.source)};
+  if (call.root >= 0) send = {&views[0], count, item, call.root, sign(group.rank())};
+  if (call.source >= 0) recv = {&views[call.root >= 0], count, item, call.source, sign(call.source)};
   const Outcome outcome =
       group.transfer(call.root >= 0 ? &send : nullptr, call.source >= 0 ? &recv : nullptr, deadline_ns);
   detail = (send.mismatch ? 1 : 0) | (recv.mismatch ? 2 : 0);
   return outcome;
 }
 
-Outcome run_direct(Group& group, const DirectCall& call, const Tensors& tensors, std::int64_t deadline_ns,
-                   std::int64_t& detail) {
-  if (call.operation == Operation::kTransfer) return run_transfer(group, call, tensors, deadline_ns, detail);
-  const Signature signature =
-      direct_signature(call.operation, static_cast<std::uint8_t>(call.op), static_cast<std::int16_t>(call.root),
-                       tensors.count(), tensors.dtype());
-  const Collective collective{call.operation, static_cast<ReduceOp>(call.op), tensors.dtype(),
-                              item_size(tensors.dtype()), tensors.count(), call.root, signature};
-  return run_collective(group, collective, tensors.from(0), deadline_ns);
+}  // namespace
+
+Outcome run_direct(Group& group, const DirectCall& call, const View* views, std::size_t count, DType dtype,
+                   std::int64_t deadline_ns, std::int64_t& detail) {
+  if (call.operation == Operation::kTransfer) {
+    return run_transfer(group, call, views, count, dtype, deadline_ns, detail);
+  }
+  const Signature signature = direct_signature(call.operation, static_cast<std::uint8_t>(call.op),
+                                               static_cast<std::int16_t>(call.root), count, dtype);
+  const Collective collective{call.operation, static_cast<ReduceOp>(call.op), dtype, item_size(dtype), count, call.root,
+                              signature};
+  return run_collective(group, collective, views, deadline_ns);
 }
+
+namespace {
 
 // Any operation on plain tensors, without the interpreter lock: (operation, op, root, source, tensors in the order of a
 // request's views ...). Of a transfer's mismatch the code says which direction differs: 256 the send, 512 the receive.
@@ -277,7 +274,7 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns) {
       *returned = code(group.outcome());
     } else if (is_plain_call(call, tensors, *group)) {
       std::int64_t detail = 0;
-      const Outcome outcome = run_direct(*group, call, tensors, now_ns() + timeout_ns, detail);
+      const Outcome outcome = run_direct(*group, call, tensors.from(0), tensors.count(), tensors.dtype(), now_ns() + timeout_ns, detail);
       *returned = result(*group, outcome) | detail << 8;
     }
   });

@@ -20,9 +20,9 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 4;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 5;  // grows with every change that Python must know of
 
-bool signalled() { return TVMFFIEnvCheckSignals() != 0; }
+bool signalled() { return !InsideXla::inside && TVMFFIEnvCheckSignals() != 0; }
 
 // The interpreter may handle a signal while it answers: what that raises is either kept by the callee, which answers
 // 2, or arrives here.

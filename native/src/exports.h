@@ -9,6 +9,17 @@
 
 namespace colltensor {
 
+// For as long as it lives, this thread's waits do not ask the interpreter for signals.
+class InsideXla {
+ public:
+  InsideXla() { inside = true; }
+  ~InsideXla() { inside = false; }
+  InsideXla(const InsideXla&) = delete;
+  InsideXla& operator=(const InsideXla&) = delete;
+
+  static inline thread_local bool inside = false;
+};
+
 // The code of an outcome for Python. A signal's exception is thrown on; the group is broken by it.
 inline std::int64_t result(Group& group, Outcome outcome) {
   if (outcome == Outcome::kSignalled) {

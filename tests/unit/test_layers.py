@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-FRAMEWORKS = {"numpy", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "ml_dtypes", "tvm_ffi", "optree"}
+FRAMEWORKS = {"numpy", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "ml_dtypes", "tvm_ffi", "optree",
+              "jax_tvm_ffi", "optax"}
 """Packages that only the modules named in FRAMEWORKS_OF may import."""
 
 VALUES = {"errors", "types", "view"}
@@ -67,7 +68,7 @@ FRAMEWORKS_OF = {
     "dlpack": {"tvm_ffi"},
     "tree": {"optree"},
     "torch": {"torch"},
-    "jax": {"jax", "jaxlib", "numpy"},
+    "jax": {"jax", "jaxlib", "jax_tvm_ffi", "numpy", "optax"},
     "ray": {"ray"},
 }
 """Modules, or folders, and the packages of FRAMEWORKS that each may import."""

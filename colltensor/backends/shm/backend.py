@@ -29,6 +29,9 @@ class ShmBackend:
 
     The ranks agree inside the segment, on arrival and before anything is written: ``sign`` and ``sign_transfer``
     say what on. A call that nobody signed is compared by operation, dtype, count, op and root.
+
+    Attributes:
+        number: The group's number in the native library.
     """
 
     name = "shm"
@@ -42,7 +45,7 @@ class ShmBackend:
         self._rank = control.rank
         self._size = control.world_size
         self._native = segment.library
-        self._handle = segment.handle
+        self._handle = self.number = segment.handle
         self._run = segment.library.shm_run
         self._held = False
         self._signed: Signed | None = None

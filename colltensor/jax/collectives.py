@@ -1,0 +1,195 @@
+"""Collectives on JAX arrays: inside ``jax.jit``, ``grad``, ``vmap``, ``lax.scan`` and outside of them. Imports jax.
+
+The results are new arrays. Derivatives are those of the sum of all ranks' losses, by each rank's own operand: every
+rank differentiates its own loss, in step with the others, and gets its part of that sum's gradient. Below, x_r is the
+operand of rank r, y_r its result, v_r the cotangent that rank r has of y_r, and L the sum of the losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
+from colltensor.backends.base import require
+from colltensor.errors import GroupError, RankError, ShapeError
+from colltensor.group import Group
+from colltensor.jax import _groups, _primitives
+from colltensor.jax._primitives import NO_OP, NO_RANK
+from colltensor.table import find_group
+from colltensor.types import ReduceOp
+
+
+def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+    """Return the elementwise combination of all ranks' arrays; every rank calls and gets the same bits.
+
+    The gradient of a SUM-allreduce is a SUM-allreduce: y_s = sum of x_r for every s, so dL/dx_r = sum over s of v_s,
+    for every r. Of an AVERAGE it is an AVERAGE. The derivative of MIN and MAX belongs to the ranks that have the
+    extreme element, in equal parts; the other ops have none.
+
+    Args:
+        x: An array of any shape; all ranks' have one dtype and count.
+        group: The group or its name.
+        op: How elements are combined.
+
+    Raises:
+        UnsupportedDTypeError: ``op`` is not defined for this dtype.
+        BackendUnavailableError: jax-tvm-ffi is missing.
+        GroupError: There is no such group.
+        jax.errors.JaxRuntimeError: Where the result is ready or read, for what went wrong between the ranks, with the
+            words of the error that an eager call would have raised.
+    """
+    return _bind(_primitives.allreduce_p, "allreduce", x, group, op=op)
+
+
+def reduce(x: Any, dst_rank: int = 0, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+    """Return the combination of all ranks' arrays on rank ``dst_rank``, and ``x`` itself on the others.
+
+    Derivative (SUM): y_d = sum of x_r on the root d and y_r = x_r elsewhere, so dL/dx_d = v_d and dL/dx_r = v_d + v_r:
+    a broadcast of v_d, to which the other ranks add their own. With AVERAGE, v_d is divided by the number of ranks.
+
+    Args:
+        x: As for ``allreduce``.
+        dst_rank: The rank that gets the result.
+        group: The group or its name.
+        op: How elements are combined.
+    """
+    return _bind(_primitives.reduce_p, "reduce", x, group, op=op, root=dst_rank)
+
+
+def broadcast(x: Any, src_rank: int = 0, group: Group | str = "default") -> Any:
+    """Return rank ``src_rank``'s array on every rank.
+
+    Derivative: y_r = x_s for every r, so dL/dx_s = sum of all v_r, a reduction to the source s, and zero elsewhere.
+
+    Args:
+        x: On ``src_rank`` the array to send, elsewhere one of its dtype and count, whose values do not matter.
+        src_rank: The rank that has the data.
+        group: The group or its name.
+    """
+    return _bind(_primitives.broadcast_p, "broadcast", x, group, root=src_rank)
+
+
+def allgather(x: Any, group: Group | str = "default") -> Any:
+    """Return all ranks' arrays, stacked by rank along a new first axis.
+
+    Derivative: y_s[r] = x_r for every s, so dL/dx_r = sum over s of v_s[r]: a SUM-reducescatter of v.
+
+    Args:
+        x: An array of any dtype; all ranks' have one dtype and count.
+        group: The group or its name.
+    """
+    return _bind(_primitives.allgather_p, "allgather", x, group)
+
+
+def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+    """Return the combination of all ranks' ``x[rank]``.
+
+    Derivative (SUM): y_s = sum over r of x_r[s], so dL/dx_r[s] = v_s for every r: an allgather of v. With AVERAGE, it
+    is divided by the number of ranks.
+
+    Args:
+        x: An array whose first axis has one entry for each rank.
+        group: The group or its name.
+        op: How elements are combined.
+    """
+    return _bind(_primitives.reducescatter_p, "reducescatter", x, group, op=op)
+
+
+def send(x: Any, dst_rank: int, group: Group | str = "default") -> Any:
+    """Send an array to rank ``dst_rank``, which calls ``recv``; returns ``x`` as it is.
+
+    Derivative: y = x here and y_d = x on the receiver d, so dL/dx = v + v_d, where v_d comes back from the receiver.
+    For that the result must be used in what is differentiated (``x = send(x, 1)``).
+
+    Args:
+        x: An array of any dtype.
+        dst_rank: The rank to send to.
+        group: The group or its name.
+    """
+    return _bind(_primitives.send_p, "send", x, group, root=dst_rank)
+
+
+def recv(like: Any, src_rank: int, group: Group | str = "default") -> Any:
+    """Return the array that rank ``src_rank`` sends, with the shape and dtype of ``like``.
+
+    Derivative: y = x_s of the sender s, so v is sent back to it, and dL/dlike is zero. For that ``like`` must depend on
+    what is differentiated, as the sender's array does (``0 * parameters``).
+
+    Args:
+        like: An array, whose values do not matter.
+        src_rank: The rank to receive from.
+        group: The group or its name.
+    """
+    return _bind(_primitives.recv_p, "recv", like, group, source=src_rank)
+
+
+def sendrecv(x: Any, dst_rank: int, src_rank: int, group: Group | str = "default") -> Any:
+    """Send an array to ``dst_rank`` and return the one, of the same shape, that ``src_rank`` sends; as in a ring.
+
+    Derivative: y_d = x_r for the rank d that r sends to, so dL/dx_r = v_d: a sendrecv the other way round.
+
+    Args:
+        x: An array of any dtype.
+        dst_rank: The rank to send to; may be this one, if ``src_rank`` is too.
+        src_rank: The rank to receive from.
+        group: The group or its name.
+    """
+    return _bind(_primitives.sendrecv_p, "sendrecv", x, group, root=dst_rank, source=src_rank)
+
+
+def _bind(
+    primitive: Any, name: str, x: Any, group: Group | str, *, op: ReduceOp | None = None, root: int = NO_RANK,
+    source: int = NO_RANK,
+) -> Any:
+    """Check a call as far as it can be before it runs, and make it."""
+    _groups.register()
+    found = find_group(group) if isinstance(group, str) else group
+    if not isinstance(found, Group):
+        raise GroupError(f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}")
+    size, rank = found.world_size, found.rank
+    x = jnp.asarray(x)
+    dtype = DTYPE_OF.get(x.dtype)
+    if dtype is None:
+        raise unsupported_dtype(x.dtype)
+    op = None if op is None else ReduceOp.of(op)
+    require(name, dtype, op)
+    for argument, peer in (("dst_rank", root), ("src_rank", source)):
+        if peer != NO_RANK and not 0 <= peer < size:
+            raise RankError(f"{name}: {argument} (rank {rank}): expected 0 to {size - 1}, got {peer}")
+    if name in ("send", "recv") and rank in (root, source):
+        raise RankError(f"{name}: rank {rank} is this rank itself; use sendrecv to copy to oneself")
+    if name == "reducescatter" and (x.ndim == 0 or x.shape[0] != size):
+        raise ShapeError(
+            f"reducescatter: x (rank {rank}): expected a first axis of {size} entries, one a rank, got shape {x.shape}"
+        )
+    return primitive.bind(
+        x, number=_groups.number_of(found), size=size, rank=rank, op=NO_OP if op is None else int(op),
+        root=int(root), source=int(source),
+    )
+
+
+def tree_allreduce(tree: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+    """Return a pytree with every leaf combined over the ranks; leaves of one dtype travel together, in one transfer.
+
+    Args:
+        tree: A pytree of arrays with the same leaves, in ``jax.tree``'s order, on every rank.
+        group: The group or its name.
+        op: How elements are combined.
+    """
+    leaves, structure = jax.tree_util.tree_flatten(tree)
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    by_dtype: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        by_dtype.setdefault(leaf.dtype, []).append(index)
+    for members in by_dtype.values():
+        flat = jnp.concatenate([leaves[index].ravel() for index in members])
+        combined = allreduce(flat, group, op)
+        start = 0
+        for index in members:
+            leaf = leaves[index]
+            leaves[index] = combined[start : start + leaf.size].reshape(leaf.shape)
+            start += leaf.size
+    return jax.tree_util.tree_unflatten(structure, leaves)

@@ -1,0 +1,31 @@
+// What a call on plain tensors is made of: for the direct calls from Python, and for those from inside XLA.
+#pragma once
+
+#include <dlpack/dlpack.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "colltensor/group.h"
+#include "colltensor/view.h"
+
+namespace colltensor {
+
+// What a direct call asks for, beside its tensors. For a transfer `root` is the destination, -1 for none, and `source`
+// where it comes from.
+struct DirectCall {
+  Operation operation;
+  std::int64_t op;
+  int root;
+  int source;
+};
+
+// The dtype of what DLPack calls so, or kMovesOnly.
+DType dtype_of(DLDataType type);
+
+// Runs it on views of `count` elements each, in the order of a request's; the caller has the turn. `detail` says which
+// directions of a transfer differ, 1 for the send and 2 for the receive.
+Outcome run_direct(Group& group, const DirectCall& call, const View* views, std::size_t count, DType dtype,
+                   std::int64_t deadline_ns, std::int64_t& detail);
+
+}  // namespace colltensor

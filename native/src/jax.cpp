@@ -1,0 +1,202 @@
+// Collectives inside a computation of XLA's: the target that every one of them calls, and what takes XLA's token out of
+// its call.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+
+#include <atomic>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "colltensor/kernels.h"
+#include "direct.h"
+#include "exports.h"
+#include "registry.h"
+
+namespace colltensor {
+namespace {
+
+namespace ffi = tvm::ffi;
+
+// One call: the group's handle in the registry, -1 if it is in no shared memory; the group's number in Python; a code
+// of ColTensor's dtypes. The result has the elements of the operand already where XLA gave both one memory.
+struct JaxCall {
+  std::int64_t handle, timeout_ns, number, dtype;
+  DirectCall call;
+  char *given, *result;
+  std::size_t given_nbytes, result_nbytes;
+};
+
+// The views of a call in the order of a request's, of `count` elements each.
+std::vector<View> views_of(const JaxCall& call, DType dtype, std::size_t& count) {
+  const std::size_t item = item_size(dtype);
+  const Operation operation = call.call.operation;
+  const bool gathers = operation == Operation::kAllGather, scatters = operation == Operation::kReduceScatter;
+  const std::size_t part = scatters ? call.result_nbytes : call.given_nbytes;
+  const std::size_t parts = !gathers && !scatters ? 0
+                            : part == 0           ? 0
+                                                  : (gathers ? call.result_nbytes : call.given_nbytes) / part;
+  count = part / item;
+  std::vector<View> views;
+  if (scatters || (!gathers && !(operation == Operation::kTransfer && call.call.root >= 0 && call.call.source >= 0))) {
+    views.emplace_back(call.result, item);
+  } else if (!gathers) {
+    views.emplace_back(call.given, item);
+    views.emplace_back(call.result, item);
+  }
+  char* list = gathers ? call.result : call.given;
+  for (std::size_t i = 0; i < parts; ++i) views.emplace_back(list + i * part, item);
+  if (gathers) views.emplace_back(call.given, item);
+  return views;
+}
+
+// By the group's place in the registry: whether asynchronous calls of it wait in Python, behind which a call must queue.
+std::atomic<bool> deferred[4096];
+
+std::atomic<bool>& deferred_at(std::int64_t handle) { return deferred[static_cast<std::size_t>(handle) % 4096]; }
+
+void defer(std::int64_t handle, bool on) { deferred_at(handle).store(on, std::memory_order_release); }
+
+bool is_plain_call(const JaxCall& call, const Group& group) {
+  const int rank = group.rank(), ranks = group.world_size();
+  const auto code = static_cast<DType>(call.dtype);
+  if (call.dtype >= static_cast<std::int64_t>(DType::kMovesOnly)) return false;
+  switch (call.call.operation) {
+    case Operation::kAllReduce:
+    case Operation::kReduce:
+    case Operation::kReduceScatter:
+      return call.given_nbytes != 0 && find_reduction(code, static_cast<ReduceOp>(call.call.op)) != nullptr;
+    case Operation::kBroadcast: return call.call.root < ranks;
+    case Operation::kAllGather: return call.given_nbytes != 0;
+    case Operation::kTransfer: return call.call.root != rank && call.call.source != rank;
+    default: return false;
+  }
+}
+
+// The code of the call, as the direct functions return it. A signal is left to the check of the group's hooks, since
+// XLA has no way to pass on an exception of the interpreter's.
+std::int64_t run(const JaxCall& call) {
+  if (call.handle < 0 || deferred_at(call.handle).load(std::memory_order_acquire)) {
+    return static_cast<std::int64_t>(Outcome::kRefused);
+  }
+  Turn group(call.handle);
+  if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
+  if (!is_plain_call(call, *group)) return static_cast<std::int64_t>(Outcome::kRefused);
+  const auto dtype = static_cast<DType>(call.dtype);
+  std::size_t count = 0;
+  const std::vector<View> views = views_of(call, dtype, count);
+  std::int64_t detail = 0;
+  const InsideXla inside;
+  const Outcome outcome =
+      run_direct(*group, call.call, views.data(), count, dtype, now_ns() + call.timeout_ns, detail);
+  return static_cast<std::int64_t>(outcome) | detail << 8;
+}
+
+bool copies_first(const DirectCall& call) {
+  switch (call.operation) {
+    case Operation::kAllReduce:
+    case Operation::kReduce:
+    case Operation::kBroadcast: return true;
+    case Operation::kTransfer: return call.root < 0 || call.source < 0;
+    default: return false;
+  }
+}
+
+// The target: (handle, timeout, number, dtype, bytes of an element, operation, op, root, source, operand, result); the
+// tensors come as bytes, one an element, whatever their dtype (PlainBuffers). What is not done here goes to `settle` in Python, which ends it or raises: (number, code, dtype, operation, op, root, source, address and
+// bytes of the operand, address and bytes of the result).
+ffi::Function target(ffi::Function settle) {
+  return ffi::Function::FromPacked([settle = std::move(settle)](const ffi::AnyView* arguments, std::int32_t,
+                                                                ffi::Any*) {
+    const auto number = [&](int i) { return arguments[i].cast<std::int64_t>(); };
+    const auto given = arguments[9].cast<ffi::TensorView>(), result = arguments[10].cast<ffi::TensorView>();
+    const auto data = [](const ffi::TensorView& tensor) {
+      return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
+    };
+    const auto nbytes = [&](const ffi::TensorView& tensor) {
+      return static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(number(4));
+    };
+    const JaxCall call{number(0), number(1), number(2), number(3),
+                       {static_cast<Operation>(number(5)), number(6), static_cast<int>(number(7)),
+                        static_cast<int>(number(8))},
+                       data(given), data(result), nbytes(given), nbytes(result)};
+    if (copies_first(call.call) && call.given != call.result && call.given_nbytes != 0) {
+      std::memcpy(call.result, call.given, call.given_nbytes);
+    }
+    const std::int64_t code = run(call);
+    if (code == 0) return;
+    settle(call.number, code, call.dtype, number(5), call.call.op, number(7), number(8),
+           reinterpret_cast<std::int64_t>(call.given), static_cast<std::int64_t>(call.given_nbytes),
+           reinterpret_cast<std::int64_t>(call.result), static_cast<std::int64_t>(call.result_nbytes));
+  });
+}
+
+// The parts that are read here of XLA's call frame, whose layout its C interface fixes (xla/ffi/api/c_api.h: fields are
+// only ever added behind).
+struct XlaBuffer {
+  std::size_t struct_size;
+  void* extension;
+  std::int32_t dtype;
+};
+struct XlaBuffers {
+  std::size_t struct_size;
+  void* extension;
+  std::int64_t count;
+  std::int32_t* types;
+  XlaBuffer** buffers;
+};
+struct XlaCallFrame {
+  std::size_t struct_size;
+  void* extension;
+  const void* api;
+  void* context;
+  std::int32_t stage;
+  XlaBuffers operands, results;
+};
+using XlaHandler = void*(XlaCallFrame*);
+
+constexpr std::int32_t kXlaUInt8 = 6, kXlaToken = 17;
+
+std::atomic<XlaHandler*> inner{nullptr};
+
+// For as long as it lives: a list of one tensor and a token without the token, and the tensor's dtype as one that
+// jax-tvm-ffi knows. It knows no complex numbers and no 8-bit floats.
+class PlainBuffers {
+ public:
+  explicit PlainBuffers(XlaBuffers& list) : list_(list), count_(list.count) {
+    if (count_ == 0) return;  // XLA asks for the handler's version
+    if (list.buffers[count_ - 1]->dtype == kXlaToken) list.count -= 1;
+    dtype_ = std::exchange(list.buffers[0]->dtype, kXlaUInt8);
+  }
+  ~PlainBuffers() {
+    list_.count = count_;
+    if (count_ != 0) list_.buffers[0]->dtype = dtype_;
+  }
+  PlainBuffers(const PlainBuffers&) = delete;
+  PlainBuffers& operator=(const PlainBuffers&) = delete;
+
+ private:
+  XlaBuffers& list_;
+  const std::int64_t count_;
+  std::int32_t dtype_ = 0;
+};
+
+// jax-tvm-ffi's handler refuses a call with a token among its operands. The token has no bytes: XLA alone needs it, to
+// order the calls.
+void* without_token(XlaCallFrame* frame) {
+  const PlainBuffers operands(frame->operands), results(frame->results);
+  return inner.load(std::memory_order_acquire)(frame);
+}
+
+// The address of a handler that calls the one at `handler` without the token.
+std::int64_t wrap(std::int64_t handler) {
+  inner.store(reinterpret_cast<XlaHandler*>(handler), std::memory_order_release);
+  return reinterpret_cast<std::int64_t>(&without_token);
+}
+
+}  // namespace
+}  // namespace colltensor
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_target, colltensor::target)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_defer, colltensor::defer)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_without_token, colltensor::wrap)
