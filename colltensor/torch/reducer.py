@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -19,10 +19,6 @@ from colltensor.torch.compression import Compression
 from colltensor.torch.ending import Ending
 from colltensor.types import ReduceOp
 
-AT_THE_END: Final = "at the end"
-IN_THE_HOOK: Final = "in the hook"
-IN_A_WORKER: Final = "in a worker"
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -32,22 +28,23 @@ class Options:
         bucket_nbytes: The most that a flat bucket holds.
         lone_nbytes: From how many bytes on a gradient is reduced where it lies.
         average: Whether the result is the average, else the sum.
-        when: ``AT_THE_END``, ``IN_THE_HOOK`` or ``IN_A_WORKER``.
+        early: Whether a bucket is reduced in the group's worker thread as soon as its gradients are there.
         compression: What makes buckets smaller, or None.
     """
 
     bucket_nbytes: int
     lone_nbytes: int
     average: bool
-    when: str
+    early: bool
     compression: Compression | None
 
 
 class Reducer:
-    """Launches buckets, in one order on all ranks, as autograd accumulates the last gradient of each.
+    """Launches buckets in one order on all ranks: ``early`` as the last gradient of each is accumulated, else last.
 
-    The first backward pass launches nothing before its end. It shows in which order gradients become ready (rank 0's
-    decides) and how often each is accumulated, which is more than once where reentrant checkpoints share a parameter.
+    An early one launches nothing before the end of the first backward pass. That shows in which order gradients become
+    ready (rank 0's decides) and how often each is accumulated, which is more than once where reentrant checkpoints
+    share a parameter.
 
     Which parameters have a gradient on some rank is agreed in each pass: as an element each behind the last flat
     bucket, else in a transfer of its own.
@@ -64,7 +61,7 @@ class Reducer:
         self._options = options
         self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
         self._ending: Callable[[], Ending | None] = _none
-        self._learned: list[int] | None = [] if options.when != AT_THE_END else None
+        self._learned: list[int] | None = [] if options.early else None
         self._sums: dict[int, Callable[[], torch.Tensor | None]] = {}
         self._next = 0
         self._running: list[tuple[Bucket, Iterator[torch.Tensor] | None, Any]] = []
@@ -76,7 +73,7 @@ class Reducer:
     def hook(self, number: int) -> Callable[[torch.Tensor], None]:
         """Return what autograd calls after it accumulated a parameter's gradient."""
         bucket_of = self._bucket_of
-        early = self._options.when != AT_THE_END
+        early = self._options.early
 
         def accumulated(parameter: torch.Tensor) -> None:
             if self.paused:
@@ -89,7 +86,11 @@ class Reducer:
                 bucket = bucket_of[number]
                 bucket.waiting -= 1
                 if bucket.waiting <= 0:
-                    self._advance(bucket, number)
+                    try:
+                        self._advance(bucket, number)
+                    except BaseException:
+                        self._ending = _none
+                        raise
 
         return accumulated
 
@@ -141,14 +142,14 @@ class Reducer:
             self._missing += [(bucket, member) for member in bucket.missing]
         if bucket.tail is not None:
             self._write_presence(bucket.tail)
-        compression, in_a_worker = self._options.compression, self._options.when == IN_A_WORKER
+        compression, early = self._options.compression, self._options.early
         if compression is None:
-            work = self._allreduce(wire, self._op, async_op=in_a_worker)
-            if in_a_worker:
+            work = self._allreduce(wire, self._op, async_op=early)
+            if early:
                 self._running.append((bucket, None, work))
             return
         rounds = compression.reduce(bucket)
-        if in_a_worker:
+        if early:
             first = next(rounds, None)
             work = None if first is None else self._allreduce(first, ReduceOp.AVERAGE, async_op=True)
             self._running.append((bucket, rounds, work))
@@ -164,6 +165,7 @@ class Reducer:
 
     def _finish(self) -> None:
         """Launch what is left, wait for everything; then all gradients are in step."""
+        self._ending = _none  # also where this fails: the traceback that the caller gets keeps the Ending alive
         with torch.no_grad():
             while self._next < len(self._buckets):
                 self._launch(self._buckets[self._next])
@@ -180,7 +182,6 @@ class Reducer:
             self._running.clear()
             self._missing.clear()
             self._next = 0
-            self._ending = _none
             if self._learned is not None:
                 self._learn(self._learned)
 
