@@ -292,6 +292,7 @@ def demo(session: nox.Session) -> None:
             "ray_allreduce.py --array torch --workers 4",
             "ray_allreduce.py --array jax --workers 2",
             "ray_digits.py --array torch --workers 2",
+            "train_torch.py --workers 2",
             "mixed_frameworks.py",
             "parameter_server.py",
             "no_ray.py",

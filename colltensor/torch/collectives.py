@@ -2,7 +2,8 @@
 
 The loss is the sum of all ranks' losses. Every rank must run the backward pass of each collective, in one order, so
 what a call returns must be part of the loss on every rank: add ``0 * result.sum()`` where a result is not otherwise
-used. A result requires grad on all ranks if some rank's tensor does. ``linear`` has the derivations.
+used. A result requires grad on all ranks if some rank's tensor does; ``torch.autograd.grad()`` and ``backward()`` with
+``inputs`` leave out what leads to none of them, so there every rank's tensor must. ``linear`` has the derivations.
 
 Imports torch, and of the package errors, group, table and types.
 """
@@ -106,13 +107,13 @@ def scatter(
     Derivatives: y_r = x_src[r], so x_src[r] has the gradient g_r: a gather to ``src_rank``.
 
     Args:
-        tensor: Has the shape and dtype of the entries; not changed and not read.
+        tensor: Has the shape and dtype of the entries; its values do not matter, and its gradient is zero.
         tensor_list: On ``src_rank`` a tensor for each rank; ignored elsewhere.
         src_rank: The rank that has the tensors.
         group: The group or its name.
     """
     found = _group(group)
-    entries = [tensor.detach()] * found.world_size
+    entries = [tensor] * found.world_size
     if found.rank == src_rank:
         entries = _entries(found, "scatter", tensor_list)
     return apply(Scatter(found, src_rank), _recorded(found, "scatter", None, entries))[0]
@@ -157,16 +158,17 @@ def send(tensor: torch.Tensor, dst_rank: int, group: str | Group = "default") ->
 
 
 def recv(tensor: torch.Tensor, src_rank: int, group: str | Group = "default") -> torch.Tensor:
-    """Return what ``src_rank`` sends; ``tensor`` has its shape and dtype, is not changed and not read.
+    """Return what ``src_rank`` sends; ``tensor`` has its shape and dtype, and its values do not matter.
 
-    Derivatives: y = x_src, so x_src has the gradient g, which is sent back to ``src_rank``.
+    Derivatives: y = x_src, so x_src has the gradient g, which is sent back to ``src_rank``; that of ``tensor`` is zero.
     """
     found = _group(group)
-    origin = torch.zeros((), dtype=tensor.dtype)
+    origin = tensor.flatten()[:0].sum(dtype=tensor.dtype)
     if _differentiable(tensor) and torch.is_grad_enabled():
         wanted = torch.tensor([False])
         found.recv(wanted, src_rank)
-        origin.requires_grad_(bool(wanted))
+        if not wanted or not origin.requires_grad:
+            origin = origin.detach().requires_grad_(bool(wanted))
     return apply(Recv(found, src_rank, tensor.shape, tensor.dtype), [origin])[0]
 
 
