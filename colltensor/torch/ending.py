@@ -23,8 +23,9 @@ class Ending:
     task there is none. So from an inner end a hook is put before the nodes that follow that node in the outer graph:
     the first of them to run queues the callback again, one level up.
 
-    The engine's task, or a hook of the graph, holds the only strong reference. So a weak one is dead after a backward
-    pass that ended with an exception, and tells its hooks that the next one needs an Ending of its own.
+    The engine's task, or while it climbs a hook of the graph, holds the only strong reference. So a weak one is dead
+    after a backward pass that ended with an exception, or climbs for ever where somebody keeps the graph: in both cases
+    the next pass needs an Ending of its own, and a second one in one pass does no harm.
     """
 
     __slots__ = ("__weakref__", "_finish", "_hooks")
@@ -42,6 +43,11 @@ class Ending:
             self._finish()
             return
         self._hooks = [child.register_prehook(self._queue_again) for child in following]
+
+    @property
+    def climbing(self) -> bool:
+        """Whether it waits for the outer graph to go on, which after an exception never happens."""
+        return bool(self._hooks)
 
     def _queue_again(self, gradients: object) -> None:
         hooks, self._hooks = self._hooks, []

@@ -63,6 +63,7 @@ class Reducer:
         self._ending: Callable[[], Ending | None] = _none
         self._learned: list[int] | None = [] if options.early else None
         self._sums: dict[int, Callable[[], torch.Tensor | None]] = {}
+        self._under_way = False
         self._next = 0
         self._running: list[tuple[Bucket, Iterator[torch.Tensor] | None, Any]] = []
         self._missing: list[tuple[Bucket, Member]] = []
@@ -78,8 +79,11 @@ class Reducer:
         def accumulated(parameter: torch.Tensor) -> None:
             if self.paused:
                 return
-            if self._ending() is None:
+            ending = self._ending()
+            if ending is None:
                 self._begin()
+            elif ending.climbing:
+                self._ending = weakref.ref(Ending(self._finish))
             if self._learned is not None:
                 self._learned.append(number)
             elif early:
@@ -118,6 +122,7 @@ class Reducer:
         self._missing.clear()
         if self._learned is not None:
             self._learned.clear()
+        self._under_way = True
         self._ending = weakref.ref(Ending(self._finish))
 
     def _advance(self, bucket: Bucket, number: int) -> None:
@@ -165,6 +170,9 @@ class Reducer:
 
     def _finish(self) -> None:
         """Launch what is left, wait for everything; then all gradients are in step."""
+        if not self._under_way:
+            return
+        self._under_way = False
         self._ending = _none  # also where this fails: the traceback that the caller gets keeps the Ending alive
         with torch.no_grad():
             while self._next < len(self._buckets):

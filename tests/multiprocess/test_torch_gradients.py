@@ -460,6 +460,42 @@ def test_compression(pool: RankPool, kind: str, overlap: bool | str) -> None:
     pool.run(2, compressed, kind, overlap, overlap is False)
 
 
+class Noting:
+    """Notes when which bucket is launched."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def reduce(self, bucket: Any) -> Iterator[Any]:
+        self.notes.extend(bucket.names)
+        yield bucket.flat
+
+
+def launched(rank: int, world_size: int, overlap: bool | str) -> None:
+    """Notes of a pass: the buckets as they are launched, and where the backward pass reached the first layer."""
+    torch = torch_of()
+    group = group_of(world_size, "shm")
+    model = mlp(torch)
+    notes: list[str] = []
+    model[1].register_full_backward_hook(lambda *_: notes.append("the first layer"))
+    with torch.col.sync_gradients(model, group, overlap=overlap, compression=Noting(notes), bucket_nbytes=1):
+        for step in range(3):
+            notes.clear()
+            model(part(torch, rank)).square().mean().backward()
+            place = notes.index("the first layer")
+            early = {name.partition(".")[0] for name in notes[:place]}
+            assert early == ({"2", "4"} if overlap == "worker" and step else set()), (step, notes)
+            everyone = group.allgather_object([note for note in notes if "." in note])
+            assert all(each == everyone[0] for each in everyone)
+            assert len(everyone[0]) == 6
+
+
+@pytest.mark.parametrize("overlap", [False, "worker"])
+def test_when_buckets_are_launched(pool: RankPool, overlap: bool | str) -> None:
+    """A worker has them as soon as the first pass has shown the order; all ranks launch in one order."""
+    pool.run(2, launched, overlap)
+
+
 def error_feedback(rank: int, world_size: int) -> None:
     """What rank 1 leaves out of a constant gradient arrives in later steps: the mean of the steps is the gradient."""
     torch = torch_of()
@@ -546,6 +582,33 @@ def fails_alone(rank: int, world_size: int) -> None:
 
 def test_an_exception_in_backward(pool: RankPool) -> None:
     pool.run(2, fails_alone)
+
+
+def fails_outside_a_checkpoint(rank: int, world_size: int) -> None:
+    """As above, between the end of a checkpoint's own pass and the end of the outer one; the graph is kept."""
+    torch = torch_of()
+    group = group_of(world_size, "shm")
+    checkpoint = importlib.import_module("torch.utils.checkpoint").checkpoint
+    expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+    model = mlp(torch)
+
+    def fail(gradient: Any) -> None:
+        raise ZeroDivisionError("the user's own")
+
+    with torch.col.sync_gradients(model, group, overlap=False):
+        inner = model[:2](part(torch, rank))
+        inner.register_hook(fail)
+        loss = checkpoint(model[2:], inner, use_reentrant=True).square().mean()
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+        model.zero_grad()
+        model(part(torch, rank)).square().mean().backward()
+        assert_close(gradients(model), expected)
+        assert loss.grad_fn is not None
+
+
+def test_an_exception_outside_a_checkpoint(pool: RankPool) -> None:
+    pool.run(2, fails_outside_a_checkpoint)
 
 
 def no_growth(rank: int, world_size: int, overlap: bool | str, average: bool) -> None:
