@@ -282,7 +282,7 @@ def compiled(rank: int, world_size: int, backend: str) -> None:
             assert_close(gradients(model), expected, 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_modules(pool: RankPool, backend: str) -> None:
     pool.run(2, compiled, backend)
 
