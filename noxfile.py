@@ -305,6 +305,7 @@ def demo(session: nox.Session) -> None:
             "ray_digits.py --array torch --workers 2",
             "train_jax.py --workers 2",
             "train_mixed.py --workers 2",
+            "train_torch.py --workers 2",
             "mixed_frameworks.py",
             "parameter_server.py",
             "no_ray.py",

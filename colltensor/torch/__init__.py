@@ -1,1 +1,29 @@
-"""For torch users only. Imports torch; nothing outside this folder imports it but by name, when it is needed."""
+"""For torch users only. Imports torch; nothing outside this folder imports it but by name, when it is needed.
+
+``sync_gradients`` keeps the gradients of one's own training loop in step; the collectives here return new tensors and
+are differentiated by autograd (the package's own work in place, and autograd does not see them).
+"""
+
+from __future__ import annotations
+
+from colltensor.torch.buckets import Bucket
+from colltensor.torch.collectives import (
+    allgather,
+    allreduce,
+    alltoall,
+    broadcast,
+    gather,
+    recv,
+    reduce,
+    reducescatter,
+    scatter,
+    send,
+)
+from colltensor.torch.compression import Compression
+from colltensor.torch.gradients import GradientSync, sync_gradients
+from colltensor.torch.powersgd import PowerSGD
+
+__all__ = [
+    "Bucket", "Compression", "GradientSync", "PowerSGD", "allgather", "allreduce", "alltoall", "broadcast", "gather",
+    "recv", "reduce", "reducescatter", "scatter", "send", "sync_gradients",
+]

@@ -1,0 +1,138 @@
+"""Before the first step: the ranks compare their parameters, buffers and options, and take over rank 0's values.
+
+Imports torch, and of the package errors, group and net only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from colltensor.errors import MismatchError, OptionError, UnsupportedTensorError
+from colltensor.group import Group
+from colltensor.net import host_id
+
+_SHOWN: Final = 3
+
+Named = list[tuple[str, torch.Tensor]]
+Source = torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one rank tells the others.
+
+    Attributes:
+        options: The options by name, in words.
+        tensors: Each parameter and buffer by name, in words.
+        host: Where the rank runs.
+        cores: How many cores its process may use.
+        threads: How many threads torch computes with.
+    """
+
+    options: dict[str, str]
+    tensors: dict[str, str]
+    host: str
+    cores: int
+    threads: int
+
+
+def named_tensors(source: Source) -> tuple[Named, Named]:
+    """Return a module's parameters and buffers, or the parameters given, each once, with names.
+
+    Raises:
+        OptionError: It is neither a module nor parameters, or has none.
+        UnsupportedTensorError: A parameter that has no memory yet.
+    """
+    buffers: Named = []
+    if isinstance(source, torch.nn.Module):
+        parameters: Named = list(source.named_parameters())
+        buffers = list(source.named_buffers())
+    else:
+        given = [entry if isinstance(entry, tuple) else (f"parameter {number}", entry)
+                 for number, entry in enumerate(source)]
+        parameters = list({id(parameter): (name, parameter) for name, parameter in reversed(given)}.values())[::-1]
+    for name, parameter in parameters:
+        if not isinstance(parameter, torch.Tensor) or not parameter.is_leaf:
+            raise OptionError(
+                f"sync_gradients: {name}: expected a parameter (a leaf tensor), got {type(parameter).__name__}"
+            )
+        if isinstance(parameter, (UninitializedParameter, UninitializedBuffer)) or parameter.is_meta:
+            raise UnsupportedTensorError(
+                f"sync_gradients: {name} has no memory yet (a lazy module, or device 'meta'); run a first forward "
+                "pass, or move the module to its device, before"
+            )
+    if not parameters:
+        raise OptionError("sync_gradients: module_or_parameters: expected a module with parameters, got none")
+    return parameters, buffers
+
+
+def compare(group: Group, parameters: Named, buffers: Named, options: dict[str, str]) -> list[Report]:
+    """Exchange what the ranks have, and return every rank's report.
+
+    Raises:
+        MismatchError: On every rank, where one differs from rank 0; names the tensors.
+    """
+    tensors = {name: _in_words(parameter, "parameter") for name, parameter in parameters}
+    tensors |= {name: _in_words(buffer, "buffer") for name, buffer in buffers}
+    mine = Report(options, tensors, host_id(), _cores(), torch.get_num_threads())
+    reports: list[Report] = group.allgather_object(mine)
+    complaints = []
+    ranks = []
+    for rank, report in enumerate(reports):
+        found = _differences(reports[0].options, report.options) + _differences(reports[0].tensors, report.tensors)
+        if not found and list(report.tensors) != list(reports[0].tensors):
+            found = ["the same parameters in another order"]
+        if found:
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            complaints.append(f"rank {rank} has {', '.join(found[:_SHOWN])}{more}")
+            ranks.append(rank)
+    if complaints:
+        raise MismatchError(
+            f"sync_gradients: the ranks of group '{group.name}' differ: {'; '.join(complaints)}; make the same "
+            "module and pass the same options on all ranks",
+            ranks,
+        )
+    return reports
+
+
+def take_over(group: Group, tensors: Named) -> None:
+    """Copy rank 0's values into every rank's tensors, in place."""
+    with torch.no_grad():
+        group.broadcast({name: tensor.detach() for name, tensor in tensors}, 0)
+
+
+def spare_cores(reports: Sequence[Report], rank: int) -> int:
+    """Return how many cores of this rank's host no rank computes on."""
+    mine = reports[rank]
+    return mine.cores - sum(report.threads for report in reports if report.host == mine.host)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_words(tensor: torch.Tensor, kind: str) -> str:
+    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    words = [kind, str(tensor.dtype).removeprefix("torch."), shape]
+    if tensor.layout is torch.strided and not tensor.is_contiguous():
+        words.append(f"strides {tensor.stride()}")
+    if kind == "parameter" and not tensor.requires_grad:
+        words.append("frozen")
+    return " ".join(words)
+
+
+def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Return in words what one rank has otherwise than rank 0."""
+    lines = [f"no {name} (rank 0: {words})" for name, words in expected.items() if name not in found]
+    lines += [f"{name}: {words} (rank 0: none)" for name, words in found.items() if name not in expected]
+    lines += [
+        f"{name}: {found[name]} (rank 0: {words})"
+        for name, words in expected.items() if name in found and found[name] != words
+    ]
+    return lines

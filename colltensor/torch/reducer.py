@@ -1,0 +1,238 @@
+"""Reducer: what happens to the gradients during a backward pass, and at its end.
+
+Imports torch, and of the package errors, group and types.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from colltensor.errors import GroupError
+from colltensor.group import Group
+from colltensor.torch.buckets import Bucket, Member, plan
+from colltensor.torch.compression import Compression
+from colltensor.torch.ending import Ending
+from colltensor.types import ReduceOp
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How gradients are reduced; the same on every rank.
+
+    Attributes:
+        bucket_nbytes: The most that a flat bucket holds.
+        lone_nbytes: From how many bytes on a gradient is reduced where it lies.
+        average: Whether the result is the average, else the sum.
+        early: Whether a bucket is reduced in the group's worker thread as soon as its gradients are there.
+        compression: What makes buckets smaller, or None.
+    """
+
+    bucket_nbytes: int
+    lone_nbytes: int
+    average: bool
+    early: bool
+    compression: Compression | None
+
+
+class Reducer:
+    """Launches buckets in one order on all ranks: ``early`` as the last gradient of each is accumulated, else last.
+
+    An early one launches nothing before the end of the first backward pass. That shows in which order gradients become
+    ready (rank 0's decides) and how often each is accumulated, which is more than once where reentrant checkpoints
+    share a parameter.
+
+    Which parameters have a gradient on some rank is agreed in each pass: as an element each behind the last flat
+    bucket, else in a transfer of its own.
+
+    Attributes:
+        paused: True while gradients are only accumulated.
+    """
+
+    def __init__(self, group: Group, members: Sequence[Member], options: Options) -> None:
+        self.paused = False
+        self._group = group
+        self._allreduce = group.allreduce
+        self._members = members
+        self._options = options
+        self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
+        self._ending: Callable[[], Ending | None] = _none
+        self._learned: list[int] | None = [] if options.early else None
+        self._sums: dict[int, Callable[[], torch.Tensor | None]] = {}
+        self._under_way = False
+        self._next = 0
+        self._running: list[tuple[Bucket, Iterator[torch.Tensor] | None, Any]] = []
+        self._missing: list[tuple[Bucket, Member]] = []
+        self._bucket_of: list[Bucket] = []
+        self._buckets: list[Bucket] = []
+        self._arrange(members[::-1])
+
+    def hook(self, number: int) -> Callable[[torch.Tensor], None]:
+        """Return what autograd calls after it accumulated a parameter's gradient."""
+        bucket_of = self._bucket_of
+        early = self._options.early
+
+        def accumulated(parameter: torch.Tensor) -> None:
+            if self.paused:
+                return
+            ending = self._ending()
+            if ending is None:
+                self._begin()
+            elif ending.climbing:
+                self._ending = weakref.ref(Ending(self._finish))
+            if self._learned is not None:
+                self._learned.append(number)
+            elif early:
+                bucket = bucket_of[number]
+                bucket.waiting -= 1
+                if bucket.waiting <= 0:
+                    try:
+                        self._advance(bucket, number)
+                    except BaseException:
+                        self._ending = _none
+                        raise
+
+        return accumulated
+
+    def before(self, number: int) -> Callable[[object], None]:
+        """Return what autograd calls before it accumulates a gradient on top of a sum of all ranks."""
+        return lambda gradients: self._share(number)
+
+    def _share(self, number: int) -> None:
+        """Make a sum that every rank has this rank's share of it, so that the next sum counts it once."""
+        reference = self._sums.pop(number, None)
+        gradient = self._members[number].parameter.grad
+        if reference is not None and gradient is not None and reference() is gradient:
+            gradient.detach().div_(self._group.world_size)
+
+    def _begin(self) -> None:
+        """Start a backward pass: its end is to call ``_finish``."""
+        if self._next or self._running:
+            raise GroupError(
+                f"sync_gradients: the last backward pass of rank {self._group.rank} ended with an exception after "
+                f"{self._next} of {len(self._buckets)} buckets had been reduced, so the ranks of group "
+                f"'{self._group.name}' are out of step; destroy the group, make it again, and call sync_gradients again"
+            )
+        for bucket in self._buckets:
+            bucket.waiting = bucket.expected
+        self._missing.clear()
+        if self._learned is not None:
+            self._learned.clear()
+        self._under_way = True
+        self._ending = weakref.ref(Ending(self._finish))
+
+    def _advance(self, bucket: Bucket, number: int) -> None:
+        """Launch what can be launched now that all gradients of a bucket are there."""
+        if bucket.place < self._next:
+            raise GroupError(
+                f"sync_gradients: the gradient of {self._members[number].name} was accumulated once more after it had "
+                "been reduced in this backward pass, which in the first pass it was not; where a parameter's number of "
+                "reentrant checkpoints changes from step to step, pass overlap=False on all ranks"
+            )
+        while self._next < len(self._buckets) and self._buckets[self._next].waiting <= 0:
+            self._launch(self._buckets[self._next])
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Reduce a bucket, or start to."""
+        if self._sums:
+            for member in bucket.members:
+                self._share(member.number)
+        wire = bucket.collect()
+        self._next += 1
+        if bucket.missing:
+            self._missing += [(bucket, member) for member in bucket.missing]
+        if bucket.tail is not None:
+            self._write_presence(bucket.tail)
+        compression, early = self._options.compression, self._options.early
+        if compression is None:
+            work = self._allreduce(wire, self._op, async_op=early)
+            if early:
+                self._running.append((bucket, None, work))
+            return
+        rounds = compression.reduce(bucket)
+        if early:
+            first = next(rounds, None)
+            work = None if first is None else self._allreduce(first, ReduceOp.AVERAGE, async_op=True)
+            self._running.append((bucket, rounds, work))
+        else:
+            self._complete(bucket, rounds)
+
+    def _complete(self, bucket: Bucket, rounds: Iterator[torch.Tensor]) -> None:
+        """Take a compressed bucket through the rest of its rounds."""
+        for tensor in rounds:
+            self._allreduce(tensor, ReduceOp.AVERAGE)
+        if not self._options.average:
+            bucket.flat.mul_(self._group.world_size)
+
+    def _finish(self) -> None:
+        """Launch what is left, wait for everything; then all gradients are in step."""
+        if not self._under_way:
+            return
+        self._under_way = False
+        self._ending = _none  # also where this fails: the traceback that the caller gets keeps the Ending alive
+        with torch.no_grad():
+            while self._next < len(self._buckets):
+                self._launch(self._buckets[self._next])
+            for bucket, rounds, work in self._running:
+                if work is not None:
+                    work.wait()
+                if rounds is not None:
+                    self._complete(bucket, rounds)
+            self._settle_missing()
+            if not self._options.average:
+                self._note_sums()
+            for bucket in self._buckets:
+                bucket.release()
+            self._running.clear()
+            self._missing.clear()
+            self._next = 0
+            if self._learned is not None:
+                self._learn(self._learned)
+
+    def _write_presence(self, presence: torch.Tensor) -> None:
+        """Note which parameters have a gradient on this rank; called once every bucket was collected."""
+        presence.fill_(1)
+        if self._missing:
+            presence[torch.tensor([member.number for _, member in self._missing])] = 0
+
+    def _settle_missing(self) -> None:
+        """Give parameters without a gradient here the one of the other ranks, where there is one."""
+        presence = self._buckets[-1].tail
+        if presence is None:
+            presence = torch.empty(len(self._members), dtype=torch.uint8)
+            self._write_presence(presence)
+            self._allreduce(presence, ReduceOp.MAX)
+        for bucket, member in self._missing:
+            if presence[member.number] != 0:
+                bucket.adopt(member)
+
+    def _note_sums(self) -> None:
+        for member in self._members:
+            gradient = member.parameter.grad
+            if gradient is not None:
+                self._sums[member.number] = weakref.ref(gradient)
+
+    def _learn(self, learned: list[int]) -> None:
+        """Arrange the buckets anew, in the order that rank 0 saw."""
+        order = torch.tensor([*dict.fromkeys([*learned, *range(len(self._members) - 1, -1, -1)])])
+        self._group.broadcast(order, 0)
+        self._arrange([self._members[number] for number in order.tolist()])
+        for bucket in self._buckets:
+            counts = [learned.count(member.number) for member in bucket.members]
+            bucket.expected = bucket.waiting = sum(max(1, count) for count in counts)
+        self._learned = None
+
+    def _arrange(self, order: Sequence[Member]) -> None:
+        """Make the buckets. Gradients in former ones stay where they are until they are collected."""
+        options = self._options
+        self._buckets = plan(order, options.bucket_nbytes, options.lone_nbytes, options.compression is None)
+        bucket_of = {member.number: bucket for bucket in self._buckets for member in bucket.members}
+        self._bucket_of[:] = [bucket_of[number] for number in range(len(self._members))]
+
+
+def _none() -> None:
+    return None
