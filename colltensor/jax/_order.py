@@ -8,18 +8,14 @@ this package needs are imported here. Imports jax.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, Final
 
 import jax
-from jax._src import effects  # effects have no public module
+from jax._src import effects  # effects and tokens have no public module
+from jax._src.core import abstract_token as _token
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from jax.core import abstract_token as _token
 
 
 class Ordered(effects.Effect):  # type: ignore[misc]  # jax is not looked into
