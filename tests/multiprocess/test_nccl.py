@@ -20,6 +20,7 @@ import colltensor as col
 from colltensor import ReduceOp
 from colltensor.group import Group
 
+pytestmark = pytest.mark.slow
 COUNT = 37
 
 
