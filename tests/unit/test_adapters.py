@@ -278,6 +278,12 @@ class TestJax:
 class TestCupy:
     """cupy.ndarray, over host memory that poses as a device's: the adapter looks at addresses only."""
 
+    @pytest.fixture(autouse=True)
+    def stream(self, monkeypatch: pytest.MonkeyPatch) -> int:
+        """Which stream is the current one needs a driver to say; here it is this."""
+        monkeypatch.setattr("colltensor.adapters.cupy._current_stream", lambda index: 7 + index)
+        return 7
+
     @staticmethod
     def array(host: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, offset: int = 0) -> Any:
         cupy = importlib.import_module("cupy")
@@ -285,12 +291,12 @@ class TestCupy:
         return cupy.ndarray(shape, host.dtype, cupy.cuda.MemoryPointer(memory, offset), strides)
 
     @pytest.mark.parametrize("name", ["bool", "int8", "uint64", "float16", "float32", "complex128"])
-    def test_views(self, name: str) -> None:
+    def test_views(self, name: str, stream: int) -> None:
         host = np.zeros(12, name)
         for look in (source, target):
             view = look(self.array(host, (3, 4)))
             assert (view.pointer, view.dtype.name, view.shape, view.strides) == (host.ctypes.data, name, (3, 4), None)
-            assert view.device == Device("cuda", 0)
+            assert (view.device, view.stream) == (Device("cuda", 0), stream)
             assert not view.readonly
 
     def test_layouts(self) -> None:
