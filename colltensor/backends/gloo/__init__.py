@@ -63,10 +63,19 @@ class GlooSpec:
         if control is None:
             raise GroupError("backend 'gloo' needs a control plane; use backend='loopback' for one rank on its own")
         address = meeting.addresses[control.rank][0] if interface is None else interface_address(interface)
-        name = _agree(control, provider, time.monotonic() + timeout_s)
+        deadline = time.monotonic() + timeout_s
+        name = _agree(control, provider, deadline)
         from colltensor.backends.gloo.backend import GlooBackend
 
-        return GlooBackend(_connect(name, control, address, timeout_s), control)
+        backend = GlooBackend(_connect(name, control, address, timeout_s), control)
+        # A rank that closes while another still connects to it would end that one's process (pygloo 0.2.1: getpeername
+        # fails in Gloo's own thread, where nothing can catch it).
+        try:
+            control.allgather(b"", deadline)
+        except BaseException:
+            backend.close()
+            raise
+        return backend
 
 
 SPEC: Final = GlooSpec()
