@@ -169,14 +169,7 @@ class Control:
             PeerLostError: A rank died: it said so, or its connection ended more than a second ago.
             CollectiveError: What another rank has reported.
         """
-        if self._board.usable and self._board.until is not None:
-            return  # the thread that waits in an exchange looks itself
-        self._board.enter()
-        try:
-            self._board.glance()
-            self._board.look(_LOSS_GRACE_S)
-        finally:
-            self._board.leave()
+        self._board.peek(_LOSS_GRACE_S)
 
     def diagnose(self, operation: str, cause: BaseException | None = None) -> CollectiveError:
         """Find out why a payload did not end, by asking every rank; takes about a second at most.

@@ -5,7 +5,9 @@ Ranks are threads. That NCCL itself does what is asked of it needs a GPU: ``test
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from nccl_world import World, world
 
 import colltensor as col
 from colltensor import ReduceOp
+from colltensor.backends.nccl.members import Members
+from colltensor.control.switchboard import Switchboard
 from colltensor.group import Group
 
 COUNT = 37
@@ -36,6 +40,12 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 def values(rank: int, count: int = COUNT, dtype: str = "float32") -> np.ndarray:
     return (np.arange(count) % 11 + rank + 1).astype(dtype)
+
+
+def as_if_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let synchronous calls go on the frameworks' streams, which they do not where ranks are threads."""
+    connect = Members._connect
+    monkeypatch.setattr(Members, "_connect", lambda *arguments: connect(*arguments)._replace(shared=False))
 
 
 def on_device(rank: int, count: int = COUNT, dtype: str = "float32") -> DeviceArray:
@@ -317,7 +327,13 @@ class TestElements:
 class TestStreams:
     """What comes before a call and what comes after it; the device draws any order that the streams permit."""
 
-    def test_a_synchronous_call_does_not_block_the_host(self, ranks: World) -> None:
+    @pytest.mark.parametrize("own_process", [True, False])
+    def test_a_synchronous_call_does_not_block_the_host(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
+    ) -> None:
+        if own_process:
+            as_if_in_processes_of_their_own(monkeypatch)
+
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
             group.allreduce(tensor)  # connects
@@ -336,7 +352,13 @@ class TestStreams:
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, values(0) + values(1))
 
-    def test_it_comes_after_the_current_stream_and_before_what_follows(self, ranks: World) -> None:
+    @pytest.mark.parametrize("own_process", [True, False])
+    def test_it_comes_after_the_current_stream_and_before_what_follows(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
+    ) -> None:
+        if own_process:
+            as_if_in_processes_of_their_own(monkeypatch)
+
         def run(group: Group) -> list[np.ndarray]:
             found = []
             for turn in range(20):
@@ -352,7 +374,13 @@ class TestStreams:
             for turn, array in enumerate(result):
                 np.testing.assert_array_equal(array, sum(values(rank + turn) for rank in range(3)))
 
-    def test_calls_on_several_streams_stay_in_the_order_of_issue(self, ranks: World) -> None:
+    @pytest.mark.parametrize("own_process", [True, False])
+    def test_calls_on_several_streams_stay_in_the_order_of_issue(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
+    ) -> None:
+        if own_process:
+            as_if_in_processes_of_their_own(monkeypatch)
+
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
             ranks.machine.synchronize(device.current())
@@ -404,8 +432,6 @@ class TestStreams:
             np.testing.assert_array_equal(result, values(0) + values(1))
 
     def test_memory_of_an_asynchronous_call_is_kept_until_it_is_done(self, ranks: World) -> None:
-        import weakref
-
         def run(group: Group) -> None:
             tensor = on_device(group.rank)
             alive = weakref.ref(tensor)
@@ -621,6 +647,31 @@ class TestFailures:
 
         for result in ranks.values(2, run, check=True):
             np.testing.assert_array_equal(result, values(0))
+
+    def test_the_control_plane_serves_calls_and_the_watcher(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        glance = Switchboard.glance
+
+        def slowly(board: Switchboard) -> None:
+            glance(board)
+            if threading.current_thread().name == "colltensor nccl watcher":
+                time.sleep(0.03)
+
+        monkeypatch.setattr(Switchboard, "glance", slowly)
+
+        def run(group: Group) -> Any:
+            release = ranks.machine.hold(device.current())
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            for turn in range(200):
+                assert group.allgather_object((turn, group.rank)) == [(turn, 0), (turn, 1)]
+                time.sleep(0.001)
+            release.set()
+            return tensor.read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0) + values(1))
 
     def test_a_rank_keeps_its_device(self, ranks: World) -> None:
         def run(group: Group) -> None:
