@@ -648,6 +648,37 @@ class TestFailures:
         for result in ranks.values(2, run, check=True):
             np.testing.assert_array_equal(result, values(0))
 
+    def test_a_failure_while_a_call_is_queued(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            group.barrier()
+            if group.rank == 1:
+                time.sleep(1)
+                return None
+            made = ranks.spec.drivers[0].made[0]
+            aborting, refused = threading.Event(), threading.Event()
+
+            def fail(*arguments: Any) -> None:
+                made.error = device.NcclError("unhandled system error")
+                assert aborting.wait(10)
+                refused.set()
+                raise device.NcclError("invalid argument")
+
+            def abort() -> None:
+                made.aborted = True
+                aborting.set()
+                assert refused.wait(10)
+                time.sleep(0.2)
+
+            monkeypatch.setattr(made, "allReduce", fail)
+            monkeypatch.setattr(made, "abort", abort)
+            with pytest.raises(col.errors.CollectiveError) as caught:
+                group.allreduce(tensor)
+            return caught.value
+
+        assert "rank 1 has not called" in str(ranks.values(2, run)[0])
+
     def test_the_control_plane_serves_calls_and_the_watcher(
         self, ranks: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -91,9 +91,12 @@ class NcclBackend:
                 self._streams = [flight.stream for flight in entered]
                 self._devices = devices
                 yield entered[0] if len(entered) == 1 else Flights(entered)
-        except BaseException:
+        except BaseException as error:
             for flight in entered:
                 self._watcher.drop(flight)
+            failure = self._watcher.failure
+            if failure is not None and isinstance(error, self._driver.error):  # the communicators were ended for it
+                raise failure from error
             raise
 
     def drain(self, deadline: float, index: int | None = None) -> None:

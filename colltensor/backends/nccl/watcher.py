@@ -83,7 +83,8 @@ class Watcher:
     def drop(self, flight: QueuedFlight) -> None:
         """Watch a flight no longer, whose queuing failed."""
         with self._changed:
-            self._flights.remove(flight)
+            if flight in self._flights:  # not if all of them failed meanwhile
+                self._flights.remove(flight)
 
     def drain(self, deadline: float, index: int | None = None) -> None:
         """Return when all flights, or those on device ``index``, are done.
