@@ -463,6 +463,30 @@ class TestStreams:
             np.testing.assert_array_equal(later, values(0) + values(1))
             np.testing.assert_array_equal(given, values(rank))
 
+    def test_memory_of_an_immutable_framework_is_kept_while_it_is_sent(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        as_if_in_processes_of_their_own(monkeypatch)
+
+        def run(group: Group) -> Any:
+            if group.rank == 1:
+                release = ranks.machine.hold(device.current())
+                target = DeviceArray(np.zeros(COUNT, np.float32))
+                group.recv(target, 0)
+                time.sleep(0.3)
+                release.set()
+                return target.read()
+            given = FrozenArray(values(3))
+            alive = weakref.ref(given)
+            group.send(given, 1)
+            del given
+            assert alive() is not None, "its framework may give the memory to others before it is sent"
+            group.synchronize()
+            return values(3)
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(3))
+
     def test_a_tree_of_two_frameworks(self, ranks: World) -> None:
         def run(group: Group) -> list[np.ndarray]:
             tree = {"frozen": FrozenArray(values(group.rank)), "plain": on_device(group.rank)}
