@@ -225,12 +225,12 @@ class Control:
                 return self.broken or error
         return self._lookout.diagnose(operation, cause, self._lookout.queuing(peers, number))
 
-    def gone(self, operation: str) -> PeerLostError | None:
-        """Ask every rank whether it is there; return the error that names those that are not, or None.
+    def gone(self, operation: str, peers: Sequence[int] | None) -> PeerLostError | None:
+        """Ask ``peers``, None for all ranks, whether they are there; return the error that names those that are not.
 
         Does not break the group: pass the result to ``fail``. Takes a second at most.
         """
-        return self._lookout.gone(operation)
+        return self._lookout.gone(operation, peers)
 
     def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
         """Return the payload of rank ``peer``, which must call this with this rank as its peer.

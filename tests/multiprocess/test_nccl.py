@@ -728,6 +728,22 @@ class TestFailures:
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, values(0) + values(1))
 
+    def test_a_rank_that_is_not_concerned_may_leave(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            if group.rank == 2:
+                return None
+            if group.rank == 0:
+                group.send(tensor, 1)
+                group.send(tensor, 1)
+                group.synchronize()
+                return None
+            group.recv(tensor, 0)
+            time.sleep(2.5)
+            return group.recv(tensor, 0).read()
+
+        np.testing.assert_array_equal(ranks.values(3, run)[1], values(0))
+
     def test_a_rank_keeps_its_device(self, ranks: World) -> None:
         def run(group: Group) -> None:
             group.allreduce(on_device(group.rank))

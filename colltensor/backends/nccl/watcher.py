@@ -163,7 +163,7 @@ class Watcher:
         # A rank that has left in good order may have done its part. Asked after 1, 2, 4 ... seconds.
         if flight.since is not None and now - flight.since > flight.patience_s:
             flight.patience_s *= 2
-            lost: CollectiveError | None = control.gone(flight.name)
+            lost: CollectiveError | None = control.gone(flight.name, flight.peers)
             return None if self._lanes.finished(flight) else lost
         return None
 
