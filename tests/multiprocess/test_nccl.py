@@ -744,6 +744,21 @@ class TestFailures:
 
         np.testing.assert_array_equal(ranks.values(3, run)[1], values(0))
 
+    def test_check_of_sendrecv_where_one_transfer_is_agreed(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            count = 5 if group.rank == 2 else COUNT
+            target = DeviceArray(np.zeros(count, np.float32))
+            with pytest.raises(col.errors.MismatchError):
+                group.sendrecv(on_device(group.rank, count), (group.rank + 1) % 3, target, (group.rank - 1) % 3)
+            return target.read(), group.allreduce(on_device(group.rank)).read()
+
+        results = ranks.values(3, run, check=True)
+        np.testing.assert_array_equal(results[1][0], values(0))
+        for rank in (0, 2):
+            assert not results[rank][0].any()
+        for _, total in results:
+            np.testing.assert_array_equal(total, values(0) + values(1) + values(2))
+
     def test_a_rank_keeps_its_device(self, ranks: World) -> None:
         def run(group: Group) -> None:
             group.allreduce(on_device(group.rank))
