@@ -759,6 +759,25 @@ class TestFailures:
         for _, total in results:
             np.testing.assert_array_equal(total, values(0) + values(1) + values(2))
 
+    def test_what_is_under_way_when_the_group_is_destroyed_fails(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("colltensor.backends.nccl.backend._CLOSE_TIMEOUT_S", 0.2)
+
+        def run(group: Group) -> str:
+            tensor = on_device(group.rank)
+            release = ranks.machine.hold(device.current())
+            work = group.allreduce(tensor, async_op=True)
+            group.destroy()
+            assert work.done()
+            with pytest.raises(col.errors.GroupError) as caught:
+                work.wait()
+            release.set()
+            return str(caught.value)
+
+        for message in ranks.values(2, run):
+            assert "destroyed" in message
+
     def test_a_rank_keeps_its_device(self, ranks: World) -> None:
         def run(group: Group) -> None:
             group.allreduce(on_device(group.rank))

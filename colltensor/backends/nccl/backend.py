@@ -221,7 +221,7 @@ class NcclBackend:
         self._closed = True
         with contextlib.suppress(TimeoutError, CollectiveError):
             self._watcher.drain(time.monotonic() + _CLOSE_TIMEOUT_S)
-        self._watcher.close()
+        self._watcher.close(GroupError("the group was destroyed before the call was done"))
         self._members.end()
         self._lanes.close()
 

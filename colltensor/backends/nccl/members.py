@@ -81,7 +81,8 @@ class Members:
             )
         firsts = tuple(len(devices) * rank for rank in range(len(counts)))
         crew = self._connect(bytes.fromhex(votes[0][0]), sum(counts), firsts, self._rank, devices, deadline)
-        self._crews[devices] = crew
+        with self._lock:  # the watcher goes through them
+            self._crews[devices] = crew
         return crew
 
     def pair(self, peer: int, device: int, deadline: float) -> Crew:
@@ -103,7 +104,8 @@ class Members:
         theirs = self._control.swap(peer, mine, deadline)
         place = 0 if self._rank < peer else 1
         crew = self._connect(mine or theirs, 2, (0, 1), place, (device,), deadline)
-        self._pairs[peer] = device, crew
+        with self._lock:
+            self._pairs[peer] = device, crew
         return crew
 
     def error(self) -> BaseException | None:

@@ -16,6 +16,7 @@ from colltensor.backends.nccl.lanes import Lanes, QueuedFlight
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError
 
 _TICK_S: Final = 0.05
+_JOIN_S: Final = 5.0
 
 
 class Watcher:
@@ -47,6 +48,7 @@ class Watcher:
         self._changed = threading.Condition()
         self._looked = 0.0
         self._closed = False
+        self._gone: CollectiveError | None = None
         self._thread: threading.Thread | None = None
         self.failure: CollectiveError | None = None
 
@@ -67,13 +69,14 @@ class Watcher:
         """Watch a flight from now on, its queuing included.
 
         Raises:
-            CollectiveError: A flight failed before.
+            CollectiveError: A flight failed before, or the group was destroyed.
         """
         if self._control is not None:
             flight.number = self._control.queue(flight.peers)
         with self._changed:
-            if self.failure is not None:
-                raise self.failure
+            refusal = self.failure or self._gone
+            if refusal is not None:
+                raise refusal
             self._flights.append(flight)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="colltensor nccl watcher", daemon=True)
@@ -103,7 +106,7 @@ class Watcher:
     def fail(self, error: CollectiveError) -> None:
         """Take ``error`` for the reason why nothing goes on; the first one stays."""
         with self._changed:
-            if self.failure is not None:
+            if self.failure is not None or self._closed:
                 return
             self.failure = error
             flights = list(self._flights)
@@ -114,14 +117,19 @@ class Watcher:
             flight.failure = error
         self._end(error)
 
-    def close(self) -> bool:
-        """Stop watching; returns whether all flights were done."""
+    def close(self, gone: CollectiveError) -> None:
+        """Stop watching; what is not done fails with ``gone``, because the communicators are ended next."""
         with self._changed:
             self._closed = True
-            idle = all(self._lanes.finished(flight) for flight in self._flights)
+            for flight in self._flights:
+                if not self._lanes.finished(flight):
+                    flight.failure = gone
             self._flights.clear()
+            self._gone = gone
             self._changed.notify_all()
-        return idle
+            thread = self._thread
+        if thread is not None:  # it may be looking at events, which are freed next
+            thread.join(_JOIN_S)
 
     def _watch(self) -> None:
         while True:
