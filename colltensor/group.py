@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class Group:
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
         self._queue = self._engine.queue
         self._engine.check_device = recipe.check
+        self._attaching = threading.Lock()  # several threads may come with the first CUDA tensors
         if isinstance(backend, QueueingBackend):
             self._attach(backend)
         self._splits = 0
@@ -578,12 +580,16 @@ class Group:
             raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
         if reason is not None:
             raise DeviceError(f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}")
-        made = backends.get_backend("nccl").create(
-            self._control, self._meeting, timeout_s=self.timeout_s, interface=self._recipe.interface, provider=None
-        )
-        assert isinstance(made, QueueingBackend)
-        self._attach(made)
-        return made
+        with self._attaching:
+            if self._engine.device is None:
+                made = backends.get_backend("nccl").create(
+                    self._control, self._meeting, timeout_s=self.timeout_s, interface=self._recipe.interface,
+                    provider=None,
+                )
+                assert isinstance(made, QueueingBackend)
+                self._attach(made)
+        assert self._engine.device is not None
+        return self._engine.device
 
     def _make_part(self, name: str, members: list[int]) -> Group | None:
         """Meet the other members through this group's control plane; non-members only help with the exchange."""

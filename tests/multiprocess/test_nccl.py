@@ -966,6 +966,35 @@ class TestAuto:
         for message in ranks.values(2, run, backend="auto", timeout_s=1.0):
             assert "rank 1" in message
 
+    def test_first_calls_of_two_threads(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        create, made = ranks.spec.create, []
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            made.append(arguments)
+            time.sleep(0.1)
+            return create(*arguments, **options)
+
+        monkeypatch.setattr(ranks.spec, "create", slowly)
+
+        def run(group: Group) -> list[np.ndarray]:
+            results: list[np.ndarray] = []
+
+            def call() -> None:
+                device.enter(ranks.machine)
+                with device.use(device.new_stream(ranks.machine)):
+                    results.append(group.allreduce(on_device(group.rank)).read())
+
+            threads = [threading.Thread(target=call) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return results
+
+        for results in ranks.values(2, run, backend="auto"):
+            np.testing.assert_array_equal(results, [values(0) + values(1)] * 2)
+        assert len(made) == 2
+
     def test_shm_alone_says_which_backend_can(self, ranks: World) -> None:
         def run(group: Group) -> None:
             with pytest.raises(col.errors.DeviceError, match="'nccl' or 'auto'"):
