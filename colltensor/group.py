@@ -483,13 +483,17 @@ class Group:
             else:
                 if not code or self._direct.finish_barrier(code):
                     return None
-        if self._engine.device is not None:
+        if self._engine.device is not None and not async_op:
             self.synchronize()
-        agreed = self._backend.agrees  # the agreement is a barrier
-        return self._engine.run(
-            async_op, "barrier", None, None, -1, True, (),
-            lambda deadline: None if agreed else self._backend.barrier(deadline), (), lambda: None,
-        )
+
+        def meet(deadline: float) -> None:
+            device = self._engine.device
+            if device is not None and device is not self._backend:
+                device.drain(deadline)  # what was queued while this call waited for its turn
+            if not self._backend.agrees:  # else the agreement is a barrier
+                self._backend.barrier(deadline)
+
+        return self._engine.run(async_op, "barrier", None, None, -1, True, (), meet, (), lambda: None)
 
     def broadcast_object(self, obj: Any = None, src_rank: int = 0) -> Any:
         """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way. Peers must be trusted."""

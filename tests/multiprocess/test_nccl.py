@@ -995,6 +995,27 @@ class TestAuto:
             np.testing.assert_array_equal(results, [values(0) + values(1)] * 2)
         assert len(made) == 2
 
+    @pytest.mark.parametrize("async_op", [False, True])
+    def test_a_barrier_waits_for_calls_that_wait_for_their_turn(self, ranks: World, async_op: bool) -> None:
+        def run(group: Group) -> np.ndarray:
+            group.allreduce(on_device(group.rank))  # connects
+            if group.rank == 1:
+                time.sleep(0.3)
+            first = group.allreduce(values(group.rank), async_op=True)
+            tensor = on_device(group.rank)
+            ranks.machine.queue(device.current(), lambda: time.sleep(0.2))
+            second = group.allreduce(tensor, async_op=True)
+            if async_op:
+                group.barrier(async_op=True).wait()
+            else:
+                group.barrier()
+            assert first.done()
+            assert second.done()
+            return tensor.memory.copy()
+
+        for result in ranks.values(2, run, backend="auto"):
+            np.testing.assert_array_equal(result, values(0) + values(1))
+
     def test_shm_alone_says_which_backend_can(self, ranks: World) -> None:
         def run(group: Group) -> None:
             with pytest.raises(col.errors.DeviceError, match="'nccl' or 'auto'"):
