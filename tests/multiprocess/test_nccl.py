@@ -178,6 +178,16 @@ class TestOperations:
         assert ranks.values(2, run) == [0, 0]
         assert ranks.machine.calls == []
 
+    def test_nothing_is_sent_to_a_rank(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            if group.rank == 1:
+                time.sleep(2)
+            group.send([], 1) if group.rank == 0 else group.recv([], 0)
+            return group.allreduce(on_device(group.rank)).read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0) + values(1))
+
     def test_a_list_is_one_group_of_calls(self, ranks: World) -> None:
         def run(group: Group) -> list[np.ndarray]:
             big = 1 << 18  # not fused
