@@ -713,6 +713,30 @@ class TestFailures:
 
         assert "rank 1 has not called" in str(ranks.values(2, run)[0])
 
+    def test_an_error_of_the_device_ends_the_group_for_all(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(event: int) -> bool:
+            if threading.current_thread().name == "colltensor nccl watcher":
+                raise RuntimeError("cudaErrorIllegalAddress")
+            return False
+
+        def run(group: Group) -> Any:
+            group.allreduce(on_device(group.rank))
+            group.barrier()
+            ranks.machine.hold(device.current())
+            if group.rank == 0:
+                monkeypatch.setattr(ranks.spec.drivers[0], "done", refuse)
+            work = group.allreduce(on_device(group.rank), async_op=True)
+            until = time.monotonic() + 10
+            while not work.done():
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            with pytest.raises(col.errors.CollectiveError, match="cudaErrorIllegalAddress"):
+                work.wait()
+
+        ranks.values(2, run)
+
     def test_the_control_plane_serves_calls_and_the_watcher(
         self, ranks: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:

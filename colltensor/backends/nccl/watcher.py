@@ -140,7 +140,14 @@ class Watcher:
                 self._changed.wait_for(lambda: self._closed, _TICK_S)
                 if self._closed:
                     return
-            found = self._look()
+            try:
+                found = self._look()
+            except RuntimeError as error:  # CUDA's, which every later call gives again
+                with self._changed:
+                    flight = self._flights[0] if self._flights else None
+                if flight is None:
+                    continue
+                found = self._diagnose(flight, error)
             if found is not None:
                 self.fail(found)
                 return
