@@ -737,6 +737,27 @@ class TestFailures:
 
         ranks.values(2, run)
 
+    def test_what_connects_too_late_is_ended(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        connect, late = device.Driver.connect, threading.Event()
+
+        def slowly(driver: device.Driver, *arguments: Any) -> device.Communicator:
+            assert late.wait(20)
+            return connect(driver, *arguments)
+
+        monkeypatch.setattr(device.Driver, "connect", slowly)
+
+        def run(group: Group) -> None:
+            with pytest.raises(col.errors.CollectiveError):
+                group.allreduce(on_device(group.rank))
+
+        ranks.values(2, run, timeout_s=1.0)
+        late.set()
+        until = time.monotonic() + 10
+        drivers = ranks.spec.drivers.values()
+        while not all(driver.made and driver.made[0].aborted for driver in drivers):
+            assert time.monotonic() < until, "a communicator is left behind"
+            time.sleep(0.01)
+
     def test_the_control_plane_serves_calls_and_the_watcher(
         self, ranks: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
