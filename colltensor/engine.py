@@ -5,6 +5,7 @@ Imports no framework and no backend: it is given one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
@@ -233,7 +234,7 @@ class Engine:
             peers = [t.destination if t.source == self._rank else t.source for t in call.transfers]
         try:
             if self._control is not None and self.check_device:
-                self._agree_on_device(call, self._control, deadline)
+                self._agree_on_device(call, device, self._control, deadline)
             call.claim()
             views = [view for buffers in call.buffers for view in buffers.views]
             with device.launch(call.name, views, peers, apart, call, deadline) as flight:
@@ -252,10 +253,10 @@ class Engine:
             raise verdict from error
         return flight
 
-    def _agree_on_device(self, call: Call, control: Control, deadline: float) -> None:
+    def _agree_on_device(self, call: Call, device: QueueingBackend, control: Control, deadline: float) -> None:
         """Let the ranks agree on a call before it is queued; counted apart from the calls of host tensors."""
         if call.transfers is not None:
-            self._agree_on_transfers(call, call.transfers, control, deadline)
+            self._agree_on_transfers(call, call.transfers, control, deadline, device)
             return
         self._device_sequence += 1
         sequence = self._device_sequence
@@ -389,7 +390,8 @@ class Engine:
         return peer, signature, _describer(number, transfer, fused)
 
     def _agree_on_transfers(
-        self, call: Call, transfers: Sequence[Transfer], control: Control, deadline: float
+        self, call: Call, transfers: Sequence[Transfer], control: Control, deadline: float,
+        device: QueueingBackend | None = None,
     ) -> None:
         """Start all agreements before waiting for one; both ends of a pair take them in one order.
 
@@ -412,11 +414,21 @@ class Engine:
                 mismatch = error
         if mismatch is not None:
             for transfer in agreed:
-                transfer.buffers.claim()
-                transfer.buffers.load()
-                transfer.move(deadline)
-                transfer.buffers.store()
+                self._make_alone(call, transfer, deadline, device)
             raise mismatch
+
+    def _make_alone(self, call: Call, transfer: Transfer, deadline: float, device: QueueingBackend | None) -> None:
+        """Make one transfer of a call; on a device, what this thread queues next comes after it."""
+        source, destination, buffers, move = transfer
+        buffers.claim()
+        peers = [destination if source == self._rank else source]
+        queued = device and device.launch(call.name, buffers.views, peers, False, call, deadline)
+        with queued or contextlib.nullcontext() as flight:
+            buffers.load()
+            move(deadline)
+            buffers.store()
+        if flight is not None:
+            flight.order(buffers.streams())
 
     def _refusal(self, name: str) -> GroupError:
         error = GroupError(

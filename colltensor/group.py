@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class Group:
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
         self._queue = self._engine.queue
         self._engine.check_device = recipe.check
+        self._attaching = threading.Lock()  # several threads may come with the first CUDA tensors
         if isinstance(backend, QueueingBackend):
             self._attach(backend)
         self._splits = 0
@@ -481,13 +483,17 @@ class Group:
             else:
                 if not code or self._direct.finish_barrier(code):
                     return None
-        if self._engine.device is not None:
+        if self._engine.device is not None and not async_op:
             self.synchronize()
-        agreed = self._backend.agrees  # the agreement is a barrier
-        return self._engine.run(
-            async_op, "barrier", None, None, -1, True, (),
-            lambda deadline: None if agreed else self._backend.barrier(deadline), (), lambda: None,
-        )
+
+        def meet(deadline: float) -> None:
+            device = self._engine.device
+            if device is not None and device is not self._backend:
+                device.drain(deadline)  # what was queued while this call waited for its turn
+            if not self._backend.agrees:  # else the agreement is a barrier
+                self._backend.barrier(deadline)
+
+        return self._engine.run(async_op, "barrier", None, None, -1, True, (), meet, (), lambda: None)
 
     def broadcast_object(self, obj: Any = None, src_rank: int = 0) -> Any:
         """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way. Peers must be trusted."""
@@ -611,12 +617,16 @@ class Group:
             raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
         if reason is not None:
             raise DeviceError(f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}")
-        made = backends.get_backend("nccl").create(
-            self._control, self._meeting, timeout_s=self.timeout_s, interface=self._recipe.interface, provider=None
-        )
-        assert isinstance(made, QueueingBackend)
-        self._attach(made)
-        return made
+        with self._attaching:
+            if self._engine.device is None:
+                made = backends.get_backend("nccl").create(
+                    self._control, self._meeting, timeout_s=self.timeout_s, interface=self._recipe.interface,
+                    provider=None,
+                )
+                assert isinstance(made, QueueingBackend)
+                self._attach(made)
+        assert self._engine.device is not None
+        return self._engine.device
 
     def _make_part(self, name: str, members: list[int]) -> Group | None:
         """Meet the other members through this group's control plane; non-members only help with the exchange."""

@@ -87,8 +87,8 @@ class ControlPlane(Protocol):
     def queue(self, peers: Sequence[int] | None) -> int:
         """Note that this rank has queued a call with ``peers``, None for all; returns how many of such there were."""
 
-    def gone(self, operation: str) -> CollectiveError | None:
-        """Ask every rank whether it is there; return the error that names those that are not, or None."""
+    def gone(self, operation: str, peers: Sequence[int] | None) -> CollectiveError | None:
+        """Ask ``peers``, None for all, whether they are there; return the error that names those that are not."""
 
     def diagnose_queued(
         self, operation: str, peers: Sequence[int] | None, number: int, cause: BaseException | None

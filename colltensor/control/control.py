@@ -169,14 +169,7 @@ class Control:
             PeerLostError: A rank died: it said so, or its connection ended more than a second ago.
             CollectiveError: What another rank has reported.
         """
-        if self._board.usable and self._board.until is not None:
-            return  # the thread that waits in an exchange looks itself
-        self._board.enter()
-        try:
-            self._board.glance()
-            self._board.look(_LOSS_GRACE_S)
-        finally:
-            self._board.leave()
+        self._board.peek(_LOSS_GRACE_S)
 
     def diagnose(self, operation: str, cause: BaseException | None = None) -> CollectiveError:
         """Find out why a payload did not end, by asking every rank; takes about a second at most.
@@ -232,12 +225,12 @@ class Control:
                 return self.broken or error
         return self._lookout.diagnose(operation, cause, self._lookout.queuing(peers, number))
 
-    def gone(self, operation: str) -> PeerLostError | None:
-        """Ask every rank whether it is there; return the error that names those that are not, or None.
+    def gone(self, operation: str, peers: Sequence[int] | None) -> PeerLostError | None:
+        """Ask ``peers``, None for all ranks, whether they are there; return the error that names those that are not.
 
         Does not break the group: pass the result to ``fail``. Takes a second at most.
         """
-        return self._lookout.gone(operation)
+        return self._lookout.gone(operation, peers)
 
     def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
         """Return the payload of rank ``peer``, which must call this with this rank as its peer.

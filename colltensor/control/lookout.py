@@ -209,9 +209,9 @@ class Lookout:
         concerned = self.everyone.ranks if peers is None else peers[:1]
         return Suspects(concerned, lambda status: status.queued.get(with_whom, 0) < number)
 
-    def gone(self, operation: str) -> PeerLostError | None:
-        """Return the error for ranks that are not there any more, or None."""
-        answers = self.ask(self.everyone.ranks, _CENSUS_S)
+    def gone(self, operation: str, peers: Sequence[int] | None) -> PeerLostError | None:
+        """Return the error for those of ``peers``, None for all, that are not there any more, or None."""
+        answers = self.ask(self.everyone.ranks if peers is None else peers, _CENSUS_S)
         found = judge(self.where_in(operation), answers, lambda status: False)
         return found if isinstance(found, PeerLostError) else None
 
@@ -222,10 +222,8 @@ class Lookout:
         where = self.where_in(operation)
         found = None
         if self.board.usable:
-            is_late = (suspects or self.everyone).is_late
-            concerned = self.everyone.ranks if suspects is None else suspects.ranks
-            answers = self.ask(self.everyone.ranks)
-            found = judge(where, answers, lambda status: status.rank in concerned and is_late(status))
+            concerned = suspects or self.everyone
+            found = judge(where, self.ask(concerned.ranks), concerned.is_late)
         if self.board.failure is not None:
             return self.board.failure.exception(self.meeting.rank)
         if found is not None:

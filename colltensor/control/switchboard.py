@@ -1,7 +1,8 @@
 """The links of one rank together: waiting on all of them at once, and what happens when one of them fails.
 
 One thread at a time works the links, the one that has entered. Others (the reception's threads, a thread that
-closes the group or reports a failure) leave their request and wake it; it serves them when it looks or leaves.
+closes the group or reports a failure) leave their request and wake it; it serves them when it looks or leaves. A
+thread that watches what is queued on a device may ``peek`` while nobody has entered.
 
 Imports lifetime, links, reception, status and the errors of the package, and no framework.
 """
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
 
 SILENCE_S = 1.0
-_TELLING_S = 0.5
 """How long, in seconds, a rank may take to answer a question before it counts as stopped."""
+_TELLING_S = 0.5
+_LOOK_S = 5.0
+"""How long a thread that enters waits for one that looks, which asks who died for about a second at most."""
 
 _POLL_S = 1.0
 
@@ -64,8 +67,10 @@ class Switchboard:
         self._pid = os.getpid()
         self._failures: list[Failure] = []
         self._reported = self._flooded = self._closed = self._shut = self._disowned = False
-        # Only ever tried, never waited for: the mark of the thread that works the links.
+        self._turn = threading.Lock()
+        """The mark of the thread that has entered; only ever tried."""
         self._baton = threading.Lock()
+        """The mark of the thread that works the links: that one, or for a moment one that looks or serves."""
         self._done = threading.Event()
         self._arrivals: deque[Link] = deque()
         self._deferred: dict[int, list[bytes]] = {}
@@ -98,19 +103,47 @@ class Switchboard:
         """
         if not self.usable:
             raise self.obstacle()
-        if not self._baton.acquire(blocking=False):
+        if not self._turn.acquire(blocking=False):
             raise GroupError(
                 f"group {self._meeting.group_name!r}: two threads use its control plane at once; "
                 "let one of them finish before the other calls"
             )
+        try:
+            if not self._baton.acquire(timeout=_LOOK_S):
+                raise GroupError(f"group {self._meeting.group_name!r}: another thread holds its control plane")
+        except BaseException:
+            self._turn.release()
+            raise
         self.until = until
+        if not self.usable:
+            self.leave()
+            raise self.obstacle()
 
     def leave(self) -> None:
         """End working the links, and do what other threads have asked for meanwhile."""
         self.until = None
         self._baton.release()
+        self._turn.release()
         if not self.usable:
             self._serve()
+
+    def peek(self, grace_s: float) -> None:
+        """Read without waiting what has come, and ``look``; nothing if another thread works the links: it looks itself.
+
+        Raises:
+            CollectiveError: As ``enter`` and ``look``.
+        """
+        if not self.usable:
+            raise self.obstacle()
+        if not self._baton.acquire(blocking=False):
+            return
+        try:
+            self.glance()
+            self.look(grace_s)
+        finally:
+            self._baton.release()
+            if not self.usable:
+                self._serve()
 
     def obstacle(self) -> CollectiveError:
         """Return why the group cannot be used: the failure itself the first time, that it is broken afterwards."""

@@ -5,7 +5,9 @@ Ranks are threads. That NCCL itself does what is asked of it needs a GPU: ``test
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from nccl_world import World, world
 
 import colltensor as col
 from colltensor import ReduceOp
+from colltensor.backends.nccl.members import Members
+from colltensor.control.switchboard import Switchboard
 from colltensor.group import Group
 
 pytestmark = pytest.mark.slow
@@ -37,6 +41,12 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
 
 def values(rank: int, count: int = COUNT, dtype: str = "float32") -> np.ndarray:
     return (np.arange(count) % 11 + rank + 1).astype(dtype)
+
+
+def as_if_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let synchronous calls go on the frameworks' streams, which they do not where ranks are threads."""
+    connect = Members._connect
+    monkeypatch.setattr(Members, "_connect", lambda *arguments: connect(*arguments)._replace(shared=False))
 
 
 def on_device(rank: int, count: int = COUNT, dtype: str = "float32") -> DeviceArray:
@@ -168,6 +178,16 @@ class TestOperations:
 
         assert ranks.values(2, run) == [0, 0]
         assert ranks.machine.calls == []
+
+    def test_nothing_is_sent_to_a_rank(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            if group.rank == 1:
+                time.sleep(2)
+            group.send([], 1) if group.rank == 0 else group.recv([], 0)
+            return group.allreduce(on_device(group.rank)).read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0) + values(1))
 
     def test_a_list_is_one_group_of_calls(self, ranks: World) -> None:
         def run(group: Group) -> list[np.ndarray]:
@@ -318,7 +338,13 @@ class TestElements:
 class TestStreams:
     """What comes before a call and what comes after it; the device draws any order that the streams permit."""
 
-    def test_a_synchronous_call_does_not_block_the_host(self, ranks: World) -> None:
+    @pytest.mark.parametrize("own_process", [True, False])
+    def test_a_synchronous_call_does_not_block_the_host(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
+    ) -> None:
+        if own_process:
+            as_if_in_processes_of_their_own(monkeypatch)
+
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
             group.allreduce(tensor)  # connects
@@ -337,7 +363,13 @@ class TestStreams:
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, values(0) + values(1))
 
-    def test_it_comes_after_the_current_stream_and_before_what_follows(self, ranks: World) -> None:
+    @pytest.mark.parametrize("own_process", [True, False])
+    def test_it_comes_after_the_current_stream_and_before_what_follows(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
+    ) -> None:
+        if own_process:
+            as_if_in_processes_of_their_own(monkeypatch)
+
         def run(group: Group) -> list[np.ndarray]:
             found = []
             for turn in range(20):
@@ -353,7 +385,13 @@ class TestStreams:
             for turn, array in enumerate(result):
                 np.testing.assert_array_equal(array, sum(values(rank + turn) for rank in range(3)))
 
-    def test_calls_on_several_streams_stay_in_the_order_of_issue(self, ranks: World) -> None:
+    @pytest.mark.parametrize("own_process", [True, False])
+    def test_calls_on_several_streams_stay_in_the_order_of_issue(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
+    ) -> None:
+        if own_process:
+            as_if_in_processes_of_their_own(monkeypatch)
+
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
             ranks.machine.synchronize(device.current())
@@ -405,8 +443,6 @@ class TestStreams:
             np.testing.assert_array_equal(result, values(0) + values(1))
 
     def test_memory_of_an_asynchronous_call_is_kept_until_it_is_done(self, ranks: World) -> None:
-        import weakref
-
         def run(group: Group) -> None:
             tensor = on_device(group.rank)
             alive = weakref.ref(tensor)
@@ -437,6 +473,30 @@ class TestStreams:
             np.testing.assert_array_equal(now, values(0) + values(1))
             np.testing.assert_array_equal(later, values(0) + values(1))
             np.testing.assert_array_equal(given, values(rank))
+
+    def test_memory_of_an_immutable_framework_is_kept_while_it_is_sent(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        as_if_in_processes_of_their_own(monkeypatch)
+
+        def run(group: Group) -> Any:
+            if group.rank == 1:
+                release = ranks.machine.hold(device.current())
+                target = DeviceArray(np.zeros(COUNT, np.float32))
+                group.recv(target, 0)
+                time.sleep(0.3)
+                release.set()
+                return target.read()
+            given = FrozenArray(values(3))
+            alive = weakref.ref(given)
+            group.send(given, 1)
+            del given
+            assert alive() is not None, "its framework may give the memory to others before it is sent"
+            group.synchronize()
+            return values(3)
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(3))
 
     def test_a_tree_of_two_frameworks(self, ranks: World) -> None:
         def run(group: Group) -> list[np.ndarray]:
@@ -622,6 +682,157 @@ class TestFailures:
 
         for result in ranks.values(2, run, check=True):
             np.testing.assert_array_equal(result, values(0))
+
+    def test_a_failure_while_a_call_is_queued(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            group.barrier()
+            if group.rank == 1:
+                time.sleep(1)
+                return None
+            made = ranks.spec.drivers[0].made[0]
+            aborting, refused = threading.Event(), threading.Event()
+
+            def fail(*arguments: Any) -> None:
+                made.error = device.NcclError("unhandled system error")
+                assert aborting.wait(10)
+                refused.set()
+                raise device.NcclError("invalid argument")
+
+            def abort() -> None:
+                made.aborted = True
+                aborting.set()
+                assert refused.wait(10)
+                time.sleep(0.2)
+
+            monkeypatch.setattr(made, "allReduce", fail)
+            monkeypatch.setattr(made, "abort", abort)
+            with pytest.raises(col.errors.CollectiveError) as caught:
+                group.allreduce(tensor)
+            return caught.value
+
+        assert "rank 1 has not called" in str(ranks.values(2, run)[0])
+
+    def test_an_error_of_the_device_ends_the_group_for_all(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(event: int) -> bool:
+            if threading.current_thread().name == "colltensor nccl watcher":
+                raise RuntimeError("cudaErrorIllegalAddress")
+            return False
+
+        def run(group: Group) -> Any:
+            group.allreduce(on_device(group.rank))
+            group.barrier()
+            ranks.machine.hold(device.current())
+            if group.rank == 0:
+                monkeypatch.setattr(ranks.spec.drivers[0], "done", refuse)
+            work = group.allreduce(on_device(group.rank), async_op=True)
+            until = time.monotonic() + 10
+            while not work.done():
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            with pytest.raises(col.errors.CollectiveError, match="cudaErrorIllegalAddress"):
+                work.wait()
+
+        ranks.values(2, run)
+
+    def test_what_connects_too_late_is_ended(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        connect, late = device.Driver.connect, threading.Event()
+
+        def slowly(driver: device.Driver, *arguments: Any) -> device.Communicator:
+            assert late.wait(20)
+            return connect(driver, *arguments)
+
+        monkeypatch.setattr(device.Driver, "connect", slowly)
+
+        def run(group: Group) -> None:
+            with pytest.raises(col.errors.CollectiveError):
+                group.allreduce(on_device(group.rank))
+
+        ranks.values(2, run, timeout_s=1.0)
+        late.set()
+        until = time.monotonic() + 10
+        drivers = ranks.spec.drivers.values()
+        while not all(driver.made and driver.made[0].aborted for driver in drivers):
+            assert time.monotonic() < until, "a communicator is left behind"
+            time.sleep(0.01)
+
+    def test_the_control_plane_serves_calls_and_the_watcher(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        glance = Switchboard.glance
+
+        def slowly(board: Switchboard) -> None:
+            glance(board)
+            if threading.current_thread().name == "colltensor nccl watcher":
+                time.sleep(0.03)
+
+        monkeypatch.setattr(Switchboard, "glance", slowly)
+
+        def run(group: Group) -> Any:
+            release = ranks.machine.hold(device.current())
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            for turn in range(200):
+                assert group.allgather_object((turn, group.rank)) == [(turn, 0), (turn, 1)]
+                time.sleep(0.001)
+            release.set()
+            return tensor.read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0) + values(1))
+
+    def test_a_rank_that_is_not_concerned_may_leave(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            if group.rank == 2:
+                return None
+            if group.rank == 0:
+                group.send(tensor, 1)
+                group.send(tensor, 1)
+                group.synchronize()
+                return None
+            group.recv(tensor, 0)
+            time.sleep(2.5)
+            return group.recv(tensor, 0).read()
+
+        np.testing.assert_array_equal(ranks.values(3, run)[1], values(0))
+
+    def test_check_of_sendrecv_where_one_transfer_is_agreed(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            count = 5 if group.rank == 2 else COUNT
+            target = DeviceArray(np.zeros(count, np.float32))
+            with pytest.raises(col.errors.MismatchError):
+                group.sendrecv(on_device(group.rank, count), (group.rank + 1) % 3, target, (group.rank - 1) % 3)
+            return target.read(), group.allreduce(on_device(group.rank)).read()
+
+        results = ranks.values(3, run, check=True)
+        np.testing.assert_array_equal(results[1][0], values(0))
+        for rank in (0, 2):
+            assert not results[rank][0].any()
+        for _, total in results:
+            np.testing.assert_array_equal(total, values(0) + values(1) + values(2))
+
+    def test_what_is_under_way_when_the_group_is_destroyed_fails(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("colltensor.backends.nccl.backend._CLOSE_TIMEOUT_S", 0.2)
+
+        def run(group: Group) -> str:
+            tensor = on_device(group.rank)
+            release = ranks.machine.hold(device.current())
+            work = group.allreduce(tensor, async_op=True)
+            group.destroy()
+            assert work.done()
+            with pytest.raises(col.errors.GroupError) as caught:
+                work.wait()
+            release.set()
+            return str(caught.value)
+
+        for message in ranks.values(2, run):
+            assert "destroyed" in message
 
     def test_a_rank_keeps_its_device(self, ranks: World) -> None:
         def run(group: Group) -> None:
@@ -810,6 +1021,56 @@ class TestAuto:
 
         for message in ranks.values(2, run, backend="auto", timeout_s=1.0):
             assert "rank 1" in message
+
+    def test_first_calls_of_two_threads(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        create, made = ranks.spec.create, []
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            made.append(arguments)
+            time.sleep(0.1)
+            return create(*arguments, **options)
+
+        monkeypatch.setattr(ranks.spec, "create", slowly)
+
+        def run(group: Group) -> list[np.ndarray]:
+            results: list[np.ndarray] = []
+
+            def call() -> None:
+                device.enter(ranks.machine)
+                with device.use(device.new_stream(ranks.machine)):
+                    results.append(group.allreduce(on_device(group.rank)).read())
+
+            threads = [threading.Thread(target=call) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return results
+
+        for results in ranks.values(2, run, backend="auto"):
+            np.testing.assert_array_equal(results, [values(0) + values(1)] * 2)
+        assert len(made) == 2
+
+    @pytest.mark.parametrize("async_op", [False, True])
+    def test_a_barrier_waits_for_calls_that_wait_for_their_turn(self, ranks: World, async_op: bool) -> None:
+        def run(group: Group) -> np.ndarray:
+            group.allreduce(on_device(group.rank))  # connects
+            if group.rank == 1:
+                time.sleep(0.3)
+            first = group.allreduce(values(group.rank), async_op=True)
+            tensor = on_device(group.rank)
+            ranks.machine.queue(device.current(), lambda: time.sleep(0.2))
+            second = group.allreduce(tensor, async_op=True)
+            if async_op:
+                group.barrier(async_op=True).wait()
+            else:
+                group.barrier()
+            assert first.done()
+            assert second.done()
+            return tensor.memory.copy()
+
+        for result in ranks.values(2, run, backend="auto"):
+            np.testing.assert_array_equal(result, values(0) + values(1))
 
     def test_shm_alone_says_which_backend_can(self, ranks: World) -> None:
         def run(group: Group) -> None:

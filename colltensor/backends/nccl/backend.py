@@ -91,9 +91,12 @@ class NcclBackend:
                 self._streams = [flight.stream for flight in entered]
                 self._devices = devices
                 yield entered[0] if len(entered) == 1 else Flights(entered)
-        except BaseException:
+        except BaseException as error:
             for flight in entered:
                 self._watcher.drop(flight)
+            failure = self._watcher.failure
+            if failure is not None and isinstance(error, self._driver.error):  # the communicators were ended for it
+                raise failure from error
             raise
 
     def drain(self, deadline: float, index: int | None = None) -> None:
@@ -181,7 +184,9 @@ class NcclBackend:
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Queue sending each buffer to ``peer``."""
         moved = [buffer for buffer in buffers if buffer.count]
-        communicator, other = self._pair(peer, buffers)
+        if not moved:
+            return
+        communicator, other = self._pair(peer, moved)
         with self._together(moved):
             for buffer in moved:
                 communicator.send(buffer.pointer, buffer.nbytes, BYTE, other, self._stream)
@@ -189,7 +194,9 @@ class NcclBackend:
     def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Queue receiving each buffer from ``peer``."""
         moved = [buffer for buffer in buffers if buffer.count]
-        communicator, other = self._pair(peer, buffers)
+        if not moved:
+            return
+        communicator, other = self._pair(peer, moved)
         with self._together(moved):
             for buffer in moved:
                 communicator.recv(buffer.pointer, buffer.nbytes, BYTE, other, self._stream)
@@ -218,7 +225,7 @@ class NcclBackend:
         self._closed = True
         with contextlib.suppress(TimeoutError, CollectiveError):
             self._watcher.drain(time.monotonic() + _CLOSE_TIMEOUT_S)
-        self._watcher.close()
+        self._watcher.close(GroupError("the group was destroyed before the call was done"))
         self._members.end()
         self._lanes.close()
 
@@ -321,7 +328,7 @@ class NcclBackend:
 
     def _pair(self, peer: int, buffers: Sequence[BufferView]) -> tuple[Any, int]:
         """Return the communicator with ``peer``, and its rank in it."""
-        crew = self._members.pair(peer, buffers[0].device.index if buffers else 0, 0.0)
+        crew = self._members.pair(peer, buffers[0].device.index, 0.0)
         return crew.communicators[0], 1 if self._rank < peer else 0
 
     def _together(self, calls: Sequence[object]) -> contextlib.AbstractContextManager[None]:

@@ -17,6 +17,8 @@ from typing import Any, Final
 from colltensor.errors import CollectiveError
 from colltensor.view import BufferView
 
+_LEGACY: Final = 1
+"""The stream given for frameworks that have none of their own to name; they free memory without regard to it."""
 _GLANCE_S: Final = 20e-6
 _LONGEST_GLANCE_S: Final = 1e-3
 
@@ -135,7 +137,8 @@ class Lanes:
         streams = list(dict.fromkeys(view.stream or 0 for view in views))
         with driver.on(device):
             stream = self._own_stream(device) if apart else streams[0]
-            flight = QueuedFlight(self, name, peers, device, stream, keep if apart or len(streams) > 1 else None)
+            kept = keep if apart or streams != [stream] or stream == _LEGACY else None
+            flight = QueuedFlight(self, name, peers, device, stream, kept)
             for other in streams:
                 if other != stream:
                     self._chain(device, other, stream)

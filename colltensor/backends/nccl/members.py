@@ -81,7 +81,8 @@ class Members:
             )
         firsts = tuple(len(devices) * rank for rank in range(len(counts)))
         crew = self._connect(bytes.fromhex(votes[0][0]), sum(counts), firsts, self._rank, devices, deadline)
-        self._crews[devices] = crew
+        with self._lock:  # the watcher goes through them
+            self._crews[devices] = crew
         return crew
 
     def pair(self, peer: int, device: int, deadline: float) -> Crew:
@@ -103,7 +104,8 @@ class Members:
         theirs = self._control.swap(peer, mine, deadline)
         place = 0 if self._rank < peer else 1
         crew = self._connect(mine or theirs, 2, (0, 1), place, (device,), deadline)
-        self._pairs[peer] = device, crew
+        with self._lock:
+            self._pairs[peer] = device, crew
         return crew
 
     def error(self) -> BaseException | None:
@@ -142,7 +144,7 @@ class Members:
         """Make this process's communicators in a thread of its own, because NCCL cannot be told when to give up.
 
         Raises:
-            TimeoutError: A rank did not come before ``deadline``; the thread is left to it.
+            TimeoutError: A rank did not come before ``deadline``; the thread is left to it, and ends what it makes.
             RuntimeError: NCCL refused.
             CollectiveError: The group broke meanwhile.
         """
@@ -150,6 +152,7 @@ class Members:
             _local[identity] += 1
         made: list[Any] = []
         failed: list[BaseException] = []
+        given_up = threading.Event()
 
         def make() -> None:
             try:
@@ -160,15 +163,21 @@ class Members:
                             made.append(self._driver.connect(size, identity, firsts[place] + index))
             except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
                 failed.append(error)
+            if given_up.is_set():
+                self._abort(made)
 
         thread = threading.Thread(target=make, name="colltensor nccl connect", daemon=True)
         thread.start()
-        while thread.is_alive():
-            thread.join(_SLICE_S)
-            if self._control is not None:
-                self._control.check()
-            if thread.is_alive() and time.monotonic() >= deadline:
-                raise TimeoutError("NCCL did not connect the ranks in time")
+        try:
+            while thread.is_alive():
+                thread.join(_SLICE_S)
+                if self._control is not None:
+                    self._control.check()
+                if thread.is_alive() and time.monotonic() >= deadline:
+                    raise TimeoutError("NCCL did not connect the ranks in time")
+        except BaseException:
+            given_up.set()
+            raise
         if failed:
             if isinstance(failed[0], CollectiveError):
                 raise failed[0]

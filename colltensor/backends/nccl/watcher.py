@@ -16,6 +16,7 @@ from colltensor.backends.nccl.lanes import Lanes, QueuedFlight
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError
 
 _TICK_S: Final = 0.05
+_JOIN_S: Final = 5.0
 
 
 class Watcher:
@@ -47,6 +48,7 @@ class Watcher:
         self._changed = threading.Condition()
         self._looked = 0.0
         self._closed = False
+        self._gone: CollectiveError | None = None
         self._thread: threading.Thread | None = None
         self.failure: CollectiveError | None = None
 
@@ -67,13 +69,14 @@ class Watcher:
         """Watch a flight from now on, its queuing included.
 
         Raises:
-            CollectiveError: A flight failed before.
+            CollectiveError: A flight failed before, or the group was destroyed.
         """
         if self._control is not None:
             flight.number = self._control.queue(flight.peers)
         with self._changed:
-            if self.failure is not None:
-                raise self.failure
+            refusal = self.failure or self._gone
+            if refusal is not None:
+                raise refusal
             self._flights.append(flight)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="colltensor nccl watcher", daemon=True)
@@ -83,7 +86,8 @@ class Watcher:
     def drop(self, flight: QueuedFlight) -> None:
         """Watch a flight no longer, whose queuing failed."""
         with self._changed:
-            self._flights.remove(flight)
+            if flight in self._flights:  # not if all of them failed meanwhile
+                self._flights.remove(flight)
 
     def drain(self, deadline: float, index: int | None = None) -> None:
         """Return when all flights, or those on device ``index``, are done.
@@ -102,7 +106,7 @@ class Watcher:
     def fail(self, error: CollectiveError) -> None:
         """Take ``error`` for the reason why nothing goes on; the first one stays."""
         with self._changed:
-            if self.failure is not None:
+            if self.failure is not None or self._closed:
                 return
             self.failure = error
             flights = list(self._flights)
@@ -113,14 +117,19 @@ class Watcher:
             flight.failure = error
         self._end(error)
 
-    def close(self) -> bool:
-        """Stop watching; returns whether all flights were done."""
+    def close(self, gone: CollectiveError) -> None:
+        """Stop watching; what is not done fails with ``gone``, because the communicators are ended next."""
         with self._changed:
             self._closed = True
-            idle = all(self._lanes.finished(flight) for flight in self._flights)
+            for flight in self._flights:
+                if not self._lanes.finished(flight):
+                    flight.failure = gone
             self._flights.clear()
+            self._gone = gone
             self._changed.notify_all()
-        return idle
+            thread = self._thread
+        if thread is not None:  # it may be looking at events, which are freed next
+            thread.join(_JOIN_S)
 
     def _watch(self) -> None:
         while True:
@@ -131,7 +140,14 @@ class Watcher:
                 self._changed.wait_for(lambda: self._closed, _TICK_S)
                 if self._closed:
                     return
-            found = self._look()
+            try:
+                found = self._look()
+            except RuntimeError as error:  # CUDA's, which every later call gives again
+                with self._changed:
+                    flight = self._flights[0] if self._flights else None
+                if flight is None:
+                    continue
+                found = self._diagnose(flight, error)
             if found is not None:
                 self.fail(found)
                 return
@@ -162,7 +178,7 @@ class Watcher:
         # A rank that has left in good order may have done its part. Asked after 1, 2, 4 ... seconds.
         if flight.since is not None and now - flight.since > flight.patience_s:
             flight.patience_s *= 2
-            lost: CollectiveError | None = control.gone(flight.name)
+            lost: CollectiveError | None = control.gone(flight.name, flight.peers)
             return None if self._lanes.finished(flight) else lost
         return None
 
