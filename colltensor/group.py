@@ -27,6 +27,7 @@ from colltensor.multigpu import MultiGpu
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
+from colltensor.work import Work
 
 _, _, _REDUCE, _BROADCAST, _ALLGATHER, _GATHER, _REDUCESCATTER, _SCATTER, _ALLTOALL, _TRANSFER = DIRECT.values()
 
@@ -585,8 +586,11 @@ class Group:
         if device is None:
             return
         self._engine.check("synchronize")
+        deadline = time.monotonic() + self.timeout_s
+        if not self._queue.idle:  # calls on the device may wait there for their turn
+            self._queue.put(Work("synchronize", lambda: None)).wait(self.timeout_s)
         try:
-            device.drain(time.monotonic() + self.timeout_s, gpu_id)
+            device.drain(deadline, gpu_id)
         except CollectiveError:
             raise
         except TimeoutError:

@@ -1072,6 +1072,20 @@ class TestAuto:
         for result in ranks.values(2, run, backend="auto"):
             np.testing.assert_array_equal(result, values(0) + values(1))
 
+    def test_synchronize_waits_for_calls_that_wait_for_their_turn(self, ranks: World) -> None:
+        def run(group: Group) -> np.ndarray:
+            group.allreduce(on_device(group.rank))  # connects
+            if group.rank == 1:
+                time.sleep(0.3)
+            group.allreduce(values(group.rank), async_op=True)
+            tensor = on_device(group.rank)
+            group.allreduce(tensor, async_op=True)
+            group.synchronize()
+            return tensor.memory.copy()
+
+        for result in ranks.values(2, run, backend="auto"):
+            np.testing.assert_array_equal(result, values(0) + values(1))
+
     def test_shm_alone_says_which_backend_can(self, ranks: World) -> None:
         def run(group: Group) -> None:
             with pytest.raises(col.errors.DeviceError, match="'nccl' or 'auto'"):
