@@ -91,6 +91,14 @@ class NcclBackend:
                 self._streams = [flight.stream for flight in entered]
                 self._devices = devices
                 yield entered[0] if len(entered) == 1 else Flights(entered)
+        except Exception as error:
+            for flight in entered:
+                self._watcher.drop(flight)
+            # NCCL connects the ranks of an algorithm when it is first used and waits for them inside the call, which
+            # ends with an error of its own when the watcher ends the communicators.
+            if entered and self._watcher.failure is not None:
+                raise self._watcher.failure from error
+            raise
         except BaseException:
             for flight in entered:
                 self._watcher.drop(flight)

@@ -81,9 +81,10 @@ class Watcher:
             self._changed.notify_all()
 
     def drop(self, flight: QueuedFlight) -> None:
-        """Watch a flight no longer, whose queuing failed."""
+        """Watch a flight no longer, whose queuing failed; ``fail`` has let go of it where it was the reason."""
         with self._changed:
-            self._flights.remove(flight)
+            if flight in self._flights:
+                self._flights.remove(flight)
 
     def drain(self, deadline: float, index: int | None = None) -> None:
         """Return when all flights, or those on device ``index``, are done.
