@@ -278,6 +278,11 @@ class TestJax:
 class TestCupy:
     """cupy.ndarray, over host memory that poses as a device's: the adapter looks at addresses only."""
 
+    @pytest.fixture(autouse=True)
+    def _a_current_stream(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Name a stream in place of CuPy's current one, which it cannot say without a device."""
+        monkeypatch.setattr("colltensor.adapters.cupy._current_stream", lambda index: 70 + index)
+
     @staticmethod
     def array(host: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, offset: int = 0) -> Any:
         cupy = importlib.import_module("cupy")
@@ -290,7 +295,7 @@ class TestCupy:
         for look in (source, target):
             view = look(self.array(host, (3, 4)))
             assert (view.pointer, view.dtype.name, view.shape, view.strides) == (host.ctypes.data, name, (3, 4), None)
-            assert view.device == Device("cuda", 0)
+            assert (view.device, view.stream) == (Device("cuda", 0), 70)
             assert not view.readonly
 
     def test_layouts(self) -> None:
