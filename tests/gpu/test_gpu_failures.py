@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -143,6 +144,33 @@ def never_connects(rank: int, world_size: int, library: str, folder: str) -> Any
 
 def test_connecting_is_bounded(pair: RankPool, library: str, tmp_path: Path) -> None:
     assert pair.run(2, never_connects, library, str(tmp_path))[0] == (1,)
+
+
+def first_of_its_kind(rank: int, world_size: int, library: str, folder: str) -> Any:
+    """NCCL connects the ranks of an algorithm when it is first used, and may wait for them inside the call."""
+    with Queue(library) as queue:
+        group = own_group(rank, folder)
+        tensor = queue.full(1.0)
+        group.allreduce(tensor)
+        group.barrier()
+        began = time.monotonic()
+        if rank == 1:
+            time.sleep(TIMEOUT_S + 3)
+        with contextlib.suppress(col.CollectiveError):
+            group.alltoall([queue.full(0.0), queue.full(0.0)], [tensor, tensor]) if rank == 0 else None
+        if rank == 0:
+            time.sleep(max(0.0, TIMEOUT_S + 2 - (time.monotonic() - began)))
+        with pytest.raises(col.CollectiveError) as caught:
+            group.barrier()
+        assert time.monotonic() - began < LIMIT_S
+        runs_on(queue)
+        group.destroy()
+        return str(caught.value)
+
+
+def test_a_call_that_connects_is_bounded(pair: RankPool, library: str, tmp_path: Path) -> None:
+    for message in pair.run(2, first_of_its_kind, library, str(tmp_path)):
+        assert "rank 1" in message
 
 
 def disagree(rank: int, world_size: int, library: str, folder: str) -> Any:
