@@ -53,9 +53,9 @@ def to_framework(values: np.ndarray[Any, Any], array: str, gpu: bool) -> Any:
 
 def to_host(tensor: Any, array: str) -> np.ndarray[Any, Any]:
     """Return a copy of an array in host memory."""
-    if array == "cupy":
-        tensor = tensor.get()
-    return np.array(tensor.cpu() if array == "torch" else tensor)
+    if array == "torch":
+        return np.array(tensor.cpu().numpy())
+    return np.array(tensor.get() if array == "cupy" else tensor)
 
 
 class Worker:
@@ -103,8 +103,8 @@ class Worker:
         col.destroy_collective_group()
 
 
-def compare(workers: list[Any], mib: int) -> None:
-    """Measure allreduce, and the same sum made by the driver from what the workers put into the object store."""
+def compare(workers: list[Any], mib: int) -> str:
+    """Measure allreduce, and the same sum by the driver through the object store; return that in words."""
     ray.get([worker.fill.remote(mib << 18) for worker in workers])
     ours = min(max(times) for times in zip(*ray.get([worker.measure.remote() for worker in workers]), strict=True))
     theirs = []
@@ -113,7 +113,8 @@ def compare(workers: list[Any], mib: int) -> None:
         total = ray.put(sum(ray.get([worker.give.remote() for worker in workers])))
         ray.get([worker.take.remote(total) for worker in workers])
         theirs.append(time.perf_counter() - start)
-    print(f"{mib} MiB, best of {TURNS}: allreduce {ours * 1e3:.1f} ms, ray.put and ray.get {min(theirs) * 1e3:.1f} ms")
+    apart = f"allreduce {ours * 1e3:.1f} ms, ray.put and ray.get {min(theirs) * 1e3:.1f} ms"
+    return f"{mib} MiB, best of {TURNS}: {apart}"
 
 
 def share(options: argparse.Namespace) -> float:
@@ -151,8 +152,7 @@ def main() -> int:
         workers = [remote.remote(options.array, rank, gpu > 0) for rank in range(options.workers)]
         ray.get([worker.setup.remote(options.workers, rank) for rank, worker in enumerate(workers)])
         results = ray.get([worker.allreduce.remote() for worker in workers])
-        if options.compare:
-            compare(workers, options.compare)
+        compared = compare(workers, options.compare) if options.compare else None
         ray.get([worker.leave.remote() for worker in workers])
     finally:
         ray.shutdown()
@@ -162,6 +162,8 @@ def main() -> int:
     for rank, (kind, values) in enumerate(results):
         print(f"rank {rank}: {kind} {values[:4]} ...")
     print(f"{'right' if right else 'WRONG'}: every worker should hold {expected[:4].tolist()} ...")
+    if compared:
+        print(compared)
     return 0 if right else 1
 
 
