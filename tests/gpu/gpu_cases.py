@@ -134,7 +134,7 @@ class DeviceMover(Mover):
 def moves(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
     """Every operation that only moves, of every type."""
     for number, dtype in enumerate(DTYPES):
-        for count in (SMALL, (0, 1, 2049)[number % 3]):
+        for count in (SMALL,) if number % 3 else (SMALL, (0, 1, 2049)[number // 3 % 3]):
             _move(group, report, libraries, dtype, dense(count), number % group.world_size)
     _move(group, report, libraries, "float32", dense(LARGE), 0)
 

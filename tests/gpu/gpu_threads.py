@@ -20,7 +20,7 @@ from worlds import Report
 from colltensor.group import Recipe, connect
 from colltensor.rendezvous import meet, open_directory
 
-JOIN_S = 200.0
+JOIN_S = 400.0
 
 
 def own_streams() -> contextlib.ExitStack:

@@ -20,10 +20,10 @@ TIMEOUT_S = 3.0
 LIMIT_S = 30.0
 
 
-def own_group(rank: int, folder: str, *, check: bool = False) -> Any:
+def own_group(rank: int, folder: str, *, check: bool = False, timeout_s: float = TIMEOUT_S) -> Any:
     """Return a group that may break."""
     return col.init_collective_group(
-        2, rank, "nccl", "failing", timeout_s=TIMEOUT_S, init_method=f"file://{folder}", check=check
+        2, rank, "nccl", "failing", timeout_s=timeout_s, init_method=f"file://{folder}", check=check
     )
 
 
@@ -67,7 +67,7 @@ def absent(rank: int, world_size: int, library: str, folder: str) -> Any:
                     call()
         runs_on(queue)
         group.destroy()
-        again = own_group(rank, folder)
+        again = own_group(rank, folder, timeout_s=LIMIT_S)  # rank 1 is still asleep
         fresh = queue.full(1.0 + rank)
         again.allreduce(fresh)
         assert queue.read(fresh) == {3.0}, "the group made again"
