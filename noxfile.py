@@ -320,6 +320,15 @@ def demo(session: nox.Session) -> None:
 @nox.session(python=MAIN_PYTHON)
 @_timed
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device."""
-    _install(session, "torch", "cupy")
-    _pytest(session, ("tests",), "-m", "gpu", frameworks=("numpy", "torch", "cupy"), providers=("torch",))
+    """Run the tests that need a CUDA device and, unless pytest is given arguments, NCCL's benchmark; see docs/gpu.md.
+
+    Needs a torch for CUDA, which is what the default index has; Ray is not needed.
+    """
+    _install(session, "torch", "jax", "cupy", groups=("test", "gpu"))
+    # Newer than what torch asks for, without which several ranks cannot share a device; torch runs with it as well.
+    session.install("--quiet", "--no-deps", "--upgrade", *nox.project.dependency_groups(PYPROJECT, "gpu-nccl"))
+    frameworks = ("numpy", "torch", "jax", "cupy")
+    _pytest(session, ("tests/gpu",), "-m", "gpu", frameworks=frameworks, providers=("torch",))
+    if not session.posargs:
+        with session.chdir(_elsewhere(session)):
+            session.run("python", str(ROOT / "benchmarks" / "nccl.py"))

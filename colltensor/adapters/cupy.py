@@ -5,14 +5,18 @@ Imports cupy and, for its data types, numpy.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any, Final
 
 import cupy as cp
 
-from colltensor.adapters._numpy_dtypes import DTYPE_OF, host_dtype, unsupported_dtype
+from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.errors import UnsupportedTensorError
 from colltensor.types import UINT8, Device
 from colltensor.view import BufferView
+
+_WIDTHS: Final = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}
 
 
 class CupyAdapter:
@@ -59,6 +63,14 @@ def _current_stream(index: int) -> int:
     return stream
 
 
+@functools.lru_cache(maxsize=256)
+def _stream(stream: int, device: int) -> Any:
+    """Return CuPy's object of a stream; kept, because making one warns of its deprecation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return cp.cuda.ExternalStream(stream, device)
+
+
 class DeviceMemory:
     """Staging buffers on a CUDA device, and copies between layouts on its current stream."""
 
@@ -67,7 +79,7 @@ class DeviceMemory:
             raw = cp.empty(nbytes, cp.uint8)
         else:
             # CuPy's pool gives freed memory back to the stream that asked for it, in that stream's order.
-            with cp.cuda.Device(like.device.index), cp.cuda.ExternalStream(like.stream or 0, like.device.index):
+            with cp.cuda.Device(like.device.index), _stream(like.stream or 0, like.device.index):
                 raw = cp.empty(nbytes, cp.uint8)
         device = Device("cuda", raw.data.device_id)
         stream = None if like is None else like.stream
@@ -87,11 +99,15 @@ class DeviceMemory:
 
 
 def device_array(view: BufferView) -> Any:
-    """Return a CuPy array over a view of device memory."""
+    """Return a CuPy array over a view of device memory; its elements are plain numbers of the same width.
+
+    CuPy's kernels know no float8, and bfloat16 only lately.
+    """
     low, high = view.span()
     memory = cp.cuda.UnownedMemory(low, high - low, view, view.device.index)
     strides = None if view.strides is None else tuple(step * view.dtype.itemsize for step in view.strides)
-    return cp.ndarray(view.shape, host_dtype(view.dtype), cp.cuda.MemoryPointer(memory, view.pointer - low), strides)
+    start = cp.cuda.MemoryPointer(memory, view.pointer - low)
+    return cp.ndarray(view.shape, _WIDTHS[view.dtype.itemsize], start, strides)
 
 
 ADAPTER: Final = CupyAdapter()

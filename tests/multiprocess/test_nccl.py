@@ -625,6 +625,35 @@ class TestFailures:
         for error in ranks.values(2, run):
             assert "unhandled system error" in str(error)
 
+    def test_nccl_waits_for_a_late_rank_inside_the_call(self, ranks: World) -> None:
+        """As where it connects the ranks of an algorithm: the abort ends the call, and the verdict is the watcher's."""
+
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            group.barrier()
+            if group.rank == 1:
+                time.sleep(2.5)
+                return None
+            communicator = ranks.spec.drivers[0].made[0]
+
+            def blocked(*arguments: int) -> None:
+                while not communicator.aborted:
+                    time.sleep(0.01)
+                raise device.NcclError("unhandled system error")
+
+            def slow() -> None:
+                abort()
+                time.sleep(0.3)  # the call ends before the abort does
+
+            abort, communicator.abort = communicator.abort, slow
+            communicator.broadcast = blocked
+            with pytest.raises(col.errors.CollectiveTimeoutError) as caught:
+                group.broadcast(tensor)
+            return caught.value
+
+        assert ranks.values(2, run, timeout_s=1.0)[0].ranks == (1,)
+
     def test_nccl_refuses_a_call(self, ranks: World) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)

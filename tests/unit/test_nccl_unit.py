@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import pytest
 import colltensor as col
 from colltensor import ReduceOp
 from colltensor.backends.nccl import elements
-from colltensor.types import DTYPES
+from colltensor.types import DTYPES, Device
+from colltensor.view import BufferView
 
 
 def _is_missing() -> bool:
@@ -94,3 +97,32 @@ class TestElements:
         kept = bits[~np.isnan(floats)]
         keys = elements.keys(kept, DTYPES["bfloat16"], ReduceOp.MIN, np)
         np.testing.assert_array_equal(elements.from_keys(keys, DTYPES["bfloat16"], np), kept)
+
+
+@pytest.mark.needs("cupy")
+class TestWithCupy:
+    """What can be seen of CuPy's side without a GPU."""
+
+    @pytest.mark.parametrize("status", [1, 6, 7, 8])
+    def test_what_a_failed_call_raises_is_known_as_an_error(self, status: int) -> None:
+        driver = importlib.import_module("colltensor.backends.nccl.driver").CupyDriver
+        nccl = importlib.import_module("cupy.cuda.nccl")
+        with pytest.raises(driver.error):
+            nccl.check_status(status)
+
+    @pytest.mark.parametrize("module", ["colltensor.backends.nccl.driver", "colltensor.adapters.cupy"])
+    def test_the_object_of_a_stream_is_made_once_and_does_not_warn(self, module: str) -> None:
+        stream = importlib.import_module(module)._stream
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert stream(12345, 0) is stream(12345, 0)
+            assert (stream(12345, 0).ptr, stream(12345, 0).device_id) == (12345, 0)
+
+    @pytest.mark.parametrize("dtype", sorted(DTYPES))
+    def test_every_type_can_be_packed(self, dtype: str) -> None:
+        adapter = importlib.import_module("colltensor.adapters.cupy")
+        size = DTYPES[dtype].itemsize
+        view = BufferView.from_address(4096, (6,), DTYPES[dtype], device=Device("cuda", 0), owner=self)
+        array = adapter.device_array(view)
+        assert (array.itemsize, array.shape, array.data.ptr) == (size, (6,), 4096)
+        assert array.dtype.name in ("uint8", "uint16", "uint32", "uint64", "complex128")

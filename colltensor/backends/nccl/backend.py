@@ -95,7 +95,9 @@ class NcclBackend:
             for flight in entered:
                 self._watcher.drop(flight)
             failure = self._watcher.failure
-            if failure is not None and isinstance(error, self._driver.error):  # the communicators were ended for it
+            # NCCL connects the ranks of an algorithm when it is first used and waits for them inside the call, which
+            # ends with an error of its own when the watcher ends the communicators.
+            if failure is not None and isinstance(error, self._driver.error):
                 raise failure from error
             raise
 

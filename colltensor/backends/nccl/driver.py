@@ -7,6 +7,8 @@ Imports cupy, and nothing else of the backend. Streams and events are what CUDA 
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -21,10 +23,11 @@ class CupyDriver:
     """The CUDA devices of this process.
 
     Attributes:
-        error: What a call of NCCL raises.
+        error: What a call of NCCL may raise.
     """
 
-    error: Final = nccl.NcclError
+    error: Final = (nccl.NcclError, KeyError)
+    """CuPy 14.2 has no text for NCCL's results above 6 and raises KeyError in place of its NcclError."""
 
     def unique_id(self) -> bytes:
         """Return what the ranks of a new communicator need to find each other; made by one of them."""
@@ -41,7 +44,7 @@ class CupyDriver:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(nccl.NcclError):
+            with contextlib.suppress(*self.error):
                 nccl.groupEnd()
             raise
         nccl.groupEnd()
@@ -53,7 +56,7 @@ class CupyDriver:
             if stream is None:
                 yield
             else:
-                with cp.cuda.ExternalStream(stream, device):
+                with _stream(stream, device):
                     yield
 
     def new_stream(self) -> int:
@@ -80,10 +83,11 @@ class CupyDriver:
 
     def free(self, streams: list[int], events: list[int]) -> None:
         """Free streams and events of the current device; CUDA does it once their work is done."""
-        for event in events:
-            runtime.eventDestroy(event)
-        for stream in streams:
-            runtime.streamDestroy(stream)
+        with contextlib.suppress(runtime.CUDARuntimeError):  # an earlier error of the device is raised by every call
+            for event in events:
+                runtime.eventDestroy(event)
+            for stream in streams:
+                runtime.streamDestroy(stream)
 
     def allocate(self, nbytes: int, like: BufferView) -> BufferView:
         """Return memory of CuPy's pool for use on CuPy's current stream, on ``like``'s device, as bytes."""
@@ -106,6 +110,17 @@ class CupyDriver:
             source: Elements of the target's number; contiguous.
         """
         _array(target)[...] = function(_array(source), cp)
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(stream: int, device: int) -> Any:
+    """Return CuPy's object of a stream; kept, because it warns of its deprecation, at five times its own cost.
+
+    What CuPy 14 has in its place, ``Stream.from_external``, destroys the stream at its end; and owns no device.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return cp.cuda.ExternalStream(stream, device)
 
 
 def _array(view: BufferView) -> Any:

@@ -84,7 +84,7 @@ class Watcher:
             self._changed.notify_all()
 
     def drop(self, flight: QueuedFlight) -> None:
-        """Watch a flight no longer, whose queuing failed."""
+        """Watch a flight no longer, whose queuing failed; ``fail`` has let go of it where it was the reason."""
         with self._changed:
             if flight in self._flights:  # not if all of them failed meanwhile
                 self._flights.remove(flight)

@@ -1,0 +1,97 @@
+"""What a test of streams needs: a long kernel, the current stream, and events on it, by library."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from typing import Any
+
+COUNT = 1 << 20
+
+_SPIN = r"""
+extern "C" __global__ void spin(long long nanoseconds) {
+    unsigned long long start, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+    do { asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); } while (now - start < nanoseconds);
+}
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def _spin() -> Any:
+    kernel = importlib.import_module("cupy").RawKernel(_SPIN, "spin")
+    kernel.compile()
+    return kernel
+
+
+class Queue:
+    """A library's new stream, which is current in the ``with`` block, and what is queued on it."""
+
+    def __init__(self, library: str) -> None:
+        self.library = library
+        self._module = importlib.import_module(library)
+        self._cupy = importlib.import_module("cupy")
+        self._stack = contextlib.ExitStack()
+        self.pointer = 0
+        _spin()
+
+    def __enter__(self) -> Queue:
+        cuda = self._module.cuda
+        if self.library == "torch":
+            stream = cuda.Stream(0)
+            self._stack.enter_context(cuda.stream(stream))
+            self.pointer = stream.cuda_stream
+        else:
+            stream = cuda.Stream(non_blocking=True)
+            self._stack.enter_context(stream)
+            self.pointer = stream.ptr
+        self.stream = stream
+        # What is compiled when it is first used would otherwise take longer than the kernels that tests wait for.
+        tensor = self.full(1.0)
+        tensor += 2.0
+        tensor *= 2.0
+        self.read(tensor)
+        return self
+
+    def current(self) -> Any:
+        """Make the stream the current one in a ``with`` block inside another queue's."""
+        return self._module.cuda.stream(self.stream) if self.library == "torch" else self.stream
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def full(self, value: float, count: int = COUNT) -> Any:
+        """Return a tensor that has its values once the stream comes to it."""
+        if self.library == "torch":
+            return self._module.full((count,), value, dtype=self._module.float32, device="cuda:0")
+        return self._module.full(count, value, self._module.float32)
+
+    def sleep(self, seconds: float) -> None:
+        """Queue a kernel that takes so long."""
+        if self.library == "torch":
+            external = importlib.import_module("colltensor.adapters.cupy")._stream(self.pointer, 0)
+            with external:
+                _spin()((1,), (1,), (int(seconds * 1e9),))
+        else:
+            _spin()((1,), (1,), (int(seconds * 1e9),))
+
+    def mark(self) -> Any:
+        """Return an event behind all that is queued now; it has ``query`` or ``done``."""
+        if self.library == "torch":
+            return self.stream.record_event()
+        return self.stream.record()
+
+    def passed(self, event: Any) -> bool:
+        """Return whether the stream has come past an event; does not wait."""
+        return bool(event.query() if self.library == "torch" else event.done)
+
+    def read(self, tensor: Any) -> set[float]:
+        """Read a tensor as the stream comes to it: copied there first, looked at afterwards."""
+        copy = tensor.clone() if self.library == "torch" else tensor.copy()
+        self.synchronize()
+        return {float(copy[place]) for place in (0, COUNT // 2, -1)} | {float(copy.min()), float(copy.max())}
+
+    def synchronize(self) -> None:
+        """Wait, on the host, for the stream."""
+        self.stream.synchronize()
