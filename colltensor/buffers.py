@@ -71,7 +71,8 @@ class Buffers(Protocol):
     def streams(self) -> set[int | None]:
         """Return the streams on which the frameworks of tensors on a device queue this thread's work now.
 
-        None is among them where the host must wait before a framework may have a result.
+        None is among them where the host must wait, before a framework may have a result, or may give memory that is
+        read to another computation (JAX's donation).
         """
 
     def count(self) -> int:
@@ -146,7 +147,7 @@ class TensorBuffers:
         return self._tensor
 
     def streams(self) -> set[int | None]:
-        return {_stream(self._adapter, self.views[0], self._write)}
+        return {stream_of(self._adapter, self.views[0].device.index)}
 
     def count(self) -> int:
         return self.views[0].count
@@ -237,7 +238,7 @@ class TreeBuffers:
 
     def streams(self) -> set[int | None]:
         pairs = zip(self._adapters, self.views, strict=True)
-        return {_stream(adapter, view, self._write) for adapter, view in pairs}
+        return {stream_of(adapter, view.device.index) for adapter, view in pairs}
 
     def count(self) -> int:
         return sum(view.count for view in self.views)
@@ -252,12 +253,6 @@ class TreeBuffers:
         leaves = [f"{path} {view.dtype}[{view.count}]" for path, view in zip(self._paths, self.views, strict=True)]
         more = f", and {len(leaves) - _LEAVES_SHOWN} more leaves" if len(leaves) > _LEAVES_SHOWN else ""
         return "{" + ", ".join(leaves[:_LEAVES_SHOWN]) + more + "}"
-
-
-def _stream(adapter: Adapter, view: BufferView, written: bool) -> int | None:
-    """Return what must come after work on the view: this thread's stream, or None for the host."""
-    stream = stream_of(adapter, view.device.index)
-    return view.stream if stream is None and not written else stream
 
 
 def _copy_refused(view: BufferView, leaf: str = "") -> OptionError:

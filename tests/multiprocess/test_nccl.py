@@ -373,7 +373,7 @@ class TestStreams:
         def run(group: Group) -> list[np.ndarray]:
             found = []
             for turn in range(20):
-                tensor = on_device(group.rank + turn)
+                tensor = DeviceArray(np.full(COUNT, 77, np.float32))
                 with device.use(device.new_stream(ranks.machine)):
                     tensor.write(values(group.rank + turn))
                     found.append(group.allreduce(tensor).later())
@@ -474,7 +474,7 @@ class TestStreams:
             np.testing.assert_array_equal(later, values(0) + values(1))
             np.testing.assert_array_equal(given, values(rank))
 
-    def test_memory_of_an_immutable_framework_is_kept_while_it_is_sent(
+    def test_memory_of_a_framework_without_a_stream_is_kept_while_it_is_sent(
         self, ranks: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         as_if_in_processes_of_their_own(monkeypatch)
@@ -487,9 +487,10 @@ class TestStreams:
                 time.sleep(0.3)
                 release.set()
                 return target.read()
-            given = FrozenArray(values(3))
-            alive = weakref.ref(given)
-            group.send(given, 1)
+            with device.use(device.LEGACY):  # where the views of DLPack are
+                given = DeviceArray(values(3))
+                alive = weakref.ref(given)
+                group.send(given, 1)
             del given
             assert alive() is not None, "its framework may give the memory to others before it is sent"
             group.synchronize()
@@ -497,6 +498,21 @@ class TestStreams:
 
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, values(3))
+
+    def test_the_host_waits_for_what_an_immutable_framework_only_gives(self, ranks: World) -> None:
+        def run(group: Group) -> np.ndarray:
+            given = FrozenArray(values(group.rank))
+            if group.rank == 0:
+                group.broadcast(given)
+                group.send(given, 1)
+                given.memory[:] = 99  # as a computation to which the array is donated
+                return values(0)
+            found = group.broadcast(given).memory.copy()
+            np.testing.assert_array_equal(group.recv(FrozenArray(values(7)), 0).memory, found)
+            return found
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0))
 
     def test_a_tree_of_two_frameworks(self, ranks: World) -> None:
         def run(group: Group) -> list[np.ndarray]:
