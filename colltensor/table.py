@@ -22,6 +22,9 @@ _lock = threading.Lock()
 _groups: dict[str, Group | None] = {}
 """Groups by name; None while one is being made."""
 
+_LONGEST_S: Final = 1e9
+"""A timeout of more than 30 years is one of 30 years: sockets and clocks end not far beyond."""
+
 _SPELLINGS: Final = {"torch_gloo": ("gloo", "torch"), "pygloo": ("gloo", "pygloo")}
 
 
@@ -230,7 +233,7 @@ def _recipe(
     name, provider_of_name = _SPELLINGS.get(backend.lower(), (backend.lower(), None))
     if name != "auto":
         backends.get_backend(name)
-    return Recipe(name, float(timeout_s), interface, provider or provider_of_name, bool(check))
+    return Recipe(name, min(float(timeout_s), _LONGEST_S), interface, provider or provider_of_name, bool(check))
 
 
 def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:

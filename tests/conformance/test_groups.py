@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,22 @@ def make_and_destroy(rank: int, world_size: int, world: World, url: str) -> None
 def test_groups_are_made_again_under_one_name(pool: RankPool, world: World) -> None:
     url = f"file://{pool.folder / 'rendezvous'}"
     pool.run(world.size, make_and_destroy, world, url)
+
+
+def wait_for_ever(rank: int, world_size: int, world: World, url: str) -> None:
+    for timeout_s in (1e10, 1e300):
+        group = col.init_collective_group(
+            world_size, rank, world.backend, "patient", init_method=url, provider=world.provider, timeout_s=timeout_s)
+        tensor = np.full(3, float(rank))
+        group.allreduce(tensor)
+        group.allreduce([tensor, tensor.copy()], async_op=True).wait()
+        group.barrier()
+        assert tensor[0] == sum(range(world_size)) * world_size
+        group.destroy()
+
+
+def test_a_timeout_of_centuries(pool: RankPool, world: World, tmp_path: Path) -> None:
+    pool.run(world.size, wait_for_ever, world, f"file://{tmp_path}")
 
 
 def forked_child(rank: int, world_size: int, world: World) -> None:
