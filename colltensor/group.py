@@ -96,7 +96,9 @@ class Group:
     Tensors that can be written (numpy, torch, CuPy) are changed in place and returned; JAX arrays
     are left alone and the result is a new array, or with ``donate=True`` the same memory under a
     new array. Results are ready on return, or with ``async_op=True`` (the call returns a ``Work``)
-    when ``Work.wait()`` returns; the tensors belong to the operation until then.
+    when ``Work.wait()`` returns; the tensors belong to the operation until then. CUDA tensors: the
+    call is queued behind what is on the framework's current stream, and what is queued there next
+    comes after it; the host waits for JAX arrays alone, and in ``synchronize`` and ``barrier``.
 
     Methods raise, beside what they name themselves: ``TensorError`` for a tensor that cannot be
     used (nothing was moved), ``MismatchError`` where the ranks disagree (on every rank, no data was
