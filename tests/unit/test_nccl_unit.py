@@ -101,7 +101,7 @@ class TestElements:
 
 def _need_libnccl() -> None:
     if not importlib.import_module("cupy.cuda.nccl").available:
-        pytest.skip("CuPy finds no libnccl (300 MB, which only `nox -s gpu` installs), without which it has no NCCL at all")
+        pytest.skip("CuPy finds no libnccl (300 MB, which only `nox -s gpu` installs) and has no NCCL without it")
 
 
 @pytest.mark.needs("cupy")
