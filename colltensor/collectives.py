@@ -247,13 +247,13 @@ def backend_unavailable_reason(backend: str) -> str | None:
 def create_collective_group(
     actors: Sequence[Any], world_size: int | None = None, ranks: Sequence[int] | None = None, backend: str = "auto",
     group_name: str = "default", gloo_timeout: float | None = None, *, timeout_s: float = 30.0,
-    interface: str | None = None, provider: str | None = None,
+    interface: str | None = None, provider: str | None = None, check: bool = False,
 ) -> CollectiveGroup:
     """Make a group of Ray actors from the driver; see ``colltensor.ray.create_collective_group``."""
     declare = importlib.import_module("colltensor.ray.declare")
     group: CollectiveGroup = declare.create_collective_group(
         actors, world_size, ranks, backend, group_name, gloo_timeout, timeout_s=timeout_s, interface=interface,
-        provider=provider,
+        provider=provider, check=check,
     )
     return group
 

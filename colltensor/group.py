@@ -674,7 +674,8 @@ class Group:
         return found
 
     def __repr__(self) -> str:
-        return f"Group({self.name!r}, rank {self.rank} of {self.world_size}, backend {self.backend!r})"
+        check = ", check=True" if self._recipe.check else ""
+        return f"Group({self.name!r}, rank {self.rank} of {self.world_size}, backend {self.backend!r}{check})"
 
 
 def _transfers(arguments: Sequence[Buffers]) -> list[BufferView]:

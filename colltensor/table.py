@@ -92,7 +92,7 @@ def init_collective_group(
 
 def make_group(
     world_size: int, rank: int, meeting: Callable[[], Meeting], patience_s: float, *, backend: str, group_name: str,
-    timeout_s: float, interface: str | None, provider: str | None,
+    timeout_s: float, interface: str | None, provider: str | None, check: bool = False,
 ) -> Group:
     """Make a group as ``init_collective_group`` does, with ranks that met in another way.
 
@@ -106,8 +106,9 @@ def make_group(
         timeout_s: How long every operation waits.
         interface: As for ``init_collective_group``.
         provider: As for ``init_collective_group``.
+        check: As for ``init_collective_group``.
     """
-    recipe = _recipe(backend, timeout_s, interface, provider)
+    recipe = _recipe(backend, timeout_s, interface, provider, check)
     world_size, rank = _check(world_size, rank, recipe)
 
     def make() -> Group:
@@ -120,7 +121,7 @@ def make_group(
 
 def check_options(
     world_size: int, *, backend: str, group_name: str, timeout_s: float, interface: str | None, provider: str | None,
-    member: bool = False,
+    check: bool = False, member: bool = False,
 ) -> None:
     """Check a group's options before it is made.
 
@@ -131,6 +132,7 @@ def check_options(
         timeout_s: How long every operation waits.
         interface: As for ``init_collective_group``.
         provider: As for ``init_collective_group``.
+        check: As for ``init_collective_group``.
         member: This process will be in the group: the name must be free here and the backend usable.
 
     Raises:
@@ -139,7 +141,7 @@ def check_options(
         BackendUnavailableError: The backend cannot be used here.
     """
     _check_name(group_name)
-    recipe = _recipe(backend, timeout_s, interface, provider)
+    recipe = _recipe(backend, timeout_s, interface, provider, check)
     _check_numbers(world_size, 0)
     _check_loopback(recipe, world_size)
     if member:

@@ -68,6 +68,7 @@ def create_collective_group(
     timeout_s: float = 30.0,
     interface: str | None = None,
     provider: str | None = None,
+    check: bool = False,
 ) -> CollectiveGroup:
     """Make a group of actors from the driver; when it returns, every actor has the group.
 
@@ -85,6 +86,7 @@ def create_collective_group(
             long every operation waits.
         interface: As for ``init_collective_group``; by default, between hosts, Ray's own.
         provider: As for ``init_collective_group``.
+        check: As for ``init_collective_group``.
 
     Returns:
         A handle that can destroy the group.
@@ -103,7 +105,7 @@ def create_collective_group(
         timeout_s = gloo_timeout / 1000
     in_order = _in_rank_order(actors, world_size, ranks)
     options = {"backend": backend, "group_name": group_name, "timeout_s": timeout_s, "interface": interface,
-               "provider": provider}  # fmt: skip
+               "provider": provider, "check": check}  # fmt: skip
     table.check_options(len(in_order), **options)  # type: ignore[arg-type]  # a mapping of the right types
     token = secrets.token_hex(16)
     deadline = time.monotonic() + timeout_s

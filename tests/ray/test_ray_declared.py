@@ -48,6 +48,18 @@ def test_a_name_is_free_again_at_once(crew: Crew, again: int) -> None:
         group.destroy()
 
 
+def described(rank: int, name: str) -> str:
+    return repr(col.get_group_handle(name))
+
+
+def test_calls_on_a_device_are_checked_where_it_was_asked_for(crew: Crew) -> None:
+    name = new_name()
+    group = col.create_collective_group(crew.actors[:2], group_name=name, check=True)
+    assert all("check=True" in text for text in crew.run(2, described, name))
+    assert crew.run(2, total, name) == [[3.0, 3.0]] * 2
+    group.destroy()
+
+
 def test_a_group_of_one_actor(crew: Crew) -> None:
     for backend in ("auto", "loopback"):
         with crew.group(1, backend=backend) as name:
