@@ -105,6 +105,7 @@ def _of_extremes(
 ) -> Any:
     """Return the tangent of a minimum or maximum: the mean of the tangents of the ranks that have it."""
     if op not in _TIED or primitive is not allreduce_p:
+        # What JAX itself raises where a primitive has no rule.
         raise NotImplementedError(
             f"{primitive.name} with op={ReduceOp(op).name} has no derivative here; use SUM, AVERAGE, or an allreduce "
             "with MIN or MAX"
