@@ -36,6 +36,7 @@ _numbers: Final[weakref.WeakKeyDictionary[Group, int]] = weakref.WeakKeyDictiona
 _groups: Final[weakref.WeakValueDictionary[int, Group]] = weakref.WeakValueDictionary()
 _count: Final = itertools.count(1)
 _lock: Final = threading.Lock()
+_registered: Final = threading.Event()
 _here: Final = threading.local()
 """``inside`` is True in a thread that runs a collective for XLA: it must not wait for XLA."""
 
@@ -164,13 +165,20 @@ def _jax_tvm_ffi() -> ModuleType:
         ) from error
 
 
-@functools.cache
 def register() -> None:
-    """Make the target known to XLA, once a process.
+    """Make the target known to XLA, once a process, whichever threads come first.
 
     Raises:
         BackendUnavailableError: jax-tvm-ffi or the native library is missing; says what to install.
     """
+    if not _registered.is_set():
+        with _lock:
+            if not _registered.is_set():
+                _register()
+                _registered.set()
+
+
+def _register() -> None:
     bridge = _jax_tvm_ffi()
     native = library.load()
     attributes = ["handle", "timeout_ns", "number", "dtype", "itemsize", "operation", "op", "root", "source"]
