@@ -56,7 +56,6 @@ class Reducer:
     def __init__(self, group: Group, members: Sequence[Member], options: Options) -> None:
         self.paused = False
         self._group = group
-        self._allreduce = group.allreduce
         self._members = members
         self._options = options
         self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
@@ -149,14 +148,14 @@ class Reducer:
             self._write_presence(bucket.tail)
         compression, early = self._options.compression, self._options.early
         if compression is None:
-            work = self._allreduce(wire, self._op, async_op=early)
+            work = self._group.allreduce(wire, self._op, async_op=early)
             if early:
                 self._running.append((bucket, None, work))
             return
         rounds = compression.reduce(bucket)
         if early:
             first = next(rounds, None)
-            work = None if first is None else self._allreduce(first, ReduceOp.AVERAGE, async_op=True)
+            work = None if first is None else self._group.allreduce(first, ReduceOp.AVERAGE, async_op=True)
             self._running.append((bucket, rounds, work))
         else:
             self._complete(bucket, rounds)
@@ -164,7 +163,7 @@ class Reducer:
     def _complete(self, bucket: Bucket, rounds: Iterator[torch.Tensor]) -> None:
         """Take a compressed bucket through the rest of its rounds."""
         for tensor in rounds:
-            self._allreduce(tensor, ReduceOp.AVERAGE)
+            self._group.allreduce(tensor, ReduceOp.AVERAGE)
         if not self._options.average:
             bucket.flat.mul_(self._group.world_size)
 
@@ -205,7 +204,7 @@ class Reducer:
         if presence is None:
             presence = torch.empty(len(self._members), dtype=torch.uint8)
             self._write_presence(presence)
-            self._allreduce(presence, ReduceOp.MAX)
+            self._group.allreduce(presence, ReduceOp.MAX)
         for bucket, member in self._missing:
             if presence[member.number] != 0:
                 bucket.adopt(member)

@@ -170,6 +170,24 @@ def test_jitted_calls_of_a_group_that_is_made_later_are_seen(pool: RankPool) -> 
     assert pool.run(2, grouped_while_observed, fresh()) == [["allreduce"]] * 2
 
 
+def backward_passes(rank: int, world_size: int, name: str) -> list[str]:
+    torch, ct = importlib.import_module("torch"), importlib.import_module("colltensor.torch")
+    with own_group(rank, world_size, name) as group:
+        model = torch.nn.Linear(3, 2)
+        ct.sync_gradients(model, group)
+        model(torch.ones(1, 3)).sum().backward()
+        with Watch() as seen:
+            model(torch.ones(1, 3)).sum().backward()
+    return [operation.name for operation in seen]
+
+
+@pytest.mark.shm
+@pytest.mark.needs("torch")
+def test_what_holds_a_group_since_before_is_seen(pool: RankPool) -> None:
+    for names in pool.run(2, backward_passes, fresh()):
+        assert set(names) == {"allreduce"}
+
+
 def asked_outside_ray(rank: int, world_size: int, name: str) -> tuple[str, bool]:
     os.environ["COLLTENSOR_OBSERVE"] = "metrics"
     try:
