@@ -18,7 +18,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from colltensor import dlpack
+from colltensor import dlpack, observers
 from colltensor.adapters._numpy_dtypes import host_dtype
 from colltensor.backends.base import DIRECT
 from colltensor.backends.shm import library
@@ -48,7 +48,9 @@ def number_of(group: Group) -> int:
         if number is None:
             number = _numbers[group] = next(_count)
             _groups[number] = group
-            group.follow(_wait, functools.partial(_defer, group.shared_memory()))
+            defer = functools.partial(_defer, group.shared_memory())
+            group.follow(_wait, defer)
+            defer(False)
     return number
 
 
@@ -85,9 +87,24 @@ def forget_failures() -> None:
 
 
 def _defer(handle: int, on: bool) -> None:
-    """Let jitted calls queue behind the group's asynchronous eager ones, or go straight to shared memory again."""
+    """Let jitted calls queue behind the group's asynchronous eager ones, or go straight to shared memory again.
+
+    While there are observers, they go through the group's methods in any case.
+    """
     if handle >= 0:
-        library.load().shm_jax_defer(handle, on)
+        library.load().shm_jax_defer(handle, on or observers.is_observed())
+
+
+def _defer_all() -> None:
+    """Let the jitted calls of all groups go through their methods, where they are observed.
+
+    When nobody observes any more, they do so until the group's next asynchronous eager calls are done.
+    """
+    for group in list(_numbers):
+        _defer(group.shared_memory(), True)
+
+
+observers.on_start.append(_defer_all)
 
 
 def _memory(address: int, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

@@ -58,7 +58,6 @@ class Reducer:
         self.paused = False
         self.nodes: list[Any] = []
         self._group = group
-        self._allreduce = group.allreduce
         self._members = members
         self._options = options
         self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
@@ -157,7 +156,7 @@ class Reducer:
             self._write_presence(bucket.tail)
         compression, early = self._options.compression, self._options.early
         if compression is None:
-            work = self._allreduce(wire, self._op, async_op=early)
+            work = self._group.allreduce(wire, self._op, async_op=early)
             self._next += 1  # where the ranks' calls differed, nothing has happened
             if early:
                 self._running.append((bucket, None, work))
@@ -166,7 +165,7 @@ class Reducer:
         rounds = iter(compression.reduce(bucket))
         if early:
             first = next(rounds, None)
-            work = None if first is None else self._allreduce(first, ReduceOp.AVERAGE, async_op=True)
+            work = None if first is None else self._group.allreduce(first, ReduceOp.AVERAGE, async_op=True)
             self._running.append((bucket, rounds, work))
         else:
             self._complete(bucket, rounds)
@@ -174,7 +173,7 @@ class Reducer:
     def _complete(self, bucket: Bucket, rounds: Iterator[torch.Tensor]) -> None:
         """Take a compressed bucket through the rest of its rounds."""
         for tensor in rounds:
-            self._allreduce(tensor, ReduceOp.AVERAGE)
+            self._group.allreduce(tensor, ReduceOp.AVERAGE)
         if not self._options.average:
             bucket.flat.mul_(self._group.world_size)
 
@@ -215,7 +214,7 @@ class Reducer:
         if presence is None:
             presence = torch.empty(len(self._members), dtype=torch.uint8)
             self._write_presence(presence)
-            self._allreduce(presence, ReduceOp.MAX)
+            self._group.allreduce(presence, ReduceOp.MAX)
         for bucket, member in self._missing:
             if presence[member.number] != 0:
                 bucket.adopt(member)

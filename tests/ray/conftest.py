@@ -32,7 +32,10 @@ def search_path() -> str:
 @pytest.fixture(scope="session")
 def cluster(nothing_left: None) -> Iterator[Cluster]:
     """Two nodes, simulated on this host, and this process connected to them."""
-    environment = {**ONE_THREAD, "PYTHONPATH": search_path(), "RAY_DEDUP_LOGS": "0"}
+    environment = {
+        **ONE_THREAD, "PYTHONPATH": search_path(), "RAY_DEDUP_LOGS": "0",
+        "RAY_metrics_report_interval_ms": "1000",  # so that tests need not wait for 10 s
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
