@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "multigpu",
     },
     "table": {"errors", "backends", "rendezvous", "group"},
-    "collectives": {*VALUES, "backends", "tree", "work", "group", "table"},
+    "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
     "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table"},
     "": {*VALUES, "adapters", "backends", "tree", "work", "group", "table", "collectives", "gradients"},
 }
