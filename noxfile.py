@@ -284,7 +284,7 @@ def tests(session: nox.Session, framework: str) -> None:
     if session.python == "3.10":
         extras, providers = [*extras, "pygloo"], ("pygloo",)
     groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
-    groups = (*groups, "test-jax") if "jax" in frameworks else groups
+    groups = (*groups, *(f"test-{name}" for name in ("jax", "ray") if name in frameworks))
     _install(session, *extras, groups=groups)
     sizes = GLOO_SIZES.get(framework, "")
     arguments = [f"--ignore={ROOT / file}" for file in LEFT_OUT.get(framework, ())]

@@ -259,6 +259,20 @@ def create_collective_group(
     return group
 
 
+def collective_group(
+    actors: Sequence[Any], backend: str = "auto", group_name: str | None = "default", *,
+    ranks: Sequence[int] | None = None, timeout_s: float = 30.0, interface: str | None = None,
+    provider: str | None = None, check: bool = False,
+) -> CollectiveGroup:
+    """Make a group of Ray actors for the length of a ``with`` block; see ``colltensor.ray.collective_group``."""
+    declare = importlib.import_module("colltensor.ray.declare")
+    group: CollectiveGroup = declare.collective_group(
+        actors, backend, group_name, ranks=ranks, timeout_s=timeout_s, interface=interface, provider=provider,
+        check=check,
+    )
+    return group
+
+
 def _is_one(tensor_list: Any) -> bool:
     return isinstance(tensor_list, (list, tuple)) and len(tensor_list) == 1
 
