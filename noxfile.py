@@ -303,6 +303,7 @@ def demo(session: nox.Session) -> None:
             "ray_allreduce.py --array torch --workers 4",
             "ray_allreduce.py --array jax --workers 2",
             "ray_digits.py --array torch --workers 2",
+            "ray_util_collective.py",
             "train_jax.py --workers 2",
             "train_mixed.py --workers 2",
             "train_torch.py --workers 2",
