@@ -146,6 +146,11 @@ class Group:
         self._barrier = None if signer is None else signer.direct_barrier
         _log.debug("group %r (rank %d): made of %d ranks, backend %r", name, rank, world_size, self.backend)
 
+    @property
+    def broken(self) -> CollectiveError | None:
+        """The error that broke the group, on this rank or told by another one; None while it works."""
+        return self._engine.broken or (self._control.broken if self._control is not None else None)
+
     def allreduce(
         self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,
         copy: bool | None = None,

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
     "table": {"errors", "backends", "rendezvous", "group", "observers"},
-    "collectives": {*VALUES, "backends", "tree", "work", "group", "table"},
+    "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
     "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table"},
     "": {*VALUES, "adapters", "backends", "tree", "work", "group", "observers", "table", "collectives",
          "gradients"},

@@ -261,4 +261,4 @@ def test_every_log_line_says_group_and_rank() -> None:
     for where, call in calls:
         text = call.args[0]
         assert isinstance(text, ast.Constant), where
-        assert str(text.value).startswith("group %r (rank %d): "), where
+        assert str(text.value).startswith(("group %r (rank %d): ", "group %r (driver): ")), where
