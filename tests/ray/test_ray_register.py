@@ -126,6 +126,7 @@ def test_a_declared_group(workers: list[Any], again: int) -> None:
             key: value for key, value in expected.items() if key not in ("rank", "size")
         }
     run(workers, destroy, "declared in Ray")
+    await_end_of_declaration("declared in Ray")
 
 
 def of_one_device(rank: int, name: str) -> list[Any]:
@@ -295,7 +296,20 @@ def test_an_actor_dies_and_the_group_is_made_again(workers: list[Any], spawn: Sp
         assert isinstance(error, col.PeerLostError)
         assert error.ranks == (1,)
         run(actors[:1], destroy, made)
+        await_end_of_declaration(made)
     run(actors, destroy, made)
+
+
+def await_end_of_declaration(name: str) -> None:
+    """Return when this process has heard that Ray's actor for a group is dead; until then Ray refuses the name."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(f"info_{name}")
+        except ValueError:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"Ray still has its actor for group {name!r}")
 
 
 def add_one(rank: int, name: str) -> None:
