@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 import ray.util.collective as collective
-from crew import FIRST_NODE, Member, errors_of, kill_process, named_actors, new_name, outcome
+from crew import FIRST_NODE, Member, errors_of, kill_process, new_name, outcome
 from ray.cluster_utils import Cluster
 from ray.util.collective import backend_registry
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
@@ -126,6 +126,7 @@ def test_a_declared_group(workers: list[Any], again: int) -> None:
             key: value for key, value in expected.items() if key not in ("rank", "size")
         }
     run(workers, destroy, "declared in Ray")
+    await_end_of_declaration("declared in Ray")
 
 
 def of_one_device(rank: int, name: str) -> list[Any]:
@@ -295,8 +296,20 @@ def test_an_actor_dies_and_the_group_is_made_again(workers: list[Any], spawn: Sp
         assert isinstance(error, col.PeerLostError)
         assert error.ranks == (1,)
         run(actors[:1], destroy, made)
-        assert named_actors() == []  # Ray declares no group while its actor for the last one still ends
+        await_end_of_declaration(made)
     run(actors, destroy, made)
+
+
+def await_end_of_declaration(name: str) -> None:
+    """Return when this process has heard that Ray's actor for a group is dead; until then Ray refuses the name."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(f"info_{name}")
+        except ValueError:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"Ray still has its actor for group {name!r}")
 
 
 def add_one(rank: int, name: str) -> None:
