@@ -304,6 +304,7 @@ def demo(session: nox.Session) -> None:
             "ray_allreduce.py --array numpy --workers 2",
             "ray_allreduce.py --array torch --workers 4",
             "ray_allreduce.py --array jax --workers 2",
+            "ray_direct_transport.py --array torch",
             "put_get_vs_allreduce.py --workers 2 --bytes 1024,262144 --seconds 0.1 --peer",
             "ray_digits.py --array torch --workers 2",
             "ray_util_collective.py",

@@ -1,15 +1,19 @@
-"""ColTensor in Ray: rendezvous through Ray, groups declared from the driver, and Ray's own collective API on top of us.
+"""ColTensor in Ray: rendezvous through Ray, groups declared from the driver, and Ray's own plug-ins.
 
-Imports ray, so nothing outside Ray imports this package. Only Ray's public API is used, but for events of its timeline.
+The plug-ins are Ray's collective API on top of us, and tensor transports. Imports ray, so nothing outside Ray imports
+this package. Only Ray's public API is used, but for events of its timeline and, of its experimental API, what the
+transports implement.
 """
 
+from colltensor.ray.arrays import NumpyArray
 from colltensor.ray.declare import CollectiveGroup, collective_group, create_collective_group
+from colltensor.ray.direct import register_tensor_transports
 from colltensor.ray.observe import observe
 from colltensor.ray.placement import placed_actors
 from colltensor.ray.registration import register
 from colltensor.ray.rendezvous import RayDirectory
 
 __all__ = [
-    "CollectiveGroup", "RayDirectory", "collective_group", "create_collective_group", "observe", "placed_actors",
-    "register",
-]
+    "CollectiveGroup", "NumpyArray", "RayDirectory", "collective_group", "create_collective_group", "observe",
+    "placed_actors", "register", "register_tensor_transports",
+]  # fmt: skip

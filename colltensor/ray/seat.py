@@ -76,7 +76,7 @@ class Seat:
         options = place.options
         self.introduction = Introduction(
             group_name=options["group_name"], world_size=place.world_size, rank=place.rank,
-            interface=options["interface"], backend=options["backend"], address=_address_in_ray(),
+            interface=options["interface"], backend=options["backend"], address=address_in_ray(),
             host_id=node_host_id(),
         )  # fmt: skip
 
@@ -246,7 +246,7 @@ def _gone(group_name: str) -> GroupError:
     )
 
 
-def _address_in_ray() -> str | None:
+def address_in_ray() -> str | None:
     """Return the address by which Ray's nodes reach this one, where it is an address of this host."""
     find = cast("Callable[[], str]", ray.util.get_node_ip_address)  # Ray gives it no type
     address = find()

@@ -8,13 +8,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from crew import FIRST_NODE, SECOND_NODE, Crew, Member, left_in_ray, named_actors
+from direct import TRANSPORT
 from pool import ONE_THREAD
 from ray.cluster_utils import Cluster
+
+import colltensor.ray as cr
+from colltensor.ray import link, source
 
 STORE_BYTES = 100 << 20
 CREW_SIZE = 4
@@ -90,3 +95,39 @@ def spawn(cluster: Cluster) -> Iterator[Callable[..., Any]]:
     yield start
     for actor in spawned:
         ray.kill(actor)
+
+
+@pytest.fixture(scope="session")
+def transports(frameworks: tuple[str, ...], cluster: Any) -> Iterator[None]:
+    names = [name for name in frameworks if name in TRANSPORT]
+    assert cr.register_tensor_transports(names) == tuple(TRANSPORT[name] for name in names)
+    yield
+    link.LINKS.close()
+    source.close()
+
+
+@pytest.fixture(scope="session")
+def actors(transports: None) -> Iterator[SimpleNamespace]:
+    """For direct transport: two actors on one node, ``far`` on the other; the tests leave them as they were."""
+    made = [_direct(Member, resources={node: 0.01}) for node in (FIRST_NODE, FIRST_NODE, SECOND_NODE)]
+    yield SimpleNamespace(first=made[0], second=made[1], far=made[2], all=made)
+    for actor in made:
+        ray.kill(actor)
+
+
+@pytest.fixture
+def spawn_direct(transports: None) -> Iterator[Callable[..., Any]]:
+    """Start actors with direct transport for one test; they end with it."""
+    spawned = []
+
+    def start(kind: type = Member, **options: Any) -> Any:
+        spawned.append(_direct(kind, **options))
+        return spawned[-1]
+
+    yield start
+    for actor in spawned:
+        ray.kill(actor)
+
+
+def _direct(kind: type, **options: Any) -> Any:
+    return ray.remote(**{"num_cpus": 0, "enable_tensor_transport": True, **options})(kind).remote()

@@ -72,6 +72,7 @@ FRAMEWORKS_OF = {
     "torch": {"torch"},
     "jax": {"jax", "jaxlib", "jax_tvm_ffi", "numpy", "optax"},
     "ray": {"ray"},
+    "ray.arrays": {"torch", "jax", "cupy", "numpy"},
 }
 """Modules, or folders, and the packages of FRAMEWORKS that each may import."""
 

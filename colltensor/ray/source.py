@@ -1,0 +1,165 @@
+"""The source's side of direct transfers: keeps what Ray has in store here, and sends it to whoever may ask.
+
+Runs in threads of its own, so that a method that takes long delays no transfer. Imports ray for this process's place
+in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import ray
+
+from colltensor import net
+from colltensor.control import lifetime
+from colltensor.errors import CollectiveError, GroupError
+from colltensor.group import Group
+from colltensor.ray.arrays import views_of
+from colltensor.ray.link import CONTEXT, IDLE_S, TIMEOUT_S, Endpoint, Step, form_group
+from colltensor.ray.seat import address_in_ray
+from colltensor.rendezvous.messages import encode_error
+
+_LOG: Final = logging.getLogger(__name__)
+_HANDSHAKE_S: Final = 5.0
+_PATIENCE_S: Final = 2 * IDLE_S
+"""How long a source waits for the next request: longer than a receiver keeps a link, which is the first to go."""
+
+
+class Source:
+    """Holds objects of this process and answers requests for them until the process ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._objects: dict[str, Sequence[Any]] = {}
+        self._serving: set[socket.socket] = set()
+        self._listener = net.listen(address_in_ray() or net.local_addresses()[0])
+        address, port = self._listener.getsockname()[:2]
+        self.endpoint = Endpoint(address, port, secrets.token_bytes(32), _who_am_i())
+        self._is_closed = False
+        lifetime.watch(self)
+        threading.Thread(target=self._accept, name="colltensor-source", daemon=True).start()
+
+    def keep(self, obj_id: str, arrays: Sequence[Any]) -> None:
+        """Hold the arrays of an object until ``drop``."""
+        with self._lock:
+            self._objects[obj_id] = arrays
+
+    def drop(self, obj_id: str) -> None:
+        """Let go of an object; a transfer of it that is under way is finished."""
+        with self._lock:
+            self._objects.pop(obj_id, None)
+
+    def close(self) -> None:
+        """Let go of everything, and answer nobody any more. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            self._objects.clear()
+            serving = list(self._serving)
+        lifetime.forget(self)
+        for sock in (self._listener, *serving):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
+        self._listener.close()
+
+    def disown(self) -> None:
+        """Close a forked child's copies of the sockets; the child's own source is made when it needs one."""
+        global _lock
+        for sock in (self._listener, *self._serving):
+            sock.close()
+        _sources.clear()
+        _lock = threading.Lock()  # a thread that the child does not have may hold it
+
+    def _accept(self) -> None:
+        while not self._is_closed:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError as error:
+                if self._is_closed:
+                    return
+                _LOG.warning("%s cannot accept a receiver: %s", self.endpoint.who, error)
+                time.sleep(0.1)  # no descriptors left, perhaps: some may be freed
+                continue
+            threading.Thread(target=self._serve, args=(sock,), name="colltensor-sender", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        """Answer one receiver until it goes. What fails here fails there too; this process goes on."""
+        with self._lock:
+            self._serving.add(sock)
+        try:
+            now = time.monotonic()
+            net.verify(sock, lambda context: self.endpoint.secret if context == CONTEXT else None, now + _HANDSHAKE_S)
+            group = form_group(sock, 0, self.endpoint.who, now + TIMEOUT_S)
+            try:
+                while not self._is_closed:
+                    self._answer(sock, group)
+            finally:
+                group.destroy()
+        except CollectiveError as error:
+            _LOG.warning("a direct transfer failed, in the receiver too: %s", error)
+        except OSError as error:  # the receiver went, or has not asked for long, or was no receiver
+            _LOG.debug("%s stops answering a receiver: %s", self.endpoint.who, error)
+        finally:
+            with self._lock:
+                self._serving.discard(sock)
+            sock.close()
+
+    def _answer(self, sock: socket.socket, group: Group) -> None:
+        """Wait for one request and serve it; keeps no reference to the arrays."""
+        kind, payload = net.recv_frame(sock, time.monotonic() + _PATIENCE_S, net.UNPROVEN_LIMIT)
+        if kind != Step.WANTED:
+            raise net.FrameError(f"expected a request, got a frame of kind {kind}")
+        with self._lock:
+            arrays = self._objects.get(payload.decode())
+        try:
+            if arrays is None:
+                raise GroupError("it was freed there: keep an ObjectRef as long as somebody may fetch it")
+            views = views_of(arrays)
+        except CollectiveError as error:
+            _LOG.warning("%s cannot send object %s: %s", self.endpoint.who, payload.decode(), error)
+            net.send_frame(sock, Step.FAILED, encode_error(error), time.monotonic() + TIMEOUT_S)
+            return
+        net.send_frame(sock, Step.READY, b"", time.monotonic() + TIMEOUT_S)
+        group.send(list(arrays), 1)
+        if views[0].device.type != "cpu":
+            group.synchronize()
+
+
+_lock = threading.Lock()
+_sources: Final[list[Source]] = []
+"""This process's source, once there is one."""
+
+
+def local_source() -> Source:
+    """Return this process's source, made on first use."""
+    with _lock:
+        if not _sources:
+            _sources.append(Source())
+        return _sources[0]
+
+
+def let_go(obj_id: str) -> None:
+    """Drop an object from this process's source, if there is one."""
+    if _sources:
+        _sources[0].drop(obj_id)
+
+
+def close() -> None:
+    """Close this process's source; the next object makes a new one."""
+    with _lock:
+        sources, _sources[:] = list(_sources), []
+    for source in sources:
+        source.close()
+
+
+def _who_am_i() -> str:
+    actor = ray.get_runtime_context().get_actor_id()
+    place = f"process {os.getpid()} on {socket.gethostname()}"
+    return f"{place}, no actor" if actor is None else f"actor {actor} ({place})"
