@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.adapters import known
+from colltensor.adapters import adapter_of, known
 from colltensor.backends.base import Backend
 from colltensor.buffers import Buffers, TensorBuffers, adapt, refuse_overlaps
 from colltensor.errors import DeviceError, OptionError, RankError, ShapeError, TensorError
@@ -224,3 +224,21 @@ def _refuse_devices(views: Sequence[BufferView]) -> None:
 
 def _identical(first: BufferView, second: BufferView) -> bool:
     return first.pointer == second.pointer and first.strides == second.strides and first.shape == second.shape
+
+
+def first_elements(operation: str, tensor: Any, count: Any) -> Any:
+    """Return the first elements of a tensor, in its own memory; 0 means all.
+
+    Raises:
+        OptionError: ``count`` is no number of elements of this tensor, or these do not lie one after another.
+    """
+    if not isinstance(count, int) or count < 0:
+        raise OptionError(f"{operation}: n_elements: expected a number of elements, or 0 for all, got {count!r}")
+    if count == 0:
+        return tensor
+    view = adapter_of(tensor).source(tensor)
+    if count > view.count or view.strides is not None:
+        raise OptionError(
+            f"{operation}: n_elements={count}: expected a contiguous tensor of at least as many, got {view!r}"
+        )
+    return tensor.reshape(-1)[:count]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from colltensor import backends
+from colltensor.arguments import first_elements
 from colltensor.errors import BackendUnavailableError, OptionError
 from colltensor.group import Group
 from colltensor.table import all_groups, find_group, is_group_initialized
@@ -180,7 +181,7 @@ def send_multigpu(
 ) -> Any:
     """As ``send``, the first ``n_elements`` (0: all), to rank ``dst_rank``, whichever GPU it receives on."""
     _index("send_multigpu", "dst_gpu_index", dst_gpu_index)
-    return send(_first("send_multigpu", tensor, n_elements), dst_rank, group_name)
+    return send(first_elements("send_multigpu", tensor, n_elements), dst_rank, group_name)
 
 
 def recv_multigpu(
@@ -188,7 +189,7 @@ def recv_multigpu(
 ) -> Any:
     """As ``recv`` into the first ``n_elements`` (0: all) from rank ``src_rank``, whichever GPU it sends from."""
     _index("recv_multigpu", "src_gpu_index", src_gpu_index)
-    return recv(_first("recv_multigpu", tensor, n_elements), src_rank, group_name)
+    return recv(first_elements("recv_multigpu", tensor, n_elements), src_rank, group_name)
 
 
 def synchronize(gpu_id: int) -> None:
@@ -258,6 +259,20 @@ def create_collective_group(
     return group
 
 
+def collective_group(
+    actors: Sequence[Any], backend: str = "auto", group_name: str | None = "default", *,
+    ranks: Sequence[int] | None = None, timeout_s: float = 30.0, interface: str | None = None,
+    provider: str | None = None, check: bool = False,
+) -> CollectiveGroup:
+    """Make a group of Ray actors for the length of a ``with`` block; see ``colltensor.ray.collective_group``."""
+    declare = importlib.import_module("colltensor.ray.declare")
+    group: CollectiveGroup = declare.collective_group(
+        actors, backend, group_name, ranks=ranks, timeout_s=timeout_s, interface=interface, provider=provider,
+        check=check,
+    )
+    return group
+
+
 def _is_one(tensor_list: Any) -> bool:
     return isinstance(tensor_list, (list, tuple)) and len(tensor_list) == 1
 
@@ -265,10 +280,3 @@ def _is_one(tensor_list: Any) -> bool:
 def _index(operation: str, argument: str, value: Any) -> None:
     if not isinstance(value, int) or value < 0:
         raise OptionError(f"{operation}: {argument}: expected the index of a GPU, got {value!r}")
-
-
-def _first(operation: str, tensor: Any, count: Any) -> Any:
-    """Return the first elements of a tensor, in its own memory."""
-    if not isinstance(count, int) or count < 0:
-        raise OptionError(f"{operation}: n_elements: expected a number of elements, or 0 for all, got {count!r}")
-    return tensor.reshape(-1)[:count] if count else tensor

@@ -6,6 +6,7 @@ Imports no framework and no backend: it is given one.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import struct
 import time
@@ -24,6 +25,7 @@ _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
 _NO_OP: Final = 255
 _NEVER: Final = float("inf")
+_log: Final = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S: Final = 5.0
 
 
@@ -270,6 +272,7 @@ class Engine:
         """Break the group over what went wrong on a device after a call had returned."""
         if self.broken is None:
             self.broken = error
+            _log.info("group %r (rank %d): broken: %s", self._name, self._rank, error)
         if self._control is not None:
             self._control.fail(error)
         if self._signer is not None:
@@ -451,6 +454,7 @@ class Engine:
             self.broken = control.diagnose(name, None if isinstance(error, TimeoutError) else error)
         else:
             self.broken = GroupError(f"{name}: rank {self._rank} gave up: {type(error).__name__} {error}".rstrip())
+        _log.info("group %r (rank %d): broken: %s", self._name, self._rank, self.broken)
         control.fail(self.broken)
         if self._signer is not None:
             self._signer.tell(self.broken)

@@ -68,7 +68,8 @@ class Synchronizer:
 
     Leaves may be new tensors in each step, of another framework or in another layout; their paths, shapes and data
     types stay. Small leaves of one type share a bucket, which is copied into and out of and is the same memory in
-    every step; large ones are reduced where they are. Ranks may bring different frameworks.
+    every step; large ones are reduced where they are. Ranks may bring different frameworks. One thread at a time syncs:
+    the buckets are shared.
 
     Attributes:
         group: The group.

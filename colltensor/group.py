@@ -6,12 +6,13 @@ Imports no framework.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from colltensor import backends
 from colltensor.adapters import direct
@@ -30,6 +31,8 @@ from colltensor.view import BufferView
 from colltensor.work import Work
 
 _, _, _REDUCE, _BROADCAST, _ALLGATHER, _GATHER, _REDUCESCATTER, _SCATTER, _ALLTOALL, _TRANSFER = DIRECT.values()
+
+_log: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +140,16 @@ class Group:
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
         self._arguments = Arguments(name, rank, world_size, backend, self._other_backend)
-        self.multigpu = MultiGpu(self._arguments, self._engine, rank, world_size)
+        self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
         self._direct: Any = None if signer is None else Direct(signer, self._engine, self._arguments, rank)
         self._allreduce = None if signer is None else signer.direct_allreduce
         self._barrier = None if signer is None else signer.direct_barrier
+        _log.debug("group %r (rank %d): made of %d ranks, backend %r", name, rank, world_size, self.backend)
+
+    @property
+    def broken(self) -> CollectiveError | None:
+        """The error that broke the group, on this rank or told by another one; None while it works."""
+        return self._engine.broken or (self._control.broken if self._control is not None else None)
 
     def allreduce(
         self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,

@@ -23,13 +23,19 @@ class MultiGpu:
     Every rank calls, with as many devices and in the same order. Calls are queued on the devices as those of ``Group``.
     They raise, beside what ``Group``'s methods do, ``DeviceError`` for two tensors on one device, and
     ``MismatchError`` where ranks bring different numbers of devices.
+
+    Attributes:
+        name: The group's name.
+        rank: This process's rank in the group.
+        world_size: The number of ranks.
     """
 
-    def __init__(self, arguments: Arguments, engine: Engine, rank: int, world_size: int) -> None:
+    def __init__(self, arguments: Arguments, engine: Engine, name: str, rank: int, world_size: int) -> None:
         self._arguments = arguments
         self._engine = engine
-        self._rank = rank
-        self._world_size = world_size
+        self.name = name
+        self.rank = rank
+        self.world_size = world_size
 
     def allreduce(self, tensor_list: list[Any], op: ReduceOp = ReduceOp.SUM) -> list[Any]:
         """Combine all tensors of all ranks elementwise, in place; returns the list."""
@@ -46,7 +52,7 @@ class MultiGpu:
         name = "reduce_multigpu"
         op, root = self._arguments.op(name, op), self._arguments.rank(name, "dst_rank", dst_rank)
         index = self._entry(name, "dst_tensor", dst_tensor, tensor_list)
-        buffers = self._tensors(name, "tensor_list", tensor_list, op, False, index if root == self._rank else None)
+        buffers = self._tensors(name, "tensor_list", tensor_list, op, False, index if root == self.rank else None)
         moved = (_transfers(buffers), root, index, op)
         return self._run(name, buffers, op, root, buffers, self._device(buffers[0]).reduce_multigpu, moved)
 
@@ -103,7 +109,7 @@ class MultiGpu:
         """Adapt one tensor a device; ``written`` is the only entry to be written where ``write`` is False."""
         if not isinstance(tensor_list, (list, tuple)) or not tensor_list:
             raise OptionError(
-                f"{name}: {argument} (rank {self._rank}): expected a list of tensors, one a device, "
+                f"{name}: {argument} (rank {self.rank}): expected a list of tensors, one a device, "
                 f"got {tensor_list!r:.80}"
             )
         found: list[Buffers] = []
@@ -115,7 +121,7 @@ class MultiGpu:
         devices = [buffers.views[0].device for buffers in found]
         if any(device.type != "cuda" for device in devices) or len(set(devices)) < len(devices):
             raise DeviceError(
-                f"{name}: {argument} (rank {self._rank}): expected tensors on different CUDA devices, got tensors on "
+                f"{name}: {argument} (rank {self.rank}): expected tensors on different CUDA devices, got tensors on "
                 f"{', '.join(map(str, devices))}"
             )
         return found
@@ -124,14 +130,14 @@ class MultiGpu:
         self, name: str, argument: str, lists: Any, like: Sequence[Buffers], op: ReduceOp | None, write: bool
     ) -> list[list[Buffers]]:
         """Adapt one list a device, each with a tensor for every device of every rank."""
-        total = len(like) * self._world_size
+        total = len(like) * self.world_size
         if not isinstance(lists, (list, tuple)) or len(lists) != len(like):
-            raise ShapeError(f"{name}: {argument} (rank {self._rank}): expected {len(like)} lists, one a device")
+            raise ShapeError(f"{name}: {argument} (rank {self.rank}): expected {len(like)} lists, one a device")
         found = []
         for index, (tensors, one) in enumerate(zip(lists, like, strict=True)):
             if not isinstance(tensors, list) or len(tensors) != total:
                 raise ShapeError(
-                    f"{name}: {argument}[{index}] (rank {self._rank}): expected a list of {total} tensors, one for "
+                    f"{name}: {argument}[{index}] (rank {self.rank}): expected a list of {total} tensors, one for "
                     "each device of each rank"
                 )
             entries = []
@@ -141,7 +147,7 @@ class MultiGpu:
                 self._alike(name, entry, buffers, one)
                 if buffers.views[0].device != one.views[0].device:
                     raise DeviceError(
-                        f"{name}: {entry} (rank {self._rank}): expected a tensor on {one.views[0].device}, got one on "
+                        f"{name}: {entry} (rank {self.rank}): expected a tensor on {one.views[0].device}, got one on "
                         f"{buffers.views[0].device}"
                     )
                 entries.append(buffers)
@@ -151,17 +157,17 @@ class MultiGpu:
     def _alike(self, name: str, entry: str, buffers: Buffers, like: Buffers) -> None:
         view, expected = buffers.views[0], like.views[0]
         if view.strides is not None:
-            raise OptionError(f"{name}: {entry} (rank {self._rank}): expected a contiguous tensor, got {view!r}")
+            raise OptionError(f"{name}: {entry} (rank {self.rank}): expected a contiguous tensor, got {view!r}")
         if view.count != expected.count or view.dtype is not expected.dtype:
             raise ShapeError(
-                f"{name}: {entry} (rank {self._rank}): expected {expected.count} elements of {expected.dtype}, as the "
+                f"{name}: {entry} (rank {self.rank}): expected {expected.count} elements of {expected.dtype}, as the "
                 f"others of the call, got {view.count} of {view.dtype}"
             )
 
     def _entry(self, name: str, argument: str, index: Any, tensor_list: Any) -> int:
         count = len(tensor_list) if isinstance(tensor_list, (list, tuple)) else 0
         if not isinstance(index, int) or not 0 <= index < count:
-            raise RankError(f"{name}: {argument} (rank {self._rank}): expected 0 to {count - 1}, got {index!r}")
+            raise RankError(f"{name}: {argument} (rank {self.rank}): expected 0 to {count - 1}, got {index!r}")
         return index
 
 

@@ -283,6 +283,7 @@ def plain_address(address: str) -> str:
     return str(mapped or parsed)
 
 
+@functools.lru_cache(maxsize=1024)  # every rank asks it of every rank
 def is_loopback(address: str) -> bool:
     """Return whether a literal address reaches this host only."""
     return ipaddress.ip_address(plain_address(address)).is_loopback

@@ -16,6 +16,7 @@ from typing import Any, Final
 from colltensor import backends
 from colltensor.errors import BackendUnavailableError, GroupError, OptionError, RankError
 from colltensor.group import Group, Recipe, connect, solitary
+from colltensor.observers import heed_environment
 from colltensor.rendezvous import Directory, Meeting, meet, open_directory
 
 _lock = threading.Lock()
@@ -185,6 +186,7 @@ def destroy_collective_group(group_name: str = "default") -> None:
 def _enter(group_name: str, make: Callable[[], Group]) -> Group:
     """Make a group while its name is reserved, and enter it in the table."""
     _check_name(group_name)
+    heed_environment()
     with _lock:
         if group_name in _groups:
             raise _taken(group_name)

@@ -30,6 +30,7 @@ class Work:
         self._finished = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
+        self._callbacks: collections.deque[Callable[[BaseException | None], None]] = collections.deque()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the operation is done; its own timeout bounds the wait.
@@ -57,6 +58,15 @@ class Work:
         self.wait()
         return self._result
 
+    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
+        """Have ``callback`` called with the error, or None, once the operation is done (on a GPU: queued).
+
+        It is called in the thread that ends the operation, or here if that was before. It must not raise or wait.
+        """
+        self._callbacks.append(callback)
+        if self._finished.is_set():
+            self._call_back()
+
     def _finish(self) -> None:
         run = self._run
         assert run is not None
@@ -65,12 +75,24 @@ class Work:
         except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
             self._error = error
         self._run = None
-        self._finished.set()
+        self._end()
 
     def _cancel(self, error: CollectiveError) -> None:
         self._error = error
         self._run = None
+        self._end()
+
+    def _end(self) -> None:
         self._finished.set()
+        self._call_back()
+
+    def _call_back(self) -> None:
+        while True:
+            try:
+                callback = self._callbacks.popleft()
+            except IndexError:  # called, here or by the thread that came at the same time
+                return
+            callback(self._error)
 
 
 class QueuedWork(Work):

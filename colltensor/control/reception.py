@@ -81,8 +81,12 @@ class Reception:
                 # Out of descriptors or threads: what is open now will end soon.
                 self._places.release()
                 if not self._closed:
-                    _log.debug("group %r cannot accept a connection: %s", self._meeting.group_name, error)
+                    self._note("cannot accept a connection", error)
                     time.sleep(0.05)
+
+    def _note(self, what: str, error: Exception) -> None:
+        meeting = self._meeting
+        _log.debug("group %r (rank %d): %s: %s", meeting.group_name, meeting.rank, what, error)
 
     def _receive(self, sock: socket.socket) -> None:
         kept = False
@@ -92,7 +96,7 @@ class Reception:
             wish, request = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
             kept = self._serve(sock, wish, request, deadline)
         except (OSError, ValueError) as error:
-            _log.debug("group %r turned a connection away: %s", self._meeting.group_name, error)
+            self._note("turned a connection away", error)
         finally:
             if not kept:
                 sock.close()

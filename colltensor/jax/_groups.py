@@ -18,7 +18,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from colltensor import dlpack
+from colltensor import dlpack, observers
 from colltensor.adapters._numpy_dtypes import host_dtype
 from colltensor.backends.base import DIRECT
 from colltensor.backends.shm import library
@@ -36,6 +36,7 @@ _numbers: Final[weakref.WeakKeyDictionary[Group, int]] = weakref.WeakKeyDictiona
 _groups: Final[weakref.WeakValueDictionary[int, Group]] = weakref.WeakValueDictionary()
 _count: Final = itertools.count(1)
 _lock: Final = threading.Lock()
+_registered: Final = threading.Event()
 _here: Final = threading.local()
 """``inside`` is True in a thread that runs a collective for XLA: it must not wait for XLA."""
 
@@ -47,7 +48,9 @@ def number_of(group: Group) -> int:
         if number is None:
             number = _numbers[group] = next(_count)
             _groups[number] = group
-            group.follow(_wait, functools.partial(_defer, group.shared_memory()))
+            defer = functools.partial(_defer, group.shared_memory())
+            group.follow(_wait, defer)
+            defer(False)
     return number
 
 
@@ -84,9 +87,24 @@ def forget_failures() -> None:
 
 
 def _defer(handle: int, on: bool) -> None:
-    """Let jitted calls queue behind the group's asynchronous eager ones, or go straight to shared memory again."""
+    """Let jitted calls queue behind the group's asynchronous eager ones, or go straight to shared memory again.
+
+    While there are observers, they go through the group's methods in any case.
+    """
     if handle >= 0:
-        library.load().shm_jax_defer(handle, on)
+        library.load().shm_jax_defer(handle, on or observers.is_observed())
+
+
+def _defer_all() -> None:
+    """Let the jitted calls of all groups go through their methods, where they are observed.
+
+    When nobody observes any more, they do so until the group's next asynchronous eager calls are done.
+    """
+    for group in list(_numbers):
+        _defer(group.shared_memory(), True)
+
+
+observers.on_start.append(_defer_all)
 
 
 def _memory(address: int, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -164,13 +182,20 @@ def _jax_tvm_ffi() -> ModuleType:
         ) from error
 
 
-@functools.cache
 def register() -> None:
-    """Make the target known to XLA, once a process.
+    """Make the target known to XLA, once a process, whichever threads come first.
 
     Raises:
         BackendUnavailableError: jax-tvm-ffi or the native library is missing; says what to install.
     """
+    if not _registered.is_set():
+        with _lock:
+            if not _registered.is_set():
+                _register()
+                _registered.set()
+
+
+def _register() -> None:
     bridge = _jax_tvm_ffi()
     native = library.load()
     attributes = ["handle", "timeout_ns", "number", "dtype", "itemsize", "operation", "op", "root", "source"]

@@ -2,7 +2,7 @@
 
 XLA runs calls with side effects in any order that their data allow. JAX orders those that have an *ordered effect*: it
 passes a token through every computation, loop and branch, from one such call to the next. All of JAX's internals that
-this package needs are imported here. Imports jax.
+this package needs are imported here. Imports jax, and of the package errors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from typing import Any, Final
 import jax
 from jax._src import effects  # effects and tokens have no public module
 from jax._src.core import abstract_token as _token
+from jax._src.interpreters import partial_eval
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+
+from colltensor.errors import DeviceError
 
 
 class Ordered(effects.Effect):  # type: ignore[misc]  # jax is not looked into
     """The effect of every collective: one after the other, in the order of the program."""
+
+    def __repr__(self) -> str:
+        return "a collective of colltensor's"
 
     def __str__(self) -> str:
         return "collective"
@@ -45,12 +51,27 @@ for _kind in (Ordered, Kept):
 
 def lower_to(target: str, context: Any, operand: Any, aliased: bool, attributes: dict[str, Any]) -> Any:
     """Emit a call of an XLA target with one operand and one result, after the collective before it."""
+    _refuse_several_devices(target, context)
     token = context.tokens_in.get(ORDERED)
     with_token = context.replace(avals_in=[*context.avals_in, _token], avals_out=[*context.avals_out, _token])
     rule = jax.ffi.ffi_lowering(target, has_side_effect=True, operand_output_aliases={0: 0} if aliased else None)
     result, token = rule(with_token, operand, token, **attributes)
     context.set_tokens_out(mlir.TokenSet({ORDERED: token}))
     return [result]
+
+
+def _refuse_several_devices(target: str, context: Any) -> None:
+    """Refuse what each device would call by itself: XLA would run their calls in any order, and ranks pair wrong ones.
+
+    JAX refuses ordered effects there, but sees none outside of an ``ordered`` function.
+    """
+    place = context.module_context.axis_context
+    devices = max(getattr(place, "num_devices", None) or 1, getattr(getattr(place, "mesh", None), "size", 1))
+    if devices > 1:
+        raise DeviceError(
+            f"{target}: a jitted collective works on one device of a process, got a computation over {devices} (a "
+            "sharded array, pmap or shard_map); move the array to one device, or make a process for each"
+        )
 
 
 _ordered_p: Final = Primitive("ordered_collectives")
@@ -66,7 +87,7 @@ def ordered(function: Callable[..., Any]) -> Callable[..., Any]:
     vectorised is the function itself, as if ``ordered`` were not there.
 
     Args:
-        function: Takes and returns pytrees of arrays, and does not close over arrays that are being traced.
+        function: Takes and returns pytrees of arrays.
     """
 
     @functools.wraps(function)
@@ -81,7 +102,9 @@ def ordered(function: Callable[..., Any]) -> Callable[..., Any]:
             return list(results)
 
         closed = jax.make_jaxpr(flat)(*leaves)
-        return jax.tree_util.tree_unflatten(shapes[-1], _ordered_p.bind(*leaves, jaxpr=closed))
+        captured = closed.consts  # what the function closes over may be traced itself
+        closed = ClosedJaxpr(partial_eval.convert_constvars_jaxpr(closed.jaxpr), ())
+        return jax.tree_util.tree_unflatten(shapes[-1], _ordered_p.bind(*captured, *leaves, jaxpr=closed))
 
     return call
 
@@ -114,13 +137,19 @@ def _jvp(primals: Any, tangents: Any, *, jaxpr: ClosedJaxpr) -> Any:
     return jax.jvp(part, moving, [tangent for tangent, alive in zip(tangents, live, strict=True) if alive])
 
 
-def _batch(operands: Any, axes: Any, *, jaxpr: ClosedJaxpr) -> Any:
-    results = jax.vmap(functools.partial(_inline, jaxpr=jaxpr), in_axes=tuple(axes))(*operands)
+def _batch(axis: Any, operands: Any, axes: Any, *, jaxpr: ClosedJaxpr) -> Any:
+    function = functools.partial(_inline, jaxpr=jaxpr)
+    results = jax.vmap(function, in_axes=tuple(axes), axis_name=axis.name, axis_size=axis.size)(*operands)
     return results, [0] * len(results)
 
 
+def _run(*operands: Any, jaxpr: ClosedJaxpr) -> Any:
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(_ordered_p.bind, jaxpr=jaxpr))(*operands)
+
+
 _ordered_p.def_effectful_abstract_eval(_shapes)
-_ordered_p.def_impl(lambda *operands, jaxpr: jax.jit(functools.partial(_ordered_p.bind, jaxpr=jaxpr))(*operands))
+_ordered_p.def_impl(_run)
 mlir.register_lowering(_ordered_p, _lower)
 ad.primitive_jvps[_ordered_p] = _jvp
-batching.primitive_batchers[_ordered_p] = _batch
+batching.fancy_primitive_batchers[_ordered_p] = _batch

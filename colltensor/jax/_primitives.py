@@ -50,7 +50,8 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
         return _order.lower_to(_groups.TARGET, context, x, aliased, attributes)
 
     def call(x: Any, **parameters: int) -> Any:
-        return _compiled(primitive, tuple(parameters.items()))(x)
+        with jax.disable_jit(False):
+            return _compiled(primitive, tuple(parameters.items()))(x)
 
     primitive.def_effectful_abstract_eval(abstract)
     primitive.def_impl(call)
@@ -58,7 +59,7 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
     return primitive
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # groups come and go
 def _compiled(primitive: Primitive, parameters: tuple[tuple[str, int], ...]) -> Any:
     """Return the collective outside of jit: a jitted function of its own."""
     return jax.jit(_order.ordered(functools.partial(primitive.bind, **dict(parameters))))

@@ -7,7 +7,7 @@ operand of rank r, y_r its result, v_r the cotangent that rank r has of y_r, and
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -141,8 +141,8 @@ def sendrecv(x: Any, dst_rank: int, src_rank: int, group: Group | str = "default
 
 
 def _bind(
-    primitive: Any, name: str, x: Any, group: Group | str, *, op: ReduceOp | None = None, root: int = NO_RANK,
-    source: int = NO_RANK,
+    primitive: Any, name: str, x: Any, group: Group | str, *, op: ReduceOp | None = None, root: int | None = None,
+    source: int | None = None,
 ) -> Any:
     """Check a call as far as it can be before it runs, and make it."""
     _groups.register()
@@ -157,8 +157,13 @@ def _bind(
     op = None if op is None else ReduceOp.of(op)
     require(name, dtype, op)
     for argument, peer in (("dst_rank", root), ("src_rank", source)):
-        if peer != NO_RANK and not 0 <= peer < size:
-            raise RankError(f"{name}: {argument} (rank {rank}): expected 0 to {size - 1}, got {peer}")
+        if isinstance(peer, jax.core.Tracer):
+            raise RankError(
+                f"{name}: {argument} (rank {rank}): expected a number, got a traced array; a rank must be known when "
+                "the function is traced: mark the argument static (static_argnums)"
+            )
+        if peer is not None and not (isinstance(peer, SupportsIndex) and 0 <= int(peer) < size):
+            raise RankError(f"{name}: {argument} (rank {rank}): expected 0 to {size - 1}, got {peer!r}")
     if name in ("send", "recv") and rank in (root, source):
         raise RankError(f"{name}: rank {rank} is this rank itself; use sendrecv to copy to oneself")
     if name == "reducescatter" and (x.ndim == 0 or x.shape[0] != size):
@@ -167,7 +172,7 @@ def _bind(
         )
     return primitive.bind(
         x, number=_groups.number_of(found), size=size, rank=rank, op=NO_OP if op is None else int(op),
-        root=int(root), source=int(source),
+        root=NO_RANK if root is None else int(root), source=NO_RANK if source is None else int(source),
     )
 
 
@@ -180,9 +185,11 @@ def tree_allreduce(tree: Any, group: Group | str = "default", op: ReduceOp = Red
         op: How elements are combined.
     """
     leaves, structure = jax.tree_util.tree_flatten(tree)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    leaves = [leaf if getattr(leaf, "dtype", None) == jax.dtypes.float0 else jnp.asarray(leaf) for leaf in leaves]
     by_dtype: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
+        if leaf.dtype == jax.dtypes.float0:  # the gradient of an integer, which holds nothing
+            continue
         by_dtype.setdefault(leaf.dtype, []).append(index)
     for members in by_dtype.values():
         flat = jnp.concatenate([leaves[index].ravel() for index in members])

@@ -1,32 +1,42 @@
 """Groups declared from the Ray driver: every actor is initialised at once, or none is.
 
-Imports ray. The driver asks every actor the same three questions (see ``seat``) and carries the answers.
+Imports ray. The driver asks every actor the same questions (see ``seat``) and carries the answers.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import operator
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import TracebackType
 from typing import Any, Final
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
 
 from colltensor import table
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, OptionError, PeerLostError, RankError
+from colltensor.errors import CollectiveError, OptionError, RankError
 from colltensor.ray import seat
+from colltensor.ray.rendezvous import refuse_client
+from colltensor.ray.round import Round
 
+_LOG: Final = logging.getLogger(__name__)
 _GRACE_S: Final = 5.0
 """How much longer the driver waits than the ranks do, so that their own error arrives first."""
 _VERDICT_S: Final = 1.0
-"""How long the driver waits for the others once one has failed: the first to speak is seldom the cause."""
+"""How long the driver waits for actors to leave a group that could not be made."""
+
+_DRIVER: Final = secrets.token_hex(16)
+_generations: Final = itertools.count(1)
 
 
 class CollectiveGroup:
-    """A group of actors as the driver sees it. Made by ``create_collective_group``.
+    """A group of actors as the driver sees it. Made by ``collective_group`` and ``create_collective_group``.
+
+    As a context manager it destroys the group at the end, also where the block raises.
 
     Attributes:
         name: The group's name, by which the actors find it.
@@ -34,11 +44,19 @@ class CollectiveGroup:
         world_size: The number of actors.
     """
 
-    def __init__(self, name: str, actors: Sequence[ActorHandle[Any]], token: str) -> None:
+    def __init__(
+        self, name: str, actors: Sequence[ActorHandle[Any]], token: seat.Token, options: Mapping[str, Any]
+    ) -> None:
         self.name = name
         self.actors = tuple(actors)
         self.world_size = len(actors)
         self._token = token
+        self._options = dict(options)
+
+    @property
+    def generation(self) -> int:
+        """The number of this creation: higher than that of every earlier group of this driver."""
+        return self._token.generation
 
     def destroy(self, timeout_s: float = 30.0) -> None:
         """Destroy the group in every actor that still lives; another group of the same name is left alone. Idempotent.
@@ -50,11 +68,42 @@ class CollectiveGroup:
             CollectiveTimeoutError: Actors are busy; they destroy the group when they come to it.
             CollectiveError: What an actor raised.
         """
-        round_ = _Round(f"CollectiveGroup.destroy '{self.name}'", self.actors, time.monotonic() + timeout_s)
+        round_ = Round(f"CollectiveGroup.destroy '{self.name}'", self.actors, time.monotonic() + timeout_s)
         round_.ask(seat.leave, [(self._token,)] * self.world_size, dead_are_done=True)
 
+    def recreate(self, timeout_s: float | None = None) -> None:
+        """Make the group anew, of the same actors with the same ranks, name and options.
+
+        For after an actor died and Ray restarted it (``max_restarts``), and for a group that is broken. What the actors
+        have of the group is replaced at once, whether it works or not; calls that wait in it raise. An actor that is
+        being restarted is waited for. Calls that were meant for the old group never reach the new one.
+
+        Args:
+            timeout_s: How long the actors may take, restarts included, in seconds; by default the group's own timeout.
+
+        Raises:
+            CollectiveError: As ``create_collective_group``; no actor has the group then, and this may be called again.
+        """
+        patience_s = float(self._options["timeout_s"]) if timeout_s is None else timeout_s
+        operation = f"CollectiveGroup.recreate '{self.name}'"
+        self._token = _make(operation, self.actors, self._options, time.monotonic() + patience_s, replaces=True)
+
+    def __enter__(self) -> CollectiveGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.destroy()
+            return
+        try:
+            self.destroy(_GRACE_S if issubclass(kind, Exception) else 0.0)
+        except CollectiveError as late:  # what the block raised says more
+            _LOG.warning("group %r (driver): %s; it is destroyed because of %s", self.name, late, kind.__name__)
+
     def __repr__(self) -> str:
-        return f"CollectiveGroup({self.name!r}, {self.world_size} actors)"
+        return f"CollectiveGroup({self.name!r}, {self.world_size} actors, generation {self.generation})"
 
 
 def create_collective_group(
@@ -73,7 +122,8 @@ def create_collective_group(
     """Make a group of actors from the driver; when it returns, every actor has the group.
 
     The actors need no method for it, but must be free to answer: one that is in a call answers after it.
-    The group's secret passes through the driver and Ray's object store.
+    The group's secret passes through the driver and Ray's object store. A declared group of this name that is broken
+    is replaced.
 
     Args:
         actors: The actors' handles, all different.
@@ -89,7 +139,7 @@ def create_collective_group(
         check: As for ``init_collective_group``.
 
     Returns:
-        A handle that can destroy the group.
+        A handle that can destroy the group, and make it anew.
 
     Raises:
         RankError: ``ranks`` or ``world_size`` do not fit the actors, or an actor is in the list twice.
@@ -103,33 +153,99 @@ def create_collective_group(
         if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
             raise OptionError(f"create_collective_group: gloo_timeout: expected milliseconds, got {gloo_timeout!r}")
         timeout_s = gloo_timeout / 1000
-    in_order = _in_rank_order(actors, world_size, ranks)
+    in_order = _in_rank_order("create_collective_group", actors, world_size, ranks)
     options = {"backend": backend, "group_name": group_name, "timeout_s": timeout_s, "interface": interface,
                "provider": provider, "check": check}  # fmt: skip
     table.check_options(len(in_order), **options)  # type: ignore[arg-type]  # a mapping of the right types
-    token = secrets.token_hex(16)
+    operation = f"create_collective_group '{group_name}'"
+    token = _make(operation, in_order, options, time.monotonic() + timeout_s)
+    return CollectiveGroup(group_name, in_order, token, options)
+
+
+def collective_group(
+    actors: Sequence[ActorHandle[Any]],
+    backend: str = "auto",
+    group_name: str | None = "default",
+    *,
+    ranks: Sequence[int] | None = None,
+    timeout_s: float = 30.0,
+    interface: str | None = None,
+    provider: str | None = None,
+    check: bool = False,
+) -> CollectiveGroup:
+    """Make a group of actors for the length of a ``with`` block; the actors of one node get neighbouring ranks.
+
+        with colltensor.collective_group(actors) as group:
+            ray.get([actor.step.remote() for actor in group.actors])
+
+    The group exists when the call returns, and is destroyed when the block ends, however it ends.
+
+    Args:
+        actors: The actors' handles, all different; an actor may be in any number of groups.
+        backend: As for ``init_collective_group``; the other options too.
+        group_name: The name by which the actors find the group; None makes one, ``group.name``.
+        ranks: The rank of each actor. By default the actors of ``actors[0]``'s node come first, in the order in which
+            they are given, then those of the next node in the list: ``group.actors`` has them in rank order.
+        timeout_s: How long the actors may take, their start included, in seconds; then also how long every operation
+            waits.
+        interface: As for ``init_collective_group``; by default, between hosts, Ray's own.
+        provider: As for ``init_collective_group``.
+        check: As for ``init_collective_group``.
+
+    Returns:
+        The group, which is its own context manager; used without ``with``, call ``destroy()``.
+
+    Raises:
+        CollectiveError: As ``create_collective_group``.
+    """
+    where = "collective_group"
+    in_order = _in_rank_order(where, actors, None, ranks)
+    name = f"group-{secrets.token_hex(8)}" if group_name is None else group_name
+    options = {"backend": backend, "group_name": name, "timeout_s": timeout_s, "interface": interface,
+               "provider": provider, "check": check}  # fmt: skip
+    table.check_options(len(in_order), **options)  # type: ignore[arg-type]  # a mapping of the right types
     deadline = time.monotonic() + timeout_s
-    round_ = _Round(f"create_collective_group '{group_name}'", in_order, deadline)
+    operation = f"{where} '{name}'"
+    if ranks is None and len(in_order) > 1:
+        in_order = _by_node(operation, in_order, deadline)
+    return CollectiveGroup(name, in_order, _make(operation, in_order, options, deadline), options)
+
+
+def _make(
+    operation: str, actors: Sequence[ActorHandle[Any]], options: Mapping[str, Any], deadline: float,
+    replaces: bool = False,
+) -> seat.Token:
+    """Make the group in all actors, which are in rank order; after an error none has it."""
+    token = seat.Token(_DRIVER, next(_generations))
+    name, size = options["group_name"], len(actors)
+    patience_s = max(0.1, deadline - time.monotonic()) + _GRACE_S
+    round_ = Round(operation, actors, deadline)
     try:
-        places = [seat.Place(token, rank, len(in_order), options) for rank in range(len(in_order))]
-        introductions = round_.ask(seat.introduce, [(place, timeout_s + _GRACE_S) for place in places])
-        listeners = round_.ask(seat.listen, [(token, group_name, ray.put(introductions))] * len(in_order))
+        places = [seat.Place(token, rank, size, dict(options), replaces) for rank in range(size)]
+        introductions = round_.ask(seat.introduce, [(place, patience_s) for place in places], again=True)
+        listeners = round_.ask(seat.listen, [(token, name, ray.put(introductions))] * size)
         left_s = max(0.1, deadline - time.monotonic())
         round_.deadline += _GRACE_S
-        round_.ask(seat.connect, [(token, group_name, ray.put(listeners), left_s)] * len(in_order))
+        round_.ask(seat.connect, [(token, name, ray.put(listeners), left_s)] * size)
     except CollectiveError:
-        round_.dissolve(token, _VERDICT_S)
+        round_.tell(seat.leave, (token,), _VERDICT_S)
         raise
     except BaseException:
-        round_.dissolve(token, 0)
+        round_.tell(seat.leave, (token,), 0)
         raise
-    return CollectiveGroup(group_name, in_order, token)
+    return token
+
+
+def _by_node(operation: str, actors: Sequence[ActorHandle[Any]], deadline: float) -> list[ActorHandle[Any]]:
+    """Return the actors with those of one host together, hosts and actors else in the order in which they came."""
+    hosts = Round(operation, actors, deadline, called="position").ask(seat.locate, [()] * len(actors), again=True)
+    return [actor for _, actor in sorted(zip(hosts, actors, strict=True), key=lambda pair: hosts.index(pair[0]))]
 
 
 def _in_rank_order(
-    actors: Sequence[ActorHandle[Any]], world_size: int | None, ranks: Sequence[int] | None
+    where: str, actors: Sequence[ActorHandle[Any]], world_size: int | None, ranks: Sequence[int] | None
 ) -> list[ActorHandle[Any]]:
-    where = "create_collective_group"
+    refuse_client(where)
     is_list = isinstance(actors, (list, tuple))
     if not is_list or not actors or not all(isinstance(actor, ActorHandle) for actor in actors):
         raise OptionError(f"{where}: actors: expected a list of actor handles, got {actors!r:.200}")
@@ -147,97 +263,3 @@ def _in_rank_order(
             f"{where}: ranks: expected each of 0 to {size - 1} once, one for each actor, got {ranks!r:.200}"
         )
     return [actor for _, actor in sorted(zip(numbers, actors, strict=True), key=lambda pair: pair[0])]
-
-
-class _Round:
-    """Asks all actors of a group one question after another, until a deadline."""
-
-    def __init__(self, operation: str, actors: Sequence[ActorHandle[Any]], deadline: float) -> None:
-        self._operation = operation
-        self._actors = actors
-        self.deadline = deadline
-
-    def ask(self, question: Callable[..., Any], arguments: Sequence[tuple[Any, ...]],
-            dead_are_done: bool = False) -> list[Any]:
-        """Return every actor's answer, in rank order.
-
-        Args:
-            question: A function that gets the actor and its arguments.
-            arguments: For each rank.
-            dead_are_done: An actor that is dead answers None.
-
-        Raises:
-            CollectiveError: The cause, if one failed; else who is late.
-        """
-        waiting: dict[Any, int] = {}
-        answers: dict[int, Any] = {}
-        failed: dict[int, CollectiveError] = {}
-        for rank, actor in enumerate(self._actors):
-            try:
-                waiting[actor.__ray_call__.remote(question, *arguments[rank])] = rank
-            except RayError as error:
-                failed[rank] = self._unreachable(rank, error)
-        deadline = self.deadline
-        while waiting:
-            if failed:
-                deadline = min(deadline, time.monotonic() + _VERDICT_S)
-            ready, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                break
-            rank = waiting.pop(ready[0])
-            try:
-                answers[rank] = ray.get(ready[0])
-            except RayTaskError as error:
-                failed[rank] = self._told(rank, error)
-            except RayError as error:
-                if dead_are_done:
-                    answers[rank] = None
-                else:
-                    failed[rank] = self._unreachable(rank, error)
-        if failed:
-            raise _cause(failed)
-        if waiting:
-            raise self._late(sorted(waiting.values()))
-        return [answers[rank] for rank in range(len(self._actors))]
-
-    def dissolve(self, token: str, patience_s: float) -> None:
-        """Have every actor leave the group that will not be; the busy ones do it when they come to it."""
-        leaving = []
-        for actor in self._actors:
-            try:
-                leaving.append(actor.__ray_call__.remote(seat.leave, token))
-            except RayError:
-                continue  # it is as unreachable as it was for the call that failed
-        if leaving:
-            ray.wait(leaving, num_returns=len(leaving), timeout=patience_s)
-
-    def _told(self, rank: int, error: RayTaskError) -> CollectiveError:
-        """Return what an actor raised as an error of its own class that names the actor's rank."""
-        cause = error.cause
-        kind = next((base for base in type(cause).__mro__ if base.__module__ == CollectiveError.__module__), GroupError)
-        message = f"{self._operation}: rank {rank}: {cause}"
-        ranks = getattr(cause, "ranks", None)
-        told: CollectiveError = kind(message) if ranks is None else kind(message, ranks)
-        told.__cause__ = error
-        return told
-
-    def _unreachable(self, rank: int, error: RayError) -> PeerLostError:
-        message = f"{self._operation}: the actor of rank {rank} is dead or was never started: {error}"
-        lost = PeerLostError(message, (rank,))
-        lost.__cause__ = error
-        return lost
-
-    def _late(self, ranks: Sequence[int]) -> CollectiveTimeoutError:
-        return CollectiveTimeoutError(
-            f"{self._operation}: expected every actor to answer in time, but rank{'s' * (len(ranks) > 1)} "
-            f"{', '.join(map(str, ranks))} did not: busy in another call, or not started yet for lack of resources; "
-            "raise timeout_s, let them finish first, or see `ray status`", ranks,
-        )
-
-
-def _cause(failed: Mapping[int, CollectiveError]) -> CollectiveError:
-    """Return the error that explains the others: a rank's own before a death, a death before a wait in vain."""
-    def order(error: CollectiveError) -> int:
-        return 2 if isinstance(error, CollectiveTimeoutError) else int(isinstance(error, PeerLostError))
-
-    return min((failed[rank] for rank in sorted(failed)), key=order)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from colltensor import net
-from colltensor.errors import CollectiveTimeoutError, OptionError
+from colltensor.errors import CollectiveTimeoutError, GroupError, OptionError
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
 from colltensor.rendezvous.messages import taken
 
@@ -45,6 +46,7 @@ class RayDirectory:
     """Leaves invitations in the Ray namespace of this process, where whoever runs in it can read them."""
 
     def __init__(self) -> None:
+        refuse_client("init_collective_group")
         self._boards: dict[str, Any] = {}
 
     @property
@@ -117,6 +119,21 @@ class RayDirectory:
             raise OptionError(
                 f"group_name: Ray does not let rank 0 start the actor '{name}': {error}; choose another group_name"
             ) from error
+
+
+def refuse_client(operation: str) -> None:
+    """Raise where this process is a Ray Client, which Ray's workers cannot connect to.
+
+    Raises:
+        GroupError: It is one; says where to run instead.
+    """
+    client = sys.modules.get("ray.util.client")
+    if client is not None and client.ray.is_connected():
+        raise GroupError(
+            f"{operation}: this process is connected to Ray through Ray Client ('ray://'), so it is no process of the "
+            "cluster: it has no address there and its actor handles are the server's. Run the driver on a node of the "
+            "cluster, with ray.init(address='auto') or as a job (`ray job submit`), or make the group inside the actors"
+        )
 
 
 def node_host_id() -> str:

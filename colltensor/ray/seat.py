@@ -1,4 +1,4 @@
-"""An actor's side of a group that the driver declares: three calls to take part, one to leave.
+"""An actor's side of a group that the driver declares: where it is, three calls to take part, one to leave.
 
 Runs inside the actors, through Ray's ``__ray_call__``, so they need no method of their own. Between the calls
 nothing waits and no thread runs: the driver carries the bytes. Imports ray.
@@ -22,8 +22,25 @@ from colltensor.ray.rendezvous import node_host_id
 from colltensor.rendezvous import Introduction, Meeting
 
 _lock: Final = threading.Lock()
-_seats: Final[dict[str, Seat]] = {}
+_seats: Final[dict[Token, Seat]] = {}
 """The declared groups of this process by the driver's token; the lock is held for a look or a change only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Names one creation of a declared group, so that a late call never touches another group of the same name.
+
+    Attributes:
+        driver: The process that declares.
+        generation: The number of this creation, higher than that of every earlier one of the same driver.
+    """
+
+    driver: str
+    generation: int
+
+    def follows(self, other: Token) -> bool:
+        """Return whether the same driver made the other one before."""
+        return self.driver == other.driver and self.generation > other.generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +48,18 @@ class Place:
     """What the driver tells an actor of its place in a group.
 
     Attributes:
-        token: Names this very creation, so that a late call never touches another group of the same name.
+        token: Names this creation.
         rank: The actor's rank.
         world_size: The number of actors.
         options: Of ``init_collective_group``; the same on every rank.
+        replaces: Earlier generations of the name go, even one that works.
     """
 
-    token: str
+    token: Token
     rank: int
     world_size: int
     options: dict[str, Any]
+    replaces: bool = False
 
 
 class Seat:
@@ -51,6 +70,8 @@ class Seat:
         self._expires = time.monotonic() + patience_s
         self._has_left = False
         self._has_met = False
+        self._settled = threading.Event()  # not set while the group is being made
+        self._settled.set()
         self._group: weakref.ref[Group] | None = None
         options = place.options
         self.introduction = Introduction(
@@ -61,20 +82,21 @@ class Seat:
 
     def connect(self, listeners: Sequence[bytes], patience_s: float) -> None:
         """Make the group, unless the driver gives it up meanwhile."""
-        place = self._place
-        try:
-            group = table.make_group(
-                place.world_size, place.rank, lambda: self._meet(listeners), patience_s, **place.options
-            )
-        finally:
-            if not self._has_met:
-                self.introduction.abandon()
+        name = self._place.options["group_name"]
         with _lock:
-            self._group = weakref.ref(group)
-            has_left = self._has_left
-        if has_left:
-            self._destroy(group)
-            raise _gone(place.options["group_name"])
+            if self._has_left:
+                raise _gone(name)
+            self._settled.clear()
+        try:
+            group = self._make(listeners, patience_s)
+            with _lock:
+                self._group = weakref.ref(group)
+                has_left = self._has_left
+            if has_left:
+                self._destroy(group)
+                raise _gone(name)
+        finally:
+            self._settled.set()
 
     def leave(self) -> None:
         """Give up what there is so far: the listener, or the group; one that is being made goes when it is made."""
@@ -86,10 +108,53 @@ class Seat:
         elif not self._has_met:
             self.introduction.abandon()
 
+    def give_way(self, patience_s: float) -> None:
+        """Leave, and return when the name is free: at the latest when a group that is being made has failed.
+
+        Args:
+            patience_s: How long that may take; whoever wants the name finds it taken then.
+        """
+        self.leave()
+        self._settled.wait(patience_s)
+
     def is_over(self) -> bool:
         """Return whether the group is gone, or was never made in the time that the driver gave."""
+        if self._has_left:
+            return self._settled.is_set()
         group = self._group
         return group() is None if group is not None else time.monotonic() > self._expires
+
+    def is_late(self, place: Place) -> bool:
+        """Return whether a call for that place comes after the same driver made its group anew."""
+        return self._is_of(place) and self._place.token.follows(place.token)
+
+    def is_replaced_by(self, place: Place) -> bool:
+        """Return whether a group for that place takes this one's name.
+
+        It does where this one is broken or given up, or where the same driver made this one before and it was never
+        finished or is to be replaced.
+        """
+        if not self._is_of(place):
+            return False
+        if self._has_left:
+            return True
+        group = self._group() if self._group is not None else None
+        if group is not None and group.broken is not None:
+            return True
+        return place.token.follows(self._place.token) and (group is None or place.replaces)
+
+    def _is_of(self, place: Place) -> bool:
+        return bool(self._place.options["group_name"] == place.options["group_name"])
+
+    def _make(self, listeners: Sequence[bytes], patience_s: float) -> Group:
+        place = self._place
+        try:
+            return table.make_group(
+                place.world_size, place.rank, lambda: self._meet(listeners), patience_s, **place.options
+            )
+        finally:
+            if not self._has_met:
+                self.introduction.abandon()
 
     def _meet(self, listeners: Sequence[bytes]) -> Meeting:
         with _lock:
@@ -106,44 +171,67 @@ class Seat:
             group.destroy()
 
 
+def locate(actor: object) -> str:
+    """Return the name of the host that this actor is on; actors with the same name share memory."""
+    return node_host_id()
+
+
 def introduce(actor: object, place: Place, patience_s: float) -> bytes:
-    """Check the options here and return what this rank says of itself; opens nothing.
+    """Check the options here and return what this rank says of itself; opens nothing, but ends what it replaces.
+
+    Args:
+        actor: The actor.
+        place: Its place in the group.
+        patience_s: For how long the driver comes back to this, in seconds.
 
     Raises:
-        GroupError: A group of this name exists in this process.
+        GroupError: A group of this name exists in this process, or this call is late.
         BackendUnavailableError: The backend cannot be used here.
         OptionError: This host has no such interface.
     """
+    with _lock:
+        seats = list(_seats.values())
+    if any(seat.is_late(place) for seat in seats):
+        raise _gone(place.options["group_name"])
+    for seat in seats:
+        if seat.is_replaced_by(place):
+            seat.give_way(patience_s)
     table.check_options(place.world_size, **place.options, member=True)
     if place.options["interface"] is not None:
         net.interface_address(place.options["interface"])
     seat = Seat(place, patience_s)
+    _forget_those_that_are_over()
     with _lock:
-        for token in [token for token, other in _seats.items() if other.is_over()]:
-            del _seats[token]
         _seats[place.token] = seat
     return seat.introduction.first()
 
 
-def listen(actor: object, token: str, group_name: str, introductions: Sequence[bytes]) -> bytes:
+def listen(actor: object, token: Token, group_name: str, introductions: Sequence[bytes]) -> bytes:
     """Return where this rank listens, now that it knows what all ranks said."""
     return _seat(token, group_name).introduction.second(introductions)
 
 
-def connect(actor: object, token: str, group_name: str, listeners: Sequence[bytes], patience_s: float) -> None:
+def connect(actor: object, token: Token, group_name: str, listeners: Sequence[bytes], patience_s: float) -> None:
     """Connect to the other ranks, which all listen now, and enter the group in this process's table."""
     _seat(token, group_name).connect(listeners, patience_s)
 
 
-def leave(actor: object, token: str) -> None:
+def leave(actor: object, token: Token) -> None:
     """Destroy the group, or what there is of it; nothing happens where it is gone."""
     with _lock:
-        seat = _seats.pop(token, None)
+        seat = _seats.get(token)
     if seat is not None:
         seat.leave()
+        _forget_those_that_are_over()
 
 
-def _seat(token: str, group_name: str) -> Seat:
+def _forget_those_that_are_over() -> None:
+    with _lock:
+        for token in [token for token, seat in _seats.items() if seat.is_over()]:
+            del _seats[token]
+
+
+def _seat(token: Token, group_name: str) -> Seat:
     with _lock:
         seat = _seats.get(token)
     if seat is None:
@@ -152,7 +240,10 @@ def _seat(token: str, group_name: str) -> Seat:
 
 
 def _gone(group_name: str) -> GroupError:
-    return GroupError(f"create_collective_group: the driver has given up making group '{group_name}'; create it again")
+    return GroupError(
+        f"create_collective_group: group '{group_name}' is not being made here any more: the driver gave it up or "
+        "makes it anew, or this actor was restarted meanwhile; create it again"
+    )
 
 
 def _address_in_ray() -> str | None:

@@ -78,7 +78,7 @@ def host(directory: Directory, hello: Hello, deadline: float,
         try:
             directory.withdraw(key)
         except OSError as error:
-            _LOG.debug("the invitation to group %r could not be removed: %s", key, error)
+            _LOG.debug("group %r (rank %d): its invitation could not be removed: %s", key, 0, error)
 
 
 def _open(directory: Directory, hello: Hello, subscription: Subscription,
@@ -100,7 +100,10 @@ def _open_fixed(directory: FixedDirectory, key: str, subscription: Subscription,
             return open_hub(where, directory.port, directory.secret, key, subscription)
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL and where:
-                _LOG.debug("%s is no address of this host: listening on all addresses instead", where)
+                _LOG.debug(
+                    "group %r (rank %d): %s is no address of this host: listening on all addresses instead",
+                    key, 0, where,
+                )
                 where = ""
                 continue
             if error.errno != errno.EADDRINUSE:

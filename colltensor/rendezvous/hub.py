@@ -174,9 +174,13 @@ class Hub:
             try:
                 thread.start()
             except RuntimeError as error:
-                _LOG.debug("port %d: a connection was dropped: %s", self.port, error)
+                self._note_dropped(error)
                 self._greetings.release()
                 sock.close()
+
+    def _note_dropped(self, error: Exception) -> None:
+        names = ", ".join(list(self._meetings))  # several groups may meet at one port; whoever listens there is rank 0
+        _LOG.debug("group %r (rank %d): port %d: a connection was dropped: %s", names, 0, self.port, error)
 
     def _greet(self, sock: socket.socket) -> None:
         """Authenticate one connection and hand it on; whatever goes wrong is that connection's end only."""
@@ -192,7 +196,7 @@ class Hub:
             else:
                 raise net.FrameError(f"expected a hello, got a frame of kind {kind}")
         except OSError as error:
-            _LOG.debug("port %d: a connection was dropped: %s", self.port, error)
+            self._note_dropped(error)
         finally:
             self._greetings.release()
             if not handed_on:

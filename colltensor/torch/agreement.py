@@ -67,6 +67,13 @@ def named_tensors(source: Source) -> tuple[Named, Named]:
                 f"sync_gradients: {name} has no memory yet (a lazy module, or device 'meta'); run a first forward "
                 "pass, or move the module to its device, before"
             )
+    names = [name for name, _ in parameters]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise OptionError(
+            f"sync_gradients: module_or_parameters: expected each name once, got several parameters named {twice!r}; "
+            "put the name of its module before each, or leave the names away"
+        )
     if not parameters:
         raise OptionError("sync_gradients: module_or_parameters: expected a module with parameters, got none")
     return parameters, buffers
@@ -104,7 +111,17 @@ def compare(group: Group, parameters: Named, buffers: Named, options: dict[str, 
 def take_over(group: Group, tensors: Named) -> None:
     """Copy rank 0's values into every rank's tensors, in place."""
     with torch.no_grad():
-        group.broadcast({name: tensor.detach() for name, tensor in tensors}, 0)
+        distinct = {name: _distinct(tensor.detach()) for name, tensor in tensors}
+        once = {(found.data_ptr(), found.shape, found.stride(), found.dtype): name for name, found in distinct.items()}
+        group.broadcast({name: distinct[name] for name in once.values()}, 0)
+
+
+def _distinct(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an expanded tensor without the repetitions."""
+    for axis, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[axis] > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
 
 
 def spare_cores(reports: Sequence[Report], rank: int) -> int:

@@ -5,7 +5,9 @@ Imports torch, and of the package errors only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,32 +25,66 @@ class Member:
     Attributes:
         number: Its place among all parameters, the same on every rank.
         name: Its name in the module, for messages and for a compression's memory.
-        parameter: The parameter.
+        parameter: Returns it, or None when it is gone: what its own hooks hold must not keep it alive.
+        shape: Its shape.
         strides: The layout that autograd gives its gradients, in elements.
+        dtype: Of its gradients.
+        device: Where it is.
     """
 
     number: int
     name: str
-    parameter: torch.Tensor
+    parameter: Callable[[], torch.Tensor | None]
+    shape: torch.Size
     strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
     @classmethod
     def of(cls, number: int, name: str, parameter: torch.Tensor) -> Member:
         """Describe a parameter."""
         strides = torch.empty_like(parameter, device="meta", requires_grad=False).stride()
-        return cls(number, name, parameter, strides)
+        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # grad_dtype came with torch 2.9
+        return cls(number, name, weakref.ref(parameter), parameter.shape, strides, dtype, parameter.device)
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """Its gradient, if it has one."""
+        parameter = self.parameter()
+        return None if parameter is None else parameter.grad
+
+    @property
+    def numel(self) -> int:
+        """The elements of its gradient."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """The bytes of its gradient."""
-        return self.parameter.numel() * self.parameter.element_size()
+        return self.numel * self.dtype.itemsize
+
+    def assign(self, gradient: torch.Tensor) -> None:
+        """Make it the parameter's gradient."""
+        parameter = self.parameter()
+        if parameter is not None:
+            parameter.grad = gradient
+
+    def zeros(self) -> torch.Tensor:
+        """Return a gradient of zeros."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device).zero_()
 
     def check(self, gradient: torch.Tensor) -> None:
         """Refuse what cannot be reduced in place.
 
         Raises:
-            UnsupportedTensorError: A sparse gradient, or one with a history.
+            UnsupportedTensorError: A sparse gradient, one with a history, or of another kind than agreed.
         """
+        if gradient.dtype != self.dtype or gradient.shape != self.shape or gradient.device != self.device:
+            raise UnsupportedTensorError(
+                f"sync_gradients: the gradient of {self.name} is {_in_words(gradient)}, and "
+                f"{_in_words(self)} was to be expected when sync_gradients was called; after model.to() or another "
+                "change of the parameters remove() the handle and call sync_gradients again, on all ranks"
+            )
         if gradient.layout is not torch.strided:
             raise UnsupportedTensorError(
                 f"sync_gradients: the gradient of {self.name} is sparse ({gradient.layout}), and only dense ones are "
@@ -59,6 +95,11 @@ class Member:
                 f"sync_gradients: the gradient of {self.name} has a history (backward(create_graph=True)), which a "
                 "reduction in place would falsify; use torch.autograd.grad(), or reduce with colltensor.torch.allreduce"
             )
+
+
+def _in_words(tensor: torch.Tensor | Member) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype}{list(tensor.shape)} on {tensor.device}"
 
 
 class Bucket:
@@ -86,18 +127,22 @@ class Bucket:
         self.expected = self.waiting = len(members)
         self.missing: list[Member] = []
         self.tail: torch.Tensor | None = None
-        self._pairs: list[tuple[Member, torch.Tensor, torch.Tensor]] = []
+        self._pairs: list[tuple[Member, torch.Tensor, int]] = []
         if not lone:
-            first = members[0].parameter
-            count = sum(member.parameter.numel() for member in members)
+            first = members[0]
+            count = sum(member.numel for member in members)
             self._wire = torch.zeros(count + tail, dtype=first.dtype, device=first.device)
             self._flat = self._wire[:count] if tail else self._wire
             self.tail = self._wire[count:] if tail else None
-            start = 0
-            for member in members:
-                view = self._wire.as_strided(member.parameter.shape, member.strides, start)
-                self._pairs.append((member, member.parameter, view))
-                start += view.numel()
+            self._make_views()
+
+    def _make_views(self) -> None:
+        self._pairs.clear()
+        start = 0
+        for member in self.members:
+            view = self._wire.as_strided(member.shape, member.strides, start)
+            self._pairs.append((member, view, view.data_ptr()))
+            start += member.numel
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,9 +158,9 @@ class Bucket:
     def gradients(self) -> list[torch.Tensor]:
         """The gradients, with the parameters' shapes, in the memory of ``flat``."""
         if not self.lone:
-            return [view for _, _, view in self._pairs]
+            return [view for _, view, _ in self._pairs]
         member = self.members[0]
-        return [self._flat.as_strided(member.parameter.shape, member.strides)]
+        return [self._flat.as_strided(member.shape, member.strides)]
 
     def collect(self) -> torch.Tensor:
         """Bring this rank's gradients together, zeros where there is none, and return the tensor to be reduced.
@@ -127,9 +172,13 @@ class Bucket:
         return self._collect_lone() if self.lone else self._collect_flat()
 
     def _collect_flat(self) -> torch.Tensor:
-        views, fresh = [], []
-        for member, parameter, view in self._pairs:
-            gradient = parameter.grad
+        owners, views, fresh = [], [], []
+        for _, view, address in self._pairs:
+            if view.data_ptr() != address:  # somebody set ``parameter.grad.data``
+                self._make_views()
+                break
+        for member, view, _ in self._pairs:
+            gradient = member.gradient
             if gradient is view:
                 continue
             if gradient is None:
@@ -137,33 +186,34 @@ class Bucket:
                 self.missing.append(member)
                 continue
             member.check(gradient)
+            owners.append(member)
             views.append(view)
             fresh.append(gradient)
-            parameter.grad = view
         if len(fresh) >= _FOREACH_FROM:
             torch._foreach_copy_(views, fresh)
         elif fresh:
             views[0].copy_(fresh[0])
+        for member, view in zip(owners, views, strict=True):
+            member.assign(view)
         return self._wire
 
     def _collect_lone(self) -> torch.Tensor:
         member = self.members[0]
-        parameter = member.parameter
-        gradient = parameter.grad
+        gradient = member.gradient
         if gradient is None:
             self.missing.append(member)
-            gradient = torch.zeros_like(parameter, requires_grad=False)
+            gradient = member.zeros()
         else:
             member.check(gradient)
             if gradient.stride() != member.strides:  # not autograd's doing: somebody assigned it
-                gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+                gradient = member.zeros().copy_(gradient)
+                member.assign(gradient)
         self._flat = gradient.as_strided((gradient.numel(),), (1,))
         return self._flat
 
     def adopt(self, member: Member) -> None:
         """Give a missing member the reduced gradient, because another rank had one."""
-        number = self.members.index(member)
-        member.parameter.grad = self.gradients[number]
+        member.assign(self.gradients[self.members.index(member)])
 
     def release(self) -> None:
         """Let go of a gradient that is the loop's own."""
@@ -188,7 +238,7 @@ def plan(order: Sequence[Member], bucket_nbytes: int, lone_nbytes: int, carry: b
         if member.nbytes >= min(lone_nbytes, bucket_nbytes):
             groups.append((place, [member], True))
             continue
-        kind = member.parameter.dtype, member.parameter.device
+        kind = member.dtype, member.device
         members, nbytes, last = filling.pop(kind, ([], 0, 0))
         if members and nbytes + member.nbytes > bucket_nbytes:
             groups.append((last, members, False))

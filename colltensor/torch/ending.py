@@ -14,6 +14,11 @@ _queue_callback: Final[Callable[[Callable[[], None]], None]] = torch.autograd.Va
 _current_node: Final[Callable[[], Any]] = torch._C._current_autograd_node
 
 
+def is_running() -> bool:
+    """Return whether autograd's engine runs in this thread: in compiled backward passes hooks run without it."""
+    return _current_node() is not None
+
+
 class Ending:
     """Calls a function at the end of the outermost backward pass in which it was made.
 

@@ -6,11 +6,13 @@ Imports torch, and of the package errors, group, table and types.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Final, Literal
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from colltensor.errors import OptionError
 from colltensor.group import Group
@@ -23,6 +25,10 @@ from colltensor.torch.reducer import Options, Reducer
 _LONE_NBYTES: Final = {"shm": 64 << 10}
 _LONE_NBYTES_ELSEWHERE: Final = 4 << 20
 """From how many bytes on a gradient travels by itself: where another transfer costs as much as a copy."""
+
+
+_groups_of: Final[Any] = WeakTensorKeyDictionary()
+"""By parameter: the groups over which it is kept in step."""
 
 
 def sync_gradients(
@@ -43,7 +49,12 @@ def sync_gradients(
     Several backward passes before ``zero_grad()`` add up, each in step; ``no_sync()`` saves the transfers of all but
     the last. A parameter without a gradient on some ranks counts as zeros there, and its ``grad`` stays None only if no
     rank has one. Small gradients are views of flat buckets: what ``parameter.grad`` held is overwritten in the next
-    backward pass, so clone what is to be kept. Parameters frozen now are not synchronised later.
+    backward pass, so clone what is to be kept. Parameters that are frozen now, added later, or put in the place of
+    others (``load_state_dict(assign=True)``) are not synchronised: ``remove()`` the handle and call again. An optimizer
+    that steps inside the backward pass, in hooks of its own, steps before the gradients are in step.
+
+    The handle need not be kept; the hooks live as long as the parameters. With ``average=False`` they keep the
+    parameters alive until ``remove()``.
 
     Two of these whose modules share one backward pass need a group each, ``group.split(0)``.
 
@@ -74,10 +85,20 @@ def sync_gradients(
     found = group if isinstance(group, Group) else find_group(group)
     words = {"bucket_nbytes": str(bucket_nbytes), "average": str(bool(average)), "overlap": repr(overlap),
              "compression": _spelt(chosen)}
+    _refuse_twice(found, parameters)
     reports = compare(found, parameters, buffers, words)
     lone_nbytes = _LONE_NBYTES.get(found.backend, _LONE_NBYTES_ELSEWHERE)
     options = Options(bucket_nbytes, lone_nbytes, average, _early(overlap, reports), chosen)
     return GradientSync(found, parameters, buffers, options)
+
+
+def _refuse_twice(group: Group, parameters: Named) -> None:
+    for name, parameter in parameters:
+        if group in _groups_of.get(parameter, ()):
+            raise OptionError(
+                f"sync_gradients: {name} is kept in step over group '{group.name}' already, and would be reduced "
+                "twice; remove() the other handle first"
+            )
 
 
 def _spelt(compression: Compression | None) -> str:
@@ -108,22 +129,23 @@ class GradientSync:
     def __init__(self, group: Group, parameters: Named, buffers: Named, options: Options) -> None:
         self.group = group
         self._tensors = [*parameters, *buffers]
+        self._parameters = [parameter for _, parameter in parameters]
         self._handles: list[Any] = []
-        self._nodes: list[Any] = []  # a parameter holds its own weakly, and a new one would not have the hook
         self.broadcast()
+        for _, parameter in parameters:
+            _groups_of.setdefault(parameter, weakref.WeakSet()).add(group)
         trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         members = [Member.of(number, name, parameter) for number, (name, parameter) in enumerate(trained)]
         self._reducer = Reducer(group, members, options)
         if group.world_size == 1:
             return
-        for member in members:
-            hook = self._reducer.hook(member.number)
-            register: Any = member.parameter.register_post_accumulate_grad_hook
-            self._handles.append(register(hook))
+        for number, (_, parameter) in enumerate(trained):
+            register: Any = parameter.register_post_accumulate_grad_hook
+            self._handles.append(register(self._reducer.hook(number)))
             if not options.average:
-                node = torch.autograd.graph.get_gradient_edge(member.parameter).node
-                self._nodes.append(node)
-                self._handles.append(node.register_prehook(self._reducer.before(member.number)))
+                node = torch.autograd.graph.get_gradient_edge(parameter).node
+                self._reducer.nodes.append(node)
+                self._handles.append(node.register_prehook(self._reducer.before(number)))
 
     def broadcast(self) -> None:
         """Copy rank 0's parameters and buffers to all ranks once more; every rank calls."""
@@ -146,7 +168,10 @@ class GradientSync:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._nodes.clear()
+        self._reducer.nodes.clear()
+        for parameter in self._parameters:
+            _groups_of[parameter].discard(self.group)
+        self._parameters.clear()
 
     def __enter__(self) -> GradientSync:
         return self

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from colltensor.errors import GroupError
+from colltensor.errors import GroupError, OptionError
 from colltensor.group import Group
 from colltensor.torch.buckets import Bucket, Member, plan
 from colltensor.torch.compression import Compression
-from colltensor.torch.ending import Ending
+from colltensor.torch.ending import Ending, is_running
 from colltensor.types import ReduceOp
 
 
@@ -51,12 +51,13 @@ class Reducer:
 
     Attributes:
         paused: True while gradients are only accumulated.
+        nodes: Nodes of autograd with hooks of ours, kept because a parameter holds its own weakly.
     """
 
     def __init__(self, group: Group, members: Sequence[Member], options: Options) -> None:
         self.paused = False
+        self.nodes: list[Any] = []
         self._group = group
-        self._allreduce = group.allreduce
         self._members = members
         self._options = options
         self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
@@ -96,6 +97,7 @@ class Reducer:
                         self._ending = _none
                         raise
 
+        accumulated._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which imports
         return accumulated
 
     def before(self, number: int) -> Callable[[object], None]:
@@ -105,17 +107,23 @@ class Reducer:
     def _share(self, number: int) -> None:
         """Make a sum that every rank has this rank's share of it, so that the next sum counts it once."""
         reference = self._sums.pop(number, None)
-        gradient = self._members[number].parameter.grad
+        gradient = self._members[number].gradient
         if reference is not None and gradient is not None and reference() is gradient:
             gradient.detach().div_(self._group.world_size)
 
     def _begin(self) -> None:
         """Start a backward pass: its end is to call ``_finish``."""
+        if not is_running():
+            raise OptionError(
+                f"sync_gradients: the backward pass of rank {self._group.rank} is compiled "
+                "(torch._dynamo.config.compiled_autograd), and its end cannot be seen; compile the forward pass only"
+            )
         if self._next or self._running:
             raise GroupError(
                 f"sync_gradients: the last backward pass of rank {self._group.rank} ended with an exception after "
                 f"{self._next} of {len(self._buckets)} buckets had been reduced, so the ranks of group "
-                f"'{self._group.name}' are out of step; destroy the group, make it again, and call sync_gradients again"
+                f"'{self._group.name}' are out of step; remove() the handle, destroy the group, make it again, and "
+                "call sync_gradients again"
             )
         for bucket in self._buckets:
             bucket.waiting = bucket.expected
@@ -142,21 +150,22 @@ class Reducer:
             for member in bucket.members:
                 self._share(member.number)
         wire = bucket.collect()
-        self._next += 1
         if bucket.missing:
             self._missing += [(bucket, member) for member in bucket.missing]
         if bucket.tail is not None:
             self._write_presence(bucket.tail)
         compression, early = self._options.compression, self._options.early
         if compression is None:
-            work = self._allreduce(wire, self._op, async_op=early)
+            work = self._group.allreduce(wire, self._op, async_op=early)
+            self._next += 1  # where the ranks' calls differed, nothing has happened
             if early:
                 self._running.append((bucket, None, work))
             return
-        rounds = compression.reduce(bucket)
+        self._next += 1
+        rounds = iter(compression.reduce(bucket))
         if early:
             first = next(rounds, None)
-            work = None if first is None else self._allreduce(first, ReduceOp.AVERAGE, async_op=True)
+            work = None if first is None else self._group.allreduce(first, ReduceOp.AVERAGE, async_op=True)
             self._running.append((bucket, rounds, work))
         else:
             self._complete(bucket, rounds)
@@ -164,7 +173,7 @@ class Reducer:
     def _complete(self, bucket: Bucket, rounds: Iterator[torch.Tensor]) -> None:
         """Take a compressed bucket through the rest of its rounds."""
         for tensor in rounds:
-            self._allreduce(tensor, ReduceOp.AVERAGE)
+            self._group.allreduce(tensor, ReduceOp.AVERAGE)
         if not self._options.average:
             bucket.flat.mul_(self._group.world_size)
 
@@ -205,14 +214,14 @@ class Reducer:
         if presence is None:
             presence = torch.empty(len(self._members), dtype=torch.uint8)
             self._write_presence(presence)
-            self._allreduce(presence, ReduceOp.MAX)
+            self._group.allreduce(presence, ReduceOp.MAX)
         for bucket, member in self._missing:
             if presence[member.number] != 0:
                 bucket.adopt(member)
 
     def _note_sums(self) -> None:
         for member in self._members:
-            gradient = member.parameter.grad
+            gradient = member.gradient
             if gradient is not None:
                 self._sums[member.number] = weakref.ref(gradient)
 

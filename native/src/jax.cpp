@@ -66,7 +66,7 @@ bool is_plain_call(const JaxCall& call, const Group& group) {
     case Operation::kReduce:
     case Operation::kReduceScatter:
       return call.given_nbytes != 0 && find_reduction(code, static_cast<ReduceOp>(call.call.op)) != nullptr;
-    case Operation::kBroadcast: return call.call.root < ranks;
+    case Operation::kBroadcast: return call.call.root >= 0 && call.call.root < ranks;
     case Operation::kAllGather: return call.given_nbytes != 0;
     case Operation::kTransfer: return call.call.root != rank && call.call.source != rank;
     default: return false;

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from crew import FIRST_NODE, SECOND_NODE, Crew, Member, named_actors
+from crew import FIRST_NODE, SECOND_NODE, Crew, Member, left_in_ray, named_actors
 from pool import ONE_THREAD
 from ray.cluster_utils import Cluster
 
@@ -31,8 +33,14 @@ def search_path() -> str:
 
 @pytest.fixture(scope="session")
 def cluster(nothing_left: None) -> Iterator[Cluster]:
-    """Two nodes, simulated on this host, and this process connected to them."""
-    environment = {**ONE_THREAD, "PYTHONPATH": search_path(), "RAY_DEDUP_LOGS": "0"}
+    """Two nodes, simulated on this host, and this process connected to them; at the end Ray must hold nothing more.
+
+    The dashboard serves Ray's state API.
+    """
+    environment = {
+        **ONE_THREAD, "PYTHONPATH": search_path(), "RAY_DEDUP_LOGS": "0",
+        "RAY_metrics_report_interval_ms": "1000",  # so that tests need not wait for 10 s
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -40,19 +48,26 @@ def cluster(nothing_left: None) -> Iterator[Cluster]:
         try:
             for resource in (FIRST_NODE, SECOND_NODE):
                 cluster.add_node(
-                    num_cpus=1, resources={resource: 1.0}, object_store_memory=STORE_BYTES, include_dashboard=False
-                )
+                    num_cpus=1, resources={resource: 1.0}, object_store_memory=STORE_BYTES,
+                    include_dashboard=resource == FIRST_NODE,
+                )  # fmt: skip
             ray.init(address=cluster.address, log_to_driver=False)
             yield cluster
+            assert left_in_ray() == []
         finally:
             ray.shutdown()
             cluster.shutdown()
+            for folder in Path(tempfile.gettempdir()).glob("pymp-*"):  # the dashboard's, which Ray kills
+                shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
-def crew(cluster: Cluster) -> Crew:
+def crew(cluster: Cluster) -> Iterator[Crew]:
     """The session's actors; a test that ends one spawns its own instead."""
-    return Crew(CREW_SIZE)
+    crew = Crew(CREW_SIZE)
+    yield crew
+    for actor in crew.actors:
+        ray.kill(actor)
 
 
 @pytest.fixture(autouse=True)

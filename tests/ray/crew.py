@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_list
+from ray.util.state import list_actors, list_placement_groups
 
 import colltensor as col
 
@@ -111,6 +113,31 @@ def named_actors() -> list[str]:
             break
         time.sleep(0.02)
     return names
+
+
+def left_in_ray() -> list[str]:
+    """What Ray still has of ours: actors that are not dead, placement groups, keys; what is ending has a moment."""
+    deadline = time.monotonic() + 15.0
+    while found := [*_live_actors(), *_placement_groups(), *_keys()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return found
+
+
+def _live_actors() -> list[str]:
+    return [f"actor {entry.class_name} {entry.name!r}" for entry in list_actors(filters=[("state", "!=", "DEAD")])]
+
+
+def _placement_groups() -> list[str]:
+    groups = list_placement_groups(filters=[("state", "!=", "REMOVED")])
+    return [f"placement group {entry.placement_group_id}" for entry in groups]
+
+
+def _keys() -> list[str]:
+    """The keys in Ray's store that are named after us, or that its own groups meet by."""
+    names = (b"colltensor", b"collective")
+    return [f"key {key!r}" for key in _internal_kv_list(b"") if any(name in key.lower() for name in names)]
 
 
 def await_named_actor() -> None:

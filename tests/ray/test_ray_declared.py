@@ -310,14 +310,16 @@ def late_calls() -> None:
     from colltensor.ray import seat
 
     options = {"backend": "auto", "group_name": "late", "timeout_s": 5.0, "interface": None, "provider": None}
-    place = seat.Place("token", 0, 1, options)
-    said = seat.introduce(None, place, 5.0)
-    seat.leave(None, "token")
-    with pytest.raises(col.GroupError, match="given up"):
-        seat.listen(None, "token", "late", [said])
-    where = seat.listen(None, "token 2", "late", [seat.introduce(None, seat.Place("token 2", 0, 1, options), 5.0)])
-    seat._seats["token 2"].leave()
-    with pytest.raises(col.GroupError, match="given up"):
-        seat.connect(None, "token 2", "late", [where], 5.0)
+    first, second = (seat.Place(seat.Token("driver", number), 0, 1, options) for number in (1, 2))
+    said = seat.introduce(None, first, 5.0)
+    seat.leave(None, first.token)
+    with pytest.raises(col.GroupError, match="gave it up"):
+        seat.listen(None, first.token, "late", [said])
+    where = seat.listen(None, second.token, "late", [seat.introduce(None, second, 5.0)])
+    with pytest.raises(col.GroupError, match="makes it anew"):
+        seat.introduce(None, first, 5.0)
+    seat._seats[second.token].leave()
+    with pytest.raises(col.GroupError, match="gave it up"):
+        seat.connect(None, second.token, "late", [where], 5.0)
     assert not col.is_group_initialized("late")
-    seat.leave(None, "token 2")
+    seat.leave(None, second.token)

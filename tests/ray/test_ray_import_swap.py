@@ -68,14 +68,36 @@ PROGRAM = '''
             return "nothing"
 
 
+    @ray.remote(num_cpus=0)
+    class AsyncWorker:
+        async def run(self, rank):
+            col.init_collective_group(2, rank, Backend.GLOO)
+            buffer = np.full(2, rank + 1.0)
+            col.allreduce(buffer)
+            col.destroy_collective_group()
+            return buffer.tolist()
+
+
+    @ray.remote(num_cpus=0)
+    def task(rank):
+        col.init_collective_group(2, rank, Backend.GLOO)
+        buffer = np.full(2, rank + 1.0)
+        col.allreduce(buffer)
+        col.destroy_collective_group()
+        return buffer.tolist()
+
+
     ray.init(log_to_driver=False)
-    workers = [Worker.remote(rank) for rank in range(2)]
+    workers = [Worker.options(max_concurrency=2 - rank).remote(rank) for rank in range(2)]
     print(ray.get([worker.setup.remote(2, "imperative") for worker in workers]))
     print(ray.get([worker.compute.remote("imperative") for worker in workers]))
     print(ray.get([worker.teardown.remote("imperative") for worker in workers]))
     col.create_collective_group(workers, 2, [0, 1], backend="gloo", group_name="declared", gloo_timeout=30000)
     print(ray.get([worker.compute.remote("declared") for worker in workers]))
     print(ray.get([worker.fail.remote() for worker in workers]))
+    print(ray.get([task.remote(0), AsyncWorker.remote().run.remote(1)]))
+    col.create_collective_group(workers, 2, [0, 1], backend="gloo")
+    print([found[0] for found in ray.get([worker.compute.remote("default") for worker in workers])])
     print(col.gloo_available(), col.is_backend_available("GLOO"))
 '''
 
@@ -87,24 +109,51 @@ PRINTS = [
     [(False, -1), (False, -1)],
     [[[6.0] * 4, *SECOND, [2.0, 2.0]], [[6.0] * 4, *THIRD, [0.0, 1.0, 2.0]]],
     ["RuntimeError", "RuntimeError"],
+    [[3.0, 3.0]] * 2,
+    [[12.0] * 4] * 2,
     "True True",
 ]
 
 
 def test_a_program_runs_with_its_import_replaced(cluster: Cluster, tmp_path: Path) -> None:
+    """A threaded actor, an async one and a task; groups named and not, that these make and that the driver does."""
     program = textwrap.dedent(PROGRAM)
     line = "import ray.util.collective as col\n"
     assert program.count(line) == 1
     script = tmp_path / "program.py"
     script.write_text(program.replace(line, "import colltensor as col\n"))
-    root = str(Path(col.__file__).parent.parent)
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": root}
+    printed = printed_by(script, RAY_ADDRESS=cluster.address)
+    assert printed == [text if isinstance(text, str) else str(text) for text in PRINTS]
+
+
+LOCAL_PROGRAM = """
+    import numpy as np
+    import ray
+    import colltensor as col
+
+    @ray.remote(num_cpus=0)
+    def task(rank):
+        col.init_collective_group(2, rank)
+        return col.allreduce(np.full(2, rank + 1.0)).tolist()
+
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    print(ray.get([task.remote(rank) for rank in range(2)]))
+"""
+
+
+def test_a_program_starts_ray_itself(cluster: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(LOCAL_PROGRAM))
+    assert printed_by(script) == [str([[3.0, 3.0]] * 2)]
+
+
+def printed_by(script: Path, **environment: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90,
-        check=False,
+        [sys.executable, str(script)], cwd=script.parent, capture_output=True, text=True, timeout=90, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(col.__file__).parent.parent), **environment},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [text if isinstance(text, str) else str(text) for text in PRINTS]
+    return done.stdout.splitlines()
 
 
 THEIRS = sorted({*ray.util.collective.__all__, "synchronize"} - {"register_collective_backend"})

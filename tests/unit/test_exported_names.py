@@ -11,15 +11,15 @@ import colltensor as col
 
 NAMES = [
     "AliasError", "BackendUnavailableError", "BufferView", "CollectiveError", "CollectiveTimeoutError", "DType",
-    "Device", "DeviceError", "Group", "GroupError", "MismatchError", "OptionError", "PeerLostError", "RankError",
-    "ReadOnlyError", "ReduceOp", "ShapeError", "TensorError", "UnsupportedDTypeError", "UnsupportedTensorError",
-    "Work", "allgather", "allgather_multigpu", "allgather_object", "allreduce", "allreduce_multigpu", "alltoall",
-    "backend_unavailable_reason", "barrier", "broadcast", "broadcast_multigpu", "broadcast_object",
-    "create_collective_group", "destroy_collective_group", "gather", "get_collective_group_size",
-    "get_group_handle", "get_rank", "gloo_available", "init_collective_group", "is_backend_available",
-    "is_group_initialized", "nccl_available", "recv", "recv_multigpu", "reduce", "reduce_multigpu", "reducescatter",
-    "reducescatter_multigpu", "register_adapter", "register_backend", "scatter", "send", "send_multigpu",
-    "sendrecv", "synchronize",
+    "Device", "DeviceError", "Group", "GroupError", "MismatchError", "Operation", "OptionError", "PeerLostError",
+    "RankError", "ReadOnlyError", "ReduceOp", "ShapeError", "TensorError", "UnsupportedDTypeError",
+    "UnsupportedTensorError", "Work", "add_observer", "allgather", "allgather_multigpu", "allgather_object",
+    "allreduce", "allreduce_multigpu", "alltoall", "backend_unavailable_reason", "barrier", "broadcast",
+    "broadcast_multigpu", "broadcast_object", "collective_group", "create_collective_group", "destroy_collective_group",
+    "gather", "get_collective_group_size", "get_group_handle", "get_rank", "gloo_available", "init_collective_group",
+    "is_backend_available", "is_group_initialized", "nccl_available", "recv", "recv_multigpu", "reduce",
+    "reduce_multigpu", "reducescatter", "reducescatter_multigpu", "register_adapter", "register_backend",
+    "remove_observer", "scatter", "send", "send_multigpu", "sendrecv", "synchronize",
 ]
 
 RAY_SIGNATURES = {

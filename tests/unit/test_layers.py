@@ -39,10 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "engine", "work",
         "multigpu",
     },
-    "table": {"errors", "backends", "rendezvous", "group"},
-    "collectives": {*VALUES, "backends", "tree", "work", "group", "table"},
+    "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
+    "table": {"errors", "backends", "rendezvous", "group", "observers"},
+    "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
     "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table"},
-    "": {*VALUES, "adapters", "backends", "tree", "work", "group", "table", "collectives", "gradients"},
+    "": {*VALUES, "adapters", "backends", "tree", "work", "group", "observers", "table", "collectives",
+         "gradients"},
 }
 """The units of the package (a top-level module or folder; "" is ``__init__``) and what each may import."""
 

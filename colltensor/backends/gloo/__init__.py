@@ -5,6 +5,7 @@ Chooses one provider for all ranks. Imports neither torch nor pygloo nor numpy u
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import time
@@ -86,11 +87,17 @@ def _installed() -> dict[str, str]:
     found = {}
     for name in _PROVIDERS:
         if find_spec(name) is not None:
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                found[name] = "unknown"
+            found[name] = _version(name)
     return found
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """Return a package's version; kept, because it takes milliseconds to read and every group asks."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> str:

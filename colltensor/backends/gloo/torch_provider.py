@@ -127,7 +127,10 @@ class TorchProvider:
             waiter.join(_CLOSE_S)
         ended = not self._unfinished or self._end_unfinished()
         if not ended:
-            _log.debug("gloo: an operation in flight does not end; its process group is never freed")
+            _log.debug(
+                "group %r (rank %d): an operation of Gloo in flight does not end; its process group is never freed",
+                self._control.group_name, self._control.rank,
+            )
             never_free(group, self._unfinished)
         self._unfinished = []
         return ended

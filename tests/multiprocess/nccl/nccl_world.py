@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import device
+import numpy as np
 import pytest
-from device import DeviceAdapter, Driver, FrozenAdapter, Machine
+from device import DeviceAdapter, DeviceArray, Driver, FrozenAdapter, Machine
 
 from colltensor import adapters
 from colltensor.backends.nccl.backend import NcclBackend
+from colltensor.backends.nccl.members import Members
 from colltensor.group import Group, Recipe, connect
 from colltensor.rendezvous import meet, open_directory
 
 JOIN_S = 60.0
+COUNT = 37
 
 
 class Spec:
@@ -118,3 +121,19 @@ def world(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[
             adapters.known.pop(kind, None)
         machine.close()
 
+
+def values(rank: int, count: int = COUNT, dtype: str = "float32") -> np.ndarray:
+    return (np.arange(count) % 11 + rank + 1).astype(dtype)
+
+
+def on_device(rank: int, count: int = COUNT, dtype: str = "float32") -> DeviceArray:
+    """Return an array that gets its values only when the stream comes to them."""
+    tensor = DeviceArray(np.full(count, 77, dtype))
+    tensor.write(values(rank, count, dtype))
+    return tensor
+
+
+def as_if_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let synchronous calls go on the frameworks' streams, which they do not where ranks are threads."""
+    connect = Members._connect
+    monkeypatch.setattr(Members, "_connect", lambda *arguments: connect(*arguments)._replace(shared=False))

@@ -1,0 +1,219 @@
+"""Observers: told of every operation of this process's groups, for metrics, traces and logs.
+
+Without an observer nothing of this is in the way of a call: the methods of ``Group`` and ``MultiGpu`` are replaced by
+observed ones when the first observer comes, and put back when the last one goes. Imports no framework.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from colltensor.adapters import adapter_of
+from colltensor.errors import OptionError, TensorError
+from colltensor.group import Group
+from colltensor.multigpu import MultiGpu
+from colltensor.tree import flatten, is_container
+from colltensor.work import Work
+
+
+class Operation:
+    """One operation of one rank, as observers see it.
+
+    Attributes:
+        name: The method of ``Group`` that was called; those of ``Group.multigpu`` end in ``_multigpu``.
+        group: The group's name.
+        rank: This process's rank in it.
+        world_size: Its number of ranks.
+        nbytes: The size in bytes of what this rank brings: of ``tensor``, which is what every rank brings to an
+            allreduce, and of all entries of a list that is only read. In ``recv`` and ``scatter``, of what it takes; in
+            ``sendrecv``, of what it sends; of objects, pickled. 0 for ``barrier`` and ``split``.
+        duration_s: Seconds from the call until it returned, or for an asynchronous call until it was done; on a GPU
+            until it was queued. None while it lasts.
+        error: What it raised, or None.
+    """
+
+    __slots__ = ("duration_s", "error", "group", "name", "nbytes", "rank", "world_size")
+
+    def __init__(self, name: str, group: str, rank: int, world_size: int, nbytes: int) -> None:
+        self.name = name
+        self.group = group
+        self.rank = rank
+        self.world_size = world_size
+        self.nbytes = nbytes
+        self.duration_s: float | None = None
+        self.error: BaseException | None = None
+
+    def __repr__(self) -> str:
+        return f"Operation({self.name!r}, {self.group!r}, rank {self.rank} of {self.world_size}, {self.nbytes} bytes)"
+
+
+Observer = Callable[[Operation], "Callable[[], None] | None"]
+
+_OPERATIONS: Final = {
+    "allreduce": (0, "tensor"), "reduce": (0, "tensor"), "broadcast": (0, "tensor"), "allgather": (1, "tensor"),
+    "gather": (1, "tensor"), "scatter": (0, "tensor"), "reducescatter": (1, "tensor_list"),
+    "alltoall": (1, "input_list"), "send": (0, "tensor"), "recv": (0, "tensor"), "sendrecv": (0, "send_tensor"),
+    "barrier": (-1, ""), "split": (-1, ""),
+}
+"""Methods of ``Group``, and the argument that says how much this rank brings."""
+_MULTIGPU_OPERATIONS: Final = {
+    "allreduce": (0, "tensor_list"), "reduce": (0, "tensor_list"), "broadcast": (0, "tensor_list"),
+    "allgather": (1, "input_tensor_list"), "reducescatter": (1, "input_tensor_lists"),
+}
+_VARIABLE: Final = "COLLTENSOR_OBSERVE"
+
+_log: Final = logging.getLogger(__name__)
+_lock: Final = threading.Lock()
+_observers: tuple[Observer, ...] = ()
+_plain: Final[list[tuple[type, str, Any]]] = []
+"""The methods that observed ones stand for at the moment."""
+_heeded = False
+on_start: Final[list[Callable[[], None]]] = []
+"""Called when the first observer comes: whoever reaches a group's wire without its methods must use them now."""
+
+
+def add_observer(observer: Observer) -> None:
+    """Have every operation of this process's groups, those there are and those to come, told to ``observer``.
+
+    Args:
+        observer: Called with the ``Operation`` in the caller's thread before it begins. What it returns, unless None,
+            is called when the operation is over, with ``duration_s`` and ``error`` set: of an asynchronous one in the
+            thread that ends it. Neither may call collectives or wait. What they raise is logged and changes nothing.
+    """
+    global _observers
+    if not callable(observer):
+        raise OptionError(f"add_observer: expected a function of an Operation, got {observer!r}")
+    with _lock:
+        _observers = (*_observers, observer)
+        if not _plain:
+            _replace_methods()
+            for start in on_start:
+                start()
+
+
+def remove_observer(observer: Observer) -> None:
+    """Tell ``observer`` nothing more, but the ends of what it has seen begin; nothing happens if it is not there."""
+    global _observers
+    with _lock:
+        _observers = tuple(other for other in _observers if other != observer)
+        if not _observers:
+            while _plain:
+                setattr(*_plain.pop())
+
+
+def is_observed() -> bool:
+    """Return whether there is an observer."""
+    return bool(_observers)
+
+
+def heed_environment() -> None:
+    """Start what ``COLLTENSOR_OBSERVE`` asks for, once a process.
+
+    Raises:
+        OptionError: It asks for something that cannot be had here.
+    """
+    global _heeded
+    asked = os.environ.get(_VARIABLE, "")
+    if asked and not _heeded:
+        words = {word.strip() for word in asked.split(",")}
+        if not words <= {"metrics", "timeline"}:
+            raise OptionError(f"{_VARIABLE}: expected 'metrics', 'timeline' or 'metrics,timeline', got {asked!r}")
+        observe = importlib.import_module("colltensor.ray.observe").observe
+        observe(metrics="metrics" in words, timeline="timeline" in words)
+        _heeded = True
+
+
+def _replace_methods() -> None:
+    for name, (index, argument) in _OPERATIONS.items():
+        _replace_method(Group, name, functools.partial(_observed, name, index, argument))
+    for name, (index, argument) in _MULTIGPU_OPERATIONS.items():
+        _replace_method(MultiGpu, name, functools.partial(_observed, f"{name}_multigpu", index, argument))
+    _replace_method(Group, "_exchange", _observed_exchange)
+
+
+def _replace_method(owner: type, name: str, observed: Callable[[Any], Any]) -> None:
+    method = getattr(owner, name)
+    _plain.append((owner, name, method))
+    setattr(owner, name, observed(method))
+
+
+def _observed(name: str, index: int, argument: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that does what ``method`` does, and is observed."""
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        brought = None if index < 0 else args[index] if index < len(args) else options.get(argument)
+        end = _begin(Operation(name, self.name, self.rank, self.world_size, _nbytes(brought)))
+        try:
+            result = method(self, *args, **options)
+        except BaseException as error:
+            end(error)
+            raise
+        if options.get("async_op") and isinstance(result, Work):
+            result.add_done_callback(end)
+        else:
+            end(None)
+        return result
+
+    return call
+
+
+def _observed_exchange(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``Group._exchange``, observed: the collectives of objects know there what they bring."""
+    @functools.wraps(method)
+    def call(self: Any, name: str, payload: bytes, root: int) -> Any:
+        if name == "split":  # observed as a whole
+            return method(self, name, payload, root)
+        end = _begin(Operation(name, self.name, self.rank, self.world_size, len(payload)))
+        try:
+            found = method(self, name, payload, root)
+        except BaseException as error:
+            end(error)
+            raise
+        end(None)
+        return found
+
+    return call
+
+
+def _begin(operation: Operation) -> Callable[[BaseException | None], None]:
+    """Tell all observers that an operation begins, and return what tells them that it is over."""
+    ends = [end for observer in _observers if (end := _told(operation, observer, operation)) is not None]
+    began = time.perf_counter()
+
+    def over(error: BaseException | None) -> None:
+        operation.duration_s = time.perf_counter() - began
+        operation.error = error
+        for end in ends:
+            _told(operation, end)
+
+    return over
+
+
+def _told(operation: Operation, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception:  # noqa: BLE001 - whoever watches a collective must not break it
+        _log.exception(
+            "group %r (rank %d): %s: observer %r raised", operation.group, operation.rank, operation.name, function
+        )
+        return None
+
+
+def _nbytes(brought: Any) -> int:
+    """Return the size of a tensor or a tree of tensors; 0 for what is none, which the operation itself refuses."""
+    nbytes = getattr(brought, "nbytes", None)
+    if nbytes.__class__ is int:
+        return int(nbytes)
+    if is_container(brought):
+        return sum(_nbytes(leaf) for leaf in flatten(brought)[0])
+    try:
+        return 0 if brought is None else adapter_of(brought).source(brought).nbytes
+    except TensorError:
+        return 0

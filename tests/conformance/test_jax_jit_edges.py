@@ -1,0 +1,166 @@
+"""Collectives inside ``jax.jit`` in unusual company: several devices, threads, no jit, closures, axis names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+from pool import RankPool
+from test_jax_jit import _jax
+from worlds import World
+
+import colltensor as col
+
+pytestmark = [pytest.mark.needs("jax"), pytest.mark.shm, pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"
+)]
+SHARED = World(2, "shm", None)
+
+
+def closures(rank: int, size: int, world: World) -> None:
+    group = world.group()
+    jax, jnp, cj = _jax()
+    x = jnp.arange(1.0, 4.0) * (rank + 1)
+    total = sum(range(1, size + 1))
+
+    def within(w: Any, y: Any) -> Any:
+        return cj.ordered(lambda z: (cj.allreduce(z * w, group) * jnp.arange(1.0, 4.0)).sum())(y)
+
+    for wrap in (lambda f: f, jax.jit):
+        value = wrap(within)(x, jnp.ones(3))
+        assert np.allclose(value, total * 14)
+        gradient = wrap(jax.grad(within))(x, 2 * jnp.ones(3))
+        assert np.allclose(gradient, 2 * size * np.arange(1.0, 4.0))
+        gradient = wrap(jax.grad(lambda w: within(w, 2 * w)))(x)
+        assert np.allclose(gradient, 4 * size * np.asarray(x) * np.arange(1.0, 4.0))
+        values = wrap(jax.vmap(within, in_axes=(0, None)))(jnp.stack([x, 2 * x]), jnp.ones(3))
+        assert np.allclose(values, [total * 14, total * 28])
+
+
+def test_an_ordered_function_may_close_over_what_is_traced(pool: RankPool) -> None:
+    pool.run(2, closures, SHARED)
+
+
+def axis_names(rank: int, size: int, world: World) -> None:
+    group = world.group()
+    jax, jnp, cj = _jax()
+    for wrap in (lambda f: f, cj.ordered):
+        mapped = jax.vmap(wrap(lambda a: jax.lax.psum(cj.allreduce(a, group), "batch")), axis_name="batch")
+        assert np.allclose(mapped(jnp.ones((3, 2))), 3 * size)
+        assert np.allclose(jax.jit(mapped)(jnp.ones((3, 2))), 3 * size)
+
+
+def test_a_vectorised_axis_has_its_name_in_an_ordered_function(pool: RankPool) -> None:
+    pool.run(2, axis_names, SHARED)
+
+
+def without_jit(rank: int, size: int, world: World) -> None:
+    group = world.group()
+    jax, jnp, cj = _jax()
+    with jax.disable_jit():
+        for function in (lambda a: cj.allreduce(a, group), cj.ordered(lambda a: cj.allreduce(a, group))):
+            assert np.allclose(function(jnp.full(3, rank + 1.0)), sum(range(1, size + 1)))
+            assert np.allclose(jax.grad(lambda a, f=function: f(a).sum())(jnp.ones(3)), size)
+
+
+def test_with_jit_disabled(pool: RankPool) -> None:
+    pool.run(2, without_jit, SHARED)
+
+
+def wrong_ranks(rank: int, size: int, world: World) -> None:
+    group = world.group()
+    jax, jnp, cj = _jax()
+    x = jnp.ones(3)
+    calls = [
+        lambda r: cj.broadcast(x, r, group), lambda r: cj.reduce(x, r, group), lambda r: cj.send(x, r, group),
+        lambda r: cj.recv(x, r, group), lambda r: cj.sendrecv(x, r, rank, group),
+        lambda r: cj.sendrecv(x, rank, r, group),
+    ]
+    for call in calls:
+        for wrong in (-1, size, 1.0, "0"):
+            with pytest.raises(col.RankError, match=rf"expected 0 to {size - 1}, got"):
+                call(wrong)
+        with pytest.raises(col.RankError, match="static_argnums"):
+            jax.jit(call)(0)
+    assert float(cj.broadcast(x, np.int64(size - 1), group)[0]) == 1
+
+
+def test_ranks_that_there_are_not(pool: RankPool) -> None:
+    """Minus one stood for "no rank", and ended the process inside of XLA."""
+    pool.run(2, wrong_ranks, SHARED)
+
+
+def nothing_to_move(rank: int, size: int, world: World) -> None:
+    group = world.group()
+    jax, jnp, cj = _jax()
+    tree = {"a": jnp.full(2, rank + 1.0), "n": jnp.ones(2, "int32"), "none": None}
+    gradients = jax.grad(lambda t: (t["a"] ** 2).sum(), allow_int=True)(tree)
+    found = cj.tree_allreduce(gradients, group, col.ReduceOp.AVERAGE)
+    assert np.allclose(found["a"], size + 1)
+    assert found["n"].dtype == jax.dtypes.float0
+    assert found["none"] is None
+
+
+def test_gradients_of_integers(pool: RankPool) -> None:
+    pool.run(2, nothing_to_move, SHARED)
+
+
+def _alone(script: str) -> str:
+    """Run a script in a process of its own, with two devices of JAX's; return what it prints."""
+    options = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, **options},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_computation_over_several_devices_is_refused() -> None:
+    """Inside of an ordered function JAX did not see it: both devices called, in any order."""
+    found = _alone("""
+        import jax, jax.numpy as jnp, numpy as np
+        import colltensor as col, colltensor.jax as cj
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        group = col.init_collective_group(1, 0)
+        mesh, parts = Mesh(np.array(jax.devices()), ("i",)), PartitionSpec("i")
+        x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, parts))
+        both = lambda f: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=parts, out_specs=parts, check_vma=False))
+        reduce = lambda a: cj.allreduce(a, group)
+        for name, call in {
+            "eager": reduce, "jit": jax.jit(reduce), "ordered": jax.jit(cj.ordered(reduce)), "mapped": both(reduce),
+            "mapped ordered": both(cj.ordered(reduce)), "pmap": lambda a: jax.pmap(cj.ordered(reduce))(a.reshape(2, 4)),
+        }.items():
+            try:
+                print(name, call(x))
+            except (ValueError, col.DeviceError) as error:
+                print(name, "refused:", error)
+        print(jax.jit(reduce)(jax.device_put(jnp.arange(3.0), jax.devices()[1])))
+    """)
+    *refused, last = found.strip().splitlines()
+    assert len(refused) == 6
+    assert all("refused:" in line and "device" in line for line in refused), found
+    assert last == "[0. 1. 2.]"
+
+
+def test_threads_that_come_first_together() -> None:
+    found = _alone("""
+        import threading
+        import jax, jax.numpy as jnp
+        import colltensor as col, colltensor.jax as cj
+        groups = [col.init_collective_group(1, 0, group_name=str(number)) for number in range(8)]
+        start, found = threading.Barrier(8), []
+        def call(group):
+            start.wait()
+            found.append(float(jax.jit(lambda a: cj.allreduce(a, group))(jnp.ones(3))[0]))
+        threads = [threading.Thread(target=call, args=(group,)) for group in groups]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        print(*found)
+    """)
+    assert found.split() == ["1.0"] * 8

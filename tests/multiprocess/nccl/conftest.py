@@ -1,0 +1,23 @@
+"""The fixtures of the nccl backend's tests on a device of pretence.
+
+Ranks are threads. That NCCL itself does what is asked of it needs a GPU: ``tests/gpu``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nccl_world import World, world
+
+
+@pytest.fixture(params=[2, 3, 4])
+def size(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[World]:
+    with world(tmp_path, monkeypatch, seed=len(request.node.name)) as made:
+        yield made

@@ -1,0 +1,296 @@
+"""The nccl backend on a device of pretence: every operation, in place, and every type of element."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from device import DeviceArray
+from nccl_world import COUNT, World, on_device, values
+
+import colltensor as col
+from colltensor import ReduceOp
+from colltensor.group import Group
+
+pytestmark = pytest.mark.slow
+
+
+class TestOperations:
+    """Every operation, in place, compared with numpy."""
+
+    def test_allreduce(self, ranks: World, size: int) -> None:
+        def run(group: Group) -> np.ndarray:
+            tensor = on_device(group.rank)
+            assert group.allreduce(tensor) is tensor
+            return tensor.read()
+
+        expected = sum(values(rank) for rank in range(size))
+        for result in ranks.values(size, run):
+            np.testing.assert_array_equal(result, expected)
+
+    def test_reduce_leaves_the_other_ranks_as_they_were(self, ranks: World, size: int) -> None:
+        def run(group: Group) -> np.ndarray:
+            return group.reduce(on_device(group.rank), 1).read()
+
+        for rank, result in enumerate(ranks.values(size, run)):
+            expected = sum(values(r) for r in range(size)) if rank == 1 else values(rank)
+            np.testing.assert_array_equal(result, expected)
+
+    def test_broadcast(self, ranks: World, size: int) -> None:
+        results = ranks.values(size, lambda group: group.broadcast(on_device(group.rank), size - 1).read())
+        for result in results:
+            np.testing.assert_array_equal(result, values(size - 1))
+
+    @pytest.mark.parametrize("row", [False, True])
+    def test_allgather(self, ranks: World, size: int, row: bool) -> None:
+        def run(group: Group) -> list[np.ndarray]:
+            whole = np.zeros((size, COUNT), np.float32)
+            outputs = [DeviceArray(whole[r] if row else np.zeros(COUNT, np.float32)) for r in range(size)]
+            group.allgather(outputs, on_device(group.rank))
+            return [output.read() for output in outputs]
+
+        for result in ranks.values(size, run):
+            np.testing.assert_array_equal(result, [values(rank) for rank in range(size)])
+        assert all(names == (("allGather",) if row else ("broadcast",) * size) for _, names in ranks.machine.calls)
+
+    @pytest.mark.parametrize("row", [False, True])
+    @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.MAX])
+    def test_reducescatter(self, ranks: World, size: int, row: bool, op: ReduceOp) -> None:
+        def run(group: Group) -> np.ndarray:
+            whole = np.zeros((size, COUNT), np.float32)
+            sources = [DeviceArray(whole[r] if row else np.zeros(COUNT, np.float32)) for r in range(size)]
+            for index, source in enumerate(sources):
+                source.write(values(10 * group.rank + index))
+            target = DeviceArray(np.zeros(COUNT, np.float32))
+            group.reducescatter(target, sources, op)
+            for index, source in enumerate(sources):
+                np.testing.assert_array_equal(source.read(), values(10 * group.rank + index))
+            return target.read()
+
+        for rank, result in enumerate(ranks.values(size, run)):
+            given = [values(10 * r + rank) for r in range(size)]
+            np.testing.assert_array_equal(result, np.sum(given, 0) if op is ReduceOp.SUM else np.max(given, 0))
+
+    def test_gather_and_scatter(self, ranks: World, size: int) -> None:
+        def run(group: Group) -> Any:
+            root = group.rank == 1
+            outputs = [DeviceArray(np.zeros(COUNT, np.float32)) for _ in range(size)] if root else None
+            group.gather(outputs, on_device(group.rank), 1)
+            target = DeviceArray(np.zeros(COUNT, np.float32))
+            group.scatter(target, [on_device(50 + r) for r in range(size)] if root else None, 1)
+            return [output.read() for output in outputs or ()], target.read()
+
+        for rank, (gathered, scattered) in enumerate(ranks.values(size, run)):
+            np.testing.assert_array_equal(scattered, values(50 + rank))
+            if rank == 1:
+                np.testing.assert_array_equal(gathered, [values(r) for r in range(size)])
+
+    def test_alltoall(self, ranks: World, size: int) -> None:
+        def run(group: Group) -> list[np.ndarray]:
+            outputs = [DeviceArray(np.zeros(COUNT, np.float32)) for _ in range(size)]
+            group.alltoall(outputs, [on_device(10 * group.rank + r) for r in range(size)])
+            return [output.read() for output in outputs]
+
+        for rank, result in enumerate(ranks.values(size, run)):
+            np.testing.assert_array_equal(result, [values(10 * r + rank) for r in range(size)])
+
+    def test_send_and_recv_concern_two_ranks(self, ranks: World, size: int) -> None:
+        def run(group: Group) -> Any:
+            if group.rank == 0:
+                group.send([on_device(5), on_device(6, 3)], size - 1)
+            elif group.rank == size - 1:
+                got = [DeviceArray(np.zeros(COUNT, np.float32)), DeviceArray(np.zeros(3, np.float32))]
+                return [tensor.read() for tensor in group.recv(got, 0)]
+            return None
+
+        first, second = ranks.values(size, run)[-1]
+        np.testing.assert_array_equal(first, values(5))
+        np.testing.assert_array_equal(second, values(6, 3))
+
+    def test_sendrecv_round_a_ring(self, ranks: World, size: int) -> None:
+        def run(group: Group) -> np.ndarray:
+            target = DeviceArray(np.zeros(COUNT, np.float32))
+            for _ in range(3):
+                group.sendrecv(on_device(group.rank), (group.rank + 1) % size, target, (group.rank - 1) % size)
+            return target.read()
+
+        for rank, result in enumerate(ranks.values(size, run)):
+            np.testing.assert_array_equal(result, values((rank - 1) % size))
+
+    def test_sendrecv_to_itself_asks_nobody(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            if group.rank == 0:
+                target = DeviceArray(np.zeros(COUNT, np.float32))
+                group.sendrecv(on_device(3), 0, target, 0)
+                return target.read()
+            return None
+
+        np.testing.assert_array_equal(ranks.values(2, run)[0], values(3))
+
+    def test_empty_tensors(self, ranks: World) -> None:
+        def run(group: Group) -> int:
+            empty = DeviceArray(np.zeros(0, np.float32))
+            group.allreduce(empty)
+            group.broadcast(empty)
+            group.alltoall([DeviceArray(np.zeros(0, np.float32)) for _ in range(2)], [empty, empty])
+            return len(empty.read())
+
+        assert ranks.values(2, run) == [0, 0]
+        assert ranks.machine.calls == []
+
+    def test_nothing_is_sent_to_a_rank(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            if group.rank == 1:
+                time.sleep(2)
+            group.send([], 1) if group.rank == 0 else group.recv([], 0)
+            return group.allreduce(on_device(group.rank)).read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0) + values(1))
+
+    def test_a_list_is_one_group_of_calls(self, ranks: World) -> None:
+        def run(group: Group) -> list[np.ndarray]:
+            big = 1 << 18  # not fused
+            tensors = {"a": on_device(group.rank, big), "b": on_device(group.rank, 5), "c": on_device(group.rank, 6)}
+            return [tensor.read() for tensor in group.allreduce(tensors).values()]
+
+        for result in ranks.values(2, run):
+            for found, count in zip(result, (1 << 18, 5, 6), strict=True):
+                np.testing.assert_array_equal(found, values(0, count) + values(1, count))
+        assert [names for _, names in ranks.machine.calls] == [("allReduce", "allReduce")] * 2
+
+    def test_objects_barrier_and_split(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            part = group.split(group.rank % 2)
+            assert part is not None
+            total = part.allreduce(on_device(group.rank)).read()
+            group.barrier()
+            part.destroy()
+            return total, group.allgather_object(group.rank)
+
+        for rank, (total, everyone) in enumerate(ranks.values(4, run)):
+            np.testing.assert_array_equal(total, values(rank % 2) + values(rank % 2 + 2))
+            assert everyone == [0, 1, 2, 3]
+
+    def test_the_group_can_be_made_again(self, ranks: World) -> None:
+        for _ in range(3):
+            for result in ranks.values(2, lambda group: group.allreduce(on_device(group.rank)).read()):
+                np.testing.assert_array_equal(result, values(0) + values(1))
+
+
+class TestElements:
+    """Data types and reduce ops."""
+
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float64"])
+    @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX])
+    def test_numbers(self, ranks: World, dtype: str, op: ReduceOp) -> None:
+        results = ranks.values(3, lambda group: group.allreduce(on_device(group.rank, dtype=dtype), op).read())
+        function = {"SUM": np.sum, "PRODUCT": np.prod, "MIN": np.min, "MAX": np.max}[op.name]
+        expected = function([values(rank, dtype=dtype) for rank in range(3)], 0).astype(dtype)
+        for result in results:
+            np.testing.assert_array_equal(result, expected)
+
+    @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.AVERAGE, ReduceOp.MIN, ReduceOp.MAX])
+    def test_bfloat16(self, ranks: World, op: ReduceOp) -> None:
+        def run(group: Group) -> np.ndarray:
+            bits = (values(2 * group.rank).view(np.uint32) >> 16).astype(np.uint16)
+            tensor = DeviceArray(np.zeros(COUNT, np.uint16), "bfloat16")
+            tensor.write(bits)
+            return (group.allreduce(tensor, op).read().astype(np.uint32) << 16).view(np.float32)
+
+        function = {"SUM": np.sum, "AVERAGE": np.mean, "MIN": np.min, "MAX": np.max}[op.name]
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, function([values(0), values(2)], 0))
+
+    @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+    @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.AVERAGE])
+    def test_complex_numbers_are_pairs(self, ranks: World, dtype: str, op: ReduceOp) -> None:
+        def run(group: Group) -> np.ndarray:
+            tensor = DeviceArray(np.zeros(COUNT, dtype))
+            tensor.write(values(2 * group.rank) + 1j * values(4 * group.rank))
+            return group.allreduce(tensor, op).read()
+
+        total = values(0) + values(2) + 1j * (values(0) + values(4))
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, total / (2 if op is ReduceOp.AVERAGE else 1))
+
+    @pytest.mark.parametrize(
+        ("op", "function"),
+        [(ReduceOp.SUM, np.logical_or), (ReduceOp.MAX, np.logical_or), (ReduceOp.BOR, np.logical_or),
+         (ReduceOp.PRODUCT, np.logical_and), (ReduceOp.MIN, np.logical_and), (ReduceOp.BAND, np.logical_and)],
+    )
+    def test_bool(self, ranks: World, op: ReduceOp, function: Any) -> None:
+        given = [np.array([0, 0, 1, 1], bool), np.array([0, 1, 0, 1], bool)]
+
+        def run(group: Group) -> np.ndarray:
+            tensor = DeviceArray(np.zeros(4, bool))
+            tensor.write(given[group.rank])
+            return group.allreduce(tensor, op).read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result.view(np.uint8), function(*given).view(np.uint8))
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+    @pytest.mark.parametrize("op", [ReduceOp.MIN, ReduceOp.MAX])
+    def test_least_and_greatest_keep_nan_whichever_rank_has_it(self, ranks: World, dtype: str, op: ReduceOp) -> None:
+        special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1.5, -2.5, 65504, 6e-8], dtype)
+        first, second = (array.ravel() for array in np.meshgrid(special, special))
+
+        def run(group: Group) -> np.ndarray:
+            tensor = DeviceArray(np.zeros(first.size, dtype))
+            tensor.write(first if group.rank == 0 else second)
+            return group.allreduce(tensor, op).read()
+
+        expected = (np.minimum if op is ReduceOp.MIN else np.maximum)(first, second)
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, expected)
+
+    @pytest.mark.parametrize(
+        ("dtype", "op"),
+        [("int16", ReduceOp.SUM), ("uint16", ReduceOp.MAX), ("int32", ReduceOp.BAND), ("bool", ReduceOp.BXOR),
+         ("float8_e5m2", ReduceOp.SUM), ("int32", ReduceOp.AVERAGE), ("complex64", ReduceOp.MAX)],
+    )
+    def test_what_it_cannot_do_is_refused_by_name(self, ranks: World, dtype: str, op: ReduceOp) -> None:
+        def run(group: Group) -> str:
+            raw = np.zeros(8, {"float8_e5m2": "uint8"}.get(dtype, dtype))
+            with pytest.raises(col.errors.UnsupportedDTypeError) as caught:
+                group.allreduce(DeviceArray(raw, dtype), op)
+            return str(caught.value)
+
+        for message in ranks.values(2, run):
+            assert dtype in message
+            assert op.name in message
+
+    @pytest.mark.parametrize("dtype", ["int16", "uint16", "float8_e4m3fn"])
+    def test_every_type_can_be_moved(self, ranks: World, dtype: str) -> None:
+        def run(group: Group) -> np.ndarray:
+            raw = DeviceArray(np.zeros(7, "uint8" if "float8" in dtype else dtype), dtype)
+            raw.write(np.arange(7) + group.rank)
+            return group.broadcast(raw, 1).read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, np.arange(7) + 1)
+
+    def test_strided_tensors_are_packed_on_the_device(self, ranks: World) -> None:
+        def run(group: Group) -> np.ndarray:
+            whole = np.full((6, 8), 99, np.float32)
+            tensor = DeviceArray(whole.T[1::2, ::-1])
+            tensor.write(values(group.rank, 24).reshape(4, 6))
+            group.allreduce(tensor)
+            tensor.read()
+            return whole
+
+        for whole in ranks.values(2, run):
+            np.testing.assert_array_equal(whole.T[1::2, ::-1].ravel(), values(0, 24) + values(1, 24))
+            assert (whole.T[::2] == 99).all()
+
+    def test_copy_false_refuses_packing_and_keys(self, ranks: World) -> None:
+        def run(group: Group) -> None:
+            with pytest.raises(col.errors.OptionError, match="copy=False"):
+                group.allreduce(DeviceArray(np.zeros((4, 4), np.float32).T[::2]), copy=False)
+            with pytest.raises(col.errors.OptionError, match="copy=False"):
+                group.allreduce(on_device(0), ReduceOp.MAX, copy=False)
+
+        ranks.values(2, run)
