@@ -90,6 +90,10 @@ class Direct:
                     note(tensor)
         return True
 
+    def renew(self) -> None:
+        """Take the backend's function again, which has another timeout."""
+        self._call = self._backend.direct
+
     def finish_allreduce(self, tensor: Any, op: ReduceOp, code: int) -> bool:
         """End an allreduce that was not done at once; False if it must go the general way."""
         return self.finish(DIRECT["allreduce"], op, NO_RANK, NO_RANK, (tensor,), code)

@@ -23,7 +23,7 @@ from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
 from colltensor.engine import Engine, Transfer
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError, OptionError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
@@ -553,6 +553,20 @@ class Group:
         if self._direct is not None:
             self._direct.before = wait
         self._allreduce = self._barrier = None  # by way of the engine, which waits
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone."""
+        self.timeout_s = self._engine.timeout_s = timeout_s
+        if self._signer is None:
+            return
+        self._signer.set_timeout(timeout_s)
+        self._direct.renew()
+        if self._allreduce is not None:
+            self._allreduce, self._barrier = self._signer.direct_allreduce, self._signer.direct_barrier
+
+    def lost(self, rank: int) -> PeerLostError | None:
+        """Ask whether ``rank`` is still there, in any thread and whatever it does; return the error if it is not."""
+        return None if self._control is None else self._control.gone("asking", [rank])
 
     def shared_memory(self) -> int:
         """Return the group's number in the native library, or -1 if it is not in shared memory."""

@@ -272,6 +272,9 @@ class SigningBackend(Backend, Protocol):
 
     number: int
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Let direct calls wait so long for other ranks: ``direct`` and its siblings are other functions afterwards."""
+
     def hold(self, deadline: float) -> None:
         """Take the turn for one call, waiting for a direct call of another thread."""
 

@@ -1,12 +1,14 @@
 """For torch users only. Imports torch; nothing outside this folder imports it but by name, when it is needed.
 
 ``sync_gradients`` keeps the gradients of one's own training loop in step; the collectives here return new tensors and
-are differentiated by autograd (the package's own work in place, and autograd does not see them).
+are differentiated by autograd (the package's own work in place, and autograd does not see them). Importing this
+registers the backend ``colltensor`` with torch.distributed.
 """
 
 from __future__ import annotations
 
 from colltensor.torch.buckets import Bucket
+from colltensor.torch.c10d.registration import register
 from colltensor.torch.collectives import (
     allgather,
     allreduce,
@@ -27,3 +29,5 @@ __all__ = [
     "Bucket", "Compression", "GradientSync", "PowerSGD", "allgather", "allreduce", "alltoall", "broadcast", "gather",
     "recv", "reduce", "reducescatter", "scatter", "send", "sync_gradients",
 ]
+
+register()

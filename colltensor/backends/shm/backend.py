@@ -52,15 +52,21 @@ class ShmBackend:
         self._signed_transfers: dict[tuple[int, int], Signed] = {}
         self._outcomes = Outcomes(control, segment.library, segment.handle)
         segment.stop.append(self._outcomes.stop)
-        timeout_ns = int(timeout_s * 1e9)
-        patient = segment.library.shm_patient_function(segment.handle, timeout_ns)
-        self._resume = segment.library.shm_resume_function(segment.handle, timeout_ns)
-        brief = segment.library.shm_brief_function(segment.handle)
-        brief.release_gil = False
+        self._crowded = segment.crowded
+        self.set_timeout(timeout_s)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Make the functions of direct calls, which know how long to wait."""
+        native, handle, timeout_ns = self._native, self._handle, int(timeout_s * 1e9)
+        self._resume = native.shm_resume_function(handle, timeout_ns)
         # Where ranks share cores the others seldom come within microseconds: wait without the interpreter lock at once.
-        self.direct_allreduce: Callable[[Any, int], int] = patient if segment.crowded else brief
-        self.direct_barrier: Callable[[], int] = segment.library.shm_barrier_function(segment.handle, timeout_ns)
-        self.direct: Callable[..., int] = segment.library.shm_direct_function(segment.handle, timeout_ns)
+        if self._crowded:
+            self.direct_allreduce: Callable[[Any, int], int] = native.shm_patient_function(handle, timeout_ns)
+        else:
+            self.direct_allreduce = brief = native.shm_brief_function(handle)
+            brief.release_gil = False
+        self.direct_barrier: Callable[[], int] = native.shm_barrier_function(handle, timeout_ns)
+        self.direct: Callable[..., int] = native.shm_direct_function(handle, timeout_ns)
 
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted: 16-bit floats are widened in registers."""

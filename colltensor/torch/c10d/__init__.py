@@ -1,0 +1,11 @@
+"""torch.distributed on our wires: ``dist.init_process_group("cpu:colltensor")`` after ``import colltensor.torch``.
+
+    registration    tells torch of the backend
+    process_group   the ProcessGroup: all collectives, on one Group
+    transfers       send and recv by tag, on a Group for each direction of a pair
+    sparse          the allreduce of sparse tensors
+    line, work      the order of operations; their handles and futures
+    meeting         how ranks meet through a c10d store
+
+Imports nothing by itself: torch may have been built without torch.distributed.
+"""

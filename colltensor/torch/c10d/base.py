@@ -1,0 +1,268 @@
+"""BaseProcessGroup: what a process group is made of, how its operations run, point-to-point, and its end.
+
+Imports torch, and of the package errors and group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from colltensor.errors import GroupError, RankError
+from colltensor.group import Group
+from colltensor.torch.c10d.line import Line
+from colltensor.torch.c10d.meeting import meet
+from colltensor.torch.c10d.others import Others
+from colltensor.torch.c10d.tensors import bare, only
+from colltensor.torch.c10d.transfers import PATIENCE_S, Transfers
+from colltensor.torch.c10d.work import FinishedWork, Operation, PendingWork
+
+if TYPE_CHECKING:
+    _ProcessGroup = object  # each of its methods has several signatures, none of which is what torch itself calls
+else:
+    _ProcessGroup = dist.ProcessGroup
+
+_UNSET: Final = timedelta(milliseconds=-1)
+_DRAIN_S: Final = 5.0
+_ASK_EVERY_S: Final = 0.25
+
+
+class BaseProcessGroup(_ProcessGroup):
+    """The part of a process group that is not about collectives.
+
+    Attributes:
+        supports_splitting: False: torch's Python ``split_group`` is for NCCL's; the method of that name works.
+        supports_coalescing: False: a batch of sends and receives needs no coalescing.
+        supports_time_estimate: False.
+    """
+
+    supports_splitting = False
+    supports_coalescing = False
+    supports_time_estimate = False
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, name: str) -> None:
+        """Meet the other ranks; all of them call.
+
+        Args:
+            store: A c10d store, with a prefix of this group's own.
+            rank: This rank.
+            size: The number of ranks.
+            timeout: How long operations wait for other ranks, and how long the ranks may take to come.
+            name: The group's name, for messages.
+
+        Raises:
+            CollectiveError: The ranks do not meet before the timeout, or cannot be connected.
+        """
+        super().__init__(rank, size)  # type: ignore[call-arg]  # see above
+        self._rank = rank
+        self._size = size
+        self._given_store = store
+        self._timeout = timeout
+        self._store = store.clone()  # torch waits in the other one, which nobody can use meanwhile
+        self._label = name
+        self._description = "undefined"
+        seconds = timeout.total_seconds()
+        self._group: Group = meet(
+            self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds
+        )
+        self._line = Line(self._group.name)
+        self._transfers = Transfers(self._group.name, rank, size, self._connect)
+        self._others = Others(store, rank, size, timeout)
+        self._parts = itertools.count()
+
+    def rank(self) -> int:
+        """Return this process's rank in the group."""
+        return self._rank
+
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return self._size
+
+    def getBackendName(self) -> str:  # noqa: N802 - torch's
+        """Return the backend's name."""
+        return "colltensor"
+
+    name = getBackendName
+    _get_backend_name = getBackendName
+
+    def getGroupName(self) -> str:  # noqa: N802 - torch's
+        """Return the name that torch knows the group by; its own class asks a backend, of which there is none here."""
+        return self._label
+
+    def _set_group_name(self, name: str) -> None:
+        self._label = name
+
+    setGroupName = _set_group_name  # noqa: N815 - torch's
+    group_name = property(getGroupName)
+
+    def getGroupDesc(self) -> str:  # noqa: N802 - torch's
+        """Return what the group is for, in words."""
+        return self._description
+
+    def _set_group_desc(self, description: str) -> None:
+        self._description = description
+
+    setGroupDesc = _set_group_desc  # noqa: N815 - torch's
+    group_desc = property(getGroupDesc)
+
+    def get_group_store(self) -> Any:
+        """Return the store that the group was made with."""
+        return self._given_store
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu"), *self._others.devices(self)]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        return self if device.type == "cpu" else self._others.backend_for(self, device)
+
+    def send(self, tensors: Any, dstRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
+        """Send one tensor to a rank; done when a receive there has taken it, whatever else both do meanwhile."""
+        tensor = only("send", "tensors", tensors)
+        if not tensor.is_cpu:
+            return self._elsewhere(tensor).send([tensor], dstRank, tag)
+        self._peer("send", dstRank)
+        operation = self._transfers.send(bare(tensor), dstRank, tag, self._timeout.total_seconds())
+        return PendingWork(operation, [tensor])
+
+    def recv(self, tensors: Any, srcRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
+        """Receive one tensor with a tag from a rank."""
+        tensor = only("recv", "tensors", tensors)
+        if not tensor.is_cpu:
+            return self._elsewhere(tensor).recv([tensor], srcRank, tag)
+        self._peer("recv", srcRank)
+        return self._receive(tensor, srcRank, tag)
+
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
+        """Receive one tensor with a tag from whichever rank sends first; ``source_rank()`` tells."""
+        tensor = only("recv_anysource", "tensors", tensors)
+        if not tensor.is_cpu:
+            return self._elsewhere(tensor).recv_anysource([tensor], tag)
+        return self._receive(tensor, None, tag)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Let operations that are issued from now on wait so long for other ranks."""
+        self._timeout = timeout
+        self._others.set_timeout(timeout)
+        self._line_up(Operation("set_timeout", lambda: self._group.set_timeout(timeout.total_seconds())))
+
+    _set_default_timeout = set_timeout
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Do nothing: the ranks agree on each call anyway."""
+
+    def split_group(
+        self, new_ranks: Sequence[int], timeout: timedelta | None = None, opts: Any = None,
+        group_name: str | None = None, group_desc: str | None = None, device_types: Any = None,
+    ) -> Any:
+        """Make a process group of some ranks of this one, in the order of their ranks; None on the others.
+
+        All ranks call, each with the ranks of the part that it will be in, or of another one.
+        """
+        number = next(self._parts)
+        members = sorted(new_ranks)
+        if self.rank() not in members:
+            return None
+        name = group_name or f"{self._label}:split:{number}"
+        store = distributed_c10d.PrefixStore(f"split/{number}/{'-'.join(map(str, members))}/", self.get_group_store())
+        part = type(self)(store, members.index(self.rank()), len(members), timeout or self._timeout, name)
+        part._set_group_name(name)
+        part._set_group_desc(group_desc or f"{self.group_desc}:split:{number}")
+        return part
+
+    def shutdown(self) -> None:
+        """Leave the group, after what was issued has run for at most 5 s; the others get PeerLostError if they call."""
+        deadline = time.monotonic() + _DRAIN_S
+        self._line.drain(deadline)
+        self._transfers.drain(deadline)
+        self._others.shutdown()
+        self._end("destroyed")
+
+    def abort(self) -> None:
+        """Leave the group at once; what was issued fails."""
+        self._others.abort()
+        self._end("aborted")
+
+    def _end(self, how: str) -> None:
+        error = GroupError(f"process group '{self._label}' (rank {self.rank()}) was {how}")
+        self._transfers.close(error)
+        self._group.destroy()
+        self._line.close(error)
+        self._store = self._given_store = None  # a FileStore's file goes when the last of these does
+
+    def _run(
+        self, name: str, opts: Any, tensors: list[torch.Tensor], call: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """Make a call in its turn: here if no handle is asked for and none is before it, else in the line's thread."""
+        if opts.timeout != _UNSET:
+            call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
+        if not opts.asyncOp and self._line.enter():
+            try:
+                call(*arguments)
+            finally:
+                self._line.leave()
+            return FinishedWork(tensors)
+        inference = bool(tensors) and tensors[0].is_inference()
+        return self._line_up(Operation(name, lambda: _call(inference, call, arguments)), tensors)
+
+    def _line_up(self, operation: Operation, tensors: Sequence[torch.Tensor] = ()) -> Any:
+        self._line.put(operation)
+        return PendingWork(operation, list(tensors))
+
+    def _within(self, timeout_s: float, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Make a call that has a timeout of its own."""
+        usual_s = self._group.timeout_s
+        self._group.set_timeout(timeout_s)
+        try:
+            call(*arguments)
+        finally:
+            self._group.set_timeout(usual_s)
+
+    def _receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> Any:
+        receive = self._transfers.recv(bare(tensor), source, tag, self._timeout.total_seconds())
+        return PendingWork(receive.operation, [tensor], receive)
+
+    def _peer(self, name: str, peer: int) -> None:
+        if not 0 <= peer < self.size() or peer == self.rank():
+            raise RankError(
+                f"{name}: group '{self._group.name}' (rank {self.rank()}): expected another of the "
+                f"{self.size()} ranks in the group, got {peer}"
+            )
+
+    def _connect(self, source: int, destination: int, check: Callable[[], None]) -> Group:
+        """Meet the other end of one direction of a pair."""
+        sends = source == self.rank()
+        peer = destination if sends else source
+
+        asked_at = time.monotonic()
+
+        def look() -> None:
+            nonlocal asked_at
+            check()
+            if time.monotonic() > asked_at + _ASK_EVERY_S:
+                lost = self._group.lost(peer)
+                if lost is not None:
+                    raise lost
+                asked_at = time.monotonic()
+
+        return meet(
+            self._store, f"{source}>{destination}", 0 if sends else 1, 2, meet_s=PATIENCE_S, timeout_s=PATIENCE_S,
+            name=f"{self._group.name} {source}>{destination}", check=look,
+        )
+
+    def _elsewhere(self, tensor: torch.Tensor) -> Any:
+        return self._others.group_for(self, tensor.device)
+
+
+def _call(inference: bool, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Make a call in another thread than the one that issued it, where inference tensors may be written too."""
+    with torch.inference_mode(inference) if inference else contextlib.nullcontext():
+        call(*arguments)

@@ -1,0 +1,228 @@
+"""Inbox: the receives of one rank, and the messages that came before a receive that takes them.
+
+Imports torch, and of the package errors and group.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from colltensor.errors import CollectiveError, MismatchError
+from colltensor.group import Group
+from colltensor.torch.c10d.work import Operation
+
+SENDER: Final = 0
+"""The rank of the one that sends, in the group of one direction; the other is 1."""
+
+_DTYPES: Final = {
+    zlib.crc32(str(dtype).encode()): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+}
+
+
+def header_of(tensor: torch.Tensor, tag: int) -> torch.Tensor:
+    """Return what goes before a message: its tag, number of bytes and dtype."""
+    return torch.tensor([tag, tensor.nbytes, zlib.crc32(str(tensor.dtype).encode())])
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+@dataclass(eq=False, slots=True)
+class Receive:
+    """A receive that was issued.
+
+    Attributes:
+        source: The rank that it takes a message of, None for any.
+        tag: The message's tag.
+        tensor: Where the message goes.
+        operation: Ends with it.
+        sender: The rank that sent, in the end.
+    """
+
+    source: int | None
+    tag: int
+    tensor: torch.Tensor
+    operation: Operation
+    sender: int = -1
+
+    def takes(self, source: int, tag: int) -> bool:
+        """Return True if the receive is for such a message."""
+        return tag == self.tag and self.source in (None, source)
+
+    def may_come_from(self, source: int) -> bool:
+        """Return True if the message may be one of ``source``'s."""
+        return self.source in (None, source)
+
+
+@dataclass(eq=False, slots=True)
+class Message:
+    """A message that no receive took when it came."""
+
+    source: int
+    tag: int
+    dtype: torch.dtype
+    data: torch.Tensor
+
+
+class Inbox:
+    """The receives of one rank. A thread for each source reads headers while a receive waits that may take them."""
+
+    def __init__(self, rank: int, size: int, group: Callable[[int, int], Group]) -> None:
+        self._rank = rank
+        self._others = [source for source in range(size) if source != rank]
+        self._group = group
+        self._changed = threading.Condition(threading.Lock())
+        self._receives: list[Receive] = []
+        self._messages: list[Message] = []
+        self._readers: set[int] = set()
+        self._lost: dict[int, BaseException] = {}
+        self._closed: CollectiveError | None = None
+
+    def add(self, receive: Receive) -> None:
+        """Issue a receive."""
+        with self._changed:
+            found = next((message for message in self._messages if receive.takes(message.source, message.tag)), None)
+            error: BaseException | None = self._closed
+            if found is not None:
+                self._messages.remove(found)
+            elif error is None:
+                error = self._hopeless(receive)
+            if found is None and error is None:
+                self._receives.append(receive)
+                self._read_from(self._others if receive.source is None else [receive.source])
+                self._changed.notify_all()
+                return
+        if found is not None:
+            error = _store(receive, found.source, found.dtype, found.data)
+        _end(receive, error)
+
+    def close(self, error: CollectiveError) -> None:
+        """End all receives with ``error``, and the threads when they see it."""
+        with self._changed:
+            self._closed = error
+            receives, self._receives = self._receives, []
+            self._messages.clear()
+            self._changed.notify_all()
+        for receive in receives:
+            _end(receive, error)
+
+    def _hopeless(self, receive: Receive) -> BaseException | None:
+        """Return why nothing can come: its source is lost, or all are."""
+        if receive.source is not None:
+            return self._lost.get(receive.source)
+        return next(iter(self._lost.values())) if len(self._lost) == len(self._others) else None
+
+    def _read_from(self, sources: list[int]) -> None:
+        for source in sources:
+            if source not in self._readers:
+                self._readers.add(source)
+                threading.Thread(
+                    target=self._read, args=(source,), name=f"colltensor from {source}", daemon=True
+                ).start()
+
+    def _read(self, source: int) -> None:
+        try:
+            group = self._group(source, self._rank)
+            while self._wanted(source):
+                self._take(group, source)
+        except BaseException as error:  # noqa: BLE001 - goes to the receives, whatever it is
+            self._lose(source, error)
+
+    def _wanted(self, source: int) -> bool:
+        """Wait until a receive may take a message of ``source``'s; False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed is not None or self._any_from(source))
+            return self._closed is None
+
+    def _any_from(self, source: int) -> bool:
+        return any(receive.may_come_from(source) for receive in self._receives)
+
+    def _take(self, group: Group, source: int) -> None:
+        """Read one message: into the receive that takes it, or beside, so that the next message can come."""
+        header = torch.empty(3, dtype=torch.int64)
+        group.recv(header, SENDER)
+        tag, nbytes, dtype_code = header.tolist()
+        dtype = _DTYPES[dtype_code]
+        with self._changed:
+            receive: Receive | None = None
+
+            def settled() -> bool:
+                nonlocal receive
+                receive = self._match(source, tag)
+                return receive is not None or self._closed is not None or self._any_from(source)
+
+            self._changed.wait_for(settled)
+            if self._closed is not None:
+                return
+        try:
+            if receive is not None and _fits(receive.tensor, dtype, nbytes):
+                if nbytes:
+                    with torch.inference_mode(receive.tensor.is_inference()):  # else they may not be written
+                        group.recv(bytes_of(receive.tensor), SENDER)
+                receive.sender = source
+                _end(receive, None)
+                return
+            data = torch.empty(nbytes, dtype=torch.uint8)
+            if nbytes:
+                group.recv(data, SENDER)
+        except BaseException as error:
+            if receive is not None:
+                _end(receive, error)
+            raise
+        with self._changed:
+            if receive is None:
+                receive = self._match(source, tag)
+            if receive is None:
+                self._messages.append(Message(source, tag, dtype, data))
+                return
+        _end(receive, _store(receive, source, dtype, data))
+
+    def _match(self, source: int, tag: int) -> Receive | None:
+        """Take the first receive for such a message from the list."""
+        found = next((receive for receive in self._receives if receive.takes(source, tag)), None)
+        if found is not None:
+            self._receives.remove(found)
+        return found
+
+    def _lose(self, source: int, error: BaseException) -> None:
+        """End the receives that can only come from a source that is gone, or from any when all are."""
+        with self._changed:
+            if self._closed is not None:
+                return
+            self._lost[source] = error
+            hopeless = [receive for receive in self._receives if self._hopeless(receive) is not None]
+            self._receives = [receive for receive in self._receives if receive not in hopeless]
+        for receive in hopeless:
+            _end(receive, error)
+
+
+def _fits(tensor: torch.Tensor, dtype: torch.dtype, nbytes: int) -> bool:
+    return tensor.dtype is dtype and tensor.nbytes == nbytes and tensor.is_contiguous()
+
+
+def _store(receive: Receive, source: int, dtype: torch.dtype, data: torch.Tensor) -> BaseException | None:
+    """Copy a message into a receive's tensor, strided or not; return the error if it does not fit."""
+    tensor = receive.tensor
+    if tensor.dtype is not dtype or tensor.nbytes != len(data):
+        return MismatchError(
+            f"{receive.operation.name}: expected {tensor.nbytes} bytes of {tensor.dtype}, got {len(data)} bytes "
+            f"of {dtype} from rank {source}; nothing was written", (source,),
+        )
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.copy_(data.view(dtype).view(tensor.shape))
+    receive.sender = source
+    return None
+
+
+def _end(receive: Receive, error: BaseException | None) -> None:
+    """End a receive; what waits for it may wait for another one, so it is called in a thread of its own."""
+    if receive.operation.end(error) and receive.operation.awaited:
+        threading.Thread(target=receive.operation.tell, daemon=True).start()

@@ -1,0 +1,118 @@
+"""How the ranks of a group meet through the store that torch.distributed gives to its backends.
+
+Imports torch, and of the package errors, group and rendezvous only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch.distributed import DistError
+
+from colltensor.errors import CollectiveTimeoutError
+from colltensor.group import Group, Recipe, connect, solitary
+from colltensor.rendezvous import meet_through
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.05
+_INTERFACE: Final = "GLOO_SOCKET_IFNAME"
+
+
+def meet(
+    store: Any, prefix: str, rank: int, world_size: int, *, name: str, meet_s: float, timeout_s: float,
+    check: Callable[[], None] | None = None,
+) -> Group:
+    """Make the group of ``world_size`` ranks that call this with one store and one prefix.
+
+    The network interface is the one that the variable GLOO_SOCKET_IFNAME names, if it is set, as for torch's Gloo.
+
+    Args:
+        store: A c10d store; its keys are deleted again, so that the next group can meet under the same prefix.
+        prefix: Of the keys.
+        rank: This rank in the group.
+        world_size: The number of ranks.
+        name: The group's name in messages.
+        meet_s: How long the others may take to come, in seconds.
+        timeout_s: How long a call of the group waits for other ranks, in seconds.
+        check: Called now and then while others are waited for; what it raises ends the wait.
+
+    Raises:
+        CollectiveTimeoutError: Ranks did not come in time, named by their rank in the group.
+        CollectiveError: They cannot be connected.
+    """
+    interface = os.environ.get(_INTERFACE, "").split(",")[0] or None
+    recipe = Recipe(timeout_s=timeout_s, interface=interface)
+    if world_size == 1:
+        return solitary(name, recipe)
+    deadline = time.monotonic() + meet_s
+    exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
+    try:
+        meeting = meet_through(
+            exchange, group_name=name, world_size=world_size, rank=rank, interface=interface,
+            backend=recipe.asked_of(world_size),
+        )
+        group = connect(meeting, recipe, deadline)
+        try:
+            group.barrier()  # now all have read all keys
+            exchange.withdraw()
+            group.barrier()  # now none is left for the next group under this prefix to find
+        except BaseException:
+            group.destroy()
+            raise
+    except BaseException:
+        with contextlib.suppress(DistError):  # the store may be what failed
+            exchange.withdraw()
+        raise
+    return group
+
+
+class _Exchange:
+    """Hands this rank's bytes to all ranks through the store, round by round, and returns all ranks'."""
+
+    def __init__(
+        self, store: Any, prefix: str, rank: int, world_size: int, name: str, deadline: float,
+        check: Callable[[], None] | None,
+    ) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._rank = rank
+        self._world_size = world_size
+        self._name = name
+        self._deadline = deadline
+        self._check = check
+        self._round = 0
+
+    def __call__(self, payload: bytes) -> list[bytes]:
+        self._round += 1
+        self._store.set(self._key(self._round, self._rank), payload.hex())
+        return [
+            payload if rank == self._rank else bytes.fromhex(self._get(self._key(self._round, rank), rank).decode())
+            for rank in range(self._world_size)
+        ]
+
+    def withdraw(self) -> None:
+        """Delete this rank's keys."""
+        for number in range(1, self._round + 1):
+            self._store.delete_key(self._key(number, self._rank))
+
+    def _key(self, number: int, rank: int) -> str:
+        return f"{self._prefix}/{number}/{rank}"
+
+    def _get(self, key: str, rank: int) -> bytes:
+        """Poll rather than wait: the wait of a store holds it, and knows neither Ctrl-C nor a lost peer."""
+        pause = _FIRST_PAUSE_S
+        while not self._store.check([key]):
+            if time.monotonic() > self._deadline:
+                raise CollectiveTimeoutError(
+                    f"group '{self._name}' (rank {self._rank} of {self._world_size}): rank {rank} did not come to make "
+                    "the group within the timeout; start it, or raise init_process_group's timeout", (rank,),
+                )
+            if self._check is not None:
+                self._check()
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LAST_PAUSE_S)
+        found: bytes = self._store.get(key)
+        return found

@@ -1,0 +1,101 @@
+"""The backends of other devices than the CPU in a process group such as ``"cpu:colltensor,cuda:nccl"``.
+
+torch makes no further backend once one of them is a ProcessGroup, so they are made here when the first of their
+tensors comes.
+
+Imports torch, and of the package errors.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from colltensor.errors import DeviceError, OptionError
+
+_TYPES = {"gloo": dist.ProcessGroup.BackendType.GLOO, "nccl": dist.ProcessGroup.BackendType.NCCL}
+
+
+class Others:
+    """The backends of other devices, in a process group of torch's own."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        self._store = store
+        self._rank = rank
+        self._size = size
+        self._timeout = timeout
+        self._group: Any = None
+        self._made: dict[str, Any] = {}
+
+    def devices(self, owner: Any) -> list[torch.device]:
+        """Return the devices that ``init_process_group`` was asked for, beside the CPU."""
+        return [torch.device(device) for device in _asked(owner)]
+
+    def group_for(self, owner: Any, device: torch.device) -> Any:
+        """Return the process group for tensors on a device.
+
+        Raises:
+            DeviceError: ``owner`` was made without a backend for it.
+            OptionError: With one that cannot be made here.
+        """
+        self.backend_for(owner, device)
+        return self._group
+
+    def backend_for(self, owner: Any, device: torch.device) -> Any:
+        """Return the backend for tensors on a device; raises as ``group_for``."""
+        found = self._made.get(device.type)
+        if found is not None:
+            return found
+        name = _asked(owner).get(device.type)
+        if name is None:
+            raise DeviceError(
+                f"the tensor is on {device}, but the process group has backend 'colltensor' for cpu only; move the "
+                f"tensor, or name a backend for it: init_process_group('cpu:colltensor,{device.type}:nccl')"
+            )
+        backend = self._make(name, distributed_c10d.PrefixStore(f"{device.type}/", self._store))
+        if self._group is None:
+            self._group = dist.ProcessGroup(self._store, self._rank, self._size)
+        self._group._register_backend(torch.device(device.type), _TYPES[name], backend)
+        self._made[device.type] = backend
+        return backend
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Let calls wait so long."""
+        self._timeout = timeout
+        if self._group is not None:
+            self._group.set_timeout(timeout)
+
+    def shutdown(self) -> None:
+        """End the backends."""
+        self._store = None
+        if self._group is not None:
+            self._group.shutdown()
+
+    def abort(self) -> None:
+        """Abort the backends."""
+        self._store = None
+        if self._group is not None:
+            self._group.abort()
+
+    def _make(self, name: str, store: Any) -> Any:
+        if name == "gloo" and dist.is_gloo_available():
+            return dist.ProcessGroupGloo(store, self._rank, self._size, self._timeout)
+        if name == "nccl" and dist.is_nccl_available():
+            chosen = dist.ProcessGroupNCCL.Options()
+            chosen._timeout = self._timeout
+            return dist.ProcessGroupNCCL(store, self._rank, self._size, chosen)
+        raise OptionError(
+            f"init_process_group: backend '{name}' cannot stand beside cpu:colltensor here; expected one of "
+            f"{', '.join(_TYPES)} that this torch was built with"
+        )
+
+
+def _asked(owner: Any) -> dict[str, str]:
+    """Return the backend's name for each device but the CPU that ``init_process_group`` was asked for."""
+    config = distributed_c10d._world.pg_backend_config.get(owner, "cpu:colltensor")
+    pairs = (pair.split(":") for pair in config.split(","))
+    return {device: name for device, name in pairs if device != "cpu"}

@@ -1,0 +1,77 @@
+"""What moves in the operations of a process group that are not one call of a Group.
+
+Imports torch, and of the package errors and group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from colltensor.errors import AliasError, ShapeError
+from colltensor.group import Group
+from colltensor.torch.c10d.tensors import flat, rows
+from colltensor.types import ReduceOp
+
+
+def one_by_one(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> None:
+    """Call ``function`` with each tuple of arguments."""
+    for arguments in calls:
+        function(*arguments)
+
+
+def gather_rows(group: Group, output: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy every rank's ``source`` into its row of ``output``, whose row of this rank may be ``source`` itself."""
+    target = flat(output)
+    group.allgather(rows(target, group.world_size), source)
+    if target is not output:
+        output.copy_(target)
+
+
+def reduce_parts(group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp) -> None:
+    """Combine all ranks' source of each rank into that rank's ``target``, which may share memory with the sources."""
+    try:
+        group.reducescatter(target, sources, op)
+    except AliasError:  # found before anything moved
+        apart = torch.empty_like(target, memory_format=torch.contiguous_format)
+        group.reducescatter(apart, sources, op)
+        target.copy_(apart)
+
+
+def reduce_rows(group: Group, target: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> None:
+    """Combine all ranks' row of each rank of ``source`` into that rank's ``target``."""
+    reduce_parts(group, target, rows(source.contiguous(), group.world_size), op)
+
+
+def exchange(
+    group: Group, output: torch.Tensor | None, buffer: torch.Tensor | None, targets: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+) -> None:
+    """Copy ``sources[r]`` into rank r's target of this rank, in pairs, because the sizes may differ from pair to pair.
+
+    Args:
+        group: The group.
+        output: Gets ``buffer``'s elements in the end, where it is not it.
+        buffer: What ``targets`` are views of, or None.
+        targets: What this rank gets from each rank.
+        sources: What this rank gives each rank.
+    """
+    rank, size = group.rank, group.world_size
+    if len(targets) != size or len(sources) != size:
+        raise ShapeError(
+            f"all-to-all: group '{group.name}' (rank {rank}): expected {size} inputs and outputs, one for each rank, "
+            f"got {len(sources)} and {len(targets)}"
+        )
+    if targets[rank].numel() != sources[rank].numel():
+        raise ShapeError(
+            f"all-to-all: group '{group.name}' (rank {rank}): this rank gives itself {sources[rank].numel()} elements "
+            f"and gets {targets[rank].numel()}"
+        )
+    targets[rank].copy_(sources[rank].view_as(targets[rank]))
+    for step in range(1, size):
+        to, of = (rank + step) % size, (rank - step) % size
+        group.sendrecv(sources[to], to, targets[of], of)
+    if output is not None and buffer is not None and buffer is not output:
+        output.copy_(buffer)

@@ -1,0 +1,178 @@
+"""The handles of operations: ours, which call back when they are done, and torch's around them.
+
+Imports torch, and of the package errors and work.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.distributed as dist
+
+from colltensor.work import Work
+
+if TYPE_CHECKING:
+    from colltensor.torch.c10d.inbox import Receive
+
+_NO_TIMEOUT: Final = timedelta(0)
+
+
+class Operation(Work):
+    """An operation of a process group; what it is told to call, it calls when it is done.
+
+    Attributes:
+        name: The operation, for messages.
+    """
+
+    def __init__(self, name: str, run: Callable[[], Any] | None = None) -> None:
+        super().__init__(name, run or _nothing)
+        self.name = name
+        self._guard = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the operation failed with; None while it runs."""
+        return self._error
+
+    @property
+    def awaited(self) -> bool:
+        """Whether ``tell`` has somebody to call."""
+        return bool(self._callbacks)
+
+    def execute(self) -> None:
+        """Run the operation; ``tell`` must follow."""
+        self._finish()
+
+    def end(self, error: BaseException | None = None) -> bool:
+        """End an operation that others did, unless it has ended; True if it had not."""
+        with self._guard:
+            if self._finished.is_set():
+                return False
+            self._error = error
+            self._run = None
+            self._finished.set()
+        return True
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once the operation is done, in the thread that ended it or, if it is done, at once."""
+        with self._guard:
+            if not self._finished.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def tell(self) -> None:
+        """Call what waits for the end."""
+        with self._guard:
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+
+class PendingWork(dist.Work):
+    """torch's handle of an operation that may still run; keeps its tensors."""
+
+    def __init__(self, operation: Operation, tensors: list[torch.Tensor], receive: Receive | None = None) -> None:
+        super().__init__()
+        self._operation = operation
+        self._tensors = tensors
+        self._future: Any = None
+        self._receive = receive
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Return True when the operation is done.
+
+        Raises:
+            CollectiveTimeoutError: It is not done after ``timeout``, where one is given; it goes on.
+            CollectiveError: It failed.
+        """
+        self._operation.wait(timeout.total_seconds() if timeout > _NO_TIMEOUT else None)
+        return True
+
+    def is_completed(self) -> bool:
+        """Return True once the operation succeeded or failed."""
+        return self._operation.done()
+
+    def is_success(self) -> bool:
+        """Return True once the operation succeeded."""
+        return self._operation.done() and self._operation.error is None
+
+    def exception(self) -> BaseException | None:
+        """Return what the operation failed with, or None."""
+        return self._operation.error
+
+    def synchronize(self) -> None:
+        """Wait."""
+        self.wait()
+
+    def result(self) -> list[torch.Tensor]:
+        """Wait, and return the tensors that were written."""
+        self.wait()
+        return self._tensors
+
+    def source_rank(self) -> int:
+        """Return the rank that sent, once a receive is done; -1 for other operations."""
+        return -1 if self._receive is None else self._receive.sender
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Any:
+        """Return the ``torch.futures.Future`` of the tensors; its error is a RuntimeError with ours as its text."""
+        if self._future is None:
+            operation, tensors = self._operation, self._tensors
+            done: Any = torch.futures.Future()
+
+            def value(_: object) -> list[torch.Tensor]:
+                operation.wait()
+                return tensors
+
+            # An exception that Python sets is a value like any other to C++, which DDP's reducer would take for the
+            # tensors; one that a callback raises is an error there too.
+            self._future = done.then(value)
+            operation.then(lambda: done.set_result(None))
+        return self._future
+
+
+class FinishedWork(dist.Work):
+    """torch's handle of an operation that is done."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Return True."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Return True."""
+        return True
+
+    def is_success(self) -> bool:
+        """Return True."""
+        return True
+
+    def exception(self) -> None:
+        """Return None."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+    def result(self) -> list[torch.Tensor]:
+        """Return the tensors that were written."""
+        return self._tensors
+
+    def get_future(self) -> Any:
+        """Return a ``torch.futures.Future`` that has the tensors."""
+        future: Any = torch.futures.Future()
+        future.set_result(self._tensors)
+        return future
+
+
+def _nothing() -> None:
+    pass
