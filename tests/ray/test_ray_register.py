@@ -297,7 +297,20 @@ def test_an_actor_dies_and_the_group_is_made_again(workers: list[Any], spawn: Sp
         assert error.ranks == (1,)
         run(actors[:1], destroy, made)
         await_end_of_declaration(made)
+        await_restart(mortal)
     run(actors, destroy, made)
+
+
+def await_restart(actor: Any) -> None:
+    """Return when the actor answers again; until then Ray may refuse calls of it."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            ray.get(actor.pid.remote(), timeout=30)
+            return
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(0.1)
+    raise AssertionError("the actor did not come back in 30 s")
 
 
 def await_end_of_declaration(name: str) -> None:

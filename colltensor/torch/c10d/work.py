@@ -32,7 +32,7 @@ class Operation(Work):
         super().__init__(name, run or _nothing)
         self.name = name
         self._guard = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
+        self._followers: list[Callable[[], None]] = []
 
     @property
     def error(self) -> BaseException | None:
@@ -42,7 +42,7 @@ class Operation(Work):
     @property
     def awaited(self) -> bool:
         """Whether ``tell`` has somebody to call."""
-        return bool(self._callbacks)
+        return bool(self._followers)
 
     def execute(self) -> None:
         """Run the operation; ``tell`` must follow."""
@@ -62,14 +62,14 @@ class Operation(Work):
         """Call ``callback`` once the operation is done, in the thread that ended it or, if it is done, at once."""
         with self._guard:
             if not self._finished.is_set():
-                self._callbacks.append(callback)
+                self._followers.append(callback)
                 return
         callback()
 
     def tell(self) -> None:
         """Call what waits for the end."""
         with self._guard:
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._followers = self._followers, []
         for callback in callbacks:
             callback()
 
