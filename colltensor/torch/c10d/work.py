@@ -22,7 +22,7 @@ _NO_TIMEOUT: Final = timedelta(0)
 
 
 class Operation(Work):
-    """An operation of a process group; what it is told to call, it calls when it is done.
+    """An operation of a process group; ``tell`` calls what waits for its end, and that may wait for other operations.
 
     Attributes:
         name: The operation, for messages.
@@ -32,7 +32,7 @@ class Operation(Work):
         super().__init__(name, run or _nothing)
         self.name = name
         self._guard = threading.Lock()
-        self._followers: list[Callable[[], None]] = []
+        self._listeners: list[Callable[[], None]] = []
 
     @property
     def error(self) -> BaseException | None:
@@ -42,7 +42,7 @@ class Operation(Work):
     @property
     def awaited(self) -> bool:
         """Whether ``tell`` has somebody to call."""
-        return bool(self._followers)
+        return bool(self._listeners)
 
     def execute(self) -> None:
         """Run the operation; ``tell`` must follow."""
@@ -62,15 +62,15 @@ class Operation(Work):
         """Call ``callback`` once the operation is done, in the thread that ended it or, if it is done, at once."""
         with self._guard:
             if not self._finished.is_set():
-                self._followers.append(callback)
+                self._listeners.append(callback)
                 return
         callback()
 
     def tell(self) -> None:
         """Call what waits for the end."""
         with self._guard:
-            callbacks, self._followers = self._followers, []
-        for callback in callbacks:
+            listeners, self._listeners = self._listeners, []
+        for callback in listeners:
             callback()
 
 
