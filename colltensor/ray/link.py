@@ -63,6 +63,11 @@ class Endpoint:
     lane: str = ""
 
 
+def group_name(who: str) -> str:
+    """Return the name that a source's groups have in messages."""
+    return f"direct transport from {who}"
+
+
 def form_group(sock: socket.socket, rank: int, who: str, deadline: float) -> Group:
     """Make the group of two, over a connection that is authenticated; the source is rank 0, the receiver rank 1.
 
@@ -76,7 +81,7 @@ def form_group(sock: socket.socket, rank: int, who: str, deadline: float) -> Gro
         CollectiveError: The two cannot be a group: no backend for where they are, an address that is not reached.
         OSError: The connection broke, or the other side is late.
     """
-    part = Introduction(group_name=f"direct transport from {who}", world_size=2, rank=rank, address=address_in_ray(),
+    part = Introduction(group_name=group_name(who), world_size=2, rank=rank, address=address_in_ray(),
                         host_id=node_host_id())  # fmt: skip
     try:
         said = _swap(sock, rank, part.first(), deadline)

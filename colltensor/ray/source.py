@@ -23,7 +23,7 @@ from colltensor.control import lifetime
 from colltensor.errors import CollectiveError, GroupError
 from colltensor.group import Group
 from colltensor.ray.arrays import views_of
-from colltensor.ray.link import CONTEXT, IDLE_S, TIMEOUT_S, Endpoint, Step, form_group
+from colltensor.ray.link import CONTEXT, IDLE_S, TIMEOUT_S, Endpoint, Step, form_group, group_name
 from colltensor.ray.seat import address_in_ray
 from colltensor.rendezvous.messages import encode_error
 
@@ -43,6 +43,7 @@ class Source:
         self._listener = net.listen(address_in_ray() or net.local_addresses()[0])
         address, port = self._listener.getsockname()[:2]
         self.endpoint = Endpoint(address, port, secrets.token_bytes(32), _who_am_i())
+        self._group_name = group_name(self.endpoint.who)
         self._is_closed = False
         lifetime.watch(self)
         threading.Thread(target=self._accept, name="colltensor-source", daemon=True).start()
@@ -84,7 +85,7 @@ class Source:
             except OSError as error:
                 if self._is_closed:
                     return
-                _LOG.warning("%s cannot accept a receiver: %s", self.endpoint.who, error)
+                _LOG.warning("group %r (rank %d): cannot accept a receiver: %s", self._group_name, 0, error)
                 time.sleep(0.1)  # no descriptors left, perhaps: some may be freed
                 continue
             threading.Thread(target=self._serve, args=(sock,), name="colltensor-sender", daemon=True).start()
@@ -103,9 +104,9 @@ class Source:
             finally:
                 group.destroy()
         except CollectiveError as error:
-            _LOG.warning("a direct transfer failed, in the receiver too: %s", error)
+            _LOG.warning("group %r (rank %d): failed, in the receiver too: %s", self._group_name, 0, error)
         except OSError as error:  # the receiver went, or has not asked for long, or was no receiver
-            _LOG.debug("%s stops answering a receiver: %s", self.endpoint.who, error)
+            _LOG.debug("group %r (rank %d): stops answering a receiver: %s", self._group_name, 0, error)
         finally:
             with self._lock:
                 self._serving.discard(sock)
@@ -123,7 +124,7 @@ class Source:
                 raise GroupError("it was freed there: keep an ObjectRef as long as somebody may fetch it")
             views = views_of(arrays)
         except CollectiveError as error:
-            _LOG.warning("%s cannot send object %s: %s", self.endpoint.who, payload.decode(), error)
+            _LOG.warning("group %r (rank %d): cannot send object %s: %s", self._group_name, 0, payload.decode(), error)
             net.send_frame(sock, Step.FAILED, encode_error(error), time.monotonic() + TIMEOUT_S)
             return
         net.send_frame(sock, Step.READY, b"", time.monotonic() + TIMEOUT_S)
