@@ -78,7 +78,6 @@ def _disturb(control: FakeControl, how: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.needs("torch")
 @pytest.mark.parametrize("call", WAITS)
 @pytest.mark.parametrize(
     ("how", "error", "after_s"),
@@ -90,9 +89,11 @@ def _disturb(control: FakeControl, how: str) -> None:
     ],
 )
 def test_a_wait_ends_and_close_does_not_hang(
-    pool: RankPool, path: str, call: str, how: str, error: str, after_s: float
+    pool: RankPool, path: str, provider: str, call: str, how: str, error: str, after_s: float
 ) -> None:
-    report = pool.run(2, wait_alone, path, "torch", call, how, may_die={1} if how == "dies" else ())[0]
+    if provider == "pygloo":
+        pytest.skip("pygloo holds the GIL while it waits: nothing can end it")
+    report = pool.run(2, wait_alone, path, provider, call, how, may_die={1} if how == "dies" else ())[0]
     assert report["error"].startswith(error), report
     assert report["after_s"] < after_s + 1.0, report
     assert report["close_s"] < 1.0, report
