@@ -135,7 +135,7 @@ void combine_at_root(Mesh& mesh, const Part& part, char* data, std::size_t count
 void combine_in_parts(Mesh& mesh, const Part& part, char* data, std::size_t count, std::size_t item,
                       Reduction reduction, int root) {
   const auto size = static_cast<std::size_t>(part.size());
-  const std::size_t most = std::max(mesh.limits.block_nbytes, kLine) * size;
+  const std::size_t most = std::max(mesh.limits.block_nbytes, kLine * size);
   const auto step_nbytes = [&](std::size_t nbytes) { return (nbytes + size * kLine - 1) / (size * kLine) * kLine; };
   Blocks blocks(mesh, part, count, item, most, step_nbytes(std::min(most, count * item)));
   const bool takes = root == kEveryone || root == part.position;
@@ -191,8 +191,7 @@ void exchange(Mesh& mesh, const Transfer* receives, std::size_t receive_count, c
 
 void allreduce(Mesh& mesh, const Part& part, char* data, std::size_t count, std::size_t item, Reduction reduction) {
   if (part.size() == 1) return;
-  // Two ranks send as much either way.
-  if (part.size() == 2 || count * item * static_cast<std::size_t>(part.size() - 1) <= mesh.limits.direct_nbytes) {
+  if (count * item * static_cast<std::size_t>(part.size() - 1) <= mesh.limits.direct_nbytes) {
     combine_everywhere(mesh, part, data, count, item, reduction);
   } else {
     combine_in_parts(mesh, part, data, count, item, reduction, kEveryone);
@@ -211,7 +210,7 @@ void reduce(Mesh& mesh, const Part& part, char* data, std::size_t count, std::si
 
 void reducescatter(Mesh& mesh, const Part& part, char* target, const char* const* sources, std::size_t count,
                    std::size_t item, Reduction reduction) {
-  const std::size_t most = mesh.limits.block_nbytes;
+  const std::size_t most = std::max(mesh.limits.block_nbytes / part.ranks.size(), kLine);
   Blocks blocks(mesh, part, count, item, most, std::min(most, count * item));
   blocks.run(
       [&](std::size_t block) {

@@ -8,6 +8,7 @@ constexpr std::chrono::milliseconds kClosing{5};
 constexpr std::chrono::hours kNever{24};  // the ticker ends every wait long before
 constexpr int kIdleTicks = 10;            // without a wait for as long, the ticker sleeps until there is one
 constexpr std::size_t kAlignment = 64;
+constexpr std::uint64_t kProbes = ~std::uint64_t{0};  // the channel on which nothing is ever sent
 
 }  // namespace
 
@@ -127,14 +128,14 @@ void Mesh::run(const Check& check, const std::function<void()>& body) {
 
 Message Mesh::send(int peer, const void* data, std::size_t nbytes, std::uint64_t channel) {
   if (nbytes == 0) return {};
-  Message message(context_->createUnboundBuffer(const_cast<void*>(data), nbytes), Ticker::Direction::kSend);
+  Message message(context_->createUnboundBuffer(const_cast<void*>(data), nbytes), Ticker::Direction::kSend, peer);
   message.buffer_->send(peer, channel);
   return message;
 }
 
 Message Mesh::receive(int peer, void* data, std::size_t nbytes, std::uint64_t channel) {
   if (nbytes == 0) return {};
-  Message message(context_->createUnboundBuffer(data, nbytes), Ticker::Direction::kReceive);
+  Message message(context_->createUnboundBuffer(data, nbytes), Ticker::Direction::kReceive, peer);
   message.buffer_->recv(peer, channel);
   return message;
 }
@@ -155,8 +156,15 @@ void Mesh::finish(Message& message) {
     }
     if (closing_) throw Closed();
     if ((*check_)()) throw Stopped();
+    probe(message.peer_);
   }
   message.buffer_.reset();
+}
+
+// Throws if the connection has failed. Gloo tells the messages that wait for their turn, and not the one whose bytes it
+// was just reading (tcp/pair.cc, signalException); but whatever is posted afterwards throws.
+void Mesh::probe(int peer) {
+  context_->createUnboundBuffer(&probed_, sizeof probed_)->recv(peer, kProbes);
 }
 
 void Mesh::finish(std::vector<Message>& messages) {

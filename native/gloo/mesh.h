@@ -33,8 +33,8 @@ struct Closed : std::exception {
 // How the collectives divide their work; the same on all ranks.
 struct Limits {
   std::size_t direct_nbytes = 256 << 10;  // up to this size of all that a rank sends, everyone gets everything
-  std::size_t block_nbytes = 256 << 10;   // what is sent and combined at a time
-  std::size_t depth = 4;                  // blocks on their way at a time
+  std::size_t block_nbytes = 1 << 20;        // what is sent and combined at a time
+  std::size_t depth = 2;                  // blocks on their way at a time
 };
 
 using Buffer = gloo::transport::UnboundBuffer;
@@ -71,13 +71,14 @@ class Mesh;
 class Message {
  public:
   Message() = default;
-  Message(std::unique_ptr<Buffer> buffer, Ticker::Direction direction)
-      : buffer_(std::move(buffer)), direction_(direction) {}
+  Message(std::unique_ptr<Buffer> buffer, Ticker::Direction direction, int peer)
+      : buffer_(std::move(buffer)), direction_(direction), peer_(peer) {}
 
  private:
   friend class Mesh;
   std::unique_ptr<Buffer> buffer_;  // null for one of no bytes, which does not travel
   Ticker::Direction direction_ = Ticker::Direction::kSend;
+  int peer_ = -1;
 };
 
 class Mesh {
@@ -114,6 +115,7 @@ class Mesh {
 
  private:
   void shut();
+  void probe(int peer);
 
   const int rank_;
   const int size_;
@@ -124,6 +126,7 @@ class Mesh {
   std::size_t scratch_nbytes_ = 0;
   std::mutex turn_;
   const Check* check_ = nullptr;
+  char probed_ = 0;
   std::atomic<bool> closing_{false};
 };
 
