@@ -6,7 +6,6 @@
 namespace colltensor {
 namespace {
 
-constexpr std::size_t kLine = 64;             // parts of a block begin at multiples of it
 constexpr std::size_t kWholeNbytes = 64 << 10;  // a reduce sends up to this size to its root as a whole
 constexpr int kEveryone = -1;
 
