@@ -22,6 +22,7 @@ import os
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,9 +55,11 @@ PAIRS = [
 ]
 """Gloo comes from pygloo on 3.10 (it has no later wheels) and from torch on 3.11 (its CPU build is for that one).
 
-On 3.12 and 3.13 there is no Gloo: unit tests, and everything that runs over shared memory or needs no backend. The
-native library in the wheel is the same one for every Python.
+On 3.12 and 3.13 it is the wheel's own. The native libraries in the wheel are the same ones for every Python.
 """
+
+NATIVE_GLOO = ("3.12", "3.13")
+"""The Pythons whose sessions test the native Gloo provider, at world size 3, where the wheel has it."""
 
 SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 """The builds of the native tests, and what -fsanitize is given."""
@@ -162,9 +165,16 @@ def _wheel(session: nox.Session) -> Path:
     """Build the wheel, once for all sessions of a run."""
     if not _built:
         shutil.rmtree(DIST, ignore_errors=True)
-        session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), str(ROOT))
+        carry = "--config-settings=cmake.define.COLLTENSOR_CARRY_GLOO=ON"
+        command = ("python", "-m", "pip", "wheel", "--quiet", "--no-deps", carry)
+        session.run(*command, "--wheel-dir", str(DIST), str(ROOT))
         _built.extend(DIST.glob("*.whl"))
     return _built[0]
+
+
+def _has_native_gloo(wheel: Path) -> bool:
+    """Return whether the native Gloo provider was built: where Gloo's headers are, apt-get install libgloo-dev."""
+    return "colltensor/lib/libcolltensor_gloo.so" in zipfile.ZipFile(wheel).namelist()
 
 
 def _install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ("test",)) -> None:
@@ -285,10 +295,15 @@ def tests(session: nox.Session, framework: str) -> None:
     providers = ("torch",) if "torch" in frameworks else ()
     if session.python == "3.10":
         extras, providers = [*extras, "pygloo"], ("pygloo",)
+    if session.python in NATIVE_GLOO:
+        if _has_native_gloo(_wheel(session)):
+            providers = ("native",)
+        else:
+            session.warn("without the native Gloo: the wheel was built without its headers (libgloo-dev)")
     groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
     groups = (*groups, *(f"test-{name}" for name in ("jax", "ray") if name in frameworks))
     _install(session, *extras, groups=groups)
-    sizes = GLOO_SIZES.get(framework, "")
+    sizes = "3" if session.python in NATIVE_GLOO else GLOO_SIZES.get(framework, "")
     arguments = [f"--ignore={ROOT / file}" for file in LEFT_OUT.get(framework, ())]
     arguments += [] if (framework, session.python) == WITH_SLOW else ["-m", "not slow"]
     _pytest(session, FOLDERS[framework], *arguments, frameworks=frameworks, providers=providers, gloo_sizes=sizes)

@@ -58,8 +58,9 @@ def init_collective_group(
             reach), ``tcp://host:port`` (served by rank 0), ``env://`` (MASTER_ADDR, MASTER_PORT).
             None is Ray inside a Ray worker and ``env://`` elsewhere.
         interface: A network interface or address to use; by default the one that reaches the others.
-        provider: Which Gloo to use, ``"torch"`` or ``"pygloo"``; by default the first there is. With ``"auto"`` it
-            also means backend ``"gloo"``.
+        provider: Which Gloo to use: ``"native"`` (colltensor's own), ``"torch"`` or ``"pygloo"``; by default the
+            first of these that all ranks have. ``"ibverbs"`` is the native one over the host's first ibverbs device.
+            With ``"auto"`` it also means backend ``"gloo"``.
         check: Let the ranks agree before each call on CUDA tensors too, which makes the host wait for the others. Calls
             on CPU tensors are always checked.
 

@@ -3,7 +3,7 @@
 Options (each also by an environment variable, which is how nox's sessions pass them):
     --frameworks, COLLTENSOR_TEST_FRAMEWORKS  Of numpy, torch, jax, cupy, ray; what is installed, by default.
         One that is selected but missing ends the session.
-    --providers, COLLTENSOR_TEST_PROVIDERS  Gloo's providers, pygloo and torch, likewise; may be empty.
+    --providers, COLLTENSOR_TEST_PROVIDERS  Gloo's providers, native, pygloo and torch, likewise; may be empty.
     --gloo-sizes, COLLTENSOR_TEST_GLOO_SIZES  World sizes of the conformance suite's Gloo worlds; 1,2,3,4 by default.
     COLLTENSOR_TEST_INSTALLED=1  The package must be the installed one, not the checkout, and have its native library.
 
@@ -30,7 +30,7 @@ from pool import RankPool
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("numpy", "torch", "jax", "cupy", "ray")
-PROVIDERS = ("pygloo", "torch")
+PROVIDERS = ("native", "pygloo", "torch")
 
 hypothesis.settings.register_profile("colltensor", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("colltensor")
@@ -44,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _is_installed(name: str) -> bool:
+    if name == "native":
+        return _missing_native_gloo() is None
     found = importlib.util.find_spec(name)
     # Without an origin it is a folder of that name on the search path, as tests/ray is, and no package.
     return found is not None and found.origin is not None
@@ -65,13 +67,23 @@ def _selected(config: pytest.Config, option: str, choices: tuple[str, ...]) -> t
         if name not in choices:
             raise pytest.UsageError(f"{option}: {name!r} is none of {', '.join(choices)}")
         if not _is_installed(name):
-            raise pytest.UsageError(f"{option}: {name} is selected but not installed in this environment")
+            why = _missing_native_gloo() if name == "native" else "not installed in this environment"
+            raise pytest.UsageError(f"{option}: {name} is selected, but {why}")
     return names
 
 
 def _gloo_sizes(config: pytest.Config) -> tuple[int, ...]:
     text = config.getoption("gloo_sizes") or os.environ.get("COLLTENSOR_TEST_GLOO_SIZES") or "1,2,3,4"
     return tuple(int(word) for word in text.split(","))
+
+
+def _missing_native_gloo() -> str | None:
+    """Return None if the native Gloo can be used, else why not."""
+    try:
+        library = importlib.import_module("colltensor.backends.gloo.library")
+    except ImportError as error:
+        return f"colltensor cannot be imported: {error}"
+    return library.reason()
 
 
 def _missing_library() -> str | None:

@@ -226,8 +226,9 @@ def refuse_copies(rank: int, world_size: int, world: World) -> list[str]:
 
 def test_copy_false_refuses_staging_where_a_backend_needs_it(pool: RankPool, ranks: World) -> None:
     for found in pool.run(ranks.size, refuse_copies, ranks):
-        wanted = "refused" if ranks.backend == "gloo" else "fine"
-        assert all(line.endswith(wanted) for line in found), found
+        # The native provider widens 16-bit floats in registers.
+        staged = ("strided", "emulated")[: 1 if ranks.provider == "native" else 2] if ranks.backend == "gloo" else ()
+        assert all(line.endswith("refused" if line.startswith(staged) else "fine") for line in found), found
         assert len(found) == 7
 
 

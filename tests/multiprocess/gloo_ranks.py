@@ -36,6 +36,9 @@ class Ranks:
         if not self.shrunk:
             self.restore = functools.partial(setattr, backend, "DIRECT_NBYTES", backend.DIRECT_NBYTES)
             self.shrunk = True
+        if self.backend._own is not None:
+            self.backend._provider.limit(direct_nbytes if whole_nbytes == 0 else whole_nbytes, block_nbytes, 2)
+            return
         backend.DIRECT_NBYTES = direct_nbytes  # type: ignore[misc]
         self.backend._composer = Composer(
             self.backend._provider, self.rank, self.size, block_nbytes=block_nbytes, whole_nbytes=whole_nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import tempfile
 import time
@@ -239,7 +240,7 @@ def count_exchanges(rank: int, size: int, path: str, provider: str) -> int:
 
 def test_setting_up_takes_a_fixed_number_of_exchanges(pool: RankPool, path: str, provider: str) -> None:
     counts = {tuple(pool.run(size, count_exchanges, f"{path}{size}", provider)) for size in (2, 4, 8)}
-    keys = {"torch": 1, "pygloo": 2}[provider]
+    keys = {"native": 1, "torch": 1, "pygloo": 2}[provider]
     # The choice of the provider, its keys, and the news that all are connected.
     assert {number for ranks in counts for number in ranks} == {1 + keys + 1}
 
@@ -266,25 +267,32 @@ def test_an_interface_that_is_not_there(pool: RankPool, path: str, provider: str
         assert "interface" in str(error)
 
 
+NO_NATIVE = {"native": "it was built without Gloo's headers"}
+CHOICES: dict[str, Any] = {
+    "unknown": lambda rank: (BOTH, "mpi" if rank == 1 else None),
+    "different": lambda rank: (BOTH, ["torch", "pygloo"][rank]),
+    "none in common": lambda rank: ({"torch": "2.13.0"} if rank else {"pygloo": "0.2.1"}, None),
+    "versions": lambda rank: ({"torch": f"2.{13 - rank}.0"}, None),
+    "native versions": lambda rank: ({"native": f"{rank + 1}.500"}, None),
+    "asked for": lambda rank: (BOTH, "native" if rank == 0 else None),
+    "ibverbs": lambda rank: (BOTH, "ibverbs"),
+}
+BOTH = {"torch": "2.13.0", "pygloo": "0.2.1"}
+
+
 def disagree_on_providers(rank: int, size: int, path: str, case: str) -> str:
     import colltensor.backends.gloo as module
 
-    module_installed = module._installed
-    present = {"torch": "2.13.0", "pygloo": "0.2.1"}
-    has, wanted = {
-        "unknown": (present, "mpi" if rank == 1 else None),
-        "different": (present, ["torch", "pygloo"][rank]),
-        "none in common": ({"torch": "2.13.0"} if rank else {"pygloo": "0.2.1"}, None),
-        "versions": ({"torch": f"2.{13 - rank}.0"}, None),
-    }[case]
-    module._installed = lambda: has
+    usable = module._usable
+    has, wanted = CHOICES[case](rank)
+    module._usable = lambda: (has, NO_NATIVE | {"ibverbs": "no device"})
     control = FakeControl(path, rank, size)
     try:
         module.SPEC.create(control, control, timeout_s=10.0, interface=None, provider=wanted)
     except (OptionError, MismatchError, BackendUnavailableError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        module._installed = module_installed
+        module._usable = usable
         control.close()
     return "no error"
 
@@ -294,14 +302,57 @@ def disagree_on_providers(rank: int, size: int, path: str, case: str) -> str:
     [
         ("unknown", "OptionError", "provider (rank 1)"),
         ("different", "MismatchError", "rank 0: torch, rank 1: pygloo"),
-        ("none in common", "BackendUnavailableError", "pygloo is missing on ranks 1; torch is missing on ranks 0"),
+        ("none in common", "BackendUnavailableError", "torch is missing on ranks 0; pygloo is missing on ranks 1"),
         ("versions", "MismatchError", "rank 0: 2.13.0, rank 1: 2.12.0"),
+        ("native versions", "MismatchError", "rank 0: 1.500, rank 1: 2.500"),
+        ("asked for", "BackendUnavailableError", "native is missing on ranks 0, 1 (it was built without"),
+        ("ibverbs", "BackendUnavailableError", "ibverbs is missing on ranks 0, 1 (no device)"),
     ],
 )
 def test_ranks_that_cannot_share_a_provider(pool: RankPool, path: str, case: str, kind: str, says: str) -> None:
     for report in pool.run(2, disagree_on_providers, path, case):
         assert report.startswith(f"{kind}: "), report
         assert says in report
+
+
+def choose_a_provider(rank: int, size: int, path: str, without: dict[int, str], wanted: str | None) -> list[str]:
+    import colltensor.backends.gloo as module
+
+    usable, lines = module._usable, []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    module._LOG.addHandler(handler)
+    module._LOG.setLevel(logging.DEBUG)
+    found, why = {"native": "1.500", "torch": "2.13.0", "pygloo": "0.2.1"}, {}
+    if rank in without:
+        del found[without[rank]]
+        why = {without[rank]: "it was built without Gloo's headers"}
+    module._usable = lambda: (found, why)
+    control = FakeControl(path, rank, size)
+    try:
+        return [module._agree(control, wanted, soon()), *lines]
+    finally:
+        module._usable = usable
+        module._LOG.removeHandler(handler)
+        control.close()
+
+
+@pytest.mark.parametrize(
+    ("without", "wanted", "name", "says"),
+    [
+        ({}, None, "native", "the first that all ranks have"),
+        ({1: "native"}, None, "torch", "native is missing on ranks 1 (it was built without Gloo's headers)"),
+        ({0: "native", 1: "torch"}, None, "pygloo", "torch is missing on ranks 1"),
+        ({}, "pygloo", "pygloo", "asked for by provider="),
+    ],
+)
+def test_the_first_provider_that_all_ranks_have(
+    pool: RankPool, path: str, without: dict[int, str], wanted: str | None, name: str, says: str
+) -> None:
+    for chosen, line in pool.run(2, choose_a_provider, path, without, wanted):
+        assert chosen == name
+        assert f"Gloo's provider is '{name}'" in line
+        assert says in line
 
 
 def use_two_groups(rank: int, size: int, path: str, provider: str) -> None:

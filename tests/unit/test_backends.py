@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -321,10 +322,13 @@ class TestGlooParts:
             keys.get("0/2")
 
     def test_gloo_needs_a_provider(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("colltensor.backends.gloo._installed", dict)
+        monkeypatch.setattr("colltensor.backends.gloo._packages", dict)
+        monkeypatch.setattr("colltensor.backends.gloo.library._loaded", [])
+        monkeypatch.setattr("colltensor.backends.gloo.library.path", lambda: Path("/nowhere/libcolltensor_gloo.so"))
+        assert "libgloo-dev" in str(GlooSpec().available())
         assert "pip install" in str(GlooSpec().available())
         assert reason("gloo") is not None
-        with pytest.raises(BackendUnavailableError, match="missing on ranks 0"):
+        with pytest.raises(BackendUnavailableError, match=r"native is missing on ranks 0 \(/nowhere/lib.*torch"):
             GlooSpec().create(Lonely(), Lonely(), timeout_s=1.0, interface=None, provider=None)
 
     def test_gloo_needs_a_control_plane(self) -> None:

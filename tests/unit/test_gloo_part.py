@@ -31,6 +31,9 @@ class Threads:
     def __init__(self, rank: int, queues: dict[tuple[int, int], SimpleQueue[bytes]]) -> None:
         self.rank, self.sent, self._queues = rank, 0, queues
 
+    def reductions(self, members: Sequence[int]) -> None:
+        """Return None: parts compose theirs."""
+
     def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
         for peer, pointer, nbytes in sends:
             self.sent += nbytes

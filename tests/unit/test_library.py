@@ -15,6 +15,7 @@ import pytest
 import colltensor
 from colltensor import dlpack
 from colltensor.backends import is_available, reason
+from colltensor.backends.gloo import library as gloo_library
 from colltensor.backends.shm import library
 from colltensor.errors import BackendUnavailableError
 
@@ -55,7 +56,9 @@ def test_the_library_is_part_of_an_installed_package() -> None:
         pytest.skip("colltensor is not installed: this is the checkout")
     if sys.platform != "linux":
         pytest.skip("only wheels for Linux hold the library")
-    assert [file.name for file in files if file.suffix == ".so"] == ["libcolltensor.so"]
+    libraries = {file.name for file in files if file.suffix == ".so"}
+    assert libraries - {"libcolltensor_gloo.so"} == {"libcolltensor.so"}
+    assert ("libcolltensor_gloo.so" in libraries) == (gloo_library.reason() is None)
     tags = [line for line in str(importlib.metadata.distribution("colltensor").read_text("WHEEL")).splitlines()
             if line.startswith("Tag:")]
     assert tags

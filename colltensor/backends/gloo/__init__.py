@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import logging
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from colltensor.backends.base import ControlPlane
+from colltensor.backends.gloo import library
 from colltensor.errors import BackendUnavailableError, GroupError, MismatchError, OptionError
 from colltensor.net import interface_address
 
@@ -23,12 +26,17 @@ if TYPE_CHECKING:
     from colltensor.backends.gloo.provider import Provider
 
 _PROVIDERS: Final = {
-    "pygloo": ("colltensor.backends.gloo.pygloo_provider", "PyglooProvider"),
+    "native": ("colltensor.backends.gloo.native_provider", "NativeProvider"),
     "torch": ("colltensor.backends.gloo.torch_provider", "TorchProvider"),
+    "pygloo": ("colltensor.backends.gloo.pygloo_provider", "PyglooProvider"),
+    "ibverbs": ("colltensor.backends.gloo.native_provider", "IbverbsProvider"),
 }
-"""Providers in the order of preference: the first that every rank has is used."""
+_CHOICE: Final = ("native", "torch", "pygloo")
+"""Providers in the order of preference: the first that every rank has is used. Others only serve who asks."""
 
 _INSTALL: Final = "pip install 'colltensor[torch]' (or, on CPython 3.10, pip install pygloo==0.2.1)"
+
+_LOG = logging.getLogger(__name__)
 
 
 class GlooSpec:
@@ -42,7 +50,10 @@ class GlooSpec:
 
     def available(self) -> str | None:
         """Return None if a provider is installed, else what to install."""
-        return None if _installed() else f"Gloo needs torch or pygloo, and neither is installed: {_INSTALL}"
+        why = library.reason()
+        if why is None or _packages():
+            return None
+        return f"no Gloo: {why}; nor is torch or pygloo installed: {_INSTALL}"
 
     def create(
         self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
@@ -54,7 +65,8 @@ class GlooSpec:
             meeting: The group's Placement; the default is to use the address the others know of this rank.
             timeout_s: How long connecting may take.
             interface: The interface to use, by name or address; each rank may have its own.
-            provider: ``"torch"``, ``"pygloo"``, or None for the first that all ranks have.
+            provider: ``"native"``, ``"torch"`` or ``"pygloo"``, None for the first that all ranks have; ``"ibverbs"``
+                is the native one over the host's first ibverbs device.
 
         Raises:
             BackendUnavailableError: A rank lacks the provider.
@@ -82,11 +94,11 @@ class GlooSpec:
 SPEC: Final = GlooSpec()
 
 
-def _installed() -> dict[str, str]:
-    """Return the installed providers and their versions, without importing them."""
+def _packages() -> dict[str, str]:
+    """Return the providers that are packages, with their versions, without importing them."""
     found = {}
-    for name in _PROVIDERS:
-        if find_spec(name) is not None:
+    for name in ("torch", "pygloo"):
+        if name in sys.modules or find_spec(name) is not None:
             found[name] = _version(name)
     return found
 
@@ -100,17 +112,31 @@ def _version(name: str) -> str:
         return "unknown"
 
 
+def _usable() -> tuple[dict[str, str], dict[str, str]]:
+    """Return the versions of the providers that can be used here, and why the native ones cannot."""
+    found, lacking = _packages(), {}
+    try:
+        found["native"] = library.version()
+    except BackendUnavailableError as error:
+        lacking = dict.fromkeys(("native", "ibverbs"), str(error).removeprefix("backend 'gloo', provider 'native': "))
+    else:
+        if library.load().gloo_ibverbs_names():
+            found["ibverbs"] = found["native"]
+        else:
+            lacking["ibverbs"] = "this host has no ibverbs device (there is none in /sys/class/infiniband)"
+    return found, lacking
+
+
 def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> str:
     """Return the provider that all ranks use: one that all have, in versions that understand each other.
 
-    Ranks of two providers cannot meet: pygloo 0.2.1 and torch hold different versions of Gloo,
-    which publish different keys.
+    Ranks of two providers cannot meet: they hold different versions of Gloo, and publish different keys.
     """
-    ballot = json.dumps([wanted if wanted is None else str(wanted), _installed()]).encode()
+    ballot = json.dumps([wanted if wanted is None else str(wanted), *_usable()]).encode()
     replies = control.allgather(ballot, deadline)
-    ballots = [cast("tuple[str | None, dict[str, str]]", json.loads(reply)) for reply in replies]
+    ballots = [cast("tuple[str | None, dict[str, str], dict[str, str]]", json.loads(reply)) for reply in replies]
     where = f"group '{control.group_name}' (rank {control.rank}), backend 'gloo'"
-    wishes = [wish for wish, _ in ballots]
+    wishes = [wish for wish, _, _ in ballots]
     for rank, wish in enumerate(wishes):
         if wish is not None and wish not in _PROVIDERS:
             raise OptionError(
@@ -122,14 +148,17 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> str:
             f"{where}: the ranks ask for different providers: {_by_rank(wishes)}; give all the same",
             [rank for rank, wish in enumerate(wishes) if wish != wishes[0]],
         )
-    candidates = sorted(asked) or list(_PROVIDERS)
-    lacking = {name: [rank for rank, (_, has) in enumerate(ballots) if name not in has] for name in candidates}
-    usable = [name for name in candidates if not lacking[name]]
-    if not usable:
-        lacks = "; ".join(f"{name} is missing on ranks {', '.join(map(str, lacking[name]))}" for name in candidates)
-        raise BackendUnavailableError(f"{where}: no provider is installed on all ranks: {lacks}; {_INSTALL} on all")
-    name = usable[0]
-    versions = [has[name] for _, has in ballots]
+    candidates = sorted(asked) or list(_CHOICE)
+    lacks = {name: _lacking(name, [(has, why) for _, has, why in ballots]) for name in candidates}
+    name = next((name for name in candidates if lacks[name] is None), None)
+    if name is None:
+        raise BackendUnavailableError(
+            f"{where}: no provider is installed on all ranks: {'; '.join(map(str, lacks.values()))}; {_INSTALL} on all"
+        )
+    passed = [str(lacks[other]) for other in candidates[: candidates.index(name)]]
+    reason = "asked for by provider=" if asked else "; ".join(["the first that all ranks have", *passed])
+    _LOG.debug("group %r (rank %d): Gloo's provider is %r: %s", control.group_name, control.rank, name, reason)
+    versions = [has[name] for _, has, _ in ballots]
     series = [".".join(text.split(".")[:2]) for text in versions]
     if len(set(series)) > 1:
         raise MismatchError(
@@ -138,6 +167,15 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> str:
             [rank for rank, number in enumerate(series) if number != series[0]],
         )
     return name
+
+
+def _lacking(name: str, ballots: Sequence[tuple[dict[str, str], dict[str, str]]]) -> str | None:
+    """Return None if all ranks can use a provider, else which cannot, and why where that is known."""
+    ranks = [rank for rank, (has, _) in enumerate(ballots) if name not in has]
+    if not ranks:
+        return None
+    why = ballots[ranks[0]][1].get(name)
+    return f"{name} is missing on ranks {', '.join(map(str, ranks))}" + (f" ({why})" if why else "")
 
 
 def _by_rank(values: Sequence[str | None]) -> str:

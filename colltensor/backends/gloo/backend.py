@@ -65,10 +65,11 @@ class GlooBackend:
         self._rank = control.rank
         self._size = control.world_size
         self._composer = Composer(provider, self._rank, self._size)
+        self._own = provider.reductions(range(self._size))
 
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Return True for reductions of 16-bit floats, which are widened to float32 and rounded back."""
-        return dtype.name in _EMULATED and operation in REDUCTIONS
+        """Return True for reductions of 16-bit floats that numpy widens to float32 and rounds back."""
+        return self._own is None and dtype.name in _EMULATED and operation in REDUCTIONS
 
     @_keeps_buffers
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
@@ -79,6 +80,9 @@ class GlooBackend:
 
     def _allreduce(self, buffer: BufferView, op: ReduceOp, deadline: float) -> None:
         dtype, count = buffer.dtype, buffer.count
+        if self._own is not None:
+            self._own.allreduce(buffer.pointer, count, dtype, op, deadline)
+            return
         nbytes = count * dtype.itemsize
         # What MIN and MAX of 0.0 and -0.0 are depends on the processor and the alignment: one rank must decide.
         decided = dtype.kind == "f" and (op is ReduceOp.MIN or op is ReduceOp.MAX)
@@ -98,7 +102,7 @@ class GlooBackend:
         """Combine in place on ``root``; elsewhere the buffers are only read."""
         for buffer in buffers:
             if buffer.count and self._size > 1:
-                self._composer.reduce(buffer.pointer, buffer.count, buffer.dtype, root, op, deadline)
+                (self._own or self._composer).reduce(buffer.pointer, buffer.count, buffer.dtype, root, op, deadline)
 
     @_keeps_buffers
     def reducescatter(self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
@@ -107,7 +111,8 @@ class GlooBackend:
             copy(target.pointer, sources[0].pointer, target.nbytes)
         elif target.count:
             pointers = [source.pointer for source in sources]
-            self._composer.reducescatter(target.pointer, pointers, target.count, target.dtype, op, deadline)
+            reductions = self._own or self._composer
+            reductions.reducescatter(target.pointer, pointers, target.count, target.dtype, op, deadline)
 
     @_keeps_buffers
     def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:

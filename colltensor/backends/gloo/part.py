@@ -50,6 +50,9 @@ class PartProvider:
         """Do all transfers at once."""
         self._provider.exchange(self._named(receives), self._named(sends), deadline)
 
+    def reductions(self, members: Sequence[int]) -> None:
+        """Return None: a part composes them."""
+
     def close(self) -> bool:
         """Leave the connections to the group of all."""
         return True
@@ -80,13 +83,16 @@ class GlooPart:
         self._size = len(members)
         self._provider = PartProvider(provider, members, position)
         self._composer = Composer(self._provider, position, self._size)
+        self._own = provider.reductions(members)
         self._kept = kept
 
     def allreduce(self, view: BufferView, op: ReduceOp, deadline: float) -> None:
         """Combine in place. Two ranks send each other all of it, which is what a ring of two sends too, in one step."""
         dtype, count = view.dtype, view.count
         try:
-            if self._decided_anywhere(dtype, op) and (self._size == 2 or self._sent(view) <= DIRECT_NBYTES):
+            if self._own is not None:
+                self._own.allreduce(view.pointer, count, dtype, op, deadline)
+            elif self._decided_anywhere(dtype, op) and (self._size == 2 or self._sent(view) <= DIRECT_NBYTES):
                 self._composer.allreduce_direct(view.pointer, count, dtype, op, deadline)
             else:
                 self._composer.allreduce(view.pointer, count, dtype, op, deadline)
@@ -97,7 +103,7 @@ class GlooPart:
     def reduce(self, view: BufferView, root: int, op: ReduceOp, deadline: float) -> None:
         """Combine in place on ``root``; elsewhere the view is only read."""
         try:
-            self._composer.reduce(view.pointer, view.count, view.dtype, root, op, deadline)
+            (self._own or self._composer).reduce(view.pointer, view.count, view.dtype, root, op, deadline)
         except BaseException:
             self._kept.append((view, self._composer))
             raise

@@ -33,6 +33,21 @@ class Transfer(NamedTuple):
     nbytes: int
 
 
+class Reductions(Protocol):
+    """Reductions of some ranks, in their order; roots are positions among them. Addresses are of contiguous memory."""
+
+    def allreduce(self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float) -> None:
+        """Combine in place."""
+
+    def reduce(self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float) -> None:
+        """Combine in place on ``root``; on other ranks the memory is only read."""
+
+    def reducescatter(
+        self, target: int, sources: Sequence[int], count: int, dtype: DType, op: ReduceOp, deadline: float
+    ) -> None:
+        """Combine all ranks' ``sources[rank]`` into ``target``; each of ``count`` elements."""
+
+
 class Provider(Protocol):
     """Gloo, connected between all ranks of a group. All ranks call in the same order.
 
@@ -40,7 +55,7 @@ class Provider(Protocol):
     RuntimeError when Gloo failed, and what ``ControlPlane.check`` raises.
 
     Attributes:
-        name: ``"torch"`` or ``"pygloo"``.
+        name: ``"native"``, ``"ibverbs"``, ``"torch"`` or ``"pygloo"``.
         natives: The pairs that its allreduce does correctly, and as which pair of Gloo's; a type of
             another width stands for as many elements as fill the same bytes.
     """
@@ -56,6 +71,9 @@ class Provider(Protocol):
 
     def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
         """Do all transfers at once: at most one to and one from each peer, none of zero bytes, none to itself."""
+
+    def reductions(self, members: Sequence[int]) -> Reductions | None:
+        """Return the provider's own reductions of some ranks, which do every pair; None where there are none."""
 
     def close(self) -> bool:
         """Free everything without waiting for other ranks; return whether Gloo now writes nowhere. Idempotent."""

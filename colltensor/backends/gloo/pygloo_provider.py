@@ -91,6 +91,9 @@ class PyglooProvider:
             context = self._connected("an exchange of bytes", deadline)
             (pygloo.send if sending else pygloo.recv)(context, pointer, nbytes, _UINT8, peer)
 
+    def reductions(self, members: Sequence[int]) -> None:
+        """Return None: Gloo's own lack some, and get others wrong."""
+
     def close(self) -> bool:
         """Close the connections; nothing is in flight, since pygloo blocks."""
         context, self._context, self._device, self._store = self._context, None, None, None

@@ -72,23 +72,39 @@ def load() -> Any:
     why = reason()
     if why is not None:
         raise BackendUnavailableError(f"backend 'shm': {why}")
-    place = path()
+    module = open_library(path(), "backend 'shm'", "shm_interface", INTERFACE)
+    _loaded.append(module)
+    return module
+
+
+def open_library(place: Path, where: str, function: str, interface: int) -> Any:
+    """Load one of colltensor's native libraries.
+
+    Args:
+        place: The file.
+        where: What needs it, for messages.
+        function: Its function that returns its interface.
+        interface: What that must be.
+
+    Raises:
+        BackendUnavailableError: The library cannot be loaded or is of another version, or apache-tvm-ffi is of
+            another series.
+    """
     tvm_ffi = dlpack.tvm_ffi()
     if not f"{tvm_ffi.__version__}.".startswith(f"{TVM_FFI_SERIES}."):
         raise BackendUnavailableError(
-            f"backend 'shm': {place} is built for apache-tvm-ffi {TVM_FFI_SERIES}, and {tvm_ffi.__version__} is "
+            f"{where}: {place} is built for apache-tvm-ffi {TVM_FFI_SERIES}, and {tvm_ffi.__version__} is "
             f"installed: pip install 'apache-tvm-ffi=={TVM_FFI_SERIES}.*'"
         )
     reinstall = "pip install --force-reinstall --no-deps colltensor"
     remedy = f"build {place} again" if os.environ.get(_VARIABLE) else reinstall
     try:
         module = tvm_ffi.load_module(str(place))
-        version = module.shm_interface()
+        version = getattr(module, function)()
     except (RuntimeError, AttributeError, OSError) as error:
-        raise BackendUnavailableError(f"backend 'shm': {place} cannot be loaded: {error}; {remedy}") from error
-    if version != INTERFACE:
+        raise BackendUnavailableError(f"{where}: {place} cannot be loaded: {error}; {remedy}") from error
+    if version != interface:
         raise BackendUnavailableError(
-            f"backend 'shm': {place} has interface {version}, and this colltensor needs {INTERFACE}; {remedy}"
+            f"{where}: {place} has interface {version}, and this colltensor needs {interface}; {remedy}"
         )
-    _loaded.append(module)
     return module
