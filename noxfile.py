@@ -83,7 +83,7 @@ WITH_SLOW = ("torch", "3.11")
 """The session that runs the tests marked `slow`, which no framework and no version of Python changes."""
 
 WITH_NATIVE_GLOO = [("numpy", "3.12"), ("numpy", "3.13"), ("jax", "3.12")]
-"""The sessions that run their tests over the wheel's Gloo: those that have no other, but one, which has it by `auto`."""
+"""The sessions of tests that run over the wheel's Gloo: on Pythons that have no other."""
 
 FOLDERS = {
     "numpy": ("tests",),

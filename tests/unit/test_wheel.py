@@ -42,7 +42,7 @@ print(json.dumps([name for name in names if re.search("/lib(gloo|hiredis|ibverbs
 def mapped_by_the_provider(*prefix: str) -> list[str]:
     """The files of Gloo and of what it needs that a new process has, once the native provider is loaded."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
-    command = [*prefix, sys.executable, "-c", MAPPED]
+    command = [*prefix, sys.executable, "-I", "-c", MAPPED]  # nothing of the folder that this runs in
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     names: list[str] = json.loads(done.stdout)
