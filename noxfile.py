@@ -5,6 +5,7 @@
     nox -t torch                    every session of one framework
     nox -s "tests(torch-3.11)" -- -k allreduce -x    arguments for pytest
     nox -s native                   the native library's own tests, under sanitizers
+    nox -s wheel                    the wheel with Gloo inside, on every Python, between two network namespaces
     nox -s gpu                      on a machine with a CUDA device
 
 All of it takes about 20 minutes on two cores, and may take 30. What no framework and no Python changes is tested once:
@@ -19,6 +20,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -32,7 +34,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "native", "arm64", "tests", "demo"]
+nox.options.sessions = ["lint", "types", "native", "arm64", "wheel", "tests", "demo"]
 
 os.environ["PIP_NO_COMPILE"] = "1"  # most of what is installed is never imported; halves the time of installing torch
 
@@ -53,13 +55,10 @@ PAIRS = [
     ("numpy", "3.13"),
     ("jax", "3.13"),
 ]
-"""Gloo comes from pygloo on 3.10 (it has no later wheels) and from torch on 3.11 (its CPU build is for that one).
+"""Gloo comes with the wheel (see `_wheel`), from pygloo on 3.10 (it has no later wheels) and from torch on 3.11.
 
-On 3.12 and 3.13 it is the wheel's own. The native libraries in the wheel are the same ones for every Python.
+The wheel is the same one for every Python, and so is the Gloo in it: see `wheel` and `WITH_NATIVE_GLOO`.
 """
-
-NATIVE_GLOO = ("3.12", "3.13")
-"""The Pythons whose sessions test the native Gloo provider, at world size 3, where the wheel has it."""
 
 SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 """The builds of the native tests, and what -fsanitize is given."""
@@ -79,11 +78,14 @@ SELECTED = {
 }
 """The frameworks that a session's tests are run over."""
 
-GLOO_SIZES = {"jax": "3", "mixed": "3"}
+GLOO_SIZES = {"jax": "3", "mixed": "3", "wheel": "2"}
 """The conformance suite's Gloo worlds, where another session of the same Python has them at every size."""
 
 WITH_SLOW = ("torch", "3.11")
 """The session that runs the tests marked `slow`, which no framework and no version of Python changes."""
+
+WITH_NATIVE_GLOO = [("numpy", "3.12"), ("numpy", "3.13"), ("jax", "3.12")]
+"""The sessions of tests that run over the wheel's Gloo, at world size 3: on Pythons that have no other."""
 
 FOLDERS = {
     "numpy": ("tests",),
@@ -92,12 +94,14 @@ FOLDERS = {
     "cupy": ("tests/unit",),
     "mixed": ("tests/conformance",),
     "ray": ("tests/ray",),
+    "wheel": ("tests/unit/test_wheel.py", "tests/conformance"),
 }
 """The folders that it runs: numpy's and torch's sessions have all that no framework changes, once for each Python."""
 
 LEFT_OUT = {
     "jax": ("tests/conformance/test_between_hosts.py",),
     "mixed": ("tests/conformance/test_between_hosts.py",),
+    "wheel": ("tests/conformance/test_between_hosts.py",),
 }
 """Files of these folders that use numpy alone, so that numpy's and torch's sessions run them for both Gloos."""
 
@@ -126,7 +130,12 @@ def _offer_pyenv_interpreters() -> None:
 _offer_pyenv_interpreters()
 
 
-_built: list[Path] = []
+PYTHONS = sorted({python for _, python in PAIRS})
+
+GLOO = ROOT / ".nox" / "gloo"
+"""Where Gloo is unpacked for the build if the system has no headers of it."""
+
+_built: list[tuple[Path, str | None]] = []
 _seconds: dict[str, float] = {}
 
 
@@ -161,20 +170,57 @@ def _elsewhere(session: nox.Session) -> Path:
     return folder
 
 
-def _wheel(session: nox.Session) -> Path:
-    """Build the wheel, once for all sessions of a run."""
+def _gloo_of_build(session: nox.Session) -> tuple[list[str], dict[str, str]]:
+    """Return pip's options and the environment for a build with Gloo, the system's or else one fetched for it.
+
+    Where it cannot be fetched both are empty; the build's log and the session `wheel` say what to install.
+    """
+    given = any(name in os.environ for name in ("Gloo_DIR", "Gloo_ROOT", "CMAKE_PREFIX_PATH"))
+    if given or any(Path(prefix, "include", "gloo", "config.h").exists() for prefix in ("/usr", "/usr/local")):
+        return [], {}
+    found = session.run(
+        "python", str(ROOT / "native" / "fetch_gloo.py"), str(GLOO), silent=True, success_codes=(0, 1), stderr=None
+    )
+    if not (GLOO / "complete").exists():
+        return [], {}
+    options = [f"--config-settings=cmake.define.Gloo_DIR={GLOO / 'usr' / 'share' / 'cmake' / 'Gloo'}"]
+    return options, {"LD_LIBRARY_PATH": str(found).strip()}
+
+
+def _build(session: nox.Session) -> tuple[Path, str | None]:
+    """Build the wheel, once for all sessions of a run; return it, and why Gloo is not in it, None where it is.
+
+    With Gloo it is the wheel that one would publish, with the library inside.
+    """
     if not _built:
         shutil.rmtree(DIST, ignore_errors=True)
-        carry = "--config-settings=cmake.define.COLLTENSOR_CARRY_GLOO=ON"
-        command = ("python", "-m", "pip", "wheel", "--quiet", "--no-deps", carry)
-        session.run(*command, "--wheel-dir", str(DIST), str(ROOT))
-        _built.extend(DIST.glob("*.whl"))
+        options, environment = _gloo_of_build(session)
+        line = ["python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), *options, str(ROOT)]
+        session.run(*line, env=environment)
+        [wheel] = DIST.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            has_gloo = "colltensor/lib/libcolltensor_gloo.so" in archive.namelist()
+        if has_gloo:
+            wheel = _repaired(session, wheel, environment)
+        why = "the wheel was built without Gloo, whose headers were neither found nor could be fetched: "
+        _built.append((wheel, None if has_gloo else f"{why}apt-get install libgloo-dev"))
     return _built[0]
 
 
-def _has_native_gloo(wheel: Path) -> bool:
-    """Return whether the native Gloo provider was built: where Gloo's headers are, apt-get install libgloo-dev."""
-    return "colltensor/lib/libcolltensor_gloo.so" in zipfile.ZipFile(wheel).namelist()
+def _repaired(session: nox.Session, wheel: Path, environment: dict[str, str]) -> Path:
+    """Return the wheel with Gloo's libraries inside. The tools stay out of the session's own environment."""
+    tools = DIST / "tools"
+    session.install("--quiet", "--target", str(tools), *nox.project.dependency_groups(PYPROJECT, "wheel"))
+    search = {"PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    repair = ["python", str(ROOT / "native" / "repair_wheel.py"), str(wheel), str(DIST / "repaired")]
+    session.run(*repair, "--root", str(GLOO), env={**environment, **search})
+    [repaired] = (DIST / "repaired").glob("*.whl")
+    return repaired
+
+
+def _wheel(session: nox.Session) -> Path:
+    """Return the wheel, built on first use."""
+    return _build(session)[0]
 
 
 def _install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ("test",)) -> None:
@@ -196,12 +242,14 @@ def _pytest(
     frameworks: tuple[str, ...],
     providers: tuple[str, ...],
     gloo_sizes: str = "",
+    two_hosts: bool = False,
 ) -> None:
     """Run pytest on the installed package; arguments after nox's ``--`` are passed on."""
     environment = {
         "COLLTENSOR_TEST_FRAMEWORKS": ",".join(frameworks),
         "COLLTENSOR_TEST_PROVIDERS": ",".join(providers),
         "COLLTENSOR_TEST_GLOO_SIZES": gloo_sizes,
+        "COLLTENSOR_TEST_TWO_HOSTS": str(int(two_hosts)),
         "COLLTENSOR_TEST_INSTALLED": "1",
     }
     given = [str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in session.posargs]
@@ -282,6 +330,35 @@ def arm64(session: nox.Session) -> None:
     session.run(emulator, "-L", "/usr/aarch64-linux-gnu", program, *arguments, external=True)
 
 
+def _print_size(session: nox.Session) -> None:
+    """Print what the packages of a new environment take on the disk, numpy and all else."""
+    [site] = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    sizes = {"numpy": 0, "pip": 0, "the rest": 0}
+    for file in site.rglob("*"):
+        package = re.split(r"[-.]", file.relative_to(site).parts[0])[0]
+        sizes[package if package in sizes else "the rest"] += file.lstat().st_size if file.is_file() else 0
+    session.log(f"installed: numpy {sizes['numpy'] / 1e6:.1f} MB, colltensor with Gloo and its other dependencies "
+                f"{sizes['the rest'] / 1e6:.1f} MB")
+
+
+@nox.session(python=PYTHONS, reuse_venv=False)
+@_timed
+def wheel(session: nox.Session) -> None:
+    """Run the Gloo that the wheel carries, in a new environment without torch, between two network namespaces.
+
+    On this host where namespaces are not permitted. Skipped where there is no Gloo to build against.
+    """
+    built, why_without_gloo = _build(session)
+    if why_without_gloo is not None:
+        session.skip(why_without_gloo)
+    session.install("--quiet", str(built))
+    _print_size(session)
+    session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "test"))
+    arguments = ["-m", "gloo and not slow", *(f"--ignore={ROOT / file}" for file in LEFT_OUT["wheel"])]
+    selected = {"frameworks": ("numpy",), "providers": ("native",), "gloo_sizes": GLOO_SIZES["wheel"]}
+    _pytest(session, FOLDERS["wheel"], *arguments, **selected, two_hosts=True)
+
+
 @nox.session
 @nox.parametrize(
     ("python", "framework"),
@@ -295,15 +372,12 @@ def tests(session: nox.Session, framework: str) -> None:
     providers = ("torch",) if "torch" in frameworks else ()
     if session.python == "3.10":
         extras, providers = [*extras, "pygloo"], ("pygloo",)
-    if session.python in NATIVE_GLOO:
-        if _has_native_gloo(_wheel(session)):
-            providers = ("native",)
-        else:
-            session.warn("without the native Gloo: the wheel was built without its headers (libgloo-dev)")
+    if (framework, session.python) in WITH_NATIVE_GLOO and _build(session)[1] is None:
+        providers = (*providers, "native")
     groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
     groups = (*groups, *(f"test-{name}" for name in ("jax", "ray") if name in frameworks))
     _install(session, *extras, groups=groups)
-    sizes = "3" if session.python in NATIVE_GLOO else GLOO_SIZES.get(framework, "")
+    sizes = "3" if "native" in providers else GLOO_SIZES.get(framework, "")
     arguments = [f"--ignore={ROOT / file}" for file in LEFT_OUT.get(framework, ())]
     arguments += [] if (framework, session.python) == WITH_SLOW else ["-m", "not slow"]
     _pytest(session, FOLDERS[framework], *arguments, frameworks=frameworks, providers=providers, gloo_sizes=sizes)

@@ -108,12 +108,13 @@ def _await_namespace(holder: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def _inside(holder: int, command: Sequence[str]) -> list[str]:
+def inside(holder: int, command: Sequence[str]) -> list[str]:
+    """Return the command that runs `command` on the host of a process that `two_hosts` yields, in its place."""
     return ["nsenter", f"--net=/proc/{holder}/ns/net", *command]
 
 
 def _network(holder: int, command: str) -> None:
-    done = subprocess.run(_inside(holder, command.split()), capture_output=True, text=True, check=False)
+    done = subprocess.run(inside(holder, command.split()), capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotPermittedError(f"{command}: {done.stderr.strip()}")
 
@@ -126,7 +127,7 @@ def measure(holders: Sequence[int], case: Case, nbytes: int, calls: int) -> Traf
         for rank, host in enumerate(case.hosts):
             program = [sys.executable, __file__, "--as-rank", json.dumps([rank, case, folder, nbytes, calls])]
             process = subprocess.Popen(
-                _inside(holders[host != case.hosts[0]], program), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                inside(holders[host != case.hosts[0]], program), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, env=environment,
             )
             undo.callback(process.wait)

@@ -5,6 +5,8 @@ Options (each also by an environment variable, which is how nox's sessions pass 
         One that is selected but missing ends the session.
     --providers, COLLTENSOR_TEST_PROVIDERS  Gloo's providers, native, pygloo and torch, likewise; may be empty.
     --gloo-sizes, COLLTENSOR_TEST_GLOO_SIZES  World sizes of the conformance suite's Gloo worlds; 1,2,3,4 by default.
+    --two-hosts, COLLTENSOR_TEST_TWO_HOSTS=1  The pool's ranks are in two network namespaces in turns, with a link
+        between them; on this host, where namespaces are not permitted. Select `-m gloo` with it.
     COLLTENSOR_TEST_INSTALLED=1  The package must be the installed one, not the checkout, and have its native library.
 
 A test that takes ``framework`` or ``provider`` runs once for each selected one. Marks: ``needs("torch", "jax")``
@@ -14,14 +16,16 @@ and the folder ``tests/ray`` deselect a test where one of them is not selected; 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -37,10 +41,11 @@ hypothesis.settings.load_profile("colltensor")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the session's two options."""
+    """Declare the session's options."""
     for name, choices in (("frameworks", FRAMEWORKS), ("providers", PROVIDERS)):
         parser.addoption(f"--{name}", help=f"comma-separated, of: {', '.join(choices)}")
     parser.addoption("--gloo-sizes", help="comma-separated world sizes")
+    parser.addoption("--two-hosts", action="store_true", help="ranks in two network namespaces, where permitted")
 
 
 def _is_installed(name: str) -> bool:
@@ -77,6 +82,33 @@ def _gloo_sizes(config: pytest.Config) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
+def _load(path: Path) -> Any:
+    """Import a file that is no test and lies in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _enter_two_hosts(config: pytest.Config) -> None:
+    """Note what comes before the ranks' commands, and where they are then, in words."""
+    config.stash[HOSTS_KEY] = undo = contextlib.ExitStack()
+    config.stash[PREFIXES_KEY], config.stash[PLACE_KEY] = ((),), "on this host"
+    if not (config.getoption("two_hosts") or os.environ.get("COLLTENSOR_TEST_TWO_HOSTS") == "1"):
+        return
+    traffic = _load(ROOT / "benchmarks" / "hosts_traffic.py")
+    try:
+        holders = undo.enter_context(traffic.two_hosts())
+    except traffic.NotPermittedError as error:
+        config.stash[PLACE_KEY] = f"on this host, since network namespaces cannot be made: {error}"
+        return
+    prefixes: tuple[Sequence[str], ...] = tuple(traffic.inside(holder, ()) for holder in holders)
+    config.stash[PREFIXES_KEY] = prefixes
+    config.stash[PLACE_KEY] = "in two network namespaces in turns"
+
+
 def _missing_native_gloo() -> str | None:
     """Return None if the native Gloo can be used, else why not."""
     try:
@@ -111,6 +143,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[NO_SHM_KEY] = why = _missing_library()
     if why is not None and (os.environ.get("COLLTENSOR_TEST_INSTALLED") == "1" or "COLLTENSOR_LIBRARY" in os.environ):
         raise pytest.UsageError(f"shared memory is under test, but {why}")
+    _enter_two_hosts(config)
     # Short, because Ray puts unix sockets below it, whose paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ct-", dir=tempfile.gettempdir()))
     config.stash[FOLDER_KEY] = folder
@@ -121,7 +154,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the session's temporary folder."""
+    """Remove the session's temporary folder and its namespaces."""
+    if HOSTS_KEY in config.stash:
+        config.stash[HOSTS_KEY].close()
     folder = config.stash.get(FOLDER_KEY, None)
     if folder is None:
         return
@@ -138,6 +173,9 @@ FRAMEWORKS_KEY = pytest.StashKey[tuple[str, ...]]()
 PROVIDERS_KEY = pytest.StashKey[tuple[str, ...]]()
 GLOO_SIZES_KEY = pytest.StashKey[tuple[int, ...]]()
 NO_SHM_KEY = pytest.StashKey["str | None"]()
+HOSTS_KEY = pytest.StashKey[contextlib.ExitStack]()
+PREFIXES_KEY = pytest.StashKey["tuple[Sequence[str], ...]"]()
+PLACE_KEY = pytest.StashKey[str]()
 FOLDER_KEY = pytest.StashKey[Path]()
 TMPDIR_KEY = pytest.StashKey["str | None"]()
 
@@ -148,7 +186,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     frameworks, providers = config.stash[FRAMEWORKS_KEY], config.stash[PROVIDERS_KEY]
     return (
         f"colltensor: {found.origin if found else 'missing'}; frameworks: {', '.join(frameworks)}; "
-        f"Gloo providers: {', '.join(providers) or 'none'}; shared memory: {config.stash[NO_SHM_KEY] or 'yes'}"
+        f"Gloo providers: {', '.join(providers) or 'none'}; shared memory: {config.stash[NO_SHM_KEY] or 'yes'}; "
+        f"ranks: {config.stash[PLACE_KEY]}"
     )
 
 
@@ -211,7 +250,7 @@ def pool(nothing_left: None, pytestconfig: pytest.Config) -> Iterator[RankPool]:
     """The session's pool of rank processes."""
     folder = pytestconfig.stash[FOLDER_KEY] / "pool"
     folder.mkdir()
-    ranks = RankPool(folder)
+    ranks = RankPool(folder, prefixes=pytestconfig.stash[PREFIXES_KEY])
     yield ranks
     ranks.close()
     left = sorted(str(path.relative_to(folder)) for path in (folder / "rendezvous").iterdir())

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class RanksFailedError(Exception):
 class _Rank:
     """One child process: its pid, its connection, its log."""
 
-    def __init__(self, index: int, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, index: int, folder: Path, environment: Mapping[str, str], prefix: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         self.log = folder / f"rank{index}.log"
         search_path = [entry or os.getcwd() for entry in sys.path]
@@ -76,7 +76,7 @@ class _Rank:
         )
         with theirs, self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program],
+                [*prefix, sys.executable, "-c", program],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -144,14 +144,17 @@ class RankPool:
     is replaced because it died, overran or left a run unfinished.
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None,
+                 prefixes: Sequence[Sequence[str]] = ((),)) -> None:
         """Make an empty pool.
 
         Args:
             folder: An existing folder for logs and rendezvous files, which the caller removes.
             environment: Variables on top of this process's own; one thread each, JAX on the CPU by default.
+            prefixes: Words before the command of rank 0, 1, ..., in turns; the command replaces that process.
         """
         self.folder = folder
+        self._prefixes = prefixes
         self.environment = {**ONE_THREAD, **(environment or {}), "TMPDIR": str(folder / "tmp")}
         for name in ("tmp", "rendezvous"):
             (folder / name).mkdir()
@@ -188,7 +191,8 @@ class RankPool:
         with self._lock:
             for rank in range(world_size):
                 if rank not in self._ranks:
-                    self._ranks[rank] = _Rank(rank, self.folder, self.environment)
+                    prefix = self._prefixes[rank % len(self._prefixes)]
+                    self._ranks[rank] = _Rank(rank, self.folder, self.environment, prefix)
             for rank in range(world_size):
                 self._ranks[rank].call(Call(rank, world_size, self._edition, payload))
             return self._outcome(world_size, function, timeout_s, grace_s, may_die)

@@ -80,6 +80,20 @@ def small_pool(tmp_path: Path) -> RankPool:
     ranks.close()
 
 
+def word_and_pid(rank: int, world_size: int) -> tuple[str | None, int]:
+    return os.environ.get("WORD"), os.getpid()
+
+
+def test_words_before_the_command_take_turns(tmp_path: Path) -> None:
+    ranks = RankPool(tmp_path, prefixes=(("env", "WORD=even"), ("env", "WORD=odd")))
+    try:
+        results = ranks.run(3, word_and_pid)
+        assert [word for word, _ in results] == ["even", "odd", "even"]
+        assert tuple(pid for _, pid in results) == ranks.pids
+    finally:
+        ranks.close()
+
+
 def test_results_come_by_rank_and_processes_are_reused(pool: RankPool) -> None:
     first = pool.run(3, rank_and_pid, 10)
     assert [result[:2] for result in first] == [(0, 3), (10, 3), (20, 3)]
