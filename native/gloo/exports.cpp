@@ -44,6 +44,12 @@ std::shared_ptr<Mesh> find(std::int64_t handle) {
   return found == registry->meshes.end() ? nullptr : found->second;
 }
 
+// An error for Python, without the trace of C++ that TVM_FFI_THROW collects: to read the symbols of a process that has
+// torch takes half a second of the processor.
+ffi::Error told(const std::exception& error) {
+  return ffi::Error("RuntimeError", std::string("gloo: ") + error.what(), std::string());
+}
+
 // No exception of Gloo's may pass to another library: its message goes on as a RuntimeError.
 template <class Body>
 std::int64_t guarded(std::int64_t handle, Body body) {
@@ -59,7 +65,7 @@ std::int64_t guarded(std::int64_t handle, Body body) {
   } catch (const Closed&) {
     return kClosed;
   } catch (const std::exception& error) {
-    TVM_FFI_THROW(RuntimeError) << "gloo: " << error.what();
+    throw told(error);
   }
 }
 
@@ -111,7 +117,7 @@ std::int64_t open(std::int64_t rank, std::int64_t size, ffi::String place, std::
     registry->meshes[++registry->last] = std::move(mesh);
     return registry->last;
   } catch (const std::exception& error) {
-    TVM_FFI_THROW(RuntimeError) << "gloo: " << error.what();
+    throw told(error);
   }
 }
 
