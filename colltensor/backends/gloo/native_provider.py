@@ -8,6 +8,7 @@ touches its memory no more. Imports no framework.
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import struct
 import time
@@ -19,7 +20,7 @@ from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo import library
 from colltensor.backends.gloo.provider import Pair, Transfer, expired, track
 from colltensor.backends.gloo.scheduling import SocketThreads
-from colltensor.errors import BackendUnavailableError, CollectiveError
+from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
 from colltensor.types import DType, ReduceOp
 
 _STOPPED: Final = 1
@@ -84,11 +85,10 @@ class NativeProvider:
         except CollectiveError:
             raise
         except RuntimeError as error:
-            # A rank that died is refused here before the control plane has heard of it, which names it.
-            until = min(deadline, time.monotonic() + _NEWS_S)
-            while time.monotonic() < until:
-                self._control.check()
-                time.sleep(0.02)
+            # A rank that died refuses connections before the control plane has heard of it, which names it in the
+            # exchange that follows on all ranks.
+            with contextlib.suppress(CollectiveTimeoutError):
+                self._control.allgather(b"", min(deadline, time.monotonic() + _NEWS_S))
             raise BackendUnavailableError(
                 f"group '{self._control.group_name}' (rank {self._control.rank}), backend 'gloo': provider "
                 f"{self.name!r} cannot connect to the other ranks; interface= chooses the network: {error}"
