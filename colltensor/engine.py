@@ -448,18 +448,22 @@ class Engine:
             return error
         if self.broken is not None:
             return self.broken
-        if isinstance(error, CollectiveError):
-            self.broken = error
-        elif isinstance(error, (RuntimeError, OSError)):
-            self.broken = control.diagnose(name, None if isinstance(error, TimeoutError) else error)
-        else:
-            self.broken = GroupError(f"{name}: rank {self._rank} gave up: {type(error).__name__} {error}".rstrip())
+        self.broken = verdict(control, name, error)
         _log.info("group %r (rank %d): broken: %s", self._name, self._rank, self.broken)
         control.fail(self.broken)
         if self._signer is not None:
             self._signer.tell(self.broken)
         interrupted = not isinstance(error, (RuntimeError, OSError))
         return error if interrupted else self.broken
+
+
+def verdict(control: Control, operation: str, error: BaseException) -> CollectiveError:
+    """Return what a failure of a backend means for the group; asks the other ranks where it does not say."""
+    if isinstance(error, CollectiveError):
+        return error
+    if isinstance(error, (RuntimeError, OSError)):
+        return control.diagnose(operation, None if isinstance(error, TimeoutError) else error)
+    return GroupError(f"{operation}: rank {control.rank} gave up: {type(error).__name__} {error}".rstrip())
 
 
 def _is_on(device: QueueingBackend, buffers: Buffers) -> bool:

@@ -22,7 +22,7 @@ from colltensor.backends.base import DIRECT, Backend, BackendSpec, QueueingBacke
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
-from colltensor.engine import Engine, Transfer
+from colltensor.engine import Engine, Transfer, verdict
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
 from colltensor.rendezvous import Meeting, meet_through
@@ -75,10 +75,14 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
             control, meeting, timeout_s=recipe.timeout_s, interface=recipe.interface, provider=recipe.provider
         )
     except BaseException as error:
-        if isinstance(error, CollectiveError):
-            control.fail(error)
-        control.close()
-        raise
+        try:
+            found = verdict(control, "init_collective_group", error)
+            control.fail(found)
+        finally:
+            control.close()
+        if found is error or not isinstance(error, (RuntimeError, OSError)):
+            raise
+        raise found from error
     return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe, meeting)
 
 

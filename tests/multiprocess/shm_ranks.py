@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,12 +26,15 @@ def fresh() -> str:
 
 
 @contextlib.contextmanager
-def own_group(rank: int, world_size: int, name: str, timeout_s: float = 20.0) -> Iterator[Any]:
-    """A group that the test may break; destroyed when it ends."""
+def own_group(
+    rank: int, world_size: int, name: str, timeout_s: float = 20.0, backend: str = "shm"
+) -> Iterator[Any]:
+    """A group that the test may break, in shared memory or of the native Gloo; destroyed when it ends."""
     folder = Path(tempfile.gettempdir()) / name
     folder.mkdir(exist_ok=True)
+    over = {"provider": "native", "interface": "lo"} if backend == "gloo" else {}
     group = col.init_collective_group(
-        world_size, rank, "shm", name, init_method=f"file://{folder}", timeout_s=timeout_s
+        world_size, rank, backend, name, init_method=f"file://{folder}", timeout_s=timeout_s, **over
     )
     try:
         yield group
@@ -103,7 +105,7 @@ class Held(NamedTuple):
         for number in os.listdir("/proc/self/fd"):
             with contextlib.suppress(FileNotFoundError):  # the listing's own
                 kinds.append(os.readlink(f"/proc/self/fd/{number}").partition("[")[0])
-        return cls(tuple(sorted(kinds)), shared_mappings(), threading.active_count())
+        return cls(tuple(sorted(kinds)), shared_mappings(), len(os.listdir("/proc/self/task")))
 
     def left_behind(self) -> list[str]:
         """Return what is held beyond this, once threads that were told to end have ended.

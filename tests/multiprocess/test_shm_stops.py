@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kills import PHASES
 from pool import RankPool
-from shm_kills import PHASES
 from shm_ranks import fresh, own_group
 
 import colltensor as col
@@ -21,8 +22,9 @@ pytestmark = pytest.mark.shm
 
 
 def repeat(group: Any, phase: str) -> None:
+    draw = random.Random(phase)
     while True:
-        PHASES[phase][0](group)
+        PHASES[phase][0](group, draw)
 
 
 def stop_in(rank: int, size: int, name: str, phase: str) -> tuple[float, tuple[int, ...]]:

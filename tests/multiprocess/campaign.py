@@ -1,7 +1,8 @@
 """The long runs: random collectives in shared memory against numpy, and ranks killed at random moments.
 
-    python tests/multiprocess/shm_campaign.py --collectives 20000 --ranks 8 --seed 1
-    python tests/multiprocess/shm_campaign.py --kills 50 --seed 1
+    python tests/multiprocess/campaign.py --collectives 20000 --ranks 8 --seed 1
+    python tests/multiprocess/campaign.py --kills 50 --seed 1
+    python tests/multiprocess/campaign.py --kills 50 --seed 7 --backend gloo    over the native Gloo
 
 Random collectives run over 2 to ``--ranks`` ranks in turn, every second time on two groups in two threads. A failure
 ends the run with a traceback that names the seed and the step.
@@ -10,6 +11,7 @@ ends the run with a traceback that names the seed and the step.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -18,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 
+from kills import campaign
 from leftovers import SESSION_VARIABLE, Leftovers
 from pool import RankPool
-from shm_kills import campaign
 from shm_ranks import fresh
 from shm_stress import play
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--backend", choices=("shm", "gloo"), default="shm", help="whose ranks are killed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ct-") as name:
         folder = Path(name)
@@ -60,7 +63,8 @@ def main() -> None:
                 print(f"{done} collectives in {time.monotonic() - began:.0f} s")
             if options.kills:
                 began = time.monotonic()
-                slowest = campaign(pool, options.kills, options.seed, lambda line: print(line, flush=True))
+                say = functools.partial(print, flush=True)
+                slowest = campaign(pool, options.kills, options.seed, options.backend, say)
                 print(f"{options.kills} ranks killed in {time.monotonic() - began:.0f} s; every survivor had its error "
                       f"within {slowest:.2f} s")
         finally:

@@ -28,6 +28,7 @@ CREATION_TIMEOUT_S = 1.7
 class Trial(NamedTuple):
     """Who is killed, when, and what all ranks do meanwhile."""
 
+    backend: str
     size: int
     victim: int
     phase: str
@@ -45,46 +46,57 @@ class Seen(NamedTuple):
     left_behind: list[str]
 
 
-def small(group: Any) -> None:
-    group.allreduce(np.ones(7, np.float32))
+def small(group: Any, draw: random.Random) -> None:
+    group.allreduce(np.ones(draw.randint(1, 100), np.float32))
 
 
-def large(group: Any) -> None:
-    group.allreduce(np.ones(3_000_000, np.float32))
+def large(group: Any, draw: random.Random) -> None:
+    group.allreduce(np.ones(draw.randint(1, 3_000_000), np.float32))
 
 
-def asleep(group: Any) -> None:
+def asleep(group: Any, draw: random.Random) -> None:
     """All but rank 0 wait in their sleep for most of the time."""
     if group.rank == 0:
         time.sleep(0.15)
+    group.broadcast(np.ones(draw.randint(1, 1000)), 0)
     group.barrier()
 
 
-def transfers(group: Any) -> None:
-    source, target = np.ones(400_000), np.zeros(400_000)
+def transfers(group: Any, draw: random.Random) -> None:
+    count = draw.randint(1, 800_000)
+    source, target = np.ones(count), np.zeros(count)
     group.sendrecv(source, (group.rank + 1) % group.world_size, target, (group.rank - 1) % group.world_size)
 
 
-def asynchronous(group: Any) -> None:
-    works = [group.allreduce(np.ones(count, np.float32), async_op=True) for count in (5, 500_000, 50)]
+def asynchronous(group: Any, draw: random.Random) -> None:
+    counts = (draw.randint(1, 10), draw.randint(1, 1_000_000), draw.randint(1, 100))
+    works = [group.allreduce(np.ones(count, np.float32), async_op=True) for count in counts]
     for work in works:
         work.wait()
 
 
-def others(group: Any) -> None:
-    size = group.world_size
-    group.allgather([np.zeros(100_000) for _ in range(size)], np.ones(100_000))
-    group.reduce(np.ones(200_000), 0)
-    group.broadcast(np.ones(200_000), size - 1)
-    group.alltoall([np.zeros(9) for _ in range(size)], [np.ones(9) for _ in range(size)])
+def others(group: Any, draw: random.Random) -> None:
+    """Repeat no order of operations either."""
+    size, root, count = group.world_size, draw.randrange(group.world_size), draw.randint(1, 200_000)
+    ones, several, zeros = np.ones(count), [np.ones(count)] * size, [np.zeros(count) for _ in range(size)]
+    calls: list[Callable[[], object]] = [
+        lambda: group.allgather(zeros, ones),
+        lambda: group.reduce(ones, root),
+        lambda: group.broadcast(ones, root),
+        lambda: group.reducescatter(zeros[0], several),
+        lambda: group.gather(zeros if group.rank == root else None, ones, root),
+        lambda: group.scatter(zeros[0], several if group.rank == root else None, root),
+        lambda: group.alltoall(zeros, several),
+    ]
+    draw.choice(calls)()
 
 
-def objects(group: Any) -> None:
-    group.allgather_object(b"x" * 100_000)
+def objects(group: Any, draw: random.Random) -> None:
+    group.allgather_object(b"x" * draw.randint(1, 200_000))
     group.barrier()
 
 
-PHASES: dict[str, tuple[Callable[[Any], None], float]] = {
+PHASES: dict[str, tuple[Callable[[Any, random.Random], None], float]] = {
     "creation": (small, 0.06),
     "small": (small, 0.2),
     "large": (large, 0.3),
@@ -106,18 +118,18 @@ def survive(rank: int, size: int, name: str, trial: Trial, pids: tuple[int, ...]
         killed_at[0] = time.monotonic()
 
     creating = trial.phase == "creation"
-    before = Held.now()
+    before, draw = Held.now(), random.Random(name)
     killer = threading.Timer(trial.delay_s, kill) if rank == (trial.victim + 1) % size else None
     error: BaseException | None = None
     try:
         if killer is not None and creating:
             killer.start()
-        with own_group(rank, size, name, CREATION_TIMEOUT_S if creating else 20.0) as group:
+        with own_group(rank, size, name, CREATION_TIMEOUT_S if creating else 20.0, trial.backend) as group:
             group.barrier()
             if killer is not None and not creating:
                 killer.start()
             while True:
-                PHASES[trial.phase][0](group)
+                PHASES[trial.phase][0](group, draw)
     except col.CollectiveError as caught:
         at, error = time.monotonic(), caught
     if killer is not None:
@@ -126,8 +138,8 @@ def survive(rank: int, size: int, name: str, trial: Trial, pids: tuple[int, ...]
     return Seen(type(error).__name__, ranks, str(error), at, killed_at[0], before.left_behind())
 
 
-def make_again(rank: int, size: int, name: str) -> float:
-    with own_group(rank, size, name) as group:
+def make_again(rank: int, size: int, name: str, backend: str) -> float:
+    with own_group(rank, size, name, backend=backend) as group:
         return float(group.allreduce(np.full(5000, rank + 1.0))[0])
 
 
@@ -159,26 +171,26 @@ def run_trial(pool: RankPool, trial: Trial) -> float:
         assert seen.at - killed_at < LIMIT_S, told
         assert not seen.left_behind, told
         slowest = max(slowest, seen.at - killed_at)
-    again = pool.run(size - 1, make_again, name)
+    again = pool.run(size - 1, make_again, name, trial.backend)
     assert again == [size * (size - 1) / 2] * (size - 1), f"{trial}: {again}"
     return slowest
 
 
-def trials(number: int, seed: int) -> list[Trial]:
+def trials(number: int, seed: int, backend: str) -> list[Trial]:
     """Return so many trials; all phases come in turn."""
     random_ = random.Random(seed)
     made = []
     for turn in range(number):
         phase = list(PHASES)[turn % len(PHASES)]
         size = random_.randint(2, 4)
-        made.append(Trial(size, random_.randrange(size), phase, random_.random() * PHASES[phase][1]))
+        made.append(Trial(backend, size, random_.randrange(size), phase, random_.random() * PHASES[phase][1]))
     return made
 
 
-def campaign(pool: RankPool, number: int, seed: int, say: Callable[[str], None]) -> float:
+def campaign(pool: RankPool, number: int, seed: int, backend: str, say: Callable[[str], None]) -> float:
     """Run trials; return the longest time that a survivor waited for its error."""
     slowest = 0.0
-    for turn, trial in enumerate(trials(number, seed)):
+    for turn, trial in enumerate(trials(number, seed, backend)):
         took = run_trial(pool, trial)
         slowest = max(slowest, took)
         say(f"{turn + 1:3} of {number}: {trial.phase}, rank {trial.victim} of {trial.size} after "

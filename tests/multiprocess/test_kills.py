@@ -1,0 +1,56 @@
+"""A few ranks killed at random moments; ``campaign.py --kills 50`` kills more."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+from kills import LIMIT_S, Trial, run_trial, trials
+from pool import RankPool
+from shm_ranks import Held, fresh, own_group
+
+import colltensor as col
+from colltensor.backends.gloo import library
+from colltensor.backends.gloo.native_provider import NativeProvider
+
+needs_native = pytest.mark.skipif(library.reason() is not None, reason="the library was built without Gloo")
+NAMED = "{0.phase}-{0.victim}-of-{0.size}".format
+
+
+@pytest.mark.slow
+@pytest.mark.shm
+@pytest.mark.parametrize("trial", trials(10, 7, "shm"), ids=NAMED)
+def test_the_survivors_of_a_killed_rank(pool: RankPool, trial: Trial) -> None:
+    run_trial(pool, trial)
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@needs_native
+@pytest.mark.parametrize("trial", trials(8, 7, "gloo"), ids=NAMED)
+def test_the_survivors_of_a_rank_killed_in_gloo(pool: RankPool, trial: Trial) -> None:
+    run_trial(pool, trial)
+
+
+def die_while_connecting(rank: int, size: int, name: str) -> tuple[tuple[int, ...], float, list[str]]:
+    """The last rank dies when all know its address and nobody has reached it."""
+    if rank == size - 1:
+
+        def die(*arguments: Any, **options: Any) -> None:
+            os._exit(1)
+
+        NativeProvider._call = die  # type: ignore[method-assign]
+    before, began = Held.now(), time.monotonic()
+    with pytest.raises(col.PeerLostError) as caught, own_group(rank, size, name, backend="gloo"):
+        pass
+    return caught.value.ranks, time.monotonic() - began, before.left_behind()
+
+
+@pytest.mark.gloo
+@needs_native
+def test_a_rank_that_dies_while_the_others_connect_to_it(pool: RankPool) -> None:
+    found = pool.run(4, die_while_connecting, fresh(), may_die=[3])[:3]
+    assert [(ranks, left) for ranks, _, left in found] == [((3,), [])] * 3
+    assert max(took for _, took, _ in found) < LIMIT_S, found
