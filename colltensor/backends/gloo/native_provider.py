@@ -8,7 +8,6 @@ touches its memory no more. Imports no framework.
 from __future__ import annotations
 
 import array
-import contextlib
 import json
 import struct
 import time
@@ -20,13 +19,11 @@ from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo import library
 from colltensor.backends.gloo.provider import Pair, Transfer, expired, track
 from colltensor.backends.gloo.scheduling import SocketThreads
-from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
+from colltensor.errors import BackendUnavailableError
 from colltensor.types import DType, ReduceOp
 
 _STOPPED: Final = 1
 _CLOSED: Final = 2
-_NEWS_S: Final = 1.0
-"""How long a rank that cannot connect waits for the control plane to name a rank that died."""
 
 
 class NativeProvider:
@@ -80,19 +77,7 @@ class NativeProvider:
         frames = self._control.allgather(json.dumps(own).encode(), deadline)
         addresses = [bytes.fromhex(json.loads(frame)[self._control.rank]) for frame in frames]
         blob = b"".join(struct.pack("=I", len(address)) + address for address in addresses)
-        try:
-            self._call("connecting", self._library.gloo_connect, blob, deadline=deadline)
-        except CollectiveError:
-            raise
-        except RuntimeError as error:
-            # A rank that died refuses connections before the control plane has heard of it, which names it in the
-            # exchange that follows on all ranks.
-            with contextlib.suppress(CollectiveTimeoutError):
-                self._control.allgather(b"", min(deadline, time.monotonic() + _NEWS_S))
-            raise BackendUnavailableError(
-                f"group '{self._control.group_name}' (rank {self._control.rank}), backend 'gloo': provider "
-                f"{self.name!r} cannot connect to the other ranks; interface= chooses the network: {error}"
-            ) from error
+        self._call("connecting", self._library.gloo_connect, blob, deadline=deadline)
 
     def allreduce(self, pointer: int, nbytes: int, pair: Pair, deadline: float) -> None:
         """Raise RuntimeError: what combines is ``reductions``."""
