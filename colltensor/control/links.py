@@ -236,13 +236,16 @@ def ask(meeting: Meeting, peer: int, deadline: float) -> Status:
 
 
 def tell(meeting: Meeting, peer: int, failure: Failure, deadline: float) -> None:
-    """Tell a rank's listener that the group is broken.
+    """Tell a rank's listener that the group is broken; return when it has noted that.
 
     Raises:
         ConnectionError: The rank is gone.
         TimeoutError: It did not answer in time.
     """
-    _call(meeting, peer, TELL, failure.encode(), deadline).close()
+    with _call(meeting, peer, TELL, failure.encode(), deadline) as sock:
+        # Who leaves before it was heard is taken for dead itself.
+        sock.settimeout(net.time_left(deadline))
+        sock.recv(1)  # ends when the listener has closed the connection
 
 
 def in_parallel(peers: Iterable[int], call: Callable[[int], None], until: float, width: int = 32) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from colltensor import errors
+from colltensor import errors, net
 from colltensor.control.exchange import neighbours, read_same
-from colltensor.control.links import DIFFERS, EXCHANGE, FAILURE, GOODBYE, HEAD_NBYTES, PAIR, Link, pack
+from colltensor.control.links import DIFFERS, EXCHANGE, FAILURE, GOODBYE, HEAD_NBYTES, PAIR, Link, pack, tell
+from colltensor.control.reception import Reception
 from colltensor.control.status import Absence, Failure, Status, differing_ranks, judge, mismatch
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
+from colltensor.rendezvous.meeting import Meeting
 
 
 @pytest.fixture
@@ -138,6 +141,37 @@ def test_a_failure_arrives_as_the_same_class_with_the_same_ranks(error: Collecti
 @pytest.mark.parametrize("name", ["Iterable", "annotations", "NoSuchError"])
 def test_a_failure_of_no_class_of_ours_is_a_group_error(name: str) -> None:
     assert type(Failure(name, "m", (), 1).exception(0)) is GroupError
+
+
+class SlowToHear:
+    """A rank that another one tells of a failure while it has other things to do."""
+
+    def __init__(self) -> None:
+        self.heard: list[Failure] = []
+
+    def status(self) -> Status:
+        raise NotImplementedError
+
+    def arrive(self, link: Link) -> None:
+        raise NotImplementedError
+
+    def hear(self, failure: Failure) -> None:
+        time.sleep(0.1)
+        self.heard.append(failure)
+
+
+def test_who_has_told_a_failure_knows_that_it_was_heard() -> None:
+    """It may leave then. Whoever misses it but has not heard would say that it died as well."""
+    with net.listen("127.0.0.1") as listener:
+        address = listener.getsockname()[:2]
+        meeting = Meeting(0, 2, "g", b"12345678", b"s" * 32, (address,) * 2, ("h",) * 2, {}, listener)
+        host, failure = SlowToHear(), Failure("PeerLostError", "m", (1,), 0)
+        reception = Reception(meeting, host)
+        try:
+            tell(meeting, 0, failure, time.monotonic() + 5.0)
+            assert host.heard == [failure]
+        finally:
+            reception.close()
 
 
 def test_a_failure_of_a_class_of_somebody_else_travels_as_its_nearest_relative_of_ours() -> None:
