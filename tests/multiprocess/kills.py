@@ -70,7 +70,10 @@ def transfers(group: Any, draw: random.Random) -> None:
 
 def asynchronous(group: Any, draw: random.Random) -> None:
     counts = (draw.randint(1, 10), draw.randint(1, 1_000_000), draw.randint(1, 100))
-    works = [group.allreduce(np.ones(count, np.float32), async_op=True) for count in counts]
+    try:
+        works = [group.allreduce(np.ones(count, np.float32), async_op=True) for count in counts]
+    except col.GroupError as refused:  # because of a call before it, which has failed by now
+        raise refused.__cause__ or refused from None
     for work in works:
         work.wait()
 
