@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from colltensor.backends import is_available, reason
+from colltensor.backends.gloo import library
 
 pytestmark = [
     pytest.mark.gloo,
@@ -43,7 +44,8 @@ def test_an_allreduce_between_hosts_sends_the_buffer_once_each_way() -> None:
     for name in ("sent", "received"):
         assert 1.0 <= getattr(hierarchical, name) / NBYTES <= 1.05, hierarchical
         # Gloo alone: a ring sends 1.5 times the buffer, or 3 times where neighbours are on different hosts (torch's,
-        # pygloo's); the exchange of every rank with every other sends it twice (the native provider's).
-        assert 1.4 <= getattr(in_order, name) / NBYTES <= 2.1, in_order
-        assert 1.9 <= getattr(interleaved, name) / NBYTES <= 3.3, interleaved
+        # pygloo's); the exchange of every rank with every other sends it twice in any order (the native provider's).
+        one, other = (1.5, 3.0) if library.reason() is not None else (2.0, 2.0)
+        assert one - 0.1 <= getattr(in_order, name) / NBYTES <= one * 1.13, in_order
+        assert other - 0.2 <= getattr(interleaved, name) / NBYTES <= other * 1.1, interleaved
     assert not any(Path(f"/proc/{holder}").exists() for holder in holders), "a namespace was left"
