@@ -303,7 +303,10 @@ def chained(rank: int, world_size: int, path: Path) -> list[float]:
         before = threading.active_count()
         for _ in range(50):
             dist.all_reduce(second, async_op=True).get_future().then(lambda done: done.value()).wait()
-        assert threading.active_count() <= before + 5  # not one for each; how many depends on who comes first
+        deadline = time.monotonic() + 5  # threads that told of an end while others ran go when they have
+        while threading.active_count() > before + 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() <= before + 1
         for _ in range(3):
             dist.all_reduce(second, async_op=True)
         if rank:

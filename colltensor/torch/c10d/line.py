@@ -91,6 +91,8 @@ class Line:
             self._idle -= 1
         while True:
             with self._changed:
+                if self._idle and not self._waiting:  # one that waits is enough
+                    return
                 self._idle += 1
                 self._changed.wait_for(self._may_go_on)
                 self._idle -= 1
