@@ -66,6 +66,7 @@ SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 NATIVE_TOOLS = ("cmake>=3.24", "ninja")
 
 STRESS_S = 10
+GLOO_STRESS_S = 4
 """How long each of them runs, about."""
 
 SELECTED = {
@@ -278,14 +279,16 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-def _native_tests(session: nox.Session, name: str, definitions: list[str]) -> str:
-    """Build the native tests and return the program. What was built before is used again."""
+def _native_tests(session: nox.Session, name: str, definitions: list[str]) -> list[str]:
+    """Build the native tests and return the programs, the second one where Gloo was found; reuses older objects."""
     folder = str(ROOT / ".nox" / "native" / name)
     options = ["-DCOLLTENSOR_PYTHON=OFF", "-DCOLLTENSOR_NATIVE_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"]
     configure = ["cmake", "--fresh", "-S", str(ROOT / "native"), "-B", folder, "-G", "Ninja"]
     session.run(*configure, *options, *definitions, silent=True)
+    over_gloo = Path(folder, "colltensor_gloo_stress")
+    over_gloo.unlink(missing_ok=True)  # of a build that found Gloo
     session.run("cmake", "--build", folder, silent=True)
-    return f"{folder}/colltensor_stress"
+    return [f"{folder}/colltensor_stress", *([str(over_gloo)] if over_gloo.exists() else [])]
 
 
 def _without_randomisation() -> list[str]:
@@ -303,16 +306,20 @@ def _without_randomisation() -> list[str]:
 @nox.session
 @_timed
 def native(session: nox.Session) -> None:
-    """Run the native library's own tests: plain, under AddressSanitizer and UBSan, and under ThreadSanitizer.
+    """Run the native libraries' own tests: plain, under AddressSanitizer and UBSan, and under ThreadSanitizer.
 
     Arguments after ``--``: seconds for each, and the first seed.
     """
     session.install("--quiet", *NATIVE_TOOLS)
+    options, environment = _gloo_of_build(session)
+    definitions = [option.removeprefix("--config-settings=cmake.define.") for option in options]
+    session.env.update(environment)  # the linker too looks there for what Gloo needs
+    environment = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
     for name, sanitizers in SANITIZERS.items():
-        program = _native_tests(session, name, [f"-DCOLLTENSOR_SANITIZE={sanitizers}"])
-        arguments = session.posargs or [str(STRESS_S)]
-        environment = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
-        session.run(*_without_randomisation(), program, *arguments, env=environment, external=True)
+        sanitized = [f"-DCOLLTENSOR_SANITIZE={sanitizers}", *(f"-D{definition}" for definition in definitions)]
+        for program, seconds in zip(_native_tests(session, name, sanitized), (STRESS_S, GLOO_STRESS_S), strict=False):
+            arguments = session.posargs or [str(seconds)]
+            session.run(*_without_randomisation(), program, *arguments, env=environment, external=True)
 
 
 @nox.session
@@ -325,7 +332,8 @@ def arm64(session: nox.Session) -> None:
         session.skip(f"no {' and no '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user")
     session.install("--quiet", *NATIVE_TOOLS)
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
-    program = _native_tests(session, "arm64", target)
+    target += ["-DCMAKE_DISABLE_FIND_PACKAGE_Gloo=ON"]  # it would find this machine's own
+    [program] = _native_tests(session, "arm64", target)
     arguments = session.posargs or [str(STRESS_S // 2)]
     session.run(emulator, "-L", "/usr/aarch64-linux-gnu", program, *arguments, external=True)
 
