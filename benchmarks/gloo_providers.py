@@ -15,16 +15,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from hosts_traffic import _inside, two_hosts
+from hosts_traffic import inside, outputs_of, two_hosts
 
 SIZES = (4, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 RUN_S = 580.0
@@ -74,26 +72,14 @@ def be_rank(rank: int, world_size: int, folder: str, backend: str, sizes: list[i
 
 def measure(ranks: int, holders: list[int], sizes: list[int], seconds: float) -> list[tuple[int, dict[str, float]]]:
     """Run the ranks and return what rank 0 measured."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     backend = "hierarchical" if holders else "gloo"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        processes = []
+    with tempfile.TemporaryDirectory() as folder:
+        programs = []
         for rank in range(ranks):
             arguments = json.dumps([rank, ranks, folder, backend, sizes, seconds])
             program = [sys.executable, __file__, "--as-rank", arguments]
-            if holders:
-                program = _inside(holders[rank * 2 // ranks], program)
-            process = subprocess.Popen(
-                program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-            )
-            undo.callback(process.wait)
-            undo.callback(process.kill)
-            processes.append(process)
-        deadline = time.monotonic() + RUN_S
-        outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in processes]
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        if process.returncode:
-            raise RuntimeError(f"rank {rank} ended with {process.returncode}:\n{output}")
+            programs.append(inside(holders[rank * 2 // ranks], program) if holders else program)
+        outputs = outputs_of(programs, RUN_S)
     found: list[tuple[int, dict[str, float]]] = json.loads(outputs[0].splitlines()[-1])
     return found
 

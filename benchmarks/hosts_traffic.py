@@ -121,24 +121,38 @@ def _network(holder: int, command: str) -> None:
 
 def measure(holders: Sequence[int], case: Case, nbytes: int, calls: int) -> Traffic:
     """Run the ranks of one case, which sum arrays and compare the result, and return what rank 0 counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        programs = [
+            inside(holders[host != case.hosts[0]],
+                   [sys.executable, __file__, "--as-rank", json.dumps([rank, case, folder, nbytes, calls])])
+            for rank, host in enumerate(case.hosts)
+        ]  # fmt: skip
+        return Traffic(*json.loads(outputs_of(programs, RUN_S)[0].splitlines()[-1]))
+
+
+def outputs_of(programs: Sequence[Sequence[str]], within_s: float) -> list[str]:
+    """Run the programs, one a rank, at the same time, and return what each printed; none is left.
+
+    Raises:
+        RuntimeError: A rank failed; with what it printed.
+        subprocess.TimeoutExpired: They were not done in time.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo:
         ranks = []
-        for rank, host in enumerate(case.hosts):
-            program = [sys.executable, __file__, "--as-rank", json.dumps([rank, case, folder, nbytes, calls])]
+        for program in programs:
             process = subprocess.Popen(
-                inside(holders[host != case.hosts[0]], program), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, env=environment,
+                program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
             )
             undo.callback(process.wait)
             undo.callback(process.kill)
             ranks.append(process)
-        deadline = time.monotonic() + RUN_S
+        deadline = time.monotonic() + within_s
         outputs = [rank.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for rank in ranks]
     for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
         if process.returncode:
-            raise RuntimeError(f"rank {rank} of {case} ended with {process.returncode}:\n{output}")
-    return Traffic(*json.loads(outputs[0].splitlines()[-1]))
+            raise RuntimeError(f"rank {rank} ended with {process.returncode}:\n{output}")
+    return outputs
 
 
 def _be_rank(rank: int, case: Case, folder: str, nbytes: int, calls: int) -> None:

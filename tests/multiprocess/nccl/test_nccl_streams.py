@@ -17,16 +17,17 @@ from colltensor.group import Group
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(params=["processes", "threads"])
+def ranks_of_either_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "processes":
+        as_if_in_processes_of_their_own(monkeypatch)
+
+
 class TestStreams:
     """What comes before a call and what comes after it; the device draws any order that the streams permit."""
 
-    @pytest.mark.parametrize("own_process", [True, False])
-    def test_a_synchronous_call_does_not_block_the_host(
-        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
-    ) -> None:
-        if own_process:
-            as_if_in_processes_of_their_own(monkeypatch)
-
+    @pytest.mark.usefixtures("ranks_of_either_kind")
+    def test_a_synchronous_call_does_not_block_the_host(self, ranks: World) -> None:
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
             group.allreduce(tensor)  # connects
@@ -45,13 +46,8 @@ class TestStreams:
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, values(0) + values(1))
 
-    @pytest.mark.parametrize("own_process", [True, False])
-    def test_it_comes_after_the_current_stream_and_before_what_follows(
-        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
-    ) -> None:
-        if own_process:
-            as_if_in_processes_of_their_own(monkeypatch)
-
+    @pytest.mark.usefixtures("ranks_of_either_kind")
+    def test_it_comes_after_the_current_stream_and_before_what_follows(self, ranks: World) -> None:
         def run(group: Group) -> list[np.ndarray]:
             found = []
             for turn in range(20):
@@ -67,13 +63,8 @@ class TestStreams:
             for turn, array in enumerate(result):
                 np.testing.assert_array_equal(array, sum(values(rank + turn) for rank in range(3)))
 
-    @pytest.mark.parametrize("own_process", [True, False])
-    def test_calls_on_several_streams_stay_in_the_order_of_issue(
-        self, ranks: World, monkeypatch: pytest.MonkeyPatch, own_process: bool
-    ) -> None:
-        if own_process:
-            as_if_in_processes_of_their_own(monkeypatch)
-
+    @pytest.mark.usefixtures("ranks_of_either_kind")
+    def test_calls_on_several_streams_stay_in_the_order_of_issue(self, ranks: World) -> None:
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
             ranks.machine.synchronize(device.current())
