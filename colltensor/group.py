@@ -8,59 +8,29 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from colltensor import backends
 from colltensor.adapters import direct
 from colltensor.arguments import Arguments
-from colltensor.backends import auto
-from colltensor.backends.base import DIRECT, Backend, BackendSpec, QueueingBackend, SigningBackend
+from colltensor.backends.base import DIRECT, Backend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
+from colltensor.devices import Devices
 from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
 from colltensor.engine import Engine, Transfer, verdict
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError, OptionError, PeerLostError
+from colltensor.errors import CollectiveError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
+from colltensor.recipe import Recipe
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
-from colltensor.work import Work
 
 _, _, _REDUCE, _BROADCAST, _ALLGATHER, _GATHER, _REDUCESCATTER, _SCATTER, _ALLTOALL, _TRANSFER = DIRECT.values()
 
 _log: Final = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What a group was asked to be made of; its parts are made of the same."""
-
-    backend: str = "auto"
-    timeout_s: float = 30.0
-    interface: str | None = None
-    provider: str | None = None
-    check: bool = False
-
-    def backend_for(self, world_size: int) -> str:
-        """Return the backend's name; ``"auto"`` where the hosts of the ranks decide, once they have met."""
-        if self.backend != "auto":
-            return self.backend
-        if world_size == 1:
-            return "loopback"
-        return "auto" if self.provider is None else "gloo"
-
-    def asked_of(self, world_size: int) -> str:
-        """Return what all ranks must have asked for, in words."""
-        return f"{self.backend_for(world_size)}{', check=True' if self.check else ''}"
-
-    def spec_for(self, world_size: int) -> BackendSpec:
-        """Return what makes the backend."""
-        name = self.backend_for(world_size)
-        return auto.SPEC if name == "auto" else backends.get_backend(name)
 
 
 def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
@@ -137,13 +107,10 @@ class Group:
         signer = self._signer = backend if isinstance(backend, SigningBackend) else None
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
         self._queue = self._engine.queue
-        self._engine.check_device = recipe.check
-        self._attaching = threading.Lock()  # several threads may come with the first CUDA tensors
-        if isinstance(backend, QueueingBackend):
-            self._attach(backend)
+        self._devices = Devices(name, rank, backend, control, self._engine, recipe, meeting)
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
-        self._arguments = Arguments(name, rank, world_size, backend, self._other_backend)
+        self._arguments = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
         self._direct: Any = None if signer is None else Direct(signer, self._engine, self._arguments, rank)
         self._allreduce = None if signer is None else signer.direct_allreduce
@@ -611,55 +578,7 @@ class Group:
             CollectiveTimeoutError: It is not done after ``timeout_s``; it goes on.
             CollectiveError: It failed.
         """
-        device = self._engine.device
-        if device is None:
-            return
-        self._engine.check("synchronize")
-        deadline = time.monotonic() + self.timeout_s
-        if not self._queue.idle:  # calls on the device may wait there for their turn
-            self._queue.put(Work("synchronize", lambda: None)).wait(self.timeout_s)
-        try:
-            device.drain(deadline, gpu_id)
-        except CollectiveError:
-            raise
-        except TimeoutError:
-            raise CollectiveTimeoutError(
-                f"synchronize: group '{self.name}' (rank {self.rank}): not done after {self.timeout_s} s; it goes on"
-            ) from None
-
-    def _attach(self, device: QueueingBackend) -> None:
-        device.on_failure = self._engine.device_failed
-        self._engine.device = device
-
-    def _other_backend(self, view: BufferView) -> Backend:
-        """Return the backend for a tensor that the group's own one cannot reach: with ``"auto"``, NCCL for CUDA.
-
-        Raises:
-            DeviceError: There is none.
-        """
-        device = self._engine.device
-        if device is not None and view.device.type in device.device_types:
-            return device
-        own = f"backend {self.backend!r} works on {', '.join(sorted(self._backend.device_types))}"
-        if view.device.type != "cuda":
-            advice = "move it to cpu, or make the group with backend='auto'"
-            raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
-        reason = backends.reason("nccl")
-        if self._recipe.backend != "auto" or self._meeting is None:
-            advice = "make the group with backend='nccl' or 'auto', or move the tensor"
-            raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
-        if reason is not None:
-            raise DeviceError(f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}")
-        with self._attaching:
-            if self._engine.device is None:
-                made = backends.get_backend("nccl").create(
-                    self._control, self._meeting, timeout_s=self.timeout_s, interface=self._recipe.interface,
-                    provider=None,
-                )
-                assert isinstance(made, QueueingBackend)
-                self._attach(made)
-        assert self._engine.device is not None
-        return self._engine.device
+        self._devices.synchronize(gpu_id)
 
     def _make_part(self, name: str, members: list[int]) -> Group | None:
         """Meet the other members through this group's control plane; non-members only help with the exchange."""

@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from colltensor import backends
 from colltensor.errors import BackendUnavailableError, GroupError, OptionError, RankError
-from colltensor.group import Group, Recipe, connect, solitary
+from colltensor.group import Group, connect, solitary
 from colltensor.observers import heed_environment
+from colltensor.recipe import Recipe
 from colltensor.rendezvous import Directory, Meeting, meet, open_directory
 
 _lock = threading.Lock()

@@ -17,7 +17,8 @@ from typing import Any
 from gpu_cases import CASES
 from worlds import Report
 
-from colltensor.group import Recipe, connect
+from colltensor.group import connect
+from colltensor.recipe import Recipe
 from colltensor.rendezvous import meet, open_directory
 
 JOIN_S = 400.0

@@ -14,7 +14,8 @@ from typing import Any, Final
 from torch.distributed import DistError
 
 from colltensor.errors import CollectiveTimeoutError
-from colltensor.group import Group, Recipe, connect, solitary
+from colltensor.group import Group, connect, solitary
+from colltensor.recipe import Recipe
 from colltensor.rendezvous import meet_through
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.05

@@ -19,7 +19,8 @@ from device import DeviceAdapter, DeviceArray, Driver, FrozenAdapter, Machine
 from colltensor import adapters
 from colltensor.backends.nccl.backend import NcclBackend
 from colltensor.backends.nccl.members import Members
-from colltensor.group import Group, Recipe, connect
+from colltensor.group import Group, connect
+from colltensor.recipe import Recipe
 from colltensor.rendezvous import meet, open_directory
 
 JOIN_S = 60.0

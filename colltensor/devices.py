@@ -1,0 +1,97 @@
+"""Devices: the backend for a group's tensors that are on no CPU, and waiting for what is queued there.
+
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from colltensor import backends
+from colltensor.backends.base import Backend, QueueingBackend
+from colltensor.control import Control
+from colltensor.engine import Engine
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError
+from colltensor.recipe import Recipe
+from colltensor.rendezvous import Meeting
+from colltensor.view import BufferView
+from colltensor.work import Work
+
+
+class Devices:
+    """One group's way to its devices: its own backend, or with ``"auto"`` NCCL beside it, made on first use."""
+
+    def __init__(
+        self, name: str, rank: int, backend: Backend, control: Control | None, engine: Engine, recipe: Recipe,
+        meeting: Meeting | None,
+    ) -> None:
+        self._name = name
+        self._rank = rank
+        self._backend = backend
+        self._control = control
+        self._engine = engine
+        self._recipe = recipe
+        self._meeting = meeting
+        self._attaching = threading.Lock()  # several threads may come with the first CUDA tensors
+        engine.check_device = recipe.check
+        if isinstance(backend, QueueingBackend):
+            self._attach(backend)
+
+    def backend_for(self, view: BufferView) -> Backend:
+        """Return the backend for a tensor that the group's own one cannot reach: with ``"auto"``, NCCL for CUDA.
+
+        Raises:
+            DeviceError: There is none.
+        """
+        device = self._engine.device
+        if device is not None and view.device.type in device.device_types:
+            return device
+        own = f"backend {self._backend.name!r} works on {', '.join(sorted(self._backend.device_types))}"
+        if view.device.type != "cuda":
+            advice = "move it to cpu, or make the group with backend='auto'"
+            raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
+        reason = backends.reason("nccl")
+        if self._recipe.backend != "auto" or self._meeting is None:
+            advice = "make the group with backend='nccl' or 'auto', or move the tensor"
+            raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
+        if reason is not None:
+            raise DeviceError(f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}")
+        with self._attaching:
+            if self._engine.device is None:
+                made = backends.get_backend("nccl").create(
+                    self._control, self._meeting, timeout_s=self._engine.timeout_s, interface=self._recipe.interface,
+                    provider=None,
+                )
+                assert isinstance(made, QueueingBackend)
+                self._attach(made)
+        assert self._engine.device is not None
+        return self._engine.device
+
+    def synchronize(self, gpu_id: int | None = None) -> None:
+        """Return, on the host, when all that this rank has queued on a GPU, or any, is done; raises if it failed.
+
+        Raises:
+            CollectiveTimeoutError: It is not done after ``timeout_s``; it goes on.
+            CollectiveError: It failed.
+        """
+        device = self._engine.device
+        if device is None:
+            return
+        self._engine.check("synchronize")
+        timeout_s = self._engine.timeout_s
+        deadline = time.monotonic() + timeout_s
+        if not self._engine.queue.idle:  # calls on the device may wait there for their turn
+            self._engine.queue.put(Work("synchronize", lambda: None)).wait(timeout_s)
+        try:
+            device.drain(deadline, gpu_id)
+        except CollectiveError:
+            raise
+        except TimeoutError:
+            raise CollectiveTimeoutError(
+                f"synchronize: group '{self._name}' (rank {self._rank}): not done after {timeout_s} s; it goes on"
+            ) from None
+
+    def _attach(self, device: QueueingBackend) -> None:
+        device.on_failure = self._engine.device_failed
+        self._engine.device = device
