@@ -314,7 +314,10 @@ def native(session: nox.Session) -> None:
     options, environment = _gloo_of_build(session)
     definitions = [option.removeprefix("--config-settings=cmake.define.") for option in options]
     session.env.update(environment)  # the linker too looks there for what Gloo needs
-    environment = {"UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
+    suppressions = ROOT / "native" / "tests" / "tsan.supp"
+    environment = {
+        "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": f"halt_on_error=1:suppressions={suppressions}",
+    }
     for name, sanitizers in SANITIZERS.items():
         sanitized = [f"-DCOLLTENSOR_SANITIZE={sanitizers}", *(f"-D{definition}" for definition in definitions)]
         for program, seconds in zip(_native_tests(session, name, sanitized), (STRESS_S, GLOO_STRESS_S), strict=False):
