@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import tempfile
 import time
 from typing import Any
@@ -252,7 +253,19 @@ def choose_interface(rank: int, size: int, path: str, provider: str, interface: 
         return float(number[0])
 
 
-@pytest.mark.parametrize("interface", ["lo", "127.0.0.1"])
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1"))
+
+
+@pytest.mark.parametrize("interface", ["lo", "127.0.0.1", IPV6])
 def test_interface_by_name_and_by_address(pool: RankPool, path: str, provider: str, interface: str) -> None:
     assert pool.run(2, choose_interface, path, provider, interface) == [3.0, 3.0]
 
