@@ -75,6 +75,63 @@ def test_not_enough_memory_is_said_on_every_rank(pool: RankPool, way: str, words
         assert left == []
 
 
+def make_control_group() -> Path:
+    """Make a control group whose memory can be limited, below the mounted root; the caller removes it."""
+    for parent, needed in ((Path("/sys/fs/cgroup/memory"), ""), (Path("/sys/fs/cgroup"), "memory")):
+        try:
+            offered = (parent / "cgroup.subtree_control").read_text() if needed else ""
+            if needed in offered.split() or not needed:
+                made = parent / f"colltensor-test-{os.getpid()}"
+                made.mkdir()
+                return made
+        except OSError:
+            continue
+    pytest.skip("no control group with a limit of memory can be made here")
+
+
+def in_control_group(rank: int, size: int, name: str, folder: str) -> tuple[str, str]:
+    """Make the group while rank 0 may have a little less memory than it takes, and then a little more."""
+    from colltensor.backends.shm import library
+
+    native = library.load()
+    nbytes = native.shm_nbytes(size, native.shm_half_nbytes(size))
+    limit = next(path for path in (Path(folder, "memory.limit_in_bytes"), Path(folder, "memory.max")) if path.exists())
+    members = Path(folder, "cgroup.procs")
+    if rank == 0:
+        limit.write_text(str(nbytes - (64 << 10)))
+        before = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        members.write_text("0")
+    try:
+        with pytest.raises(col.BackendUnavailableError) as caught, own_group(rank, size, name):
+            pass
+        with own_group(rank, size, name, backend="auto") as group:
+            group.allreduce(np.ones(4))
+            fallen_back = group.backend
+        if rank == 0:
+            limit.write_text(str(nbytes + (8 << 20)))
+        with own_group(rank, size, name) as group:
+            group.allreduce(np.ones(4))
+    finally:
+        if rank == 0:
+            wanted = "memory" if "memory.limit_in_bytes" in limit.name else ""
+            [own] = [path for _, controllers, path in before if wanted in controllers.split(",")]
+            back = members.parents[1] / own.lstrip("/")
+            ((back if back.exists() else members.parents[1]) / "cgroup.procs").write_text("0")
+    return str(caught.value), fallen_back
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_a_control_group_without_the_memory_kills_nobody(pool: RankPool) -> None:
+    folder = make_control_group()
+    try:
+        for message, fallen_back in pool.run(3, in_control_group, fresh(), str(folder)):
+            assert "cannot be reserved: [Errno 12] its control group has" in message
+            assert fallen_back == "gloo"
+    finally:
+        folder.rmdir()
+
+
 def another_memory(rank: int, size: int, name: str) -> str:
     """Rank 1 maps a memory of its own, which looks just like the group's."""
     from colltensor.backends.shm import segment

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -21,12 +22,11 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from colltensor import net
 from colltensor.backends.base import ControlPlane
-from colltensor.backends.shm import library
+from colltensor.backends.shm import cgroup, library
 from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
 
 MAX_RANKS: Final = 256
@@ -144,8 +144,9 @@ def _own_ballot(control: ControlPlane, meeting: Meeting) -> bytes:
     except OSError:
         namespace = 0
     cores = sorted(os.sched_getaffinity(0))
+    quota = cgroup.processors()
     return json.dumps(
-        {"trouble": trouble, "pid": os.getpid(), "pid_namespace": namespace, "cores": cores, "quota": _quota()}
+        {"trouble": trouble, "pid": os.getpid(), "pid_namespace": namespace, "cores": cores, "quota": quota}
     ).encode()
 
 
@@ -157,15 +158,6 @@ def _refuse(control: ControlPlane, troubles: list[str | None]) -> None:
         raise BackendUnavailableError(
             f"group '{control.group_name}' (rank {control.rank}): backend 'shm' cannot be used: {shown}"
         )
-
-
-def _quota() -> float:
-    """Return how many processors' time the control group grants (cgroup v2, cpu.max); infinity if it does not say."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return float(quota) / float(period)
-    except (OSError, ValueError):
-        return math.inf
 
 
 def _cores(ballots: list[_Ballot]) -> int:
@@ -181,6 +173,9 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
     nbytes = native.shm_nbytes(size, half)
     fd, listener = -1, None
     try:
+        spare = cgroup.spare_nbytes()
+        if nbytes > spare:
+            raise OSError(errno.ENOMEM, f"its control group has {spare / 2**20:.1f} MiB left")
         fd = os.memfd_create("colltensor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
