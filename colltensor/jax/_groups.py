@@ -198,10 +198,8 @@ def register() -> None:
 def _register() -> None:
     bridge = _jax_tvm_ffi()
     native = library.load()
-    attributes = ["handle", "timeout_ns", "number", "dtype", "itemsize", "operation", "op", "root", "source"]
     function = native.shm_jax_target(dlpack.tvm_ffi().convert(_settle))
-    order = [*(f"attrs.{name}" for name in attributes), "args", "rets"]
-    capsule = bridge.register_ffi_target(f"{TARGET}_without_token", function, order)
+    capsule = bridge.register_ffi_target(f"{TARGET}_without_token", function, ["args", "rets"])
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     handler = native.shm_jax_without_token(pointer(capsule, None))
