@@ -204,6 +204,24 @@ ffi::Function target(ffi::Function settle) {
   });
 }
 
+// The target on a CUDA device: (stream, operand, result), bytes as above. All of it is Python's, which queues the call on
+// the stream: (number, dtype, operation, op, root, source, stream, device, address and bytes of the operand, address and
+// bytes of the result).
+ffi::Function device_target(ffi::Function queue) {
+  return ffi::Function::FromPacked([queue = std::move(queue)](const ffi::AnyView* arguments, std::int32_t, ffi::Any*) {
+    const Numbers n = numbers_here();
+    const auto stream = arguments[0].cast<std::int64_t>();
+    const auto given = arguments[1].cast<ffi::TensorView>(), result = arguments[2].cast<ffi::TensorView>();
+    queue(n[kNumber], n[kDType], n[kOperation], n[kOp], n[kRoot], n[kSource], stream,
+          static_cast<std::int64_t>(result.device().device_id), reinterpret_cast<std::int64_t>(address_of(given)),
+          static_cast<std::int64_t>(nbytes_of(given, n)), reinterpret_cast<std::int64_t>(address_of(result)),
+          static_cast<std::int64_t>(nbytes_of(result, n)));
+  });
+}
+
+// jax-tvm-ffi's handler of a target, which has no other name than its address: one on hosts, one on devices.
+enum Place { kHost, kDevice };
+template <Place place>
 std::atomic<XlaHandler*> inner{nullptr};
 
 // For as long as it lives: a list of one tensor and a token without the token, and the tensor's dtype as one that
@@ -230,23 +248,30 @@ class PlainBuffers {
 
 // jax-tvm-ffi's handler refuses a call with a token among its operands. The token has no bytes: XLA alone needs it, to
 // order the calls.
+template <Place place>
 void* without_token(XlaCallFrame* frame) {
   const PlainBuffers operands(frame->operands), results(frame->results);
   const XlaAttributes* outer = std::exchange(attributes_here, &frame->attributes);
-  void* error = inner.load(std::memory_order_acquire)(frame);
+  void* error = inner<place>.load(std::memory_order_acquire)(frame);
   attributes_here = outer;
   return error;
 }
 
+template <Place place>
+std::int64_t wrapped(std::int64_t handler) {
+  inner<place>.store(reinterpret_cast<XlaHandler*>(handler), std::memory_order_release);
+  return reinterpret_cast<std::int64_t>(&without_token<place>);
+}
+
 // The address of a handler that calls the one at `handler` without the token.
-std::int64_t wrap(std::int64_t handler) {
-  inner.store(reinterpret_cast<XlaHandler*>(handler), std::memory_order_release);
-  return reinterpret_cast<std::int64_t>(&without_token);
+std::int64_t wrap(std::int64_t handler, bool on_device) {
+  return on_device ? wrapped<kDevice>(handler) : wrapped<kHost>(handler);
 }
 
 }  // namespace
 }  // namespace colltensor
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_target, colltensor::target)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_device_target, colltensor::device_target)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_defer, colltensor::defer)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_without_token, colltensor::wrap)
