@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from colltensor import dlpack
-from colltensor.adapters import register_adapter
+from colltensor.adapters import add_adapter
 from colltensor.adapters._numpy_dtypes import host_dtype
 from colltensor.backends.base import DIRECT
 from colltensor.backends.shm import library
@@ -143,7 +143,7 @@ def _register() -> None:
     bridge, native = _jax_tvm_ffi(), library.load()
     convert = dlpack.tvm_ffi().convert
     _make_known(bridge, native, TARGET, native.shm_jax_target(convert(settle)), "cpu")
-    register_adapter(_device.ADAPTER)
+    add_adapter(_device.ADAPTER)
     # Kept by JAX until there is a CUDA device, if ever.
     _make_known(bridge, native, TARGET, native.shm_jax_device_target(convert(queue)), "gpu", on_device=True)
 

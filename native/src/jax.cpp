@@ -149,8 +149,8 @@ using XlaHandler = void*(XlaCallFrame*);
 
 constexpr std::int32_t kXlaUInt8 = 6, kXlaInt64 = 5, kXlaToken = 17, kXlaScalar = 3;
 
-// The attributes of the call that this thread runs. jax-tvm-ffi is not asked for them: what it decodes it keeps for ever
-// (0.1.3 never clears its list of them), 16 bytes each.
+// The attributes of the call that this thread runs. jax-tvm-ffi is not asked for them: what it decodes it keeps for
+// ever (0.1.3 never clears its list of them), 16 bytes each.
 thread_local const XlaAttributes* attributes_here = nullptr;
 
 enum Attribute { kDType, kHandle, kItemSize, kNumber, kOp, kOperation, kRoot, kSource, kTimeout, kAttributes };
@@ -204,9 +204,9 @@ ffi::Function target(ffi::Function settle) {
   });
 }
 
-// The target on a CUDA device: (stream, operand, result), bytes as above. All of it is Python's, which queues the call on
-// the stream: (number, dtype, operation, op, root, source, stream, device, address and bytes of the operand, address and
-// bytes of the result).
+// The target on a CUDA device: (stream, operand, result), bytes as above. All of it is Python's, which queues the
+// call on the stream: (number, dtype, operation, op, root, source, stream, device, address and bytes of the operand,
+// address and bytes of the result).
 ffi::Function device_target(ffi::Function queue) {
   return ffi::Function::FromPacked([queue = std::move(queue)](const ffi::AnyView* arguments, std::int32_t, ffi::Any*) {
     const Numbers n = numbers_here();

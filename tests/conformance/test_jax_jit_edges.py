@@ -186,3 +186,20 @@ def test_a_call_leaves_no_memory_behind() -> None:
         print(resident() - before)
     """)
     assert int(found) < 4 << 20
+
+
+def test_the_first_call_disturbs_no_other_thread() -> None:
+    """What is known of tensors' types stays: a call in another thread may be between two looks at it."""
+    found = _alone("""
+        import jax, jax.numpy as jnp
+        import colltensor as col, colltensor.jax as cj
+        from colltensor import adapters
+        group = col.init_collective_group(1, 0)
+        class Tensor:  # of another thread's
+            pass
+        adapters.known[Tensor] = adapters.find_adapter(type(jnp.ones(3)))
+        adapters.direct[Tensor] = (None, None)
+        jax.jit(lambda a: cj.allreduce(a, group))(jnp.ones(3))
+        print(Tensor in adapters.known, Tensor in adapters.direct)
+    """)
+    assert found.split() == ["True", "True"]

@@ -401,6 +401,29 @@ class TestTarget:
             np.testing.assert_array_equal(result, given(0) + given(1))
 
 
+    def test_observers_see_the_calls(self, ranks: World) -> None:
+        def run(group: Group) -> None:
+            rank, mine = Rank(group, ranks.machine), given(group.rank)
+            rank.call("allgather", rank.write(mine), np.zeros((2, COUNT), np.float32))
+            rank.call("reducescatter", rank.write(given(group.rank, (2, COUNT))), mine.copy(), op=SUM)
+            rank.call("transfer", rank.write(mine), mine.copy(), root=1 - group.rank, source=1 - group.rank)
+            ranks.machine.synchronize(rank.stream)
+
+        seen: list[tuple[int, str, int]] = []
+
+        def observe(operation: col.Operation) -> None:
+            seen.append((operation.rank, operation.name, operation.nbytes))
+
+        col.add_observer(observe)
+        try:
+            ranks.values(2, run)
+        finally:
+            col.remove_observer(observe)
+        expected = [("allgather", 4 * COUNT), ("reducescatter", 8 * COUNT), ("sendrecv", 4 * COUNT)]
+        assert [call for rank, *call in seen if rank == 0] == [list(call) for call in expected]
+        assert len(seen) == 2 * len(expected)
+
+
 class TestTargetFailures:
     """What XLA is told, and that nothing hangs."""
 
