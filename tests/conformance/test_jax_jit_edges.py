@@ -203,3 +203,21 @@ def test_the_first_call_disturbs_no_other_thread() -> None:
         print(Tensor in adapters.known, Tensor in adapters.direct)
     """)
     assert found.split() == ["True", "True"]
+
+
+def test_a_call_without_its_attributes_is_an_error() -> None:
+    """As where another version of JAX or XLA passes them another way: the target says so and reads nothing."""
+    found = _alone("""
+        import jax, jax.numpy as jnp, numpy as np
+        import colltensor as col, colltensor.jax as cj
+        cj.allreduce(jnp.ones(3), col.init_collective_group(1, 0))
+        names = ("dtype", "handle", "itemsize", "number", "op", "operation", "root", "source", "timeout")
+        for given in (names[:0], names[:8], names):
+            call = jax.ffi.ffi_call("colltensor", jax.ShapeDtypeStruct((3,), jnp.float32))
+            try:
+                print(call(jnp.ones(3), **{name: np.int64(1) for name in given}))
+            except jax.errors.JaxRuntimeError as error:
+                print(str(error).splitlines()[0])
+    """)
+    assert found.count("without its attribute dtype") == 2
+    assert found.count("without its attribute timeout_ns") == 1

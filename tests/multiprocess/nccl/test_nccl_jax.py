@@ -292,6 +292,29 @@ class TestTarget:
             np.testing.assert_array_equal(found["to itself"], everyone[rank])
 
     @pytest.mark.usefixtures("ranks_of_either_kind")
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+    def test_the_greatest_with_what_stands_in_for_floats(self, ranks: World, dtype: str) -> None:
+        """Keys are made of the values, and values of the keys, on the stream of the computation."""
+        everyone = [given(rank, (2, COUNT), dtype) for rank in range(2)]
+        for rank, values in enumerate(everyone):
+            values[:, rank] = np.nan
+            values[:, 2 + rank] *= -1
+        with np.errstate(invalid="ignore"):
+            greatest = np.max(everyone, axis=0)
+
+        def run(group: Group) -> tuple[Any, Any]:
+            rank = Rank(group, ranks.machine)
+            memory, scattered = rank.write(everyone[group.rank]), np.zeros(COUNT, everyone[0].dtype)
+            rank.call("allreduce", memory, memory, op=int(ReduceOp.MAX), dtype=dtype)
+            rank.call("reducescatter", rank.write(everyone[group.rank]), scattered, op=int(ReduceOp.MAX), dtype=dtype)
+            found = rank.later(memory)
+            return rank.read(scattered), found[0]
+
+        for rank, (scattered, reduced) in enumerate(ranks.values(2, run)):
+            np.testing.assert_array_equal(reduced.astype("float64"), greatest.astype("float64"))
+            np.testing.assert_array_equal(scattered.astype("float64"), greatest[rank].astype("float64"))
+
+    @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_of_nothing(self, ranks: World) -> None:
         def run(group: Group) -> None:
             rank, nothing = Rank(group, ranks.machine), np.empty(0, np.float32)
