@@ -91,7 +91,7 @@ WITH_NATIVE_GLOO = ("numpy", "3.12")
 FOLDERS = {
     "numpy": ("tests",),
     "torch": ("tests",),
-    "jax": ("tests/unit/test_no_dependencies.py", "tests/conformance"),
+    "jax": ("tests/unit/test_no_dependencies.py", "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py"),
     "cupy": ("tests/unit",),
     "mixed": ("tests/conformance",),
     "ray": ("tests/ray",),

@@ -71,10 +71,14 @@ class Devices:
     def synchronize(self, gpu_id: int | None = None) -> None:
         """Return, on the host, when all that this rank has queued on a GPU, or any, is done; raises if it failed.
 
+        Calls that reach the device another way (JAX's computations) are waited for first.
+
         Raises:
             CollectiveTimeoutError: It is not done after ``timeout_s``; it goes on.
             CollectiveError: It failed.
         """
+        if self._engine.before is not None:
+            self._engine.before()
         device = self._engine.device
         if device is None:
             return

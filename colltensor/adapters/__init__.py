@@ -114,10 +114,18 @@ def register_adapter(adapter: Adapter) -> None:
     missing = [name for name in methods if not callable(getattr(adapter, name, None))]
     if missing:
         raise OptionError(f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}")
-    _registered.insert(0, adapter)
+    add_adapter(adapter)
     known.clear()
     direct.clear()
     unnoted.clear()
+
+
+def add_adapter(adapter: Adapter) -> None:
+    """Add an adapter for a type of the package's own, of which no tensor was seen before.
+
+    What is known of other types stays, which calls in other threads may be reading.
+    """
+    _registered.insert(0, adapter)
 
 
 def find_adapter(kind: type) -> Adapter | None:

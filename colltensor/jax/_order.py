@@ -60,6 +60,17 @@ def lower_to(target: str, context: Any, operand: Any, aliased: bool, attributes:
     return [result]
 
 
+def lower_to_nothing(context: Any, operand: Any) -> Any:
+    """Emit the operand in the shape of the result, and no call."""
+    shape = context.avals_out[0].shape
+    return mlir.lower_fun(lambda x: x.reshape(shape), multiple_results=False)(context, operand)
+
+
+def is_for(platform: str, context: Any) -> bool:
+    """Return whether what is emitted may run on a platform; it may be meant for several."""
+    return platform in (context.platforms or context.module_context.platforms)
+
+
 def _refuse_several_devices(target: str, context: Any) -> None:
     """Refuse what each device would call by itself: XLA would run their calls in any order, and ranks pair wrong ones.
 

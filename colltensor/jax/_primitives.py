@@ -19,7 +19,8 @@ from jax.interpreters import ad, batching, mlir
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF
 from colltensor.backends.base import DIRECT
-from colltensor.jax import _groups, _order
+from colltensor.backends.nccl import elements
+from colltensor.jax import _groups, _order, _targets
 from colltensor.types import ReduceOp
 
 NO_OP: Final = 255
@@ -40,6 +41,10 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
 
     def lower(context: Any, x: Any, *, number: int, op: int, root: int, source: int, **parameters: int) -> Any:
         group, dtype = _groups.group_of(number), DTYPE_OF[context.avals_in[0].dtype]
+        if _order.is_for("cuda", context):
+            if group.backend == "loopback":  # one rank: the result is the operand, and there is nothing to call
+                return _order.lower_to_nothing(context, x)
+            elements.require(name or operation, dtype, None if op == NO_OP else ReduceOp(op))
         numbers = {
             "handle": group.shared_memory(), "timeout_ns": int(group.timeout_s * 1e9), "number": number,
             "dtype": dtype.code, "itemsize": dtype.itemsize, "operation": DIRECT[operation], "op": op, "root": root,
@@ -47,7 +52,7 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
         }
         aliased = operation in ("allreduce", "reduce", "broadcast") or (operation == "transfer" and name != "sendrecv")
         attributes = {key: np.int64(value) for key, value in numbers.items()}
-        return _order.lower_to(_groups.TARGET, context, x, aliased, attributes)
+        return _order.lower_to(_targets.TARGET, context, x, aliased, attributes)
 
     def call(x: Any, **parameters: int) -> Any:
         with jax.disable_jit(False):
@@ -55,7 +60,8 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
 
     primitive.def_effectful_abstract_eval(abstract)
     primitive.def_impl(call)
-    mlir.register_lowering(primitive, lower, platform="cpu")
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
 
 

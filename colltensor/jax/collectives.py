@@ -16,7 +16,7 @@ from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.backends.base import require
 from colltensor.errors import GroupError, RankError, ShapeError
 from colltensor.group import Group
-from colltensor.jax import _groups, _primitives
+from colltensor.jax import _groups, _primitives, _targets
 from colltensor.jax._primitives import NO_OP, NO_RANK
 from colltensor.table import find_group
 from colltensor.types import ReduceOp
@@ -145,7 +145,7 @@ def _bind(
     source: int | None = None,
 ) -> Any:
     """Check a call as far as it can be before it runs, and make it."""
-    _groups.register()
+    _targets.register()
     found = find_group(group) if isinstance(group, str) else group
     if not isinstance(found, Group):
         raise GroupError(f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}")

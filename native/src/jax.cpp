@@ -3,8 +3,10 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -92,6 +94,8 @@ std::int64_t run(const JaxCall& call) {
   return static_cast<std::int64_t>(outcome) | detail << 8;
 }
 
+char* address_of(const ffi::TensorView& tensor) { return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset(); }
+
 bool copies_first(const DirectCall& call) {
   switch (call.operation) {
     case Operation::kAllReduce:
@@ -100,35 +104,6 @@ bool copies_first(const DirectCall& call) {
     case Operation::kTransfer: return call.root < 0 || call.source < 0;
     default: return false;
   }
-}
-
-// The target: (handle, timeout, number, dtype, bytes of an element, operation, op, root, source, operand, result); the
-// tensors come as bytes, one an element, whatever their dtype (PlainBuffers). What is not done here goes to `settle` in Python, which ends it or raises: (number, code, dtype, operation, op, root, source, address and
-// bytes of the operand, address and bytes of the result).
-ffi::Function target(ffi::Function settle) {
-  return ffi::Function::FromPacked([settle = std::move(settle)](const ffi::AnyView* arguments, std::int32_t,
-                                                                ffi::Any*) {
-    const auto number = [&](int i) { return arguments[i].cast<std::int64_t>(); };
-    const auto given = arguments[9].cast<ffi::TensorView>(), result = arguments[10].cast<ffi::TensorView>();
-    const auto data = [](const ffi::TensorView& tensor) {
-      return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
-    };
-    const auto nbytes = [&](const ffi::TensorView& tensor) {
-      return static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(number(4));
-    };
-    const JaxCall call{number(0), number(1), number(2), number(3),
-                       {static_cast<Operation>(number(5)), number(6), static_cast<int>(number(7)),
-                        static_cast<int>(number(8))},
-                       data(given), data(result), nbytes(given), nbytes(result)};
-    if (copies_first(call.call) && call.given != call.result && call.given_nbytes != 0) {
-      std::memcpy(call.result, call.given, call.given_nbytes);
-    }
-    const std::int64_t code = run(call);
-    if (code == 0) return;
-    settle(call.number, code, call.dtype, number(5), call.call.op, number(7), number(8),
-           reinterpret_cast<std::int64_t>(call.given), static_cast<std::int64_t>(call.given_nbytes),
-           reinterpret_cast<std::int64_t>(call.result), static_cast<std::int64_t>(call.result_nbytes));
-  });
 }
 
 // The parts that are read here of XLA's call frame, whose layout its C interface fixes (xla/ffi/api/c_api.h: fields are
@@ -145,6 +120,22 @@ struct XlaBuffers {
   std::int32_t* types;
   XlaBuffer** buffers;
 };
+struct XlaScalar {
+  std::int32_t dtype;
+  void* value;
+};
+struct XlaName {
+  const char* data;
+  std::size_t size;
+};
+struct XlaAttributes {
+  std::size_t struct_size;
+  void* extension;
+  std::int64_t count;
+  std::int32_t* types;
+  XlaName** names;
+  void** values;
+};
 struct XlaCallFrame {
   std::size_t struct_size;
   void* extension;
@@ -152,11 +143,85 @@ struct XlaCallFrame {
   void* context;
   std::int32_t stage;
   XlaBuffers operands, results;
+  XlaAttributes attributes;
 };
 using XlaHandler = void*(XlaCallFrame*);
 
-constexpr std::int32_t kXlaUInt8 = 6, kXlaToken = 17;
+constexpr std::int32_t kXlaUInt8 = 6, kXlaInt64 = 5, kXlaToken = 17, kXlaScalar = 3;
 
+// The attributes of the call that this thread runs. jax-tvm-ffi is not asked for them: what it decodes it keeps for
+// ever (0.1.3 never clears its list of them), 16 bytes each.
+thread_local const XlaAttributes* attributes_here = nullptr;
+
+enum Attribute { kDType, kHandle, kItemSize, kNumber, kOp, kOperation, kRoot, kSource, kTimeout, kAttributes };
+
+// In the order in which XLA has them, which is that of their names.
+constexpr const char* kAttributeNames[kAttributes] = {"dtype",     "handle", "itemsize", "number",    "op",
+                                                      "operation", "root",   "source",   "timeout_ns"};
+
+using Numbers = std::array<std::int64_t, kAttributes>;
+
+Numbers numbers_here() {
+  const XlaAttributes* given = attributes_here;
+  Numbers numbers{};
+  for (std::size_t i = 0; i < kAttributes; ++i) {
+    const bool there = given != nullptr && given->count == kAttributes && given->types[i] == kXlaScalar &&
+                       std::string_view(given->names[i]->data, given->names[i]->size) == kAttributeNames[i];
+    const auto* scalar = there ? static_cast<const XlaScalar*>(given->values[i]) : nullptr;
+    if (scalar == nullptr || scalar->dtype != kXlaInt64) {
+      TVM_FFI_THROW(RuntimeError) << "a collective was called without its attribute " << kAttributeNames[i]
+                                  << ": colltensor and this version of JAX do not fit each other";
+    }
+    numbers[i] = *static_cast<const std::int64_t*>(scalar->value);
+  }
+  return numbers;
+}
+
+std::size_t nbytes_of(const ffi::TensorView& tensor, const Numbers& numbers) {
+  return static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(numbers[kItemSize]);
+}
+
+// The target: (operand, result), which come as bytes, one an element, whatever their dtype (PlainBuffers). What is not
+// done here goes to `settle` in Python, which ends it or raises: (number, code, dtype, operation, op, root, source,
+// address and bytes of the operand, address and bytes of the result).
+ffi::Function target(ffi::Function settle) {
+  return ffi::Function::FromPacked([settle = std::move(settle)](const ffi::AnyView* arguments, std::int32_t,
+                                                                ffi::Any*) {
+    const Numbers n = numbers_here();
+    const auto given = arguments[0].cast<ffi::TensorView>(), result = arguments[1].cast<ffi::TensorView>();
+    const JaxCall call{n[kHandle], n[kTimeout], n[kNumber], n[kDType],
+                       {static_cast<Operation>(n[kOperation]), n[kOp], static_cast<int>(n[kRoot]),
+                        static_cast<int>(n[kSource])},
+                       address_of(given), address_of(result), nbytes_of(given, n), nbytes_of(result, n)};
+    if (copies_first(call.call) && call.given != call.result && call.given_nbytes != 0) {
+      std::memcpy(call.result, call.given, call.given_nbytes);
+    }
+    const std::int64_t code = run(call);
+    if (code == 0) return;
+    settle(call.number, code, call.dtype, n[kOperation], call.call.op, n[kRoot], n[kSource],
+           reinterpret_cast<std::int64_t>(call.given), static_cast<std::int64_t>(call.given_nbytes),
+           reinterpret_cast<std::int64_t>(call.result), static_cast<std::int64_t>(call.result_nbytes));
+  });
+}
+
+// The target on a CUDA device: (stream, operand, result), bytes as above. All of it is Python's, which queues the
+// call on the stream: (number, dtype, operation, op, root, source, stream, device, address and bytes of the operand,
+// address and bytes of the result).
+ffi::Function device_target(ffi::Function queue) {
+  return ffi::Function::FromPacked([queue = std::move(queue)](const ffi::AnyView* arguments, std::int32_t, ffi::Any*) {
+    const Numbers n = numbers_here();
+    const auto stream = arguments[0].cast<std::int64_t>();
+    const auto given = arguments[1].cast<ffi::TensorView>(), result = arguments[2].cast<ffi::TensorView>();
+    queue(n[kNumber], n[kDType], n[kOperation], n[kOp], n[kRoot], n[kSource], stream,
+          static_cast<std::int64_t>(result.device().device_id), reinterpret_cast<std::int64_t>(address_of(given)),
+          static_cast<std::int64_t>(nbytes_of(given, n)), reinterpret_cast<std::int64_t>(address_of(result)),
+          static_cast<std::int64_t>(nbytes_of(result, n)));
+  });
+}
+
+// jax-tvm-ffi's handler of a target, which has no other name than its address: one on hosts, one on devices.
+enum Place { kHost, kDevice };
+template <Place place>
 std::atomic<XlaHandler*> inner{nullptr};
 
 // For as long as it lives: a list of one tensor and a token without the token, and the tensor's dtype as one that
@@ -183,20 +248,30 @@ class PlainBuffers {
 
 // jax-tvm-ffi's handler refuses a call with a token among its operands. The token has no bytes: XLA alone needs it, to
 // order the calls.
+template <Place place>
 void* without_token(XlaCallFrame* frame) {
   const PlainBuffers operands(frame->operands), results(frame->results);
-  return inner.load(std::memory_order_acquire)(frame);
+  const XlaAttributes* outer = std::exchange(attributes_here, &frame->attributes);
+  void* error = inner<place>.load(std::memory_order_acquire)(frame);
+  attributes_here = outer;
+  return error;
+}
+
+template <Place place>
+std::int64_t wrapped(std::int64_t handler) {
+  inner<place>.store(reinterpret_cast<XlaHandler*>(handler), std::memory_order_release);
+  return reinterpret_cast<std::int64_t>(&without_token<place>);
 }
 
 // The address of a handler that calls the one at `handler` without the token.
-std::int64_t wrap(std::int64_t handler) {
-  inner.store(reinterpret_cast<XlaHandler*>(handler), std::memory_order_release);
-  return reinterpret_cast<std::int64_t>(&without_token);
+std::int64_t wrap(std::int64_t handler, bool on_device) {
+  return on_device ? wrapped<kDevice>(handler) : wrapped<kHost>(handler);
 }
 
 }  // namespace
 }  // namespace colltensor
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_target, colltensor::target)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_device_target, colltensor::device_target)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_defer, colltensor::defer)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_without_token, colltensor::wrap)

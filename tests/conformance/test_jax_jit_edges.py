@@ -164,3 +164,60 @@ def test_threads_that_come_first_together() -> None:
         print(*found)
     """)
     assert found.split() == ["1.0"] * 8
+
+
+def test_a_call_leaves_no_memory_behind() -> None:
+    """jax-tvm-ffi keeps what it decodes of a call's attributes: 144 bytes a call, 14 MB here."""
+    found = _alone("""
+        import jax, jax.numpy as jnp
+        import colltensor as col, colltensor.jax as cj
+        group = col.init_collective_group(1, 0)
+        step = jax.jit(lambda a: jax.lax.fori_loop(0, 1000, lambda _, b: cj.allreduce(b, group), a))
+        x = jnp.ones(4)
+        def resident():
+            with open("/proc/self/statm") as statm:
+                return int(statm.read().split()[1]) * 4096
+        def run(times):
+            for _ in range(times):
+                step(x).block_until_ready()
+        run(5)
+        before = resident()
+        run(100)
+        print(resident() - before)
+    """)
+    assert int(found) < 4 << 20
+
+
+def test_the_first_call_disturbs_no_other_thread() -> None:
+    """What is known of tensors' types stays: a call in another thread may be between two looks at it."""
+    found = _alone("""
+        import jax, jax.numpy as jnp
+        import colltensor as col, colltensor.jax as cj
+        from colltensor import adapters
+        group = col.init_collective_group(1, 0)
+        class Tensor:  # of another thread's
+            pass
+        adapters.known[Tensor] = adapters.find_adapter(type(jnp.ones(3)))
+        adapters.direct[Tensor] = (None, None)
+        jax.jit(lambda a: cj.allreduce(a, group))(jnp.ones(3))
+        print(Tensor in adapters.known, Tensor in adapters.direct)
+    """)
+    assert found.split() == ["True", "True"]
+
+
+def test_a_call_without_its_attributes_is_an_error() -> None:
+    """As where another version of JAX or XLA passes them another way: the target says so and reads nothing."""
+    found = _alone("""
+        import jax, jax.numpy as jnp, numpy as np
+        import colltensor as col, colltensor.jax as cj
+        cj.allreduce(jnp.ones(3), col.init_collective_group(1, 0))
+        names = ("dtype", "handle", "itemsize", "number", "op", "operation", "root", "source", "timeout")
+        for given in (names[:0], names[:8], names):
+            call = jax.ffi.ffi_call("colltensor", jax.ShapeDtypeStruct((3,), jnp.float32))
+            try:
+                print(call(jnp.ones(3), **{name: np.int64(1) for name in given}))
+            except jax.errors.JaxRuntimeError as error:
+                print(str(error).splitlines()[0])
+    """)
+    assert found.count("without its attribute dtype") == 2
+    assert found.count("without its attribute timeout_ns") == 1

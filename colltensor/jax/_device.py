@@ -1,0 +1,87 @@
+"""The memory of a computation on a CUDA device, as a tensor that the group's methods take.
+
+Imports no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from colltensor.types import Device, DType
+from colltensor.view import BufferView
+
+_here: Final = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBuffer:
+    """An operand or a result of a call that XLA queues, for as long as its stream has not passed the call.
+
+    Attributes:
+        pointer: Address of the first element; all lie in a row.
+        count: Number of elements.
+        dtype: Their true type.
+        device: The index of the device.
+        stream: The stream of the computation, a ``cudaStream_t`` as a number.
+    """
+
+    pointer: int
+    count: int
+    dtype: DType
+    device: int
+    stream: int
+
+    def rows(self, number: int) -> list[DeviceBuffer]:
+        """Return ``number`` parts of one count, in order."""
+        count = self.count // number
+        step = count * self.dtype.itemsize
+        return [
+            DeviceBuffer(self.pointer + row * step, count, self.dtype, self.device, self.stream)
+            for row in range(number)
+        ]
+
+
+@contextlib.contextmanager
+def on(stream: int) -> Iterator[None]:
+    """Let what this thread's calls are followed by be queued on a stream."""
+    outer, _here.stream = getattr(_here, "stream", None), stream
+    try:
+        yield
+    finally:
+        _here.stream = outer
+
+
+class DeviceAdapter:
+    """The adapter of ``DeviceBuffer``, written in place."""
+
+    name = "jax"
+    immutable = False
+
+    def claims(self, kind: type) -> bool:
+        return kind is DeviceBuffer
+
+    def source(self, tensor: DeviceBuffer) -> BufferView:
+        return BufferView.from_address(
+            tensor.pointer, (tensor.count,), tensor.dtype, device=Device("cuda", tensor.device), owner=tensor,
+            stream=tensor.stream,
+        )
+
+    def target(self, tensor: DeviceBuffer) -> BufferView:
+        return self.source(tensor)
+
+    def claim(self, tensor: DeviceBuffer, donate: bool) -> tuple[DeviceBuffer, BufferView]:
+        return tensor, self.source(tensor)
+
+    def written(self, tensor: DeviceBuffer) -> None:
+        """XLA orders what comes next by the stream."""
+
+    def stream(self, index: int) -> int | None:
+        stream: int | None = getattr(_here, "stream", None)
+        return stream
+
+
+ADAPTER: Final = DeviceAdapter()

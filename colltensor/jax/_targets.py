@@ -1,0 +1,163 @@
+"""The targets that compiled computations call for every collective, on the CPU and on CUDA devices.
+
+On the CPU the native target has shared memory alone, and leaves to Python what it does not end. On a device all of it
+is Python's: the call is queued on the stream of the computation, and the host goes on. Imports jax, numpy and
+jax-tvm-ffi.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from colltensor import dlpack
+from colltensor.adapters import add_adapter
+from colltensor.adapters._numpy_dtypes import host_dtype
+from colltensor.backends.base import DIRECT
+from colltensor.backends.shm import library
+from colltensor.errors import BackendUnavailableError
+from colltensor.group import Group
+from colltensor.jax import _device
+from colltensor.jax._device import DeviceBuffer
+from colltensor.jax._groups import group_of, inside
+from colltensor.types import DTYPES, ReduceOp
+
+TARGET: Final = "colltensor"
+"""The name under which XLA knows the target of every collective, on each platform."""
+
+_REFUSED: Final = 3
+_NAMES: Final = tuple(DIRECT)
+_DTYPES: Final = {dtype.code: dtype for dtype in DTYPES.values()}
+_lock: Final = threading.Lock()
+_registered: Final = threading.Event()
+
+
+def register() -> None:
+    """Make the targets known to XLA, once a process, whichever threads come first.
+
+    Raises:
+        BackendUnavailableError: jax-tvm-ffi or the native library is missing; says what to install.
+    """
+    if not _registered.is_set():
+        with _lock:
+            if not _registered.is_set():
+                _register()
+                _registered.set()
+
+
+def settle(
+    number: int, code: int, dtype: int, operation: int, op: int, root: int, source: int, given_address: int,
+    given_nbytes: int, result_address: int, result_nbytes: int,
+) -> None:
+    """End a call that the native target left: a mismatch, a failure, or all of it where that has no way to do it."""
+    group, name = group_of(number), _NAMES[operation]
+    host = host_dtype(_DTYPES[dtype])
+    given = _memory(given_address, given_nbytes, host)
+    result = _memory(result_address, result_nbytes, host)
+    with inside(group, name):
+        tensors = _tensors(operation, given, result)
+        if code != _REFUSED and group.settle(operation, op, root, source, tensors, code):
+            return
+        _move(group, name, op, root, source, given, result, _rows)
+
+
+def queue(
+    number: int, dtype: int, operation: int, op: int, root: int, source: int, stream: int, device: int,
+    given_address: int, given_nbytes: int, result_address: int, result_nbytes: int,
+) -> None:
+    """Queue a call on a device, on the stream of the computation; the host waits for ranks that connect, at most.
+
+    The memory is XLA's, which gives it to others in the order of this stream. Where the operand and the result are one
+    array, as the lowering says, they have one address.
+    """
+    group, name, kind = group_of(number), _NAMES[operation], _DTYPES[dtype]
+    given = DeviceBuffer(given_address, given_nbytes // kind.itemsize, kind, device, stream)
+    result = DeviceBuffer(result_address, result_nbytes // kind.itemsize, kind, device, stream)
+    with inside(group, name), _device.on(stream):
+        _move(group, name, op, root, source, given, result, DeviceBuffer.rows)
+
+
+def _memory(address: int, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    if nbytes == 0:
+        return np.empty(0, dtype)
+    memory: Any = (ctypes.c_char * nbytes).from_address(address)
+    array: np.ndarray[Any, Any] = np.frombuffer(memory, dtype)
+    return array
+
+
+def _rows(array: np.ndarray[Any, Any], number: int) -> list[np.ndarray[Any, Any]]:
+    return list(array.reshape(number, -1))
+
+
+def _tensors(
+    operation: int, given: np.ndarray[Any, Any], result: np.ndarray[Any, Any]
+) -> list[np.ndarray[Any, Any]]:
+    """Return what the ranks compare by: for a list the tensor that has its entries' count."""
+    if _NAMES[operation] == "allgather":
+        return [given]
+    return [given, result] if _NAMES[operation] == "transfer" else [result]
+
+
+def _move(
+    group: Group, name: str, op: int, root: int, source: int, given: Any, result: Any,
+    rows: Callable[[Any, int], list[Any]],
+) -> None:
+    """Make the call on the group as an eager one; ``rows`` divides a tensor into so many parts."""
+    if name == "allreduce":
+        group.allreduce(result, ReduceOp(op))
+    elif name == "reduce":
+        group.reduce(result, root, ReduceOp(op))
+    elif name == "broadcast":
+        group.broadcast(result, root)
+    elif name == "allgather":
+        group.allgather(rows(result, group.world_size), given)
+    elif name == "reducescatter":
+        group.reducescatter(result, rows(given, group.world_size), ReduceOp(op))
+    elif source < 0:
+        group.send(result, root)
+    elif root < 0:
+        group.recv(result, source)
+    else:
+        group.sendrecv(given, root, result, source)
+
+
+def _jax_tvm_ffi() -> ModuleType:
+    dlpack.tvm_ffi()
+    try:
+        return importlib.import_module("jax_tvm_ffi")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"colltensor.jax: collectives inside jax.jit need the package jax-tvm-ffi ({error}): pip install "
+            "'colltensor[jax]' (it needs Python 3.11 or newer); outside jax.jit, colltensor.allreduce(x) works without"
+        ) from error
+
+
+def _register() -> None:
+    bridge, native = _jax_tvm_ffi(), library.load()
+    convert = dlpack.tvm_ffi().convert
+    _make_known(bridge, native, TARGET, native.shm_jax_target(convert(settle)), "cpu")
+    add_adapter(_device.ADAPTER)
+    # Kept by JAX until there is a CUDA device, if ever.
+    _make_known(bridge, native, TARGET, native.shm_jax_device_target(convert(queue)), "gpu", on_device=True)
+
+
+def _make_known(
+    bridge: ModuleType, native: Any, name: str, function: Any, platform: str, *, on_device: bool = False
+) -> None:
+    """Register a target with XLA, behind the handler that takes the token out.
+
+    It may not be part of a CUDA graph, which would call it once for all its runs.
+    """
+    order = [*(["ctx.stream"] if on_device else []), "args", "rets"]
+    capsule = bridge.register_ffi_target(f"{name}_without_token", function, order, platform)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    handler = native.shm_jax_without_token(pointer(capsule, None), on_device)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform=platform)
