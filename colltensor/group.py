@@ -87,7 +87,6 @@ class Group:
         rank: This process's rank in the group.
         world_size: The number of ranks.
         backend: The name of the backend in use.
-        timeout_s: How long every operation waits for the other ranks, in seconds.
         multigpu: The collectives of several devices in each process.
     """
 
@@ -99,7 +98,6 @@ class Group:
         self.rank = rank
         self.world_size = world_size
         self.backend = backend.name
-        self.timeout_s = recipe.timeout_s
         self._recipe = recipe
         self._backend = backend
         self._control = control
@@ -116,6 +114,11 @@ class Group:
         self._allreduce = None if signer is None else signer.direct_allreduce
         self._barrier = None if signer is None else signer.direct_barrier
         _log.debug("group %r (rank %d): made of %d ranks, backend %r", name, rank, world_size, self.backend)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long every operation waits for the other ranks, in seconds; ``set_timeout`` changes it."""
+        return self._engine.timeout_s
 
     @property
     def broken(self) -> CollectiveError | None:
@@ -527,7 +530,7 @@ class Group:
 
     def set_timeout(self, timeout_s: float) -> None:
         """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone."""
-        self.timeout_s = self._engine.timeout_s = timeout_s
+        self._engine.timeout_s = timeout_s
         if self._signer is None:
             return
         self._signer.set_timeout(timeout_s)

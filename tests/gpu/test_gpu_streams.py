@@ -223,10 +223,11 @@ def synchronized(rank: int, world_size: int, library: str) -> None:
         queue.sleep(4 * LONG_S)
         group.allreduce(tensor)
         behind = queue.mark()
-        timeout_s, group.timeout_s = group.timeout_s, LONG_S / 2
+        timeout_s = group.timeout_s
+        group.set_timeout(LONG_S / 2)
         with pytest.raises(col.CollectiveTimeoutError, match="synchronize"):
             group.synchronize(0)
-        group.timeout_s = timeout_s
+        group.set_timeout(timeout_s)
         assert not queue.passed(behind)
         group.synchronize(0)
         queue.synchronize()
