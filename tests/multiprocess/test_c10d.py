@@ -193,6 +193,19 @@ def passed_round(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any
     return [*found, strided.contiguous()]
 
 
+def lengths(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
+    """Messages about as long as travel in their header, and longer ones, taken in another order than they are sent."""
+    after, before = (rank + 1) % size, (rank - 1) % size
+    counts = [0, 1, 511, 512, 513, 100_000]
+    sends = [dist.isend(values(torch, rank, count), after, group=group, tag=count) for count in counts]
+    found = {count: torch.empty(count) for count in counts}
+    for count in (513, 512, 0, 100_000, 1, 511):
+        dist.recv(found[count], before, group=group, tag=count)
+    for send in sends:
+        send.wait()
+    return list(found.values())
+
+
 def tagged(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     if rank == 0:
         sends = [
@@ -228,7 +241,7 @@ def from_anybody(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any
 
 CASES: list[Case] = [
     all_reduces, asynchronous, broadcasts, reduces, gathers, scatters, reduce_scatters, all_to_alls, lists_to_all,
-    coalesced, short_spellings, sparse, passed_round, tagged, from_anybody,
+    coalesced, short_spellings, sparse, passed_round, lengths, tagged, from_anybody,
 ]
 
 
@@ -323,6 +336,12 @@ def beyond_gloo(rank: int, world_size: int, path: Path) -> list[Any]:
                     work.wait()
         if rank < 2:
             (dist.send if rank else dist.recv)(inferred.view(2), 1 - rank)
+        if rank < 2:  # torch's own functions refuse conjugate views, and Gloo sends what they are views of
+            conjugate = torch.full((3,), 1 + 2j).conj()
+            taken = torch.zeros(3, dtype=conjugate.dtype)
+            group = dist.group.WORLD
+            (group.send([conjugate], 1, 0) if rank == 0 else group.recv([taken.conj()], 0, 0)).wait()
+            assert rank == 0 or taken.tolist() == [1 + 2j] * 3
         with pytest.raises(col.OptionError, match="PREMUL_SUM"):
             dist.all_reduce(torch.ones(2), torch._C._distributed_c10d._make_nccl_premul_sum(2.0))
         with pytest.raises(col.DeviceError, match="meta"):
