@@ -78,15 +78,20 @@ class CollectiveGroup:
         have of the group is replaced at once, whether it works or not; calls that wait in it raise. An actor that is
         being restarted is waited for. Calls that were meant for the old group never reach the new one.
 
+        A process that was sent the handle may do it as well as the one that made the group. The handle that it was
+        called on is the group's from then on: others destroy nothing any more, and their ``recreate`` is refused while
+        the new group works.
+
         Args:
             timeout_s: How long the actors may take, restarts included, in seconds; by default the group's own timeout.
 
         Raises:
             CollectiveError: As ``create_collective_group``; no actor has the group then, and this may be called again.
+            ``GroupError`` where another process made the group anew, and it works: it stays.
         """
         patience_s = float(self._options["timeout_s"]) if timeout_s is None else timeout_s
         operation = f"CollectiveGroup.recreate '{self.name}'"
-        self._token = _make(operation, self.actors, self._options, time.monotonic() + patience_s, replaces=True)
+        self._token = _make(operation, self.actors, self._options, time.monotonic() + patience_s, self._token)
 
     def __enter__(self) -> CollectiveGroup:
         return self
@@ -213,7 +218,7 @@ def collective_group(
 
 def _make(
     operation: str, actors: Sequence[ActorHandle[Any]], options: Mapping[str, Any], deadline: float,
-    replaces: bool = False,
+    replaces: seat.Token | None = None,
 ) -> seat.Token:
     """Make the group in all actors, which are in rank order; after an error none has it."""
     token = seat.Token(_DRIVER, next(_generations))

@@ -52,14 +52,15 @@ class Place:
         rank: The actor's rank.
         world_size: The number of actors.
         options: Of ``init_collective_group``; the same on every rank.
-        replaces: Earlier generations of the name go, even one that works.
+        replaces: The creation that this one takes the place of, whoever made it. It and earlier generations of this
+            driver go, even one that works.
     """
 
     token: Token
     rank: int
     world_size: int
     options: dict[str, Any]
-    replaces: bool = False
+    replaces: Token | None = None
 
 
 class Seat:
@@ -131,17 +132,17 @@ class Seat:
     def is_replaced_by(self, place: Place) -> bool:
         """Return whether a group for that place takes this one's name.
 
-        It does where this one is broken or given up, or where the same driver made this one before and it was never
-        finished or is to be replaced.
+        It does where this one is broken, given up or named as what to replace, or where the same driver made this one
+        before and it was never finished or something is to be replaced.
         """
         if not self._is_of(place):
             return False
-        if self._has_left:
+        if self._has_left or place.replaces == self._place.token:
             return True
         group = self._group() if self._group is not None else None
         if group is not None and group.broken is not None:
             return True
-        return place.token.follows(self._place.token) and (group is None or place.replaces)
+        return place.token.follows(self._place.token) and (group is None or place.replaces is not None)
 
     def _is_of(self, place: Place) -> bool:
         return bool(self._place.options["group_name"] == place.options["group_name"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import signal
@@ -11,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from c10d_ranks import plain, values, world
 from pool import RankPool, on_host
 
 import colltensor as col
@@ -25,30 +25,6 @@ import colltensor as col
 pytestmark = [pytest.mark.needs("torch"), pytest.mark.shm, pytest.mark.slow]
 
 Case = Callable[[Any, Any, Any, int, int], Any]
-
-
-@contextlib.contextmanager
-def world(
-    rank: int, world_size: int, path: Path, *, backend: str = "cpu:colltensor", timeout_s: float = 20.0
-) -> Iterator[tuple[Any, Any]]:
-    """Yield torch and torch.distributed, initialised through a file of that name; destroyed in the end."""
-    torch = importlib.import_module("torch")
-    torch.set_num_threads(1)
-    importlib.import_module("colltensor.torch")
-    dist = torch.distributed
-    dist.init_process_group(
-        backend, init_method=f"file://{path}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-    )
-    try:
-        yield torch, dist
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def values(torch: Any, rank: int, count: int = 6, dtype: Any = None) -> Any:
-    """Return values of a rank's own, small and without rounding in sums and products of three ranks."""
-    return (torch.arange(count) % 4 + rank + 1).to(dtype or torch.float32)
 
 
 def all_reduces(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
@@ -133,7 +109,9 @@ def reduce_scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> 
     dist.reduce_scatter(target, [values(torch, rank + r, 3) for r in range(size)], group=group)
     dist.reduce_scatter_tensor(single, values(torch, rank, 4 * size), group=group)
     dist.reduce_scatter_tensor(rowwise, values(torch, rank, 10 * size).view(2 * size, 5), group=group)
-    return [target, single, rowwise]
+    uneven = torch.empty(rank + 1)
+    dist.reduce_scatter(uneven, [values(torch, rank + r, r + 1) for r in range(size)], group=group)
+    return [target, single, rowwise, uneven]
 
 
 def all_to_alls(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
@@ -215,6 +193,19 @@ def passed_round(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any
     return [*found, strided.contiguous()]
 
 
+def lengths(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
+    """Messages about as long as travel in their header, and longer ones, taken in another order than they are sent."""
+    after, before = (rank + 1) % size, (rank - 1) % size
+    counts = [0, 1, 511, 512, 513, 100_000]
+    sends = [dist.isend(values(torch, rank, count), after, group=group, tag=count) for count in counts]
+    found = {count: torch.empty(count) for count in counts}
+    for count in (513, 512, 0, 100_000, 1, 511):
+        dist.recv(found[count], before, group=group, tag=count)
+    for send in sends:
+        send.wait()
+    return list(found.values())
+
+
 def tagged(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     if rank == 0:
         sends = [
@@ -250,17 +241,8 @@ def from_anybody(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any
 
 CASES: list[Case] = [
     all_reduces, asynchronous, broadcasts, reduces, gathers, scatters, reduce_scatters, all_to_alls, lists_to_all,
-    coalesced, short_spellings, sparse, passed_round, tagged, from_anybody,
+    coalesced, short_spellings, sparse, passed_round, lengths, tagged, from_anybody,
 ]
-
-
-def plain(value: Any) -> Any:
-    """Return what can be compared and pickled."""
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if hasattr(value, "dtype"):
-        return str(value.dtype), tuple(value.shape), value.resolve_conj().reshape(-1).tolist()
-    return value
 
 
 def beside_gloo(rank: int, world_size: int, path: Path, wire: str = "shm") -> list[tuple[str, Any, Any]]:
@@ -354,12 +336,20 @@ def beyond_gloo(rank: int, world_size: int, path: Path) -> list[Any]:
                     work.wait()
         if rank < 2:
             (dist.send if rank else dist.recv)(inferred.view(2), 1 - rank)
+        if rank < 2:  # torch's own functions refuse conjugate views, and Gloo sends what they are views of
+            conjugate = torch.full((3,), 1 + 2j).conj()
+            taken = torch.zeros(3, dtype=conjugate.dtype)
+            group = dist.group.WORLD
+            (group.send([conjugate], 1, 0) if rank == 0 else group.recv([taken.conj()], 0, 0)).wait()
+            assert rank == 0 or taken.tolist() == [1 + 2j] * 3
         with pytest.raises(col.OptionError, match="PREMUL_SUM"):
             dist.all_reduce(torch.ones(2), torch._C._distributed_c10d._make_nccl_premul_sum(2.0))
         with pytest.raises(col.DeviceError, match="meta"):
             dist.all_reduce(torch.ones(2, device="meta"))
         with pytest.raises(col.RankError):
             dist.group.WORLD.send([torch.ones(2)], world_size, 0)
+        with pytest.raises(col.ShapeError, match="expected an output of"):
+            dist.reduce_scatter(torch.ones(7), [torch.ones(r + 1) for r in range(world_size)])
         dist.group.WORLD.monitored_barrier(timedelta(seconds=5))
         return plain([average, memory, short, eighth.float(), uneven, whole.narrow(0, 2 * rank, 2), inferred])
 

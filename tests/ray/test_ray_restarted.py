@@ -179,3 +179,38 @@ def test_a_group_is_made_anew_while_an_actor_waits_in_it(crew: Crew, spawn: Spaw
     assert time.monotonic() - began < 5
     assert totals(actors, name) == [[3.0, 3.0]] * 2
     group.destroy()
+
+
+def make_anew(group: col.ray.CollectiveGroup) -> tuple[float, col.ray.CollectiveGroup]:
+    began = time.monotonic()
+    group.recreate()
+    return time.monotonic() - began, group
+
+
+def destroy(group: col.ray.CollectiveGroup) -> None:
+    group.destroy()
+
+
+def test_another_process_makes_a_group_anew(crew: Crew, spawn: Spawn) -> None:
+    """One that works, one that is gone, and one whose actor was restarted; then the first handle is out of date."""
+    mortal, other = spawn(Member, max_restarts=1), spawn(Member)
+    actors, name = [crew.actors[0], mortal], new_name()
+    group = col.create_collective_group(actors, group_name=name)
+    elsewhere = group
+    for turn in range(3):
+        if turn == 1:
+            os.kill(ray.get(mortal.pid.remote(), timeout=60), 9)
+        if turn == 2:
+            ray.get(other.run.remote(destroy, elsewhere), timeout=60)
+        took_s, elsewhere = ray.get(other.run.remote(make_anew, elsewhere), timeout=60)
+        assert took_s < 10
+        assert totals(actors, name) == [[3.0, 3.0]] * 2
+    with pytest.raises(col.GroupError, match="exists already"):
+        group.recreate()
+    group.destroy()
+    assert totals(actors, name) == [[3.0, 3.0]] * 2
+    elsewhere.destroy()
+    assert crew.run(1, has_group, name) == [False]
+    group.recreate()  # as long as no other has one
+    assert totals(actors, name) == [[3.0, 3.0]] * 2
+    group.destroy()

@@ -9,8 +9,8 @@ import contextlib
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from colltensor.errors import CollectiveError, DeviceError, MismatchError
@@ -36,8 +36,21 @@ class Crew(NamedTuple):
     shared: bool
 
 
-_local: Final[Counter[bytes]] = Counter()
-"""How many ranks of a communicator, by its id, are in this process."""
+@dataclass(slots=True)
+class _Presence:
+    """The ranks of a communicator that are in this process.
+
+    Attributes:
+        came: How many have begun to connect: all of them, once one is connected.
+        connecting: How many have not ended yet.
+    """
+
+    came: int = 0
+    connecting: int = 0
+
+
+_local: Final[dict[bytes, _Presence]] = {}
+"""By the communicator's id, while ranks of this process connect."""
 _local_lock: Final = threading.Lock()
 
 
@@ -149,7 +162,9 @@ class Members:
             CollectiveError: The group broke meanwhile.
         """
         with _local_lock:
-            _local[identity] += 1
+            present = _local.setdefault(identity, _Presence())
+            present.came += 1
+            present.connecting += 1
         made: list[Any] = []
         failed: list[BaseException] = []
         given_up = threading.Event()
@@ -178,11 +193,16 @@ class Members:
         except BaseException:
             given_up.set()
             raise
+        finally:
+            with _local_lock:
+                present.connecting -= 1
+                if not present.connecting:
+                    del _local[identity]
         if failed:
             if isinstance(failed[0], CollectiveError):
                 raise failed[0]
             raise RuntimeError(_explained(failed[0])) from failed[0]
-        return Crew(tuple(made), firsts[place], firsts, _local[identity] > 1)
+        return Crew(tuple(made), firsts[place], firsts, present.came > 1)
 
 
 def _explained(error: BaseException) -> str:

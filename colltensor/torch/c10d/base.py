@@ -10,43 +10,30 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from colltensor.errors import GroupError, RankError
 from colltensor.group import Group
+from colltensor.torch.c10d.identity import Identity
 from colltensor.torch.c10d.line import Line
 from colltensor.torch.c10d.meeting import meet
 from colltensor.torch.c10d.others import Others
-from colltensor.torch.c10d.tensors import bare, only
+from colltensor.torch.c10d.tensors import apart, bare, only
 from colltensor.torch.c10d.transfers import PATIENCE_S, Transfers
 from colltensor.torch.c10d.work import FinishedWork, Operation, PendingWork
 
-if TYPE_CHECKING:
-    _ProcessGroup = object  # each of its methods has several signatures, none of which is what torch itself calls
-else:
-    _ProcessGroup = dist.ProcessGroup
-
+_profiler_enabled: Final = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # private
 _UNSET: Final = timedelta(milliseconds=-1)
+_MERGE_TIMEOUT: Final = timedelta(minutes=30)
 _DRAIN_S: Final = 5.0
 _ASK_EVERY_S: Final = 0.25
 
 
-class BaseProcessGroup(_ProcessGroup):
-    """The part of a process group that is not about collectives.
-
-    Attributes:
-        supports_splitting: False: torch's Python ``split_group`` is for NCCL's; the method of that name works.
-        supports_coalescing: False: a batch of sends and receives needs no coalescing.
-        supports_time_estimate: False.
-    """
-
-    supports_splitting = False
-    supports_coalescing = False
-    supports_time_estimate = False
+class BaseProcessGroup(Identity):
+    """The part of a process group that is not about collectives."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, name: str) -> None:
         """Meet the other ranks; all of them call.
@@ -61,14 +48,9 @@ class BaseProcessGroup(_ProcessGroup):
         Raises:
             CollectiveError: The ranks do not meet before the timeout, or cannot be connected.
         """
-        super().__init__(rank, size)  # type: ignore[call-arg]  # see above
-        self._rank = rank
-        self._size = size
-        self._given_store = store
+        super().__init__(rank, size, store, name)
         self._timeout = timeout
         self._store = store.clone()  # torch waits in the other one, which nobody can use meanwhile
-        self._label = name
-        self._description = "undefined"
         seconds = timeout.total_seconds()
         self._group: Group = meet(
             self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds
@@ -77,52 +59,16 @@ class BaseProcessGroup(_ProcessGroup):
         self._transfers = Transfers(self._group.name, rank, size, self._connect)
         self._others = Others(store, rank, size, timeout)
         self._parts = itertools.count()
-
-    def rank(self) -> int:
-        """Return this process's rank in the group."""
-        return self._rank
-
-    def size(self) -> int:
-        """Return the number of ranks."""
-        return self._size
-
-    def getBackendName(self) -> str:  # noqa: N802 - torch's
-        """Return the backend's name."""
-        return "colltensor"
-
-    name = getBackendName
-    _get_backend_name = getBackendName
-
-    def getGroupName(self) -> str:  # noqa: N802 - torch's
-        """Return the name that torch knows the group by; its own class asks a backend, of which there is none here."""
-        return self._label
-
-    def _set_group_name(self, name: str) -> None:
-        self._label = name
-
-    setGroupName = _set_group_name  # noqa: N815 - torch's
-    group_name = property(getGroupName)
-
-    def getGroupDesc(self) -> str:  # noqa: N802 - torch's
-        """Return what the group is for, in words."""
-        return self._description
-
-    def _set_group_desc(self, description: str) -> None:
-        self._description = description
-
-    setGroupDesc = _set_group_desc  # noqa: N815 - torch's
-    group_desc = property(getGroupDesc)
-
-    def get_group_store(self) -> Any:
-        """Return the store that the group was made with."""
-        return self._given_store
+        self._issued = 0
 
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu"), *self._others.devices(self)]
 
     def _get_backend(self, device: torch.device) -> Any:
-        return self if device.type == "cpu" else self._others.backend_for(self, device)
+        if device.type == "cpu" or not self._others.known(self):  # a group in the making connects nothing early
+            return self
+        return self._others.backend_for(self, device)
 
     def send(self, tensors: Any, dstRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
         """Send one tensor to a rank; done when a receive there has taken it, whatever else both do meanwhile."""
@@ -159,6 +105,10 @@ class BaseProcessGroup(_ProcessGroup):
     def _set_sequence_number_for_group(self) -> None:
         """Do nothing: the ranks agree on each call anyway."""
 
+    def _get_sequence_number_for_group(self) -> int:
+        """Return how many collectives this rank has issued."""
+        return self._issued
+
     def split_group(
         self, new_ranks: Sequence[int], timeout: timedelta | None = None, opts: Any = None,
         group_name: str | None = None, group_desc: str | None = None, device_types: Any = None,
@@ -173,10 +123,39 @@ class BaseProcessGroup(_ProcessGroup):
             return None
         name = group_name or f"{self._label}:split:{number}"
         store = distributed_c10d.PrefixStore(f"split/{number}/{'-'.join(map(str, members))}/", self.get_group_store())
-        part = type(self)(store, members.index(self.rank()), len(members), timeout or self._timeout, name)
-        part._set_group_name(name)
-        part._set_group_desc(group_desc or f"{self.group_desc}:split:{number}")
-        return part
+        description = group_desc or f"{self.group_desc}:split:{number}"
+        rank = members.index(self.rank())
+        return self._related(store, rank, len(members), timeout or self._timeout, name, description)
+
+    def merge_remote_group(
+        self, store: Any, size: int, timeout: timedelta = _MERGE_TIMEOUT, group_name: str | None = None,
+        group_desc: str | None = None,
+    ) -> Any:
+        """Make a process group of the ranks of several, which need not know each other; all of their ranks call.
+
+        Args:
+            store: A c10d store that all of them reach. After a merge that failed take another, or another prefix.
+            size: The number of ranks in all. They are numbered in the order in which they come.
+            timeout: How long they may take to come, and operations wait for other ranks.
+            group_name: The new group's name, for messages; this one's and ``:merge`` without it.
+            group_desc: What it is for, in words; likewise.
+
+        Raises:
+            CollectiveError: The ranks do not come before the timeout, or cannot be connected.
+        """
+        turn, rank = divmod(store.add(f"merge/{size}", 1) - 1, size)
+        prefixed = distributed_c10d.PrefixStore(f"merge/{size}/{turn}/", store)
+        description = group_desc or f"{self.group_desc}:merge"
+        made = self._related(prefixed, rank, size, timeout, f"merge {turn} of {size}", description)
+        made._set_group_name(group_name or f"{self._label}:merge")  # which may differ from rank to rank
+        return made
+
+    def _related(self, store: Any, rank: int, size: int, timeout: timedelta, name: str, description: str) -> Any:
+        """Make a group that has the backends for other devices that this one has."""
+        made = type(self)(store, rank, size, timeout, name)
+        made._description = description
+        made._others.inherit(self, self._others)
+        return made
 
     def shutdown(self) -> None:
         """Leave the group, after what was issued has run for at most 5 s; the others get PeerLostError if they call."""
@@ -201,7 +180,17 @@ class BaseProcessGroup(_ProcessGroup):
     def _run(
         self, name: str, opts: Any, tensors: list[torch.Tensor], call: Callable[..., Any], *arguments: Any
     ) -> Any:
+        """Make a call, which a profiler sees: all of it, or how it is issued."""
+        if not _profiler_enabled():
+            return self._issue(name, opts, tensors, call, *arguments)
+        with torch.profiler.record_function(f"colltensor::{name}"):
+            return self._issue(name, opts, tensors, call, *arguments)
+
+    def _issue(
+        self, name: str, opts: Any, tensors: list[torch.Tensor], call: Callable[..., Any], *arguments: Any
+    ) -> Any:
         """Make a call in its turn: here if no handle is asked for and none is before it, else in the line's thread."""
+        self._issued += 1
         if opts.timeout != _UNSET:
             call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
         if not opts.asyncOp and self._line.enter():
@@ -210,6 +199,7 @@ class BaseProcessGroup(_ProcessGroup):
             finally:
                 self._line.leave()
             return FinishedWork(tensors)
+        arguments = apart(arguments)
         inference = bool(tensors) and tensors[0].is_inference()
         return self._line_up(Operation(name, lambda: _call(inference, call, arguments)), tensors)
 

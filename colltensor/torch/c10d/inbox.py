@@ -6,7 +6,6 @@ Imports torch, and of the package errors and group.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -15,20 +14,11 @@ import torch
 
 from colltensor.errors import CollectiveError, MismatchError
 from colltensor.group import Group
+from colltensor.torch.c10d.header import Header
 from colltensor.torch.c10d.work import Operation
 
 SENDER: Final = 0
 """The rank of the one that sends, in the group of one direction; the other is 1."""
-
-_DTYPES: Final = {
-    zlib.crc32(str(dtype).encode()): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
-}
-
-
-def header_of(tensor: torch.Tensor, tag: int) -> torch.Tensor:
-    """Return what goes before a message: its tag, number of bytes and dtype."""
-    return torch.tensor([tag, tensor.nbytes, zlib.crc32(str(tensor.dtype).encode())])
-
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a contiguous tensor."""
@@ -131,8 +121,9 @@ class Inbox:
     def _read(self, source: int) -> None:
         try:
             group = self._group(source, self._rank)
+            header = Header()
             while self._wanted(source):
-                self._take(group, source)
+                self._take(group, source, header)
         except BaseException as error:  # noqa: BLE001 - goes to the receives, whatever it is
             self._lose(source, error)
 
@@ -145,12 +136,10 @@ class Inbox:
     def _any_from(self, source: int) -> bool:
         return any(receive.may_come_from(source) for receive in self._receives)
 
-    def _take(self, group: Group, source: int) -> None:
+    def _take(self, group: Group, source: int, header: Header) -> None:
         """Read one message: into the receive that takes it, or beside, so that the next message can come."""
-        header = torch.empty(3, dtype=torch.int64)
-        group.recv(header, SENDER)
-        tag, nbytes, dtype_code = header.tolist()
-        dtype = _DTYPES[dtype_code]
+        group.recv(header.tensor, SENDER)
+        tag, nbytes, dtype, is_inline = header.read()
         with self._changed:
             receive: Receive | None = None
 
@@ -163,16 +152,17 @@ class Inbox:
             if self._closed is not None:
                 return
         try:
-            if receive is not None and _fits(receive.tensor, dtype, nbytes):
-                if nbytes:
-                    with torch.inference_mode(receive.tensor.is_inference()):  # else they may not be written
-                        group.recv(bytes_of(receive.tensor), SENDER)
+            fits = receive is not None and _fits(receive.tensor, dtype, nbytes)
+            target = receive.tensor if receive is not None and fits else torch.empty(nbytes, dtype=torch.uint8)
+            if is_inline:
+                header.copy_to(target)
+            else:
+                with torch.inference_mode(target.is_inference()):  # else they may not be written
+                    group.recv(bytes_of(target), SENDER)
+            if receive is not None and fits:
                 receive.sender = source
                 _end(receive, None)
                 return
-            data = torch.empty(nbytes, dtype=torch.uint8)
-            if nbytes:
-                group.recv(data, SENDER)
         except BaseException as error:
             if receive is not None:
                 _end(receive, error)
@@ -181,9 +171,9 @@ class Inbox:
             if receive is None:
                 receive = self._match(source, tag)
             if receive is None:
-                self._messages.append(Message(source, tag, dtype, data))
+                self._messages.append(Message(source, tag, dtype, target))
                 return
-        _end(receive, _store(receive, source, dtype, data))
+        _end(receive, _store(receive, source, dtype, target))
 
     def _match(self, source: int, tag: int) -> Receive | None:
         """Take the first receive for such a message from the list."""
@@ -205,7 +195,8 @@ class Inbox:
 
 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype, nbytes: int) -> bool:
-    return tensor.dtype is dtype and tensor.nbytes == nbytes and tensor.is_contiguous()
+    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return plain and tensor.dtype is dtype and tensor.nbytes == nbytes
 
 
 def _store(receive: Receive, source: int, dtype: torch.dtype, data: torch.Tensor) -> BaseException | None:

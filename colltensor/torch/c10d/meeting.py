@@ -109,7 +109,7 @@ class _Exchange:
             if time.monotonic() > self._deadline:
                 raise CollectiveTimeoutError(
                     f"group '{self._name}' (rank {self._rank} of {self._world_size}): rank {rank} did not come to make "
-                    "the group within the timeout; start it, or raise init_process_group's timeout", (rank,),
+                    "the group within the timeout; start it, or make the group with a longer timeout", (rank,),
                 )
             if self._check is not None:
                 self._check()

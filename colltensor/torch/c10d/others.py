@@ -30,10 +30,19 @@ class Others:
         self._timeout = timeout
         self._group: Any = None
         self._made: dict[str, Any] = {}
+        self._config: str | None = None
+
+    def inherit(self, owner: Any, others: Others) -> None:
+        """Have the backends that ``owner``, which has ``others``, was asked for: torch knows nothing of this group."""
+        self._config = others._asked_config(owner)
+
+    def known(self, owner: Any) -> bool:
+        """Return True once it is known which devices ``owner`` is for; torch tells when it has made the group."""
+        return self._config is not None or owner in distributed_c10d._world.pg_backend_config
 
     def devices(self, owner: Any) -> list[torch.device]:
         """Return the devices that ``init_process_group`` was asked for, beside the CPU."""
-        return [torch.device(device) for device in _asked(owner)]
+        return [torch.device(device) for device in self._asked(owner)]
 
     def group_for(self, owner: Any, device: torch.device) -> Any:
         """Return the process group for tensors on a device.
@@ -50,7 +59,7 @@ class Others:
         found = self._made.get(device.type)
         if found is not None:
             return found
-        name = _asked(owner).get(device.type)
+        name = self._asked(owner).get(device.type)
         if name is None:
             raise DeviceError(
                 f"the tensor is on {device}, but the process group has backend 'colltensor' for cpu only; move the "
@@ -93,9 +102,11 @@ class Others:
             f"{', '.join(_TYPES)} that this torch was built with"
         )
 
+    def _asked(self, owner: Any) -> dict[str, str]:
+        """Return the backend's name for each device but the CPU that ``init_process_group`` was asked for."""
+        pairs = (pair.split(":") for pair in self._asked_config(owner).split(","))
+        return {device: name for device, name in pairs if device != "cpu"}
 
-def _asked(owner: Any) -> dict[str, str]:
-    """Return the backend's name for each device but the CPU that ``init_process_group`` was asked for."""
-    config = distributed_c10d._world.pg_backend_config.get(owner, "cpu:colltensor")
-    pairs = (pair.split(":") for pair in config.split(","))
-    return {device: name for device, name in pairs if device != "cpu"}
+    def _asked_config(self, owner: Any) -> str:
+        found: str = distributed_c10d._world.pg_backend_config.get(owner, self._config or "cpu:colltensor")
+        return found

@@ -31,13 +31,32 @@ def gather_rows(group: Group, output: torch.Tensor, source: torch.Tensor) -> Non
 
 
 def reduce_parts(group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp) -> None:
-    """Combine all ranks' source of each rank into that rank's ``target``, which may share memory with the sources."""
+    """Combine all ranks' source of each rank into that rank's ``target``, which may share memory with the sources.
+
+    The sources of different ranks may differ in length, the same way on all ranks.
+    """
+    if any(source.numel() != sources[0].numel() for source in sources) and len(sources) == group.world_size:
+        _reduce_one_by_one(group, target, sources, op)
+        return
     try:
         group.reducescatter(target, sources, op)
     except AliasError:  # found before anything moved
         apart = torch.empty_like(target, memory_format=torch.contiguous_format)
         group.reducescatter(apart, sources, op)
         target.copy_(apart)
+
+
+def _reduce_one_by_one(group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp) -> None:
+    mine = sources[group.rank]
+    if mine.numel() != target.numel():
+        raise ShapeError(
+            f"reduce_scatter: group '{group.name}' (rank {group.rank}): expected an output of {mine.numel()} elements, "
+            f"as this rank's entry of the inputs has, got {target.numel()}"
+        )
+    combined = mine.clone(memory_format=torch.contiguous_format)
+    for root, source in enumerate(sources):
+        group.reduce(combined if root == group.rank else source, root, op)
+    target.copy_(combined.view_as(target))
 
 
 def reduce_rows(group: Group, target: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> None:
@@ -53,7 +72,7 @@ def exchange(
 
     Args:
         group: The group.
-        output: Gets ``buffer``'s elements in the end, where it is not it.
+        output: Gets ``buffer``'s elements in the end, or None.
         buffer: What ``targets`` are views of, or None.
         targets: What this rank gets from each rank.
         sources: What this rank gives each rank.
@@ -73,5 +92,5 @@ def exchange(
     for step in range(1, size):
         to, of = (rank + step) % size, (rank - step) % size
         group.sendrecv(sources[to], to, targets[of], of)
-    if output is not None and buffer is not None and buffer is not output:
+    if output is not None and buffer is not None:
         output.copy_(buffer)

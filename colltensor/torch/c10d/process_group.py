@@ -149,7 +149,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
 
     def reduce_scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None, *,
                        op: Any = None) -> Any:
-        """Combine all ranks' entry of each rank into that rank's tensor."""
+        """Combine all ranks' entry of each rank into that rank's tensor; sizes may differ from rank to rank."""
         opts = options(c10d.ReduceScatterOptions, opts, timeout, reduceOp=op)
         target = only("reduce_scatter", "output_tensors", output_tensors)
         inputs = of_rank("reduce_scatter", input_tensors)
@@ -195,10 +195,12 @@ class ColltensorProcessGroup(BaseProcessGroup):
                 output, input, list(output_split_sizes), list(input_split_sizes), opts
             )
         name, count = "all_to_all_single", self.size()
-        target, source = flat(bare(output)), bare(input).contiguous()
+        whole, source = bare(output), bare(input).contiguous()
+        target = flat(whole)
         targets = split(name, "output", target, output_split_sizes, count)
         sources = split(name, "input", source, input_split_sizes, count)
-        return self._run(name, opts, [output], payloads.exchange, self._group, bare(output), target, targets, sources)
+        copied = None if target is whole else whole
+        return self._run(name, opts, [output], payloads.exchange, self._group, copied, target, targets, sources)
 
     alltoall_base = all_to_all_single
 

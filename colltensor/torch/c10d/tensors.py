@@ -42,6 +42,17 @@ def bare(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.__class__ in _BARE else tensor.as_subclass(torch.Tensor)
 
 
+def apart(value: Any) -> Any:
+    """Return arguments of a call with tensors of their own on the same memory, also those within lists and tuples.
+
+    Between the issue of a call and its run, the autograd function around a functional collective makes the tensor that
+    it returns require grad.
+    """
+    if isinstance(value, torch.Tensor):  # a sparse one would get its new elements alone
+        return value.detach() if value.layout is torch.strided else value
+    return type(value)(map(apart, value)) if value.__class__ in (list, tuple) else value
+
+
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor if it is contiguous, else memory of its shape that is."""
     return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -2,7 +2,8 @@
 
 Every direction of every pair of ranks has a group and a thread of its own, made when it is first used, so that nothing
 that one of them waits for keeps another waiting: two ranks may both send before they receive, and a receive may name a
-later message's tag. A message is a header and, when a receive was issued that takes it, the bytes.
+later message's tag. A message is a header, in which a short one is, and, when a receive was issued that takes it, the
+bytes of a long one.
 
 Imports torch, and of the package errors and group.
 """
@@ -18,7 +19,8 @@ import torch
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError
 from colltensor.group import Group
 from colltensor.torch.c10d.deadlines import Deadline, Deadlines
-from colltensor.torch.c10d.inbox import Inbox, Receive, bytes_of, header_of
+from colltensor.torch.c10d.header import Header
+from colltensor.torch.c10d.inbox import Inbox, Receive, bytes_of
 from colltensor.torch.c10d.line import Line
 from colltensor.torch.c10d.work import Operation
 
@@ -40,6 +42,7 @@ class Transfers:
         self._failure: CollectiveError | None = None
         self._guard = threading.Lock()
         self._outboxes: dict[int, Line] = {}
+        self._headers: dict[int, Header] = {}
         self._groups: dict[tuple[int, int], Group] = {}
         self._deadlines = Deadlines(self._expire)
         self._inbox = Inbox(rank, size, self._group)
@@ -53,6 +56,7 @@ class Transfers:
             outbox = self._outboxes.get(destination)
             if outbox is None:
                 outbox = self._outboxes[destination] = Line(f"{self._name} to {destination}")
+                self._headers[destination] = Header()
         self._deadlines.add(operation, timeout_s, (destination,))
         outbox.put(operation)
         return operation
@@ -117,9 +121,11 @@ class Transfers:
     def _deliver(self, tensor: torch.Tensor, destination: int, tag: int) -> None:
         try:
             group = self._group(self._rank, destination)
-            group.send(header_of(tensor, tag), _RECEIVER)
-            if tensor.numel():
-                group.send(bytes_of(tensor.contiguous()), _RECEIVER)
+            message, header = tensor.resolve_conj().resolve_neg().contiguous(), self._headers[destination]
+            is_inline = header.write(message, tag)
+            group.send(header.tensor, _RECEIVER)
+            if not is_inline:
+                group.send(bytes_of(message), _RECEIVER)
         except CollectiveError as error:
             if self._failure is not None and error is not self._failure:
                 raise self._failure from error

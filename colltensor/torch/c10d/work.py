@@ -5,6 +5,7 @@ Imports torch, and of the package errors and work.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -126,6 +127,7 @@ class PendingWork(dist.Work):
         if self._future is None:
             operation, tensors = self._operation, self._tensors
             done: Any = torch.futures.Future()
+            half = bool(tensors) and tensors[0].dtype is torch.float16
 
             def value(_: object) -> list[torch.Tensor]:
                 operation.wait()
@@ -133,7 +135,8 @@ class PendingWork(dist.Work):
 
             # An exception that Python sets is a value like any other to C++, which DDP's reducer would take for the
             # tensors; one that a callback raises is an error there too.
-            self._future = done.then(value)
+            ended = done.then(value)
+            self._future = _script().list_after(ended, tensors) if half else ended
             operation.then(lambda: done.set_result(None))
         return self._future
 
@@ -172,6 +175,25 @@ class FinishedWork(dist.Work):
         future: Any = torch.futures.Future()
         future.set_result(self._tensors)
         return future
+
+
+@functools.cache
+def _script() -> Any:
+    """Return the script whose futures have a list of tensors for a value, where Python's have a Python object.
+
+    C++ takes the latter for the former but in the built-in hook of DDP that compresses to float16, which checks the
+    type; other futures are spared the 20 us that a script takes.
+    """
+    return torch.jit.CompilationUnit(
+        """
+        def wait_and_return(ended: Future[int], tensors: List[Tensor]) -> List[Tensor]:
+            torch.jit._wait(ended)
+            return tensors
+
+        def list_after(ended: Future[int], tensors: List[Tensor]) -> Future[List[Tensor]]:
+            return torch.jit._fork(wait_and_return, ended, tensors)
+        """
+    )
 
 
 def _nothing() -> None:

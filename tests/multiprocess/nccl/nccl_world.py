@@ -17,6 +17,7 @@ import pytest
 from device import DeviceAdapter, DeviceArray, Driver, FrozenAdapter, Machine
 
 from colltensor import adapters
+from colltensor.backends.nccl import members
 from colltensor.backends.nccl.backend import NcclBackend
 from colltensor.backends.nccl.members import Members
 from colltensor.group import Group, connect
@@ -121,6 +122,7 @@ def world(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[
         for kind in (device.DeviceArray, device.FrozenArray):
             adapters.known.pop(kind, None)
         machine.close()
+    assert members._local == {}  # nothing is kept of communicators that are made
 
 
 def values(rank: int, count: int = COUNT, dtype: str = "float32") -> np.ndarray:
