@@ -164,7 +164,7 @@ void limit(std::int64_t handle, std::int64_t direct_nbytes, std::int64_t block_n
   const std::shared_ptr<Mesh> mesh = find(handle);
   if (mesh == nullptr) return;
   mesh->limits = {static_cast<std::size_t>(direct_nbytes), static_cast<std::size_t>(block_nbytes),
-                  static_cast<std::size_t>(depth)};
+                  static_cast<std::size_t>(depth), 0};
 }
 
 // `transfers` is the address of triples of 64-bit numbers: rank, address, bytes; first those to receive.

@@ -250,7 +250,7 @@ void stress(unsigned seed) {
   const int size = 2 + static_cast<int>(random() % 3);
   Fate fate{End::kNone, static_cast<int>(random() % static_cast<unsigned>(size)), static_cast<int>(random() % 15)};
   if (seed % 2 == 1) fate.end = static_cast<End>(1 + seed / 2 % (static_cast<unsigned>(End::kEnds) - 1));
-  static constexpr Limits kLimits[] = {Limits(), {0, 4096, 1}, {0, 64, 3}, {1000, 100'000, 2}};
+  static constexpr Limits kLimits[] = {Limits(), {0, 4096, 1, 0}, {0, 64, 3, 0}, {1000, 100'000, 2, 0}};
   const Limits limits = kLimits[random() % 4];
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < size; ++rank) {
