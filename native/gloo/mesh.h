@@ -79,6 +79,10 @@ class Message {
 
  private:
   friend class Mesh;
+  bool wait(std::chrono::milliseconds timeout) {
+    return direction_ == Ticker::Direction::kSend ? buffer_->waitSend(timeout) : buffer_->waitRecv(timeout);
+  }
+
   std::unique_ptr<Buffer> buffer_;  // null for one of no bytes, which does not travel
   Ticker::Direction direction_ = Ticker::Direction::kSend;
   int peer_ = -1;
@@ -117,6 +121,8 @@ class Mesh {
   void close();
 
  private:
+  bool ended(Message& message);
+  bool ended_before_the_connection(Message& message);
   void shut();
   void probe(int peer);
 
@@ -124,12 +130,13 @@ class Mesh {
   const int size_;
   std::shared_ptr<gloo::transport::Device> device_;
   std::shared_ptr<gloo::transport::Context> context_;
+  std::vector<std::unique_ptr<Buffer>> sentinels_;  // of each peer: a message that never comes
   std::unique_ptr<Ticker> ticker_;
   std::unique_ptr<char[]> scratch_;
   std::size_t scratch_nbytes_ = 0;
   std::mutex turn_;
   const Check* check_ = nullptr;
-  char probed_ = 0;
+  char never_written_ = 0;
   std::atomic<bool> closing_{false};
 };
 
