@@ -3,9 +3,10 @@
 //
 //   colltensor_gloo_stress [seconds] [seed]
 //
-// At first a rank leaves over a slow link (gloo_farewell.cpp). Every result is compared with one computed alone. In every second mesh a rank leaves, is closed by another thread,
-// is stopped or is interrupted while the others call: all their calls must end by themselves, and Gloo may touch
-// nothing of theirs afterwards. Exits with 1 if anything was not as expected.
+// At first connections are reset (gloo_resets.cpp) and a rank leaves over a slow link (gloo_farewell.cpp). Every result
+// is compared with one computed alone. In every second mesh a rank leaves, is closed by another thread, is stopped or is
+// interrupted while the others call: all their calls must end by themselves, and Gloo may touch nothing of theirs
+// afterwards. Exits with 1 if anything was not as expected.
 #include <gloo/transport/tcp/device.h>
 #include <unistd.h>
 
@@ -17,6 +18,7 @@
 
 #include "collectives.h"
 #include "gloo_farewell.h"
+#include "gloo_resets.h"
 #include "reference.h"
 
 namespace colltensor {
@@ -279,7 +281,7 @@ int main(int argc, char** argv) {
   const auto first = static_cast<unsigned>(argc > 2 ? std::atoi(argv[2]) : 1);
   alarm(static_cast<unsigned>(10 * seconds + 120));  // whoever hangs is ended by the signal
   const auto end = Clock::now() + std::chrono::seconds(seconds);
-  if (!farewell()) return 1;
+  if (!resets() || !farewell()) return 1;
   unsigned seed = first;
   do {
     stress(seed++);
