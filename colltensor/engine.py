@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, NoReturn
 
-from colltensor.backends.base import Flight, QueueingBackend, SigningBackend
+from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError
@@ -139,13 +139,14 @@ class Engine:
 
     def __init__(
         self, name: str, rank: int, control: Control | None, agrees: bool, timeout_s: float,
-        signer: SigningBackend | None = None,
+        signer: SigningBackend | None = None, carrier: CarryingBackend | None = None,
     ) -> None:
         self._name = name
         self._rank = rank
         self._control = control
         self._agrees = agrees
         self._signer = signer
+        self._carrier = carrier
         self._alone = control is None
         self.timeout_s = timeout_s
         self.queue = OperationQueue(name)
@@ -294,19 +295,25 @@ class Engine:
         if self.broken is not None:
             raise self._refusal(call.name)
         deadline = time.monotonic() + self.timeout_s
-        signer = self._signer
+        signer, carrier = self._signer, self._carrier
+        combine: Callable[[], None] | None = None
         try:
             if self._control is not None:
                 if signer is not None:
                     signer.hold(deadline)
                     self._sign(call, self._control, signer, deadline)
+                elif carrier is not None and call.name == "allreduce" and carrier.carries(*call.arguments):
+                    combine = self._agree_and_gather(call, self._control, carrier, deadline)
                 elif self._agrees or not call.buffers:
                     self._agree(call, self._control, deadline)
             if signer is None:
                 call.claim()
-            for buffers in call.buffers:
-                buffers.load()
-            call.move(*call.arguments, deadline)
+            if combine is not None:
+                combine()
+            else:
+                for buffers in call.buffers:
+                    buffers.load()
+                call.move(*call.arguments, deadline)
             for buffers in call.buffers:
                 buffers.store()
         except MismatchError:
@@ -360,6 +367,27 @@ class Engine:
         sequence = self._sequence
         control.position(sequence, call.name)
         control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
+
+    def _agree_and_gather(
+        self, call: Call, control: Control, carrier: CarryingBackend, deadline: float
+    ) -> Callable[[], None]:
+        """Let all ranks agree on an allreduce whose payload travels with the signature; return what combines it.
+
+        Nothing was written to but staging memory: results are claimed in between.
+
+        Raises:
+            CollectiveError: As ``_agree``.
+        """
+        self._sequence += 1
+        sequence = self._sequence
+        control.position(sequence, call.name)
+        for buffers in call.buffers:
+            buffers.load()
+        transfers, op = call.arguments
+        contributions = control.agree_and_gather(
+            call.signature(sequence), carrier.pack(transfers), lambda: call.describe(sequence), deadline
+        )
+        return lambda: carrier.unpack(transfers, op, contributions)
 
     def _sign(self, call: Call, control: Control, signer: SigningBackend, deadline: float) -> None:
         """Hand the backend what the ranks concerned must agree on, because it compares while they arrive.

@@ -15,7 +15,7 @@ from typing import Any, Final
 from colltensor import backends
 from colltensor.adapters import direct
 from colltensor.arguments import Arguments
-from colltensor.backends.base import DIRECT, Backend, SigningBackend
+from colltensor.backends.base import DIRECT, Backend, CarryingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.devices import Devices
@@ -103,7 +103,8 @@ class Group:
         self._control = control
         self._meeting = meeting
         signer = self._signer = backend if isinstance(backend, SigningBackend) else None
-        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer)
+        carrier = backend if isinstance(backend, CarryingBackend) else None
+        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer, carrier)
         self._queue = self._engine.queue
         self._devices = Devices(name, rank, backend, control, self._engine, recipe, meeting)
         self._splits = 0

@@ -259,6 +259,20 @@ class QueueingBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class CarryingBackend(Backend, Protocol):
+    """A backend whose small allreduces travel with the ranks' agreement, in one exchange on the control plane."""
+
+    def carries(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
+        """Return whether an allreduce goes that way: by op, counts and dtypes alone, which are equal on all ranks."""
+
+    def pack(self, buffers: Sequence[BufferView]) -> bytes:
+        """Return what this rank contributes."""
+
+    def unpack(self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]) -> None:
+        """Combine into the buffers, as ``allreduce`` does, what all ranks contributed; sends nothing."""
+
+
+@runtime_checkable
 class SigningBackend(Backend, Protocol):
     """A backend that compares the call's signature itself, on arrival: ``agrees`` is False.
 

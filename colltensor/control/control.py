@@ -34,7 +34,8 @@ _LOSS_GRACE_S = 1.0
 class Control:
     """The control plane of one group on one rank.
 
-    One thread at a time may be in ``agree``, ``agree_pair``, ``start_pair``, ``finish_pair`` or ``allgather``.
+    One thread at a time may be in ``agree``, ``agree_and_gather``, ``agree_pair``, ``start_pair``, ``finish_pair``,
+    ``swap`` or ``allgather``.
     Every other method may be called by any thread at any time. Deadlines are values of ``time.monotonic()``.
 
     Attributes:
@@ -105,6 +106,23 @@ class Control:
         with self._working.until(deadline):
             if self._tree is not None:
                 self._tree.agree(signature, describe, deadline)
+
+    def agree_and_gather(self, signature: bytes, payload: bytes, describe: Describe, deadline: float) -> list[bytes]:
+        """Agree, and return every rank's payload, by rank, in one exchange. Every rank must call, in the same order.
+
+        Args:
+            signature: As for ``agree``, with which it is no match: all ranks call this, or all the other.
+            payload: Bytes of any number, for each rank its own.
+            describe: As for ``agree``.
+            deadline: When to give up.
+
+        Raises:
+            CollectiveError: As ``agree``.
+        """
+        with self._working.until(deadline):
+            if self._tree is None:
+                return [payload]
+            return self._tree.agree_and_gather(signature, payload, describe, deadline)
 
     def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
         """Return every rank's payload, by rank; sizes may differ. Every rank must call, in the same order.

@@ -17,6 +17,7 @@ from colltensor.control.links import (
     DIFFERS,
     EXCHANGE,
     HEAD,
+    HEAD_NBYTES,
     PAIR,
     PAIR_TEXT,
     READ_NBYTES,
@@ -79,6 +80,19 @@ class Tree:
         if not self._all_send(frame, deadline):
             self._raise_mismatch(signature, describe, deadline)
 
+    def agree_and_gather(self, signature: bytes, payload: bytes, describe: Describe, deadline: float) -> list[bytes]:
+        """Return the payloads of all ranks, by rank, once all have called with the same signature.
+
+        Raises:
+            MismatchError: They differ.
+            CollectiveError: The group broke.
+        """
+        self._lookout.exchange += 1
+        payloads = self._gather(EXCHANGE, signature, payload, deadline)
+        if payloads is None:
+            self._raise_mismatch(signature, describe, deadline)
+        return payloads
+
     def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
         """Return the payloads of all ranks, by rank.
 
@@ -87,12 +101,8 @@ class Tree:
             CollectiveError: The group broke.
         """
         lookout = self._lookout
-        lookout.exchange += 1
-        payloads = self._gather(EXCHANGE, _GATHER, payload, deadline)
-        if payloads is None:
-            what = f"{lookout.operation or 'allgather of bytes'} #{lookout.sequence}"
-            self._raise_mismatch(_GATHER, lambda: what, deadline)
-        return payloads
+        what = f"{lookout.operation or 'allgather of bytes'} #{lookout.sequence}"
+        return self.agree_and_gather(_GATHER, payload, lambda: what, deadline)
 
     def _all_send(self, frame: bytes, deadline: float) -> bool:
         """Return whether every rank sent this very frame."""
@@ -123,6 +133,15 @@ class Tree:
         lookout, parent = self._lookout, self._parent
         frame = pack(kind, 0, lookout.exchange, signature)
         parts = [_PART.pack(lookout.meeting.rank, len(payload)), payload]
+        if self._twin is not None:
+            mine = _with_body(frame, parts)
+            self._send(self._twin, mine, deadline)
+            theirs = read_alike(self._twin, mine[:HEAD_NBYTES], len(mine), kind)
+            if theirs is None:
+                came, theirs = lookout.receive(self._twin, kind, deadline, self._needed, lookout.everyone)
+                if not _alike(came, frame):
+                    return None
+            return _payloads(b"".join((*parts, theirs)), 2)
         same = True
         for step, child in enumerate(self._children):
             came, body = lookout.receive(child, kind, deadline, self._needed[step:], lookout.everyone)
@@ -228,20 +247,39 @@ def read_same(link: Link, frame: bytes, kind: int) -> bool:
     Anything else that comes goes to the inbox. A frame that the other side has followed up with the news that it
     gave up is no agreement.
     """
-    if link.inbox[kind] or not link.clean:
-        return False
-    try:
-        data = link.sock.recv(READ_NBYTES)
-    except BlockingIOError:
-        return False
-    except OSError:
-        link.end()
-        return False
+    data = _read(link, kind, READ_NBYTES)
     if data == frame:
         return True
-    link.feed(data)
-    link.pump()
+    _put_back(link, data)
     return False
+
+
+def read_alike(link: Link, head: bytes, nbytes: int, kind: int) -> bytes | None:
+    """Return what follows the head of such a frame of ``nbytes`` in all; else None, as ``read_same``."""
+    data = _read(link, kind, nbytes + 1)
+    if data is not None and len(data) == nbytes and data.startswith(head):
+        return data[HEAD_NBYTES:]
+    _put_back(link, data)
+    return None
+
+
+def _read(link: Link, kind: int, nbytes: int) -> bytes | None:
+    """Return what comes at once or within a short slice where a frame begins, None if nothing does."""
+    if link.inbox[kind] or not link.clean:
+        return None
+    try:
+        return link.sock.recv(nbytes)
+    except BlockingIOError:
+        return None
+    except OSError:
+        link.end()
+        return None
+
+
+def _put_back(link: Link, data: bytes | None) -> None:
+    if data is not None:
+        link.feed(data)
+        link.pump()
 
 
 def _differing(frame: bytes) -> bytes:

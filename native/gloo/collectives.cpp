@@ -134,7 +134,7 @@ void combine_at_root(Mesh& mesh, const Part& part, char* data, std::size_t count
 void combine_in_parts(Mesh& mesh, const Part& part, char* data, std::size_t count, std::size_t item,
                       Reduction reduction, int root) {
   const auto size = static_cast<std::size_t>(part.size());
-  const std::size_t most = std::max(mesh.limits.block_nbytes, kLine * size);
+  const std::size_t most = std::max(mesh.limits.block_nbytes, std::max(mesh.limits.part_nbytes, kLine) * size);
   const auto step_nbytes = [&](std::size_t nbytes) { return (nbytes + size * kLine - 1) / (size * kLine) * kLine; };
   Blocks blocks(mesh, part, count, item, most, step_nbytes(std::min(most, count * item)));
   const bool takes = root == kEveryone || root == part.position;
@@ -209,7 +209,7 @@ void reduce(Mesh& mesh, const Part& part, char* data, std::size_t count, std::si
 
 void reducescatter(Mesh& mesh, const Part& part, char* target, const char* const* sources, std::size_t count,
                    std::size_t item, Reduction reduction) {
-  const std::size_t most = std::max(mesh.limits.block_nbytes / part.ranks.size(), kLine);
+  const std::size_t most = std::max({mesh.limits.block_nbytes / part.ranks.size(), mesh.limits.part_nbytes, kLine});
   Blocks blocks(mesh, part, count, item, most, std::min(most, count * item));
   blocks.run(
       [&](std::size_t block) {

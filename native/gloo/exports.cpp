@@ -22,7 +22,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 1;  // grows with every change of these functions, and of what the ranks send
+constexpr std::int64_t kInterface = 2;  // grows with every change of these functions, and of what the ranks send
 
 // How a call ended, if not by an exception.
 enum Outcome : std::int64_t { kDone = 0, kStopped = 1, kClosed = 2 };
@@ -164,7 +164,7 @@ void limit(std::int64_t handle, std::int64_t direct_nbytes, std::int64_t block_n
   const std::shared_ptr<Mesh> mesh = find(handle);
   if (mesh == nullptr) return;
   mesh->limits = {static_cast<std::size_t>(direct_nbytes), static_cast<std::size_t>(block_nbytes),
-                  static_cast<std::size_t>(depth)};
+                  static_cast<std::size_t>(depth), 0};
 }
 
 // `transfers` is the address of triples of 64-bit numbers: rank, address, bytes; first those to receive.
@@ -215,6 +215,18 @@ std::int64_t broadcast_of(std::int64_t handle, std::int64_t members, std::int64_
   });
 }
 
+// Combines `size` contributions of equal size, which lie one behind the other, into `target`.
+void combine(std::int64_t target, ffi::Bytes contributions, std::int64_t size, std::int64_t dtype, std::int64_t op) {
+  const auto type = static_cast<DType>(dtype);
+  const std::size_t nbytes = contributions.size() / static_cast<std::size_t>(size);
+  std::vector<const void*> sources;
+  for (std::int64_t rank = 0; rank < size; ++rank) {
+    sources.push_back(contributions.data() + static_cast<std::size_t>(rank) * nbytes);
+  }
+  find_reduction(type, static_cast<ReduceOp>(op))(reinterpret_cast<void*>(target), sources.data(),
+                                                  static_cast<int>(size), nbytes / item_size(type));
+}
+
 // Ends a call in another thread within a tick, then closes.
 void close(std::int64_t handle) {
   const std::shared_ptr<Mesh> mesh = find(handle);
@@ -241,6 +253,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_connect, colltensor::connect)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_limit, colltensor::limit)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_move, colltensor::move)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_allreduce, colltensor::allreduce_of)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_combine, colltensor::combine)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_reduce, colltensor::reduce_of)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_reducescatter, colltensor::reducescatter_of)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_broadcast, colltensor::broadcast_of)

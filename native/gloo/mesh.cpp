@@ -1,5 +1,7 @@
 #include "mesh.h"
 
+#include <gloo/common/error.h>
+
 namespace colltensor {
 namespace {
 
@@ -8,7 +10,7 @@ constexpr std::chrono::milliseconds kClosing{5};
 constexpr std::chrono::hours kNever{24};  // the ticker ends every wait long before
 constexpr int kIdleTicks = 10;            // without a wait for as long, the ticker sleeps until there is one
 constexpr std::size_t kAlignment = 64;
-constexpr std::uint64_t kProbes = ~std::uint64_t{0};  // the channel on which nothing is ever sent
+constexpr std::uint64_t kSilence = ~std::uint64_t{0};  // the channel on which nothing is ever sent
 
 }  // namespace
 
@@ -56,7 +58,7 @@ void Ticker::run() {
 
 Mesh::Mesh(std::shared_ptr<gloo::transport::Device> device, int rank, int size, std::chrono::milliseconds timeout)
     : rank_(rank), size_(size), device_(std::move(device)), context_(device_->createContext(rank, size)),
-      ticker_(new Ticker) {
+      sentinels_(static_cast<std::size_t>(size)), ticker_(new Ticker) {
   context_->setTimeout(timeout);
   for (int peer = 0; peer < size; ++peer) {
     if (peer != rank) context_->createPair(peer);
@@ -81,7 +83,11 @@ void Mesh::connect(const std::vector<std::vector<char>>& addresses, const Check&
   std::thread dialler([&] {
     try {
       for (int peer = 0; peer < size_ && !stop; ++peer) {
-        if (peer != rank_) context_->getPair(peer)->connect(addresses[static_cast<std::size_t>(peer)]);
+        if (peer == rank_) continue;
+        const auto index = static_cast<std::size_t>(peer);
+        context_->getPair(peer)->connect(addresses[index]);
+        sentinels_[index] = context_->createUnboundBuffer(&never_written_, sizeof never_written_);
+        sentinels_[index]->recv(peer, kSilence);
       }
     } catch (...) {
       failure = std::current_exception();
@@ -141,30 +147,49 @@ Message Mesh::receive(int peer, void* data, std::size_t nbytes, std::uint64_t ch
 }
 
 void Mesh::finish(Message& message) {
-  Buffer* const buffer = message.buffer_.get();
-  if (buffer == nullptr) return;
-  struct Watched {
-    Ticker& ticker;
-    ~Watched() { ticker.watch(nullptr, Ticker::Direction::kReceive); }
-  };
-  for (;;) {
-    {
-      const Watched watched{*ticker_};
-      ticker_->watch(buffer, message.direction_);
-      const bool sends = message.direction_ == Ticker::Direction::kSend;
-      if (sends ? buffer->waitSend(kNever) : buffer->waitRecv(kNever)) break;
-    }
+  if (message.buffer_ == nullptr) return;
+  while (!ended(message)) {
     if (closing_) throw Closed();
     if ((*check_)()) throw Stopped();
-    probe(message.peer_);
+    try {
+      probe(message.peer_);
+    } catch (const gloo::Exception&) {
+      // It may have ended meanwhile, and the connection after it, of whose peer nothing more is needed.
+      if (!ended_before_the_connection(message)) throw;
+      break;
+    }
   }
   message.buffer_.reset();
 }
 
+// Waits until a message has ended, but for a tick at most.
+bool Mesh::ended(Message& message) {
+  struct Watched {
+    Ticker& ticker;
+    ~Watched() { ticker.watch(nullptr, Ticker::Direction::kReceive); }
+  };
+  const Watched watched{*ticker_};
+  ticker_->watch(message.buffer_.get(), message.direction_);
+  return message.wait(kNever);
+}
+
+// Whether a message has ended whose connection has failed: a wait that expires closes what is open of the others.
+bool Mesh::ended_before_the_connection(Message& message) {
+  try {
+    return message.wait(std::chrono::milliseconds(0));
+  } catch (const gloo::Exception&) {
+    return false;
+  }
+}
+
 // Throws if the connection has failed. Gloo tells the messages that wait for their turn, and not the one whose bytes it
-// was just reading (tcp/pair.cc, signalException); but whatever is posted afterwards throws.
+// was just reading (tcp/pair.cc, signalException): so one waits all the time, and a wait for it that is aborted before it
+// begins throws what it was told. Nothing may be sent to find out: a peer that has closed would answer with a reset,
+// at which its kernel forgets what it has not sent yet, and that may be the rest of the very message.
 void Mesh::probe(int peer) {
-  context_->createUnboundBuffer(&probed_, sizeof probed_)->recv(peer, kProbes);
+  Buffer& sentinel = *sentinels_[static_cast<std::size_t>(peer)];
+  sentinel.abortWaitRecv();
+  sentinel.waitRecv(kNever);
 }
 
 void Mesh::finish(std::vector<Message>& messages) {
@@ -186,6 +211,7 @@ void Mesh::close() {
   closing_ = true;
   const std::lock_guard<std::mutex> turn(turn_);
   // Without Pair::close(), which would throw away what the kernel has not sent yet.
+  sentinels_.clear();  // they hold the context
   context_.reset();
   device_.reset();
   ticker_.reset();

@@ -3,9 +3,10 @@
 //
 //   colltensor_gloo_stress [seconds] [seed]
 //
-// Every result is compared with one computed alone. In every second mesh a rank leaves, is closed by another thread,
-// is stopped or is interrupted while the others call: all their calls must end by themselves, and Gloo may touch
-// nothing of theirs afterwards. Exits with 1 if anything was not as expected.
+// At first connections are reset (gloo_resets.cpp) and a rank leaves over a slow link (gloo_farewell.cpp). Every result
+// is compared with one computed alone. In every second mesh a rank leaves, is closed by another thread, is stopped or is
+// interrupted while the others call: all their calls must end by themselves, and Gloo may touch nothing of theirs
+// afterwards. Exits with 1 if anything was not as expected.
 #include <gloo/transport/tcp/device.h>
 #include <unistd.h>
 
@@ -16,6 +17,8 @@
 #include <stdexcept>
 
 #include "collectives.h"
+#include "gloo_farewell.h"
+#include "gloo_resets.h"
 #include "reference.h"
 
 namespace colltensor {
@@ -250,7 +253,7 @@ void stress(unsigned seed) {
   const int size = 2 + static_cast<int>(random() % 3);
   Fate fate{End::kNone, static_cast<int>(random() % static_cast<unsigned>(size)), static_cast<int>(random() % 15)};
   if (seed % 2 == 1) fate.end = static_cast<End>(1 + seed / 2 % (static_cast<unsigned>(End::kEnds) - 1));
-  static constexpr Limits kLimits[] = {Limits(), {0, 4096, 1}, {0, 64, 3}, {1000, 100'000, 2}};
+  static constexpr Limits kLimits[] = {Limits(), {0, 4096, 1, 0}, {0, 64, 3, 0}, {1000, 100'000, 2, 0}};
   const Limits limits = kLimits[random() % 4];
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < size; ++rank) {
@@ -278,6 +281,7 @@ int main(int argc, char** argv) {
   const auto first = static_cast<unsigned>(argc > 2 ? std::atoi(argv[2]) : 1);
   alarm(static_cast<unsigned>(10 * seconds + 120));  // whoever hangs is ended by the signal
   const auto end = Clock::now() + std::chrono::seconds(seconds);
+  if (!resets() || !farewell()) return 1;
   unsigned seed = first;
   do {
     stress(seed++);

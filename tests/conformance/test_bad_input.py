@@ -483,6 +483,9 @@ _GROUPS = {
 _MISMATCHES = {
     "count": Row(col.MismatchError, ("allreduce", r"float32\[4\]", r"float32\[5\]", "rank 1"), lambda s: s.group
                  .allreduce(s.array(5 if s.rank == 1 else 4)), ranks=(1,)),
+    "a count that travels otherwise": Row(
+        col.MismatchError, ("allreduce", r"float32\[4\]", r"float32\[90000\]", "rank 1"),
+        lambda s: s.group.allreduce(s.array(90_000 if s.rank == 1 else 4)), ranks=(1,)),
     "dtype": Row(col.MismatchError, ("allreduce", r"float32\[4\]", r"int32\[4\]"),
                  lambda s: s.group.allreduce(s.array(4, "int32" if s.rank == 2 else "float32")), ranks=(2,)),
     "dtypes of one width and kind": Row(

@@ -105,6 +105,12 @@ def agree(signature: bytes, text: str, timeout_s: float, times: int = 1, nap_s: 
         State.control.agree(signature, lambda: text, time.monotonic() + timeout_s)
 
 
+def agree_and_gather(signature: bytes, text: str, payload: bytes, timeout_s: float) -> list[bytes]:
+    deadline = time.monotonic() + timeout_s
+    gathered: list[bytes] = State.control.agree_and_gather(signature, payload, lambda: text, deadline)
+    return gathered
+
+
 def allgather(payload: bytes, timeout_s: float) -> list[bytes]:
     gathered: list[bytes] = State.control.allgather(payload, time.monotonic() + timeout_s)
     return gathered
@@ -125,12 +131,16 @@ def skewed(times: int, seed: int, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s
         if own.random() < 0.3:
             time.sleep(own.random() * 0.03)
-        kind = common.randrange(3)
+        kind = common.randrange(4)
         if kind == 0:
             control.agree(number.to_bytes(4, "big"), lambda: "skewed", deadline)
         elif kind == 1:
             parts = control.allgather(bytes([number % 251]) * own.randrange(5000), deadline)
             assert all(set(part) <= {number % 251} for part in parts)
+        elif kind == 2:
+            payload = bytes([number % 251, control.rank]) * common.randrange(1, 3000)
+            parts = control.agree_and_gather(number.to_bytes(4, "big"), payload, lambda: "skewed", deadline)
+            assert all(part == bytes([number % 251, rank]) * (len(payload) // 2) for rank, part in enumerate(parts))
         else:
             ring(1, timeout_s)
         done += 1

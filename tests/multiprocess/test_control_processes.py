@@ -157,6 +157,15 @@ def test_allgather_of_more_than_a_socket_holds(group: Group) -> None:
     group.agree()
 
 
+@of(1, 2, 3, 5, 8)
+def test_payloads_travel_with_an_agreement(group: Group) -> None:
+    for nbytes in (0, 7, 1000, 300_000):
+        for rank in group.all():
+            group.start(rank, "agree_and_gather", b"same", "same", bytes([rank]) * nbytes, 10.0)
+        assert group.values() == [[bytes([rank]) * nbytes for rank in group.all()]] * len(group.ranks)
+    group.agree()
+
+
 @of(2, 5)
 def test_nobody_returns_before_all_have_arrived(group: Group) -> None:
     group.wait(group.all(1))
@@ -204,6 +213,19 @@ def test_mismatch_names_the_same_ranks_everywhere_and_the_group_goes_on(
             for rank in named:
                 assert f"rank {rank}: call {signatures[rank]} of rank {rank}" in outcome.message
         group.agree()
+
+
+@of(2, 3, 4)
+@pytest.mark.parametrize("command", ["agree", "agree_and_gather"])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_no_payload_is_taken_from_ranks_that_differ(group: Group, odd: int, command: str) -> None:
+    for rank in group.all(odd):
+        group.start(rank, "agree_and_gather", b"even", "even", b"x" * 5000, 10.0)
+    group.start(odd, command, b"odd", "odd", *([b"y" * 70] if command == "agree_and_gather" else []), 10.0)
+    outcomes = group.results()
+    assert_named(outcomes, "MismatchError", (1,) if len(group.ranks) == 2 else (odd,))
+    assert all(f"rank {odd}: odd" in o.message or f"rank {1 - odd}: even" in o.message for o in outcomes.values())
+    group.agree()
 
 
 @of(2, 4)

@@ -17,11 +17,14 @@ from fake_control import FakeControl
 from gloo_ranks import SUM, Ranks, check, expected, numpy_dtype, reducible, soon, values, view
 from pool import RankPool, RanksFailedError
 
+from colltensor.backends.gloo import library
+from colltensor.backends.gloo.backend import CARRIED_NBYTES
 from colltensor.errors import BackendUnavailableError, MismatchError, OptionError
 from colltensor.types import DTYPES, DType, ReduceOp
 from colltensor.view import BufferView
 
 pytestmark = pytest.mark.gloo
+needs_native = pytest.mark.skipif(library.reason() is not None, reason="the library was built without Gloo")
 
 WORLD_SIZES = (1, 2, 3, 4)
 COUNTS = (0, 1, 7, 1000)
@@ -50,6 +53,44 @@ def reduce_every_pair(rank: int, size: int, path: str, provider: str, direct: in
 @pytest.mark.parametrize("direct", [0, 1 << 20], ids=["in parts", "direct"])
 def test_allreduce_of_every_pair(pool: RankPool, path: str, provider: str, world_size: int, direct: int) -> None:
     pool.run(world_size, reduce_every_pair, path, provider, direct)
+
+
+def carry_every_pair(rank: int, size: int, path: str) -> None:
+    with Ranks(path, rank, size, "native") as ranks:
+        for (dtype, op), count in itertools.product(reducible(), (1, 7, 300)):
+            inputs = [[values(source, count + part, dtype, part) for part in range(3)] for source in range(size)]
+            mine = [array.copy() for array in inputs[rank]]
+            views = [view(array, dtype) for array in (mine[0], np.zeros(0, mine[0].dtype), *mine[1:])]
+            assert ranks.backend.carries(views, op)
+            contributions = ranks.control.allgather(ranks.backend.pack(views), soon())
+            ranks.backend.unpack(views, op, contributions)
+            for part, array in enumerate(mine):
+                label = f"{op.name} of {dtype}[{len(array)}] on {size} ranks, leaf {part}"
+                check(array, expected(op, [arrays[part] for arrays in inputs], dtype), dtype, label)
+                everywhere = ranks.control.allgather(array.tobytes(), soon())
+                assert len(set(everywhere)) == 1, f"the bits differ between ranks: {label}"
+
+
+@needs_native
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_allreduce_of_every_pair_with_the_agreement(pool: RankPool, path: str, world_size: int) -> None:
+    pool.run(world_size, carry_every_pair, path)
+
+
+def carry_some(rank: int, size: int, path: str, provider: str) -> list[bool]:
+    with Ranks(path, rank, size, provider) as ranks:
+        most = CARRIED_NBYTES // size
+        choices = []
+        for nbytes in ([0], [1], [most], [most + 1], [most // 2, 0, most - most // 2], [most // 2, most]):
+            views = [view(np.zeros(part, np.uint8)) for part in nbytes]
+            choices.append(ranks.backend.carries(views, SUM))
+        return choices
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_travels_with_the_agreement(pool: RankPool, path: str, provider: str, world_size: int) -> None:
+    expected = [False, True, True, False, True, False] if provider == "native" else [False] * 6
+    assert pool.run(world_size, carry_some, path, provider) == [expected] * world_size
 
 
 def reduce_to_every_root(rank: int, size: int, path: str, provider: str, whole: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from colltensor import errors, net
-from colltensor.control.exchange import neighbours, read_same
+from colltensor.control.exchange import neighbours, read_alike, read_same
 from colltensor.control.links import DIFFERS, EXCHANGE, FAILURE, GOODBYE, HEAD_NBYTES, PAIR, Link, pack, tell
 from colltensor.control.reception import Reception
 from colltensor.control.status import Absence, Failure, Status, differing_ranks, judge, mismatch
@@ -69,6 +69,32 @@ def test_agreement_that_was_given_up_is_none(ends: tuple[Link, socket.socket]) -
     body = Failure("PeerLostError", "m" * 500, (1,), 1).encode()
     other.send(frame + pack(FAILURE, 0, 0, b"", len(body)) + body)
     assert not read_same(link, frame, EXCHANGE)
+    assert link.failure == Failure.decode(body)
+
+
+def test_a_frame_with_the_expected_head_is_agreement(ends: tuple[Link, socket.socket]) -> None:
+    link, other = ends
+    head = pack(EXCHANGE, 0, 7, b"s", 4)
+    other.send(head + b"body")
+    assert read_alike(link, head, len(head) + 4, EXCHANGE) == b"body"
+    assert not link.inbox[EXCHANGE]
+
+
+@pytest.mark.parametrize("nbytes", [3, 4])
+def test_a_frame_of_another_head_or_size_goes_to_the_inbox(ends: tuple[Link, socket.socket], nbytes: int) -> None:
+    link, other = ends
+    came = pack(EXCHANGE, 0, 7, b"t", nbytes)
+    other.send(came + b"body"[:nbytes])
+    assert read_alike(link, pack(EXCHANGE, 0, 7, b"s", 4), len(came) + 4, EXCHANGE) is None
+    assert list(link.inbox[EXCHANGE]) == [(came, b"body"[:nbytes])]
+
+
+def test_a_payload_that_was_given_up_is_no_agreement(ends: tuple[Link, socket.socket]) -> None:
+    link, other = ends
+    head = pack(EXCHANGE, 0, 7, b"s", 4)
+    body = Failure("PeerLostError", "m", (1,), 1).encode()
+    other.send(head + b"body" + pack(FAILURE, 0, 0, b"", len(body)) + body)
+    assert read_alike(link, head, len(head) + 4, EXCHANGE) is None
     assert link.failure == Failure.decode(body)
 
 

@@ -177,12 +177,17 @@ class NativeReductions:
         functions = provider._library
         self._allreduce, self._reduce = functions.gloo_allreduce, functions.gloo_reduce
         self._reducescatter, self._broadcast = functions.gloo_reducescatter, functions.gloo_broadcast
+        self._combine = functions.gloo_combine
 
     def allreduce(self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float) -> None:
         """Combine in place."""
         provider = self._provider
         arguments = (pointer, count, dtype.code, int(op))
         provider._call("allreduce", self._allreduce, *self._ranks, *arguments, deadline=deadline)
+
+    def combine(self, pointer: int, contributions: Sequence[bytes], dtype: DType, op: ReduceOp) -> None:
+        """Combine contributions, in their order, into memory of the size of one; sends nothing."""
+        self._combine(pointer, b"".join(contributions), len(contributions), dtype.code, int(op))
 
     def reduce(self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float) -> None:
         """Combine in place on ``root``; on other ranks the memory is only read."""

@@ -39,6 +39,9 @@ class Reductions(Protocol):
     def allreduce(self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float) -> None:
         """Combine in place."""
 
+    def combine(self, pointer: int, contributions: Sequence[bytes], dtype: DType, op: ReduceOp) -> None:
+        """Combine contributions, in their order, into memory of the size of one; sends nothing."""
+
     def reduce(self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float) -> None:
         """Combine in place on ``root``; on other ranks the memory is only read."""
 

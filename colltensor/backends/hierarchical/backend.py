@@ -76,6 +76,18 @@ class HierarchicalBackend:
         """Return True for reductions of 16-bit floats, which are widened to float32 and rounded back."""
         return dtype.name in WIDENED and operation in REDUCTIONS
 
+    def carries(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
+        """Return whether an allreduce of the buffers travels with the ranks' agreement, past hosts and Gloo."""
+        return self._gloo.carries(buffers, op)
+
+    def pack(self, buffers: Sequence[BufferView]) -> bytes:
+        """Return the buffers' bytes, one after the other."""
+        return self._gloo.pack(buffers)
+
+    def unpack(self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]) -> None:
+        """Combine into the buffers what all ranks packed, in their order."""
+        self._gloo.unpack(buffers, op, contributions)
+
     @_in_two_halves
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank, each buffer on its own: on each host, then between hosts, in rank order."""
