@@ -33,8 +33,8 @@ struct Closed : std::exception {
 // How the collectives divide their work; the same on all ranks.
 struct Limits {
   std::size_t direct_nbytes = 256 << 10;  // up to this size of all that a rank sends, everyone gets everything
-  std::size_t block_nbytes = 1 << 20;        // what is sent and combined at a time
-  std::size_t depth = 2;                  // blocks on their way at a time
+  std::size_t block_nbytes = 1 << 20;     // what is sent and combined at a time
+  std::size_t depth = 3;                  // blocks on their way at a time
 };
 
 using Buffer = gloo::transport::UnboundBuffer;
