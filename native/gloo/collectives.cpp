@@ -90,8 +90,7 @@ class Blocks {
 
 // Everyone sends everything to everyone, and combines all of it: one step.
 void combine_everywhere(Mesh& mesh, const Part& part, char* data, std::size_t count, std::size_t item,
-                        Reduction reduction) {
-  const std::size_t most = mesh.limits.block_nbytes;
+                        Reduction reduction, std::size_t most) {
   Blocks blocks(mesh, part, count, item, most, std::min(most, count * item));
   blocks.run(
       [&](std::size_t block) {
@@ -190,8 +189,13 @@ void exchange(Mesh& mesh, const Transfer* receives, std::size_t receive_count, c
 
 void allreduce(Mesh& mesh, const Part& part, char* data, std::size_t count, std::size_t item, Reduction reduction) {
   if (part.size() == 1) return;
-  if (count * item * static_cast<std::size_t>(part.size() - 1) <= mesh.limits.direct_nbytes) {
-    combine_everywhere(mesh, part, data, count, item, reduction);
+  const std::size_t most = mesh.limits.block_nbytes;
+  if (part.size() == 2 && mesh.size() > 2) {
+    // One on each of two hosts, whose other ranks keep the cores busy: to combine all of it takes less time than a
+    // second step, and large blocks less than many.
+    combine_everywhere(mesh, part, data, count, item, reduction, 4 * most);
+  } else if (count * item * static_cast<std::size_t>(part.size() - 1) <= mesh.limits.direct_nbytes) {
+    combine_everywhere(mesh, part, data, count, item, reduction, most);
   } else {
     combine_in_parts(mesh, part, data, count, item, reduction, kEveryone);
   }

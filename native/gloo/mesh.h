@@ -33,8 +33,8 @@ struct Closed : std::exception {
 // How the collectives divide their work; the same on all ranks.
 struct Limits {
   std::size_t direct_nbytes = 256 << 10;  // up to this size of all that a rank sends, everyone gets everything
-  std::size_t block_nbytes = 1 << 20;        // what is sent and combined at a time
-  std::size_t depth = 2;                  // blocks on their way at a time
+  std::size_t block_nbytes = 1 << 20;     // what is sent and combined at a time
+  std::size_t depth = 3;                  // blocks on their way at a time
   // What one rank sends another of a block is not less than this. Measured with 64 MiB and 14 ranks on 2 cores: 700 ms
   // with parts of 73 KiB (1 MiB / 14), 450 to 510 of 146 KiB, 380 to 400 of 293 KiB, 400 to 430 of more.
   std::size_t part_nbytes = 256 << 10;
