@@ -1,9 +1,9 @@
-// The allreduce of large messages. Where the ranks may not read each other's memory: block by block, every rank copies the other ranks' slices of its data into its
-// staging, combines its own slice of all ranks in its own memory, puts the result where its own slice lies in its
-// staging, and copies the others' results out. So each element is combined once, by one rank, in rank order, and
-// each byte crosses the staging twice; a block stays in the caches between its three stages, which run one behind
-// the other so that no rank waits for the very step another has just begun. All of the staging is used, so that a rank
-// can run ahead of one that has lost its core.
+// The allreduce of large messages. Where the ranks do not read each other's memory: block by block, every rank copies the
+// other ranks' slices of its data into its staging, combines its own slice of all ranks in its own memory, puts the
+// result where its own slice lies in its staging, and copies the others' results out. So each element is combined once,
+// by one rank, in rank order, and each byte crosses the staging twice; a block stays in the caches between its three
+// stages, which run one behind the other so that no rank waits for the very step another has just begun. All of the
+// staging is used, so that a rank can run ahead of one that has lost its core.
 //
 // Blocks of 128 KiB: measured with 2 ranks on 2 cores (EPYC, 1 MiB of L2 each), us for 1, 4, 16 and 64 MiB: 67, 255,
 // 1450, 6860 with blocks of 64 KiB; 58, 231, 1730, 6480 with 128; 54, 215, 2300, 6350 with 256.
@@ -91,9 +91,10 @@ class Blocks {
   std::size_t block_, slice_, number_;
 };
 
-// Sizes in units of read_nbytes_, which is 256 KiB. Of a block that is read: measured with 2 ranks on 2 cores (Xeon, 2 MiB of L2 each), 4 and 16 MiB, us: 565 and 2156 with
-// slices of 256 KiB, 457 and 1804 with 512, 384 and 1365 with 1024, 424 and 1345 with 2048: what the other core has
-// written should have left its second-level cache. Through staging it took 546 and 2053.
+// Sizes in units of read_nbytes_, which is 256 KiB. Of a block that is read: measured with 2 ranks on 2 cores (Xeon, 2
+// MiB of L2 each), 4 and 16 MiB, us: 565 and 2156 with slices of 256 KiB, 457 and 1804 with 512, 384 and 1365 with
+// 1024, 424 and 1345 with 2048: what the other core has written should have left its second-level cache. Through
+// staging it took 546 and 2053.
 constexpr std::size_t kReadSlice = 4;
 // Below, staging is as fast (2 MiB, 2 ranks: 270 and 258 us; 4 ranks on 2 cores: 602 and 698; 4 MiB: 1195 and 1123);
 // so it is above, when the memory of all ranks is more than the last-level cache keeps (64 MiB, 4 ranks: 25 and 28 ms).
@@ -101,14 +102,15 @@ constexpr std::size_t kReadFrom = 8, kReadTo = 512;
 
 }  // namespace
 
-// The same division of labour without staging: every rank reads the other ranks' data of its slice, combines it with its
-// own in place, and reads the others' results into its own memory. It overwrites a slice once the rank that has combined
-// it, and so has read it, says so.
-bool Group::reads_allreduce(std::size_t nbytes) const {
+Choice* Group::allreduce_choice(std::size_t nbytes) {
   const std::size_t least = (world_size_ == 2 ? kReadFrom : 2 * kReadFrom) * read_nbytes_;
-  return reads(nbytes) && nbytes >= least && nbytes * static_cast<std::size_t>(world_size_) <= kReadTo * read_nbytes_;
+  const bool may_pay = nbytes >= least && nbytes * static_cast<std::size_t>(world_size_) <= kReadTo * read_nbytes_;
+  return may_pay ? choice(kAllReduceKind, nbytes) : nullptr;
 }
 
+// The same division of labour without staging: every rank reads the other ranks' data of its slice, combines it with
+// its own in place, and reads the others' results into its own memory. It overwrites a slice once the rank that has
+// combined it, and so has read it, says so.
 Outcome Group::allreduce_reading(const View& data, std::size_t count, std::size_t item, Reduction reduction,
                                  std::uint32_t arrival, std::int64_t deadline_ns) {
   const Blocks blocks(data, count, item, rank_, world_size_, kReadSlice * read_nbytes_ * world_size_);
@@ -162,7 +164,9 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
     return outcome == Outcome::kDone;
   };
 
-  const bool reads = reads_allreduce(count * item_size(dtype));
+  Choice* const choice = allreduce_choice(count * item_size(dtype));
+  const bool reads = choice != nullptr && choice->reads();
+  if (choice != nullptr) std::copy_n(choice->best(), Choice::kWays, own_post().times());
   if (reads) {
     offer(&data, 1, count * item_size(dtype));
   } else {
@@ -172,8 +176,12 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
   arrive(first, signature);
   outcome = agree(first, signature, deadline_ns);
   if (outcome != Outcome::kDone) return outcome;
+  settle(choice);
+  const std::int64_t began_ns = now_ns();
   if (reads && all_readable()) {
-    return allreduce_reading(data, count, item_size(dtype), reduction, first, deadline_ns);
+    outcome = allreduce_reading(data, count, item_size(dtype), reduction, first, deadline_ns);
+    if (outcome == Outcome::kDone) choice->note(Choice::kRead, now_ns() - began_ns);
+    return outcome;
   }
   if (reads) {
     arrival = first + 1;
@@ -206,6 +214,7 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
     }
   }
   finish_large(drained(number - 1));
+  if (choice != nullptr && !reads) choice->note(Choice::kStage, now_ns() - began_ns);
   return Outcome::kDone;
 }
 

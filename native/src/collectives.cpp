@@ -40,7 +40,7 @@ Outcome Group::broadcast(const View& data, std::size_t count, std::size_t item, 
 Outcome Group::allgather(const View* outputs, const View& source, std::size_t count, std::size_t item,
                          const Signature& signature, std::int64_t deadline_ns) {
   Exchange exchange(*this, count, item, {kEveryone, kEveryone, true});
-  const Outcome outcome = exchange.gives(&source, 1).run(
+  const Outcome outcome = exchange.gives(kAllGatherKind, &source, 1).run(
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { source.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {
         for (int rank : others()) outputs[rank].write(first, n, from(rank));
@@ -56,7 +56,7 @@ Outcome Group::gather(const View* outputs, const View& source, std::size_t count
                       const Signature& signature, std::int64_t deadline_ns) {
   const bool takes = rank_ == root;
   Exchange exchange(*this, count, item, {takes ? kNobody : root, takes ? kEveryone : kNobody, !takes});
-  const Outcome outcome = exchange.gives(&source, 1).run(
+  const Outcome outcome = exchange.gives(kGatherKind, &source, 1).run(
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { source.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {
         if (!takes) return;
@@ -74,7 +74,7 @@ Outcome Group::scatter(const View& target, const View* sources, std::size_t coun
                        const Signature& signature, std::int64_t deadline_ns) {
   const bool gives = rank_ == root;
   Exchange exchange(*this, count, item * world_size_, {gives ? kEveryone : kNobody, gives ? kNobody : root, gives});
-  const Outcome outcome = exchange.gives(sources, world_size_).run(
+  const Outcome outcome = exchange.gives(kScatterKind, sources, world_size_).run(
       signature, deadline_ns,
       [&](std::size_t first, std::size_t n, char* to) {
         for (int rank : others()) sources[rank].read(first, n, to + rank * n * item);
@@ -90,7 +90,7 @@ Outcome Group::scatter(const View& target, const View* sources, std::size_t coun
 Outcome Group::alltoall(const View* outputs, const View* sources, std::size_t count, std::size_t item,
                         const Signature& signature, std::int64_t deadline_ns) {
   Exchange exchange(*this, count, item * world_size_, {kEveryone, kEveryone, true});
-  const Outcome outcome = exchange.gives(sources, world_size_).run(
+  const Outcome outcome = exchange.gives(kAllToAllKind, sources, world_size_).run(
       signature, deadline_ns,
       [&](std::size_t first, std::size_t n, char* to) {
         for (int rank : others()) sources[rank].read(first, n, to + rank * n * item);

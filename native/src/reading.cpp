@@ -56,6 +56,21 @@ bool Group::try_reading(const std::int32_t* pids) {
   return true;
 }
 
+Choice* Group::choice(Kind kind, std::size_t nbytes) {
+  return reading_ && nbytes >= read_nbytes_ ? &choices_.of(kind, nbytes) : nullptr;
+}
+
+// Every rank has put its times into its post, so that all come to the same, and to the same call.
+void Group::settle(Choice* choice) {
+  if (choice == nullptr || !choice->ripe()) return;
+  Choice::Times slowest = {0, 0};
+  for (int rank = 0; rank < world_size_; ++rank) {
+    const Choice::Times& best = layout_.post(rank, parity()).times();
+    for (int way = 0; way < Choice::kWays; ++way) slowest[way] = std::max(slowest[way], best[way]);
+  }
+  choice->settle(slowest);
+}
+
 void Group::offer(const View* sources, int count, std::size_t nbytes) {
   Post& post = own_post();
   post.readable = 1;

@@ -60,7 +60,7 @@ Outcome Group::reducescatter(const View& target, const View* sources, std::size_
   if (reduction == nullptr) return Outcome::kRefused;
   const std::size_t item = item_size(dtype);
   Exchange exchange(*this, count, item * world_size_, {kEveryone, kEveryone, true});
-  return exchange.gives(sources, world_size_).run(
+  return exchange.gives(kReduceScatterKind, sources, world_size_).run(
       signature, deadline_ns,
       [&](std::size_t first, std::size_t n, char* to) {
         for (int rank : others()) sources[rank].read(first, n, to + rank * n * item);

@@ -1,9 +1,10 @@
 // The frame of every collective but the allreduce of large messages: all ranks arrive, fill their staging block by
-// block, and drain each other's; or, of large messages, read each other's memory where that is faster. Measured with 2
-// ranks on 2 cores (Xeon, 2 MiB of L2 each), us through staging and by reading, at 256 KiB, 1 and 16 MiB: allgather
-// 37/19, 214/164, 3804/2878; all-to-all 35/27, 165/102, 3205/2231; reduce-scatter 33/30, 130/118, 2378/1774; gather 34/19,
-// 224/173, 3939/3717; scatter 29/16, 79/54, 2242/2243; but reduce 30/57, 81/232, 1265/1577; broadcast 30/28, 90/146,
-// 1247/1294: where bytes flow one way, copying in on one side overlaps with copying out on the other.
+// block, and drain each other's; or, of large messages, read each other's memory where that is faster (choice.h).
+// Measured with 2 ranks on 2 cores (Xeon, 2 MiB of L2 each), us through staging and by reading, at 256 KiB, 1 and 16
+// MiB: allgather 37/19, 214/164, 3804/2878; all-to-all 35/27, 165/102, 3205/2231; reduce-scatter 33/30, 130/118,
+// 2378/1774; gather 34/19, 224/173, 3939/3717; scatter 29/16, 79/54, 2242/2243. Always staged are reduce 30/57, 81/232,
+// 1265/1577, and broadcast 30/28, 90/146, 1247/1294: where bytes flow one way, copying in on one side overlaps with
+// copying out on the other.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +31,8 @@ class Exchange {
       : group_(group), count_(count), unit_(unit_nbytes), flow_(flow) {}
 
   // What this rank gives, which the others may read instead of its staging, in the order in which `Take` asks for it.
-  Exchange& gives(const View* sources, int count) {
-    gives_ = true;
+  Exchange& gives(Group::Kind kind, const View* sources, int count) {
+    choice_ = group_.choice(kind, count_ * unit_);
     sources_ = sources;
     source_count_ = count;
     return *this;
@@ -51,7 +52,8 @@ class Exchange {
     plan();
     deadline_ns_ = deadline_ns;
     const std::uint32_t arrival = group.done_ + 1;
-    const bool reads = gives_ && group.reads(count_ * unit_);
+    const bool reads = choice_ != nullptr && choice_->reads();
+    if (choice_ != nullptr) std::copy_n(choice_->best(), Choice::kWays, group.own_post().times());
     if (reads) {
       group.offer(sources_, flow_.fills ? source_count_ : 0, count_ * unit_ / source_count_);
     } else if (flow_.fills && count_ != 0) {
@@ -62,14 +64,22 @@ class Exchange {
     group.arrive(arrival, signature);
     outcome = group.agree(arrival, signature, deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
-    if (reads && group.all_readable()) return run_reading(arrival, take);
+    group.settle(choice_);
+    const std::int64_t began_ns = now_ns();
+    if (reads && group.all_readable()) {
+      outcome = run_reading(arrival, take);
+      if (outcome == Outcome::kDone) choice_->note(Choice::kRead, now_ns() - began_ns);
+      return outcome;
+    }
     if (reads) return run_blocks(arrival + 1, true, fill, drain);
     if (blocks_ <= 1) {
       if (count_ != 0) drain(std::size_t{0}, count_, [&](int rank) { return where(rank, 0); });
       group.finish_direct(arrival);
       return Outcome::kDone;
     }
-    return run_blocks(arrival, false, fill, drain);
+    outcome = run_blocks(arrival, false, fill, drain);
+    if (choice_ != nullptr && outcome == Outcome::kDone) choice_->note(Choice::kStage, now_ns() - began_ns);
+    return outcome;
   }
 
  private:
@@ -164,7 +174,7 @@ class Exchange {
   Group& group_;
   const std::size_t count_, unit_;
   const Flow flow_;
-  bool gives_ = false;
+  Choice* choice_ = nullptr;
   const View* sources_ = nullptr;
   int source_count_ = 1;
   std::size_t block_ = 0, blocks_ = 0;

@@ -198,8 +198,13 @@ class Group {
 
   // Reading the others' memory (reading.cpp).
   static constexpr std::size_t kScratchNbytes = 262144;
-  bool reads(std::size_t nbytes) const { return reading_ && nbytes >= read_nbytes_; }
-  bool reads_allreduce(std::size_t nbytes) const;
+  enum Kind {
+    kAllReduceKind, kReduceScatterKind, kAllGatherKind, kGatherKind, kScatterKind, kAllToAllKind, kPairKind, kKinds
+  };
+  // Which way the messages of a call go; null where they are not to be read.
+  Choice* choice(Kind kind, std::size_t nbytes);
+  Choice* allreduce_choice(std::size_t nbytes);
+  void settle(Choice* choice);  // once the ranks agree
   void offer(const View* sources, int count, std::size_t nbytes);
   void tell(const View* sources, int count);
   bool all_readable() const;
@@ -241,6 +246,7 @@ class Group {
   std::size_t chunk_nbytes_;
   std::size_t read_nbytes_;
   bool reading_ = false;   // each other's memory
+  Choices<kKinds> choices_;
   std::vector<std::int32_t> pids_;
   std::unique_ptr<char, void (*)(void*)> scratch_{nullptr, std::free};
   std::size_t scratch_nbytes_ = 0;

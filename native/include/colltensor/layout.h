@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "colltensor/choice.h"
 #include "colltensor/types.h"
 
 namespace colltensor {
@@ -64,8 +65,11 @@ struct alignas(kLine) Post {
 
   unsigned char* data(std::size_t nbytes) { return nbytes <= kFew ? few : many; }
   std::uint64_t* addresses() { return reinterpret_cast<std::uint64_t*>(many); }
+  // Of a large message that may be read: this rank's best times, see choice.h. Behind all addresses.
+  Choice::Times& times() { return *reinterpret_cast<Choice::Times*>(many + kInline - sizeof(Choice::Times)); }
 };
 static_assert(sizeof(Post) == kLine + kInline);
+static_assert(kMaxRanks * sizeof(std::uint64_t) + sizeof(Choice::Times) <= kInline);
 
 struct alignas(kLine) MailboxSide {
   std::atomic<std::uint32_t> count;  // steps of this side, of all transfers since the start
