@@ -378,6 +378,7 @@ int main(int argc, char** argv) {
   };
   const std::int64_t end = in_ms(1000 * seconds);
   step("processes", [&] { test_processes(first); });  // first: they are forked, and there is no thread yet
+  step("choices", test_choices);
   step("kernels", test_kernels);
   step("failures", test_failures);
   unsigned seed = first;

@@ -114,6 +114,32 @@ def test_reductions(pool: RankPool, world_size: int) -> None:
     pool.run(world_size, reduce_all, timeout_s=110.0)
 
 
+def call_often(rank: int, size: int, name: str) -> None:
+    """Large messages, staged and read in turns, and then for hundreds of calls the faster way: the same bits always."""
+    with own_group(rank, size, name) as group:
+        given = [values(source, 600_001, "float32") for source in range(size)]
+        parts = [values(source, 70_003, "float64") for source in range(size)]
+        first = None
+        for turn in range(280):
+            mine = strided(given[rank].copy(), 1) if turn % 50 == 49 else given[rank].copy()  # that cannot be read
+            group.allreduce(mine)
+            first = mine.copy() if first is None else first
+            np.testing.assert_array_equal(mine.ravel(), first.ravel(), err_msg=f"allreduce {turn}")
+            outputs = [np.zeros_like(parts[0]) for _ in range(size)]
+            group.allgather(outputs, parts[rank])
+            np.testing.assert_array_equal(outputs, parts, err_msg=f"allgather {turn}")
+            received = np.zeros_like(parts[0])
+            group.sendrecv(parts[rank], (rank + 1) % size, received, (rank - 1) % size)
+            np.testing.assert_array_equal(received, parts[(rank - 1) % size], err_msg=f"sendrecv {turn}")
+        np.testing.assert_allclose(first.ravel(), np.sum(given, axis=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_whichever_way_is_faster_the_bits_are_the_same(pool: RankPool, world_size: int) -> None:
+    pool.run(world_size, call_often, fresh())
+
+
 def call_oddly(group: Any, mine: np.ndarray[Any, Any], change: str, root: int) -> None:
     if change == "count":
         group.allreduce(mine[:-1])

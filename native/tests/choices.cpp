@@ -1,0 +1,53 @@
+// Which way large messages go, given what both ways took.
+#include "check.h"
+#include "colltensor/choice.h"
+
+namespace colltensor {
+namespace tests {
+namespace {
+
+// Makes calls of given times until the choice is to be settled; every second one must be read.
+int measure(Choice& choice, std::int64_t staged_ns, std::int64_t read_ns) {
+  int calls = 0;
+  while (!choice.ripe() && calls < 100) {
+    const bool reads = choice.reads();
+    expect(reads == (calls % 2 == 0), "call %d is %s", calls, reads ? "read" : "staged");
+    // What disturbs a call only ever makes it longer.
+    const std::int64_t disturbed = calls < 6 ? 1'000'000'000 : 0;
+    choice.note(reads ? Choice::kRead : Choice::kStage, (reads ? read_ns : staged_ns) + disturbed);
+    ++calls;
+  }
+  return calls;
+}
+
+void settled(std::int64_t staged_ns, std::int64_t read_ns, bool reads) {
+  Choice choice;
+  for (int round = 0; round < 2; ++round) {  // all is tried again some time
+    const int calls = measure(choice, staged_ns, read_ns);
+    expect(calls == 8, "%d calls were measured", calls);
+    choice.settle(choice.best());
+    int kept = 0;
+    while (!choice.ripe() && choice.reads() == reads && kept < 256) {
+      choice.note(reads ? Choice::kRead : Choice::kStage, 1);
+      ++kept;
+    }
+    expect(kept == 256, "%lld staged and %lld read: kept for %d calls", static_cast<long long>(staged_ns),
+           static_cast<long long>(read_ns), kept);
+  }
+}
+
+}  // namespace
+
+void test_choices() {
+  settled(1000, 999, true);
+  settled(999, 1000, false);
+  settled(5'000'000'000, 6'000'000'000, false);  // more than fits
+  Choices<2> choices;
+  expect(&choices.of(0, 1 << 20) == &choices.of(0, (2 << 20) - 1), "one power of two has two choices");
+  expect(&choices.of(0, 1 << 20) != &choices.of(0, 2 << 20), "two powers of two have one choice");
+  expect(&choices.of(0, 1 << 20) != &choices.of(1, 1 << 20), "two kinds have one choice");
+  expect(&choices.of(1, std::size_t{1} << 29) == &choices.of(1, ~std::size_t{0}), "the largest sizes have no choice");
+}
+
+}  // namespace tests
+}  // namespace colltensor
