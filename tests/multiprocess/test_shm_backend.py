@@ -115,7 +115,7 @@ def test_reductions(pool: RankPool, world_size: int) -> None:
 
 
 def call_often(rank: int, size: int, name: str) -> None:
-    """Large messages, staged and read in turns, and then for hundreds of calls the faster way: the same bits always."""
+    """Large messages, read, then staged, and then for hundreds of calls the faster way: the same bits always."""
     with own_group(rank, size, name) as group:
         given = [values(source, 600_001, "float32") for source in range(size)]
         parts = [values(source, 70_003, "float64") for source in range(size)]

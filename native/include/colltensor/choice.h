@@ -1,8 +1,9 @@
 // Which of two ways a large message goes: through staging, or read from the memory of the ranks that give it. Which is
-// faster depends on the machine, and on the pages of the user's memory, so both are tried in turns and the faster one
-// is kept for some hundred calls, for each kind of call and each power of two in size. With 2 ranks on 2 cores an
-// allreduce of 4 and 16 MiB took 384 and 1365 us by reading on one machine (Xeon) where staging took 546 and 2053; on
-// another one (EPYC) 610 and 2040, or 720 and 2850 in pages of 4 KiB, where staging took 260 and 1060.
+// faster depends on the machine, and on the pages of the user's memory, so both are tried, four calls in a row each,
+// since a way's own memory has to be in the caches, and the faster one is kept for some hundred calls, for each kind of
+// call and each power of two in size. With 2 ranks on 2 cores an allreduce of 4 and 16 MiB took 384 and 1365 us by
+// reading on one machine (Xeon) where staging took 546 and 2053; on another one (EPYC) 610 and 2040, or 720 and 2850 in
+// pages of 4 KiB, where staging took 260 and 1060.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@ class Choice {
   using Times = std::uint32_t[kWays];  // the least so far, in nanoseconds
 
   // The way of the call that comes next. All ranks come to the same.
-  bool reads() const { return turns_ < kTurns ? turns_ % kWays == 0 : reads_; }
+  bool reads() const { return turns_ < kTurns ? turns_ < kEach : reads_; }
 
   // Notes how long a call took that went this way.
   void note(Way way, std::int64_t ns) {
@@ -40,7 +41,7 @@ class Choice {
   }
 
  private:
-  static constexpr std::uint32_t kTurns = 4 * kWays, kKept = 256;
+  static constexpr std::uint32_t kEach = 4, kTurns = kEach * kWays, kKept = 256;
   static constexpr std::int64_t kLongest = 0xfffffffe;
 
   std::uint32_t turns_ = 0, kept_ = 0;
