@@ -18,7 +18,7 @@ import colltensor as col
 
 pytestmark = pytest.mark.shm
 
-WORLD_SIZES = (1, 2, 3, 4)
+WORLD_SIZES = (1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)))
 COUNTS = (0, 1, 7, 1024, 1025, 20_001, 300_007, 1_300_003)
 """Inline, direct, in blocks, and more than all staging together."""
 PAIRS = (("float32", "SUM"), ("float64", "AVERAGE"), ("int16", "PRODUCT"), ("uint8", "BXOR"), ("float16", "SUM"))
@@ -250,6 +250,7 @@ def come_late(rank: int, size: int, name: str) -> tuple[float, tuple[int, ...]] 
         return time.monotonic() - began, caught.value.ranks
 
 
+@pytest.mark.slow
 def test_a_late_rank_is_named_on_every_rank(pool: RankPool) -> None:
     for took, ranks in pool.run(3, come_late, fresh()):
         assert took < 1.5
@@ -271,6 +272,7 @@ def stop_a_rank(rank: int, size: int, name: str) -> tuple[int, ...]:
         return caught.value.ranks
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_late(pool: RankPool) -> None:
     assert pool.run(3, stop_a_rank, fresh()) == [(2,)] * 3
 

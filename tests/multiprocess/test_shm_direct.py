@@ -80,7 +80,7 @@ def both_ways(rank: int, size: int) -> None:
             every_operation(rank, size, count, step, True if (step + rank + turn) % 3 == 0 else None, group)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 def test_the_short_way_meets_the_general_one(pool: RankPool, world_size: int) -> None:
     pool.run(world_size, both_ways, timeout_s=110.0)
 

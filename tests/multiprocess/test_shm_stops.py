@@ -18,7 +18,7 @@ from shm_ranks import fresh, own_group
 
 import colltensor as col
 
-pytestmark = pytest.mark.shm
+pytestmark = [pytest.mark.shm, pytest.mark.slow]
 
 
 def repeat(group: Any, phase: str) -> None:
@@ -44,7 +44,6 @@ def stop_in(rank: int, size: int, name: str, phase: str) -> tuple[float, tuple[i
         return took, caught.value.ranks
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["small", "asleep", "transfers", "asynchronous", "others"])
 def test_a_stopped_rank_is_late_whatever_it_did(pool: RankPool, phase: str) -> None:
     found = pool.run(3, stop_in, fresh(), phase)

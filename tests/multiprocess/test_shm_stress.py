@@ -7,7 +7,7 @@ from pool import RankPool
 from shm_ranks import fresh
 from shm_stress import play
 
-pytestmark = pytest.mark.shm
+pytestmark = [pytest.mark.shm, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(("size", "steps", "threads"), [(2, 700, 2), (3, 500, 1), (4, 300, 2), (8, 120, 1)])
