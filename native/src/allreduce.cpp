@@ -166,12 +166,15 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
 
   Choice* const choice = allreduce_choice(count * item_size(dtype));
   const bool reads = choice != nullptr && choice->reads();
+  std::int64_t copied_ns = 0;  // of staging's time, what passes before the ranks agree
   if (choice != nullptr) std::copy_n(choice->best(), Choice::kWays, own_post().times());
   if (reads) {
     offer(&data, 1, count * item_size(dtype));
   } else {
     if (!await(half_free_[parity()])) return outcome;
+    const std::int64_t before_ns = now_ns();
     blocks.copy_in(0, where(rank_, 0));
+    copied_ns = now_ns() - before_ns;
   }
   arrive(first, signature);
   outcome = agree(first, signature, deadline_ns);
@@ -180,7 +183,7 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
   const std::int64_t began_ns = now_ns();
   if (reads && all_readable()) {
     outcome = allreduce_reading(data, count, item_size(dtype), reduction, first, deadline_ns);
-    if (outcome == Outcome::kDone) choice->note(Choice::kRead, now_ns() - began_ns);
+    if (outcome == Outcome::kDone) choice->note(Choice::kRead, now_ns() - began_ns, count * item_size(dtype));
     return outcome;
   }
   if (reads) {
@@ -214,7 +217,9 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
     }
   }
   finish_large(drained(number - 1));
-  if (choice != nullptr && !reads) choice->note(Choice::kStage, now_ns() - began_ns);
+  if (choice != nullptr && !reads) {
+    choice->note(Choice::kStage, copied_ns + now_ns() - began_ns, count * item_size(dtype));
+  }
   return Outcome::kDone;
 }
 

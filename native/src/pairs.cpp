@@ -75,7 +75,9 @@ class Sender : public PairSide {
       box_->sender.address[number_] = reinterpret_cast<std::uint64_t>(transfer_->view->data());
       pieces_ = 1;
     }
+    const std::int64_t before_ns = choice_ == nullptr ? 0 : now_ns();
     put();
+    if (choice_ != nullptr) put_ns_ = now_ns() - before_ns;
     return Outcome::kDone;
   }
 
@@ -85,7 +87,9 @@ class Sender : public PairSide {
   void note_time() {
     if (choice_ == nullptr) return;
     const bool was_read = box_->sender.address[number_] != 0;
-    if (was_read == choice_->reads()) choice_->note(was_read ? Choice::kRead : Choice::kStage, now_ns() - began_ns_);
+    if (was_read != choice_->reads()) return;
+    const std::size_t nbytes = transfer_->count * transfer_->item;
+    choice_->note(was_read ? Choice::kRead : Choice::kStage, put_ns_ + now_ns() - began_ns_, nbytes);
   }
 
   void advance() {
@@ -128,7 +132,7 @@ class Sender : public PairSide {
   Mailbox* box_ = nullptr;
   std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;
   Choice* choice_ = nullptr;
-  std::int64_t began_ns_ = 0;
+  std::int64_t began_ns_ = 0, put_ns_ = 0;  // since the receiver came, and what was done before
 };
 
 class Receiver : public PairSide {

@@ -57,7 +57,8 @@ bool Group::try_reading(const std::int32_t* pids) {
 }
 
 Choice* Group::choice(Kind kind, std::size_t nbytes) {
-  return reading_ && nbytes >= read_nbytes_ ? &choices_.of(kind, nbytes) : nullptr;
+  // In a post the times lie where a message of kInline does.
+  return reading_ && nbytes >= read_nbytes_ && nbytes > kInline ? &choices_.of(kind, nbytes) : nullptr;
 }
 
 // Every rank has put its times into its post, so that all come to the same, and to the same call.

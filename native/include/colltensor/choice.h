@@ -15,18 +15,19 @@ namespace colltensor {
 class Choice {
  public:
   enum Way { kStage, kRead, kWays };
-  using Times = std::uint32_t[kWays];  // the least so far, in nanoseconds
+  using Times = std::uint32_t[kWays];  // the least so far, in femtoseconds a byte
 
   // The way of the call that comes next. All ranks come to the same.
   bool reads() const { return turns_ < kTurns ? turns_ < kEach : reads_; }
 
   // Notes how long a call took that went this way.
-  void note(Way way, std::int64_t ns) {
+  void note(Way way, std::int64_t ns, std::size_t nbytes) {
     if (turns_ == kTurns) {
       if (++kept_ == kKept) *this = Choice();
       return;
     }
-    best_[way] = std::min(best_[way], static_cast<std::uint32_t>(std::clamp<std::int64_t>(ns, 0, kLongest)));
+    const double each = 1e6 * static_cast<double>(ns) / static_cast<double>(nbytes);
+    best_[way] = std::min(best_[way], static_cast<std::uint32_t>(std::clamp(each, 0.0, kLongest)));
     ++turns_;
   }
 
@@ -41,8 +42,9 @@ class Choice {
   }
 
  private:
-  static constexpr std::uint32_t kEach = 4, kTurns = kEach * kWays, kKept = 256;
-  static constexpr std::int64_t kLongest = 0xfffffffe;
+  // All of it is a prime number of calls, so that a loop's calls of several sizes do not always meet the same turns.
+  static constexpr std::uint32_t kEach = 4, kTurns = kEach * kWays, kKept = 263 - kTurns;
+  static constexpr double kLongest = 0xfffffffe;
 
   std::uint32_t turns_ = 0, kept_ = 0;
   Times best_ = {0xffffffff, 0xffffffff};

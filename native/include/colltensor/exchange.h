@@ -59,26 +59,30 @@ class Exchange {
     } else if (flow_.fills && count_ != 0) {
       if (!posted_) outcome = group.wait_for_half(group.parity(), deadline_ns);
       if (outcome != Outcome::kDone) return outcome;
+      const std::int64_t before_ns = choice_ == nullptr ? 0 : now_ns();
       fill(std::size_t{0}, std::min(block_, count_), where(group.rank_, 0));
+      if (choice_ != nullptr) filled_ns_ = now_ns() - before_ns;
     }
     group.arrive(arrival, signature);
     outcome = group.agree(arrival, signature, deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
     group.settle(choice_);
-    const std::int64_t began_ns = now_ns();
+    const std::int64_t began_ns = choice_ == nullptr ? 0 : now_ns();
     if (reads && group.all_readable()) {
       outcome = run_reading(arrival, take);
-      if (outcome == Outcome::kDone) choice_->note(Choice::kRead, now_ns() - began_ns);
+      if (outcome == Outcome::kDone) choice_->note(Choice::kRead, now_ns() - began_ns, count_ * unit_);
       return outcome;
     }
     if (reads) return run_blocks(arrival + 1, true, fill, drain);
     if (blocks_ <= 1) {
       if (count_ != 0) drain(std::size_t{0}, count_, [&](int rank) { return where(rank, 0); });
       group.finish_direct(arrival);
-      return Outcome::kDone;
+    } else {
+      outcome = run_blocks(arrival, false, fill, drain);
     }
-    outcome = run_blocks(arrival, false, fill, drain);
-    if (choice_ != nullptr && outcome == Outcome::kDone) choice_->note(Choice::kStage, now_ns() - began_ns);
+    if (choice_ != nullptr && outcome == Outcome::kDone) {
+      choice_->note(Choice::kStage, filled_ns_ + now_ns() - began_ns, count_ * unit_);
+    }
     return outcome;
   }
 
@@ -175,6 +179,7 @@ class Exchange {
   const std::size_t count_, unit_;
   const Flow flow_;
   Choice* choice_ = nullptr;
+  std::int64_t filled_ns_ = 0;  // of staging's time, what passes before the ranks agree
   const View* sources_ = nullptr;
   int source_count_ = 1;
   std::size_t block_ = 0, blocks_ = 0;
