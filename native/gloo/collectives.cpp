@@ -7,7 +7,13 @@ namespace colltensor {
 namespace {
 
 constexpr std::size_t kWholeNbytes = 64 << 10;  // a reduce sends up to this size to its root as a whole
+constexpr std::size_t kWidestNbytes = 8 << 20;    // of a block, whatever the number of ranks: memory is kept for several
 constexpr int kEveryone = -1;
+
+// The least that a rank sends another of a block.
+std::size_t part_nbytes(const Mesh& mesh, const Part& part) {
+  return std::max(std::min(mesh.limits.part_nbytes, kWidestNbytes / part.ranks.size() / kLine * kLine), kLine);
+}
 
 // Begins block after block, with at most `depth` begun and not ended.
 template <class Begin, class End>
@@ -133,7 +139,7 @@ void combine_at_root(Mesh& mesh, const Part& part, char* data, std::size_t count
 void combine_in_parts(Mesh& mesh, const Part& part, char* data, std::size_t count, std::size_t item,
                       Reduction reduction, int root) {
   const auto size = static_cast<std::size_t>(part.size());
-  const std::size_t most = std::max(mesh.limits.block_nbytes, std::max(mesh.limits.part_nbytes, kLine) * size);
+  const std::size_t most = std::max(mesh.limits.block_nbytes, part_nbytes(mesh, part) * size);
   const auto step_nbytes = [&](std::size_t nbytes) { return (nbytes + size * kLine - 1) / (size * kLine) * kLine; };
   Blocks blocks(mesh, part, count, item, most, step_nbytes(std::min(most, count * item)));
   const bool takes = root == kEveryone || root == part.position;
@@ -213,7 +219,7 @@ void reduce(Mesh& mesh, const Part& part, char* data, std::size_t count, std::si
 
 void reducescatter(Mesh& mesh, const Part& part, char* target, const char* const* sources, std::size_t count,
                    std::size_t item, Reduction reduction) {
-  const std::size_t most = std::max({mesh.limits.block_nbytes / part.ranks.size(), mesh.limits.part_nbytes, kLine});
+  const std::size_t most = std::max(mesh.limits.block_nbytes / part.ranks.size(), part_nbytes(mesh, part));
   Blocks blocks(mesh, part, count, item, most, std::min(most, count * item));
   blocks.run(
       [&](std::size_t block) {

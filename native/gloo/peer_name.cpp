@@ -1,5 +1,6 @@
 // Stands in for a function of Gloo's own: the dynamic loader looks for what libgloo calls in the library that needed it
-// first, so that Gloo finds this one before its own, unless it was linked with -Bsymbolic.
+// first, so that Gloo finds this one before its own, unless it was linked with -Bsymbolic or another library of the
+// process had loaded it before.
 //
 // Gloo asks for the other end's name once a connection is made, in its own thread. Where that end is gone by then, as
 // that of a process that is killed while its group is made, Gloo's function throws, nobody catches it, and this process
