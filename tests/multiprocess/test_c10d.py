@@ -367,6 +367,25 @@ def test_what_gloo_does_not_take(pool: RankPool, tmp_path: Path) -> None:
         assert inferred[2] == [9.0, 9.0]
 
 
+def received_over(rank: int, world_size: int, path: Path, count: int) -> None:
+    """A tensor that autograd keeps is received over: what is derived from it would be wrong."""
+    with world(rank, world_size, path) as (torch, dist):
+        kept, weight = torch.ones(count), torch.ones(count, requires_grad=True)
+        loss = (weight * kept).sum()
+        if rank == 0:
+            dist.send(kept, 1)
+            loss.backward()
+        else:
+            dist.recv(kept, 0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+@pytest.mark.parametrize("count", [4, 4000])
+def test_autograd_hears_of_what_was_received(pool: RankPool, tmp_path: Path, count: int) -> None:
+    pool.run(2, received_over, tmp_path / "store", count)
+
+
 def disagreeing(rank: int, world_size: int, path: Path) -> list[float]:
     with world(rank, world_size, path) as (torch, dist):
         tensor = torch.ones(4 if rank else 5)

@@ -266,14 +266,21 @@ def merging(rank: int, world_size: int, path: Path) -> list[Any]:
         store = dist.FileStore(str(path), world_size)
         found = []
         for turn in range(2):
-            merged = dist.group.WORLD.merge_remote_group(store, world_size, timedelta(seconds=20))
+            name = (f"of world {rank // 2}", None)[turn]  # which may differ from rank to rank
+            merged = dist.group.WORLD.merge_remote_group(store, world_size, timedelta(seconds=20), name)
             assert (merged.size(), merged.getBackendName()) == (world_size, "colltensor")
-            assert (merged.group_name, merged.group_desc) == ("0:merge", "default_pg:merge")
+            assert (merged.group_name, merged.group_desc) == (name or "0:merge", "default_pg:merge")
             total = values(torch, rank)
             merged.allreduce([total]).wait()
             ranks = torch.zeros(world_size, dtype=torch.int64)
             ranks[merged.rank()] = rank
             merged.allreduce([ranks]).wait()
+            part = merged.split_group([*range(world_size)])
+            assert part.group_name == f"{merged.group_name}:split:0"
+            once_more = values(torch, rank)
+            part.allreduce([once_more]).wait()
+            assert once_more.tolist() == total.tolist()
+            part.shutdown()
             merged.shutdown()
             found.append([total.tolist(), sorted(ranks.tolist()), turn])
         with pytest.raises(RuntimeError, match="did not come"):

@@ -71,7 +71,7 @@ class BaseProcessGroup(Identity):
         return self._others.backend_for(self, device)
 
     def send(self, tensors: Any, dstRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
-        """Send one tensor to a rank; done when a receive there has taken it, whatever else both do meanwhile."""
+        """Send one tensor to a rank; done when a receive there has taken it, or that rank has it where it is short."""
         tensor = only("send", "tensors", tensors)
         if not tensor.is_cpu:
             return self._elsewhere(tensor).send([tensor], dstRank, tag)
@@ -121,11 +121,13 @@ class BaseProcessGroup(Identity):
         members = sorted(new_ranks)
         if self.rank() not in members:
             return None
-        name = group_name or f"{self._label}:split:{number}"
         store = distributed_c10d.PrefixStore(f"split/{number}/{'-'.join(map(str, members))}/", self.get_group_store())
         description = group_desc or f"{self.group_desc}:split:{number}"
         rank = members.index(self.rank())
-        return self._related(store, rank, len(members), timeout or self._timeout, name, description)
+        name = f"{self._group.name}:split:{number}"  # that of the meeting, the same on all ranks
+        made = self._related(store, rank, len(members), timeout or self._timeout, name, description)
+        made._set_group_name(group_name or f"{self._label}:split:{number}")
+        return made
 
     def merge_remote_group(
         self, store: Any, size: int, timeout: timedelta = _MERGE_TIMEOUT, group_name: str | None = None,

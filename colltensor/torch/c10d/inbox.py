@@ -156,6 +156,8 @@ class Inbox:
             target = receive.tensor if receive is not None and fits else torch.empty(nbytes, dtype=torch.uint8)
             if is_inline:
                 header.copy_to(target)
+                if not target.is_inference():
+                    torch.autograd.graph.increment_version(target)  # autograd may have kept what was there
             else:
                 with torch.inference_mode(target.is_inference()):  # else they may not be written
                     group.recv(bytes_of(target), SENDER)

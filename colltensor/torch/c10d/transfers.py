@@ -48,7 +48,7 @@ class Transfers:
         self._inbox = Inbox(rank, size, self._group)
 
     def send(self, tensor: torch.Tensor, destination: int, tag: int, timeout_s: float) -> Operation:
-        """Send to ``destination``; ends when a receive there has taken the message."""
+        """Send to ``destination``; ends when a receive there has taken the message, or that rank has a short one."""
         operation = Operation(f"send to rank {destination}, tag {tag}", lambda: self._deliver(tensor, destination, tag))
         with self._guard:
             if self._failure is not None:

@@ -123,7 +123,7 @@ class PendingWork(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> Any:
-        """Return the ``torch.futures.Future`` of the tensors; its error is a RuntimeError with ours as its text."""
+        """Return the ``torch.futures.Future`` of the tensors; its error is a RuntimeError with ours in its text."""
         if self._future is None:
             operation, tensors = self._operation, self._tensors
             done: Any = torch.futures.Future()
