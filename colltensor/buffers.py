@@ -59,6 +59,9 @@ class Buffers(Protocol):
         Called once the ranks agreed, because a donated tensor is gone then.
         """
 
+    def check(self) -> None:
+        """Raise where an immutable tensor, which its owner may have given away since, no longer has its memory."""
+
     def load(self) -> None:
         """Copy staged leaves into their staging buffers; before or after ``claim``."""
 
@@ -132,6 +135,10 @@ class TensorBuffers:
         if self._write and self._adapter.immutable:
             self._tensor, view = self._adapter.claim(self._tensor, self._donate)
             self.views[0].become(view)
+
+    def check(self) -> None:
+        if self._write and self._adapter.immutable:
+            self._adapter.source(self._tensor)
 
     def load(self) -> None:
         if self._staged:
@@ -221,6 +228,12 @@ class TreeBuffers:
             if adapter.immutable:
                 self._results[index], view = adapter.claim(self._results[index], self._donate)
                 self.views[index].become(view)
+
+    def check(self) -> None:
+        if self._write:
+            for adapter, tensor in zip(self._adapters, self._results, strict=True):
+                if adapter.immutable:
+                    adapter.source(tensor)
 
     def load(self) -> None:
         for index, staging in self._staged:

@@ -382,6 +382,7 @@ class Engine:
         sequence = self._sequence
         control.position(sequence, call.name)
         for buffers in call.buffers:
+            buffers.check()
             buffers.load()
         transfers, op = call.arguments
         contributions = control.agree_and_gather(

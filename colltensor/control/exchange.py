@@ -139,13 +139,13 @@ class Tree:
             theirs = read_alike(self._twin, mine[:HEAD_NBYTES], len(mine), kind)
             if theirs is None:
                 came, theirs = lookout.receive(self._twin, kind, deadline, self._needed, lookout.everyone)
-                if not _alike(came, frame):
+                if not _alike(came, frame) or not theirs:  # nothing follows where the other rank only agrees
                     return None
             return _payloads(b"".join((*parts, theirs)), 2)
         same = True
         for step, child in enumerate(self._children):
             came, body = lookout.receive(child, kind, deadline, self._needed[step:], lookout.everyone)
-            same = _alike(came, frame) and same
+            same = _alike(came, frame) and body != b"" and same
             parts.append(body)
         if parent is not None:
             self._send(parent, _with_body(frame, parts) if same else _differing(frame), deadline)

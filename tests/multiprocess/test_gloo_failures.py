@@ -17,6 +17,10 @@ import pytest
 from fake_control import FakeControl
 from gloo_ranks import SUM, Ranks, soon, view
 from pool import RankPool
+from shm_ranks import fresh, own_group
+
+from colltensor.backends.gloo import library
+from colltensor.errors import CollectiveError
 
 pytestmark = pytest.mark.gloo
 
@@ -255,3 +259,30 @@ def test_a_payload_under_way_ends_and_its_memory_is_left_alone(
     assert waiting["after_s"] < 4.0, waiting
     assert waiting["intact"], "Gloo wrote after the call had failed"
     assert peer["error"].startswith("RuntimeError"), peer
+
+
+def give_away(rank: int, size: int, name: str) -> str:
+    """Rank 0 deletes an array while the call that it is for waits for its turn."""
+    from jax import numpy as jnp
+
+    with own_group(rank, size, name, backend="gloo") as group:
+        array = jnp.ones(4)
+        group.barrier()
+        if rank == 1:
+            time.sleep(0.3)
+        before = group.allreduce(np.ones(3), async_op=True)
+        work = group.allreduce(array, async_op=True)
+        if rank == 0:
+            array.delete()
+        before.wait()
+        with pytest.raises(CollectiveError) as caught:
+            work.wait()
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.needs("jax")
+@pytest.mark.skipif(library.reason() is not None, reason="the library was built without Gloo")
+def test_nobody_gets_the_memory_of_an_array_that_is_gone(pool: RankPool) -> None:
+    errors = pool.run(2, give_away, fresh())
+    assert "was deleted or donated" in errors[0]
+    assert "rank 0" in errors[1]
