@@ -79,8 +79,8 @@ class CollectiveGroup:
         being restarted is waited for. Calls that were meant for the old group never reach the new one.
 
         A process that was sent the handle may do it as well as the one that made the group. The handle that it was
-        called on is the group's from then on: others destroy nothing any more, and their ``recreate`` is refused while
-        the new group works.
+        called on is the group's from then on: others destroy nothing any more, and in other processes their
+        ``recreate`` is refused while the new group works.
 
         Args:
             timeout_s: How long the actors may take, restarts included, in seconds; by default the group's own timeout.

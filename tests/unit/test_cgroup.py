@@ -32,11 +32,11 @@ def test_nothing_said_is_no_limit(mounted: Path) -> None:
 
 def test_the_tightest_group_on_the_way_to_the_root_counts(mounted: Path) -> None:
     write(mounted, memberships="0::/a/b")
-    stat = "anon 70\nfile 30\nactive_file 10\ninactive_file 5"
+    stat = "anon 70\nfile 30\nactive_file 10\ninactive_file 5\nslab 9\nslab_reclaimable 2"
     write(mounted / "a" / "b", memory__max="1000", memory__current="100", memory__stat=stat, cpu__max="max 100000")
     write(mounted / "a", memory__max="500", memory__current="200", memory__stat=stat, cpu__max="150000 100000")
     write(mounted / "c", memory__max="1", memory__current="1", memory__stat=stat, cpu__max="1000 100000")
-    assert cgroup.spare_nbytes() == 500 - 200 + 15
+    assert cgroup.spare_nbytes() == 500 - 200 + 17
     assert cgroup.processors() == 1.5
 
 

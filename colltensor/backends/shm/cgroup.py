@@ -15,7 +15,7 @@ from typing import Final
 
 _MOUNTED: Final = Path("/sys/fs/cgroup")
 _MEMBERSHIPS: Final = Path("/proc/self/cgroup")
-_FILE_PAGES: Final = ("total_active_file", "total_inactive_file", "active_file", "inactive_file")
+_RECLAIMABLE: Final = ("total_active_file", "total_inactive_file", "active_file", "inactive_file", "slab_reclaimable")
 _FILES: Final = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
@@ -27,8 +27,8 @@ def processors() -> float:
 def spare_nbytes() -> float:
     """Return how many more bytes of memory the control groups grant, infinity if they do not say.
 
-    What the kernel keeps of files counts as spare. A process that asks for more is killed: the kernel's reservation
-    of pages does not fail at such a limit.
+    What the kernel keeps of files, and can let go, counts as spare. A process that asks for more is killed: the
+    kernel's reservation of pages does not fail at such a limit.
     """
     return min(map(_spare_nbytes, _folders("memory")), default=math.inf)
 
@@ -60,7 +60,7 @@ def _spare_nbytes(folder: Path) -> float:
         with contextlib.suppress(OSError, ValueError):  # ValueError: no limit is the word "max"
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
             lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            pages = {name: int(value) for name, value in lines if name in _FILE_PAGES}
+            pages = {name: int(value) for name, value in lines if name in _RECLAIMABLE}
             whole = [nbytes for name, nbytes in pages.items() if name.startswith("total_")] or pages.values()
             return max(0, left + sum(whole))
     return math.inf
