@@ -10,6 +10,7 @@
 #include <gloo/transport/tcp/device.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -279,6 +280,7 @@ int main(int argc, char** argv) {
   using namespace colltensor::tests;
   const int seconds = argc > 1 ? std::atoi(argv[1]) : 10;
   const auto first = static_cast<unsigned>(argc > 2 ? std::atoi(argv[2]) : 1);
+  std::signal(SIGPIPE, SIG_IGN);  // as in Python: Gloo writes to connections that their other end has left
   alarm(static_cast<unsigned>(10 * seconds + 120));  // whoever hangs is ended by the signal
   const auto end = Clock::now() + std::chrono::seconds(seconds);
   if (!resets() || !farewell()) return 1;
