@@ -55,6 +55,8 @@ class Machine:
         self.calls: list[tuple[int, tuple[str, ...]]] = []
         """What was queued: the communicator's rank, and the names of the calls of one group."""
         self.refuses: BaseException | None = None
+        self.captured: set[int] = set()
+        """Streams that are captured into a graph."""
         self.kept: list[np.ndarray] = []
         """Freed memory is given away in the order of its stream only: here never."""
         self._random = random.Random(seed)
@@ -234,10 +236,6 @@ class Communicator:
     def recv(self, result: int, count: int, datatype: int, peer: int, stream: int) -> None:
         self._add(Part(self, "recv", 0, result, count, datatype, root=peer), stream)
 
-    def check_async_error(self) -> None:
-        if self.error is not None:
-            raise self.error
-
     def abort(self) -> None:
         self.aborted = True
 
@@ -274,6 +272,9 @@ class Driver:
             assert time.monotonic() < until
             time.sleep(0.001)
         return made
+
+    def error_of(self, communicator: Communicator) -> BaseException | None:
+        return communicator.error
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -328,6 +329,9 @@ class Driver:
             event = next(self.machine.names)
             self.machine.events[event] = self.machine.reached[event] = 0
         return event
+
+    def capturing(self, stream: int) -> bool:
+        return stream in self.machine.captured
 
     def record(self, event: int, stream: int) -> None:
         machine = self.machine

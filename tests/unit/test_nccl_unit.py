@@ -134,3 +134,28 @@ class TestWithCupy:
         array = adapter.device_array(view)
         assert (array.itemsize, array.shape, array.data.ptr) == (size, (6,), 4096)
         assert array.dtype.name in ("uint8", "uint16", "uint32", "uint64", "complex128")
+
+
+class TestDriver:
+    """What CuPy says, as the backend understands it."""
+
+    @pytest.mark.needs("cupy")
+    @pytest.mark.filterwarnings("ignore:.*nccl library could not be loaded")
+    def test_a_communicator_in_progress_has_no_error(self) -> None:
+        nccl = importlib.import_module("cupy.cuda.nccl")
+        if not nccl.available:
+            pytest.skip("CuPy finds no libnccl: pip install nvidia-nccl-cu13")
+        driver = importlib.import_module("colltensor.backends.nccl.driver").CupyDriver()
+
+        class Communicator:
+            def __init__(self, error: Exception | None) -> None:
+                self.error = error
+
+            def check_async_error(self) -> None:
+                if self.error is not None:
+                    raise self.error
+
+        assert driver.error_of(Communicator(None)) is None
+        assert driver.error_of(Communicator(KeyError(7))) is None  # CuPy's way to say ncclInProgress
+        for error in (KeyError(8), nccl.NcclError(6)):
+            assert driver.error_of(Communicator(error)) is error

@@ -72,6 +72,7 @@ class NcclBackend:
         if self._closed:
             raise GroupError(f"{name}: the group was destroyed")
         devices = tuple(dict.fromkeys(view.device.index for view in views))
+        self._lanes.refuse_capture(name, views)
         crews = [self._members.pair(peer, devices[0], deadline) for peer in sorted(set(peers or ()))]
         if peers is None and any(view.count for view in views):
             self._crew = self._members.all(devices, deadline)
@@ -227,8 +228,8 @@ class NcclBackend:
         self._closed = True
         with contextlib.suppress(TimeoutError, CollectiveError):
             self._watcher.drain(time.monotonic() + _CLOSE_TIMEOUT_S)
-        self._watcher.close(GroupError("the group was destroyed before the call was done"))
-        self._members.end()
+        undone = self._watcher.close(GroupError("the group was destroyed before the call was done"))
+        self._members.end(undone)
         self._lanes.close()
 
     def allreduce_multigpu(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
@@ -397,9 +398,9 @@ class NcclBackend:
                 to = result if root == self._rank else 0
                 self._all.reduce(pointer, to, count, spelling.datatype, spelling.op, root, self._stream)
 
-    def _failed(self, error: CollectiveError) -> None:
+    def _failed(self, error: CollectiveError, undone: Sequence[QueuedFlight]) -> None:
         """End what waits in NCCL, then tell the group."""
-        self._members.end()
+        self._members.end(undone)
         if self.on_failure is not None:
             self.on_failure(error)
 

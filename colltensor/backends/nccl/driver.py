@@ -28,6 +28,8 @@ class CupyDriver:
 
     error: Final = (nccl.NcclError, KeyError)
     """CuPy 14.2 has no text for NCCL's results above 6 and raises KeyError in place of its NcclError."""
+    in_progress: Final = 7
+    """``ncclInProgress``, which is no error: a communicator may say so while another thread is in a call of it."""
 
     def unique_id(self) -> bytes:
         """Return what the ranks of a new communicator need to find each other; made by one of them."""
@@ -36,6 +38,14 @@ class CupyDriver:
     def connect(self, size: int, unique_id: bytes, rank: int) -> Any:
         """Return a communicator of the current device; blocks until all ``size`` ranks call."""
         return nccl.NcclCommunicator(size, unique_id, rank)
+
+    def error_of(self, communicator: Any) -> BaseException | None:
+        """Return the error that a communicator reports, or None; never waits."""
+        try:
+            communicator.check_async_error()
+        except self.error as error:
+            return None if error.args == (self.in_progress,) else error
+        return None
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -63,6 +73,10 @@ class CupyDriver:
         """Return a new stream of the current device, which the legacy default stream does not wait for."""
         stream: int = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
         return stream
+
+    def capturing(self, stream: int) -> bool:
+        """Return whether what is queued on a stream goes into a CUDA graph."""
+        return bool(runtime.streamIsCapturing(stream))
 
     def new_event(self) -> int:
         """Return a new event of the current device, without a clock."""

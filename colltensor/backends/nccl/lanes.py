@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from colltensor.errors import CollectiveError
+from colltensor.errors import CollectiveError, DeviceError
 from colltensor.view import BufferView
 
 _LEGACY: Final = 1
@@ -153,6 +153,19 @@ class Lanes:
             driver.record(flight.ended, stream)
             flight.queued = True
             self._last[device] = flight
+
+    def refuse_capture(self, name: str, views: Sequence[BufferView]) -> None:
+        """Refuse to queue a call on streams that are captured: a graph that is run again would call on one rank alone.
+
+        Raises:
+            DeviceError: One of them is.
+        """
+        for stream in {view.stream or 0 for view in views}:
+            if self._driver.capturing(stream):
+                raise DeviceError(
+                    f"{name}: the current stream is being captured into a CUDA graph, of which a collective cannot be "
+                    "a part; call it before or after the capture, on every rank"
+                )
 
     def follow(self, stream: int, flight: QueuedFlight) -> None:
         """Let a stream go on only when the flight is done."""

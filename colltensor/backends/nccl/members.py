@@ -125,24 +125,28 @@ class Members:
         """Return an error that a communicator reports, or None."""
         with self._lock:
             for communicator in self._everyone():
-                try:
-                    communicator.check_async_error()
-                except self._driver.error as error:
-                    found: BaseException = error
+                found: BaseException | None = self._driver.error_of(communicator)
+                if found is not None:
                     return found
         return None
 
-    def end(self) -> None:
-        """Abort all communicators; waits for that a few seconds at most."""
+    def end(self, keep: object = None) -> None:
+        """Abort all communicators; waits for that a few seconds at most.
+
+        Args:
+            keep: Kept until they are aborted, however long it takes: what their kernels may still write to.
+        """
         with self._lock:
             everyone = self._everyone()
             self._crews.clear()
             self._pairs.clear()
-        thread = threading.Thread(target=self._abort, args=(everyone,), name="colltensor nccl abort", daemon=True)
+        thread = threading.Thread(
+            target=self._abort, args=(everyone, keep), name="colltensor nccl abort", daemon=True
+        )
         thread.start()
         thread.join(_END_TIMEOUT_S)
 
-    def _abort(self, communicators: Sequence[Any]) -> None:
+    def _abort(self, communicators: Sequence[Any], keep: object = None) -> None:
         for communicator in communicators:
             with contextlib.suppress(self._driver.error):
                 communicator.abort()

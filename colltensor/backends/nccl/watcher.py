@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from colltensor.backends.nccl.lanes import Lanes, QueuedFlight
@@ -28,7 +28,7 @@ class Watcher:
 
     def __init__(
         self, control: Any, lanes: Lanes, timeout_s: float, errors: Callable[[], BaseException | None],
-        end: Callable[[CollectiveError], None],
+        end: Callable[[CollectiveError, Sequence[QueuedFlight]], None],
     ) -> None:
         """Watch nothing yet.
 
@@ -37,7 +37,7 @@ class Watcher:
             lanes: Where the flights are.
             timeout_s: How long a flight may be under way.
             errors: Asks the communicators for their errors.
-            end: Called once, with what was found: ends everything and tells the group.
+            end: Called once, with what was found and the flights that it ends: ends everything and tells the group.
         """
         self._control = control
         self._lanes = lanes
@@ -115,21 +115,26 @@ class Watcher:
             self._changed.notify_all()
         for flight in flights:
             flight.failure = error
-        self._end(error)
+        self._end(error, flights)
 
-    def close(self, gone: CollectiveError) -> None:
-        """Stop watching; what is not done fails with ``gone``, because the communicators are ended next."""
+    def close(self, gone: CollectiveError) -> Sequence[QueuedFlight]:
+        """Stop watching; what is not done fails with ``gone``, because the communicators are ended next.
+
+        Returns:
+            The flights that are not done. They hold memory that the device uses until the communicators are ended.
+        """
         with self._changed:
             self._closed = True
-            for flight in self._flights:
-                if not self._lanes.finished(flight):
-                    flight.failure = gone
+            undone = [flight for flight in self._flights if not self._lanes.finished(flight)]
+            for flight in undone:
+                flight.failure = gone
             self._flights.clear()
             self._gone = gone
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:  # it may be looking at events, which are freed next
             thread.join(_JOIN_S)
+        return undone
 
     def _watch(self) -> None:
         while True:

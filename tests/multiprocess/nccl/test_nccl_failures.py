@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from typing import Any
 
 import device
@@ -398,3 +400,55 @@ class TestFailures:
         ranks.values(2, run)
         for tensor in kept.values():
             np.testing.assert_array_equal(tensor.memory, values(0) + values(1))
+
+    def test_memory_is_kept_until_the_communicators_are_ended(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """NCCL's kernel writes to it until the abort, also where nobody holds the tensor or the work any more."""
+        monkeypatch.setattr("colltensor.backends.nccl.backend._CLOSE_TIMEOUT_S", 0.2)
+        monkeypatch.setattr("colltensor.backends.nccl.members._END_TIMEOUT_S", 0.2)
+
+        def run(group: Group) -> bool:
+            group.allreduce(on_device(group.rank))
+            group.barrier()
+            if group.rank == 1:
+                time.sleep(2)
+                return True
+            tensor = on_device(group.rank)
+            alive = weakref.ref(tensor)
+            made = ranks.spec.drivers[0].made[0]
+            begun, may_end, found = threading.Event(), threading.Event(), []
+
+            def abort() -> None:
+                begun.set()
+                assert may_end.wait(10)
+                made.aborted = True
+                found.append(alive() is not None)
+
+            monkeypatch.setattr(made, "abort", abort)
+            group.allreduce(tensor, async_op=True)
+            del tensor
+            group.destroy()
+            gc.collect()
+            assert begun.is_set()
+            may_end.set()
+            until = time.monotonic() + 10
+            while alive() is not None or not found:
+                assert time.monotonic() < until, "it is kept for ever"
+                gc.collect()
+                time.sleep(0.01)
+            return found[0]
+
+        assert all(ranks.values(2, run))
+
+    def test_a_captured_stream_is_refused_and_the_group_goes_on(self, ranks: World) -> None:
+        def run(group: Group) -> np.ndarray:
+            tensor = on_device(group.rank)
+            ranks.machine.captured.add(device.current())
+            with pytest.raises(col.errors.DeviceError, match="CUDA graph"):
+                group.allreduce(tensor)
+            ranks.machine.captured.discard(device.current())
+            return group.allreduce(tensor).read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0) + values(1))
