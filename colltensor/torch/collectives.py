@@ -153,7 +153,7 @@ def send(tensor: torch.Tensor, dst_rank: int, group: str | Group = "default") ->
     """
     found = _group(group)
     if _differentiable(tensor) and torch.is_grad_enabled():
-        found.send(torch.tensor([tensor.requires_grad]), dst_rank)
+        found.send(torch.tensor([tensor.requires_grad], device=tensor.device), dst_rank)
     return apply(Send(found, dst_rank, tensor.shape, tensor.dtype), [tensor])[0]
 
 
@@ -165,7 +165,7 @@ def recv(tensor: torch.Tensor, src_rank: int, group: str | Group = "default") ->
     found = _group(group)
     origin = tensor.flatten()[:0].sum(dtype=tensor.dtype)
     if _differentiable(tensor) and torch.is_grad_enabled():
-        wanted = torch.tensor([False])
+        wanted = torch.tensor([False], device=tensor.device)
         found.recv(wanted, src_rank)
         if not wanted or not origin.requires_grad:
             origin = origin.detach().requires_grad_(bool(wanted))
@@ -213,7 +213,7 @@ def _recorded(
     if not torch.is_grad_enabled() or not _differentiable(tensors[0]):
         return tensors
     here = any(tensor.requires_grad for tensor in tensors)
-    anywhere = torch.tensor([here])
+    anywhere = torch.tensor([here], device=tensors[0].device)  # a group may reach no other
     group.allreduce(anywhere, ReduceOp.MAX)
     if not anywhere:
         return tensors

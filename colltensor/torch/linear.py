@@ -216,7 +216,7 @@ class Send:
     def __call__(self, tensors: Tensors) -> Tensors:
         """Run it: see LinearMap."""
         self.group.send(tensors[0].contiguous(), self.peer)
-        return [torch.zeros((), dtype=self.dtype)]
+        return [torch.zeros((), dtype=self.dtype, device=tensors[0].device)]
 
     def adjoint(self) -> LinearMap:
         """Return a receive: x has the gradient g_peer."""
@@ -225,7 +225,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Recv:
-    """y = x_peer; takes a scalar that does not matter."""
+    """y = x_peer; takes a scalar on the device of the result, whose value does not matter."""
 
     group: Group
     peer: int
@@ -234,7 +234,7 @@ class Recv:
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """Run it: see LinearMap."""
-        result = torch.empty(self.shape, dtype=self.dtype)
+        result = torch.empty(self.shape, dtype=self.dtype, device=tensors[0].device)
         self.group.recv(result, self.peer)
         return [result]
 

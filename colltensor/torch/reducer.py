@@ -212,11 +212,13 @@ class Reducer:
         """Give parameters without a gradient here the one of the other ranks, where there is one."""
         presence = self._buckets[-1].tail
         if presence is None:
-            presence = torch.empty(len(self._members), dtype=torch.uint8)
+            # Beside the gradients, because a group may reach no other device.
+            presence = torch.empty(len(self._members), dtype=torch.uint8, device=self._members[0].device)
             self._write_presence(presence)
             self._group.allreduce(presence, ReduceOp.MAX)
+        found = presence.tolist() if self._missing else []  # one copy from a device, not one for each parameter
         for bucket, member in self._missing:
-            if presence[member.number] != 0:
+            if found[member.number] != 0:
                 bucket.adopt(member)
 
     def _note_sums(self) -> None:
@@ -227,9 +229,9 @@ class Reducer:
 
     def _learn(self, learned: list[int]) -> None:
         """Arrange the buckets anew, in the order that rank 0 saw."""
-        order = torch.tensor([*dict.fromkeys([*learned, *range(len(self._members) - 1, -1, -1)])])
-        self._group.broadcast(order, 0)
-        self._arrange([self._members[number] for number in order.tolist()])
+        order = [*dict.fromkeys([*learned, *range(len(self._members) - 1, -1, -1)])]
+        # As an object, because a group may reach no host memory.
+        self._arrange([self._members[number] for number in self._group.broadcast_object(order, 0)])
         for bucket in self._buckets:
             counts = [learned.count(member.number) for member in bucket.members]
             bucket.expected = bucket.waiting = sum(max(1, count) for count in counts)

@@ -263,6 +263,34 @@ def checkpointed(rank: int, world_size: int, overlap: bool | str, reentrant: boo
             assert_close(gradients(model), expected)
 
 
+def only_gradients(rank: int, world_size: int, options: dict[str, Any]) -> None:
+    """What the group is given as tensors, once the module is there: a group may reach no other device than theirs."""
+    torch = torch_of()
+    group = group_of(world_size, "shm")
+    expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+    model = mlp(torch)
+    with torch.col.sync_gradients(model, group, **options):
+        dtypes = set()
+        originals = {name: getattr(group, name) for name in ("allreduce", "broadcast")}
+        for name, original in originals.items():
+            setattr(group, name, lambda tensor, *rest, f=original, **more: (dtypes.add(tensor.dtype),
+                                                                            f(tensor, *rest, **more))[1])
+        try:
+            for _ in range(3):
+                model.zero_grad()
+                model(part(torch, rank)).square().mean().backward()
+                assert_close(gradients(model), expected)
+        finally:
+            for name in originals:
+                delattr(group, name)
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("overlap", [False, "worker"])
+def test_the_order_is_no_tensor_of_the_groups(pool: RankPool, overlap: bool | str) -> None:
+    pool.run(2, only_gradients, {"overlap": overlap})
+
+
 @pytest.mark.parametrize("overlap", [False, "worker"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(pool: RankPool, overlap: bool | str, reentrant: bool) -> None:
