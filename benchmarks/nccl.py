@@ -8,7 +8,9 @@ of its own where there are two, else both on the first one, which needs libnccl 
 until the device is done, over several calls. The libraries alternate in rounds, after a warm-up; the table has
 medians, and says of each target whether it holds. With 2 ranks bus bandwidth is algorithm bandwidth (2 (n-1)/n = 1).
 
-Exits with 1 where a target does not hold. Needs torch for CUDA, and CuPy; not Ray.
+Two ranks on one device take turns on it, some milliseconds each, and a large call takes seconds: there
+``--large-rounds 3 --large-calls 1`` will do. Exits with 1 where a target does not hold. Needs torch for CUDA, and CuPy;
+not Ray.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -162,16 +165,17 @@ def versions() -> tuple[list[str], int, int]:
 
     if not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} sees no CUDA device, and without one there is nothing to measure")
-    theirs, ours = torch.cuda.nccl.version(), nccl.get_version()
+    ours = nccl.get_version()
     card = f"{torch.cuda.get_device_name(0)}, {torch.cuda.device_count()} devices"
     lines = [
         f"{card}; driver for CUDA {runtime.driverGetVersion()}",
         f"torch {torch.__version__}, CuPy {cupy.__version__}, Python {sys.version.split()[0]}",
-        f"libnccl: {ours} as CuPy has it, {'.'.join(map(str, theirs))} as torch has it",
     ]
-    major, minor, patch = theirs[:3]
-    if major * 10000 + minor * 100 + patch != ours:
-        lines.append("The versions of NCCL differ: the ratios compare NCCL too.")
+    # Not torch.cuda.nccl.version(), which is that of the header that torch was built with.
+    loaded = sorted(set(re.findall(r"\S+/libnccl\.so\S*", Path("/proc/self/maps").read_text())))
+    lines.append(f"libnccl: {ours} as CuPy has it; loaded: {', '.join(loaded)}")
+    if len(loaded) != 1:
+        lines.append("CuPy and torch do not have one libnccl: the ratios compare NCCL too.")
     return lines, torch.cuda.device_count(), ours
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_arrays import REFUSED, DeviceSample, Refused, expected_of, library_for, supports
+from gpu_streams import shared_group
 from oracle import DTYPES, FLOATS, REDUCIBLE, Array, numpy_dtype, ops_of, reduced
-from pool import group_of
 from samples import EMPTY, LAYOUTS, SCALARS, Layout, dense
 from test_moves import OPERATIONS, Mover
 from worlds import Report
@@ -263,7 +263,7 @@ CASES: dict[str, Callable[[Any, Report, tuple[str, ...]], None]] = {
 
 def run(rank: int, world_size: int, name: str, libraries: tuple[str, ...]) -> dict[str, str]:
     """Run one set of cases in a rank of the pool, its tensors on streams that are current there by default."""
-    group = group_of(world_size, "nccl")
+    group = shared_group(world_size)
     report = Report(group)
     CASES[name](group, report, libraries)
     return report.done()

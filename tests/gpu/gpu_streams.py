@@ -1,4 +1,4 @@
-"""What a test of streams needs: a long kernel, the current stream, and events on it, by library."""
+"""What tests on a device share: the ranks' group; a long kernel, the current stream and events on it, by library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import functools
 import importlib
 from typing import Any
 
+from pool import group_of
+
 COUNT = 1 << 20
+PATIENCE_S = 60.0
+"""The timeout of groups that are not to fail: a rank may be new, and import, load and compile while the others wait."""
 
 _SPIN = r"""
 extern "C" __global__ void spin(long long nanoseconds) {
@@ -16,6 +20,22 @@ extern "C" __global__ void spin(long long nanoseconds) {
     do { asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); } while (now - start < nanoseconds);
 }
 """
+
+
+def shared_group(world_size: int, backend: str = "nccl") -> Any:
+    """Return the group of ranks 0 to ``world_size - 1`` that tests share; see ``group_of``."""
+    return group_of(world_size, backend, timeout_s=PATIENCE_S)
+
+
+def warm_up(rank: int, world_size: int, libraries: tuple[str, ...]) -> None:
+    """Load what takes long to load: libraries, kernels, XLA."""
+    for name in libraries:
+        if name == "jax":
+            jax = importlib.import_module("jax")
+            jax.jit(lambda x: x @ x)(jax.numpy.ones((64, 64))).block_until_ready()
+        else:
+            with Queue(name) as queue:
+                queue.sleep(0.0)
 
 
 @functools.lru_cache(maxsize=1)

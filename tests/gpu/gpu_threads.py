@@ -7,6 +7,7 @@ each other, so that JAX, which is told of no other, is not among the libraries h
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import threading
 import time
@@ -68,12 +69,17 @@ def run(size: int, folder: Path, function: Callable[[Any], Any], timeout_s: floa
 
 
 def run_cases(rank: int, world_size: int, size: int, name: str, libraries: tuple[str, ...], folder: str) -> list[Any]:
-    """Run one set of cases in threads of this one process, first alone, so that no kernel is compiled later on."""
+    """Run one set of cases in threads of this one process.
 
-    def cases(group: Any) -> dict[str, str]:
+    First one rank alone as each of the libraries, so that no kernel is compiled while another rank's waits.
+    """
+
+    def cases(group: Any, order: tuple[str, ...] = libraries) -> dict[str, str]:
         report = Report(group)
-        CASES[name](group, report, libraries)
+        CASES[name](group, report, order)
         return report.done()
 
-    run(1, Path(folder) / "alone", cases)
+    for place in range(len(libraries)):
+        order = libraries[place:] + libraries[:place]
+        run(1, Path(folder) / f"alone-{place}", functools.partial(cases, order=order))
     return run(size, Path(folder) / "together", cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import time
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_streams import Queue
-from pool import RankPool, group_of
+from gpu_streams import Queue, shared_group
+from pool import RankPool
 
 import colltensor as col
 
@@ -21,7 +22,10 @@ LIMIT_S = 30.0
 
 
 def own_group(rank: int, folder: str, *, check: bool = False, timeout_s: float = TIMEOUT_S) -> Any:
-    """Return a group that may break."""
+    """Return a group that may break, and soon: made once both ranks are there, of which one may be new, and warm."""
+    shared = shared_group(2)
+    shared.allreduce(importlib.import_module("cupy").ones(1, "float32"))
+    shared.barrier()
     return col.init_collective_group(
         2, rank, "nccl", "failing", timeout_s=timeout_s, init_method=f"file://{folder}", check=check
     )
@@ -229,7 +233,7 @@ def test_a_rank_that_leaves_at_once_harms_nobody(pair: RankPool, library: str, t
 
 def both_ways(rank: int, world_size: int, library: str) -> None:
     """``auto`` sends each tensor its own way, whatever went before."""
-    group = group_of(2, "auto")
+    group = shared_group(2, "auto")
     with Queue(library) as queue:
         for turn in range(3):
             host, tensor = np.full(100, 1.0 + rank + turn), queue.full(1.0 + rank + turn)

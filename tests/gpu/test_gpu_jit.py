@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_streams import Queue
-from pool import RankPool, group_of
+from gpu_streams import Queue, shared_group
+from pool import RankPool
 from test_gpu_failures import LIMIT_S, TIMEOUT_S, own_group, runs_on
 from worlds import Report
 
@@ -21,6 +21,11 @@ import colltensor as col
 pytestmark = pytest.mark.needs("jax")
 
 DTYPES = ("float32", "float64", "int32", "uint8", "bool", "complex64", "bfloat16", "float16")
+SHAPES = ((7,), (300_007,))
+SHAPES_OF = {"float32": (*SHAPES, (3, 5), (), (0,))}
+"""More for one type: each case compiles two computations."""
+PRODUCTS = 4000
+"""As in test_gpu_streams."""
 LATE_S = 2.0
 TURNS = 20
 
@@ -32,6 +37,14 @@ def _jax() -> tuple[Any, Any, Any]:
     return jax, jax.numpy, importlib.import_module("colltensor.jax")
 
 
+def own_jitted_group(rank: int, folder: str, **options: Any) -> Any:
+    """Return a group that may break, once both ranks have called a jitted collective: a new one compiles for long."""
+    jax, jnp, cj = _jax()
+    group = shared_group(2)
+    jax.jit(lambda a: cj.allreduce(a, group))(jnp.ones(1 << 20)).block_until_ready()
+    return own_group(rank, folder, **options)
+
+
 def _values(rank: int, shape: tuple[int, ...], dtype: str = "float32") -> Any:
     numbers = np.arange(int(np.prod(shape))).reshape(shape) % 5 + rank + 1
     return numbers.astype(np.dtype(getattr(importlib.import_module("ml_dtypes"), dtype, dtype)))
@@ -41,16 +54,16 @@ def _slow(jax: Any, jnp: Any) -> tuple[Any, Any]:
     """Return a function that takes long on a device and whose result is 0, and its operand."""
     matrix = jnp.full((2048, 2048), 1 / 2048, jnp.float32)
     columns = jnp.ones((2048, 256), jnp.float32)
-    return lambda a: 0 * jax.lax.fori_loop(0, 400, lambda _, y: matrix @ y, a)[0, 0], columns
+    return lambda a: 0 * jax.lax.fori_loop(0, PRODUCTS, lambda _, y: matrix @ y, a)[0, 0], columns
 
 
 def every_collective(rank: int, size: int) -> dict[str, str]:
-    group = group_of(size, "nccl")
+    group = shared_group(size)
     jax, jnp, cj = _jax()
     report = Report(group)
     to, of = (rank + 1) % size, (rank - 1) % size
     for dtype in DTYPES:
-        for shape in ((7,), (3, 5), (), (0,), (300_007,)):
+        for shape in SHAPES_OF.get(dtype, SHAPES):
             everyone = [_values(other, shape, dtype) for other in range(size)]
             lists = [_values(other, (size, *shape), dtype) for other in range(size)]
             total, sums = (np.any(everyone, 0), np.any(lists, 0)) if dtype == "bool" else (sum(everyone), sum(lists))
@@ -89,7 +102,7 @@ def test_every_collective(gpu_pool: RankPool, size: int) -> None:
 
 
 def transformations(rank: int, size: int) -> dict[str, str]:
-    group = group_of(size, "nccl")
+    group = shared_group(size)
     jax, jnp, cj = _jax()
     report = Report(group)
     everyone = [_values(other, (4, 3), "float64") for other in range(size)]
@@ -129,7 +142,7 @@ def test_loops_and_derivatives(gpu_pool: RankPool, size: int) -> None:
 
 def host_goes_on(rank: int, size: int) -> None:
     """Rank 1 comes late: rank 0's target returns at once, while its result is not ready."""
-    group = group_of(2, "nccl")
+    group = shared_group(2)
     jax, jnp, cj = _jax()
     targets = importlib.import_module("colltensor.jax._targets")
     step = jax.jit(lambda a: cj.allreduce(2 * a, group) + 1)
@@ -166,7 +179,7 @@ def test_the_host_goes_on(pair: RankPool) -> None:
 
 def counted(rank: int, size: int) -> None:
     """XLA calls the target for every turn of a loop and every run: no CUDA graph has taken it in."""
-    group = group_of(size, "nccl")
+    group = shared_group(size)
     jax, jnp, cj = _jax()
     targets = importlib.import_module("colltensor.jax._targets")
     step = jax.jit(lambda a: jax.lax.fori_loop(0, TURNS, lambda _, b: cj.allreduce(b + 1, group) / size, a))
@@ -186,7 +199,7 @@ def test_each_call_is_made(gpu_pool: RankPool, size: int) -> None:
 
 def among_eager_ranks(rank: int, size: int) -> None:
     """Rank 0 is jitted and its first operand takes long; the others call eagerly, with arrays of one shape."""
-    group = group_of(size, "nccl")
+    group = shared_group(size)
     jax, jnp, cj = _jax()
     slow, columns = _slow(jax, jnp)
     numbers = [float(k + 1) for k in range(6)]
@@ -209,7 +222,7 @@ def test_order_among_eager_ranks(gpu_pool: RankPool, size: int) -> None:
 
 def one_after_the_other(rank: int, size: int, library: str) -> None:
     """Computations that take long and that do not, and eager calls on another library's stream, none waited for."""
-    group = group_of(size, "nccl")
+    group = shared_group(size)
     jax, jnp, cj = _jax()
     slow, columns = _slow(jax, jnp)
 
@@ -237,7 +250,7 @@ def test_order_of_computations_and_eager_calls(gpu_pool: RankPool, size: int, li
 
 
 def donated(rank: int, size: int) -> None:
-    group = group_of(size, "nccl")
+    group = shared_group(size)
     jax, jnp, cj = _jax()
     for function in (lambda a: cj.allreduce(a, group), cj.ordered(lambda a: cj.allreduce(a, group))):
         x = (jnp.zeros(1 << 20, "float32") + rank).block_until_ready()
@@ -254,7 +267,7 @@ def test_a_donated_argument_keeps_its_memory(gpu_pool: RankPool, size: int) -> N
 
 def memory_in_flight(rank: int, size: int) -> None:
     """What XLA frees behind a call that waits is not given to a computation whose values the call would then send."""
-    group = group_of(2, "nccl")
+    group = shared_group(2)
     jax, jnp, cj = _jax()
     step = jax.jit(lambda a: cj.allreduce(2 * a, group)[0])
     fill = jax.jit(lambda value: jnp.full(1 << 22, value))
@@ -274,7 +287,7 @@ def test_xla_does_not_reuse_memory_in_flight(pair: RankPool) -> None:
 
 def absent(rank: int, size: int, folder: str) -> Any:
     jax, jnp, cj = _jax()
-    group = own_group(rank, folder)
+    group = own_jitted_group(rank, folder)
     step = jax.jit(lambda a: cj.allreduce(a, group))
     assert float(step(jnp.ones(1 << 20))[0]) == 2
     group.barrier()
@@ -305,7 +318,7 @@ def test_a_rank_that_does_not_come(pair: RankPool, tmp_path: Path) -> None:
 
 def killed(rank: int, size: int, folder: str) -> Any:
     jax, jnp, cj = _jax()
-    group = own_group(rank, folder, timeout_s=LIMIT_S)
+    group = own_jitted_group(rank, folder, timeout_s=LIMIT_S)
     step = jax.jit(lambda a: cj.allreduce(a, group))
     assert float(step(jnp.ones(1 << 20))[0]) == 2
     group.barrier()
@@ -328,7 +341,7 @@ def test_a_rank_that_is_killed(pair: RankPool, tmp_path: Path) -> None:
 
 def disagree(rank: int, size: int, folder: str) -> None:
     jax, jnp, cj = _jax()
-    group = own_group(rank, folder, check=True)
+    group = own_jitted_group(rank, folder, check=True)
     step = jax.jit(lambda a: cj.allreduce(a, group))
     for _ in range(2):
         assert float(step(jnp.ones(4))[0]) == 2

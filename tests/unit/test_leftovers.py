@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -65,6 +66,19 @@ def test_folder_and_file_are_seen(tmp_path: Path) -> None:
     (tmp_path / "left").mkdir()
     (tmp_path / "pytest-of-somebody").mkdir()
     assert Leftovers.since(before) == [str(tmp_path / "left")]
+
+
+def test_the_folder_of_the_gpu_tests_is_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pool is made on a GPU only, where a complaint about its folder would come after the last test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = importlib.util.spec_from_file_location("gpu_conftest", Path(__file__).parents[1] / "gpu" / "conftest.py")
+    assert found is not None
+    assert found.loader is not None
+    conftest = importlib.util.module_from_spec(found)
+    found.loader.exec_module(conftest)
+    before = Leftovers.now(tmp_path)
+    conftest.GpuPool.below(tmp_path)
+    assert Leftovers.since(before) == []
 
 
 def test_segment_of_ours_is_seen(tmp_path: Path) -> None:
