@@ -22,7 +22,7 @@ from colltensor.adapters import add_adapter
 from colltensor.adapters._numpy_dtypes import host_dtype
 from colltensor.backends.base import DIRECT
 from colltensor.backends.shm import library
-from colltensor.errors import BackendUnavailableError
+from colltensor.errors import BackendUnavailableError, CollectiveError
 from colltensor.group import Group
 from colltensor.jax import _device
 from colltensor.jax._device import DeviceBuffer
@@ -76,8 +76,17 @@ def queue(
 
     The memory is XLA's, which gives it to others in the order of this stream. Where the operand and the result are one
     array, as the lowering says, they have one address.
+
+    Raises:
+        CollectiveError: The call cannot be queued, or they have not: then the result would be of other elements.
     """
     group, name, kind = group_of(number), _NAMES[operation], _DTYPES[dtype]
+    in_place = name in ("allreduce", "reduce", "broadcast") or (name == "transfer" and (root < 0 or source < 0))
+    if in_place and given_nbytes and given_address != result_address:
+        raise CollectiveError(
+            f"{name}: XLA gave the operand and the result of a call in place memory of their own: colltensor and this "
+            "version of JAX do not fit each other; call it outside of jax.jit"
+        )
     given = DeviceBuffer(given_address, given_nbytes // kind.itemsize, kind, device, stream)
     result = DeviceBuffer(result_address, result_nbytes // kind.itemsize, kind, device, stream)
     with inside(group, name), _device.on(stream):

@@ -461,6 +461,20 @@ class TestTargetFailures:
 
         ranks.values(2, run, backend="shm")
 
+    def test_an_operand_apart_from_its_result(self, ranks: World) -> None:
+        """The result would be of whatever is in its memory; the group goes on."""
+
+        def run(group: Group) -> Any:
+            rank = Rank(group, ranks.machine)
+            memory = rank.write(given(group.rank))
+            with pytest.raises(col.CollectiveError, match="do not fit each other"):
+                rank.call("allreduce", memory, np.zeros_like(memory), op=SUM)
+            rank.call("allreduce", memory, memory, op=SUM)
+            return rank.read(memory)
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, given(0) + given(1))
+
     def test_a_group_that_is_gone(self, ranks: World) -> None:
         def run(group: Group) -> None:
             rank = Rank(group, ranks.machine)
