@@ -55,6 +55,8 @@ class Machine:
         self.calls: list[tuple[int, tuple[str, ...]]] = []
         """What was queued: the communicator's rank, and the names of the calls of one group."""
         self.refuses: BaseException | None = None
+        self.broken: RuntimeError | None = None
+        """What is said from now on of every event that is not done."""
         self.captured: set[int] = set()
         """Streams that are captured into a graph."""
         self.kept: list[np.ndarray] = []
@@ -255,6 +257,8 @@ class Driver:
         self.machine = machine
         self._local = threading.local()
         self.made: list[Communicator] = []
+        self.apart: list[str] = []
+        """Threads that mind no other thread's captures."""
         self.refuses: BaseException | None = None
 
     def unique_id(self) -> bytes:
@@ -349,6 +353,13 @@ class Driver:
     def done(self, event: int) -> bool:
         with self.machine.lock:
             return self.machine.reached[event] >= self.machine.events[event]
+
+    def mind_own_captures(self) -> None:
+        self.apart.append(threading.current_thread().name)
+
+    def check(self, event: int) -> None:
+        if self.machine.broken is not None:
+            raise self.machine.broken
 
     def free(self, streams: list[int], events: list[int]) -> None:
         pass

@@ -37,7 +37,7 @@ ENVIRONMENT = {
 """Several ranks on one device; JAX leaves memory to the others; no kernel is loaded while another rank's waits."""
 _SIZES = {"1_rank": 1, "2_ranks": 2, "4_ranks": 4}
 _RUN_S = 180.0
-_WARM_UP_S = 400.0
+_WARM_UP_S = 250.0
 _LOG_TAIL = 3000
 
 

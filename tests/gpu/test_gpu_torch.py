@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import time
 from typing import Any
 
 import pytest
 from gpu_streams import Queue, shared_group
 from pool import RankPool
+
+import colltensor as col
 
 pytestmark = pytest.mark.needs("torch")
 
@@ -80,6 +83,42 @@ def missing(rank: int, world_size: int, bucket_nbytes: int) -> None:
 @pytest.mark.parametrize("bucket_nbytes", [1, 1 << 20])
 def test_a_gradient_that_one_rank_lacks(pair: RankPool, bucket_nbytes: int) -> None:
     pair.run(2, missing, bucket_nbytes)
+
+
+def beside_a_capture(rank: int, world_size: int) -> None:
+    """A call under way does not disturb the capture of another stream, and a call inside one is refused."""
+    torch, _ = _torch()
+    group = shared_group(world_size)
+    with Queue("torch") as queue, Queue("torch") as other:
+        x, tensor = other.full(1.0), queue.full(1.0)
+        with queue.current():
+            group.allreduce(tensor, async_op=True).wait()
+            queue.synchronize()
+        other.synchronize()
+        group.barrier()
+        if rank == 1:
+            with queue.current():
+                queue.sleep(2.0)
+        with queue.current():
+            work = group.allreduce(tensor, async_op=True)
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        y = x * 2
+        with pytest.raises(col.DeviceError, match="CUDA graph"):
+            group.allreduce(y)
+        time.sleep(0.5)  # the watcher asks ten times
+        graph.capture_end()
+        if rank == 0:
+            assert not work.done()
+        graph.replay()
+        assert other.read(y) == {2.0}
+        with queue.current():
+            work.wait()
+            assert queue.read(tensor) == {4.0}
+
+
+def test_a_capture_goes_on_beside_a_call(pair: RankPool) -> None:
+    pair.run(2, beside_a_capture)
 
 
 def differentiated(rank: int, world_size: int) -> None:

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,13 +140,28 @@ class TestWithCupy:
 class TestDriver:
     """What CuPy says, as the backend understands it."""
 
+    @pytest.fixture
+    def driver(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not importlib.import_module("cupy.cuda.nccl").available:
+                pytest.skip("CuPy finds no libnccl: pip install nvidia-nccl-cu13")
+        return importlib.import_module("colltensor.backends.nccl.driver").CupyDriver()
+
     @pytest.mark.needs("cupy")
-    @pytest.mark.filterwarnings("ignore:.*nccl library could not be loaded")
-    def test_a_communicator_in_progress_has_no_error(self) -> None:
+    def test_an_error_that_stays_is_raised(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        runtime = importlib.import_module("cupy.cuda.runtime")
+        for status in (0, 600, 900):  # done, not ready, not while another thread captures
+            monkeypatch.setattr(runtime, "eventQuery", lambda event, status=status: status)
+            driver.check(1)
+        monkeypatch.setattr(runtime, "eventQuery", lambda event: 700)
+        with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
+            driver.check(1)
+        assert driver.done(1) is False
+
+    @pytest.mark.needs("cupy")
+    def test_a_communicator_in_progress_has_no_error(self, driver: Any) -> None:
         nccl = importlib.import_module("cupy.cuda.nccl")
-        if not nccl.available:
-            pytest.skip("CuPy finds no libnccl: pip install nvidia-nccl-cu13")
-        driver = importlib.import_module("colltensor.backends.nccl.driver").CupyDriver()
 
         class Communicator:
             def __init__(self, error: Exception | None) -> None:

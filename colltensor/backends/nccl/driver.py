@@ -7,6 +7,7 @@ Imports cupy, and nothing else of the backend. Streams and events are what CUDA 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,13 @@ from cupy.cuda import nccl, runtime
 
 from colltensor.types import UINT8
 from colltensor.view import BufferView
+
+_NOT_READY: Final = 600
+"""``cudaErrorNotReady``."""
+_CAPTURE_ERRORS: Final = range(900, 909)
+"""``cudaErrorStreamCapture...``: what a capture forbids, and what does not last."""
+_THREAD_LOCAL: Final = 1
+"""``CU_STREAM_CAPTURE_MODE_THREAD_LOCAL``."""
 
 
 class CupyDriver:
@@ -94,6 +102,25 @@ class CupyDriver:
     def done(self, event: int) -> bool:
         """Return whether the work that ``event`` stands for is done."""
         return bool(runtime.eventQuery(event) == 0)
+
+    def check(self, event: int) -> None:
+        """Raise the error that the device reports when it is asked for an event: one that stays, of whatever kernel.
+
+        Raises:
+            CUDARuntimeError: A RuntimeError of CuPy's.
+        """
+        status = runtime.eventQuery(event)
+        if status not in (0, _NOT_READY, *_CAPTURE_ERRORS):
+            raise runtime.CUDARuntimeError(status)
+
+    def mind_own_captures(self) -> None:
+        """Let this thread ask for events while another one captures a stream into a CUDA graph.
+
+        Otherwise the question ends a capture in the mode that is CUDA's default, and torch's, without an answer
+        (cuThreadExchangeStreamCaptureMode). CuPy 14 has no name for it.
+        """
+        mode = ctypes.c_int(_THREAD_LOCAL)
+        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
     def free(self, streams: list[int], events: list[int]) -> None:
         """Free streams and events of the current device; CUDA does it once their work is done."""

@@ -191,6 +191,16 @@ class Lanes:
         with self._lock:
             return flight.landed or bool(self._driver.done(flight.began))
 
+    def enter_watcher(self) -> None:
+        """Prepare the thread that watches flights."""
+        self._driver.mind_own_captures()
+
+    def check(self, flight: QueuedFlight) -> None:
+        """Raise the driver's RuntimeError if the device has failed, after which no flight is ever done."""
+        with self._lock:
+            if not flight.landed:
+                self._driver.check(flight.ended)
+
     def close(self) -> None:
         """Free streams and events."""
         with self._lock:

@@ -137,6 +137,7 @@ class Watcher:
         return undone
 
     def _watch(self) -> None:
+        self._lanes.enter_watcher()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._flights or self._closed)
@@ -165,6 +166,7 @@ class Watcher:
             if not self._flights:
                 return None
             flight = self._flights[0]
+        self._lanes.check(flight)
         cause = self._errors()
         if cause is not None:
             return self._diagnose(flight, cause)
