@@ -17,7 +17,7 @@ from pool import RankPool
 
 import colltensor as col
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0
 LIMIT_S = 30.0
 
 

@@ -160,6 +160,20 @@ class TestDriver:
         assert driver.done(1) is False
 
     @pytest.mark.needs("cupy")
+    def test_the_default_stream_beside_a_capture(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        runtime = importlib.import_module("cupy.cuda.runtime")
+        status = 906  # cudaErrorStreamCaptureImplicit
+
+        def refuse(stream: int) -> bool:
+            raise runtime.CUDARuntimeError(status)
+
+        monkeypatch.setattr(runtime, "streamIsCapturing", refuse)
+        assert driver.capturing(1) is True
+        status = 700
+        with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
+            driver.capturing(1)
+
+    @pytest.mark.needs("cupy")
     def test_a_communicator_in_progress_has_no_error(self, driver: Any) -> None:
         nccl = importlib.import_module("cupy.cuda.nccl")
 

@@ -83,8 +83,16 @@ class CupyDriver:
         return stream
 
     def capturing(self, stream: int) -> bool:
-        """Return whether what is queued on a stream goes into a CUDA graph."""
-        return bool(runtime.streamIsCapturing(stream))
+        """Return whether what is queued on a stream goes into a CUDA graph, or would end a capture.
+
+        The latter is so of the legacy default stream while another one that synchronises with it is captured.
+        """
+        try:
+            return bool(runtime.streamIsCapturing(stream))
+        except runtime.CUDARuntimeError as error:
+            if error.status in _CAPTURE_ERRORS:
+                return True
+            raise
 
     def new_event(self) -> int:
         """Return a new event of the current device, without a clock."""
