@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from colltensor import tree
-from colltensor.adapters import adapter_of, memory_of
+from colltensor.adapters import adapter_of, host_memory
 from colltensor.buffers import FUSE_BELOW_NBYTES, plan, refuse_overlaps
 from colltensor.errors import (
     DeviceError,
@@ -26,7 +26,7 @@ from colltensor.errors import (
 )
 from colltensor.group import Group
 from colltensor.table import find_group
-from colltensor.types import Device, DType, ReduceOp
+from colltensor.types import CPU, Device, DType, ReduceOp
 from colltensor.view import BufferView
 
 BUCKET_NBYTES: Final = 25 << 20
@@ -69,7 +69,7 @@ class Synchronizer:
     Leaves may be new tensors in each step, of another framework or in another layout; their paths, shapes and data
     types stay. Small leaves of one type share a bucket, which is copied into and out of and is the same memory in
     every step; large ones are reduced where they are. Ranks may bring different frameworks. One thread at a time syncs:
-    the buckets are shared.
+    the buckets are shared. On a GPU nothing is kept: a bucket's leaves are packed by the call, on their own streams.
 
     Attributes:
         group: The group.
@@ -112,7 +112,10 @@ class Synchronizer:
 
     @property
     def buckets(self) -> tuple[BufferView, ...]:
-        """The views of the flat buckets; leaves that travel by themselves have none, unless they are strided."""
+        """The views of the flat buckets; leaves that travel by themselves have none, unless they are strided.
+
+        None for leaves on a device: there each call packs them, into memory of CuPy's pool.
+        """
         return tuple(bucket.flat for bucket in self._buckets if bucket.flat is not None)
 
     def sync(self, gradients: Any) -> Any:
@@ -231,9 +234,10 @@ class _Bucket:
 
     def __init__(self, members: Sequence[tuple[int, _Leaf]], device: Device | None) -> None:
         self._members = members
-        self._memory = memory_of("cpu" if device is None else device.type)
+        self._memory = host_memory()
+        self._on_host = device is None or device == CPU
         self.flat: BufferView | None = None
-        if len(members) > 1:
+        if len(members) > 1 and self._on_host:
             self._allocate()
 
     def _allocate(self) -> None:
@@ -252,6 +256,8 @@ class _Bucket:
 
     def reduce(self, group: Group, op: ReduceOp, tensors: list[Any], views: Sequence[BufferView]) -> bool:
         """Reduce the members among ``tensors``; returns True where a new tensor took the place of one."""
+        if not self._on_host:
+            return self._reduce_on_device(group, op, tensors)
         if len(self._members) == 1:
             index = self._members[0][0]
             if views[index].strides is None:
@@ -266,6 +272,14 @@ class _Bucket:
                 self._memory.copy(slot, views[index])
         group.allreduce(self._tensor, op)
         return self._store(tensors, views)
+
+    def _reduce_on_device(self, group: Group, op: ReduceOp, tensors: list[Any]) -> bool:
+        """Leave it to the group, which packs the members on the streams on which their frameworks order their work."""
+        given = [tensors[index] for index, _ in self._members]
+        results = group.allreduce(given, op)
+        for (index, _), result in zip(self._members, results, strict=True):
+            tensors[index] = result
+        return any(result is not tensor for result, tensor in zip(results, given, strict=True))
 
     def _store(self, tensors: list[Any], views: Sequence[BufferView]) -> bool:
         replaced = False

@@ -71,11 +71,15 @@ class Memory(Protocol):
     def copy(self, target: BufferView, source: BufferView) -> None:
         """Copy elements in row-major order between views of one count and dtype, any layouts."""
 
-    def array(self, view: BufferView) -> Any:
-        """Return a writable array, of the framework that has these functions, over a view that it keeps alive."""
-
     def overlap(self, first: BufferView, second: BufferView) -> bool:
         """Return True if the elements of two views share memory."""
+
+
+class HostMemory(Memory, Protocol):
+    """The memory of the host, whose elements may be written at any time: no stream orders what happens to them."""
+
+    def array(self, view: BufferView) -> Any:
+        """Return a writable array, of the framework that has these functions, over a view that it keeps alive."""
 
 
 _ADAPTERS: Final = {
@@ -160,6 +164,12 @@ def adapter_of(tensor: Any) -> Adapter:
 def memory_of(device_type: str) -> Memory:
     """Return the memory functions of a type of device (``"cpu"`` or ``"cuda"``)."""
     memory: Memory = importlib.import_module(_MEMORIES[device_type]).MEMORY
+    return memory
+
+
+def host_memory() -> HostMemory:
+    """Return the memory functions of the host."""
+    memory: HostMemory = importlib.import_module(_MEMORIES["cpu"]).MEMORY
     return memory
 
 

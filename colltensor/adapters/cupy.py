@@ -90,9 +90,6 @@ class DeviceMemory:
             to, of = device_array(target), device_array(source)
             to[...] = cp.ascontiguousarray(of).reshape(target.shape)
 
-    def array(self, view: BufferView) -> Any:
-        return device_array(view)
-
     def overlap(self, first: BufferView, second: BufferView) -> bool:
         (low, high), (other_low, other_high) = first.span(), second.span()
         return low < other_high and other_low < high

@@ -16,6 +16,7 @@ from test_moves import OPERATIONS, Mover
 from worlds import Report
 
 import colltensor as col
+from colltensor.gradients import Synchronizer
 
 SMALL, MIDDLE, LARGE = 7, 5003, (1 << 20) + 3
 
@@ -201,6 +202,24 @@ def trees(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
                     sample.check_result(found, expected, tolerance)
 
 
+def gradients(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
+    """Leaves of several libraries kept in step by a Synchronizer, two steps."""
+    counts = (5, MIDDLE, (1 << 18) + 1, 17)
+    names = [libraries[(group.rank + place) % len(libraries)] for place in range(len(counts))]
+    for average, op in ((True, "AVERAGE"), (False, "SUM")):
+        with report.case("Synchronizer", op):
+            kept = None
+            for step in range(2):
+                inputs = [[reduced("float32", count, rank, place + step) for place, count in enumerate(counts)]
+                          for rank in range(group.world_size)]
+                samples = [DeviceSample(name, "float32", dense(len(values)), values)
+                           for name, values in zip(names, inputs[group.rank], strict=True)]
+                leaves = [sample.tensor for sample in samples]
+                kept = kept or Synchronizer(leaves, group=group, average=average)
+                for place, (sample, found) in enumerate(zip(samples, kept.sync(leaves), strict=True)):
+                    sample.check_result(found, *expected_of("float32", op, [values[place] for values in inputs]))
+
+
 def one_device_forms(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
     """The ``_multigpu`` forms with the one device that each rank has here."""
     size, name = group.world_size, libraries[0]
@@ -256,7 +275,8 @@ def donations(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
 CASES: dict[str, Callable[[Any, Report, tuple[str, ...]], None]] = {
     function.__name__: function
     for function in (
-        reductions, refusals, not_numbers, moves, layouts, trees, one_device_forms, objects_and_parts, donations,
+        reductions, refusals, not_numbers, moves, layouts, trees, gradients, one_device_forms, objects_and_parts,
+        donations,
     )
 }
 

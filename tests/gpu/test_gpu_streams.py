@@ -17,6 +17,7 @@ from gpu_streams import COUNT, Queue, shared_group
 from pool import RankPool
 
 import colltensor as col
+from colltensor.gradients import Synchronizer
 
 LONG_S = 0.5
 GIB = 1 << 30
@@ -45,6 +46,30 @@ def comes_after(rank: int, world_size: int, library: str, async_op: bool) -> Non
 @pytest.mark.parametrize("async_op", [False, True])
 def test_a_call_comes_after_the_current_stream(gpu_pool: RankPool, size: int, library: str, async_op: bool) -> None:
     gpu_pool.run(size, comes_after, library, async_op)
+
+
+def gradients_come_after(rank: int, world_size: int, library: str) -> None:
+    """As above, for leaves that share a transfer and one that does not: they are packed on the current stream too."""
+    group = shared_group(world_size)
+    with Queue(library) as queue:
+        leaves = [queue.full(0.0, count) for count in (1000, COUNT, 3000)]
+        kept = Synchronizer(leaves, group=group, average=False)
+        kept.sync(leaves)  # connects and compiles
+        queue.synchronize()
+        group.barrier()
+        queue.sleep(LONG_S)
+        late = queue.mark()
+        for leaf in leaves:
+            leaf += 1.0 + rank
+        kept.sync(leaves)
+        assert not queue.passed(late), "the host waited"
+        for leaf in leaves:
+            leaf *= 2.0
+            assert queue.read(leaf) == {2.0 * sum(range(1, world_size + 1))}
+
+
+def test_gradients_come_after_the_current_stream(gpu_pool: RankPool, size: int, library: str) -> None:
+    gpu_pool.run(size, gradients_come_after, library)
 
 
 def is_waited_for(rank: int, world_size: int, library: str, async_op: bool) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device import DeviceArray
+from device import DeviceArray, FrozenArray
 from nccl_world import COUNT, World, on_device, values
 
 import colltensor as col
 from colltensor import ReduceOp
+from colltensor.gradients import Synchronizer
 from colltensor.group import Group
 
 pytestmark = pytest.mark.slow
@@ -294,3 +295,44 @@ class TestElements:
                 group.allreduce(on_device(0), ReduceOp.MAX, copy=False)
 
         ranks.values(2, run)
+
+
+class TestGradients:
+    """``colltensor.gradients`` on a device: packed, reduced and unpacked in the order of the frameworks' streams."""
+
+    COUNTS = (5, COUNT, 3, 1 << 19)
+    """The last one is too large to share a bucket."""
+
+    @pytest.mark.parametrize("kind", [DeviceArray, FrozenArray])
+    @pytest.mark.parametrize("average", [True, False])
+    def test_a_synchronizer(self, ranks: World, size: int, average: bool, kind: type) -> None:
+        def gradients(group: Group, step: int) -> list[DeviceArray]:
+            made = []
+            for place, count in enumerate(self.COUNTS):
+                leaf = kind(np.full(count, 77, np.float32))
+                if kind is DeviceArray:
+                    leaf.write(values(group.rank + place + step, count))
+                else:
+                    leaf.memory[...] = values(group.rank + place + step, count)
+                made.append(leaf)
+            return made
+
+        def run(group: Group) -> list[list[np.ndarray]]:
+            kept = Synchronizer(gradients(group, 0), group=group, average=average)
+            assert kept.buckets == ()
+            found = []
+            for step in range(2):
+                given = gradients(group, step)
+                result = kept.sync(given)
+                assert (result is given) == (kind is DeviceArray)
+                if kind is FrozenArray:  # the host has waited
+                    found.append([leaf.memory.copy() for leaf in result])
+                else:
+                    found.append([leaf.read() for leaf in result])
+            return found
+
+        for found in ranks.values(size, run):
+            for step, leaves in enumerate(found):
+                for place, (count, leaf) in enumerate(zip(self.COUNTS, leaves, strict=True)):
+                    total = sum(values(rank + place + step, count) for rank in range(size))
+                    np.testing.assert_allclose(leaf, total / size if average else total, rtol=1e-6)
