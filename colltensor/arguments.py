@@ -56,7 +56,9 @@ class Arguments:
             if len(views) > 1:
                 _refuse_devices(views)
             if len(views) > 1 or (views and views[0].strides is not None):
-                buffers.stage(self.wire(buffers).takes_strided, operation in _BYTEWISE, copy)
+                strided = self.wire(buffers).takes_strided
+                # To one rank alone nothing travels, so that nothing is packed either.
+                buffers.stage(strided, operation in _BYTEWISE, False if strided and self._world_size == 1 else copy)
         except (TensorError, OptionError) as error:
             raise type(error)(f"{operation}: {argument} (rank {self._rank}): {error}") from error
         return buffers

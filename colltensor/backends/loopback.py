@@ -143,7 +143,11 @@ def _as_array(view: BufferView) -> np.ndarray[Any, Any]:
 
 
 def _copy_on_device(target: BufferView, source: BufferView) -> None:
-    """Copy with the framework that is loaded; ready when it returns, as every result of a backend."""
+    """Copy with the framework that is loaded; ready when it returns, as every result of a backend.
+
+    The host waits for the device before it too, because this may be the group's worker thread, whose current stream
+    says nothing about the one on which the caller's tensors are ready.
+    """
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is None and cupy is None:
         raise DeviceError(
@@ -151,14 +155,16 @@ def _copy_on_device(target: BufferView, source: BufferView) -> None:
         )
     if torch is not None:
         destination, origin = _as_tensor(torch, target), _as_tensor(torch, source)
+        torch.cuda.synchronize(destination.device)
         destination.copy_(origin.reshape(destination.shape))
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(destination.device)
+        torch.cuda.synchronize(destination.device)
         return
     assert cupy is not None
-    destination, origin = cupy.from_dlpack(target.owner), cupy.from_dlpack(source.owner)
-    destination[...] = origin.reshape(destination.shape)
-    cupy.cuda.get_current_stream().synchronize()
+    with cupy.cuda.Device(target.device.index) as device:
+        destination, origin = cupy.from_dlpack(target.owner), cupy.from_dlpack(source.owner)
+        device.synchronize()
+        destination[...] = origin.reshape(destination.shape)
+        device.synchronize()
 
 
 def _as_tensor(torch: Any, view: BufferView) -> Any:

@@ -72,6 +72,31 @@ def test_gradients_come_after_the_current_stream(gpu_pool: RankPool, size: int, 
     gpu_pool.run(size, gradients_come_after, library)
 
 
+def alone(rank: int, world_size: int, library: str) -> None:
+    """A group of one rank that was not asked for NCCL: what is packed or copied is so after the current stream."""
+    group = col.init_collective_group(1, 0, group_name="alone")
+    with Queue(library) as queue:
+        tree = {"a": queue.full(0.0), "b": [queue.full(0.0), queue.full(0.0)]}
+        outputs, work_outputs = [queue.full(0.0)], [queue.full(0.0)]
+        queue.sleep(LONG_S)
+        for leaf in (tree["a"], *tree["b"]):
+            leaf += 1.0
+        assert group.allreduce(tree) is tree
+        group.broadcast(tree, async_op=True).wait()
+        group.allgather(outputs, tree["a"])
+        queue.sleep(LONG_S)
+        tree["a"] += 1.0
+        group.allgather(work_outputs, tree["a"], async_op=True).wait()
+        values = (tree["a"], 2.0), (tree["b"][0], 1.0), (tree["b"][1], 1.0), (outputs[0], 1.0), (work_outputs[0], 2.0)
+        for tensor, value in values:
+            assert queue.read(tensor) == {value}
+    group.destroy()
+
+
+def test_one_rank_alone(gpu_pool: RankPool, library: str) -> None:
+    gpu_pool.run(1, alone, library)
+
+
 def is_waited_for(rank: int, world_size: int, library: str, async_op: bool) -> None:
     """Rank 1 comes late, so that rank 0's reading is too early unless its stream waits."""
     group = shared_group(2)

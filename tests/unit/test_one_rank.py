@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,16 @@ def test_reductions_leave_the_tensor(group: col.Group) -> None:
         assert group.allreduce(tensor, op) is tensor
     assert group.reduce(tensor) is tensor
     assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_leaves_are_not_packed(group: col.Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that would be on a stream that the frameworks know nothing of."""
+    memory = importlib.import_module("colltensor.adapters").host_memory()
+    monkeypatch.setattr(type(memory), "allocate", lambda *arguments: pytest.fail("something was packed"))
+    tree = {"a": np.arange(3.0), "b": [np.arange(8.0)[::2], np.ones(2)]}
+    assert group.allreduce(tree) is tree
+    assert group.broadcast(tree, async_op=True).result() is tree
+    assert tree["b"][0].tolist() == [0.0, 2.0, 4.0, 6.0]
 
 
 def test_a_ring_of_one_shifts_to_itself(group: col.Group) -> None:
