@@ -74,11 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.timeout(600))
 
 
-def _length(item: pytest.Item) -> tuple[bool, int]:
+def _length(item: pytest.Item) -> tuple[bool, int, bool]:
     """Return what puts short tests before long ones: processes that share a device take turns on it."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     size = parameters.get("size", 2)
-    return "threads" in item.name, size if isinstance(size, int) else 0  # of a test over nothing, which is deselected
+    if not isinstance(size, int):  # a test over nothing, which is deselected
+        size = 0
+    return "threads" in item.name, size, "conformance" in item.path.name
 
 
 def no_device() -> str | None:
