@@ -30,7 +30,9 @@ def comes_after(rank: int, world_size: int, library: str, async_op: bool) -> Non
     group = shared_group(world_size)
     with Queue(library) as queue:
         tensor = queue.full(-1.0)
-        group.allreduce(queue.full(0.0))  # connects
+        found = group.allreduce(queue.full(0.0), async_op=async_op)  # connects, and makes the group's own stream
+        if async_op:
+            found.wait()
         queue.synchronize()
         group.barrier()
         queue.sleep(LONG_S)
