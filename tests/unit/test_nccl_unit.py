@@ -160,6 +160,18 @@ class TestDriver:
         assert driver.done(1) is False
 
     @pytest.mark.needs("cupy")
+    def test_a_driver_that_cannot_be_asked_ends_no_watcher(
+        self, driver: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def missing(name: str) -> None:
+            raise OSError(f"{name}: cannot open shared object file")
+
+        monkeypatch.setattr(importlib.import_module("ctypes"), "CDLL", missing)
+        with caplog.at_level("DEBUG", "colltensor"):
+            driver.mind_own_captures()
+        assert "libcuda" in caplog.text
+
+    @pytest.mark.needs("cupy")
     def test_the_default_stream_beside_a_capture(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         runtime = importlib.import_module("cupy.cuda.runtime")
         status = 906  # cudaErrorStreamCaptureImplicit
