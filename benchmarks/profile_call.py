@@ -34,6 +34,7 @@ from worlds.world import Kind, World, WorldError, started
 
 import colltensor as col
 from colltensor import dlpack
+from colltensor.backends.base import DIRECT
 from colltensor.backends.shm import library
 
 LOOP = 2000
@@ -64,9 +65,9 @@ def layers(array: np.ndarray, folder: str) -> Iterator[tuple[str, Callable[[], o
     yield "native call, no arguments, lock kept", lambda: interface()
     releasing = native.get_function("shm_interface")
     yield "native call, no arguments, lock released", lambda: releasing()
-    whole = native.shm_brief_function(NO_GROUP)
+    whole = native.shm_direct_function(NO_GROUP, 0, DIRECT["allreduce"], 0, -1, -1, True)
     whole.release_gil = False
-    yield "native call with the tensor, lock kept, no group", lambda: whole(array, 0)
+    yield "native call with the tensor, lock kept, no group", lambda: whole(array)
     alone = col.init_collective_group(1, 0, "shm", "alone", init_method=f"file://{folder}/alone")
     yield "group.allreduce(x), 1 rank in shared memory", lambda: alone.allreduce(array)
     yield "col.allreduce(x, 'alone'), 1 rank in shared memory", lambda: col.allreduce(array, "alone")

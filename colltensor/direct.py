@@ -10,55 +10,133 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from colltensor.adapters import direct, unnoted
+from colltensor.adapters import adapter_of, direct, unnoted
 from colltensor.arguments import Arguments
-from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_MISMATCH, SigningBackend
+from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_LARGE, DIRECT_MISMATCH, SigningBackend
 from colltensor.engine import Call, Engine, Transfer
 from colltensor.errors import MismatchError
 from colltensor.types import ReduceOp
 
-NO_OP: Final = 255
-NO_RANK: Final = -1
+_NO_OP: Final = 255
+_NO_RANK: Final = -1
+_NOBODY: Final = -2
+"""No rank, and not none either: a backend refuses it."""
 
-
-def never(tensor: Any) -> bool:
-    """Return False: such a tensor is never taken as it is."""
-    return False
-
-
-NOT_DIRECT: Final = (never, None)
-"""The entry of ``colltensor.adapters.direct`` for a type that it does not have."""
 
 _SENDS, _RECEIVES = 256, 512
 _NAMES: Final = tuple(DIRECT)
 
 
+def is_plain(tensor: Any) -> bool:
+    """Return True if a backend may take the tensor as it is."""
+    plain = direct.get(tensor.__class__, _NOT_DIRECT)[0]
+    return plain is None or plain(tensor)
+
+
+def note(tensor: Any) -> None:
+    """Tell the framework of a plain tensor that it was written."""
+    found = direct.get(tensor.__class__)
+    if found is None:  # another thread has just registered an adapter
+        adapter_of(tensor).written(tensor)
+    elif found[1] is not None:
+        found[1](tensor)
+
+
+def _never(tensor: Any) -> bool:
+    return False
+
+
+_NOT_DIRECT: Final = (_never, None)
+"""The entry of ``colltensor.adapters.direct`` for a type that it does not have."""
+
+
 class Direct:
-    """The direct calls of one group. ``Group`` takes the first step of an allreduce and of a barrier itself.
+    """The direct calls of one group, each a function of its own: what it needs not be told takes no time.
 
     Attributes:
         before: Called first in every call, or None.
+        barrier: The barrier.
+        allreduce, reducescatter: By reduce op.
+        reduce: By reduce op, then by root.
+        broadcast, gather, scatter: By root.
+        allgather, alltoall: Those.
+        send, recv: By the other rank.
+        sendrecv: By the rank to send to, then by the rank to receive from.
     """
 
-    def __init__(self, backend: SigningBackend, engine: Engine, arguments: Arguments, rank: int) -> None:
-        self._backend = backend
-        self._call = backend.direct
-        self._engine = engine
-        self._queue = engine.queue
-        self._arguments = arguments
-        self._rank = rank
+    def __init__(
+        self, backend: SigningBackend, engine: Engine, arguments: Arguments, rank: int, world_size: int
+    ) -> None:
         self.before: Callable[[], None] | None = None
+        self.backend = backend
+        self.engine = engine
+        self.arguments = arguments
+        self.rank = rank
+        self._world_size = world_size
+        self.renew()
 
-    def call(
-        self, operation: int, op: int, root: Any, source: Any, tensors: Sequence[Any], written: int, written_end: int
-    ) -> bool:
-        """Run an operation on tensors as they are; False if it must go the general way.
+    def renew(self) -> None:
+        """Make the functions, whose timeout is the backend's of now."""
+        self.barrier = self._one("barrier")
+        self.allreduce = [self._one("allreduce", op) for op in ReduceOp]
+        self.reduce = [self._by_rank("reduce", op) for op in ReduceOp]
+        self.broadcast = self._by_rank("broadcast")
+        self.allgather = self._one("allgather")
+        self.gather = self._by_rank("gather")
+        self.reducescatter = [self._one("reducescatter", op) for op in ReduceOp]
+        self.scatter = self._by_rank("scatter")
+        self.alltoall = self._one("alltoall")
+        self.send = self._by_rank("transfer")
+        self.recv = Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, _NO_RANK, source))
+        self.sendrecv = Ranks(
+            self._world_size,
+            lambda to: Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, to, source)),
+        )
+
+    def settle(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
+        """End a call that was begun on the backend itself and came to ``code``; see ``Group.settle``."""
+        return self._one(_NAMES[operation], op, root, source).finish(tensors, code)
+
+    def _one(self, name: str, op: int = _NO_OP, root: int = _NO_RANK, source: int = _NO_RANK) -> DirectCall:
+        return DirectCall(self, name, op, root, source)
+
+    def _by_rank(self, name: str, op: int = _NO_OP) -> Ranks:
+        return Ranks(self._world_size, lambda rank: self._one(name, op, rank))
+
+
+class Ranks(dict[int, Any]):
+    """Something for each rank of a group, made when it is first asked for; for what is no rank, what always refuses."""
+
+    def __init__(self, world_size: int, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self._world_size = world_size
+        self._make = make
+
+    def __missing__(self, rank: int) -> Any:
+        if not 0 <= rank < self._world_size:
+            return self._make(_NOBODY)
+        made = self[rank] = self._make(rank)
+        return made
+
+
+class DirectCall:
+    """One operation of one group, with its op and its ranks."""
+
+    __slots__ = ("_backend", "_call", "_engine", "_group", "_operation", "_patient", "_queue", "function")
+
+    def __init__(self, group: Direct, operation: str, op: int, root: int, source: int) -> None:
+        self._group = group
+        self._backend = group.backend
+        self._engine = group.engine
+        self._queue = group.engine.queue
+        self._operation = operation
+        self._call = op, root, source
+        self.function, self._patient = group.backend.direct(DIRECT[operation], op, root, source)
+
+    def run(self, tensors: Sequence[Any], written: int, written_end: int) -> bool:
+        """Run it on tensors as they are; False if it must go the general way.
 
         Args:
-            operation: A number of ``DIRECT``.
-            op: The reduce op, ``NO_OP`` for none.
-            root: The root, or the rank to send to; ``NO_RANK`` for none. Whatever is no rank goes the general way.
-            source: The rank to receive from; ``NO_RANK`` for none.
             tensors: All tensors of the call, in the backend's order.
             written: The first of them that is written on this rank.
             written_end: The one after the last.
@@ -66,76 +144,62 @@ class Direct:
         Raises:
             CollectiveError: As every collective.
         """
-        if self.before is not None:
-            self.before()
+        if self._group.before is not None:
+            self._group.before()
         if not self._queue.idle:
             return False
         noted = False
         for tensor in tensors:
             if tensor.__class__ not in unnoted:
                 noted = True
-                if not _is_plain(tensor):
+                if not is_plain(tensor):
                     return False
         try:
-            code = self._call(operation, op, root, source, *tensors)
+            code = self.function(*tensors)
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
-            self.failed(_NAMES[operation], error)
+            self.failed(error)
             return False
-        if code and not self.finish(operation, op, root, source, tensors, code):
+        if code and not self.finish(tensors, code):
             return False
         if noted:
             for tensor in tensors[written:written_end]:
-                note = direct[tensor.__class__][1]
-                if note is not None:
-                    note(tensor)
+                note(tensor)
         return True
 
-    def renew(self) -> None:
-        """Take the backend's function again, which has another timeout."""
-        self._call = self._backend.direct
-
-    def finish_allreduce(self, tensor: Any, op: ReduceOp, code: int) -> bool:
-        """End an allreduce that was not done at once; False if it must go the general way."""
-        return self.finish(DIRECT["allreduce"], op, NO_RANK, NO_RANK, (tensor,), code)
-
-    def finish_barrier(self, code: int) -> bool:
-        """End a barrier that was not done at once; False if it must go the general way."""
-        return self.finish(DIRECT["barrier"], NO_OP, NO_RANK, NO_RANK, (), code)
-
-    def finish(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
+    def finish(self, tensors: Sequence[Any], code: int) -> bool:
         """End a call that was not done at once; False if it must go the general way."""
-        name = _NAMES[operation]
-        self._engine.check(name)
+        self._engine.check(self._operation)
         try:
-            code = self._backend.settle(name, code, lambda: self._call(operation, op, root, source, *tensors))
+            if code == DIRECT_LARGE:
+                code = self._patient(*tensors)
+            code = self._backend.settle(self._operation, code)
         except BaseException as error:  # noqa: BLE001 - abort() raises
-            self._engine.abort(name, error)
+            self._engine.abort(self._operation, error)
         if code & 0xFF == DIRECT_MISMATCH:
-            self._explain(name, op, root, source, tensors, code)
+            self._explain(tensors, code)
         return code == DIRECT_DONE
 
-    def failed(self, name: str, error: BaseException) -> None:
+    def failed(self, error: BaseException) -> None:
         """Return if a tensor could not be exported, which the general way explains; break the group over the rest."""
         if isinstance(error, (BufferError, TypeError, ValueError)) and not self._backend.begun():
             return
-        self._engine.abort(name, error)
+        self._engine.abort(self._operation, error)
 
-    def _explain(
-        self, name: str, op: int, root: int, source: int, tensors: Sequence[Any], code: int
-    ) -> NoReturn:
+    def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
         """Raise the MismatchError of a call on which the ranks disagree, in the words of the general way."""
-        reduce_op = None if op == NO_OP else ReduceOp(op)
+        name, (op, root, source), group = self._operation, self._call, self._group
+        reduce_op = None if op == _NO_OP else ReduceOp(op)
         buffers = [
-            self._arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False) for tensor in tensors
+            group.arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False) for tensor in tensors
         ]
         deadline = time.monotonic() + self._engine.timeout_s
         try:
             if name == "transfer":
                 pairs = []
                 if code & _SENDS:
-                    pairs.append(Transfer(self._rank, root, buffers[0], _moves_nothing))
+                    pairs.append(Transfer(group.rank, root, buffers[0], _moves_nothing))
                 if code & _RECEIVES:
-                    pairs.append(Transfer(source, self._rank, buffers[-1], _moves_nothing))
+                    pairs.append(Transfer(source, group.rank, buffers[-1], _moves_nothing))
                 self._backend.explain_transfer(self._engine.signed(pairs), deadline)
             argument = buffers[0] if buffers else None
             call = Call(name, argument, reduce_op, root, True, (), _moves_nothing, (), _nothing)
@@ -146,11 +210,6 @@ class Direct:
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(name, error)
         raise AssertionError("explain() always raises")
-
-
-def _is_plain(tensor: Any) -> bool:
-    plain = direct.get(tensor.__class__, NOT_DIRECT)[0]
-    return plain is None or plain(tensor)
 
 
 def _moves_nothing(deadline: float) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from colltensor import backends
-from colltensor.adapters import direct
+from colltensor.adapters import unnoted
 from colltensor.arguments import Arguments
-from colltensor.backends.base import DIRECT, Backend, CarryingBackend, SigningBackend
+from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.devices import Devices
-from colltensor.direct import NO_OP, NO_RANK, NOT_DIRECT, Direct
+from colltensor.direct import Direct, is_plain, note
 from colltensor.engine import Engine, Transfer, verdict
 from colltensor.errors import CollectiveError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
@@ -27,8 +27,6 @@ from colltensor.recipe import Recipe
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
-
-_, _, _REDUCE, _BROADCAST, _ALLGATHER, _GATHER, _REDUCESCATTER, _SCATTER, _ALLTOALL, _TRANSFER = DIRECT.values()
 
 _log: Final = logging.getLogger(__name__)
 
@@ -111,9 +109,11 @@ class Group:
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
         self._arguments = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
-        self._direct: Any = None if signer is None else Direct(signer, self._engine, self._arguments, rank)
-        self._allreduce = None if signer is None else signer.direct_allreduce
-        self._barrier = None if signer is None else signer.direct_barrier
+        self._direct: Any = None if signer is None else Direct(
+            signer, self._engine, self._arguments, rank, world_size
+        )
+        self._allreduce = None if self._direct is None else self._direct.allreduce
+        self._barrier = None if self._direct is None else self._direct.barrier
         _log.debug("group %r (rank %d): made of %d ranks, backend %r", name, rank, world_size, self.backend)
 
     @property
@@ -145,16 +145,17 @@ class Group:
         if op.__class__ is not ReduceOp:
             op = self._arguments.op("allreduce", op)
         if self._allreduce is not None and copy is None and not async_op and self._queue.idle:
-            plain, written = direct.get(tensor.__class__, NOT_DIRECT)
-            if plain is None or plain(tensor):
+            noted = tensor.__class__ not in unnoted
+            if not noted or is_plain(tensor):
+                call = self._allreduce[op]
                 try:
-                    code = self._allreduce(tensor, op)
+                    code = call.function(tensor)
                 except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
-                    self._direct.failed("allreduce", error)
+                    call.failed(error)
                 else:
-                    if not code or self._direct.finish_allreduce(tensor, op, code):
-                        if written is not None:
-                            written(tensor)
+                    if not code or call.finish((tensor,), code):
+                        if noted:
+                            note(tensor)
                         return tensor
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         return self._engine.run(
@@ -181,7 +182,8 @@ class Group:
         """
         if (
             self._direct is not None and copy is None and not async_op and op.__class__ is ReduceOp
-            and self._direct.call(_REDUCE, op, dst_rank, NO_RANK, (tensor,), 0, dst_rank == self.rank)
+            and dst_rank.__class__ is int
+            and self._direct.reduce[op][dst_rank].run((tensor,), 0, dst_rank == self.rank)
         ):
             return tensor
         op, root = self._arguments.op("reduce", op), self._arguments.rank("reduce", "dst_rank", dst_rank)
@@ -208,8 +210,8 @@ class Group:
             ``tensor`` itself, with JAX arrays replaced by new ones where they were written.
         """
         if (
-            self._direct is not None and copy is None and not async_op
-            and self._direct.call(_BROADCAST, NO_OP, src_rank, NO_RANK, (tensor,), 0, src_rank != self.rank)
+            self._direct is not None and copy is None and not async_op and src_rank.__class__ is int
+            and self._direct.broadcast[src_rank].run((tensor,), 0, src_rank != self.rank)
         ):
             return tensor
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
@@ -237,7 +239,7 @@ class Group:
         """
         if (
             self._direct is not None and copy is None and not async_op and tensor_list.__class__ is list
-            and self._direct.call(_ALLGATHER, NO_OP, NO_RANK, NO_RANK, (*tensor_list, tensor), 0, self.world_size)
+            and self._direct.allgather.run((*tensor_list, tensor), 0, self.world_size)
         ):
             return tensor_list
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
@@ -267,9 +269,9 @@ class Group:
         Returns:
             ``tensor_list``.
         """
-        if self._direct is not None and copy is None and not async_op:
+        if self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int:
             taken = () if dst_rank != self.rank or tensor_list.__class__ is not list else tensor_list
-            if self._direct.call(_GATHER, NO_OP, dst_rank, NO_RANK, (*taken, tensor), 0, len(taken)):
+            if self._direct.gather[dst_rank].run((*taken, tensor), 0, len(taken)):
                 return tensor_list
         root = self._arguments.rank("gather", "dst_rank", dst_rank)
         source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
@@ -303,9 +305,9 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if self._direct is not None and copy is None and not async_op:
+        if self._direct is not None and copy is None and not async_op and src_rank.__class__ is int:
             given = () if src_rank != self.rank or tensor_list.__class__ is not list else tensor_list
-            if self._direct.call(_SCATTER, NO_OP, src_rank, NO_RANK, (tensor, *given), 0, 1):
+            if self._direct.scatter[src_rank].run((tensor, *given), 0, 1):
                 return tensor
         root = self._arguments.rank("scatter", "src_rank", src_rank)
         target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
@@ -341,7 +343,7 @@ class Group:
         if (
             self._direct is not None and copy is None and not async_op
             and tensor_list.__class__ is list and op.__class__ is ReduceOp
-            and self._direct.call(_REDUCESCATTER, op, NO_RANK, NO_RANK, (tensor, *tensor_list), 0, 1)
+            and self._direct.reducescatter[op].run((tensor, *tensor_list), 0, 1)
         ):
             return tensor
         op = self._arguments.op("reducescatter", op)
@@ -373,7 +375,7 @@ class Group:
         if (
             self._direct is not None and copy is None and not async_op
             and output_list.__class__ is list and input_list.__class__ is list
-            and self._direct.call(_ALLTOALL, NO_OP, NO_RANK, NO_RANK, (*output_list, *input_list), 0, self.world_size)
+            and self._direct.alltoall.run((*output_list, *input_list), 0, self.world_size)
         ):
             return output_list
         self._arguments.length("alltoall", "input_list", input_list)
@@ -396,8 +398,8 @@ class Group:
         they receive wait for each other until the timeout: use ``sendrecv``.
         """
         if (
-            self._direct is not None and copy is None and not async_op
-            and self._direct.call(_TRANSFER, NO_OP, dst_rank, NO_RANK, (tensor,), 0, 0)
+            self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int
+            and self._direct.send[dst_rank].run((tensor,), 0, 0)
         ):
             return tensor
         peer = self._arguments.peer("send", "dst_rank", dst_rank)
@@ -417,8 +419,8 @@ class Group:
             ``tensor`` itself, with JAX arrays replaced by new ones.
         """
         if (
-            self._direct is not None and copy is None and not async_op
-            and self._direct.call(_TRANSFER, NO_OP, NO_RANK, src_rank, (tensor,), 0, 1)
+            self._direct is not None and copy is None and not async_op and src_rank.__class__ is int
+            and self._direct.recv[src_rank].run((tensor,), 0, 1)
         ):
             return tensor
         peer = self._arguments.peer("recv", "src_rank", src_rank)
@@ -443,7 +445,8 @@ class Group:
         """
         if (
             self._direct is not None and copy is None and not async_op
-            and self._direct.call(_TRANSFER, NO_OP, dst_rank, src_rank, (send_tensor, recv_tensor), 1, 2)
+            and dst_rank.__class__ is int and src_rank.__class__ is int
+            and self._direct.sendrecv[dst_rank][src_rank].run((send_tensor, recv_tensor), 1, 2)
         ):
             return recv_tensor
         to, of = self._arguments.shift(dst_rank, src_rank)
@@ -464,11 +467,11 @@ class Group:
         """Return when all ranks have called."""
         if self._barrier is not None and not async_op and self._queue.idle and self._engine.device is None:
             try:
-                code = self._barrier()
+                code = self._barrier.function()
             except BaseException as error:  # noqa: BLE001 - raised on there
-                self._direct.failed("barrier", error)
+                self._barrier.failed(error)
             else:
-                if not code or self._direct.finish_barrier(code):
+                if not code or self._barrier.finish((), code):
                     return None
         if self._engine.device is not None and not async_op:
             self.synchronize()
@@ -537,7 +540,7 @@ class Group:
         self._signer.set_timeout(timeout_s)
         self._direct.renew()
         if self._allreduce is not None:
-            self._allreduce, self._barrier = self._signer.direct_allreduce, self._signer.direct_barrier
+            self._allreduce, self._barrier = self._direct.allreduce, self._direct.barrier
 
     def lost(self, rank: int) -> PeerLostError | None:
         """Ask whether ``rank`` is still there, in any thread and whatever it does; return the error if it is not."""
@@ -561,7 +564,7 @@ class Group:
         Raises:
             CollectiveError: As every collective.
         """
-        return self._direct is not None and bool(self._direct.finish(operation, op, root, source, tensors, code))
+        return self._direct is not None and bool(self._direct.settle(operation, op, root, source, tensors, code))
 
     def destroy(self) -> None:
         """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.

@@ -86,14 +86,19 @@ def _view(tensor: Any) -> BufferView:
     try:
         strides = None if tensor.is_contiguous() else tensor.stride()
         stream = None if device is CPU else _current_stream(device.index)
-        return BufferView(
-            tensor.data_ptr(), tensor.numel(), dtype, device, None, strides, False, None, tensor, stream
-        )
+        pointer, count = tensor.data_ptr(), tensor.numel()
     except RuntimeError as error:  # sparse, or inside torch.func's transforms: no address, no strides
         raise UnsupportedTensorError(
             f"the torch tensor (layout {tensor.layout}) is no plain array in memory ({error}); pass a dense tensor, "
             "tensor.to_dense(), outside torch.func's transforms"
         ) from error
+    if not pointer and count:
+        raise UnsupportedTensorError(
+            "the torch tensor has no memory: its storage was freed (resize_(0), as FSDP does with parameters that are "
+            "not gathered), or it is one of autograd's zeros; pass a tensor with memory, such as tensor.clone() of the "
+            "latter"
+        )
+    return BufferView(pointer, count, dtype, device, None, strides, False, None, tensor, stream)
 
 
 def _current_stream(index: int) -> int:

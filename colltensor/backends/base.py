@@ -287,7 +287,7 @@ class SigningBackend(Backend, Protocol):
     number: int
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Let direct calls wait so long for other ranks: ``direct`` and its siblings are other functions afterwards."""
+        """Let direct calls wait so long for other ranks: ``direct`` returns other functions afterwards."""
 
     def hold(self, deadline: float) -> None:
         """Take the turn for one call, waiting for a direct call of another thread."""
@@ -322,28 +322,19 @@ class SigningBackend(Backend, Protocol):
     def tell(self, error: CollectiveError) -> None:
         """Let ranks that wait in this backend know why the group broke; idempotent, and nothing after ``close``."""
 
-    def direct_allreduce(self, tensor: Any, op: int) -> int:
-        """Begin an allreduce of a contiguous host tensor, in place: 0 if it is done, else what ``settle`` is told.
+    def direct(self, operation: int, op: int, root: int, source: int) -> tuple[Callable[..., int], Callable[..., int]]:
+        """Return two functions that run an operation on contiguous host tensors of one count and dtype.
 
-        Raises:
-            BufferError, TypeError, ValueError: It cannot be exported; nothing has begun unless ``begun`` says so.
-        """
-
-    def direct_barrier(self) -> int:
-        """Meet all ranks: 0, or what ``settle`` is told."""
-
-    def direct(self, operation: int, op: int, root: int, source: int, *tensors: Any) -> int:
-        """Run any operation on contiguous host tensors of one count and dtype: 0, or what ``settle`` is told.
+        Both return 0, or what ``settle`` is told. The first may return ``DIRECT_LARGE``: nothing was begun, and the
+        second is to be called with the same tensors. They are given those that are written first, but for reduce,
+        broadcast and a send all of them, and raise BufferError, TypeError or ValueError for one that cannot be
+        exported; nothing has begun then unless ``begun`` says so.
 
         Args:
             operation: A number of ``DIRECT``.
             op: The reduce op, 255 for none.
-            root: The root, or the rank to send to; -1 for none.
+            root: The root, or the rank to send to; -1 for none. What is no rank is refused when called.
             source: The rank to receive from; -1 for none.
-            *tensors: Those that are written first, but for reduce, broadcast and a send all of them.
-
-        Raises:
-            BufferError, TypeError, ValueError: As ``direct_allreduce``.
         """
 
     def begun(self) -> bool:
@@ -352,13 +343,12 @@ class SigningBackend(Backend, Protocol):
     def drop(self) -> None:
         """Forget a direct call that was interrupted between its steps, after ``abandon``."""
 
-    def settle(self, name: str, code: int, resume: Callable[[], int]) -> int:
+    def settle(self, name: str, code: int) -> int:
         """End what a direct call began.
 
         Args:
             name: The operation, for messages.
             code: What the call returned.
-            resume: Makes the call again where it was too large for ``direct_allreduce``.
 
         Returns:
             ``DIRECT_DONE``; ``DIRECT_REFUSED`` if nothing was begun and the call must go the general way;
@@ -381,6 +371,8 @@ class SigningBackend(Backend, Protocol):
 DIRECT_DONE: Final = 0
 DIRECT_REFUSED: Final = 1
 DIRECT_MISMATCH: Final = 2
+DIRECT_LARGE: Final = 2
+"""Of a function of ``SigningBackend.direct``; the others are of ``settle``."""
 
 DIRECT: Final = {
     name: number

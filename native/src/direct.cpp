@@ -54,15 +54,13 @@ Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t ro
   return signature;
 }
 
-// Beyond this size copying takes longer than giving up the interpreter lock and taking it again.
-constexpr std::size_t kBriefNbytes = 16384;
-
 // A tensor's memory; null data and no dtype where the tensor is not plain.
 struct Plain {
   explicit Plain(const ffi::TensorView& tensor) {
     if (tensor.device().device_type != kDLCPU || !tensor.IsContiguous()) return;
-    dtype = dtype_of(tensor.dtype());
     count = static_cast<std::size_t>(tensor.numel());
+    if (tensor.data_ptr() == nullptr && count != 0) return;  // freed, as torch may while the tensor stays
+    dtype = dtype_of(tensor.dtype());
     nbytes = count * item_size(dtype);
     data = static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
   }
@@ -74,51 +72,17 @@ struct Plain {
 
 std::int64_t code(Outcome outcome) { return static_cast<std::int64_t>(outcome); }
 
-// The allreduce for a caller that holds the interpreter lock: it copies little and waits for microseconds only. The
-// turn is kept where it returns kPending; the function of resume_function() must follow.
-ffi::Function brief_function(std::int64_t handle) {
-  return ffi::Function::FromTyped([handle](ffi::TensorView tensor, std::int64_t op) -> std::int64_t {
-    const Plain plain(tensor);
-    const Reduction reduction = find_reduction(plain.dtype, static_cast<ReduceOp>(op));
-    if (reduction == nullptr) return code(Outcome::kRefused);
-    if (plain.nbytes > kBriefNbytes) return code(Outcome::kLarge);
-    Turn group(handle);
-    if (group.outcome() != Outcome::kDone) return code(group.outcome());
-    if (plain.nbytes > group->direct_nbytes()) return code(Outcome::kLarge);
-    const Signature signature =
-        direct_signature(Operation::kAllReduce, static_cast<std::uint8_t>(op), -1, plain.count, plain.dtype);
-    const Outcome outcome = group->begin_allreduce(plain.data, plain.count, plain.nbytes, reduction, signature);
-    if (outcome == Outcome::kPending) group.keep();
-    return result(*group, outcome);
-  });
-}
-
-// Ends what the brief function left pending, without the interpreter lock.
+// Ends what a brief call left pending, without the interpreter lock.
 ffi::Function resume_function(std::int64_t handle, std::int64_t timeout_ns) {
   return ffi::Function::FromTyped([handle, timeout_ns]() -> std::int64_t {
     Group* group = held_member(handle);
     if (group == nullptr || !group->pending()) return code(Outcome::kClosed);
-    const Outcome outcome = group->resume(now_ns() + timeout_ns);
+    std::int64_t detail = 0;
+    const Outcome outcome = group->resume(now_ns() + timeout_ns, detail);
     if (outcome == Outcome::kSignalled) group->fail(Failure::kBroken, {});
     release_member(handle);
     if (outcome == Outcome::kSignalled) throw ffi::EnvErrorAlreadySet();
-    return code(outcome);
-  });
-}
-
-// The allreduce of any size, without the interpreter lock.
-ffi::Function patient_function(std::int64_t handle, std::int64_t timeout_ns) {
-  return ffi::Function::FromTyped([handle, timeout_ns](ffi::TensorView tensor, std::int64_t op) -> std::int64_t {
-    const Plain plain(tensor);
-    const auto reduce_op = static_cast<ReduceOp>(op);
-    if (find_reduction(plain.dtype, reduce_op) == nullptr) return code(Outcome::kRefused);
-    Turn group(handle);
-    if (group.outcome() != Outcome::kDone) return code(group.outcome());
-    const Signature signature =
-        direct_signature(Operation::kAllReduce, static_cast<std::uint8_t>(op), -1, plain.count, plain.dtype);
-    const View view(plain.data, item_size(plain.dtype));
-    return result(*group, group->allreduce(view, plain.count, plain.dtype, reduce_op, signature,
-                                           now_ns() + timeout_ns));
+    return code(outcome) | detail << 8;
   });
 }
 
@@ -144,21 +108,16 @@ class Tensors {
 
   // True if one of the `written` tensors from `start` on shares memory with another tensor, but for one that is `same`
   // as tensor `source`.
-  bool share_memory(int start, int written, int source, int same) const {
-    struct Range {
-      const char* low;
-      bool written;
-    };
+  bool share_memory(int start, int written, int source, int same) {
     if (first_.nbytes == 0) return false;
-    std::vector<Range> ranges;
-    ranges.reserve(views_.size());
+    ranges_.clear();
     for (int i = 0; i < static_cast<int>(views_.size()); ++i) {
       if (i == source && same >= 0 && views_[i].data() == views_[same].data()) continue;
-      ranges.push_back({views_[i].data(), i >= start && i < start + written});
+      ranges_.push_back({views_[i].data(), i >= start && i < start + written});
     }
-    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.low < b.low; });
+    std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.low < b.low; });
     const char *end = nullptr, *written_end = nullptr;  // of all ranges so far, and of the written ones
-    for (const Range& range : ranges) {
+    for (const Range& range : ranges_) {
       if (range.low < (range.written ? end : written_end)) return true;
       end = std::max(end, range.low + first_.nbytes);
       if (range.written) written_end = std::max(written_end, range.low + first_.nbytes);
@@ -183,25 +142,15 @@ class Tensors {
       return *this;
     }
   } first_;
+  struct Range {
+    const char* low;
+    bool written;
+  };
   std::vector<View> views_;
+  std::vector<Range> ranges_;  // kept for its memory
 };
 
-// The thread's own Tensors, or others while those are in use: a signal's handler, which runs while a call waits, may call
-// another group.
-class Borrowed {
- public:
-  Borrowed() : tensors_(spare ? std::move(spare) : std::make_unique<Tensors>()) {}
-  ~Borrowed() { spare = std::move(tensors_); }
-  Borrowed(const Borrowed&) = delete;
-  Borrowed& operator=(const Borrowed&) = delete;
-  Tensors& operator*() const { return *tensors_; }
-
- private:
-  static inline thread_local std::unique_ptr<Tensors> spare;
-  std::unique_ptr<Tensors> tensors_;
-};
-
-bool is_plain_call(const DirectCall& call, const Tensors& tensors, const Group& group) {
+bool is_plain_call(const DirectCall& call, Tensors& tensors, const Group& group) {
   const int ranks = group.world_size(), rank = group.rank();
   const bool is_root = call.root == rank, has_root = call.root >= 0 && call.root < ranks;
   switch (call.operation) {
@@ -257,44 +206,37 @@ Outcome run_direct(Group& group, const DirectCall& call, const View* views, std:
 
 namespace {
 
-// Any operation on plain tensors, without the interpreter lock: (operation, op, root, source, tensors in the order of a
-// request's views ...). Of a transfer's mismatch the code says which direction differs: 256 the send, 512 the receive.
-ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns) {
-  return ffi::Function::FromPacked([handle, timeout_ns](const ffi::AnyView* arguments, std::int32_t number,
-                                                        ffi::Any* returned) {
-    constexpr int kHead = 4;
-    const DirectCall call{static_cast<Operation>(arguments[0].cast<int>()), arguments[1].cast<std::int64_t>(),
-                          arguments[2].cast<int>(), arguments[3].cast<int>()};
-    const Borrowed borrowed;
-    Tensors& tensors = *borrowed;
-    *returned = code(Outcome::kRefused);
-    if (!tensors.take(arguments + kHead, number - kHead)) return;
+// One operation on plain tensors, given in the order of a request's views. Where the interpreter lock is kept it must be
+// `brief`: the turn is kept where it returns kPending, and the function of resume_function() must follow. Of a transfer's
+// mismatch the code says which direction differs: 256 the send, 512 the receive.
+ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
+                              int source, bool brief) {
+  const DirectCall call{static_cast<Operation>(operation), op, root, source};
+  const auto made = std::make_shared<Tensors>();  // kept for its memory; of whoever has the turn
+  return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
     if (group.outcome() != Outcome::kDone) {
       *returned = code(group.outcome());
-    } else if (is_plain_call(call, tensors, *group)) {
-      std::int64_t detail = 0;
-      const Outcome outcome = run_direct(*group, call, tensors.from(0), tensors.count(), tensors.dtype(), now_ns() + timeout_ns, detail);
-      *returned = result(*group, outcome) | detail << 8;
+      return;
     }
-  });
-}
-
-// The barrier, without the interpreter lock.
-ffi::Function barrier_function(std::int64_t handle, std::int64_t timeout_ns) {
-  return ffi::Function::FromTyped([handle, timeout_ns]() -> std::int64_t {
-    static const Signature signature = direct_signature(Operation::kBarrier, 255, -1, 0, DType::kMovesOnly);
-    Turn group(handle);
-    if (group.outcome() != Outcome::kDone) return code(group.outcome());
-    return result(*group, group->barrier(signature, now_ns() + timeout_ns));
+    Tensors& tensors = *made;
+    *returned = code(Outcome::kRefused);
+    if (!tensors.take(arguments, number) || !is_plain_call(call, tensors, *group)) return;
+    std::int64_t detail = 0;
+    const Outcome outcome = run_direct(*group, call, tensors.from(0), tensors.count(), tensors.dtype(),
+                                       brief ? Group::kBrief : now_ns() + timeout_ns, detail);
+    if (outcome == Outcome::kPending) {
+      group->postpone([made, call, &group = *group](std::int64_t deadline_ns, std::int64_t& detail) {
+        return run_direct(group, call, made->from(0), made->count(), made->dtype(), deadline_ns, detail);
+      });
+      group.keep();
+    }
+    *returned = result(*group, outcome) | detail << 8;
   });
 }
 
 }  // namespace
 }  // namespace colltensor
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_brief_function, colltensor::brief_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_patient_function, colltensor::patient_function)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_barrier_function, colltensor::barrier_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_direct_function, colltensor::direct_function)

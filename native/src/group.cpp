@@ -41,7 +41,7 @@ Group::Group(char* base, Place place)
 
 Outcome Group::enter() const {
   if (foreign() || closing_.load(std::memory_order_acquire)) return Outcome::kClosed;
-  if (pending()) return Outcome::kBusy;
+  if (pending_ != resumed_) return Outcome::kBusy;
   return layout_.failure().state.load(std::memory_order_acquire) != 0 ? Outcome::kFailed : Outcome::kDone;
 }
 
@@ -61,9 +61,14 @@ void Group::arrive(std::uint32_t arrival, const Signature& signature) {
 }
 
 Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int64_t deadline_ns) {
-  const bool all = !crowded_ && spin_for_arrivals(arrival, kBriefSpins);
+  const bool brief = deadline_ns == kBrief;
+  const bool all = (brief || (!crowded_ && !resumed_)) && spin_for_arrivals(arrival, kBriefSpins);
   wake_sleepers();
   if (!all) {
+    if (brief) {
+      pending_ = true;
+      return Outcome::kPending;
+    }
     const Outcome outcome = wait_for_all(arrival, deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
   }
@@ -73,6 +78,15 @@ Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int
   }
   if (hooks_.agreed != nullptr) hooks_.agreed(hooks_.agreed_context);
   return Outcome::kDone;
+}
+
+Outcome Group::resume(std::int64_t deadline_ns, std::int64_t& detail) {
+  if (!pending_) return Outcome::kBusy;
+  const Rest rest = std::move(rest_);
+  resumed_ = true;
+  const Outcome outcome = rest(deadline_ns, detail);
+  pending_ = resumed_ = false;
+  return outcome;
 }
 
 bool Group::signatures_agree(const Signature& signature) const {

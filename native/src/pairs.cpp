@@ -9,7 +9,7 @@ namespace colltensor {
 
 class PairSide {
  public:
-  PairSide(Group& group, Group::Transfer* transfer)
+  PairSide(Group& group, const Group::Transfer* transfer)
       : group_(group), transfer_(transfer), finished_(transfer == nullptr) {
     if (finished_) return;
     const std::size_t nbytes = transfer->count * transfer->item;
@@ -18,6 +18,9 @@ class PairSide {
   }
 
   bool finished() const { return finished_; }
+  bool mismatch() const { return mismatch_; }
+  // Of a call that was pending, whose arguments lie elsewhere now.
+  void rebind(const Group::Transfer* transfer) { transfer_ = transfer; }
   int peer() const { return transfer_->peer; }
 
  protected:
@@ -38,8 +41,8 @@ class PairSide {
   }
 
   Group& group_;
-  Group::Transfer* transfer_;
-  bool finished_;
+  const Group::Transfer* transfer_;
+  bool finished_, mismatch_ = false;
   bool compared_ = false;
   std::size_t piece_ = 1;
   std::uint32_t pieces_ = 0;
@@ -50,7 +53,7 @@ class PairSide {
 // one for each piece.
 class Sender : public PairSide {
  public:
-  Sender(Group& group, Group::Transfer* transfer) : PairSide(group, transfer) {
+  Sender(Group& group, const Group::Transfer* transfer) : PairSide(group, transfer) {
     if (finished_) return;
     box_ = &group.layout_.mailbox(group.rank_, peer());
     mine_ = group.sent_[peer()];
@@ -97,7 +100,7 @@ class Sender : public PairSide {
       if (!compared_) {
         compared_ = true;
         if (!(box_->receiver.signature[number_] == transfer_->signature)) {
-          transfer_->mismatch = true;
+          mismatch_ = true;
           return finish(mine_ + 1, theirs_ + 1);
         }
         if (choice_ != nullptr) began_ns_ = now_ns();
@@ -137,7 +140,7 @@ class Sender : public PairSide {
 
 class Receiver : public PairSide {
  public:
-  Receiver(Group& group, Group::Transfer* transfer) : PairSide(group, transfer) {
+  Receiver(Group& group, const Group::Transfer* transfer) : PairSide(group, transfer) {
     if (finished_) return;
     box_ = &group.layout_.mailbox(peer(), group.rank_);
     mine_ = group.received_[peer()];
@@ -160,7 +163,7 @@ class Receiver : public PairSide {
       if (!compared_) {
         compared_ = true;
         if (!(box_->sender.signature[number_] == transfer_->signature)) {
-          transfer_->mismatch = true;
+          mismatch_ = true;
           return finish(mine_ + 1, theirs_ + 1);
         }
         if (group_.hooks_.agreed != nullptr) group_.hooks_.agreed(group_.hooks_.agreed_context);
@@ -213,25 +216,52 @@ class PairCondition final : public Condition {
   const Receiver& receiver_;
 };
 
+struct Group::Pair {
+  Sender sender;
+  Receiver receiver;
+};
+
 Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns) {
   Outcome outcome = enter();
   if (outcome != Outcome::kDone) return outcome;
-  Sender sender(*this, send);
-  Receiver receiver(*this, recv);
-  receiver.arrive();
-  outcome = sender.arrive(recv != nullptr, deadline_ns);
+  if (resumed_) {
+    Pair pair = std::move(*pair_);
+    pair.sender.rebind(send);
+    pair.receiver.rebind(recv);
+    return transfer(pair, send, recv, deadline_ns);
+  }
+  const auto is_brief = [](const Transfer* side) { return side == nullptr || side->count * side->item <= kBriefNbytes; };
+  if (deadline_ns == kBrief && !(is_brief(send) && is_brief(recv) && is_there(half_free_[parity()]))) {
+    return Outcome::kLarge;
+  }
+  Pair pair{Sender(*this, send), Receiver(*this, recv)};
+  pair.receiver.arrive();
+  outcome = pair.sender.arrive(recv != nullptr, deadline_ns);
+  return outcome == Outcome::kDone ? transfer(pair, send, recv, deadline_ns) : outcome;
+}
+
+Outcome Group::transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t deadline_ns) {
+  auto& [sender, receiver] = pair;
   const PairCondition condition(*this, sender, receiver);
   RankLine& own = *lines_[rank_];
-  while (outcome == Outcome::kDone) {
+  int spins = kBriefSpins;
+  for (;;) {
     sender.advance();
     receiver.advance();
     if (receiver.outcome() != Outcome::kDone) return receiver.outcome();
     if (sender.finished() && receiver.finished()) break;
-    outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
+    if (deadline_ns != kBrief) {
+      const Outcome outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
+      if (outcome != Outcome::kDone) return outcome;
+    } else if (!spin_for(condition, spins)) {
+      pending_ = true;
+      pair_ = std::make_shared<Pair>(std::move(pair));
+      return Outcome::kPending;
+    }
   }
-  if (outcome != Outcome::kDone) return outcome;
-  const bool mismatch = (send != nullptr && send->mismatch) || (recv != nullptr && recv->mismatch);
-  if (mismatch) return Outcome::kMismatch;
+  if (send != nullptr) send->mismatch = sender.mismatch();
+  if (recv != nullptr) recv->mismatch = receiver.mismatch();
+  if (sender.mismatch() || receiver.mismatch()) return Outcome::kMismatch;
   sender.note_time();
   return Outcome::kDone;
 }

@@ -78,6 +78,7 @@ Outcome Group::allreduce(const View& data, std::size_t count, DType dtype, Reduc
   if (reduction == nullptr) return Outcome::kRefused;
   const std::size_t item = item_size(dtype);
   if (count * item > direct_nbytes_) {
+    if (deadline_ns == kBrief) return Outcome::kLarge;
     return allreduce_blocks(data, count, dtype, reduction, signature, deadline_ns);
   }
   Exchange exchange(*this, count, item, {kEveryone, kEveryone, true});
@@ -102,57 +103,6 @@ Outcome Group::read_and_combine(const View& target, const View& own, int source,
     if (outcome != Outcome::kDone) return outcome;
     combine(target, own, rank_, world_size_, first + start, n, item, reduction, place);
   }
-  return Outcome::kDone;
-}
-
-void Group::combine_posted(void* data, std::size_t count, std::size_t nbytes, Reduction reduction) const {
-  const void* sources[kMaxRanks];
-  for (int rank = 0; rank < world_size_; ++rank) {
-    sources[rank] = nbytes <= kInline ? static_cast<const void*>(layout_.post(rank, parity()).data(nbytes))
-                                      : static_cast<const void*>(half(rank, parity()));
-  }
-  sources[rank_] = data;
-  reduction(data, sources, world_size_, count);
-}
-
-Outcome Group::begin_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
-                               const Signature& signature) {
-  const Outcome entered = enter();
-  if (entered != Outcome::kDone) return entered;
-  char* to = reinterpret_cast<char*>(own_post().data(nbytes));
-  if (nbytes > kInline) {
-    if (!is_there(half_free_[parity()])) return Outcome::kLarge;
-    to = half(rank_, parity());
-  }
-  if (nbytes != 0) std::memcpy(to, data, nbytes);
-  const std::uint32_t arrival = done_ + 1;
-  arrive(arrival, signature);
-  const bool all = spin_for_arrivals(arrival, kBriefSpins);
-  wake_sleepers();
-  if (!all) {
-    pending_ = {data, count, nbytes, reduction, signature};
-    return Outcome::kPending;
-  }
-  return finish_allreduce(data, count, nbytes, reduction, signature);
-}
-
-Outcome Group::resume(std::int64_t deadline_ns) {
-  if (!pending()) return Outcome::kBusy;
-  const Pending call = pending_;
-  const Outcome outcome = wait_for_all(done_, deadline_ns);
-  pending_ = {};
-  if (outcome != Outcome::kDone) return outcome;
-  return finish_allreduce(call.data, call.count, call.nbytes, call.reduction, call.signature);
-}
-
-Outcome Group::finish_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
-                                const Signature& signature) {
-  if (!signatures_agree(signature)) {
-    ++calls_;
-    return Outcome::kMismatch;
-  }
-  combine_posted(data, count, nbytes, reduction);
-  finish_direct(done_);
   return Outcome::kDone;
 }
 

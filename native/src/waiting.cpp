@@ -59,6 +59,14 @@ bool Group::spin_for_arrivals(std::uint32_t arrival, int spins) const {
   return true;
 }
 
+bool Group::spin_for(const Condition& condition, int& spins) {
+  while (!condition.ready()) {
+    if (spins-- <= 0 || condition.needs_seat(current_seat())) return false;
+    relax_processor();
+  }
+  return true;
+}
+
 class StepCondition final : public Condition {
  public:
   StepCondition(const Group& group, int rank, std::uint32_t step) : group_(group), rank_(rank), step_(step) {}

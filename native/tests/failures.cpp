@@ -55,9 +55,13 @@ Outcome call(Group& group, int kind, std::size_t count, std::int64_t deadline) {
     case kSend: return group.transfer(&transfer, nullptr, deadline);
     case kReceive: return group.transfer(nullptr, &transfer, deadline);
     default: {
-      const Reduction reduction = find_reduction(DType::kFloat32, ReduceOp::kSum);
-      const Outcome begun = group.begin_allreduce(own.data(), kSmallCount, kSmallCount * 4, reduction, signature);
-      return begun == Outcome::kPending ? group.resume(deadline) : begun;
+      const auto make = [&](std::int64_t until) {
+        return group.allreduce(view, kSmallCount, DType::kFloat32, ReduceOp::kSum, signature, until);
+      };
+      const Outcome begun = make(Group::kBrief);
+      group.postpone([&](std::int64_t until, std::int64_t&) { return make(until); });
+      std::int64_t none = 0;
+      return begun == Outcome::kPending ? group.resume(deadline, none) : begun;
     }
   }
 }

@@ -29,7 +29,7 @@ namespace {
 
 std::atomic<long> calls_made{0};
 
-enum Kind : int { kBrief = static_cast<int>(Operation::kTransfer) + 1, kKinds };  // beyond the operations
+constexpr int kOperations = static_cast<int>(Operation::kTransfer) + 1;
 
 struct Plan {
   Operation operation;
@@ -43,9 +43,8 @@ struct Plan {
 Plan planned(std::mt19937& random, int ranks, bool may_disagree) {
   static constexpr std::size_t kCounts[] = {0, 1, 3, 30, 100, 500, 1024, 1500, 2100, 5000, 20000, 70001};
   Plan made;
-  const int kind = static_cast<int>(random() % kKinds);
-  made.brief = kind == kBrief;
-  made.operation = made.brief ? Operation::kAllReduce : static_cast<Operation>(kind);
+  made.operation = static_cast<Operation>(random() % kOperations);
+  made.brief = random() % 3 == 0;
   made.dtype = static_cast<DType>(random() % kDTypes);
   do {
     made.op = static_cast<ReduceOp>(random() % kOps);
@@ -75,9 +74,9 @@ class Call {
 
   Outcome make(bool packed) {
     if (plan_.operation == Operation::kTransfer) return ranks_ == 1 ? Outcome::kDone : transfer(packed);
-    const Outcome outcome = plan_.brief && own_.contiguous() && plan_.count * nbytes_of(plan_.dtype) <= kBriefNbytes
-                                ? brief()
-                                : packed ? run_request(group_, request().data(), in_ms(kHangMs)) : direct();
+    const Outcome outcome = plan_.brief ? brief([this](std::int64_t deadline) { return direct(deadline); })
+                            : packed    ? run_request(group_, request().data(), in_ms(kHangMs))
+                                        : direct(in_ms(kHangMs));
     if (outcome == Outcome::kDone && plan_.odd < 0) check(done(), "result");
     if (plan_.odd >= 0 && outcome != Outcome::kFailed) {
       check(outcome == Outcome::kMismatch, "outcome of ranks that disagree");
@@ -87,8 +86,6 @@ class Call {
   }
 
  private:
-  static constexpr std::size_t kBriefNbytes = 16384;  // as in exports.cpp
-
   Bytes of(int rank, int part) const {
     return elements(plan_.dtype, plan_.count, static_cast<std::uint32_t>(number_ * 1009 + rank * 31 + part + 1));
   }
@@ -103,9 +100,8 @@ class Call {
            static_cast<int>(plan_.dtype), static_cast<int>(plan_.op), plan_.count, plan_.root, plan_.odd);
   }
 
-  Outcome direct() {
+  Outcome direct(std::int64_t deadline) {
     const std::size_t count = plan_.count, item = nbytes_of(plan_.dtype);
-    const std::int64_t deadline = in_ms(kHangMs);
     const auto views = [](std::vector<Tensor>& tensors) {
       std::vector<View> found;
       for (Tensor& tensor : tensors) found.push_back(tensor.view());
@@ -163,17 +159,17 @@ class Call {
     return words;
   }
 
-  // The allreduce that Python begins while it holds the interpreter lock.
-  Outcome brief() {
-    const std::size_t nbytes = plan_.count * nbytes_of(plan_.dtype);
-    if (nbytes > group_.direct_nbytes()) return direct();
-    Outcome outcome = group_.begin_allreduce(own_.data(), plan_.count, nbytes,
-                                             find_reduction(plan_.dtype, plan_.op), signature_);
+  // As Python makes a call while it holds the interpreter lock.
+  template <class Make>
+  Outcome brief(Make make) {
+    Outcome outcome = make(Group::kBrief);
     if (outcome == Outcome::kPending) {
       check(group_.barrier(signature_, in_ms(0)) == Outcome::kBusy, "a call beside a pending one");
-      outcome = group_.resume(in_ms(kHangMs));
+      group_.postpone([&](std::int64_t deadline, std::int64_t&) { return make(deadline); });
+      std::int64_t none = 0;
+      outcome = group_.resume(in_ms(kHangMs), none);
     }
-    return outcome == Outcome::kLarge ? direct() : outcome;
+    return outcome == Outcome::kLarge ? make(in_ms(kHangMs)) : outcome;
   }
 
   // A ring.
@@ -197,7 +193,8 @@ class Call {
       outcome = run_request(group_, words.data(), in_ms(kHangMs));
       differs = static_cast<int>(words[kDetailField]);
     } else {
-      outcome = group_.transfer(&send, &recv, in_ms(kHangMs));
+      const auto make = [&](std::int64_t deadline) { return group_.transfer(&send, &recv, deadline); };
+      outcome = plan_.brief ? brief(make) : make(in_ms(kHangMs));
       differs = (send.mismatch ? 1 : 0) | (recv.mismatch ? 2 : 0);
     }
     if (outcome == Outcome::kFailed) return outcome;

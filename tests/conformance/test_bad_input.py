@@ -113,6 +113,12 @@ def _torch_subclass() -> Any:
     return _torch().ones(3).as_subclass(Tagged)
 
 
+def _freed() -> Any:
+    tensor = _torch().ones(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def _quantized() -> Any:
     return _torch().quantize_per_tensor(_torch().ones(3), 0.1, 0, _torch().qint8)
 
@@ -279,6 +285,11 @@ _TORCH = {
                       lambda s: s.group.allreduce(_torch().ones(3, device="meta")), "torch"),
     "torch fake": Row(col.UnsupportedTensorError, ("allreduce", "FakeTensor"),
                       lambda s: s.group.allreduce(_fake_tensor()), "torch"),
+    "torch freed": Row(col.UnsupportedTensorError, ("allreduce", "no memory", "freed"),
+                       lambda s: s.group.allreduce(_freed()), "torch"),
+    "torch zeros without memory": Row(
+        col.UnsupportedTensorError, ("broadcast", "no memory", r"clone\(\)"),
+        lambda s: s.group.broadcast(_torch()._efficientzerotensor((3,))), "torch"),
     "torch nested": Row(col.UnsupportedTensorError, ("allreduce", "tensor"), lambda s: s.group.allreduce(
         _torch().nested.nested_tensor([_torch().ones(2), _torch().ones(3)])), "torch"),
     "torch jagged": Row(col.UnsupportedTensorError, ("allreduce", "NestedTensor"), lambda s: s.group.allreduce(

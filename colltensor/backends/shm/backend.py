@@ -11,7 +11,7 @@ from __future__ import annotations
 import array
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from colltensor.backends.base import DIRECT_DONE, DIRECT_MISMATCH, DIRECT_REFUSED, require
 from colltensor.backends.shm import outcomes, requests
@@ -56,17 +56,21 @@ class ShmBackend:
         self.set_timeout(timeout_s)
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Make the functions of direct calls, which know how long to wait."""
-        native, handle, timeout_ns = self._native, self._handle, int(timeout_s * 1e9)
-        self._resume = native.shm_resume_function(handle, timeout_ns)
+        """Let direct calls wait so long: ``direct`` returns other functions afterwards."""
+        self._timeout_ns = int(timeout_s * 1e9)
+        self._resume = self._native.shm_resume_function(self._handle, self._timeout_ns)
+
+    def direct(self, operation: int, op: int, root: int, source: int) -> tuple[Callable[..., int], Callable[..., int]]:
+        """Return functions of the native library's: see ``SigningBackend``."""
+        make = self._native.shm_direct_function
+        call = self._handle, self._timeout_ns, operation, op, root, source
+        patient = make(*call, False)
         # Where ranks share cores the others seldom come within microseconds: wait without the interpreter lock at once.
         if self._crowded:
-            self.direct_allreduce: Callable[[Any, int], int] = native.shm_patient_function(handle, timeout_ns)
-        else:
-            self.direct_allreduce = brief = native.shm_brief_function(handle)
-            brief.release_gil = False
-        self.direct_barrier: Callable[[], int] = native.shm_barrier_function(handle, timeout_ns)
-        self.direct: Callable[..., int] = native.shm_direct_function(handle, timeout_ns)
+            return patient, patient
+        brief = make(*call, True)
+        brief.release_gil = False
+        return brief, patient
 
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted: 16-bit floats are widened in registers."""
@@ -122,11 +126,9 @@ class ShmBackend:
         """Forget a direct call that was interrupted between its steps: it ends at once in a broken group."""
         self._resume()
 
-    def settle(self, name: str, code: int, resume: Callable[[], int]) -> int:
+    def settle(self, name: str, code: int) -> int:
         """End a direct call: see ``SigningBackend``."""
-        if code == outcomes.LARGE:
-            code = resume()
-        elif code == outcomes.PENDING:
+        if code == outcomes.PENDING:
             code = self._resume()
         if code == outcomes.DONE:
             return DIRECT_DONE

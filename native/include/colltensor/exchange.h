@@ -50,20 +50,23 @@ class Exchange {
     Outcome outcome = group.enter();
     if (outcome != Outcome::kDone) return outcome;
     plan();
+    if (deadline_ns == Group::kBrief && !is_brief()) return Outcome::kLarge;
     deadline_ns_ = deadline_ns;
-    const std::uint32_t arrival = group.done_ + 1;
+    const std::uint32_t arrival = group.resumed_ ? group.done_ : group.done_ + 1;
     const bool reads = choice_ != nullptr && choice_->reads();
-    if (choice_ != nullptr) std::copy_n(choice_->best(), Choice::kWays, group.own_post().times());
-    if (reads) {
-      group.offer(sources_, flow_.fills ? source_count_ : 0, count_ * unit_ / source_count_);
-    } else if (flow_.fills && count_ != 0) {
-      if (!posted_) outcome = group.wait_for_half(group.parity(), deadline_ns);
-      if (outcome != Outcome::kDone) return outcome;
-      const std::int64_t before_ns = choice_ == nullptr ? 0 : now_ns();
-      fill(std::size_t{0}, std::min(block_, count_), where(group.rank_, 0));
-      if (choice_ != nullptr) filled_ns_ = now_ns() - before_ns;
+    if (!group.resumed_) {
+      if (choice_ != nullptr) std::copy_n(choice_->best(), Choice::kWays, group.own_post().times());
+      if (reads) {
+        group.offer(sources_, flow_.fills ? source_count_ : 0, count_ * unit_ / source_count_);
+      } else if (flow_.fills && count_ != 0) {
+        if (!posted_) outcome = group.wait_for_half(group.parity(), deadline_ns);
+        if (outcome != Outcome::kDone) return outcome;
+        const std::int64_t before_ns = choice_ == nullptr ? 0 : now_ns();
+        fill(std::size_t{0}, std::min(block_, count_), where(group.rank_, 0));
+        if (choice_ != nullptr) filled_ns_ = now_ns() - before_ns;
+      }
+      group.arrive(arrival, signature);
     }
-    group.arrive(arrival, signature);
     outcome = group.agree(arrival, signature, deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
     group.settle(choice_);
@@ -101,6 +104,13 @@ class Exchange {
     block_ = whole / unit_;
     if (block_ >= 64) block_ -= block_ % 64;  // blocks begin on cache lines
     blocks_ = (count_ + block_ - 1) / block_;
+  }
+
+  // Whether it moves little and begins without waiting.
+  bool is_brief() const {
+    const std::size_t peers = std::max<std::size_t>(1, group_.others().size());
+    if (blocks_ > 1 || choice_ != nullptr || count_ * unit_ * peers > Group::kBriefNbytes) return false;
+    return posted_ || group_.is_there(group_.half_free_[group_.parity()]);
   }
 
   char* where(int rank, std::size_t block) const {

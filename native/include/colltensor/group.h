@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -105,13 +106,16 @@ class Group {
   // Either may be null. kMismatch where one of them differs; the other one is made all the same.
   Outcome transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns);
 
-  // An allreduce of contiguous memory, of at most direct_nbytes, that waits no longer than a short spin:
-  // kPending leaves the rest to resume(), until when the memory must stay.
-  Outcome begin_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
-                          const Signature& signature);
-  Outcome resume(std::int64_t deadline_ns);
-  bool pending() const { return pending_.reduction != nullptr; }
-  std::size_t direct_nbytes() const { return direct_nbytes_; }
+  // The deadline of a call that holds the interpreter lock: it moves little, and waits no longer than a short spin.
+  // kLarge: nothing was begun, it would take longer. kPending: this rank has arrived, and resume() must follow, until
+  // when the memory must stay.
+  static constexpr std::int64_t kBrief = 0;
+  // `detail` says which directions of a transfer differ: 1 for the send, 2 for the receive.
+  using Rest = std::function<Outcome(std::int64_t deadline_ns, std::int64_t& detail)>;
+  bool pending() const { return pending_; }
+  // The pending call, to be made once more by resume().
+  void postpone(Rest rest) { rest_ = std::move(rest); }
+  Outcome resume(std::int64_t deadline_ns, std::int64_t& detail);
 
   // Whether this rank can read the memory of all ranks, whose processes have these numbers (0: another namespace). Each
   // has put the address of its nonce into the segment. `allow_reading` needs the same answer on all ranks.
@@ -139,8 +143,10 @@ class Group {
   bool foreign() const { return fork_generation_ != fork_generation(); }
 
  private:
-  // What a call that holds the interpreter lock spins: about 4 us.
+  // What a brief call spins, about 4 us, and the most that it copies or combines on a rank: beyond this size copying takes
+  // longer than giving up the interpreter lock and taking it again.
   static constexpr int kBriefSpins = 200;
+  static constexpr std::size_t kBriefNbytes = 16384;
 
   friend class Exchange;
   friend class PairSide;
@@ -148,14 +154,6 @@ class Group {
   friend class Receiver;
   friend class StepCondition;
   friend class PairCondition;
-
-  struct Pending {
-    void* data = nullptr;
-    std::size_t count = 0;
-    std::size_t nbytes = 0;
-    Reduction reduction = nullptr;
-    Signature signature;
-  };
 
   static bool reached(std::uint32_t value, std::uint32_t target) {
     return static_cast<std::int32_t>(value - target) >= 0;
@@ -167,6 +165,7 @@ class Group {
   void wake_sleepers();
   bool is_there(std::uint32_t step) const;
   bool spin_for_arrivals(std::uint32_t arrival, int spins) const;
+  static bool spin_for(const Condition& condition, int& spins);
   Outcome wait_for(int rank, std::uint32_t step, std::int64_t deadline_ns);
   Outcome wait_for_all(std::uint32_t step, std::int64_t deadline_ns);
   bool is_on(int rank, std::uint32_t seat) const {
@@ -233,9 +232,9 @@ class Group {
                             std::uint32_t arrival, std::int64_t deadline_ns);
   Outcome allreduce_blocks(const View& data, std::size_t count, DType dtype, Reduction reduction,
                            const Signature& signature, std::int64_t deadline_ns);
-  void combine_posted(void* data, std::size_t count, std::size_t nbytes, Reduction reduction) const;
-  Outcome finish_allreduce(void* data, std::size_t count, std::size_t nbytes, Reduction reduction,
-                           const Signature& signature);
+
+  struct Pair;  // a rank's sides of a transfer (pairs.cpp)
+  Outcome transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t deadline_ns);
 
   Layout layout_;
   const int rank_;
@@ -264,7 +263,9 @@ class Group {
   // Steps of mailboxes, by peer: of this rank's side as sender and as receiver, and of the peers' other sides.
   std::vector<std::uint32_t> sent_, received_, taken_, given_;
   std::vector<std::uint32_t> sends_, receives_;  // transfers so far
-  Pending pending_;
+  bool pending_ = false, resumed_ = false;  // a brief call: it has arrived; it is made once more
+  Rest rest_;
+  std::shared_ptr<Pair> pair_;         // of a pending transfer
   std::atomic<bool> closing_{false};
 };
 
