@@ -24,7 +24,7 @@ class PairSide {
   int peer() const { return transfer_->peer; }
 
  protected:
-  static constexpr std::size_t kPieces = 4;
+  static constexpr std::size_t kPieces = 8;
 
   std::size_t first(std::uint32_t piece) const { return piece * piece_; }
   std::size_t length(std::uint32_t piece) const { return std::min(piece_, transfer_->count - first(piece)); }

@@ -9,6 +9,7 @@
 
 #include <cerrno>
 #include <climits>
+#include <cstdio>
 
 namespace colltensor {
 namespace {
@@ -47,6 +48,17 @@ void futex_wake_all(const std::atomic<std::uint32_t>* word) {
 }
 
 void yield_processor() { sched_yield(); }
+
+std::size_t last_level_cache_nbytes() {
+  // Not sysconf(_SC_LEVEL3_CACHE_SIZE), which on AMD's processors gives that of all of them together.
+  constexpr std::size_t kUnknown = std::size_t{32} << 20;
+  std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+  if (file == nullptr) return kUnknown;
+  unsigned long kibibytes = 0;
+  const bool read = std::fscanf(file, "%luK", &kibibytes) == 1;
+  std::fclose(file);
+  return read && kibibytes != 0 ? std::size_t{kibibytes} << 10 : kUnknown;
+}
 
 std::uint32_t current_seat() { return static_cast<std::uint32_t>(sched_getcpu() + 1); }
 

@@ -1,10 +1,36 @@
 #include "colltensor/view.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 
 namespace colltensor {
 namespace {
+
+void copy(char* to, const char* from, std::size_t nbytes, Store store) {
+#if defined(__SSE2__)
+  constexpr std::size_t kUnit = sizeof(__m128i), kStep = 4 * kUnit;
+  if (store == Store::kStreamed && nbytes >= 4096) {
+    const std::size_t head = -reinterpret_cast<std::uintptr_t>(to) % kStep;
+    std::memcpy(to, from, head);
+    std::size_t place = head;
+    for (; place + kStep <= nbytes; place += kStep) {
+      const auto load = [&](std::size_t i) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + place + i * kUnit));
+      };
+      const __m128i units[] = {load(0), load(1), load(2), load(3)};
+      for (std::size_t i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to + place + i * kUnit), units[i]);
+    }
+    _mm_sfence();  // such stores pass all others, those included that say that this one is done
+    std::memcpy(to + place, from + place, nbytes - place);
+    return;
+  }
+#endif
+  std::memcpy(to, from, nbytes);
+}
 
 template <std::size_t kItem>
 void gather(char* to, const char* from, std::int64_t stride, std::size_t count) {
@@ -104,10 +130,10 @@ void View::read(std::size_t first, std::size_t count, void* to) const {
   });
 }
 
-void View::write(std::size_t first, std::size_t count, const void* from) const {
+void View::write(std::size_t first, std::size_t count, const void* from, Store store) const {
   if (count == 0) return;
   if (contiguous()) {
-    std::memcpy(at(first), from, count * item_);
+    copy(at(first), static_cast<const char*>(from), count * item_, store);
     return;
   }
   const char* source = static_cast<const char*>(from);

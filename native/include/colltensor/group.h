@@ -225,6 +225,11 @@ class Group {
     return Outcome::kDone;
   }
 
+  // How the results of a call are stored that reads and writes so much memory on all ranks together. With 2 ranks on 2
+  // cores (EPYC, 32 MiB of last-level cache), cached and streamed, 16 MiB: allgather 2560 and 1680 us, all-to-all 2930
+  // and 2140, gather 1630 and 1390, scatter 1450 and 1260. Transfers, 1420 and 1440, are not streamed.
+  Store storing(std::size_t nbytes) const { return nbytes > cache_nbytes_ ? Store::kStreamed : Store::kCached; }
+
   // The other ranks, the next one first, so that not all turn to one rank at once.
   const std::vector<int>& others() const { return others_; }
 
@@ -244,6 +249,7 @@ class Group {
   std::size_t direct_nbytes_;
   std::size_t chunk_nbytes_;
   std::size_t read_nbytes_;
+  std::size_t cache_nbytes_;  // of the last-level cache
   bool reading_ = false;   // each other's memory
   Choices<kKinds> choices_;
   std::vector<std::int32_t> pids_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -17,6 +18,9 @@ bool futex_wait(const std::atomic<std::uint32_t>* word, std::uint32_t expected, 
 void futex_wake_all(const std::atomic<std::uint32_t>* word);
 
 void yield_processor();
+
+// The size of this machine's last-level cache, or of one of several.
+std::size_t last_level_cache_nbytes();
 
 // 1 + the number of the processor that this thread runs on.
 std::uint32_t current_seat();

@@ -7,6 +7,10 @@
 
 namespace colltensor {
 
+// How what is written is stored: into the caches, or past them into the memory, which spares the processor to read what
+// it overwrites, and is of use where the caches could not keep it anyway.
+enum class Store { kCached, kStreamed };
+
 class View {
  public:
   View() = default;
@@ -25,7 +29,7 @@ class View {
 
   // Copies `count` elements from `first` on, in row-major order, to or from contiguous memory.
   void read(std::size_t first, std::size_t count, void* to) const;
-  void write(std::size_t first, std::size_t count, const void* from) const;
+  void write(std::size_t first, std::size_t count, const void* from, Store store = Store::kCached) const;
 
  private:
   template <class Move>
