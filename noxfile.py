@@ -12,7 +12,8 @@ All of it takes about 20 minutes on two cores, and may take 30. What no framewor
 see `slow`, `GLOO_SIZES` and `LEFT_OUT` below.
 
 Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
-installed from a wheel, as a user would: the tests run against that, never against the checkout.
+installed from a wheel, as a user would: the tests run against that, never against the checkout. The frameworks that
+take long to install lie beside these environments, once for each Python (`SHARED`).
 """
 
 from __future__ import annotations
@@ -87,6 +88,13 @@ WITH_SLOW = ("torch", "3.11")
 
 WITH_NATIVE_GLOO = ("numpy", "3.12")
 """The session of tests that runs over the wheel's Gloo, at world size 3; `wheel` has the conformance suite over it."""
+
+SHARED = {
+    "torch": nox.project.dependency_groups(PYPROJECT, "test-torch"),
+    "jax": PYPROJECT["project"]["optional-dependencies"]["jax"],
+    "ray": PYPROJECT["project"]["optional-dependencies"]["ray"],
+}
+"""Frameworks that several sessions of one Python need, and that take long to install: see `_share`."""
 
 FOLDERS = {
     "numpy": ("tests",),
@@ -219,21 +227,47 @@ def _repaired(session: nox.Session, wheel: Path, environment: dict[str, str]) ->
     return repaired
 
 
+def _site(session: nox.Session) -> Path:
+    """Return the folder of the packages in a session's environment."""
+    [site] = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    return site
+
+
+def _share(session: nox.Session, *frameworks: str) -> None:
+    """Put frameworks on the session's search path; the first session of this Python that needs one installs it.
+
+    What a later `pip install` finds there counts as installed. A package of the environment itself comes first.
+    """
+    site = _site(session)
+    for framework in frameworks:
+        requirements = SHARED[framework]
+        folder = ROOT / ".nox" / "shared" / f"{framework}-{site.parent.name}"
+        complete = folder / "complete"
+        if not complete.exists() or complete.read_text() != str(requirements):
+            shutil.rmtree(folder, ignore_errors=True)
+            session.install("--quiet", "--target", str(folder), *requirements)
+            complete.write_text(str(requirements))
+        (site / f"shared-{framework}.pth").write_text(f"{folder}\n")
+
+
 def _wheel(session: nox.Session) -> Path:
     """Return the wheel, built on first use."""
     return _build(session)[0]
 
 
-def _install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ("test",)) -> None:
+def _install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ("test",), shares: bool = True) -> None:
     """Install the package with extras, as a user would, and the development groups that the session needs."""
-    if "torch" in extras:
-        # First of all, so that no other requirement brings another build of torch.
-        session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "test-torch"))
+    # First of all, so that no other requirement brings another build of torch.
+    if shares:
+        _share(session, *(extra for extra in extras if extra in SHARED))
+    elif "torch" in extras:
+        session.install("--quiet", *SHARED["torch"])
     wheel = _wheel(session)
     requirement = f"colltensor[{','.join(extras)}] @ {wheel.as_uri()}"
+    kept = any(_site(session).glob("colltensor-*.dist-info"))
     session.install("--quiet", requirement, *nox.project.dependency_groups(PYPROJECT, *groups))
-    # A kept environment may hold an older build of the same version.
-    session.install("--quiet", "--no-deps", "--force-reinstall", str(wheel))
+    if kept:  # it may hold an older build of the same version
+        session.install("--quiet", "--no-deps", "--force-reinstall", str(wheel))
 
 
 def _pytest(
@@ -273,7 +307,7 @@ def lint(session: nox.Session) -> None:
 @_timed
 def types(session: nox.Session) -> None:
     """Check the package's types with mypy --strict, numpy's and torch's own types at hand."""
-    session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "test-torch"))
+    _share(session, "torch")
     dependencies = PYPROJECT["project"]["dependencies"]
     session.install("--quiet", *dependencies, *nox.project.dependency_groups(PYPROJECT, "types"))
     session.run("mypy")
@@ -343,7 +377,7 @@ def arm64(session: nox.Session) -> None:
 
 def _print_size(session: nox.Session) -> None:
     """Print what the packages of a new environment take on the disk, numpy and all else."""
-    [site] = Path(session.virtualenv.location).glob("lib/python*/site-packages")
+    site = _site(session)
     sizes = {"numpy": 0, "pip": 0, "the rest": 0}
     for file in site.rglob("*"):
         package = re.split(r"[-.]", file.relative_to(site).parts[0])[0]
@@ -430,7 +464,8 @@ def gpu(session: nox.Session) -> None:
 
     Needs a torch for CUDA, which is what the default index has; Ray is not needed.
     """
-    _install(session, "torch", "jax", "cupy", groups=("test", "gpu"))
+    # Nothing of it shared: torch loads the NCCL that lies beside it.
+    _install(session, "torch", "jax", "cupy", groups=("test", "gpu"), shares=False)
     # Newer than what torch asks for, without which several ranks cannot share a device; torch runs with it as well.
     session.install("--quiet", "--no-deps", "--upgrade", *nox.project.dependency_groups(PYPROJECT, "gpu-nccl"))
     frameworks = ("numpy", "torch", "jax", "cupy")
