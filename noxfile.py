@@ -19,6 +19,7 @@ take long to install lie beside these environments, once for each Python (`SHARE
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import functools
 import os
 import re
@@ -429,32 +430,49 @@ def tests(session: nox.Session, framework: str) -> None:
     _pytest(session, FOLDERS[framework], *arguments, frameworks=frameworks, providers=providers, gloo_sizes=sizes)
 
 
+EXAMPLES = (
+    "ray_allreduce.py --array numpy --workers 2",
+    "ray_allreduce.py --array torch --workers 4",
+    "ray_allreduce.py --array jax --workers 2",
+    "ray_direct_transport.py --array torch",
+    "put_get_vs_allreduce.py --workers 2 --bytes 1024,262144 --seconds 0.1 --peer",
+    "ray_digits.py --array torch --workers 2",
+    "ray_util_collective.py",
+    "train_jax.py --workers 2",
+    "train_mixed.py --workers 2",
+    "train_torch.py --workers 2",
+    "mixed_frameworks.py",
+    "parameter_server.py",
+    "no_ray.py",
+    "train_numpy.py --workers 2",
+    "train_thinc.py --workers 2",
+    "train_spacy.py --workers 2",
+)
+
+
 @nox.session(python=MAIN_PYTHON)
 @_timed
 def demo(session: nox.Session) -> None:
-    """Run every example, small."""
+    """Run every example, small; two at a time, because they mostly wait for processes to start."""
     _install(session, "ray", "torch", "jax", groups=("examples",))
-    with session.chdir(_elsewhere(session)):
-        for line in (
-            "ray_allreduce.py --array numpy --workers 2",
-            "ray_allreduce.py --array torch --workers 4",
-            "ray_allreduce.py --array jax --workers 2",
-            "ray_direct_transport.py --array torch",
-            "put_get_vs_allreduce.py --workers 2 --bytes 1024,262144 --seconds 0.1 --peer",
-            "ray_digits.py --array torch --workers 2",
-            "ray_util_collective.py",
-            "train_jax.py --workers 2",
-            "train_mixed.py --workers 2",
-            "train_torch.py --workers 2",
-            "mixed_frameworks.py",
-            "parameter_server.py",
-            "no_ray.py",
-            "train_numpy.py --workers 2",
-            "train_thinc.py --workers 2",
-            "train_spacy.py --workers 2",
-        ):
-            script, *arguments = line.split()
-            session.run("python", str(ROOT / "examples" / script), *arguments)
+    folder = _elsewhere(session)
+    environment = {name: value for name, value in {**os.environ, **session.env}.items() if value is not None}
+
+    def run(line: str) -> subprocess.CompletedProcess[str]:
+        script, *arguments = line.split()
+        command = [f"{session.bin}/python", str(ROOT / "examples" / script), *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+
+    with concurrent.futures.ThreadPoolExecutor(2) as two:
+        for line, done in zip(EXAMPLES, two.map(run, EXAMPLES), strict=True):
+            session.log(line)
+            print(done.stdout, end="", flush=True)
+            if done.returncode:
+                two.shutdown(cancel_futures=True)
+                session.error(f"{line} ended with exit code {done.returncode}")
 
 
 @nox.session(python=MAIN_PYTHON)
