@@ -9,7 +9,7 @@
     nox -s gpu                      on a machine with a CUDA device
 
 All of it takes about 20 minutes on two cores, and may take 30. What no framework and no Python changes is tested once:
-see `slow`, `GLOO_SIZES` and `LEFT_OUT` below.
+see `slow`, `GLOO_SIZES`, `IN_FULL` and `LEFT_OUT` below.
 
 Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
 installed from a wheel, as a user would: the tests run against that, never against the checkout. The frameworks that
@@ -83,6 +83,15 @@ SELECTED = {
 
 GLOO_SIZES = {"jax": "3", "mixed": "3", "wheel": "2"}
 """The conformance suite's Gloo worlds, where another session of the same Python has them at every size."""
+
+IN_FULL = {"numpy": "3.12", "torch": "3.11", "jax": "3.13", "mixed": "3.11"}
+"""The Python on which a framework has the conformance suite in shared memory at every size, with all random sequences.
+
+On the others, which change nothing of either, it has world size 3, and 200 random sequences in the place of 800.
+"""
+
+SHM_SIZES = {"mixed": "2,4"}
+"""The worlds in shared memory of a session in full that has another size over Gloo."""
 
 WITH_SLOW = ("torch", "3.11")
 """The session that runs the tests marked `slow`, which no framework and no version of Python changes."""
@@ -278,6 +287,8 @@ def _pytest(
     frameworks: tuple[str, ...],
     providers: tuple[str, ...],
     gloo_sizes: str = "",
+    shm_sizes: str = "",
+    sequences: str = "",
     two_hosts: bool = False,
 ) -> None:
     """Run pytest on the installed package; arguments after nox's ``--`` are passed on."""
@@ -285,6 +296,8 @@ def _pytest(
         "COLLTENSOR_TEST_FRAMEWORKS": ",".join(frameworks),
         "COLLTENSOR_TEST_PROVIDERS": ",".join(providers),
         "COLLTENSOR_TEST_GLOO_SIZES": gloo_sizes,
+        "COLLTENSOR_TEST_SHM_SIZES": shm_sizes,
+        "COLLTENSOR_TEST_SEQUENCES": sequences,
         "COLLTENSOR_TEST_TWO_HOSTS": str(int(two_hosts)),
         "COLLTENSOR_TEST_INSTALLED": "1",
     }
@@ -424,10 +437,15 @@ def tests(session: nox.Session, framework: str) -> None:
     groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
     groups = (*groups, *(f"test-{name}" for name in ("jax", "ray") if name in frameworks))
     _install(session, *extras, groups=groups)
-    sizes = "3" if "native" in providers else GLOO_SIZES.get(framework, "")
+    in_full = IN_FULL.get(framework) == session.python
+    conformance = {
+        "gloo_sizes": "3" if "native" in providers else GLOO_SIZES.get(framework, ""),
+        "shm_sizes": SHM_SIZES.get(framework, "") if in_full else "3",
+        "sequences": "" if in_full else "200",
+    }
     arguments = [f"--ignore={ROOT / file}" for file in left_out]
     arguments += [] if (framework, session.python) == WITH_SLOW else ["-m", "not slow"]
-    _pytest(session, FOLDERS[framework], *arguments, frameworks=frameworks, providers=providers, gloo_sizes=sizes)
+    _pytest(session, FOLDERS[framework], *arguments, frameworks=frameworks, providers=providers, **conformance)
 
 
 EXAMPLES = (

@@ -5,8 +5,10 @@ Options (each also by an environment variable, which is how nox's sessions pass 
         One that is selected but missing ends the session.
     --providers, COLLTENSOR_TEST_PROVIDERS  Gloo's providers, native, pygloo and torch, likewise; may be empty.
     --gloo-sizes, COLLTENSOR_TEST_GLOO_SIZES  World sizes of the conformance suite's Gloo worlds; 1,2,3,4 by default.
+    --shm-sizes, COLLTENSOR_TEST_SHM_SIZES  Those of its worlds in shared memory; 2,3,4 by default.
     --two-hosts, COLLTENSOR_TEST_TWO_HOSTS=1  The pool's ranks are in two network namespaces in turns, with a link
         between them; on this host, where namespaces are not permitted. Select `-m gloo` with it.
+    COLLTENSOR_TEST_SEQUENCES  How many random sequences of calls the conformance suite has; 800 by default.
     COLLTENSOR_TEST_INSTALLED=1  The package must be the installed one, not the checkout, and have its native library.
 
 A test that takes ``framework`` or ``provider`` runs once for each selected one. Marks: ``needs("torch", "jax")``
@@ -35,6 +37,7 @@ from pool import RankPool
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("numpy", "torch", "jax", "cupy", "ray")
 PROVIDERS = ("native", "pygloo", "torch")
+SIZES = {"gloo": "1,2,3,4", "shm": "2,3,4"}
 
 hypothesis.settings.register_profile("colltensor", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("colltensor")
@@ -44,7 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the session's options."""
     for name, choices in (("frameworks", FRAMEWORKS), ("providers", PROVIDERS)):
         parser.addoption(f"--{name}", help=f"comma-separated, of: {', '.join(choices)}")
-    parser.addoption("--gloo-sizes", help="comma-separated world sizes")
+    for backend in SIZES:
+        parser.addoption(f"--{backend}-sizes", help="comma-separated world sizes")
     parser.addoption("--two-hosts", action="store_true", help="ranks in two network namespaces, where permitted")
 
 
@@ -77,8 +81,9 @@ def _selected(config: pytest.Config, option: str, choices: tuple[str, ...]) -> t
     return names
 
 
-def _gloo_sizes(config: pytest.Config) -> tuple[int, ...]:
-    text = config.getoption("gloo_sizes") or os.environ.get("COLLTENSOR_TEST_GLOO_SIZES") or "1,2,3,4"
+def _sizes(config: pytest.Config, backend: str) -> tuple[int, ...]:
+    variable = f"COLLTENSOR_TEST_{backend.upper()}_SIZES"
+    text = config.getoption(f"{backend}_sizes") or os.environ.get(variable) or SIZES[backend]
     return tuple(int(word) for word in text.split(","))
 
 
@@ -139,7 +144,7 @@ def pytest_configure(config: pytest.Config) -> None:
         origin = found.origin if found else None
         if origin is None or "site-packages" not in Path(origin).parts:
             raise pytest.UsageError(f"COLLTENSOR_TEST_INSTALLED=1, but colltensor would come from {origin}")
-    config.stash[GLOO_SIZES_KEY] = _gloo_sizes(config)
+    config.stash[SIZES_KEY] = {backend: _sizes(config, backend) for backend in SIZES}
     config.stash[NO_SHM_KEY] = why = _missing_library()
     if why is not None and (os.environ.get("COLLTENSOR_TEST_INSTALLED") == "1" or "COLLTENSOR_LIBRARY" in os.environ):
         raise pytest.UsageError(f"shared memory is under test, but {why}")
@@ -171,7 +176,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 FRAMEWORKS_KEY = pytest.StashKey[tuple[str, ...]]()
 PROVIDERS_KEY = pytest.StashKey[tuple[str, ...]]()
-GLOO_SIZES_KEY = pytest.StashKey[tuple[int, ...]]()
+SIZES_KEY = pytest.StashKey[dict[str, tuple[int, ...]]]()
 NO_SHM_KEY = pytest.StashKey["str | None"]()
 HOSTS_KEY = pytest.StashKey[contextlib.ExitStack]()
 PREFIXES_KEY = pytest.StashKey["tuple[Sequence[str], ...]"]()

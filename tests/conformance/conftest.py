@@ -2,8 +2,9 @@
 
 A test that takes ``arrays`` runs once for each selected framework, for the generic DLPack adapter where
 array-api-strict is installed, and for the mix of them; one that takes ``world`` once for loopback, in shared memory
-for 2 to 4 ranks and, with every selected Gloo provider, for 1 to 4 (or as ``--gloo-sizes`` says); ``ranks`` leaves out
-worlds of one rank; ``wire`` is each backend between ranks once, for tests that say their world sizes themselves.
+for 2 to 4 ranks and, with every selected Gloo provider, for 1 to 4 (or as ``--shm-sizes`` and ``--gloo-sizes`` say);
+``ranks`` leaves out worlds of one rank; ``wire`` is each backend between ranks once, for tests that say their world
+sizes themselves.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _wires(config: pytest.Config) -> list[Wire]:
 
 
 def _worlds(config: pytest.Config) -> list[World]:
-    sizes = {"shm": (2, 3, 4), "gloo": config.stash[_session_of(config).GLOO_SIZES_KEY]}
+    sizes = config.stash[_session_of(config).SIZES_KEY]
     return [World(size, *wire) for wire in _wires(config) for size in sizes[wire.backend]]
 
 

@@ -6,6 +6,7 @@ of them asynchronously and looked at only after the last step.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import colltensor as col
 
 MOVES = ("broadcast", "allgather", "gather", "scatter", "alltoall", "sendrecv", "send")
 REDUCTIONS = ("allreduce", "reduce", "reducescatter")
+SEQUENCES = int(os.environ.get("COLLTENSOR_TEST_SEQUENCES") or "800")
 COUNTS = st.one_of(st.integers(0, 9), st.integers(10, 3000), st.sampled_from([4096, 20_001]))
 
 
@@ -270,7 +272,7 @@ def run_sequence(
 
 
 @pytest.mark.timeout(180)
-@hypothesis.settings(max_examples=800, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=SEQUENCES, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(data=st.data())
 def test_random_sequences(
     pool: RankPool, worlds: list[World], libraries: tuple[str, ...], data: st.DataObject
