@@ -38,7 +38,10 @@ nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "native", "arm64", "wheel", "tests", "demo"]
 
-os.environ["PIP_NO_COMPILE"] = "1"  # most of what is installed is never imported; halves the time of installing torch
+# Most of what is installed is never imported: "0" is how pip takes --no-compile from the environment. What is imported
+# is compiled by the first of a thousand processes, if those may write that down.
+os.environ["PIP_NO_COMPILE"] = "0"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ROOT = Path(__file__).parent
 DIST = ROOT / ".nox" / "dist"
