@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Literal
 
 BATCH = 64
-STEPS = {64: 60, 512: 15, 2048: 3}
+STEPS = {64: 60, 512: 15, 2048: 12}
 TARGETS = {64: 1 / 6, 512: 1 / 6, 2048: 1 / 4}
 DEFAULTS = ("alone", "ddp", "ddp-colltensor", "ours", "alone-kept", "ours-kept")
 GROUPS = {"ddp": "gloo", "ddp-colltensor": "colltensor"}
