@@ -301,6 +301,9 @@ def asked(rank: int, world_size: int, path: Path) -> list[Any]:
         with torch.profiler.profile() as profile:
             dist.all_reduce(torch.ones(2))
             dist.barrier(async_op=True).wait()
+            mine, theirs = torch.ones(2), torch.empty(2)
+            for request in (dist.isend(mine, 1 - rank), dist.irecv(theirs, 1 - rank)):
+                request.wait()
         seen = sorted(event.key for event in profile.key_averages() if event.key.startswith("colltensor::"))
         group.bound_device_id = torch.device("cuda:0")  # what init_process_group(device_id=...) does on a GPU
         part = group.split_group([0, 1])
@@ -317,7 +320,7 @@ def asked(rank: int, world_size: int, path: Path) -> list[Any]:
 
 
 def test_what_torch_asks_of_a_group(pool: RankPool, tmp_path: Path) -> None:
-    seen = ["colltensor::allreduce", "colltensor::barrier"]
+    seen = ["colltensor::allreduce", "colltensor::barrier", "colltensor::recv", "colltensor::send"]
     assert pool.run(2, asked, tmp_path / "store") == [[2, seen, None, "ProcessGroupGloo", True]] * 2
 
 

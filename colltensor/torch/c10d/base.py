@@ -76,7 +76,8 @@ class BaseProcessGroup(Identity):
         if not tensor.is_cpu:
             return self._elsewhere(tensor).send([tensor], dstRank, tag)
         self._peer("send", dstRank)
-        operation = self._transfers.send(bare(tensor), dstRank, tag, self._timeout.total_seconds())
+        send = self._transfers.send
+        operation = _seen("send", send, bare(tensor), dstRank, tag, self._timeout.total_seconds())
         return PendingWork(operation, [tensor])
 
     def recv(self, tensors: Any, srcRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
@@ -183,10 +184,7 @@ class BaseProcessGroup(Identity):
         self, name: str, opts: Any, tensors: list[torch.Tensor], call: Callable[..., Any], *arguments: Any
     ) -> Any:
         """Make a call, which a profiler sees: all of it, or how it is issued."""
-        if not _profiler_enabled():
-            return self._issue(name, opts, tensors, call, *arguments)
-        with torch.profiler.record_function(f"colltensor::{name}"):
-            return self._issue(name, opts, tensors, call, *arguments)
+        return _seen(name, self._issue, name, opts, tensors, call, *arguments)
 
     def _issue(
         self, name: str, opts: Any, tensors: list[torch.Tensor], call: Callable[..., Any], *arguments: Any
@@ -219,7 +217,8 @@ class BaseProcessGroup(Identity):
             self._group.set_timeout(usual_s)
 
     def _receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> Any:
-        receive = self._transfers.recv(bare(tensor), source, tag, self._timeout.total_seconds())
+        name, recv = "recv" if source is not None else "recv_anysource", self._transfers.recv
+        receive = _seen(name, recv, bare(tensor), source, tag, self._timeout.total_seconds())
         return PendingWork(receive.operation, [tensor], receive)
 
     def _peer(self, name: str, peer: int) -> None:
@@ -252,6 +251,14 @@ class BaseProcessGroup(Identity):
 
     def _elsewhere(self, tensor: torch.Tensor) -> Any:
         return self._others.group_for(self, tensor.device)
+
+
+def _seen(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Make a call that a profiler sees."""
+    if not _profiler_enabled():
+        return call(*arguments)
+    with torch.profiler.record_function(f"colltensor::{name}"):
+        return call(*arguments)
 
 
 def _call(inference: bool, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
