@@ -23,7 +23,7 @@ Group::Group(char* base, Place place)
       direct_nbytes_(layout_.header().direct_nbytes),
       chunk_nbytes_(layout_.header().chunk_nbytes),
       read_nbytes_(layout_.header().read_nbytes),
-      cache_nbytes_(last_level_cache_nbytes()),
+      cache_nbytes_(layout_.header().cache_nbytes),
       crowded_(static_cast<std::uint32_t>(place.world_size) > layout_.header().cores),
       spins_(crowded_ ? kSpinsCrowded : kSpins),
       yields_(crowded_ ? kYieldsCrowded : kYields),

@@ -46,7 +46,7 @@ void Mapping::unmap() {
 }
 
 void format_segment(char* base, int world_size, int cores, std::uint64_t half_nbytes, std::uint64_t direct_nbytes,
-                    std::uint64_t chunk_nbytes, std::uint64_t read_nbytes) {
+                    std::uint64_t chunk_nbytes, std::uint64_t read_nbytes, std::uint64_t cache_nbytes) {
   Header& header = Layout(base, world_size).header();
   header.world_size = static_cast<std::uint32_t>(world_size);
   header.cores = static_cast<std::uint32_t>(cores);
@@ -56,6 +56,7 @@ void format_segment(char* base, int world_size, int cores, std::uint64_t half_nb
   header.direct_nbytes = std::min(direct_nbytes, half_nbytes);
   header.chunk_nbytes = std::min(chunk_nbytes, half_nbytes);
   header.read_nbytes = std::max(read_nbytes, header.direct_nbytes + 1);
+  header.cache_nbytes = cache_nbytes;
   const Layout layout(base, world_size);
   for (int rank = 0; rank < world_size; ++rank) {
     layout.rank(rank).progress.store(kFirstStep, std::memory_order_relaxed);

@@ -25,9 +25,9 @@ std::int64_t in_ms(std::int64_t milliseconds);  // a deadline
 constexpr std::int64_t kHangMs = 60'000;        // a wait as long is a defect
 
 struct Sizes {
-  std::uint64_t half, direct, chunk, read;
+  std::uint64_t half, direct, chunk, read, cache;
 };
-constexpr Sizes kSmall{1 << 16, 1 << 14, 1 << 13, 20000}, kUsual{1 << 20, 1 << 16, 1 << 17, 1 << 18};
+constexpr Sizes kSmall{1 << 16, 1 << 14, 1 << 13, 20000, 30000}, kUsual{1 << 20, 1 << 16, 1 << 17, 1 << 18, 1 << 20};
 
 // The shared memory of a group, in a mapping that forked processes share.
 class SharedMemory {

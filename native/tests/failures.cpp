@@ -209,7 +209,7 @@ void table_of_groups() {
   {
     Mapping mapping;
     expect(mapping.map(fd, nbytes), "the segment cannot be mapped");
-    format_segment(mapping.base(), 2, 2, kSmall.half, kSmall.direct, kSmall.chunk, kSmall.read);
+    format_segment(mapping.base(), 2, 2, kSmall.half, kSmall.direct, kSmall.chunk, kSmall.read, kSmall.cache);
   }
   const std::int64_t handles[] = {open(fd, nbytes, 0), open(fd, nbytes, 1)};
   close(fd);

@@ -299,7 +299,7 @@ SharedMemory::SharedMemory(int ranks, int cores, const Sizes& sizes)
   if (base == MAP_FAILED) std::abort();
   base_ = static_cast<char*>(base);
   expect(!check_segment(base_, nbytes_, ranks), "a segment of zeros is taken for one");
-  format_segment(base_, ranks, cores, sizes.half, sizes.direct, sizes.chunk, sizes.read);
+  format_segment(base_, ranks, cores, sizes.half, sizes.direct, sizes.chunk, sizes.read, sizes.cache);
   expect(check_segment(base_, nbytes_, ranks), "a new segment is refused");
   expect(!check_segment(base_, nbytes_, ranks + 1), "a segment for another number of ranks is taken");
 }

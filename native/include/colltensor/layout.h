@@ -32,6 +32,7 @@ struct alignas(kLine) Header {
   std::uint64_t direct_nbytes;   // up to which size every rank reduces everything
   std::uint64_t chunk_nbytes;    // of an allreduce's blocks
   std::uint64_t read_nbytes;     // from which size on ranks read each other's memory, where they may
+  std::uint64_t cache_nbytes;    // what the last-level cache keeps
 };
 
 struct alignas(kLine) FailureLine {

@@ -34,7 +34,7 @@ class Mapping {
 
 // Writes the header of a new segment, which is all zeros.
 void format_segment(char* base, int world_size, int cores, std::uint64_t half_nbytes, std::uint64_t direct_nbytes,
-                    std::uint64_t chunk_nbytes, std::uint64_t read_nbytes);
+                    std::uint64_t chunk_nbytes, std::uint64_t read_nbytes, std::uint64_t cache_nbytes);
 
 // True if the mapping holds a segment of this version and size for so many ranks.
 bool check_segment(const char* base, std::uint64_t nbytes, int world_size);
