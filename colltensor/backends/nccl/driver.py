@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -20,7 +19,6 @@ from cupy.cuda import nccl, runtime
 from colltensor.types import UINT8
 from colltensor.view import BufferView
 
-_log: Final = logging.getLogger(__name__)
 _NOT_READY: Final = 600
 """``cudaErrorNotReady``."""
 _CAPTURE_ERRORS: Final = range(900, 909)
@@ -130,10 +128,8 @@ class CupyDriver:
         (cuThreadExchangeStreamCaptureMode). CuPy 14 has no name for it.
         """
         mode = ctypes.c_int(_THREAD_LOCAL)
-        try:
+        with contextlib.suppress(OSError, AttributeError):  # captures are disturbed then, and nothing else
             ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-        except (OSError, AttributeError) as error:  # captures are disturbed then, and nothing else
-            _log.debug("the capture of a CUDA graph can fail while calls are under way: %s", error)
 
     def free(self, streams: list[int], events: list[int]) -> None:
         """Free streams and events of the current device; CUDA does it once their work is done."""
