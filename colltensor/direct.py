@@ -168,7 +168,9 @@ class DirectCall:
 
     def finish(self, tensors: Sequence[Any], code: int) -> bool:
         """End a call that was not done at once; False if it must go the general way."""
-        self._engine.check(self._operation)
+        if self._engine.broken is not None:
+            self._backend.drop()
+            self._engine.check(self._operation)
         try:
             if code == DIRECT_LARGE:
                 code = self._patient(*tensors)

@@ -72,11 +72,11 @@ struct Plain {
 
 std::int64_t code(Outcome outcome) { return static_cast<std::int64_t>(outcome); }
 
-// Ends what a brief call left pending, without the interpreter lock.
+// Ends what a brief call of this thread's left pending, without the interpreter lock; does nothing without one.
 ffi::Function resume_function(std::int64_t handle, std::int64_t timeout_ns) {
   return ffi::Function::FromTyped([handle, timeout_ns]() -> std::int64_t {
-    Group* group = held_member(handle);
-    if (group == nullptr || !group->pending()) return code(Outcome::kClosed);
+    Group* group = claim_member(handle);
+    if (group == nullptr) return code(Outcome::kClosed);
     std::int64_t detail = 0;
     const Outcome outcome = group->resume(now_ns() + timeout_ns, detail);
     if (outcome == Outcome::kSignalled) group->fail(Failure::kBroken, {});
@@ -226,10 +226,13 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
     const Outcome outcome = run_direct(*group, call, tensors.from(0), tensors.count(), tensors.dtype(),
                                        brief ? Group::kBrief : now_ns() + timeout_ns, detail);
     if (outcome == Outcome::kPending) {
-      group->postpone([made, call, &group = *group](std::int64_t deadline_ns, std::int64_t& detail) {
+      Group::Rest rest = [made, call, &group = *group](std::int64_t deadline_ns, std::int64_t& detail) {
         return run_direct(group, call, made->from(0), made->count(), made->dtype(), deadline_ns, detail);
-      });
+      };
       group.keep();
+      *returned = code(outcome);
+      group->postpone(std::move(rest));  // where another thread closes the group it may be gone from here on
+      return;
     }
     *returned = result(*group, outcome) | detail << 8;
   });

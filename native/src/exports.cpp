@@ -20,7 +20,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 6;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 7;  // grows with every change that Python must know of
 
 bool signalled() { return !InsideXla::inside && TVMFFIEnvCheckSignals() != 0; }
 
@@ -119,7 +119,7 @@ std::int64_t run(std::int64_t handle, std::int64_t request, std::int64_t deadlin
   return result(*group, run_request(*group, reinterpret_cast<std::int64_t*>(request), deadline_ns, moved));
 }
 
-// True if a direct call left something behind: it waits to be resumed, or the group is broken.
+// True if a direct call of this thread's left something behind: it waits to be resumed, or the group is broken.
 bool begun(std::int64_t handle) {
   const Guest group(handle);
   return group && (group->pending() || group->failure().kind != Failure::kNone);

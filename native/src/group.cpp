@@ -42,7 +42,7 @@ Group::Group(char* base, Place place)
 
 Outcome Group::enter() const {
   if (foreign() || closing_.load(std::memory_order_acquire)) return Outcome::kClosed;
-  if (pending_ != resumed_) return Outcome::kBusy;
+  if (pending_.load(std::memory_order_relaxed) != nullptr) return Outcome::kBusy;
   return layout_.failure().state.load(std::memory_order_acquire) != 0 ? Outcome::kFailed : Outcome::kDone;
 }
 
@@ -66,10 +66,7 @@ Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int
   const bool all = (brief || (!crowded_ && !resumed_)) && spin_for_arrivals(arrival, kBriefSpins);
   wake_sleepers();
   if (!all) {
-    if (brief) {
-      pending_ = true;
-      return Outcome::kPending;
-    }
+    if (brief) return Outcome::kPending;
     const Outcome outcome = wait_for_all(arrival, deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
   }
@@ -81,12 +78,16 @@ Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int
   return Outcome::kDone;
 }
 
+bool Group::claim() {
+  const void* own = this_thread();
+  return pending_.compare_exchange_strong(own, nullptr, std::memory_order_acq_rel);
+}
+
 Outcome Group::resume(std::int64_t deadline_ns, std::int64_t& detail) {
-  if (!pending_) return Outcome::kBusy;
   const Rest rest = std::move(rest_);
   resumed_ = true;
   const Outcome outcome = rest(deadline_ns, detail);
-  pending_ = resumed_ = false;
+  resumed_ = false;
   return outcome;
 }
 

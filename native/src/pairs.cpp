@@ -254,7 +254,6 @@ Outcome Group::transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t
       const Outcome outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
       if (outcome != Outcome::kDone) return outcome;
     } else if (!spin_for(condition, spins)) {
-      pending_ = true;
       pair_ = std::make_shared<Pair>(std::move(pair));
       return Outcome::kPending;
     }

@@ -52,7 +52,7 @@ void yield_processor() { sched_yield(); }
 std::size_t last_level_cache_nbytes() {
   // Not sysconf(_SC_LEVEL3_CACHE_SIZE), which on AMD's processors gives that of all of them together.
   constexpr std::size_t kUnknown = std::size_t{32} << 20;
-  std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+  std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "re");
   if (file == nullptr) return kUnknown;
   unsigned long kibibytes = 0;
   const bool read = std::fscanf(file, "%luK", &kibibytes) == 1;
@@ -61,6 +61,11 @@ std::size_t last_level_cache_nbytes() {
 }
 
 std::uint32_t current_seat() { return static_cast<std::uint32_t>(sched_getcpu() + 1); }
+
+const void* this_thread() {
+  static thread_local char own;
+  return &own;
+}
 
 std::uint32_t fork_generation() { return generation.load(std::memory_order_relaxed); }
 

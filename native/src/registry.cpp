@@ -65,6 +65,10 @@ bool remove_member(std::int64_t handle) {
   };
   full_fence();  // against Guest, which counts itself and then looks whether the slot is closed
   for (int waited = 0; used(); ++waited) {
+    if (slot.member->group->cancel()) {  // its thread finds it gone
+      release_member(handle);
+      continue;
+    }
     // The slot and its memory are never used again.
     if (waited == kCloseLimitMs || slot.member->group->foreign()) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -98,6 +102,7 @@ Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns) {
     Turn turn(handle);
     if (turn.outcome() == Outcome::kDone) turn.keep();
     if (turn.outcome() != Outcome::kBusy || now_ns() >= deadline_ns) return turn.outcome();
+    if (const Guest group(handle); group && group->pending()) return Outcome::kBusy;
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
 }
@@ -109,6 +114,11 @@ Group* held_member(std::int64_t handle) {
   Slot& slot = slot_of(handle);
   const std::uint64_t state = slot.state.load(std::memory_order_acquire);
   return (state & ~kClosed) == (use_of(handle) | kBusy) ? slot.member->group.get() : nullptr;
+}
+
+Group* claim_member(std::int64_t handle) {
+  const Guest group(handle);  // until this thread has the turn again, which keeps the group
+  return group && group->claim() ? held_member(handle) : nullptr;
 }
 
 Guest::Guest(std::int64_t handle) {

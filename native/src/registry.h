@@ -22,7 +22,8 @@ std::uint64_t* member_nonces(std::int64_t handle);
 // Returns the number of the new member, or -1 if there are too many.
 std::int64_t add_member(std::unique_ptr<Member> member);
 
-// Leaves the group, waits for a call of another thread to notice, and frees everything. True if that call ended.
+// Leaves the group, waits for a call of another thread to notice, and frees everything. True if that call ended; one
+// that is pending is cancelled.
 bool remove_member(std::int64_t handle);
 
 // The right to use a group, of one thread at a time: taken at once or not at all.
@@ -44,9 +45,13 @@ class Turn {
   Outcome outcome_;
 };
 
-// Takes the turn for longer than one call, waiting for a thread that has it: kDone, kClosed, or kBusy at the deadline.
+// Takes the turn for longer than one call, waiting for a thread that has it: kDone, kClosed, or kBusy at the deadline,
+// and at once where it is this thread itself that has left a call pending.
 Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns);
 void release_member(std::int64_t handle);
+
+// The group, whose turn the calling thread has as long as its pending call is not resumed; null if it has none.
+Group* claim_member(std::int64_t handle);
 
 // The group, whose turn the calling thread holds; null if it does not.
 Group* held_member(std::int64_t handle);

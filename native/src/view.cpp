@@ -10,7 +10,7 @@
 namespace colltensor {
 namespace {
 
-void copy(char* to, const char* from, std::size_t nbytes, Store store) {
+void copy(char* to, const char* from, std::size_t nbytes, [[maybe_unused]] Store store) {
 #if defined(__SSE2__)
   constexpr std::size_t kUnit = sizeof(__m128i), kStep = 4 * kUnit;
   if (store == Store::kStreamed && nbytes >= 4096) {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <memory>
 #include <thread>
@@ -59,9 +60,11 @@ Outcome call(Group& group, int kind, std::size_t count, std::int64_t deadline) {
         return group.allreduce(view, kSmallCount, DType::kFloat32, ReduceOp::kSum, signature, until);
       };
       const Outcome begun = make(Group::kBrief);
+      if (begun != Outcome::kPending) return begun;
       group.postpone([&](std::int64_t until, std::int64_t&) { return make(until); });
+      expect(group.claim(), "a pending call is nobody's");
       std::int64_t none = 0;
-      return begun == Outcome::kPending ? group.resume(deadline, none) : begun;
+      return group.resume(deadline, none);
     }
   }
 }
@@ -202,7 +205,8 @@ std::int64_t open(int fd, std::uint64_t nbytes, int rank) {
   return add_member(std::move(opened));
 }
 
-void table_of_groups() {
+// Two ranks of a segment in this process.
+std::array<std::int64_t, 2> both_handles() {
   const std::uint64_t nbytes = segment_nbytes(2, kSmall.half);
   const int fd = memfd_create("colltensor-test", MFD_CLOEXEC);
   expect(fd >= 0 && ftruncate(fd, static_cast<off_t>(nbytes)) == 0, "no memory of its own");
@@ -211,9 +215,58 @@ void table_of_groups() {
     expect(mapping.map(fd, nbytes), "the segment cannot be mapped");
     format_segment(mapping.base(), 2, 2, kSmall.half, kSmall.direct, kSmall.chunk, kSmall.read, kSmall.cache);
   }
-  const std::int64_t handles[] = {open(fd, nbytes, 0), open(fd, nbytes, 1)};
+  const std::array<std::int64_t, 2> handles = {open(fd, nbytes, 0), open(fd, nbytes, 1)};
   close(fd);
   expect(handles[0] >= 0 && handles[1] >= 0 && handles[0] != handles[1], "no handles");
+  return handles;
+}
+
+// A pending call is its thread's alone; one that is never resumed keeps nobody from closing the group.
+void left_pending() {
+  const std::array<std::int64_t, 2> handles = both_handles();
+  float element = 1.0f;
+  const View view(&element, sizeof element);
+  const Signature signature;
+  const auto begin = [&] {
+    Turn turn(handles[0]);
+    Group& group = *turn;
+    const Outcome begun = group.allreduce(view, 1, DType::kFloat32, ReduceOp::kSum, signature, Group::kBrief);
+    expect(begun == Outcome::kPending, "a brief call with nobody ends with outcome %d", static_cast<int>(begun));
+    turn.keep();
+    group.postpone([&, &group = *turn](std::int64_t until, std::int64_t&) {
+      return group.allreduce(view, 1, DType::kFloat32, ReduceOp::kSum, signature, until);
+    });
+  };
+  begin();
+  std::thread([&] {
+    expect(!Guest(handles[0])->pending() && claim_member(handles[0]) == nullptr, "another thread's call is claimed");
+    expect(hold_member(handles[0], in_ms(kShortMs)) == Outcome::kBusy, "two threads have a turn at once");
+  }).join();
+  std::int64_t began = now_ns();
+  expect(hold_member(handles[0], in_ms(kLongMs)) == Outcome::kBusy, "a thread has a turn twice");
+  expect(now_ns() - began < kSoonMs * 1'000'000, "a thread waits for itself");
+  std::thread([&] {
+    float theirs = 2.0f;
+    Turn turn(handles[1]);
+    expect(turn->allreduce(View(&theirs, sizeof theirs), 1, DType::kFloat32, ReduceOp::kSum, signature,
+                           in_ms(kLongMs)) == Outcome::kDone, "the other rank's call");
+  }).join();
+  Group* const group = claim_member(handles[0]);
+  expect(group != nullptr && claim_member(handles[0]) == nullptr, "a pending call is not its thread's, or twice");
+  std::int64_t none = 0;
+  expect(group->resume(in_ms(kLongMs), none) == Outcome::kDone, "a pending call does not end");
+  expect(element == 3.0f, "a pending call has another result");
+  release_member(handles[0]);
+  begin();
+  began = now_ns();
+  std::thread([&] { expect(remove_member(handles[0]), "a pending call keeps its group open"); }).join();
+  expect(now_ns() - began < kSoonMs * 1'000'000, "closing waits for a pending call");
+  expect(claim_member(handles[0]) == nullptr, "a pending call of a closed group is claimed");
+  expect(remove_member(handles[1]), "the other rank cannot be closed");
+}
+
+void table_of_groups() {
+  const std::array<std::int64_t, 2> handles = both_handles();
   std::vector<std::thread> threads;
   std::atomic<int> busy{0}, begun{0};
   for (const std::int64_t handle : handles) {
@@ -254,6 +307,7 @@ void test_failures() {
   stopped();
   signalled();
   table_of_groups();
+  left_pending();
 }
 
 }  // namespace tests

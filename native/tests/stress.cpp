@@ -164,8 +164,9 @@ class Call {
   Outcome brief(Make make) {
     Outcome outcome = make(Group::kBrief);
     if (outcome == Outcome::kPending) {
-      check(group_.barrier(signature_, in_ms(0)) == Outcome::kBusy, "a call beside a pending one");
       group_.postpone([&](std::int64_t deadline, std::int64_t&) { return make(deadline); });
+      check(group_.barrier(signature_, in_ms(0)) == Outcome::kBusy, "a call beside a pending one");
+      check(group_.pending() && group_.claim() && !group_.pending() && !group_.claim(), "a pending call's claim");
       std::int64_t none = 0;
       outcome = group_.resume(in_ms(kHangMs), none);
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from pool import RankPool, group_of
 from shm_ranks import own_group, values
 
 import colltensor as col
+from colltensor.backends.shm.outcomes import PENDING
 
 COUNTS = (0, 1, 6, 7, 1024, 1025, 5000, 20_001, 300_007, 1_200_001)
 """Elements of four bytes: in the signature's line, inline, direct, in blocks, and read from the other's memory."""
@@ -241,6 +243,71 @@ def calls_in_a_handler(rank: int, size: int, name: str) -> None:
 
 def test_a_signal_handler_calls_another_group(pool: RankPool) -> None:
     pool.run(2, calls_in_a_handler, fresh())
+
+
+def beside_a_waiting_call(rank: int, size: int, name: str) -> None:
+    """A tensor that one thread may not pass is its own matter, while a call of another thread waits."""
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))
+        data, failures = np.full(3, 1.0 + rank), list[BaseException]()
+
+        def waits() -> None:
+            try:
+                group.allreduce(data)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=waits)
+        if rank == 0:
+            thread.start()
+            time.sleep(0.2)
+            locked = np.zeros(2)
+            locked.flags.writeable = False
+            for call in (group.allreduce, lambda array: group.broadcast(array, 1), lambda array: group.recv(array, 1)):
+                with pytest.raises(col.ReadOnlyError):
+                    call(locked)
+        else:
+            time.sleep(0.6)
+            thread.start()
+        thread.join()
+        assert not failures
+        assert data.tolist() == [3.0] * 3
+        assert group.broken is None
+        assert group.allreduce(np.ones(1)).tolist() == [size]
+
+
+def test_a_bad_tensor_beside_a_waiting_call(pool: RankPool) -> None:
+    pool.run(2, beside_a_waiting_call, fresh())
+
+
+def left_between_steps(rank: int, size: int, name: str) -> bool:
+    """A call whose first step has met the others, and whose thread then finds the group destroyed."""
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))
+        if group._signer._crowded:
+            return False
+        data = np.ones(3)
+        if rank == 0:
+            call = group._direct.allreduce[col.ReduceOp.SUM]
+            code = call.function(data)
+            assert code == PENDING
+            began = time.monotonic()
+            thread = threading.Thread(target=group.destroy)
+            thread.start()
+            thread.join()
+            assert time.monotonic() - began < 2
+            with pytest.raises(col.GroupError, match="destroyed"):
+                call.finish((data,), code)
+        else:
+            time.sleep(0.5)
+            with pytest.raises(col.PeerLostError):
+                group.barrier()
+    return True
+
+
+def test_a_group_is_destroyed_between_the_steps_of_a_call(pool: RankPool) -> None:
+    if not all(pool.run(2, left_between_steps, fresh())):
+        pytest.skip("the ranks share a core, where a call has one step")
 
 
 def torch_tensors(rank: int, size: int, name: str) -> None:

@@ -119,11 +119,11 @@ class ShmBackend:
         self._outcomes.abandon()
 
     def begun(self) -> bool:
-        """Return True if a direct call that raised an exception has met other ranks already."""
+        """Return True if a direct call of this thread's that raised an exception has met other ranks already."""
         return bool(self._native.shm_begun(self._handle))
 
     def drop(self) -> None:
-        """Forget a direct call that was interrupted between its steps: it ends at once in a broken group."""
+        """Forget a direct call of this thread's that was interrupted between its steps: it ends at once in a broken group."""
         self._resume()
 
     def settle(self, name: str, code: int) -> int:

@@ -107,15 +107,23 @@ class Group {
   Outcome transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns);
 
   // The deadline of a call that holds the interpreter lock: it moves little, and waits no longer than a short spin.
-  // kLarge: nothing was begun, it would take longer. kPending: this rank has arrived, and resume() must follow, until
-  // when the memory must stay.
+  // kLarge: nothing was begun, it would take longer. kPending: this rank has arrived, and postpone() must follow with
+  // what makes the call once more, then claim() and resume() in the same thread. Until then the memory must stay.
   static constexpr std::int64_t kBrief = 0;
   // `detail` says which directions of a transfer differ: 1 for the send, 2 for the receive.
   using Rest = std::function<Outcome(std::int64_t deadline_ns, std::int64_t& detail)>;
-  bool pending() const { return pending_; }
-  // The pending call, to be made once more by resume().
-  void postpone(Rest rest) { rest_ = std::move(rest); }
+  // The last that whoever has the turn does: from now on another thread may cancel() the call.
+  void postpone(Rest rest) {
+    rest_ = std::move(rest);
+    pending_.store(this_thread(), std::memory_order_release);
+  }
+  // Whether this thread's call is pending; another thread's is no business of its.
+  bool pending() const { return pending_.load(std::memory_order_relaxed) == this_thread(); }
+  // Makes this thread's pending call its own again; false if there is none, or it was cancelled.
+  bool claim();
   Outcome resume(std::int64_t deadline_ns, std::int64_t& detail);
+  // Takes a pending call from its thread, in a group that is closed; true once, if there was one.
+  bool cancel() { return pending_.exchange(nullptr, std::memory_order_acq_rel) != nullptr; }
 
   // Whether this rank can read the memory of all ranks, whose processes have these numbers (0: another namespace). Each
   // has put the address of its nonce into the segment. `allow_reading` needs the same answer on all ranks.
@@ -269,7 +277,8 @@ class Group {
   // Steps of mailboxes, by peer: of this rank's side as sender and as receiver, and of the peers' other sides.
   std::vector<std::uint32_t> sent_, received_, taken_, given_;
   std::vector<std::uint32_t> sends_, receives_;  // transfers so far
-  bool pending_ = false, resumed_ = false;  // a brief call: it has arrived; it is made once more
+  std::atomic<const void*> pending_{nullptr};  // the thread whose brief call has arrived
+  bool resumed_ = false;                       // it is made once more
   Rest rest_;
   std::shared_ptr<Pair> pair_;         // of a pending transfer
   std::atomic<bool> closing_{false};

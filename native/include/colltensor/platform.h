@@ -25,6 +25,9 @@ std::size_t last_level_cache_nbytes();
 // 1 + the number of the processor that this thread runs on.
 std::uint32_t current_seat();
 
+// What tells the calling thread from all others that live.
+const void* this_thread();
+
 // Grows by one in a forked child, so that what belongs to the parent can be told from what does not.
 std::uint32_t fork_generation();
 
