@@ -157,7 +157,7 @@ class DirectCall:
         try:
             code = self.function(*tensors)
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
-            self.failed(error)
+            self.failed(tensors, error)
             return False
         if code and not self.finish(tensors, code):
             return False
@@ -181,9 +181,12 @@ class DirectCall:
             self._explain(tensors, code)
         return code == DIRECT_DONE
 
-    def failed(self, error: BaseException) -> None:
-        """Return if a tensor could not be exported, which the general way explains; break the group over the rest."""
-        if isinstance(error, (BufferError, TypeError, ValueError)) and not self._backend.begun():
+    def failed(self, tensors: Sequence[Any], error: BaseException) -> None:
+        """Return if a tensor could not be exported, which the general way explains; break the group over the rest.
+
+        A signal's handler may raise the same types, before, between or after the steps of the call.
+        """
+        if isinstance(error, (BufferError, TypeError, ValueError)) and not self._backend.exports(tensors):
             return
         self._engine.abort(self._operation, error)
 

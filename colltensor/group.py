@@ -151,7 +151,7 @@ class Group:
                 try:
                     code = call.function(tensor)
                 except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
-                    call.failed(error)
+                    call.failed((tensor,), error)
                 else:
                     if not code or call.finish((tensor,), code):
                         if noted:
@@ -469,7 +469,7 @@ class Group:
             try:
                 code = self._barrier.function()
             except BaseException as error:  # noqa: BLE001 - raised on there
-                self._barrier.failed(error)
+                self._barrier.failed((), error)
             else:
                 if not code or self._barrier.finish((), code):
                     return None

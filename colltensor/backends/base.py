@@ -328,7 +328,7 @@ class SigningBackend(Backend, Protocol):
         Both return 0, or what ``settle`` is told. The first may return ``DIRECT_LARGE``: nothing was begun, and the
         second is to be called with the same tensors. They are given those that are written first, but for reduce,
         broadcast and a send all of them, and raise BufferError, TypeError or ValueError for one that cannot be
-        exported; nothing has begun then unless ``begun`` says so.
+        exported; nothing has begun then unless ``exports`` says that they can.
 
         Args:
             operation: A number of ``DIRECT``.
@@ -337,8 +337,8 @@ class SigningBackend(Backend, Protocol):
             source: The rank to receive from; -1 for none.
         """
 
-    def begun(self) -> bool:
-        """Return True if a direct call that raised has met other ranks already."""
+    def exports(self, tensors: Sequence[Any]) -> bool:
+        """Return True if a direct call's tensors can be exported, so that what it raised was something else."""
 
     def drop(self) -> None:
         """Forget a direct call that was interrupted between its steps, after ``abandon``."""

@@ -72,6 +72,13 @@ struct Plain {
 
 std::int64_t code(Outcome outcome) { return static_cast<std::int64_t>(outcome); }
 
+// Takes tensors as a direct call does, and does nothing with them.
+ffi::Function export_function() {
+  return ffi::Function::FromPacked([](const ffi::AnyView* arguments, std::int32_t number, ffi::Any*) {
+    for (std::int32_t i = 0; i < number; ++i) arguments[i].cast<ffi::TensorView>();
+  });
+}
+
 // Ends what a brief call of this thread's left pending, without the interpreter lock; does nothing without one.
 ffi::Function resume_function(std::int64_t handle, std::int64_t timeout_ns) {
   return ffi::Function::FromTyped([handle, timeout_ns]() -> std::int64_t {
@@ -241,5 +248,6 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
 }  // namespace
 }  // namespace colltensor
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_export_function, colltensor::export_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_direct_function, colltensor::direct_function)

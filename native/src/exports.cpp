@@ -119,12 +119,6 @@ std::int64_t run(std::int64_t handle, std::int64_t request, std::int64_t deadlin
   return result(*group, run_request(*group, reinterpret_cast<std::int64_t*>(request), deadline_ns, moved));
 }
 
-// True if a direct call of this thread's left something behind: it waits to be resumed, or the group is broken.
-bool begun(std::int64_t handle) {
-  const Guest group(handle);
-  return group && (group->pending() || group->failure().kind != Failure::kNone);
-}
-
 // How many collectives this rank has taken part in; the same on all ranks that have come equally far.
 std::int64_t calls(std::int64_t handle) {
   const Guest group(handle);
@@ -179,7 +173,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_allow_reading, colltensor::allow_reading)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_run, colltensor::run)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hold, colltensor::hold)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_release, colltensor::release)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_begun, colltensor::begun)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_calls, colltensor::calls)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_transfers, colltensor::transfers)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_failure, colltensor::failure)

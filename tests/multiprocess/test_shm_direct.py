@@ -310,6 +310,64 @@ def test_a_group_is_destroyed_between_the_steps_of_a_call(pool: RankPool) -> Non
         pytest.skip("the ranks share a core, where a call has one step")
 
 
+def left_pending(rank: int, size: int, name: str) -> bool:
+    """A call that was interrupted where nothing could notice: the next one says so, to all ranks and at once."""
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))
+        if group._signer._crowded:
+            return False
+        data = np.ones(3)
+        if rank == 0:
+            assert group._direct.allreduce[col.ReduceOp.SUM].function(data) == PENDING
+            time.sleep(0.6)
+        else:
+            time.sleep(0.2)
+            group.allreduce(data)  # rank 0 has come to this one
+        began = time.monotonic()
+        with pytest.raises(col.GroupError, match="one at a time"):
+            group.barrier()
+        assert time.monotonic() - began < 2
+    return True
+
+
+def test_a_call_that_was_left_between_its_steps(pool: RankPool) -> None:
+    if not all(pool.run(2, left_pending, fresh())):
+        pytest.skip("the ranks share a core, where a call has one step")
+
+
+def raising_after_the_call(rank: int, size: int, name: str, operation: str) -> None:
+    """A handler's ValueError that comes when the call is done is not taken for a tensor that cannot be exported."""
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))
+        direct = group._direct
+        call = {"allreduce": direct.allreduce[col.ReduceOp.SUM], "barrier": direct.barrier,
+                "broadcast": direct.broadcast[0]}[operation]
+        arguments = {"allreduce": (np.ones(3),), "barrier": (), "broadcast": (np.ones(3), 0)}[operation]
+        run = getattr(group, operation)
+        if rank == 0:
+            function = call.function
+
+            def raises(*tensors: Any) -> int:
+                code = function(*tensors)
+                raise ValueError(f"a handler's, after {code}")
+
+            call.function = raises
+            time.sleep(0.2)
+            with pytest.raises(ValueError, match="a handler's"):
+                run(*arguments)
+            with pytest.raises(col.GroupError):
+                group.barrier()
+        else:
+            run(*arguments)
+            with pytest.raises(col.GroupError, match="rank 0"):
+                run(*arguments)
+
+
+@pytest.mark.parametrize("operation", ["allreduce", "barrier", "broadcast"])
+def test_a_handler_raises_when_a_call_is_done(pool: RankPool, operation: str) -> None:
+    pool.run(2, raising_after_the_call, fresh(), operation)
+
+
 def torch_tensors(rank: int, size: int, name: str) -> None:
     import torch
 

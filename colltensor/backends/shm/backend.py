@@ -11,7 +11,7 @@ from __future__ import annotations
 import array
 import math
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from colltensor.backends.base import DIRECT_DONE, DIRECT_MISMATCH, DIRECT_REFUSED, require
 from colltensor.backends.shm import outcomes, requests
@@ -118,12 +118,16 @@ class ShmBackend:
         """Break the group for every rank, which then look at the control plane for the reason."""
         self._outcomes.abandon()
 
-    def begun(self) -> bool:
-        """Return True if a direct call of this thread's that raised an exception has met other ranks already."""
-        return bool(self._native.shm_begun(self._handle))
+    def exports(self, tensors: Sequence[Any]) -> bool:
+        """Return True if the library can view the tensors."""
+        try:
+            self._native.shm_export_function()(*tensors)
+        except (BufferError, TypeError, ValueError):
+            return False
+        return True
 
     def drop(self) -> None:
-        """Forget a direct call of this thread's that was interrupted between its steps: it ends at once in a broken group."""
+        """Forget this thread's direct call, interrupted between its steps: it ends at once in a broken group."""
         self._resume()
 
     def settle(self, name: str, code: int) -> int:
