@@ -63,7 +63,7 @@ Outcome Group::gather(const View* outputs, const View& source, std::size_t count
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { source.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {
         if (!takes) return;
-        for (int rank : others()) outputs[rank].write(first, n, from(rank));
+        for (int rank : others()) outputs[rank].write(first, n, from(rank), store);
       },
       [&] {
         if (!takes) return Outcome::kDone;
