@@ -144,10 +144,11 @@ class Group:
         """
         if op.__class__ is not ReduceOp:
             op = self._arguments.op("allreduce", op)
-        if self._allreduce is not None and copy is None and not async_op and self._queue.idle:
+        calls = self._allreduce  # which another thread's follow() may take away
+        if calls is not None and copy is None and not async_op and self._queue.idle:
             noted = tensor.__class__ not in unnoted
             if not noted or is_plain(tensor):
-                call = self._allreduce[op]
+                call = calls[op]
                 try:
                     code = call.function(tensor)
                 except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
@@ -465,13 +466,14 @@ class Group:
 
     def barrier(self, *, async_op: bool = False) -> Any:
         """Return when all ranks have called."""
-        if self._barrier is not None and not async_op and self._queue.idle and self._engine.device is None:
+        call = self._barrier
+        if call is not None and not async_op and self._queue.idle and self._engine.device is None:
             try:
-                code = self._barrier.function()
+                code = call.function()
             except BaseException as error:  # noqa: BLE001 - raised on there
-                self._barrier.failed((), error)
+                call.failed((), error)
             else:
-                if not code or self._barrier.finish((), code):
+                if not code or call.finish((), code):
                     return None
         if self._engine.device is not None and not async_op:
             self.synchronize()

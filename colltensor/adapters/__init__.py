@@ -22,9 +22,10 @@ class Adapter(Protocol):
         name: The framework's name, for messages.
         immutable: True where tensors cannot be written, so that results are made by ``claim``.
 
-    An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written and of
-    which its DLPack export says all; None if that holds for every tensor that can be exported. A backend may then
-    take the tensor itself, after which ``written`` is called unless ``plain`` is None.
+    An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written, of which
+    its DLPack export says all and whose memory stays for as long as the tensor, not only the export; None if that
+    holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
+    called unless ``plain`` is None.
 
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
     device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it

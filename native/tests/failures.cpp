@@ -21,7 +21,7 @@ constexpr std::size_t kSmallCount = 10, kLargeCount = 100'000;
 constexpr int kAbsent = 2, kRanks = 3;
 
 enum Kind { kBarrier, kAllReduce, kReduce, kBroadcast, kAllGather, kGather, kScatter, kAllToAll, kReduceScatter, kSend,
-            kReceive, kBrief, kKinds };
+            kReceive, kBrief, kBriefTransfer, kKinds };
 
 RankSet only(int rank) {
   RankSet set;
@@ -56,7 +56,10 @@ Outcome call(Group& group, int kind, std::size_t count, std::int64_t deadline) {
     case kSend: return group.transfer(&transfer, nullptr, deadline);
     case kReceive: return group.transfer(nullptr, &transfer, deadline);
     default: {
+      Group::Transfer back = transfer;
+      back.view = &views[0];
       const auto make = [&](std::int64_t until) {
+        if (kind == kBriefTransfer) return group.transfer(&transfer, &back, until);
         return group.allreduce(view, kSmallCount, DType::kFloat32, ReduceOp::kSum, signature, until);
       };
       const Outcome begun = make(Group::kBrief);
