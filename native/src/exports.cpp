@@ -106,7 +106,11 @@ void allow_reading(std::int64_t handle, bool allowed) {
 }
 
 // Takes the turn of a group for one call of several steps; waits while another thread has it.
-std::int64_t hold(std::int64_t handle, std::int64_t deadline_ns) { return static_cast<std::int64_t>(hold_member(handle, deadline_ns)); }
+std::int64_t hold(std::int64_t handle, std::int64_t deadline_ns) {
+  const Outcome outcome = hold_member(handle, deadline_ns, signalled);
+  if (outcome == Outcome::kSignalled) throw ffi::EnvErrorAlreadySet();
+  return static_cast<std::int64_t>(outcome);
+}
 void release(std::int64_t handle) { release_member(handle); }
 
 // Runs a request; the caller holds the turn. `agreed` is called before this rank's memory is written.

@@ -12,6 +12,7 @@ namespace {
 constexpr int kIndexBits = 12;
 constexpr std::uint64_t kBusy = 1, kClosed = 2, kFlags = 3;
 constexpr int kCloseLimitMs = 3000;
+constexpr int kLookUs = 50, kLooksPerSignal = 50'000 / kLookUs;
 
 struct Slot {
   std::atomic<std::uint64_t> state{kClosed};  // the use's number, and above which it is busy or closed
@@ -97,13 +98,14 @@ Turn::~Turn() {
   if (state_ != nullptr) state_->fetch_and(~kBusy, std::memory_order_release);
 }
 
-Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns) {
-  for (;;) {
+Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns, bool (*signalled)()) {
+  for (int looks = 1;; ++looks) {
     Turn turn(handle);
     if (turn.outcome() == Outcome::kDone) turn.keep();
     if (turn.outcome() != Outcome::kBusy || now_ns() >= deadline_ns) return turn.outcome();
     if (const Guest group(handle); group && group->pending()) return Outcome::kBusy;
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    if (looks % kLooksPerSignal == 0 && signalled != nullptr && signalled()) return Outcome::kSignalled;
+    std::this_thread::sleep_for(std::chrono::microseconds(kLookUs));
   }
 }
 

@@ -75,6 +75,40 @@ def test_ctrl_c_ends_every_wait_and_the_others_hear_of_it(pool: RankPool, way: s
     assert all(took < 1.3 and "rank 0" in words for took, words in found), found
 
 
+def interrupt_behind_another_call(rank: int, size: int, name: str) -> float:
+    """Rank 0 waits for its turn, which another thread's call has that waits for rank 1."""
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))  # the first call with a type goes the general way
+        if rank == 1:
+            time.sleep(1.5)
+            with pytest.raises(col.GroupError, match="rank 0"):
+                group.barrier()
+            return 0.0
+        failures: list[BaseException] = []
+
+        def waits() -> None:
+            try:
+                group.allreduce(np.ones(3))
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=waits)
+        thread.start()
+        time.sleep(0.2)
+        interrupt_soon()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            group.allreduce(np.ones(3))
+        took = time.monotonic() - began
+        thread.join()
+        assert [type(failure) for failure in failures] == [col.GroupError]
+        return took
+
+
+def test_ctrl_c_while_another_thread_has_the_turn(pool: RankPool) -> None:
+    assert max(pool.run(2, interrupt_behind_another_call, fresh())) < 1
+
+
 def interrupt_in_the_middle(rank: int, size: int, name: str, count: int) -> tuple[float, str]:
     with own_group(rank, size, name) as group:
         group.barrier()
