@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from colltensor.adapters import adapter_of
-from colltensor.errors import TensorError, UnsupportedTensorError
+from colltensor.errors import TensorError
 from colltensor.view import BufferView
 
 
@@ -188,9 +188,6 @@ def views_of(arrays: Sequence[Any]) -> list[BufferView]:
         except TensorError as error:
             error.args = (f"array {index} of {len(arrays)}: {error}",)
             raise
-    for index, view in enumerate(views):
-        if view.count and not view.pointer:
-            raise UnsupportedTensorError(f"array {index} of {len(arrays)}: its memory was given up; return a copy")
     return views
 
 
