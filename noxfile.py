@@ -8,7 +8,7 @@
     nox -s wheel                    the wheel with Gloo inside, on every Python, between two network namespaces
     nox -s gpu                      on a machine with a CUDA device
 
-All of it takes about 20 minutes on two cores, and may take 30. What no framework and no Python changes is tested once:
+All of it takes about 25 minutes on two cores, and may take 30. What no framework and no Python changes is tested once:
 see `slow`, `GLOO_SIZES`, `IN_FULL` and `LEFT_OUT` below.
 
 Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
