@@ -258,8 +258,14 @@ def leave_process() -> None:
     sys.exit(0)
 
 
-def census() -> tuple[int, int]:
-    """Return how many descriptors and threads this process has."""
+def census(threads: int | None = None) -> tuple[int, int]:
+    """Return how many descriptors and threads this process has, once no more than ``threads`` are left, or after 5 s.
+
+    A thread that hears that its connection has ended takes a moment to end itself.
+    """
+    limit = time.monotonic() + 5
+    while threads is not None and threading.active_count() > threads and time.monotonic() < limit:
+        time.sleep(0.01)
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 

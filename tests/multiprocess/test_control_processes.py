@@ -600,7 +600,7 @@ def test_groups_made_and_closed_leak_nothing(pool: Pool, world_size: int) -> Non
         if world_size > 1:
             group.everywhere("ring", 1, 10.0)
         group.everywhere("close")
-        counts.append(group.everywhere("census"))
+        counts.append(group.everywhere("census", 1))
         group.end()
     assert counts[1:] == counts[:-1]
 
