@@ -112,7 +112,10 @@ SHARED = {
 FOLDERS = {
     "numpy": ("tests",),
     "torch": ("tests",),
-    "jax": ("tests/unit/test_no_dependencies.py", "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py"),
+    "jax": (
+        "tests/unit/test_no_dependencies.py", "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py",
+        "tests/multiprocess/nccl/test_nccl_jax_target.py",
+    ),
     "cupy": ("tests/unit",),
     "mixed": ("tests/conformance",),
     "ray": ("tests/ray",),

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nccl_jax import inside, jax_modules
 from nccl_world import World, world
+
+from colltensor import adapters
 
 
 @pytest.fixture(params=[2, 3, 4])
@@ -21,3 +24,11 @@ def size(request: pytest.FixtureRequest) -> int:
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[World]:
     with world(tmp_path, monkeypatch, seed=len(request.node.name)) as made:
         yield made
+
+
+@pytest.fixture
+def jax_targets(ranks: World) -> None:
+    """Register the targets of jitted collectives, and their adapter among the world's own."""
+    jax_modules()
+    inside("targets").register()
+    adapters._registered.append(inside("device").ADAPTER)
