@@ -22,7 +22,6 @@ _NO_RANK: Final = -1
 _NOBODY: Final = -2
 """No rank, and not none either: a backend refuses it."""
 
-
 _SENDS, _RECEIVES = 256, 512
 _NAMES: Final = tuple(DIRECT)
 

@@ -280,24 +280,34 @@ def test_a_bad_tensor_beside_a_waiting_call(pool: RankPool) -> None:
     pool.run(2, beside_a_waiting_call, fresh())
 
 
+def has_steps(group: Any) -> bool:
+    """Make a first call, and return whether one can be left between its steps: not where the ranks share a core."""
+    group.allreduce(np.zeros(1))
+    return not group._signer._crowded
+
+
+def begin(group: Any, data: np.ndarray) -> Any:
+    """Begin an allreduce that the other ranks do not come to, and return what finishes it."""
+    call = group._direct.allreduce[col.ReduceOp.SUM]
+    assert call.function(data) == PENDING
+    return call
+
+
 def left_between_steps(rank: int, size: int, name: str) -> bool:
     """A call whose first step has met the others, and whose thread then finds the group destroyed."""
     with own_group(rank, size, name) as group:
-        group.allreduce(np.zeros(1))
-        if group._signer._crowded:
+        if not has_steps(group):
             return False
-        data = np.ones(3)
         if rank == 0:
-            call = group._direct.allreduce[col.ReduceOp.SUM]
-            code = call.function(data)
-            assert code == PENDING
+            data = np.ones(3)
+            call = begin(group, data)
             began = time.monotonic()
             thread = threading.Thread(target=group.destroy)
             thread.start()
             thread.join()
             assert time.monotonic() - began < 2
             with pytest.raises(col.GroupError, match="destroyed"):
-                call.finish((data,), code)
+                call.finish((data,), PENDING)
         else:
             time.sleep(0.5)
             with pytest.raises(col.PeerLostError):
@@ -313,12 +323,11 @@ def test_a_group_is_destroyed_between_the_steps_of_a_call(pool: RankPool) -> Non
 def left_pending(rank: int, size: int, name: str) -> bool:
     """A call that was interrupted where nothing could notice: the next one says so, to all ranks and at once."""
     with own_group(rank, size, name) as group:
-        group.allreduce(np.zeros(1))
-        if group._signer._crowded:
+        if not has_steps(group):
             return False
         data = np.ones(3)
         if rank == 0:
-            assert group._direct.allreduce[col.ReduceOp.SUM].function(data) == PENDING
+            begin(group, data)
             time.sleep(0.6)
         else:
             time.sleep(0.2)
