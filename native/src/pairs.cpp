@@ -140,7 +140,7 @@ class Sender : public PairSide {
 
 class Receiver : public PairSide {
  public:
-  Receiver(Group& group, const Group::Transfer* transfer) : PairSide(group, transfer) {
+  Receiver(Group& group, const Group::Transfer* transfer, Store store) : PairSide(group, transfer), store_(store) {
     if (finished_) return;
     box_ = &group.layout_.mailbox(peer(), group.rank_);
     mine_ = group.received_[peer()];
@@ -174,7 +174,8 @@ class Receiver : public PairSide {
         outcome_ = group_.read_into(*transfer_->view, peer(), address, 0, transfer_->count, transfer_->item);
         if (outcome_ != Outcome::kDone) return;
       } else if (transfer_->count != 0) {
-        transfer_->view->write(first(next_), length(next_), where(group_, peer(), box_->sender.half[number_], next_));
+        transfer_->view->write(first(next_), length(next_), where(group_, peer(), box_->sender.half[number_], next_),
+                                store_);
       }
       ++next_;
       publish(box_->receiver, mine_ + 1 + next_);
@@ -189,6 +190,7 @@ class Receiver : public PairSide {
     finished_ = true;
   }
 
+  const Store store_;
   Mailbox* box_ = nullptr;
   std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;
   Outcome outcome_ = Outcome::kDone;
@@ -230,11 +232,13 @@ Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns
     pair.receiver.rebind(recv);
     return transfer(pair, send, recv, deadline_ns);
   }
-  const auto is_brief = [](const Transfer* side) { return side == nullptr || side->count * side->item <= kBriefNbytes; };
-  if (deadline_ns == kBrief && !(is_brief(send) && is_brief(recv) && is_there(half_free_[parity()]))) {
+  const auto size = [](const Transfer* side) { return side == nullptr ? 0 : side->count * side->item; };
+  if (deadline_ns == kBrief && (std::max(size(send), size(recv)) > kBriefNbytes || !is_there(half_free_[parity()]))) {
     return Outcome::kLarge;
   }
-  Pair pair{Sender(*this, send), Receiver(*this, recv)};
+  // As if the peers do the same, staging included; what comes one way alone is not streamed.
+  const std::size_t touched = 2 * (size(send) + size(recv) + half_nbytes_);
+  Pair pair{Sender(*this, send), Receiver(*this, recv, send == nullptr ? Store::kCached : storing(touched))};
   pair.receiver.arrive();
   outcome = pair.sender.arrive(recv != nullptr, deadline_ns);
   return outcome == Outcome::kDone ? transfer(pair, send, recv, deadline_ns) : outcome;
