@@ -236,9 +236,9 @@ Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns
   if (deadline_ns == kBrief && (std::max(size(send), size(recv)) > kBriefNbytes || !is_there(half_free_[parity()]))) {
     return Outcome::kLarge;
   }
-  // As if the peers do the same, staging included; what comes one way alone is not streamed.
-  const std::size_t touched = 2 * (size(send) + size(recv) + half_nbytes_);
-  Pair pair{Sender(*this, send), Receiver(*this, recv, send == nullptr ? Store::kCached : storing(touched))};
+  // As if the peers do the same; what comes one way alone is not streamed.
+  const Store store = send == nullptr ? Store::kCached : storing(2 * (size(send) + size(recv)));
+  Pair pair{Sender(*this, send), Receiver(*this, recv, store)};
   pair.receiver.arrive();
   outcome = pair.sender.arrive(recv != nullptr, deadline_ns);
   return outcome == Outcome::kDone ? transfer(pair, send, recv, deadline_ns) : outcome;

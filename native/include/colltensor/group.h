@@ -233,11 +233,15 @@ class Group {
     return Outcome::kDone;
   }
 
-  // How the results of a call are stored that reads and writes so much memory on all ranks together. With 2 ranks on 2
-  // cores (EPYC, 32 MiB of last-level cache), cached and streamed, 16 MiB: allgather 2560 and 1680 us, all-to-all 2930
-  // and 2140, gather 1630 and 1390, scatter 1450 and 1260, transfers both ways 1260 and 890, and of 8 MiB, where both
-  // ranks' memory is just that much, 560 and 330. One way alone streaming is slower up to 64 MiB (16 MiB: 480 and 640).
-  Store storing(std::size_t nbytes) const { return nbytes > cache_nbytes_ ? Store::kStreamed : Store::kCached; }
+  // How the results of a call are stored that reads and writes so much memory on all ranks together: past the caches
+  // where the last one does not hold that and the staging. With 2 ranks on 2 cores (EPYC, 32 MiB of last-level cache),
+  // cached and streamed: of 16 MiB allgather 2560 and 1680 us, all-to-all 2930 and 2140, gather 1630 and 1390, scatter
+  // 1450 and 1260, transfers both ways 1260 and 890; of just the cache's size all-to-all (4 MiB) 370 and 250, gather (8
+  // MiB) 740 and 330, scatter 640 and 460, transfers both ways 560 and 330. Transfers one way are slower up to 64 MiB.
+  Store storing(std::size_t nbytes) const {
+    const std::size_t staging = 2 * half_nbytes_ * static_cast<std::size_t>(world_size_);
+    return nbytes + staging > cache_nbytes_ ? Store::kStreamed : Store::kCached;
+  }
 
   // The other ranks, the next one first, so that not all turn to one rank at once.
   const std::vector<int>& others() const { return others_; }
