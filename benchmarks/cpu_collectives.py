@@ -20,9 +20,11 @@ What it measures: float32 SUM on zeros, which stays finite (before that the arra
 must compute the same). Allreduce is in place on numpy arrays: `group.allreduce(x)` (column colltensor) and
 `col.allreduce(x)`; mpi4py's `comm.Allreduce(MPI.IN_PLACE, x)`; `torch.distributed.all_reduce(torch.from_numpy(x))`;
 `ray.util.collective.allreduce(x)` in Ray actors. `worlds/libraries.py` says what the other operations do, with 2
-ranks at 1 KiB and 16 MiB. Torch tensors and donated JAX arrays go through colltensor in a world of their own, beside
-numpy arrays in the same processes. The limit is what the ranks need to copy as much memory each at the same time,
-in turns with the allreduces.
+ranks at 1 KiB and 16 MiB: what is of all ranks is one array in every library, and with colltensor a list of arrays as
+well. Torch tensors and donated JAX arrays go through colltensor in a world of their own, beside numpy arrays in the
+same processes, once more in pages of 4 KiB, which JAX's memory has, and torch tensors through Open MPI where its
+environment has torch. The limit is what the ranks need to copy as much memory each at the same time, in turns with the
+allreduces.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from pathlib import Path
 from worlds import report, targets
 from worlds.libraries import ARRAYS
 from worlds.rounds import Contestant, measure
-from worlds.targets import GLOO, OURS, Results
+from worlds.targets import GLOO, MPI_TORCH, OURS, OURS_LISTED, PAGED, Results
 from worlds.world import Kind, World, WorldError, started
 
 SIZES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
@@ -62,7 +64,10 @@ FRAMEWORKS = (
     Contestant("numpy", "frameworks", "allreduce"),
     Contestant("torch", "frameworks", "allreduce:torch"),
     Contestant("JAX", "frameworks", "allreduce:jax"),
+    Contestant(PAGED, "frameworks", "allreduce:pages"),
 )
+MPI_ON_TORCH = (Contestant(MPI_TORCH, "openmpi", "allreduce:torch"),)
+LISTED = ("allgather", "reducescatter", "gather", "scatter", "alltoall")
 
 
 def parse() -> argparse.Namespace:
@@ -141,13 +146,17 @@ def measure_all(worlds: dict[str, World], ranks: int, options: argparse.Namespac
         if "allreduce" in options.parts or copies:
             take("allreduce", libraries + copies, nbytes)
         if "frameworks" in options.parts:
-            take("frameworks", FRAMEWORKS, nbytes)
+            mpi = worlds.get("openmpi")
+            of_mpi = MPI_ON_TORCH if mpi is not None and "torch of Open MPI" in mpi.versions else ()
+            take("frameworks", FRAMEWORKS + of_mpi, nbytes)
     if "operations" in options.parts and ranks == 2:
         for operation in OPERATIONS:
             contestants = tuple(
                 Contestant(contestant.label, contestant.world, operation) for contestant in ALLREDUCE
                 if contestant.label in (OURS, *targets.MPIS)
             )
+            if operation in LISTED:
+                contestants += (Contestant(OURS_LISTED, OURS, f"{operation}:list"),)
             for nbytes in OPERATION_SIZES if operation != "barrier" else (0,):
                 take(operation, contestants, nbytes)
 

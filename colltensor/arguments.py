@@ -9,9 +9,9 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.adapters import adapter_of, known
+from colltensor.adapters import adapter_of, find_adapter, known
 from colltensor.backends.base import Backend
-from colltensor.buffers import Buffers, TensorBuffers, adapt, refuse_overlaps
+from colltensor.buffers import Blocks, Buffers, TensorBuffers, adapt, refuse_overlaps
 from colltensor.errors import DeviceError, OptionError, RankError, ShapeError, TensorError
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
@@ -79,32 +79,46 @@ class Arguments:
             )
         self._accepted.add((operation, op, view.dtype, view.device.type, copy))
 
-    def tensors(
-        self, operation: str, argument: str, tensor_list: Any, like: Buffers, op: ReduceOp | None, write: bool,
+    def blocks(
+        self, operation: str, argument: str, given: Any, like: BufferView | None, op: ReduceOp | None, write: bool,
         copy: bool | None,
-    ) -> list[Buffers]:
-        """Adapt a list of ``world_size`` tensors of the count and dtype of ``like``.
+    ) -> Blocks:
+        """Adapt a list of ``world_size`` tensors, or one array of as many blocks, of the count and dtype of ``like``.
+
+        With ``like=None`` they are of the count and dtype of the first.
 
         Raises:
-            ShapeError: The list or an entry has the wrong length, count or dtype.
-            UnsupportedTensorError: It is no list.
+            ShapeError: The list or an entry has the wrong length, count or dtype; or the array cannot be cut so.
         """
-        self.length(operation, argument, tensor_list)
-        adapted = []
-        for index, tensor in enumerate(tensor_list):
+        size = self._world_size
+        if not isinstance(given, (list, tuple)) and find_adapter(type(given)) is not None:
+            whole = self.tensor(operation, argument, given, op, write, False, copy, False)
+            try:
+                blocks = Blocks(given, [whole], size)
+            except ValueError as error:
+                raise ShapeError(
+                    f"{operation}: {argument} (rank {self._rank}): expected an array that has a block for each of the "
+                    f"{size} ranks of group '{self._name}', but {error}"
+                ) from None
+            first = blocks.views[0]
+            self.alike(operation, f"{argument}, divided by {size} ranks,", first, first if like is None else like)
+            return blocks
+        self.length(operation, argument, given)
+        adapted: list[Buffers] = []
+        for index, tensor in enumerate(given):
             name = f"{argument}[{index}]"
             buffers = self.tensor(operation, name, tensor, op, write, False, copy, False)
-            self.alike(operation, name, buffers, like)
+            like = buffers.views[0] if like is None else like
+            self.alike(operation, name, buffers.views[0], like)
             adapted.append(buffers)
-        return adapted
+        return Blocks(given, adapted, size)
 
-    def alike(self, operation: str, argument: str, buffers: Buffers, like: Buffers) -> None:
+    def alike(self, operation: str, argument: str, view: BufferView, expected: BufferView) -> None:
         """Check that a tensor has the count and dtype of another one of the call.
 
         Raises:
             ShapeError: It has not.
         """
-        view, expected = buffers.views[0], like.views[0]
         if view.count != expected.count or view.dtype is not expected.dtype:
             raise ShapeError(
                 f"{operation}: {argument} (rank {self._rank}): expected {expected.count} elements of "
@@ -122,11 +136,11 @@ class Arguments:
             got = f"{len(tensor_list)}" if isinstance(tensor_list, (list, tuple)) else f"a {type(tensor_list).__name__}"
             raise ShapeError(
                 f"{operation}: {argument} (rank {self._rank}): expected a list of {self._world_size} tensors, one for "
-                f"each rank of group '{self._name}', got {got}"
+                f"each rank of group '{self._name}', or one array of them all, got {got}"
             )
 
     def separate(
-        self, operation: str, written: Sequence[tuple[Buffers, str]], read: Sequence[tuple[Buffers, str]],
+        self, operation: str, written: Sequence[tuple[BufferView, str]], read: Sequence[tuple[BufferView, str]],
         same: int = -1,
     ) -> None:
         """Check that what is written shares memory with nothing else; entry ``same`` may be what is read.
@@ -134,14 +148,11 @@ class Arguments:
         Raises:
             AliasError: Two arguments share memory.
         """
-        reads = [(buffers.views[0], name) for buffers, name in read]
-        writes = [(buffers.views[0], name) for buffers, name in written if not buffers.views[0].readonly]
         try:
-            refuse_overlaps(writes, [])
-            for index, (buffers, name) in enumerate(written):
-                view = buffers.views[0]
-                if not view.readonly and not (index == same and _identical(view, reads[0][0])):
-                    refuse_overlaps([(view, name)], reads)
+            refuse_overlaps([(view, name) for view, name in written if not view.readonly], [])
+            for index, (view, name) in enumerate(written):
+                if not view.readonly and not (index == same and _identical(view, read[0][0])):
+                    refuse_overlaps([(view, name)], list(read))
         except TensorError as error:
             raise type(error)(f"{operation} (rank {self._rank}): {error}") from error
 
@@ -225,7 +236,13 @@ def _refuse_devices(views: Sequence[BufferView]) -> None:
 
 
 def _identical(first: BufferView, second: BufferView) -> bool:
-    return first.pointer == second.pointer and first.strides == second.strides and first.shape == second.shape
+    return first.pointer == second.pointer and first.count == second.count and _layout(first) == _layout(second)
+
+
+def _layout(view: BufferView) -> list[tuple[int, int]] | None:
+    if view.strides is None:
+        return None
+    return [axis for axis in zip(view.shape, view.strides, strict=True) if axis[0] != 1]
 
 
 def first_elements(operation: str, tensor: Any, count: Any) -> Any:

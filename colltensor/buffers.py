@@ -268,6 +268,89 @@ class TreeBuffers:
         return "{" + ", ".join(leaves[:_LEAVES_SHOWN]) + more + "}"
 
 
+class Blocks:
+    """An argument that has a block of elements for every rank: a list of tensors, or one array of all of them.
+
+    Views and transfers are one a block, and the ranks compare the count and dtype of one.
+    """
+
+    __slots__ = ("_given", "_members", "_whole", "transfers", "views")
+
+    def __init__(self, given: Any, members: Sequence[Buffers], number: int) -> None:
+        """Hold ``number`` blocks of ``given``: what is known of a list's tensors, or of the array, once staged.
+
+        Raises:
+            ValueError: The array cannot be cut so.
+        """
+        self._given = given
+        self._members = members
+        self._whole = not isinstance(given, (list, tuple))
+        if self._whole:
+            view, moved = members[0].views[0], members[0].transfers[0]
+            self.views = view.blocks(number)
+            self.transfers = self.views if moved is view else moved.blocks(number)
+        else:
+            self.views = [buffers.views[0] for buffers in members]
+            self.transfers = [buffers.transfers[0] for buffers in members]
+
+    def stage(self, strided: bool, bytewise: bool, copy: bool | None) -> None:
+        """Do nothing: the members are staged."""
+
+    def named(self, argument: str) -> list[tuple[BufferView, str]]:
+        """Return the views with their names in messages."""
+        return [(view, f"{argument}[{index}]") for index, view in enumerate(self.views)]
+
+    @property
+    def claims(self) -> bool:
+        return any(buffers.claims for buffers in self._members)
+
+    def claim(self) -> None:
+        whole = self._members[0].views[0] if self._whole else None
+        before = 0 if whole is None else whole.pointer
+        for buffers in self._members:
+            buffers.claim()
+        if whole is not None:
+            for view in self.views:
+                if view is whole:  # of one rank
+                    continue
+                view.pointer += whole.pointer - before
+                view.readonly, view.device, view.stream = whole.readonly, whole.device, whole.stream
+
+    def check(self) -> None:
+        for buffers in self._members:
+            buffers.check()
+
+    def load(self) -> None:
+        for buffers in self._members:
+            buffers.load()
+
+    def store(self) -> None:
+        for buffers in self._members:
+            buffers.store()
+
+    def result(self) -> Any:
+        """Return what was given: a list with new tensors in the places of immutable ones, a new tuple or array."""
+        results = [buffers.result() for buffers in self._members]
+        if self._whole:
+            return results[0]
+        if isinstance(self._given, tuple):
+            return tuple(results)
+        self._given[:] = results
+        return self._given
+
+    def streams(self) -> set[int | None]:
+        return set().union(*(buffers.streams() for buffers in self._members))
+
+    def count(self) -> int:
+        return self.views[0].count
+
+    def leaves_hash(self) -> int:
+        return self.views[0].dtype.code
+
+    def describe(self) -> str:
+        return f"{self.views[0].dtype}[{self.views[0].count}]"
+
+
 def _copy_refused(view: BufferView, leaf: str = "") -> OptionError:
     return OptionError(
         f"{leaf}copy=False, but {view!r} is strided and needs a staging copy; pass a contiguous tensor or leave "

@@ -47,7 +47,7 @@ def broadcast(
 
 
 def allgather(
-    tensor_list: list[Any], tensor: Any, group_name: str = "default", *, async_op: bool = False,
+    tensor_list: Any, tensor: Any, group_name: str = "default", *, async_op: bool = False,
     copy: bool | None = None,
 ) -> Any:
     """Copy every rank's ``tensor`` into ``tensor_list`` on all ranks; see ``Group.allgather``."""
@@ -55,7 +55,7 @@ def allgather(
 
 
 def reducescatter(
-    tensor: Any, tensor_list: list[Any], group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *,
+    tensor: Any, tensor_list: Any, group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *,
     async_op: bool = False, donate: bool = False, copy: bool | None = None,
 ) -> Any:
     """Combine entry ``r`` of all ranks' lists into rank ``r``'s ``tensor``; see ``Group.reducescatter``."""
@@ -63,7 +63,7 @@ def reducescatter(
 
 
 def gather(
-    tensor_list: list[Any] | None, tensor: Any, dst_rank: int = 0, group_name: str = "default", *,
+    tensor_list: Any, tensor: Any, dst_rank: int = 0, group_name: str = "default", *,
     async_op: bool = False, copy: bool | None = None,
 ) -> Any:
     """Copy every rank's ``tensor`` into ``tensor_list`` on rank ``dst_rank``; see ``Group.gather``."""
@@ -71,7 +71,7 @@ def gather(
 
 
 def scatter(
-    tensor: Any, tensor_list: list[Any] | None = None, src_rank: int = 0, group_name: str = "default", *,
+    tensor: Any, tensor_list: Any = None, src_rank: int = 0, group_name: str = "default", *,
     async_op: bool = False, donate: bool = False, copy: bool | None = None,
 ) -> Any:
     """Copy entry ``r`` of rank ``src_rank``'s list into rank ``r``'s ``tensor``; see ``Group.scatter``."""
@@ -79,7 +79,7 @@ def scatter(
 
 
 def alltoall(
-    output_list: list[Any], input_list: list[Any], group_name: str = "default", *, async_op: bool = False,
+    output_list: Any, input_list: Any, group_name: str = "default", *, async_op: bool = False,
     copy: bool | None = None,
 ) -> Any:
     """Send entry ``r`` of ``input_list`` to rank ``r``; see ``Group.alltoall``."""

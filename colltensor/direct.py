@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn
 from colltensor.adapters import adapter_of, direct, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_LARGE, DIRECT_MISMATCH, SigningBackend
+from colltensor.buffers import Blocks, Buffers
 from colltensor.engine import Call, Engine, Transfer
 from colltensor.errors import MismatchError
 from colltensor.types import ReduceOp
@@ -23,6 +24,8 @@ _NOBODY: Final = -2
 """No rank, and not none either: a backend refuses it."""
 
 _SENDS, _RECEIVES = 256, 512
+_COMPARED_LAST: Final = ("allgather", "gather", "alltoall")
+"""Operations whose last tensor has the count that the ranks compare; of all others it is the first."""
 _NAMES: Final = tuple(DIRECT)
 
 
@@ -55,10 +58,12 @@ class Direct:
     Attributes:
         before: Called first in every call, or None.
         barrier: The barrier.
-        allreduce, reducescatter: By reduce op.
+        allreduce: By reduce op.
         reduce: By reduce op, then by root.
-        broadcast, gather, scatter: By root.
-        allgather, alltoall: Those.
+        reducescatter: By whether one array stands for the list, then by reduce op.
+        broadcast: By root.
+        gather, scatter: By whether one array stands for the list, then by root.
+        allgather, alltoall: By whether one array stands for a list.
         send, recv: By the other rank.
         sendrecv: By the rank to send to, then by the rank to receive from.
     """
@@ -71,7 +76,7 @@ class Direct:
         self.engine = engine
         self.arguments = arguments
         self.rank = rank
-        self._world_size = world_size
+        self.world_size = world_size
         self.renew()
 
     def renew(self) -> None:
@@ -80,27 +85,31 @@ class Direct:
         self.allreduce = [self._one("allreduce", op) for op in ReduceOp]
         self.reduce = [self._by_rank("reduce", op) for op in ReduceOp]
         self.broadcast = self._by_rank("broadcast")
-        self.allgather = self._one("allgather")
-        self.gather = self._by_rank("gather")
-        self.reducescatter = [self._one("reducescatter", op) for op in ReduceOp]
-        self.scatter = self._by_rank("scatter")
-        self.alltoall = self._one("alltoall")
+        self.allgather = [self._one("allgather", stacked=stacked) for stacked in (False, True)]
+        self.gather = [self._by_rank("gather", stacked=stacked) for stacked in (False, True)]
+        self.reducescatter = [
+            [self._one("reducescatter", op, stacked=stacked) for op in ReduceOp] for stacked in (False, True)
+        ]
+        self.scatter = [self._by_rank("scatter", stacked=stacked) for stacked in (False, True)]
+        self.alltoall = [self._one("alltoall", stacked=stacked) for stacked in (False, True)]
         self.send = self._by_rank("transfer")
-        self.recv = Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, _NO_RANK, source))
+        self.recv = Ranks(self.world_size, lambda source: self._one("transfer", _NO_OP, _NO_RANK, source))
         self.sendrecv = Ranks(
-            self._world_size,
-            lambda to: Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, to, source)),
+            self.world_size,
+            lambda to: Ranks(self.world_size, lambda source: self._one("transfer", _NO_OP, to, source)),
         )
 
     def settle(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
         """End a call that was begun on the backend itself and came to ``code``; see ``Group.settle``."""
         return self._one(_NAMES[operation], op, root, source).finish(tensors, code)
 
-    def _one(self, name: str, op: int = _NO_OP, root: int = _NO_RANK, source: int = _NO_RANK) -> DirectCall:
-        return DirectCall(self, name, op, root, source)
+    def _one(
+        self, name: str, op: int = _NO_OP, root: int = _NO_RANK, source: int = _NO_RANK, stacked: bool = False
+    ) -> DirectCall:
+        return DirectCall(self, name, op, root, source, stacked)
 
-    def _by_rank(self, name: str, op: int = _NO_OP) -> Ranks:
-        return Ranks(self._world_size, lambda rank: self._one(name, op, rank))
+    def _by_rank(self, name: str, op: int = _NO_OP, stacked: bool = False) -> Ranks:
+        return Ranks(self.world_size, lambda rank: self._one(name, op, rank, stacked=stacked))
 
 
 class Ranks(dict[int, Any]):
@@ -121,16 +130,22 @@ class Ranks(dict[int, Any]):
 class DirectCall:
     """One operation of one group, with its op and its ranks."""
 
-    __slots__ = ("_backend", "_call", "_engine", "_group", "_operation", "_patient", "_queue", "function")
+    __slots__ = (
+        "_backend", "_call", "_engine", "_group", "_operation", "_patient", "_queue", "_stacked",
+        "function",
+    )
 
-    def __init__(self, group: Direct, operation: str, op: int, root: int, source: int) -> None:
+    def __init__(self, group: Direct, operation: str, op: int, root: int, source: int, stacked: bool) -> None:
         self._group = group
         self._backend = group.backend
         self._engine = group.engine
         self._queue = group.engine.queue
         self._operation = operation
         self._call = op, root, source
-        self.function, self._patient = group.backend.direct(DIRECT[operation], op, root, source)
+        self._stacked = stacked
+        self.function, self._patient = group.backend.direct(
+            DIRECT[operation], op, root, source, stacked
+        )
 
     def run(self, tensors: Sequence[Any], written: int, written_end: int) -> bool:
         """Run it on tensors as they are; False if it must go the general way.
@@ -205,7 +220,11 @@ class DirectCall:
                 if code & _RECEIVES:
                     pairs.append(Transfer(source, group.rank, buffers[-1], _moves_nothing))
                 self._backend.explain_transfer(self._engine.signed(pairs), deadline)
-            argument = buffers[0] if buffers else None
+            argument: Buffers | None = None
+            if buffers:
+                argument = buffers[-1] if name in _COMPARED_LAST else buffers[0]
+            if self._stacked and name == "alltoall":
+                argument = Blocks(tensors[-1], buffers[-1:], group.world_size)
             call = Call(name, argument, reduce_op, root, True, (), _moves_nothing, (), _nothing)
             sequence = self._backend.calls()
             self._backend.explain(call.signature(sequence), lambda: call.describe(sequence), deadline)

@@ -26,7 +26,6 @@ from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
-from colltensor.view import BufferView
 
 _log: Final = logging.getLogger(__name__)
 
@@ -66,7 +65,10 @@ class Group:
 
     Every method is a collective: all ranks of the group call it, in the same order, with tensors of
     equal dtypes and counts (shapes and frameworks may differ); ``send``, ``recv`` and ``sendrecv``
-    concern two ranks. Elements are matched in row-major order whatever the memory layout.
+    concern two ranks. Elements are matched in row-major order whatever the memory layout. For a list of
+    ``world_size`` tensors there may be one array of them all, one after another in the order of the
+    ranks, as MPI, ``jax.lax.all_gather`` and torch's ``all_gather_into_tensor`` have it: of any shape,
+    usually ``(world_size, ...)``; a strided one is cut along its first axis.
 
     Tensors that can be written (numpy, torch, CuPy) are changed in place and returned; JAX arrays
     are left alone and the result is a new array, or with ``donate=True`` the same memory under a
@@ -224,38 +226,39 @@ class Group:
         )
 
     def allgather(
-        self, tensor_list: list[Any], tensor: Any, *, async_op: bool = False, copy: bool | None = None
+        self, tensor_list: Any, tensor: Any, *, async_op: bool = False, copy: bool | None = None
     ) -> Any:
         """Copy every rank's ``tensor`` into entry ``rank`` of every rank's ``tensor_list``.
 
         Args:
-            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, written; JAX entries
-                are replaced. Entry ``rank`` may be ``tensor`` itself.
+            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of them all,
+                written; JAX arrays are replaced. Entry ``rank`` may be ``tensor`` itself.
             tensor: The tensor to send, of any dtype, only read.
             async_op: Return a ``Work`` at once.
             copy: False refuses staging copies.
 
         Returns:
-            ``tensor_list``.
+            ``tensor_list``, or a new JAX array for one.
         """
-        if (
-            self._direct is not None and copy is None and not async_op and tensor_list.__class__ is list
-            and self._direct.allgather.run((*tensor_list, tensor), 0, self.world_size)
-        ):
-            return tensor_list
+        if self._direct is not None and copy is None and not async_op:
+            stacked = tensor_list.__class__ is not list
+            taken = (tensor_list,) if stacked else tensor_list
+            if self._direct.allgather[stacked].run((*taken, tensor), 0, len(taken)):
+                return tensor_list
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
-        targets = self._arguments.tensors("allgather", "tensor_list", tensor_list, source, None, True, copy)
-        self._arguments.separate("allgather", _named("tensor_list", targets), [(source, "tensor")], same=self.rank)
+        view = source.views[0]
+        targets = self._arguments.blocks("allgather", "tensor_list", tensor_list, view, None, True, copy)
+        self._arguments.separate("allgather", targets.named("tensor_list"), [(view, "tensor")], same=self.rank)
         return self._engine.run(
-            async_op, "allgather", source, None, -1, True, (source, *targets),
+            async_op, "allgather", source, None, -1, True, (source, targets),
             lambda deadline: self._arguments.wire(source).allgather(
-                _transfers(targets), source.transfers[0], deadline
+                targets.transfers, source.transfers[0], deadline
             ), (),
-            lambda: _replace(tensor_list, targets),
+            targets.result,
         )
 
     def gather(
-        self, tensor_list: list[Any] | None, tensor: Any, dst_rank: int = 0, *, async_op: bool = False,
+        self, tensor_list: Any, tensor: Any, dst_rank: int = 0, *, async_op: bool = False,
         copy: bool | None = None,
     ) -> Any:
         """Copy every rank's ``tensor`` into entry ``rank`` of ``tensor_list`` on rank ``dst_rank``.
@@ -268,36 +271,38 @@ class Group:
             copy: False refuses staging copies.
 
         Returns:
-            ``tensor_list``.
+            As ``allgather``.
         """
         if self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int:
-            taken = () if dst_rank != self.rank or tensor_list.__class__ is not list else tensor_list
-            if self._direct.gather[dst_rank].run((*taken, tensor), 0, len(taken)):
+            stacked = dst_rank == self.rank and tensor_list.__class__ is not list
+            taken = (tensor_list,) if stacked else tensor_list if dst_rank == self.rank else ()
+            if self._direct.gather[stacked][dst_rank].run((*taken, tensor), 0, len(taken)):
                 return tensor_list
         root = self._arguments.rank("gather", "dst_rank", dst_rank)
         source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
         targets = None
         if root == self.rank:
-            targets = self._arguments.tensors("gather", "tensor_list", tensor_list, source, None, True, copy)
-            self._arguments.separate("gather", _named("tensor_list", targets), [(source, "tensor")], same=root)
+            view = source.views[0]
+            targets = self._arguments.blocks("gather", "tensor_list", tensor_list, view, None, True, copy)
+            self._arguments.separate("gather", targets.named("tensor_list"), [(view, "tensor")], same=root)
         return self._engine.run(
-            async_op, "gather", source, None, root, True, (source, *(targets or ())),
+            async_op, "gather", source, None, root, True, (source,) if targets is None else (source, targets),
             lambda deadline: self._arguments.wire(source).gather(
-                None if targets is None else _transfers(targets), source.transfers[0], root, deadline
+                None if targets is None else targets.transfers, source.transfers[0], root, deadline
             ), (),
-            lambda: tensor_list if targets is None else _replace(tensor_list, targets),
+            lambda: tensor_list if targets is None else targets.result(),
         )
 
     def scatter(
-        self, tensor: Any, tensor_list: list[Any] | None = None, src_rank: int = 0, *, async_op: bool = False,
+        self, tensor: Any, tensor_list: Any = None, src_rank: int = 0, *, async_op: bool = False,
         donate: bool = False, copy: bool | None = None,
     ) -> Any:
         """Copy entry ``r`` of rank ``src_rank``'s ``tensor_list`` into rank ``r``'s ``tensor``.
 
         Args:
             tensor: The tensor that receives, of any dtype.
-            tensor_list: On ``src_rank`` ``world_size`` tensors of ``tensor``'s count and dtype, only
-                read; ignored elsewhere, usually None.
+            tensor_list: On ``src_rank`` ``world_size`` tensors of ``tensor``'s count and dtype, or one array
+                of them all, only read; ignored elsewhere, usually None.
             src_rank: The rank, in this group, that has the data.
             async_op: Return a ``Work`` at once.
             donate: JAX only: receive into the array's own memory and delete the array.
@@ -307,32 +312,34 @@ class Group:
             ``tensor`` itself, or a new JAX array.
         """
         if self._direct is not None and copy is None and not async_op and src_rank.__class__ is int:
-            given = () if src_rank != self.rank or tensor_list.__class__ is not list else tensor_list
-            if self._direct.scatter[src_rank].run((tensor, *given), 0, 1):
+            stacked = src_rank == self.rank and tensor_list.__class__ is not list
+            given = (tensor_list,) if stacked else tensor_list if src_rank == self.rank else ()
+            if self._direct.scatter[stacked][src_rank].run((tensor, *given), 0, 1):
                 return tensor
         root = self._arguments.rank("scatter", "src_rank", src_rank)
         target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
         sources = None
         if root == self.rank:
-            sources = self._arguments.tensors("scatter", "tensor_list", tensor_list, target, None, False, copy)
-            self._arguments.separate("scatter", [(target, "tensor")], _named("tensor_list", sources))
+            view = target.views[0]
+            sources = self._arguments.blocks("scatter", "tensor_list", tensor_list, view, None, False, copy)
+            self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
         return self._engine.run(
-            async_op, "scatter", target, None, root, True, (target, *(sources or ())),
+            async_op, "scatter", target, None, root, True, (target,) if sources is None else (target, sources),
             lambda deadline: self._arguments.wire(target).scatter(
-                target.transfers[0], None if sources is None else _transfers(sources), root, deadline
+                target.transfers[0], None if sources is None else sources.transfers, root, deadline
             ), (),
             target.result,
         )
 
     def reducescatter(
-        self, tensor: Any, tensor_list: list[Any], op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
+        self, tensor: Any, tensor_list: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
         donate: bool = False, copy: bool | None = None,
     ) -> Any:
         """Combine entry ``r`` of all ranks' ``tensor_list`` elementwise into rank ``r``'s ``tensor``.
 
         Args:
             tensor: The tensor that receives.
-            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, only read.
+            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of them all, only read.
             op: The reduce operation.
             async_op: Return a ``Work`` at once.
             donate: JAX only: receive into ``tensor``'s own memory and delete it.
@@ -341,55 +348,53 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if (
-            self._direct is not None and copy is None and not async_op
-            and tensor_list.__class__ is list and op.__class__ is ReduceOp
-            and self._direct.reducescatter[op].run((tensor, *tensor_list), 0, 1)
-        ):
-            return tensor
+        if self._direct is not None and copy is None and not async_op and op.__class__ is ReduceOp:
+            stacked = tensor_list.__class__ is not list
+            given = (tensor_list,) if stacked else tensor_list
+            if self._direct.reducescatter[stacked][op].run((tensor, *given), 0, 1):
+                return tensor
         op = self._arguments.op("reducescatter", op)
         target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
-        sources = self._arguments.tensors("reducescatter", "tensor_list", tensor_list, target, op, False, copy)
-        self._arguments.separate("reducescatter", [(target, "tensor")], _named("tensor_list", sources))
+        view = target.views[0]
+        sources = self._arguments.blocks("reducescatter", "tensor_list", tensor_list, view, op, False, copy)
+        self._arguments.separate("reducescatter", [(view, "tensor")], sources.named("tensor_list"))
         return self._engine.run(
-            async_op, "reducescatter", target, op, -1, True, (target, *sources),
+            async_op, "reducescatter", target, op, -1, True, (target, sources),
             lambda deadline: self._arguments.wire(target).reducescatter(
-                target.transfers[0], _transfers(sources), op, deadline
+                target.transfers[0], sources.transfers, op, deadline
             ), (),
             target.result,
         )
 
     def alltoall(
-        self, output_list: list[Any], input_list: list[Any], *, async_op: bool = False, copy: bool | None = None
+        self, output_list: Any, input_list: Any, *, async_op: bool = False, copy: bool | None = None
     ) -> Any:
         """Copy entry ``r`` of ``input_list`` into entry ``rank`` of rank ``r``'s ``output_list``.
 
         Args:
-            output_list: ``world_size`` tensors, written; JAX entries are replaced.
-            input_list: ``world_size`` tensors, only read. All tensors have one count and dtype.
+            output_list: ``world_size`` tensors, or one array of them all, written; JAX arrays are replaced.
+            input_list: ``world_size`` tensors, or one array of them all, only read. All tensors have one count and
+                dtype.
             async_op: Return a ``Work`` at once.
             copy: False refuses staging copies.
 
         Returns:
-            ``output_list``.
+            ``output_list``, or a new JAX array for one.
         """
-        if (
-            self._direct is not None and copy is None and not async_op
-            and output_list.__class__ is list and input_list.__class__ is list
-            and self._direct.alltoall.run((*output_list, *input_list), 0, self.world_size)
-        ):
-            return output_list
-        self._arguments.length("alltoall", "input_list", input_list)
-        first = self._arguments.tensor("alltoall", "input_list[0]", input_list[0], None, False, False, copy, False)
-        sources = self._arguments.tensors("alltoall", "input_list", input_list, first, None, False, copy)
-        targets = self._arguments.tensors("alltoall", "output_list", output_list, first, None, True, copy)
-        self._arguments.separate("alltoall", _named("output_list", targets), _named("input_list", sources))
+        stacked = output_list.__class__ is not list
+        if self._direct is not None and copy is None and not async_op and stacked is (input_list.__class__ is not list):
+            taken, given = ((output_list,), (input_list,)) if stacked else (output_list, input_list)
+            if len(taken) == len(given) and self._direct.alltoall[stacked].run((*taken, *given), 0, len(taken)):
+                return output_list
+        sources = self._arguments.blocks("alltoall", "input_list", input_list, None, None, False, copy)
+        targets = self._arguments.blocks("alltoall", "output_list", output_list, sources.views[0], None, True, copy)
+        self._arguments.separate("alltoall", targets.named("output_list"), sources.named("input_list"))
         return self._engine.run(
-            async_op, "alltoall", first, None, -1, True, (*sources, *targets),
-            lambda deadline: self._arguments.wire(first).alltoall(
-                _transfers(targets), _transfers(sources), deadline
+            async_op, "alltoall", sources, None, -1, True, (sources, targets),
+            lambda deadline: self._arguments.wire(sources).alltoall(
+                targets.transfers, sources.transfers, deadline
             ), (),
-            lambda: _replace(output_list, targets),
+            targets.result,
         )
 
     def send(self, tensor: Any, dst_rank: int, *, async_op: bool = False, copy: bool | None = None) -> Any:
@@ -453,9 +458,10 @@ class Group:
         to, of = self._arguments.shift(dst_rank, src_rank)
         source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
         target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
-        self._arguments.separate("sendrecv", [(target, "recv_tensor")], [(source, "send_tensor")])
+        sent, received = source.views[0], target.views[0]
+        self._arguments.separate("sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")])
         if to == self.rank:  # no peer to compare with
-            self._arguments.alike("sendrecv", "recv_tensor", target, source)
+            self._arguments.alike("sendrecv", "recv_tensor", received, sent)
         return self._engine.run(
             async_op, "sendrecv", source, None, -1, True, (source, target),
             lambda deadline: self._arguments.wire(source).sendrecv(
@@ -631,20 +637,3 @@ class Group:
     def __repr__(self) -> str:
         check = ", check=True" if self._recipe.check else ""
         return f"Group({self.name!r}, rank {self.rank} of {self.world_size}, backend {self.backend!r}{check})"
-
-
-def _transfers(arguments: Sequence[Buffers]) -> list[BufferView]:
-    return [buffers.transfers[0] for buffers in arguments]
-
-
-def _named(argument: str, buffers: Sequence[Buffers]) -> list[tuple[Buffers, str]]:
-    return [(entry, f"{argument}[{index}]") for index, entry in enumerate(buffers)]
-
-
-def _replace(tensor_list: Any, targets: Sequence[Buffers]) -> Any:
-    """Put results that are new tensors into the user's list; a tuple comes back as a new tuple."""
-    results = [buffers.result() for buffers in targets]
-    if isinstance(tensor_list, tuple):
-        return tuple(results)
-    tensor_list[:] = results
-    return tensor_list

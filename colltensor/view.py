@@ -136,6 +136,36 @@ class BufferView:
             device=self.device, readonly=self.readonly, owner=self, stream=self.stream,
         )
 
+    def blocks(self, number: int) -> list[BufferView]:
+        """Cut the elements, in row-major order, into ``number`` views of equal counts.
+
+        Raises:
+            ValueError: They cannot be cut so: the count, or of a strided view the first extent, is no multiple.
+        """
+        if number == 1:
+            return [self]
+        count, rest = divmod(self.count, number)
+        if self.strides is None:
+            if rest:
+                raise ValueError(f"{self.count} elements are no {number} blocks of equal counts")
+            return [self.slice(block * count, (block + 1) * count) for block in range(number)]
+        extent, rest = divmod(self.shape[0], number)
+        if rest:
+            raise ValueError(
+                f"a strided array of shape {list(self.shape)} has no {number} blocks of equal counts along its first "
+                "axis; pass a contiguous one"
+            )
+        step = extent * self.strides[0] * self.dtype.itemsize
+        shape = (extent, *self.shape[1:])
+        steps = None if _are_row_major(shape, self.strides) else self.strides
+        return [
+            BufferView.from_address(
+                self.pointer + block * step, shape, self.dtype, device=self.device, strides=steps,
+                readonly=self.readonly, owner=self, stream=self.stream,
+            )
+            for block in range(number)
+        ]
+
     def cast(self, dtype: DType) -> BufferView:
         """Return the same bytes of a contiguous view as flat elements of another type."""
         if self.strides is not None or self.nbytes % dtype.itemsize:
@@ -173,3 +203,13 @@ class BufferView:
         layout = "contiguous" if self.strides is None else f"strides={self.strides}"
         flag = ", read-only" if self.readonly else ""
         return f"BufferView({self.dtype}{list(self.shape)} on {self.device}, {layout}{flag})"
+
+
+def _are_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Return True where elements of this layout lie one after another in row-major order."""
+    expected = 1
+    for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if extent != 1 and stride != expected:
+            return False
+        expected *= extent
+    return True

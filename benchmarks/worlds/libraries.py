@@ -3,12 +3,14 @@
 A library makes *loops*: functions that take a number of calls and make them. Each rank of a world makes the same
 loop at the same time. The operations, with S the size in the tables, in bytes:
 
-- ``allreduce``: S in place on every rank, SUM. ``allreduce:function``, ``:torch`` and ``:jax`` are other ways to it.
+- ``allreduce``: S in place on every rank, SUM. ``allreduce:function``, ``:torch`` and ``:jax`` are other ways to it;
+  ``:pages`` is the same on memory in pages of 4 KiB, as JAX's is and numpy's large arrays are not.
 - ``reduce``: S, SUM, in place at the root; the other ranks' memory is only read.
 - ``broadcast``: S, in place.
 - ``allgather``: S from each rank, into memory of its own of S times ranks.
 - ``reducescatter``: S times ranks on each rank, only read, SUM, into S.
 - ``gather``, ``scatter``: S for each rank; the root has S times ranks.
+  S times ranks are one array in every library; ``allgather:list`` and so on give colltensor a list of its rows.
 - ``alltoall``: S for each pair of ranks, from S times ranks into as much.
 - ``send/recv``: S one way, in turns: call i goes from rank i to rank i + 1, so that 2 ranks play ping-pong and a
   call is half a round trip.
@@ -25,7 +27,9 @@ Frameworks are imported by the library that needs them: an MPI's environment has
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
+import mmap
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -102,7 +106,9 @@ class Colltensor:
             return JaxLoop(self._group, arrays["block"])
         if operation.startswith("allreduce"):
             return self._allreduce_loop(_torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"])
-        return _in_turn(self._calls(operation, arrays))
+        if variant == "list":
+            arrays = {name: list(array) if name.endswith("blocks") else array for name, array in arrays.items()}
+        return _in_turn(self._calls(operation.partition(":")[0], arrays))
 
     def _allreduce_loop(self, tensor: Any) -> Loop:
         group = self._group
@@ -122,10 +128,10 @@ class Colltensor:
 
         return loop
 
-    def _calls(self, operation: str, arrays: Arrays) -> list[Callable[[], object]]:
+    def _calls(self, operation: str, arrays: dict[str, Any]) -> list[Callable[[], object]]:
         group, rank, ranks = self._group, self.rank, self.ranks
         block, other = arrays.get("block"), arrays.get("other_block")
-        rows, other_rows = list(arrays.get("blocks", ())), list(arrays.get("other_blocks", ()))
+        blocks, other_blocks = arrays.get("blocks"), arrays.get("other_blocks")
         right, left = (rank + 1) % ranks, (rank - 1) % ranks
         roots = range(ranks)
         if operation == "reduce":
@@ -133,15 +139,15 @@ class Colltensor:
         if operation == "broadcast":
             return [lambda root=root: group.broadcast(block, root) for root in roots]
         if operation == "gather":
-            return [lambda root=root: group.gather(rows if root == rank else None, block, root) for root in roots]
+            return [lambda root=root: group.gather(blocks if root == rank else None, block, root) for root in roots]
         if operation == "scatter":
-            return [lambda root=root: group.scatter(block, rows if root == rank else None, root) for root in roots]
+            return [lambda root=root: group.scatter(block, blocks if root == rank else None, root) for root in roots]
         if operation == "send/recv":
             return _one_way(rank, ranks, lambda: group.send(block, right), lambda: group.recv(block, left))
         calls: dict[str, Callable[[], object]] = {
-            "allgather": lambda: group.allgather(rows, block),
-            "reducescatter": lambda: group.reducescatter(block, rows),
-            "alltoall": lambda: group.alltoall(other_rows, rows),
+            "allgather": lambda: group.allgather(blocks, block),
+            "reducescatter": lambda: group.reducescatter(block, blocks),
+            "alltoall": lambda: group.alltoall(other_blocks, blocks),
             "sendrecv": lambda: group.sendrecv(block, right, other, left),
             "barrier": lambda: group.barrier(),
         }
@@ -187,13 +193,17 @@ class Mpi:
         self._mpi, self._comm = MPI, MPI.COMM_WORLD
         self.rank, self.ranks = self._comm.rank, self._comm.size
         self.versions = {name: ".".join(map(str, version)), f"mpi4py of {name}": metadata.version("mpi4py")}
+        if importlib.util.find_spec("torch") is not None:
+            self.versions[f"torch of {name}"] = metadata.version("torch")
         self.barrier = self._comm.Barrier
 
     def loop(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of an operation."""
-        if operation != "allreduce":
+        kind, _, variant = operation.partition(":")
+        if kind != "allreduce":
             return _in_turn(self._calls(operation, arrays))
-        comm, in_place, array = self._comm, self._mpi.IN_PLACE, arrays["block"]
+        comm, in_place = self._comm, self._mpi.IN_PLACE
+        array: Any = _torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"]
 
         def loop(calls: int) -> None:
             for _ in range(calls):
@@ -289,6 +299,12 @@ def make_arrays(operation: str, nbytes: int, rank: int, ranks: int) -> Arrays:
         values = np.arange(count * (ranks if name.endswith("blocks") else 1), dtype=np.float32)
         np.remainder(values, 7, out=values)
         values += rank + 1 + 10 * number
+        if operation.endswith(":pages"):
+            memory = mmap.mmap(-1, values.nbytes)
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+            paged = np.frombuffer(memory, np.float32)
+            paged[:] = values
+            values = paged
         arrays[name] = values.reshape(ranks, count) if name.endswith("blocks") else values
     return arrays
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from worlds.rounds import Samples
-from worlds.targets import GLOO, MPIS, OURS, Results, Verdict, size
+from worlds.targets import GLOO, MPI_TORCH, MPIS, OURS, OURS_LISTED, PAGED, Results, Verdict, size
 
 ALLREDUCE_COLUMNS = (OURS, "col.allreduce", *MPIS, GLOO, "ray")
-FRAMEWORK_COLUMNS = ("numpy", "torch", "JAX")
+FRAMEWORK_COLUMNS = ("numpy", PAGED, "torch", "JAX", MPI_TORCH)
 COPY_COLUMNS = ("copyto", "memmove")
 
 
@@ -54,7 +54,7 @@ def allreduce_table(results: Results, ranks: int) -> str:
 def frameworks_table(results: Results, ranks: int) -> str:
     """Return the table of tensors of other frameworks through colltensor, in a world of its own."""
     columns = _present(results, ranks, "frameworks", FRAMEWORK_COLUMNS)
-    others = [name for name in columns if name != "numpy"]
+    others = [name for name in columns if name in ("torch", "JAX")]
     head = [f"bytes, {ranks} ranks", *columns, *(f"{name} - numpy" for name in others), "quartiles of numpy"]
     rows = []
     for nbytes, samples in _rows(results, ranks, "frameworks"):
@@ -69,7 +69,7 @@ def frameworks_table(results: Results, ranks: int) -> str:
 
 def operations_table(results: Results, ranks: int, operations: Sequence[str]) -> str:
     """Return the table of the other operations."""
-    columns = [name for name in (OURS, *MPIS) if any(
+    columns = [name for name in (OURS, OURS_LISTED, *MPIS) if any(
         name in samples for (n, table, _), samples in results.items() if n == ranks and table in operations
     )]
     rows = []

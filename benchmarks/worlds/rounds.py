@@ -100,7 +100,7 @@ def _calibrate(world: World, contestant: Contestant, round_s: float) -> tuple[in
     for _ in range(3):
         seconds = max(world.ask("run", contestant.operation, 1, calls)) / calls
         calls = max(1, min(MOST_CALLS, round(round_s / seconds)))
-    if contestant.operation in ROOTED:
+    if contestant.operation.partition(":")[0] in ROOTED:
         calls = math.ceil(calls / world.ranks) * world.ranks  # every rank is the root equally often
     print(f"    {contestant.label}: about {seconds * 1e6:,.1f} us, rounds of {calls}", file=sys.stderr)
     return math.ceil(calls / 2), calls

@@ -322,7 +322,9 @@ class SigningBackend(Backend, Protocol):
     def tell(self, error: CollectiveError) -> None:
         """Let ranks that wait in this backend know why the group broke; idempotent, and nothing after ``close``."""
 
-    def direct(self, operation: int, op: int, root: int, source: int) -> tuple[Callable[..., int], Callable[..., int]]:
+    def direct(
+        self, operation: int, op: int, root: int, source: int, stacked: bool
+    ) -> tuple[Callable[..., int], Callable[..., int]]:
         """Return two functions that run an operation on contiguous host tensors of one count and dtype.
 
         Both return 0, or what ``settle`` is told. The first may return ``DIRECT_LARGE``: nothing was begun, and the
@@ -335,6 +337,7 @@ class SigningBackend(Backend, Protocol):
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none. What is no rank is refused when called.
             source: The rank to receive from; -1 for none.
+            stacked: Whether one tensor with all their elements is given instead of those of all ranks.
         """
 
     def exports(self, tensors: Sequence[Any]) -> bool:

@@ -35,15 +35,6 @@ class DeviceBuffer:
     device: int
     stream: int
 
-    def rows(self, number: int) -> list[DeviceBuffer]:
-        """Return ``number`` parts of one count, in order."""
-        count = self.count // number
-        step = count * self.dtype.itemsize
-        return [
-            DeviceBuffer(self.pointer + row * step, count, self.dtype, self.device, self.stream)
-            for row in range(number)
-        ]
-
 
 @contextlib.contextmanager
 def on(stream: int) -> Iterator[None]:

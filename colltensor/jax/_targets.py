@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import threading
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
@@ -65,7 +64,7 @@ def settle(
         tensors = _tensors(operation, given, result)
         if code != _REFUSED and group.settle(operation, op, root, source, tensors, code):
             return
-        _move(group, name, op, root, source, given, result, _rows)
+        _move(group, name, op, root, source, given, result)
 
 
 def queue(
@@ -90,7 +89,7 @@ def queue(
     given = DeviceBuffer(given_address, given_nbytes // kind.itemsize, kind, device, stream)
     result = DeviceBuffer(result_address, result_nbytes // kind.itemsize, kind, device, stream)
     with inside(group, name), _device.on(stream):
-        _move(group, name, op, root, source, given, result, DeviceBuffer.rows)
+        _move(group, name, op, root, source, given, result)
 
 
 def _memory(address: int, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -99,10 +98,6 @@ def _memory(address: int, nbytes: int, dtype: np.dtype[Any]) -> np.ndarray[Any, 
     memory: Any = (ctypes.c_char * nbytes).from_address(address)
     array: np.ndarray[Any, Any] = np.frombuffer(memory, dtype)
     return array
-
-
-def _rows(array: np.ndarray[Any, Any], number: int) -> list[np.ndarray[Any, Any]]:
-    return list(array.reshape(number, -1))
 
 
 def _tensors(
@@ -114,11 +109,8 @@ def _tensors(
     return [given, result] if _NAMES[operation] == "transfer" else [result]
 
 
-def _move(
-    group: Group, name: str, op: int, root: int, source: int, given: Any, result: Any,
-    rows: Callable[[Any, int], list[Any]],
-) -> None:
-    """Make the call on the group as an eager one; ``rows`` divides a tensor into so many parts."""
+def _move(group: Group, name: str, op: int, root: int, source: int, given: Any, result: Any) -> None:
+    """Make the call on the group as an eager one."""
     if name == "allreduce":
         group.allreduce(result, ReduceOp(op))
     elif name == "reduce":
@@ -126,9 +118,9 @@ def _move(
     elif name == "broadcast":
         group.broadcast(result, root)
     elif name == "allgather":
-        group.allgather(rows(result, group.world_size), given)
+        group.allgather(result, given)
     elif name == "reducescatter":
-        group.reducescatter(result, rows(given, group.world_size), ReduceOp(op))
+        group.reducescatter(result, given, ReduceOp(op))
     elif source < 0:
         group.send(result, root)
     elif root < 0:

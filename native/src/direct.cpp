@@ -93,22 +93,40 @@ ffi::Function resume_function(std::int64_t handle, std::int64_t timeout_ns) {
   });
 }
 
+// Which of the two arguments of a stacked call has the tensors of all ranks.
+bool is_stack(Operation operation, int argument) {
+  switch (operation) {
+    case Operation::kAllGather:
+    case Operation::kGather: return argument == 0;
+    case Operation::kReduceScatter:
+    case Operation::kScatter: return argument == 1;
+    case Operation::kAllToAll: return true;
+    default: return false;
+  }
+}
+
 // The tensors of a call, each of the first one's count and dtype.
 class Tensors {
  public:
   // False if they are not plain and alike.
-  bool take(const ffi::AnyView* arguments, int number) {
+  bool take(const DirectCall& call, int ranks, const ffi::AnyView* arguments, int number) {
     views_.clear();
     first_ = {};
+    if (call.stacked && number != 2) return false;
     for (int i = 0; i < number; ++i) {
       const Plain plain(arguments[i].cast<ffi::TensorView>());
       if (plain.dtype == DType::kMovesOnly) return false;
+      const std::size_t parts = call.stacked && is_stack(call.operation, i) ? static_cast<std::size_t>(ranks) : 1;
+      const std::size_t count = plain.count / parts, nbytes = plain.nbytes / parts;
       if (i == 0) {
-        first_ = plain;
-      } else if (plain.dtype != first_.dtype || plain.count != first_.count) {
+        first_ = {count, nbytes, plain.dtype};
+      } else if (plain.dtype != first_.dtype || count != first_.count) {
         return false;
       }
-      views_.emplace_back(plain.data, item_size(plain.dtype));
+      if (count * parts != plain.count) return false;
+      for (std::size_t part = 0; part < parts; ++part) {
+        views_.emplace_back(plain.data + part * nbytes, item_size(plain.dtype));
+      }
     }
     return true;
   }
@@ -142,12 +160,6 @@ class Tensors {
   struct First {
     std::size_t count = 0, nbytes = 0;
     DType dtype = DType::kMovesOnly;
-    First& operator=(const Plain& plain) {
-      count = plain.count;
-      nbytes = plain.nbytes;
-      dtype = plain.dtype;
-      return *this;
-    }
   } first_;
   struct Range {
     const char* low;
@@ -217,8 +229,8 @@ namespace {
 // `brief`: the turn is kept where it returns kPending, and the function of resume_function() must follow. Of a transfer's
 // mismatch the code says which direction differs: 256 the send, 512 the receive.
 ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
-                              int source, bool brief) {
-  const DirectCall call{static_cast<Operation>(operation), op, root, source};
+                              int source, bool stacked, bool brief) {
+  const DirectCall call{static_cast<Operation>(operation), op, root, source, stacked};
   const auto made = std::make_shared<Tensors>();  // kept for its memory; of whoever has the turn
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
@@ -228,7 +240,7 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
     }
     Tensors& tensors = *made;
     *returned = code(Outcome::kRefused);
-    if (!tensors.take(arguments, number) || !is_plain_call(call, tensors, *group)) return;
+    if (!tensors.take(call, group->world_size(), arguments, number) || !is_plain_call(call, tensors, *group)) return;
     std::int64_t detail = 0;
     const Outcome outcome = run_direct(*group, call, tensors.from(0), tensors.count(), tensors.dtype(),
                                        brief ? Group::kBrief : now_ns() + timeout_ns, detail);

@@ -18,6 +18,7 @@ struct DirectCall {
   std::int64_t op;
   int root;
   int source;
+  bool stacked = false;  // one array has the tensors of all ranks, one after another, where else there is a list
 };
 
 // The dtype of what DLPack calls so, or kMovesOnly.

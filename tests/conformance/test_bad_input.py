@@ -94,8 +94,8 @@ def _jnp() -> Any:
     return importlib.import_module("jax.numpy")
 
 
-def _read_only(site: Site) -> Any:
-    array = site.array()
+def _read_only(site: Site, count: int = 4) -> Any:
+    array = site.array(count)
     array.flags.writeable = False
     return array
 
@@ -370,8 +370,31 @@ _LISTS = {
                            lambda s: s.group.alltoall(s.arrays(), s.arrays(4))),
     "no list at the root": Row(col.ShapeError, ("scatter", "tensor_list", "NoneType"),
                                lambda s: s.group.scatter(s.array(), None, s.rank)),
-    "an array for a list": Row(col.ShapeError, ("gather", "tensor_list", "ndarray"),
-                               lambda s: s.group.gather(np.ones((3, 4), np.float32), s.array(), s.rank)),
+    "an array that cannot be divided": Row(
+        col.ShapeError, ("gather", "tensor_list", f"each of the {SIZE} ranks", "10 elements"),
+        lambda s: s.group.gather(np.ones((2, 5), np.float32), s.array(), s.rank)),
+    "an array of other blocks": Row(
+        col.ShapeError, ("reducescatter", "tensor_list, divided by 3 ranks", "expected 4 elements", "got 5"),
+        lambda s: s.group.reducescatter(s.array(), np.ones((SIZE, 5), np.float32))),
+    "an array of another dtype": Row(
+        col.ShapeError, ("alltoall", "output_list, divided by 3 ranks", "4 of int32"),
+        lambda s: s.group.alltoall(np.ones((SIZE, 4), np.int32), np.ones((SIZE, 4), np.float32))),
+    "a strided array that cannot be divided": Row(
+        col.ShapeError, ("allgather", "tensor_list", "first axis", "contiguous"),
+        lambda s: s.group.allgather(np.ones((3, 4), np.float32).T, s.array())),
+    "an array in a list": Row(col.ShapeError, ("allgather", f"list of {SIZE}", "got 1"),
+                              lambda s: s.group.allgather([np.ones((SIZE, 4), np.float32)], s.array())),
+    "a read-only array for a list": Row(
+        col.ReadOnlyError, ("alltoall", "output_list", "read-only"),
+        lambda s: s.group.alltoall(_read_only(s, SIZE * 4), np.ones((SIZE, 4), np.float32))),
+    "another block of the array": Row(
+        col.AliasError, ("allgather", r"tensor_list\[\d\]", "share memory"),
+        lambda s: (lambda x: s.group.allgather(x, x[(s.rank + 1) % SIZE]))(np.ones((SIZE, 4), np.float32))),
+    "an array into itself": Row(
+        col.AliasError, ("alltoall", r"output_list\[0\]", r"input_list\[0\]", "copy"),
+        lambda s: (lambda x: s.group.alltoall(x, x))(np.ones((SIZE, 4), np.float32))),
+    "unequal lists of enough tensors": Row(col.ShapeError, ("alltoall", "input_list", "got 4"),
+                                           lambda s: s.group.alltoall(s.arrays(2), s.arrays(4))),
     "a dict for a list": Row(col.ShapeError, ("allgather", "tensor_list", "dict"),
                              lambda s: s.group.allgather({0: s.array()}, s.array())),
     "an entry of another count": Row(col.ShapeError, ("allgather", r"tensor_list\[1\]", "4 elements", "got 5"),

@@ -21,6 +21,7 @@ from test_groups import exchange_objects, forked_child, ranks_belong_to_their_gr
 from test_layouts import work_on_layouts
 from test_moves import gather_in_place, move_all, move_from_every_root, move_large
 from test_reductions import accumulate_halves, allreduce_all, reduce_all, reduce_specials, reducescatter_all
+from test_stacks import work_on_stacks
 from test_zero_copy import addresses_stay, nothing_is_kept, refuse_copies
 from worlds import Report, World, assert_same_bits, stop_tracing
 
@@ -44,6 +45,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "moves of many megabytes": (move_large, (NUMPY,)),
     "layouts": (work_on_layouts, (NUMPY,)),
     "gather in place": (gather_in_place, ()),
+    "stacks": (work_on_stacks, (NUMPY,)),
     "containers": (sum_containers, ()),
     "fused halves": (average_of_halves, ()),
     "objects": (exchange_objects, ()),

@@ -13,6 +13,8 @@ from gpu_streams import shared_group
 from oracle import DTYPES, FLOATS, REDUCIBLE, Array, numpy_dtype, ops_of, reduced
 from samples import EMPTY, LAYOUTS, SCALARS, Layout, dense
 from test_moves import OPERATIONS, Mover
+from test_stacks import OPERATIONS as STACKED
+from test_stacks import SHAPES, Stacks
 from worlds import Report
 
 import colltensor as col
@@ -175,6 +177,29 @@ def _move(
             operation(DeviceMover(group, library, dtype, layout), root)
 
 
+class DeviceStacks(Stacks):
+    """Makes a rank's arrays of all ranks' elements on the device."""
+
+    def sample(self, layout: Layout, values: Array) -> Any:
+        return DeviceSample(self._library, self.dtype, layout, values)
+
+
+def stacks(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
+    """One array for a list, on some ranks or on all."""
+    for number, operation in enumerate(STACKED):
+        for shape in SHAPES:
+            for dtype, count in (("float32", SMALL), ("bfloat16", 1), ("uint8", 0)):
+                layout = shape(group.world_size, count)
+                if not _everywhere(libraries, group.world_size, dtype, layout):
+                    continue
+                library = library_for(libraries, group.rank, dtype, layout)
+                assert library is not None
+                for mixed in (False, True):
+                    with report.case(operation.__name__, dtype, layout.name, "mixed" if mixed else ""):
+                        made = DeviceStacks(group, library, dtype, layout, mixed)
+                        operation(made, number % group.world_size)
+
+
 def trees(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
     """Containers whose leaves are of several libraries, small ones fused, large ones not."""
     size = group.world_size
@@ -275,8 +300,8 @@ def donations(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
 CASES: dict[str, Callable[[Any, Report, tuple[str, ...]], None]] = {
     function.__name__: function
     for function in (
-        reductions, refusals, not_numbers, moves, layouts, trees, gradients, one_device_forms, objects_and_parts,
-        donations,
+        reductions, refusals, not_numbers, moves, layouts, stacks, trees, gradients, one_device_forms,
+        objects_and_parts, donations,
     )
 }
 

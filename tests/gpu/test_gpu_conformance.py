@@ -18,7 +18,7 @@ def test_processes(gpu_pool: RankPool, size: int, name: str, libraries: tuple[st
 
 
 @pytest.mark.needs("torch", "cupy")
-@pytest.mark.parametrize("name", ["reductions", "moves", "layouts", "trees"])
+@pytest.mark.parametrize("name", ["reductions", "moves", "layouts", "stacks", "trees"])
 def test_threads_of_one_process(gpu_pool: RankPool, size: int, name: str, tmp_path: Path) -> None:
     arguments = (size, name, ("torch", "cupy"), str(tmp_path))
     (reports,) = gpu_pool.run(1, gpu_threads.run_cases, *arguments, timeout_s=500)

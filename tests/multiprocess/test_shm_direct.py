@@ -64,6 +64,18 @@ def every_operation(rank: int, size: int, count: int, step: int, way: bool | Non
     np.testing.assert_array_equal(target, wanted)
     group.alltoall(outputs, parts[rank], copy=way)
     np.testing.assert_array_equal(outputs, [parts[source][rank] for source in range(size)])
+    whole, stacked = np.zeros((size, count), np.float32), np.stack(parts[rank])
+    assert group.allgather(whole, given[rank], copy=way) is whole
+    np.testing.assert_array_equal(whole, given)
+    whole[rank] = given[rank]
+    group.gather(whole if rank == root else None, whole[rank], root, copy=way)
+    np.testing.assert_array_equal(whole, given)
+    group.scatter(target, stacked if rank == root else None, root, copy=way)
+    np.testing.assert_array_equal(target, parts[root][rank])
+    assert group.alltoall(whole, stacked, copy=way) is whole
+    np.testing.assert_array_equal(whole, outputs)
+    group.reducescatter(target, stacked, copy=way)
+    np.testing.assert_array_equal(target, wanted)
     if size > 1:
         group.sendrecv(given[rank], up, target, down, copy=way)
         np.testing.assert_array_equal(target, given[down])
@@ -85,6 +97,28 @@ def both_ways(rank: int, size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 def test_the_short_way_meets_the_general_one(pool: RankPool, world_size: int) -> None:
     pool.run(world_size, both_ways, timeout_s=110.0)
+
+
+def shortly(rank: int, size: int, name: str) -> None:
+    """Lists and stacks alike need nothing of the general way."""
+    with own_group(rank, size, name) as group:
+        group._arguments = None
+        block, blocks, others = np.full(5, rank, np.int64), np.zeros((size, 5), np.int64), np.ones((size, 5), np.int64)
+        for given, taken in ((list(others), list(blocks)), (others, blocks)):
+            blocks[:] = 0
+            group.allgather(taken, block)
+            assert blocks[:, 0].tolist() == list(range(size))
+            group.alltoall(taken, given)
+            assert blocks.all()
+            group.gather(taken if rank == 0 else None, block, 0)
+            group.scatter(block, given if rank == 0 else None, 0)
+            group.reducescatter(block, given)
+            assert (block == size).all()
+            block[:] = rank
+
+
+def test_lists_and_stacks_go_the_short_way(pool: RankPool) -> None:
+    pool.run(2, shortly, fresh())
 
 
 def without_reading(rank: int, size: int, name: str) -> None:

@@ -79,6 +79,37 @@ def test_slice_and_cast() -> None:
             getattr(view_of((3,), (2,)), method)(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "number", "starts", "layout"),
+    [
+        ((6,), None, 3, [0, 2, 4], ((2,), None)),
+        ((2, 3), None, 3, [0, 2, 4], ((2,), None)),  # by count alone
+        ((0, 5), None, 2, [0, 0], ((0,), None)),
+        ((4, 3), (3, 1), 1, [0], ((4, 3), (3, 1))),
+        ((2, 3), (9, 1), 2, [0, 9], ((1, 3), None)),
+        ((4, 3), (9, 1), 2, [0, 18], ((2, 3), (9, 1))),
+        ((3, 4), (1, 3), 3, [0, 1, 2], ((1, 4), (1, 3))),
+        ((4,), (-2,), 2, [0, -4], ((2,), (-2,))),
+    ],
+)
+def test_blocks(
+    shape: tuple[int, ...], strides: tuple[int, ...] | None, number: int, starts: list[int],
+    layout: tuple[tuple[int, ...], tuple[int, ...] | None],
+) -> None:
+    view = view_of(shape, strides)
+    blocks = view.blocks(number)
+    assert [(block.pointer - 4096) // 4 for block in blocks] == starts
+    assert all((block.shape, block.strides, block.count) == (*layout, view.count // number) for block in blocks)
+    assert all(block is view or block.owner is view for block in blocks)
+
+
+def test_what_has_no_equal_blocks() -> None:
+    with pytest.raises(ValueError, match="5 elements are no 2 blocks"):
+        view_of((5,)).blocks(2)
+    with pytest.raises(ValueError, match="first axis; pass a contiguous one"):
+        view_of((3, 4), (1, 3)).blocks(2)
+
+
 def test_memory_is_the_memory() -> None:
     raw = bytearray(b"\0" * 16)
     view = BufferView.from_buffer(raw)

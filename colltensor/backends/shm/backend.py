@@ -60,10 +60,12 @@ class ShmBackend:
         self._timeout_ns = int(timeout_s * 1e9)
         self._resume = self._native.shm_resume_function(self._handle, self._timeout_ns)
 
-    def direct(self, operation: int, op: int, root: int, source: int) -> tuple[Callable[..., int], Callable[..., int]]:
+    def direct(
+        self, operation: int, op: int, root: int, source: int, stacked: bool
+    ) -> tuple[Callable[..., int], Callable[..., int]]:
         """Return functions of the native library's: see ``SigningBackend``."""
         make = self._native.shm_direct_function
-        call = self._handle, self._timeout_ns, operation, op, root, source
+        call = self._handle, self._timeout_ns, operation, op, root, source, stacked
         patient = make(*call, False)
         # Where ranks share cores the others seldom come within microseconds: wait without the interpreter lock at once.
         if self._crowded:

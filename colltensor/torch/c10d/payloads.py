@@ -12,7 +12,7 @@ import torch
 
 from colltensor.errors import AliasError, ShapeError
 from colltensor.group import Group
-from colltensor.torch.c10d.tensors import flat, rows
+from colltensor.torch.c10d.tensors import flat
 from colltensor.types import ReduceOp
 
 
@@ -25,7 +25,7 @@ def one_by_one(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -
 def gather_rows(group: Group, output: torch.Tensor, source: torch.Tensor) -> None:
     """Copy every rank's ``source`` into its row of ``output``, whose row of this rank may be ``source`` itself."""
     target = flat(output)
-    group.allgather(rows(target, group.world_size), source)
+    group.allgather(target, source)
     if target is not output:
         output.copy_(target)
 
@@ -38,6 +38,15 @@ def reduce_parts(group: Group, target: torch.Tensor, sources: list[torch.Tensor]
     if any(source.numel() != sources[0].numel() for source in sources) and len(sources) == group.world_size:
         _reduce_one_by_one(group, target, sources, op)
         return
+    _reduce(group, target, sources, op)
+
+
+def reduce_rows(group: Group, target: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> None:
+    """Combine all ranks' row of each rank of ``source`` into that rank's ``target``."""
+    _reduce(group, target, source.contiguous(), op)
+
+
+def _reduce(group: Group, target: torch.Tensor, sources: Any, op: ReduceOp) -> None:
     try:
         group.reducescatter(target, sources, op)
     except AliasError:  # found before anything moved
@@ -57,11 +66,6 @@ def _reduce_one_by_one(group: Group, target: torch.Tensor, sources: list[torch.T
     for root, source in enumerate(sources):
         group.reduce(combined if root == group.rank else source, root, op)
     target.copy_(combined.view_as(target))
-
-
-def reduce_rows(group: Group, target: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> None:
-    """Combine all ranks' row of each rank of ``source`` into that rank's ``target``."""
-    reduce_parts(group, target, rows(source.contiguous(), group.world_size), op)
 
 
 def exchange(

@@ -1,4 +1,4 @@
-"""What a process group does to tensors before they travel: views without autograd, rows, memory for strided ones.
+"""What a process group does to tensors before they travel: views without autograd, parts, memory for strided ones.
 
 Imports torch, and of the package errors and types.
 """
@@ -85,17 +85,6 @@ def of_rank(operation: str, lists: Sequence[Any]) -> list[torch.Tensor]:
     if any(not isinstance(entry, torch.Tensor) for entry in lists):
         raise OptionError(f"{operation}: expected one list of tensors, got {len(lists)}")
     return list(lists)
-
-
-def rows(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Return ``count`` equal parts of a contiguous tensor, in order and flat; views of it.
-
-    Raises:
-        ShapeError: Its number of elements is no multiple of ``count``.
-    """
-    if tensor.numel() % count:
-        raise ShapeError(f"a tensor of {tensor.numel()} elements cannot be shared by {count} ranks equally")
-    return list(tensor.view(count, -1).unbind()) if tensor.numel() else [tensor.view(-1)] * count
 
 
 def split(operation: str, argument: str, tensor: torch.Tensor, sizes: Sequence[int], count: int) -> list[torch.Tensor]:

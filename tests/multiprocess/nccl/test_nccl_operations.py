@@ -74,6 +74,26 @@ class TestOperations:
             given = [values(10 * r + rank) for r in range(size)]
             np.testing.assert_array_equal(result, np.sum(given, 0) if op is ReduceOp.SUM else np.max(given, 0))
 
+    def test_one_array_for_a_list(self, ranks: World, size: int) -> None:
+        def run(group: Group) -> list[np.ndarray]:
+            rank = group.rank
+            given = DeviceArray(np.stack([values(10 * rank + r) for r in range(size)]))
+            whole, exchanged = (DeviceArray(np.zeros((size, COUNT), np.float32)) for _ in range(2))
+            total = DeviceArray(np.zeros(COUNT, np.float32))
+            assert group.allgather(whole, on_device(rank)) is whole
+            assert group.alltoall(exchanged, given) is exchanged
+            assert group.reducescatter(total, given) is total
+            return [whole.read(), exchanged.read(), total.read()]
+
+        for rank, (whole, exchanged, total) in enumerate(ranks.values(size, run)):
+            parts = [values(10 * r + rank) for r in range(size)]
+            np.testing.assert_array_equal(whole, [values(r) for r in range(size)])
+            np.testing.assert_array_equal(exchanged, parts)
+            np.testing.assert_array_equal(total, np.sum(parts, 0))
+        names = [name for _, called in ranks.machine.calls for name in called]
+        assert names.count("allGather") == names.count("reduceScatter") == size  # whole, and not block by block
+        assert not {"broadcast", "reduce"} & set(names)
+
     def test_gather_and_scatter(self, ranks: World, size: int) -> None:
         def run(group: Group) -> Any:
             root = group.rank == 1
