@@ -13,7 +13,6 @@ from typing import Any, Final, NoReturn
 from colltensor.adapters import adapter_of, direct, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_LARGE, DIRECT_MISMATCH, SigningBackend
-from colltensor.buffers import Blocks, Buffers
 from colltensor.engine import Call, Engine, Transfer
 from colltensor.errors import MismatchError
 from colltensor.types import ReduceOp
@@ -76,7 +75,7 @@ class Direct:
         self.engine = engine
         self.arguments = arguments
         self.rank = rank
-        self.world_size = world_size
+        self._world_size = world_size
         self.renew()
 
     def renew(self) -> None:
@@ -93,10 +92,10 @@ class Direct:
         self.scatter = [self._by_rank("scatter", stacked=stacked) for stacked in (False, True)]
         self.alltoall = [self._one("alltoall", stacked=stacked) for stacked in (False, True)]
         self.send = self._by_rank("transfer")
-        self.recv = Ranks(self.world_size, lambda source: self._one("transfer", _NO_OP, _NO_RANK, source))
+        self.recv = Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, _NO_RANK, source))
         self.sendrecv = Ranks(
-            self.world_size,
-            lambda to: Ranks(self.world_size, lambda source: self._one("transfer", _NO_OP, to, source)),
+            self._world_size,
+            lambda to: Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, to, source)),
         )
 
     def settle(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
@@ -109,7 +108,7 @@ class Direct:
         return DirectCall(self, name, op, root, source, stacked)
 
     def _by_rank(self, name: str, op: int = _NO_OP, stacked: bool = False) -> Ranks:
-        return Ranks(self.world_size, lambda rank: self._one(name, op, rank, stacked=stacked))
+        return Ranks(self._world_size, lambda rank: self._one(name, op, rank, stacked=stacked))
 
 
 class Ranks(dict[int, Any]):
@@ -220,11 +219,9 @@ class DirectCall:
                 if code & _RECEIVES:
                     pairs.append(Transfer(source, group.rank, buffers[-1], _moves_nothing))
                 self._backend.explain_transfer(self._engine.signed(pairs), deadline)
-            argument: Buffers | None = None
-            if buffers:
-                argument = buffers[-1] if name in _COMPARED_LAST else buffers[0]
+            argument = (buffers[-1] if name in _COMPARED_LAST else buffers[0]) if buffers else None
             if self._stacked and name == "alltoall":
-                argument = Blocks(tensors[-1], buffers[-1:], group.world_size)
+                argument = group.arguments.blocks(name, "input_list", tensors[-1], None, None, False, None)
             call = Call(name, argument, reduce_op, root, True, (), _moves_nothing, (), _nothing)
             sequence = self._backend.calls()
             self._backend.explain(call.signature(sequence), lambda: call.describe(sequence), deadline)

@@ -163,6 +163,10 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
     outcome = wait_for_all(step, deadline_ns);
     return outcome == Outcome::kDone;
   };
+  const auto is_free = [&](unsigned half) {
+    outcome = wait_for_half(half, deadline_ns);
+    return outcome == Outcome::kDone;
+  };
 
   Choice* const choice = allreduce_choice(count * item_size(dtype));
   const bool reads = choice != nullptr && choice->reads();
@@ -171,7 +175,7 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
   if (reads) {
     offer(&data, 1, count * item_size(dtype));
   } else {
-    if (!await(half_free_[parity()])) return outcome;
+    if (!is_free(parity())) return outcome;
     const std::int64_t before_ns = now_ns();
     blocks.copy_in(0, where(rank_, 0));
     copied_ns = now_ns() - before_ns;
@@ -188,11 +192,11 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
   }
   if (reads) {
     arrival = first + 1;
-    if (!await(half_free_[parity()])) return outcome;
+    if (!is_free(parity())) return outcome;
     blocks.copy_in(0, where(rank_, 0));
     publish(arrival);
   }
-  if (!await(half_free_[parity() ^ 1])) return outcome;
+  if (!is_free(parity() ^ 1)) return outcome;
   const std::size_t number = blocks.number();
   for (std::size_t turn = 0; turn < number + 2; ++turn) {
     if (turn != 0 && turn < number) {

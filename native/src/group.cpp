@@ -1,6 +1,7 @@
 // What every collective begins and ends with.
 #include "colltensor/group.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace colltensor {
@@ -46,8 +47,49 @@ Outcome Group::enter() const {
   return layout_.failure().state.load(std::memory_order_acquire) != 0 ? Outcome::kFailed : Outcome::kDone;
 }
 
-Outcome Group::wait_for_half(unsigned which, std::int64_t deadline_ns) {
-  return wait_for_all(half_free_[which], deadline_ns);
+class TakenCondition final : public Condition {
+ public:
+  TakenCondition(const Group& group, const Group::Untaken& message) : group_(group), message_(message) {}
+  bool ready() const override {
+    return Group::reached(message_.receiver->count.load(std::memory_order_acquire), message_.step);
+  }
+  bool needs_seat(std::uint32_t seat) const override { return group_.is_on(message_.peer, seat); }
+  RankSet missing() const override {
+    RankSet set;
+    if (!ready()) set.add(message_.peer);
+    return set;
+  }
+
+ private:
+  const Group& group_;
+  const Group::Untaken& message_;
+};
+
+Outcome Group::wait_for_half(unsigned which, std::int64_t deadline_ns, int but) {
+  const Outcome outcome = wait_for_all(half_free_[which], deadline_ns);
+  if (outcome != Outcome::kDone || is_half_free(which, but)) return outcome;
+  RankLine& own = *lines_[rank_];
+  for (const Untaken& message : untaken_[which]) {
+    if (message.peer == but) continue;
+    const Outcome waited = wait_until(TakenCondition(*this, message), own.door, own.dozing, deadline_ns);
+    if (waited != Outcome::kDone) return waited;
+  }
+  return Outcome::kDone;
+}
+
+void Group::forget_untaken(int peer) {
+  for (std::vector<Untaken>& messages : untaken_) {
+    const auto end = std::remove_if(messages.begin(), messages.end(),
+                                    [peer](const Untaken& message) { return message.peer == peer; });
+    messages.erase(end, messages.end());
+  }
+}
+
+bool Group::is_half_free(unsigned which, int but) const {
+  for (const Untaken& message : untaken_[which]) {
+    if (message.peer != but && !TakenCondition(*this, message).ready()) return false;
+  }
+  return is_there(half_free_[which]);
 }
 
 // Not before the caller is to wait for others, or has seen that it need not, are sleepers looked for: the fence is

@@ -1,6 +1,8 @@
 // Transfers between two ranks, through the mailbox of the ordered pair. Both sides post a signature when they come
 // and compare; then the sender fills pieces of its staging and the receiver empties them. A send returns when the
-// receiver has taken everything. Sending and receiving go on side by side, so that rings and swaps do not block.
+// receiver has taken everything; of a message of one piece when the receiver has come and they agree, which saves a
+// crossing between the processors: the message stays where it lies until it is taken. Sending and receiving go on side
+// by side, so that rings and swaps do not block.
 #include <algorithm>
 
 #include "colltensor/group.h"
@@ -13,8 +15,13 @@ class PairSide {
       : group_(group), transfer_(transfer), finished_(transfer == nullptr) {
     if (finished_) return;
     const std::size_t nbytes = transfer->count * transfer->item;
-    piece_ = group.half_nbytes_ / kPieces / transfer->item;
-    pieces_ = nbytes == 0 ? 1 : static_cast<std::uint32_t>((transfer->count + piece_ - 1) / piece_);
+    hushed_ = nbytes <= Group::kBriefNbytes;
+    if (nbytes <= place_nbytes(group)) {
+      piece_ = transfer->count;
+    } else {
+      piece_ = place_nbytes(group) / transfer->item;
+      pieces_ = static_cast<std::uint32_t>((transfer->count + piece_ - 1) / piece_);
+    }
   }
 
   bool finished() const { return finished_; }
@@ -23,30 +30,45 @@ class PairSide {
   void rebind(const Group::Transfer* transfer) { transfer_ = transfer; }
   int peer() const { return transfer_->peer; }
 
+  // Wakes the peer if it sleeps and was told nothing yet; before this rank waits, and at the end.
+  void knock() {
+    if (transfer_ == nullptr || !untold_) return;
+    untold_ = false;
+    group_.knock(peer());
+  }
+
  protected:
   static constexpr std::size_t kPieces = 8;
 
+  static std::size_t place_nbytes(const Group& group) { return group.half_nbytes_ / kPieces; }
+
   std::size_t first(std::uint32_t piece) const { return piece * piece_; }
   std::size_t length(std::uint32_t piece) const { return std::min(piece_, transfer_->count - first(piece)); }
-  // Where the sender's pieces lie: in the half that its next collective begins with, which nobody else uses yet.
-  static char* where(Group& group, int sender, unsigned parity, std::uint32_t piece) {
-    return group.half(sender, parity) + piece % kPieces * (group.half_nbytes_ / kPieces);
+  // Where the sender's pieces lie: in the half that its next collective begins with, which nobody else uses yet. One
+  // piece alone lies beside that of the transfer before, which may not have been taken yet.
+  char* where(int sender, unsigned parity, std::uint32_t piece) const {
+    const std::size_t place = pieces_ == 1 ? number_ : piece % kPieces;
+    return group_.half(sender, parity) + place * place_nbytes(group_);
   }
-  static bool reached(const MailboxSide& side, std::uint32_t step) {
-    return Group::reached(side.count.load(std::memory_order_acquire), step);
+  static bool reached(const Slip& slip, std::uint32_t step) {
+    return Group::reached(slip.count.load(std::memory_order_acquire), step);
   }
-  void publish(MailboxSide& side, std::uint32_t step) {
-    side.count.store(step, std::memory_order_release);
-    group_.knock(transfer_->peer);
+  // Of a short message sleepers are looked for later, as in a collective's arrival: the fence is cheap by then.
+  void publish(Slip& slip, std::uint32_t step) {
+    slip.count.store(step, std::memory_order_release);
+    untold_ = true;
+    if (!hushed_) knock();
   }
 
   Group& group_;
   const Group::Transfer* transfer_;
   bool finished_, mismatch_ = false;
-  bool compared_ = false;
-  std::size_t piece_ = 1;
-  std::uint32_t pieces_ = 0;
+  bool compared_ = false, hushed_ = false, untold_ = false;
+  std::size_t piece_ = 0;  // elements
+  std::uint32_t pieces_ = 1;
   std::uint32_t next_ = 0;  // piece
+  std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;  // steps before this transfer, and the parity of its number
+  Slip *own_ = nullptr, *other_ = nullptr;
 };
 
 // A sender's count grows by one for each piece, the first being its arrival; a receiver's by one for its arrival and
@@ -55,10 +77,12 @@ class Sender : public PairSide {
  public:
   Sender(Group& group, const Group::Transfer* transfer) : PairSide(group, transfer) {
     if (finished_) return;
-    box_ = &group.layout_.mailbox(group.rank_, peer());
     mine_ = group.sent_[peer()];
     theirs_ = group.taken_[peer()];
     number_ = group.sends_[peer()]++ & 1;
+    Mailbox& box = group.layout_.mailbox(group.rank_, peer());
+    own_ = &box.sender[number_];
+    other_ = &box.receiver[number_];
   }
 
   // The receiver reads large messages from this rank's memory if it `may` and that is faster. Where both ranks send and
@@ -66,16 +90,16 @@ class Sender : public PairSide {
   // only sends a third more (1 MiB: 129 us, not 81).
   Outcome arrive(bool may_be_read, std::int64_t deadline_ns) {
     if (finished_) return Outcome::kDone;
-    const Outcome outcome = group_.wait_for_half(group_.parity(), deadline_ns);
+    const Outcome outcome = group_.wait_for_half(group_.parity(), deadline_ns, spared(group_, transfer_));
     if (outcome != Outcome::kDone) return outcome;
-    box_->sender.signature[number_] = transfer_->signature;
-    box_->sender.half[number_] = group_.parity();
-    box_->sender.address[number_] = 0;
+    own_->signature = transfer_->signature;
+    own_->half = group_.parity();
+    own_->address = 0;
     const std::size_t nbytes = transfer_->count * transfer_->item;
     choice_ = may_be_read ? group_.choice(Group::kPairKind, nbytes) : nullptr;
     if (choice_ != nullptr && choice_->ripe()) choice_->settle(choice_->best());  // the receiver takes what comes
     if (choice_ != nullptr && choice_->reads() && group_.can_be_read(*transfer_->view, nbytes)) {
-      box_->sender.address[number_] = reinterpret_cast<std::uint64_t>(transfer_->view->data());
+      own_->address = reinterpret_cast<std::uint64_t>(transfer_->view->data());
       pieces_ = 1;
     }
     const std::int64_t before_ns = choice_ == nullptr ? 0 : now_ns();
@@ -84,12 +108,18 @@ class Sender : public PairSide {
     return Outcome::kDone;
   }
 
-  bool ready() const { return !finished_ && reached(box_->receiver, wanted()); }
+  // Whose message may still lie in the half of staging that this one goes to: the peer's, beside it.
+  static int spared(const Group& group, const Group::Transfer* transfer) {
+    if (transfer == nullptr) return kNoRank;
+    return transfer->count * transfer->item <= place_nbytes(group) ? transfer->peer : kNoRank;
+  }
+
+  bool ready() const { return !finished_ && reached(*other_, wanted()); }
 
   // After the end of the call, whose other transfer is part of what this one's way costs.
   void note_time() {
     if (choice_ == nullptr) return;
-    const bool was_read = box_->sender.address[number_] != 0;
+    const bool was_read = own_->address != 0;
     if (was_read != choice_->reads()) return;
     const std::size_t nbytes = transfer_->count * transfer_->item;
     choice_->note(was_read ? Choice::kRead : Choice::kStage, put_ns_ + now_ns() - began_ns_, nbytes);
@@ -99,7 +129,7 @@ class Sender : public PairSide {
     while (ready()) {
       if (!compared_) {
         compared_ = true;
-        if (!(box_->receiver.signature[number_] == transfer_->signature)) {
+        if (!(other_->signature == transfer_->signature)) {
           mismatch_ = true;
           return finish(mine_ + 1, theirs_ + 1);
         }
@@ -107,7 +137,9 @@ class Sender : public PairSide {
       } else if (next_ < pieces_) {
         put();
       } else {
-        return finish(mine_ + pieces_, theirs_ + 1 + pieces_);
+        finish(mine_ + pieces_, theirs_ + 1 + pieces_);
+        if (may_lie()) group_.untaken_[group_.parity()].push_back({peer(), other_, theirs_ + 1 + pieces_});
+        return;
       }
     }
   }
@@ -115,25 +147,26 @@ class Sender : public PairSide {
  private:
   // The receiver's count that lets this side go on: its arrival, a piece's place that it has emptied, or the end.
   std::uint32_t wanted() const {
-    if (!compared_) return theirs_ + 1;
+    if (!compared_ || may_lie()) return theirs_ + 1;
     if (next_ == pieces_) return theirs_ + 1 + pieces_;
     return next_ < kPieces ? theirs_ + 1 : theirs_ + 1 + (next_ - static_cast<std::uint32_t>(kPieces) + 1);
   }
+  // Whether the message need not be taken yet when the call ends. The time of a large one, which is measured, has an end.
+  bool may_lie() const { return pieces_ == 1 && next_ == 1 && own_->address == 0 && choice_ == nullptr; }
   void put() {
-    if (transfer_->count != 0 && box_->sender.address[number_] == 0) {
-      transfer_->view->read(first(next_), length(next_), where(group_, group_.rank_, group_.parity(), next_));
+    if (transfer_->count != 0 && own_->address == 0) {
+      transfer_->view->read(first(next_), length(next_), where(group_.rank_, group_.parity(), next_));
     }
     ++next_;
-    publish(box_->sender, mine_ + next_);
+    publish(*own_, mine_ + next_);
   }
   void finish(std::uint32_t mine, std::uint32_t theirs) {
+    group_.forget_untaken(peer());  // it has come, and so has taken what was sent before
     group_.sent_[peer()] = mine;
     group_.taken_[peer()] = theirs;
     finished_ = true;
   }
 
-  Mailbox* box_ = nullptr;
-  std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;
   Choice* choice_ = nullptr;
   std::int64_t began_ns_ = 0, put_ns_ = 0;  // since the receiver came, and what was done before
 };
@@ -142,43 +175,44 @@ class Receiver : public PairSide {
  public:
   Receiver(Group& group, const Group::Transfer* transfer, Store store) : PairSide(group, transfer), store_(store) {
     if (finished_) return;
-    box_ = &group.layout_.mailbox(peer(), group.rank_);
     mine_ = group.received_[peer()];
     theirs_ = group.given_[peer()];
     number_ = group.receives_[peer()]++ & 1;
+    Mailbox& box = group.layout_.mailbox(peer(), group.rank_);
+    own_ = &box.receiver[number_];
+    other_ = &box.sender[number_];
   }
 
   void arrive() {
     if (finished_) return;
-    box_->receiver.signature[number_] = transfer_->signature;
-    publish(box_->receiver, mine_ + 1);
+    own_->signature = transfer_->signature;
+    publish(*own_, mine_ + 1);
   }
 
   Outcome outcome() const { return outcome_; }  // of reading the sender's memory
 
-  bool ready() const { return !finished_ && reached(box_->sender, theirs_ + 1 + next_); }
+  bool ready() const { return !finished_ && reached(*other_, theirs_ + 1 + next_); }
 
   void advance() {
     while (ready()) {
       if (!compared_) {
         compared_ = true;
-        if (!(box_->sender.signature[number_] == transfer_->signature)) {
+        if (!(other_->signature == transfer_->signature)) {
           mismatch_ = true;
           return finish(mine_ + 1, theirs_ + 1);
         }
         if (group_.hooks_.agreed != nullptr) group_.hooks_.agreed(group_.hooks_.agreed_context);
       }
-      const std::uint64_t address = box_->sender.address[number_];
+      const std::uint64_t address = other_->address;
       if (address != 0) {
         pieces_ = 1;
         outcome_ = group_.read_into(*transfer_->view, peer(), address, 0, transfer_->count, transfer_->item);
         if (outcome_ != Outcome::kDone) return;
       } else if (transfer_->count != 0) {
-        transfer_->view->write(first(next_), length(next_), where(group_, peer(), box_->sender.half[number_], next_),
-                                store_);
+        transfer_->view->write(first(next_), length(next_), where(peer(), other_->half, next_), store_);
       }
       ++next_;
-      publish(box_->receiver, mine_ + 1 + next_);
+      publish(*own_, mine_ + 1 + next_);
       if (next_ == pieces_) return finish(mine_ + 1 + pieces_, theirs_ + pieces_);
     }
   }
@@ -191,8 +225,6 @@ class Receiver : public PairSide {
   }
 
   const Store store_;
-  Mailbox* box_ = nullptr;
-  std::uint32_t mine_ = 0, theirs_ = 0, number_ = 0;
   Outcome outcome_ = Outcome::kDone;
 };
 
@@ -233,13 +265,15 @@ Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns
     return transfer(pair, send, recv, deadline_ns);
   }
   const auto size = [](const Transfer* side) { return side == nullptr ? 0 : side->count * side->item; };
-  if (deadline_ns == kBrief && (std::max(size(send), size(recv)) > kBriefNbytes || !is_there(half_free_[parity()]))) {
+  const bool brief = deadline_ns == kBrief;
+  if (brief && (std::max(size(send), size(recv)) > kBriefNbytes || !is_half_free(parity(), Sender::spared(*this, send)))) {
     return Outcome::kLarge;
   }
   // As if the peers do the same; what comes one way alone is not streamed.
   const Store store = send == nullptr ? Store::kCached : storing(2 * (size(send) + size(recv)));
   Pair pair{Sender(*this, send), Receiver(*this, recv, store)};
   pair.receiver.arrive();
+  if (!brief) pair.receiver.knock();  // the sender's half may be waited for
   outcome = pair.sender.arrive(recv != nullptr, deadline_ns);
   return outcome == Outcome::kDone ? transfer(pair, send, recv, deadline_ns) : outcome;
 }
@@ -254,14 +288,18 @@ Outcome Group::transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t
     receiver.advance();
     if (receiver.outcome() != Outcome::kDone) return receiver.outcome();
     if (sender.finished() && receiver.finished()) break;
-    if (deadline_ns != kBrief) {
-      const Outcome outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
-      if (outcome != Outcome::kDone) return outcome;
-    } else if (!spin_for(condition, spins)) {
+    if (deadline_ns == kBrief && spin_for(condition, spins)) continue;
+    sender.knock();
+    receiver.knock();
+    if (deadline_ns == kBrief) {
       pair_ = std::make_shared<Pair>(std::move(pair));
       return Outcome::kPending;
     }
+    const Outcome outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
+    if (outcome != Outcome::kDone) return outcome;
   }
+  sender.knock();
+  receiver.knock();
   if (send != nullptr) send->mismatch = sender.mismatch();
   if (recv != nullptr) recv->mismatch = receiver.mismatch();
   if (sender.mismatch() || receiver.mismatch()) return Outcome::kMismatch;

@@ -64,8 +64,10 @@ void format_segment(char* base, int world_size, int cores, std::uint64_t half_nb
       layout.post(rank, parity).arrived.store(kFirstStep, std::memory_order_relaxed);
     }
     for (int peer = 0; peer < world_size; ++peer) {
-      layout.mailbox(rank, peer).sender.count.store(kFirstStep, std::memory_order_relaxed);
-      layout.mailbox(rank, peer).receiver.count.store(kFirstStep, std::memory_order_relaxed);
+      for (unsigned parity = 0; parity < 2; ++parity) {
+        layout.mailbox(rank, peer).sender[parity].count.store(kFirstStep, std::memory_order_relaxed);
+        layout.mailbox(rank, peer).receiver[parity].count.store(kFirstStep, std::memory_order_relaxed);
+      }
     }
   }
   header.magic = kMagic;

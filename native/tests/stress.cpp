@@ -73,7 +73,10 @@ class Call {
   }
 
   Outcome make(bool packed) {
-    if (plan_.operation == Operation::kTransfer) return ranks_ == 1 ? Outcome::kDone : transfer(packed);
+    if (plan_.operation == Operation::kTransfer) {
+      if (ranks_ == 1) return Outcome::kDone;
+      return number_ % 2 == 0 ? transfer(packed) : sends_of_root();
+    }
     const Outcome outcome = plan_.brief ? brief([this](std::int64_t deadline) { return direct(deadline); })
                             : packed    ? run_request(group_, request().data(), in_ms(kHangMs))
                                         : direct(in_ms(kHangMs));
@@ -204,6 +207,28 @@ class Call {
     check(outcome == (wanted != 0 ? Outcome::kMismatch : Outcome::kDone), "outcome of a transfer");
     check(target_.holds(plan_.odd == before ? zeros_ : of(before, 0)), "transfer");
     check(own_.holds(given_), "what was sent");
+    return Outcome::kDone;
+  }
+
+  // The root sends to each of the others, now and then twice; what one has not taken yet lies where the next one's goes.
+  Outcome sends_of_root() {
+    const std::size_t item = nbytes_of(plan_.dtype);
+    for (int turn = 0; turn < 2 * ranks_; ++turn) {
+      const int other = turn / 2;
+      if (other == plan_.root || (rank_ != plan_.root && rank_ != other)) continue;
+      if (turn % 2 == 1 && (number_ + other) % 3 != 0) continue;
+      const View view = rank_ == plan_.root ? parts_[other].view() : target_.view();
+      Group::Transfer side{&view, plan_.count, item, rank_ == plan_.root ? other : plan_.root, signature_};
+      const auto make = [&](std::int64_t deadline) {
+        return rank_ == plan_.root ? group_.transfer(&side, nullptr, deadline)
+                                   : group_.transfer(nullptr, &side, deadline);
+      };
+      const Outcome outcome = plan_.brief ? brief(make) : make(in_ms(kHangMs));
+      if (outcome == Outcome::kFailed) return outcome;
+      const bool differs = plan_.odd == plan_.root || plan_.odd == other;
+      check(outcome == (differs ? Outcome::kMismatch : Outcome::kDone), "outcome of a send");
+      if (rank_ == other) check(target_.holds(differs ? zeros_ : of(plan_.root, other)), "what was sent one way");
+    }
     return Outcome::kDone;
   }
 

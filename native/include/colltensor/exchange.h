@@ -110,7 +110,7 @@ class Exchange {
   bool is_brief() const {
     const std::size_t peers = std::max<std::size_t>(1, group_.others().size());
     if (blocks_ > 1 || choice_ != nullptr || count_ * unit_ * peers > Group::kBriefNbytes) return false;
-    return posted_ || group_.is_there(group_.half_free_[group_.parity()]);
+    return posted_ || group_.is_half_free(group_.parity(), kNoRank);
   }
 
   char* where(int rank, std::size_t block) const {

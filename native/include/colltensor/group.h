@@ -162,6 +162,7 @@ class Group {
   friend class Receiver;
   friend class StepCondition;
   friend class PairCondition;
+  friend class TakenCondition;
 
   static bool reached(std::uint32_t value, std::uint32_t target) {
     return static_cast<std::int32_t>(value - target) >= 0;
@@ -191,7 +192,10 @@ class Group {
 
   // Arrival (group.cpp).
   Outcome enter() const;
-  Outcome wait_for_half(unsigned half, std::int64_t deadline_ns);
+  // Until a half of this rank's staging may be overwritten; but for what lies there for the rank `but`, which the next
+  // message to it does not touch.
+  Outcome wait_for_half(unsigned half, std::int64_t deadline_ns, int but = kNoRank);
+  bool is_half_free(unsigned half, int but) const;
   void arrive(std::uint32_t arrival, const Signature& signature);
   Outcome agree(std::uint32_t arrival, const Signature& signature, std::int64_t deadline_ns);
   bool signatures_agree(const Signature& signature) const;
@@ -279,6 +283,14 @@ class Group {
   std::uint32_t done_ = kFirstStep;    // this rank's progress
   std::uint32_t calls_ = 0;            // collectives so far
   std::uint32_t half_free_[2] = {kFirstStep, kFirstStep};
+  // Messages of one piece that their receivers, who have come, may not have taken: until their slip has reached `step`.
+  struct Untaken {
+    int peer;
+    const Slip* receiver;
+    std::uint32_t step;
+  };
+  std::vector<Untaken> untaken_[2];    // by half
+  void forget_untaken(int peer);
   // Steps of mailboxes, by peer: of this rank's side as sender and as receiver, and of the peers' other sides.
   std::vector<std::uint32_t> sent_, received_, taken_, given_;
   std::vector<std::uint32_t> sends_, receives_;  // transfers so far

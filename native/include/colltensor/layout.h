@@ -72,17 +72,20 @@ struct alignas(kLine) Post {
 static_assert(sizeof(Post) == kLine + kInline);
 static_assert(kMaxRanks * sizeof(std::uint64_t) + sizeof(Choice::Times) <= kInline);
 
-struct alignas(kLine) MailboxSide {
-  std::atomic<std::uint32_t> count;  // steps of this side, of all transfers since the start
-  std::uint32_t half[2];             // the sender's: which half of its staging it uses
-  std::uint64_t address[2];          // the sender's: of its memory, if the receiver is to read that; else 0
-  Signature signature[2];            // by the parity of the transfer's number; see Post
+// What one side of a transfer says, in one line.
+struct alignas(kLine) Slip {
+  std::atomic<std::uint32_t> count;  // steps of this side, of all transfers since the start; stored last
+  std::uint32_t half;                // the sender's: which half of its staging it uses
+  std::uint64_t address;             // the sender's: of its memory, if the receiver is to read that; else 0
+  Signature signature;
 };
+static_assert(sizeof(Slip) == kLine);
 
-// Transfers from one rank to one other; the data are in the sender's staging.
+// Transfers from one rank to one other; the data are in the sender's staging. By the parity of a transfer's number: it
+// is overwritten two transfers later, when the other side, which has arrived at the one between, has read it.
 struct Mailbox {
-  MailboxSide sender;
-  MailboxSide receiver;
+  Slip sender[2];
+  Slip receiver[2];
 };
 
 class Layout {

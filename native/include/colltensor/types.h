@@ -41,6 +41,7 @@ enum class Failure : std::uint32_t {
 };
 
 constexpr int kMaxRanks = 256;
+constexpr int kNoRank = -1;
 constexpr std::size_t kLine = 64;       // of the caches of x86-64; arm64's are 64 or 128
 constexpr std::size_t kInline = 4096;   // bytes of a message that travels beside its signature
 constexpr std::size_t kFew = 24;        // bytes that travel in the very line of the signature
