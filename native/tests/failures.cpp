@@ -125,6 +125,35 @@ void departed() {
   expect(call(*leaves, kBarrier, 0, in_ms(kLongMs)) == Outcome::kClosed, "a rank that left can call");
 }
 
+// A short send ends when its receiver has come. What that has not taken is there for it even when the sender has left,
+// is not overwritten, and is waited for in time.
+void untaken(bool sender_leaves) {
+  const SharedMemory memory(kRanks, kRanks, kSmall);
+  const std::unique_ptr<Group> sender = member(memory, 0), receiver = member(memory, 1), other = member(memory, 2);
+  const Signature signature;
+  std::array<float, 4> given{1, 2, 3, 4}, taken{}, more{5, 6, 7, 8};
+  const View from(given.data(), sizeof(float)), to(taken.data(), sizeof(float)), next(more.data(), sizeof(float));
+  Group::Transfer recv{&to, given.size(), sizeof(float), 0, signature};
+  const auto receive = [&](std::int64_t deadline) { return receiver->transfer(nullptr, &recv, deadline); };
+  expect(receive(Group::kBrief) == Outcome::kPending, "nothing was sent");
+  receiver->postpone([&](std::int64_t deadline, std::int64_t&) { return receive(deadline); });
+
+  Group::Transfer send{&from, given.size(), sizeof(float), 1, signature};
+  expect(sender->transfer(&send, nullptr, in_ms(kLongMs)) == Outcome::kDone, "the receiver has come");
+  Group::Transfer to_other{&next, more.size(), sizeof(float), kAbsent, signature};
+  expect(sender->transfer(&to_other, nullptr, Group::kBrief) == Outcome::kLarge, "what was not taken is overwritten");
+  if (sender_leaves) {
+    sender->leave();
+  } else {
+    expect(sender->transfer(&to_other, nullptr, in_ms(kShortMs)) == Outcome::kFailed, "nobody takes what was sent");
+    expect_failure(*sender, Failure::kLate, only(1), "untaken");
+  }
+  std::int64_t none = 0;
+  const Outcome ended = receiver->claim() ? receiver->resume(in_ms(kLongMs), none) : Outcome::kBusy;
+  expect(ended == (sender_leaves ? Outcome::kDone : Outcome::kFailed), "what was sent is gone");
+  if (sender_leaves) expect(taken == given, "what was sent is another");
+}
+
 void closed_by_another_thread() {
   const SharedMemory memory(2, 2, kSmall);
   const std::unique_ptr<Group> group = member(memory, 0), peer = member(memory, 1);
@@ -306,6 +335,7 @@ void test_failures() {
   wakes(kBarrier);
   wakes(kReceive);
   departed();
+  for (const bool leaves : {false, true}) untaken(leaves);
   closed_by_another_thread();
   stopped();
   signalled();
