@@ -179,6 +179,26 @@ class DirectCall:
                 note(tensor)
         return True
 
+    def pair(self, first: Any, second: Any, written: Any) -> bool:
+        """Do as ``run`` with two tensors, of which ``written`` is one."""
+        if self._group.before is not None:
+            self._group.before()
+        if not self._queue.idle:
+            return False
+        noted = first.__class__ not in unnoted or second.__class__ not in unnoted
+        if noted and not (is_plain(first) and is_plain(second)):
+            return False
+        try:
+            code = self.function(first, second)
+        except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
+            self.failed((first, second), error)
+            return False
+        if code and not self.finish((first, second), code):
+            return False
+        if noted:
+            note(written)
+        return True
+
     def finish(self, tensors: Sequence[Any], code: int) -> bool:
         """End a call that was not done at once; False if it must go the general way."""
         if self._engine.broken is not None:

@@ -241,9 +241,11 @@ class Group:
             ``tensor_list``, or a new JAX array for one.
         """
         if self._direct is not None and copy is None and not async_op:
-            stacked = tensor_list.__class__ is not list
-            taken = (tensor_list,) if stacked else tensor_list
-            if self._direct.allgather[stacked].run((*taken, tensor), 0, len(taken)):
+            if tensor_list.__class__ is not list:
+                done = self._direct.allgather[True].pair(tensor_list, tensor, tensor_list)
+            else:
+                done = self._direct.allgather[False].run((*tensor_list, tensor), 0, len(tensor_list))
+            if done:
                 return tensor_list
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
         view = source.views[0]
@@ -274,9 +276,13 @@ class Group:
             As ``allgather``.
         """
         if self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int:
-            stacked = dst_rank == self.rank and tensor_list.__class__ is not list
-            taken = (tensor_list,) if stacked else tensor_list if dst_rank == self.rank else ()
-            if self._direct.gather[stacked][dst_rank].run((*taken, tensor), 0, len(taken)):
+            if dst_rank != self.rank:
+                done = self._direct.gather[False][dst_rank].run((tensor,), 0, 0)
+            elif tensor_list.__class__ is not list:
+                done = self._direct.gather[True][dst_rank].pair(tensor_list, tensor, tensor_list)
+            else:
+                done = self._direct.gather[False][dst_rank].run((*tensor_list, tensor), 0, len(tensor_list))
+            if done:
                 return tensor_list
         root = self._arguments.rank("gather", "dst_rank", dst_rank)
         source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
@@ -312,9 +318,13 @@ class Group:
             ``tensor`` itself, or a new JAX array.
         """
         if self._direct is not None and copy is None and not async_op and src_rank.__class__ is int:
-            stacked = src_rank == self.rank and tensor_list.__class__ is not list
-            given = (tensor_list,) if stacked else tensor_list if src_rank == self.rank else ()
-            if self._direct.scatter[stacked][src_rank].run((tensor, *given), 0, 1):
+            if src_rank != self.rank:
+                done = self._direct.scatter[False][src_rank].run((tensor,), 0, 1)
+            elif tensor_list.__class__ is not list:
+                done = self._direct.scatter[True][src_rank].pair(tensor, tensor_list, tensor)
+            else:
+                done = self._direct.scatter[False][src_rank].run((tensor, *tensor_list), 0, 1)
+            if done:
                 return tensor
         root = self._arguments.rank("scatter", "src_rank", src_rank)
         target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
@@ -349,9 +359,11 @@ class Group:
             ``tensor`` itself, or a new JAX array.
         """
         if self._direct is not None and copy is None and not async_op and op.__class__ is ReduceOp:
-            stacked = tensor_list.__class__ is not list
-            given = (tensor_list,) if stacked else tensor_list
-            if self._direct.reducescatter[stacked][op].run((tensor, *given), 0, 1):
+            if tensor_list.__class__ is not list:
+                done = self._direct.reducescatter[True][op].pair(tensor, tensor_list, tensor)
+            else:
+                done = self._direct.reducescatter[False][op].run((tensor, *tensor_list), 0, 1)
+            if done:
                 return tensor
         op = self._arguments.op("reducescatter", op)
         target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
@@ -381,10 +393,13 @@ class Group:
         Returns:
             ``output_list``, or a new JAX array for one.
         """
-        stacked = output_list.__class__ is not list
-        if self._direct is not None and copy is None and not async_op and stacked is (input_list.__class__ is not list):
-            taken, given = ((output_list,), (input_list,)) if stacked else (output_list, input_list)
-            if len(taken) == len(given) and self._direct.alltoall[stacked].run((*taken, *given), 0, len(taken)):
+        if self._direct is not None and copy is None and not async_op:
+            done = False
+            if output_list.__class__ is not list and input_list.__class__ is not list:
+                done = self._direct.alltoall[True].pair(output_list, input_list, output_list)
+            elif output_list.__class__ is input_list.__class__ and len(output_list) == len(input_list):
+                done = self._direct.alltoall[False].run((*output_list, *input_list), 0, len(output_list))
+            if done:
                 return output_list
         sources = self._arguments.blocks("alltoall", "input_list", input_list, None, None, False, copy)
         targets = self._arguments.blocks("alltoall", "output_list", output_list, sources.views[0], None, True, copy)
@@ -452,7 +467,7 @@ class Group:
         if (
             self._direct is not None and copy is None and not async_op
             and dst_rank.__class__ is int and src_rank.__class__ is int
-            and self._direct.sendrecv[dst_rank][src_rank].run((send_tensor, recv_tensor), 1, 2)
+            and self._direct.sendrecv[dst_rank][src_rank].pair(send_tensor, recv_tensor, recv_tensor)
         ):
             return recv_tensor
         to, of = self._arguments.shift(dst_rank, src_rank)
