@@ -56,15 +56,14 @@ class Direct:
 
     Attributes:
         before: Called first in every call, or None.
-        barrier: The barrier.
-        allreduce: By reduce op.
+        barrier, allgather, alltoall: Those.
+        allreduce, reducescatter: By reduce op.
         reduce: By reduce op, then by root.
-        reducescatter: By whether one array stands for the list, then by reduce op.
-        broadcast: By root.
-        gather, scatter: By whether one array stands for the list, then by root.
-        allgather, alltoall: By whether one array stands for a list.
+        broadcast, gather, scatter: By root.
         send, recv: By the other rank.
         sendrecv: By the rank to send to, then by the rank to receive from.
+        allgather_stack, gather_stack, reducescatter_stack, scatter_stack, alltoall_stack: Those of one array of all
+            ranks' tensors where there are lists of them else.
     """
 
     def __init__(
@@ -84,13 +83,13 @@ class Direct:
         self.allreduce = [self._one("allreduce", op) for op in ReduceOp]
         self.reduce = [self._by_rank("reduce", op) for op in ReduceOp]
         self.broadcast = self._by_rank("broadcast")
-        self.allgather = [self._one("allgather", stacked=stacked) for stacked in (False, True)]
-        self.gather = [self._by_rank("gather", stacked=stacked) for stacked in (False, True)]
-        self.reducescatter = [
+        self.allgather, self.allgather_stack = (self._one("allgather", stacked=stacked) for stacked in (False, True))
+        self.gather, self.gather_stack = (self._by_rank("gather", stacked=stacked) for stacked in (False, True))
+        self.reducescatter, self.reducescatter_stack = (
             [self._one("reducescatter", op, stacked=stacked) for op in ReduceOp] for stacked in (False, True)
-        ]
-        self.scatter = [self._by_rank("scatter", stacked=stacked) for stacked in (False, True)]
-        self.alltoall = [self._one("alltoall", stacked=stacked) for stacked in (False, True)]
+        )
+        self.scatter, self.scatter_stack = (self._by_rank("scatter", stacked=stacked) for stacked in (False, True))
+        self.alltoall, self.alltoall_stack = (self._one("alltoall", stacked=stacked) for stacked in (False, True))
         self.send = self._by_rank("transfer")
         self.recv = Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, _NO_RANK, source))
         self.sendrecv = Ranks(

@@ -242,9 +242,9 @@ class Group:
         """
         if self._direct is not None and copy is None and not async_op:
             if tensor_list.__class__ is not list:
-                done = self._direct.allgather[True].pair(tensor_list, tensor, tensor_list)
+                done = self._direct.allgather_stack.pair(tensor_list, tensor, tensor_list)
             else:
-                done = self._direct.allgather[False].run((*tensor_list, tensor), 0, len(tensor_list))
+                done = self._direct.allgather.run((*tensor_list, tensor), 0, len(tensor_list))
             if done:
                 return tensor_list
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
@@ -277,11 +277,11 @@ class Group:
         """
         if self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int:
             if dst_rank != self.rank:
-                done = self._direct.gather[False][dst_rank].run((tensor,), 0, 0)
+                done = self._direct.gather[dst_rank].run((tensor,), 0, 0)
             elif tensor_list.__class__ is not list:
-                done = self._direct.gather[True][dst_rank].pair(tensor_list, tensor, tensor_list)
+                done = self._direct.gather_stack[dst_rank].pair(tensor_list, tensor, tensor_list)
             else:
-                done = self._direct.gather[False][dst_rank].run((*tensor_list, tensor), 0, len(tensor_list))
+                done = self._direct.gather[dst_rank].run((*tensor_list, tensor), 0, len(tensor_list))
             if done:
                 return tensor_list
         root = self._arguments.rank("gather", "dst_rank", dst_rank)
@@ -319,11 +319,11 @@ class Group:
         """
         if self._direct is not None and copy is None and not async_op and src_rank.__class__ is int:
             if src_rank != self.rank:
-                done = self._direct.scatter[False][src_rank].run((tensor,), 0, 1)
+                done = self._direct.scatter[src_rank].run((tensor,), 0, 1)
             elif tensor_list.__class__ is not list:
-                done = self._direct.scatter[True][src_rank].pair(tensor, tensor_list, tensor)
+                done = self._direct.scatter_stack[src_rank].pair(tensor, tensor_list, tensor)
             else:
-                done = self._direct.scatter[False][src_rank].run((tensor, *tensor_list), 0, 1)
+                done = self._direct.scatter[src_rank].run((tensor, *tensor_list), 0, 1)
             if done:
                 return tensor
         root = self._arguments.rank("scatter", "src_rank", src_rank)
@@ -360,9 +360,9 @@ class Group:
         """
         if self._direct is not None and copy is None and not async_op and op.__class__ is ReduceOp:
             if tensor_list.__class__ is not list:
-                done = self._direct.reducescatter[True][op].pair(tensor, tensor_list, tensor)
+                done = self._direct.reducescatter_stack[op].pair(tensor, tensor_list, tensor)
             else:
-                done = self._direct.reducescatter[False][op].run((tensor, *tensor_list), 0, 1)
+                done = self._direct.reducescatter[op].run((tensor, *tensor_list), 0, 1)
             if done:
                 return tensor
         op = self._arguments.op("reducescatter", op)
@@ -396,9 +396,9 @@ class Group:
         if self._direct is not None and copy is None and not async_op:
             done = False
             if output_list.__class__ is not list and input_list.__class__ is not list:
-                done = self._direct.alltoall[True].pair(output_list, input_list, output_list)
+                done = self._direct.alltoall_stack.pair(output_list, input_list, output_list)
             elif output_list.__class__ is input_list.__class__ and len(output_list) == len(input_list):
-                done = self._direct.alltoall[False].run((*output_list, *input_list), 0, len(output_list))
+                done = self._direct.alltoall.run((*output_list, *input_list), 0, len(output_list))
             if done:
                 return output_list
         sources = self._arguments.blocks("alltoall", "input_list", input_list, None, None, False, copy)

@@ -92,27 +92,31 @@ bool Group::is_half_free(unsigned which, int but) const {
   return is_there(half_free_[which]);
 }
 
-// Not before the caller is to wait for others, or has seen that it need not, are sleepers looked for: the fence is
-// cheap once the stores have left the processor.
+// Not before the caller is to wait for others are sleepers looked for, or at the end of a brief call that need not: the
+// fence is cheap once the stores have left the processor. Until then nobody looks at more of this rank than its post,
+// whose line goes to them and is not asked for again, so that the next stores find the others in this core's cache.
 void Group::arrive(std::uint32_t arrival, const Signature& signature) {
   Post& post = own_post();
+  const std::uint32_t seat = current_seat();
   post.signature = signature;
+  post.seat.store(static_cast<std::uint16_t>(seat), std::memory_order_relaxed);
   post.arrived.store(arrival, std::memory_order_release);
   done_ = arrival;
-  lines_[rank_]->seat.store(current_seat(), std::memory_order_relaxed);
+  lines_[rank_]->seat.store(seat, std::memory_order_relaxed);
   lines_[rank_]->progress.store(arrival, std::memory_order_release);
 }
 
 Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int64_t deadline_ns) {
   const bool brief = deadline_ns == kBrief;
   const bool all = (brief || (!crowded_ && !resumed_)) && spin_for_arrivals(arrival, kBriefSpins);
-  wake_sleepers();
+  if (!brief || !all) wake_sleepers();
   if (!all) {
     if (brief) return Outcome::kPending;
     const Outcome outcome = wait_for_all(arrival, deadline_ns);
     if (outcome != Outcome::kDone) return outcome;
   }
   if (!signatures_agree(signature)) {
+    if (brief) wake_sleepers();
     ++calls_;
     return Outcome::kMismatch;
   }
@@ -134,7 +138,7 @@ Outcome Group::resume(std::int64_t deadline_ns, std::int64_t& detail) {
 }
 
 bool Group::signatures_agree(const Signature& signature) const {
-  for (int rank = 0; rank < world_size_; ++rank) {
+  for (int rank : others_) {
     if (!(layout_.post(rank, parity()).signature == signature)) return false;
   }
   return true;
@@ -142,7 +146,8 @@ bool Group::signatures_agree(const Signature& signature) const {
 
 // After a call whose data everybody read from the posts or one half, while arriving nowhere else: that half is free
 // once all have arrived at the next call.
-void Group::finish_direct(std::uint32_t arrival) {
+void Group::finish_direct(std::uint32_t arrival, bool brief) {
+  if (brief) wake_sleepers();
   half_free_[parity()] = arrival + 1;
   ++calls_;
 }

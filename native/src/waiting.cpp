@@ -49,10 +49,13 @@ bool Group::is_there(std::uint32_t step) const {
 }
 
 bool Group::spin_for_arrivals(std::uint32_t arrival, int spins) const {
-  for (int rank = 0; rank < world_size_; ++rank) {
+  for (int rank : others_) {
     const Post& post = layout_.post(rank, parity());
+    if (post.arrived.load(std::memory_order_acquire) == arrival) continue;
+    const auto seat = static_cast<std::uint16_t>(lines_[rank_]->seat.load(std::memory_order_relaxed));
+    if (layout_.post(rank, parity() ^ 1).seat.load(std::memory_order_relaxed) == seat) return false;
     while (post.arrived.load(std::memory_order_acquire) != arrival) {
-      if (spins-- <= 0 || is_on(rank, lines_[rank_]->seat.load(std::memory_order_relaxed))) return false;
+      if (spins-- <= 0) return false;
       relax_processor();
     }
   }

@@ -204,7 +204,7 @@ class Group {
   char* half(int rank, unsigned which) const {
     return staging_ + (2 * static_cast<std::size_t>(rank) + which) * half_nbytes_;
   }
-  void finish_direct(std::uint32_t arrival);
+  void finish_direct(std::uint32_t arrival, bool brief);
   void finish_large(std::uint32_t last);
 
   // Reading the others' memory (reading.cpp).

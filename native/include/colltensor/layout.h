@@ -59,7 +59,8 @@ struct alignas(2 * kLine) RankLine {
 // rank has arrived at the call between, and so has read it.
 struct alignas(kLine) Post {
   std::atomic<std::uint32_t> arrived;  // the step of the arrival, stored last: with a few bytes, one line says it all
-  std::uint32_t readable;              // of a large message: 1 if `many` holds the addresses of what this rank gives
+  std::atomic<std::uint16_t> seat;     // 1 + the processor on which it arrived, which others ask for at the next call
+  std::uint16_t readable;              // of a large message: 1 if `many` holds the addresses of what this rank gives
   Signature signature;
   unsigned char few[kFew];
   unsigned char many[kInline];
