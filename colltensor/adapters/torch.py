@@ -18,6 +18,7 @@ _increment_version: Final = getattr(torch._C, "_increment_version", torch.autogr
 """torch's own function below its public one, whose isinstance check takes a third of its time; that one otherwise."""
 _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
 _DTYPE_OF: Final = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
+_REAL: Final = frozenset(name for name, dtype in _DTYPE_OF.items() if dtype.kind != "c")
 
 
 class TorchAdapter:
@@ -46,14 +47,16 @@ class TorchAdapter:
         return _view(tensor)
 
     def plain(self, tensor: Any) -> bool:
+        dtype = tensor.dtype
         if (
-            not tensor.is_cpu or tensor.requires_grad or tensor.is_neg() or tensor.is_conj() or tensor.is_inference()
-            or tensor.is_nested or tensor.is_quantized
+            (dtype not in _REAL and (dtype not in _DTYPE_OF or tensor.is_conj()))
+            or not tensor.is_cpu or tensor.requires_grad or tensor.is_nested or tensor.is_neg()
         ):
             return False
         try:
             tensor.data_ptr()
-        except RuntimeError:  # sparse, or inside torch.func's transforms
+            tensor._version  # noqa: B018 - asking is cheaper than is_inference()
+        except RuntimeError:  # sparse, or inside torch.func's transforms; made in inference mode
             return False
         return True
 
