@@ -20,6 +20,8 @@ _ARRAY: Final = type(jax.device_put(0))
 _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
+_devices: Final[dict[Any, Device]] = {}
+"""By JAX's devices, as far as arrays on them were seen."""
 
 
 class JaxAdapter:
@@ -32,7 +34,10 @@ class JaxAdapter:
         return kind is _ARRAY
 
     def source(self, tensor: Any) -> BufferView:
-        _check(tensor)
+        if tensor.is_deleted():
+            raise UnsupportedTensorError(
+                "the JAX array was deleted or donated before; use the array that call returned"
+            )
         return _view(tensor, readonly=True)
 
     def target(self, tensor: Any) -> BufferView:
@@ -54,32 +59,50 @@ class JaxAdapter:
         return None  # XLA queues what reads an array as soon as it has it, on streams of its own
 
 
-def _check(tensor: Any) -> None:
-    if tensor.is_deleted():
-        raise UnsupportedTensorError("the JAX array was deleted or donated before; use the array that call returned")
-    if tensor.dtype not in DTYPE_OF:
-        raise unsupported_dtype(tensor.dtype)
-    if len(tensor.sharding.device_set) != 1 or not tensor.is_fully_addressable:
-        raise UnsupportedTensorError(
-            f"the JAX array is sharded over {len(tensor.sharding.device_set)} devices; a collective works on one "
-            "device of this process: pass its addressable shards, x.addressable_shards[i].data, one by one"
-        )
-
-
 def _view(tensor: Any, *, readonly: bool) -> BufferView:
-    (where,) = tensor.sharding.device_set
-    stream = None
-    if where.platform == "cpu":
+    dtype = DTYPE_OF.get(tensor.dtype)
+    if dtype is None:
+        raise unsupported_dtype(tensor.dtype)
+    devices = tensor.sharding.device_set
+    if len(devices) != 1:
+        raise _sharded(tensor)
+    (where,) = devices
+    device = _devices.get(where)
+    if device is None:
+        device = _device_of(where, tensor)
+    if device is CPU:
         tensor.block_until_ready()
+        stream = None
+    else:
+        stream = LEGACY_STREAM
+        tensor.__dlpack__(stream=stream)  # makes that stream wait for the array, and not the host
+    return BufferView(
+        tensor.unsafe_buffer_pointer(), tensor.size, dtype, device, None, None, readonly, None, tensor, stream
+    )
+
+
+def _device_of(where: Any, tensor: Any) -> Device:
+    """Return which device JAX's is, and remember it, for its arrays are asked in every call.
+
+    Raises:
+        TensorError: It is another process's, or of a type that no collective reaches.
+    """
+    if not tensor.is_fully_addressable:
+        raise _sharded(tensor)
+    if where.platform == "cpu":
         device = CPU
     elif where.platform in ("gpu", "cuda"):
-        device, stream = Device("cuda", where.local_hardware_id), LEGACY_STREAM
-        tensor.__dlpack__(stream=stream)  # makes that stream wait for the array, and not the host
+        device = Device("cuda", where.local_hardware_id)
     else:
         raise DeviceError(f"the JAX array is on {where}; collectives work on cpu and cuda: jax.device_put it there")
-    return BufferView(
-        tensor.unsafe_buffer_pointer(), tensor.size, DTYPE_OF[tensor.dtype], device, tensor.shape, None, readonly,
-        None, tensor, stream,
+    _devices[where] = device
+    return device
+
+
+def _sharded(tensor: Any) -> UnsupportedTensorError:
+    return UnsupportedTensorError(
+        f"the JAX array is sharded over {len(tensor.sharding.device_set)} devices; a collective works on one device of "
+        "this process: pass its addressable shards, x.addressable_shards[i].data, one by one"
     )
 
 
