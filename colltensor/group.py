@@ -16,7 +16,7 @@ from colltensor import backends
 from colltensor.adapters import unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
-from colltensor.buffers import Buffers
+from colltensor.buffers import Buffers, TensorBuffers
 from colltensor.control import Control
 from colltensor.devices import Devices
 from colltensor.direct import Direct, is_plain, note
@@ -25,7 +25,7 @@ from colltensor.errors import CollectiveError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe
 from colltensor.rendezvous import Meeting, meet_through
-from colltensor.types import ReduceOp
+from colltensor.types import CPU, ReduceOp
 
 _log: Final = logging.getLogger(__name__)
 
@@ -161,6 +161,13 @@ class Group:
                             note(tensor)
                         return tensor
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
+        if (
+            calls is not None and copy is None and not async_op and self._queue.idle
+            and buffers.__class__ is TensorBuffers and buffers.claims and buffers.views[0].device is CPU
+            and calls[op].claim(tensor, buffers.views[0], buffers.claim)
+        ):
+            buffers.store()
+            return buffers.result()
         return self._engine.run(
             async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
             self._arguments.wire(buffers).allreduce, (buffers.transfers, op), buffers.result,

@@ -340,6 +340,14 @@ class SigningBackend(Backend, Protocol):
             stacked: Whether one tensor with all their elements is given instead of those of all ranks.
         """
 
+    def claiming(self, op: int) -> Callable[..., int]:
+        """Return a function that makes an allreduce of a contiguous host tensor that its framework never changes.
+
+        It is given the address, the count, the number of the dtype, and a function to call once the ranks agree, which
+        makes the result's memory, with the same contents, and returns its address. It returns what ``settle`` is told,
+        or 0, and raises what that function does.
+        """
+
     def exports(self, tensors: Sequence[Any]) -> bool:
         """Return True if a direct call's tensors can be exported, so that what it raised was something else."""
 

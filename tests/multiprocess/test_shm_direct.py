@@ -485,3 +485,88 @@ def donated(rank: int, size: int, name: str) -> None:
 @pytest.mark.needs("jax")
 def test_donated_arrays(pool: RankPool) -> None:
     pool.run(2, donated, fresh())
+
+
+def given_away(rank: int, size: int, name: str) -> str:
+    """Rank 0 deletes an array while its call waits for rank 1, so that there is nothing to put the result into."""
+    jnp = pytest.importorskip("jax.numpy")
+    with own_group(rank, size, name) as group:
+        array = jnp.full(5, 1.0 + rank)
+        assert (group.allreduce(array, donate=True) == 3.0).all()
+        array = jnp.full(5, 1.0 + rank)
+        if rank == 0:
+            timer = threading.Timer(0.3, array.delete)
+            timer.start()
+        else:  # what rank 0 had brought before is right
+            time.sleep(1.0)
+            assert (group.allreduce(array, donate=True) == 3.0).all()
+            assert array.is_deleted()
+        with pytest.raises(col.CollectiveError) as caught:
+            group.allreduce(array if rank == 0 else jnp.ones(5), donate=True)
+        assert group.broken is not None
+        return f"{caught.value} / {caught.value.__cause__!r}"
+
+
+@pytest.mark.needs("jax")
+def test_an_array_that_is_given_away_while_its_call_waits(pool: RankPool) -> None:
+    first, second = pool.run(2, given_away, fresh())
+    assert "deleted" in first
+    assert "rank 0" in second
+
+
+def immutable_beside_others(rank: int, size: int, name: str) -> None:
+    """JAX's short way meets numpy's and the general one, and takes its turn after an asynchronous call."""
+    jnp = pytest.importorskip("jax.numpy")
+    with own_group(rank, size, name) as group:
+        group._engine.run = _never if rank == 0 else group._engine.run  # JAX's short way needs nothing of the engine
+        for donate in (False, True):
+            x = jnp.full(7, 1.0 + rank)
+            y = group.allreduce(x, donate=donate) if rank == 0 else group.allreduce(np.full(7, 2.0, np.float32))
+            assert y.tolist() == [3.0] * 7
+            if rank == 0:
+                assert x.is_deleted() == donate
+        del group._engine.__dict__["run"]
+        large = jnp.full(1_000_003, 1.0 + rank)
+        work = group.allreduce(jnp.full(3, 1.0 + rank), async_op=True)
+        assert float(group.allreduce(large, col.ReduceOp.MAX)[-1]) == 2.0
+        assert work.result().tolist() == [3.0] * 3
+        with pytest.raises(col.MismatchError, match=r"float32\[3\].*MAX|MAX.*float32\[3\]"):
+            group.allreduce(jnp.ones(3), col.ReduceOp.MAX if rank else col.ReduceOp.SUM)
+        assert group.allreduce(jnp.ones(0)).shape == (0,)
+        assert group.allreduce(jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
+        assert group.allreduce({"a": jnp.ones(3)})["a"].tolist() == [2.0] * 3
+
+
+def _never(*arguments: Any) -> None:
+    raise AssertionError("the general way")
+
+
+@pytest.mark.needs("jax")
+def test_arrays_that_their_framework_never_changes_go_a_short_way(pool: RankPool) -> None:
+    pool.run(2, immutable_beside_others, fresh())
+
+
+def interrupted_claim(rank: int, size: int, name: str) -> str:
+    """Ctrl-C while a JAX array's call waits breaks the group, and is raised."""
+    jnp = pytest.importorskip("jax.numpy")
+    with own_group(rank, size, name) as group:
+        x = jnp.ones(5)
+        group.allreduce(x)
+        if rank == 0:
+            timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                group.allreduce(x)
+            assert not x.is_deleted()
+            return str(group.broken)
+        time.sleep(1.0)
+        with pytest.raises(col.CollectiveError) as caught:
+            group.allreduce(x)
+        return str(caught.value)
+
+
+@pytest.mark.needs("jax")
+def test_an_interrupt_while_a_claim_waits(pool: RankPool) -> None:
+    broken, told = pool.run(2, interrupted_claim, fresh())
+    assert "Interrupt" in broken
+    assert "rank 0" in told

@@ -74,6 +74,11 @@ class ShmBackend:
         brief.release_gil = False
         return brief, patient
 
+    def claiming(self, op: int) -> Callable[..., int]:
+        """Return a function of the native library's: see ``SigningBackend``."""
+        function: Callable[..., int] = self._native.shm_claiming_function(self._handle, self._timeout_ns, op)
+        return function
+
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted: 16-bit floats are widened in registers."""
         return False
