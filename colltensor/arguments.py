@@ -141,18 +141,25 @@ class Arguments:
 
     def separate(
         self, operation: str, written: Sequence[tuple[BufferView, str]], read: Sequence[tuple[BufferView, str]],
-        same: int = -1,
+        same: int = -1, apart: bool = False,
     ) -> None:
         """Check that what is written shares memory with nothing else; entry ``same`` may be what is read.
+
+        With ``apart`` what is written is known to share none among itself.
 
         Raises:
             AliasError: Two arguments share memory.
         """
+        spans = [view.span() for view, _ in read]
+        low, high = min(start for start, _ in spans), max(end for _, end in spans)
         try:
-            refuse_overlaps([(view, name) for view, name in written if not view.readonly], [])
+            if not apart:
+                refuse_overlaps([(view, name) for view, name in written if not view.readonly], [])
             for index, (view, name) in enumerate(written):
-                if not view.readonly and not (index == same and _identical(view, read[0][0])):
-                    refuse_overlaps([(view, name)], list(read))
+                start, end = view.span()
+                if view.readonly or start >= high or end <= low or (index == same and _identical(view, read[0][0])):
+                    continue
+                refuse_overlaps([(view, name)], list(read))
         except TensorError as error:
             raise type(error)(f"{operation} (rank {self._rank}): {error}") from error
 

@@ -272,9 +272,12 @@ class Blocks:
     """An argument that has a block of elements for every rank: a list of tensors, or one array of all of them.
 
     Views and transfers are one a block, and the ranks compare the count and dtype of one.
+
+    Attributes:
+        whole: Whether it is one array, whose blocks share no memory.
     """
 
-    __slots__ = ("_given", "_members", "_whole", "transfers", "views")
+    __slots__ = ("_given", "_members", "transfers", "views", "whole")
 
     def __init__(self, given: Any, members: Sequence[Buffers], number: int) -> None:
         """Hold ``number`` blocks of ``given``: what is known of a list's tensors, or of the array, once staged.
@@ -284,8 +287,8 @@ class Blocks:
         """
         self._given = given
         self._members = members
-        self._whole = not isinstance(given, (list, tuple))
-        if self._whole:
+        self.whole = not isinstance(given, (list, tuple))
+        if self.whole:
             view, moved = members[0].views[0], members[0].transfers[0]
             self.views = view.blocks(number)
             self.transfers = self.views if moved is view else moved.blocks(number)
@@ -305,7 +308,7 @@ class Blocks:
         return any(buffers.claims for buffers in self._members)
 
     def claim(self) -> None:
-        whole = self._members[0].views[0] if self._whole else None
+        whole = self._members[0].views[0] if self.whole else None
         before = 0 if whole is None else whole.pointer
         for buffers in self._members:
             buffers.claim()
@@ -331,7 +334,7 @@ class Blocks:
     def result(self) -> Any:
         """Return what was given: a list with new tensors in the places of immutable ones, a new tuple or array."""
         results = [buffers.result() for buffers in self._members]
-        if self._whole:
+        if self.whole:
             return results[0]
         if isinstance(self._given, tuple):
             return tuple(results)

@@ -257,7 +257,9 @@ class Group:
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
         view = source.views[0]
         targets = self._arguments.blocks("allgather", "tensor_list", tensor_list, view, None, True, copy)
-        self._arguments.separate("allgather", targets.named("tensor_list"), [(view, "tensor")], same=self.rank)
+        self._arguments.separate(
+            "allgather", targets.named("tensor_list"), [(view, "tensor")], self.rank, targets.whole
+        )
         return self._engine.run(
             async_op, "allgather", source, None, -1, True, (source, targets),
             lambda deadline: self._arguments.wire(source).allgather(
@@ -297,7 +299,7 @@ class Group:
         if root == self.rank:
             view = source.views[0]
             targets = self._arguments.blocks("gather", "tensor_list", tensor_list, view, None, True, copy)
-            self._arguments.separate("gather", targets.named("tensor_list"), [(view, "tensor")], same=root)
+            self._arguments.separate("gather", targets.named("tensor_list"), [(view, "tensor")], root, targets.whole)
         return self._engine.run(
             async_op, "gather", source, None, root, True, (source,) if targets is None else (source, targets),
             lambda deadline: self._arguments.wire(source).gather(
@@ -410,7 +412,9 @@ class Group:
                 return output_list
         sources = self._arguments.blocks("alltoall", "input_list", input_list, None, None, False, copy)
         targets = self._arguments.blocks("alltoall", "output_list", output_list, sources.views[0], None, True, copy)
-        self._arguments.separate("alltoall", targets.named("output_list"), sources.named("input_list"))
+        self._arguments.separate(
+            "alltoall", targets.named("output_list"), sources.named("input_list"), apart=targets.whole
+        )
         return self._engine.run(
             async_op, "alltoall", sources, None, -1, True, (sources, targets),
             lambda deadline: self._arguments.wire(sources).alltoall(
@@ -422,8 +426,9 @@ class Group:
     def send(self, tensor: Any, dst_rank: int, *, async_op: bool = False, copy: bool | None = None) -> Any:
         """Send a tensor or a pytree of tensors, of any dtype, to rank ``dst_rank``, which calls ``recv``.
 
-        Only those two ranks call; the call waits for the receiver. Two ranks that both send before
-        they receive wait for each other until the timeout: use ``sendrecv``.
+        Only those two ranks call; the call waits until the receiver has come, and of a large tensor until it
+        has it. Two ranks that both send before they receive wait for each other until the timeout: use
+        ``sendrecv``.
         """
         if (
             self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int

@@ -147,13 +147,13 @@ class BufferView:
         count, rest = divmod(self.count, number)
         if self.strides is None:
             if rest:
-                raise ValueError(f"{self.count} elements are no {number} blocks of equal counts")
+                raise ValueError(f"{self.count} elements cannot be divided into {number} equal blocks")
             return [self.slice(block * count, (block + 1) * count) for block in range(number)]
         extent, rest = divmod(self.shape[0], number)
         if rest:
             raise ValueError(
-                f"a strided array of shape {list(self.shape)} has no {number} blocks of equal counts along its first "
-                "axis; pass a contiguous one"
+                f"a strided array of shape {list(self.shape)} cannot be divided into {number} equal blocks along its "
+                "first axis; pass a contiguous one"
             )
         step = extent * self.strides[0] * self.dtype.itemsize
         shape = (extent, *self.shape[1:])

@@ -44,6 +44,7 @@ Group::Group(char* base, Place place)
 Outcome Group::enter() const {
   if (foreign() || closing_.load(std::memory_order_acquire)) return Outcome::kClosed;
   if (pending_.load(std::memory_order_relaxed) != nullptr) return Outcome::kBusy;
+  if (resumed_) return Outcome::kDone;  // what it waits for may have come before the failure
   return layout_.failure().state.load(std::memory_order_acquire) != 0 ? Outcome::kFailed : Outcome::kDone;
 }
 

@@ -520,7 +520,7 @@ def immutable_beside_others(rank: int, size: int, name: str) -> None:
     with own_group(rank, size, name) as group:
         group._engine.run = _never if rank == 0 else group._engine.run  # JAX's short way needs nothing of the engine
         for donate in (False, True):
-            x = jnp.full(7, 1.0 + rank)
+            x = jnp.full(7, 1.0 + rank, jnp.float32)
             y = group.allreduce(x, donate=donate) if rank == 0 else group.allreduce(np.full(7, 2.0, np.float32))
             assert y.tolist() == [3.0] * 7
             if rank == 0:
@@ -531,10 +531,10 @@ def immutable_beside_others(rank: int, size: int, name: str) -> None:
         assert float(group.allreduce(large, col.ReduceOp.MAX)[-1]) == 2.0
         assert work.result().tolist() == [3.0] * 3
         with pytest.raises(col.MismatchError, match=r"float32\[3\].*MAX|MAX.*float32\[3\]"):
-            group.allreduce(jnp.ones(3), col.ReduceOp.MAX if rank else col.ReduceOp.SUM)
+            group.allreduce(jnp.ones(3, jnp.float32), col.ReduceOp.MAX if rank else col.ReduceOp.SUM)
         assert group.allreduce(jnp.ones(0)).shape == (0,)
         assert group.allreduce(jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
-        assert group.allreduce({"a": jnp.ones(3)})["a"].tolist() == [2.0] * 3
+        assert group.allreduce({"a": jnp.ones(3, jnp.float32)})["a"].tolist() == [2.0] * 3
 
 
 def _never(*arguments: Any) -> None:

@@ -104,7 +104,7 @@ def test_blocks(
 
 
 def test_what_has_no_equal_blocks() -> None:
-    with pytest.raises(ValueError, match="5 elements are no 2 blocks"):
+    with pytest.raises(ValueError, match="5 elements cannot be divided into 2"):
         view_of((5,)).blocks(2)
     with pytest.raises(ValueError, match="first axis; pass a contiguous one"):
         view_of((3, 4), (1, 3)).blocks(2)

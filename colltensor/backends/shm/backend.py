@@ -224,7 +224,7 @@ class ShmBackend:
         self._collective(self._take(), "barrier", requests.BARRIER, None, None, -1, 0, (), deadline)
 
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
-        """Send each buffer to ``peer``, one after the other; returns when it has them."""
+        """Send each buffer to ``peer``, one after the other; returns when it has come (a short one) or has them."""
         signed = self._signed_transfers.get((self._rank, peer))
         for index, buffer in enumerate(buffers or (None,)):
             self._transfer("send", buffer, peer, signed, None, -1, None, index, deadline)

@@ -9,7 +9,8 @@
 //
 // Staging is two halves a rank. Before its arrival a rank writes only to the half of the call's parity, and only
 // once all others have finished the step after which nobody reads that half (`half_free`), a step that they finish
-// without hearing from this rank again: so that wait ends.
+// without hearing from this rank again: so that wait ends. It also waits for short messages in that half whose receivers
+// have come and not taken them yet (`untaken`), which they do without hearing from it either.
 #pragma once
 
 #include <atomic>
