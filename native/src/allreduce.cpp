@@ -5,8 +5,10 @@
 // stages, which run one behind the other so that no rank waits for the very step another has just begun. All of the
 // staging is used, so that a rank can run ahead of one that has lost its core.
 //
-// Blocks of 128 KiB: measured with 2 ranks on 2 cores (EPYC, 1 MiB of L2 each), us for 1, 4, 16 and 64 MiB: 67, 255,
-// 1450, 6860 with blocks of 64 KiB; 58, 231, 1730, 6480 with 128; 54, 215, 2300, 6350 with 256.
+// Blocks of 512 KiB, four in the staging of a rank: measured on 2 cores (EPYC, 1 MiB of L2 each), us for 1, 4, 16 and 64
+// MiB with blocks of 128, 256 and 512 KiB. 2 ranks: 38/36/35, 149/137/131, 777/765/746, 4560/4680/4090, and in the
+// machine's slower state 260/250/240 for 4 MiB, 1070/1020/1020, 5590/5440/5260. 4 ranks: 228/144/137 to 116/156/100,
+// 563/479/444, 3500/2490/2500, 10670/10030/11940. 3 ranks, 128 and 512: 102/92, 420/340.
 #include <algorithm>
 #include <cstring>
 #include <utility>

@@ -37,7 +37,7 @@ _GREETING_S: Final = 5.0
 _SLICE_S: Final = 0.1
 _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
-_CHUNK_NBYTES: Final = 128 << 10
+_CHUNK_NBYTES: Final = 512 << 10
 _READ_NBYTES: Final = 256 << 10
 _READ_VARIABLE: Final = "COLLTENSOR_READ_PEERS"
 
@@ -180,7 +180,8 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         direct = _DIRECT_NBYTES.get(size, _DIRECT_NBYTES_OF_MANY)
-        code = native.shm_format(fd, size, cores, half, direct, _CHUNK_NBYTES, _READ_NBYTES)
+        chunk = min(_CHUNK_NBYTES, half // 2)  # four at least in a rank's staging
+        code = native.shm_format(fd, size, cores, half, direct, chunk, _READ_NBYTES)
         if code:
             raise OSError(code, os.strerror(code))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
