@@ -512,6 +512,7 @@ def _disown() -> None:
     """Refuse the parent's groups in a forked child, which shares their sockets and must not use them."""
     for engine in _engines:
         engine._alone = False
+        engine.queue.disown()
         engine.broken = GroupError("it belongs to the parent process; a forked child makes groups of its own")
 
 

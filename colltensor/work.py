@@ -156,13 +156,20 @@ class OperationQueue:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._renew()
+        self._closed = False
+        self.watch: Callable[[bool], None] | None = None
+
+    def _renew(self) -> None:
         self._turn = threading.Lock()
         self._changed = threading.Condition(threading.Lock())
         self._waiting: collections.deque[Work] = collections.deque()
-        self._closed = False
         self._worker: threading.Thread | None = None
         self.idle = True
-        self.watch: Callable[[bool], None] | None = None
+
+    def disown(self) -> None:
+        """Forget the parent's operations in a forked child, where no thread of the parent's gives back what it held."""
+        self._renew()
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +162,25 @@ def test_a_timeout_of_centuries(pool: RankPool, world: World, tmp_path: Path) ->
     pool.run(world.size, wait_for_ever, world, f"file://{tmp_path}")
 
 
+@contextlib.contextmanager
+def busy_thread(group: Any) -> Iterator[None]:
+    """Have another thread hold the queue's lock, as the worker has it for a moment after each operation."""
+    held, end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with group._engine.queue._changed:
+            held.set()
+            end.wait(10.0)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10.0)
+    try:
+        yield
+    finally:
+        end.set()
+
+
 def forked_child(rank: int, world_size: int, world: World) -> None:
     """A child refuses the parent's group, by every way to it, and exits; the parent's group goes on."""
     group = world.group()
@@ -166,7 +188,8 @@ def forked_child(rank: int, world_size: int, world: World) -> None:
     work = group.allreduce(np.ones(3), async_op=True)
     work.wait()
     reader, writer = os.pipe()
-    child = os.fork()
+    with busy_thread(group):
+        child = os.fork()
     if child == 0:
         try:
             words = []
