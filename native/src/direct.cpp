@@ -257,27 +257,6 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
   });
 }
 
-// Tells the group to move a view to the address that `claim` returns when the ranks agree.
-class Claimed {
- public:
-  Claimed(Group& group, View& view, const ffi::Function& claim) : group_(group), view_(view), claim_(claim) {
-    group_.on_agreed(call, this);
-  }
-  ~Claimed() { group_.on_agreed(nullptr, nullptr); }
-  Claimed(const Claimed&) = delete;
-  Claimed& operator=(const Claimed&) = delete;
-
- private:
-  static void call(void* self) {
-    auto* claimed = static_cast<Claimed*>(self);
-    claimed->view_.rebase(reinterpret_cast<void*>(claimed->claim_().cast<std::int64_t>()));
-  }
-
-  Group& group_;
-  View& view_;
-  const ffi::Function& claim_;
-};
-
 // The allreduce of contiguous memory that is only read, and of the dtype with that number: the result lies where
 // `claim` says, a function that makes that memory, with the same contents, once the ranks agree.
 ffi::Function claiming_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op) {
@@ -288,7 +267,8 @@ ffi::Function claiming_function(std::int64_t handle, std::int64_t timeout_ns, st
     if (group.outcome() != Outcome::kDone) return code(group.outcome());
     const auto dtype = static_cast<DType>(number);
     View view(reinterpret_cast<void*>(address), item_size(dtype));
-    const Claimed notice(*group, view, claim);
+    const std::function<void()> moved = [&] { view.rebase(reinterpret_cast<void*>(claim().cast<std::int64_t>())); };
+    const WhenAgreed notice(*group, moved);
     std::int64_t detail = 0;
     return result(*group, run_direct(*group, call, &view, static_cast<std::size_t>(count), dtype,
                                      now_ns() + timeout_ns, detail));

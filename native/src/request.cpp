@@ -76,29 +76,6 @@ Outcome run_transfer(Group& group, std::int64_t* request, const Views& views, st
   return outcome;
 }
 
-// Tells the group what to call when the ranks agree, for as long as it lives.
-class Agreed {
- public:
-  Agreed(Group& group, Views& views, const std::function<void()>& function)
-      : group_(group), views_(views), function_(function) {
-    if (function_) group_.on_agreed(call, this);
-  }
-  ~Agreed() { group_.on_agreed(nullptr, nullptr); }
-  Agreed(const Agreed&) = delete;
-  Agreed& operator=(const Agreed&) = delete;
-
- private:
-  static void call(void* self) {
-    auto* agreed = static_cast<Agreed*>(self);
-    agreed->function_();
-    agreed->views_.rebase();
-  }
-
-  Group& group_;
-  Views& views_;
-  const std::function<void()>& function_;
-};
-
 }  // namespace
 
 Outcome run_collective(Group& group, const Collective& call, const View* views, std::int64_t deadline_ns) {
@@ -134,7 +111,14 @@ Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_n
     items.back() = static_cast<std::size_t>(request[kSourceItemField]);
   }
   Views views(request + kViewsField, count, items.data());
-  const Agreed notice(group, views, agreed);
+  std::function<void()> moved;
+  if (agreed) {
+    moved = [&] {
+      agreed();
+      views.rebase();
+    };
+  }
+  const WhenAgreed notice(group, moved);
   if (operation == Operation::kTransfer) return run_transfer(group, request, views, deadline_ns);
   const Collective collective{operation,
                               static_cast<ReduceOp>(request[kReduceOpField]),

@@ -28,6 +28,21 @@ struct Collective {
   Signature signature;
 };
 
+// Has a group call a function when the ranks agree, for as long as this lives; an empty one is nothing.
+class WhenAgreed {
+ public:
+  WhenAgreed(Group& group, const std::function<void()>& function) : group_(group), function_(function) {
+    if (function_) group_.on_agreed([](void* self) { static_cast<WhenAgreed*>(self)->function_(); }, this);
+  }
+  ~WhenAgreed() { group_.on_agreed(nullptr, nullptr); }
+  WhenAgreed(const WhenAgreed&) = delete;
+  WhenAgreed& operator=(const WhenAgreed&) = delete;
+
+ private:
+  Group& group_;
+  const std::function<void()>& function_;
+};
+
 // Runs it. The views in this order, as far as the rank has them: those that are written, a list's by rank, then those
 // that are only read.
 Outcome run_collective(Group& group, const Collective& call, const View* views, std::int64_t deadline_ns);
