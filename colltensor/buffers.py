@@ -102,7 +102,23 @@ def adapt(tensor: Any, write: bool, donate: bool, containers: bool) -> Buffers:
     return TensorBuffers(tensor, adapter_of(tensor), write, donate)
 
 
-class TensorBuffers:
+class _Alike:
+    """What the ranks compare of one tensor, or of several that are alike: the count and dtype of the first."""
+
+    __slots__ = ()
+    views: list[BufferView]
+
+    def count(self) -> int:
+        return self.views[0].count
+
+    def leaves_hash(self) -> int:
+        return self.views[0].dtype.code
+
+    def describe(self) -> str:
+        return f"{self.views[0].dtype}[{self.views[0].count}]"
+
+
+class TensorBuffers(_Alike):
     """One tensor. The common case, so it is kept lean."""
 
     __slots__ = ("_adapter", "_donate", "_staged", "_tensor", "_write", "transfers", "views")
@@ -155,15 +171,6 @@ class TensorBuffers:
 
     def streams(self) -> set[int | None]:
         return {stream_of(self._adapter, self.views[0].device.index)}
-
-    def count(self) -> int:
-        return self.views[0].count
-
-    def leaves_hash(self) -> int:
-        return self.views[0].dtype.code
-
-    def describe(self) -> str:
-        return f"{self.views[0].dtype}[{self.views[0].count}]"
 
 
 class TreeBuffers:
@@ -268,7 +275,7 @@ class TreeBuffers:
         return "{" + ", ".join(leaves[:_LEAVES_SHOWN]) + more + "}"
 
 
-class Blocks:
+class Blocks(_Alike):
     """An argument that has a block of elements for every rank: a list of tensors, or one array of all of them.
 
     Views and transfers are one a block, and the ranks compare the count and dtype of one.
@@ -343,15 +350,6 @@ class Blocks:
 
     def streams(self) -> set[int | None]:
         return set().union(*(buffers.streams() for buffers in self._members))
-
-    def count(self) -> int:
-        return self.views[0].count
-
-    def leaves_hash(self) -> int:
-        return self.views[0].dtype.code
-
-    def describe(self) -> str:
-        return f"{self.views[0].dtype}[{self.views[0].count}]"
 
 
 def _copy_refused(view: BufferView, leaf: str = "") -> OptionError:
