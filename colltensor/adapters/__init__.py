@@ -97,6 +97,8 @@ _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
 """Adapters by tensor type, as far as they were found: a short cut for the path of every call."""
 
+_no_tensors: Final[set[type]] = set()
+"""Python's own types of which no adapter takes any, as far as they were looked for: those of containers."""
 
 Plain = Callable[[Any], bool]
 direct: Final[dict[type, tuple[Plain, Callable[[Any], None]] | tuple[None, None]]] = {}
@@ -123,6 +125,7 @@ def register_adapter(adapter: Adapter) -> None:
     known.clear()
     direct.clear()
     unnoted.clear()
+    _no_tensors.clear()
 
 
 def add_adapter(adapter: Adapter) -> None:
@@ -136,9 +139,12 @@ def add_adapter(adapter: Adapter) -> None:
 def find_adapter(kind: type) -> Adapter | None:
     """Return the adapter for tensors of this type, or None for what is no tensor."""
     found = known.get(kind)
-    if found is None:
+    if found is None and kind not in _no_tensors:
         found = _search(kind)
-        if found is not None:
+        if found is None:
+            if kind.__module__ == "builtins":  # others may be tensors of a framework that is being imported
+                _no_tensors.add(kind)
+        else:
             known[kind] = found
             if hasattr(found, "plain"):
                 direct[kind] = (None, None) if found.plain is None else (found.plain, found.written)
