@@ -14,7 +14,7 @@ from colltensor.backends.base import Backend
 from colltensor.buffers import Blocks, Buffers, TensorBuffers, adapt, refuse_overlaps
 from colltensor.errors import DeviceError, OptionError, RankError, ShapeError, TensorError
 from colltensor.types import DType, ReduceOp
-from colltensor.view import BufferView
+from colltensor.view import BufferView, in_a_row
 
 _BYTEWISE: Final = frozenset({"broadcast", "send", "recv"})
 
@@ -111,7 +111,14 @@ class Arguments:
             like = buffers.views[0] if like is None else like
             self.alike(operation, name, buffers.views[0], like)
             adapted.append(buffers)
-        return Blocks(given, adapted, size)
+        blocks = Blocks(given, adapted, size)
+        backend = self.wire(blocks)
+        if copy is False and operation in backend.joins and not in_a_row(blocks.transfers):
+            raise OptionError(
+                f"{operation}: {argument} (rank {self._rank}): copy=False, but {backend.name} takes the tensors of all "
+                "ranks as one array, and these do not lie one after another; pass one array, or leave copy=None"
+            )
+        return blocks
 
     def alike(self, operation: str, argument: str, view: BufferView, expected: BufferView) -> None:
         """Check that a tensor has the count and dtype of another one of the call.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from colltensor import dlpack
@@ -203,6 +204,12 @@ class BufferView:
         layout = "contiguous" if self.strides is None else f"strides={self.strides}"
         flag = ", read-only" if self.readonly else ""
         return f"BufferView({self.dtype}{list(self.shape)} on {self.device}, {layout}{flag})"
+
+
+def in_a_row(views: Sequence[BufferView]) -> bool:
+    """Return True where contiguous views of one size lie one after another."""
+    first, nbytes = views[0].pointer, views[0].nbytes
+    return all(view.pointer == first + index * nbytes for index, view in enumerate(views))
 
 
 def _are_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

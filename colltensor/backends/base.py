@@ -123,12 +123,14 @@ class Backend(Protocol):
         name: The backend's name in the table.
         device_types: The device types whose memory it reaches.
         takes_strided: Whether it takes strided views; else the group stages them.
+        joins: The operations for which it copies a list of all ranks' tensors that do not lie one after another.
         agrees: Whether the ranks must agree on the control plane before each payload.
     """
 
     name: str
     device_types: frozenset[str]
     takes_strided: bool
+    joins: frozenset[str]
     agrees: bool
 
     def require(self, operation: str, dtype: DType, op: ReduceOp | None) -> None:

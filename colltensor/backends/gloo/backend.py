@@ -60,6 +60,7 @@ class GlooBackend:
     name = "gloo"
     device_types = frozenset({"cpu"})
     takes_strided = False
+    joins: frozenset[str] = frozenset()
     agrees = True
 
     require = staticmethod(require)

@@ -58,6 +58,7 @@ class HierarchicalBackend:
     name = "hierarchical"
     device_types = frozenset({"cpu"})
     takes_strided = False
+    joins: frozenset[str] = frozenset()
     agrees = True
 
     require = staticmethod(require)

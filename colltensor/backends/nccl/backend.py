@@ -19,7 +19,7 @@ from colltensor.backends.nccl.members import Crew, Members
 from colltensor.backends.nccl.watcher import Watcher
 from colltensor.errors import CollectiveError, GroupError
 from colltensor.types import DTYPES, DType, ReduceOp
-from colltensor.view import BufferView
+from colltensor.view import BufferView, in_a_row
 
 _DEVICE_TYPES: Final = frozenset({"cuda"})
 _CLOSE_TIMEOUT_S: Final = 5.0
@@ -31,6 +31,7 @@ class NcclBackend:
     name = "nccl"
     device_types = _DEVICE_TYPES
     takes_strided = False
+    joins = frozenset({"allgather", "reducescatter"})
     agrees = False
 
     def __init__(self, control: Any, timeout_s: float, driver: Any) -> None:
@@ -128,16 +129,19 @@ class NcclBackend:
                 self._all.broadcast(buffer.pointer, buffer.pointer, buffer.nbytes, BYTE, root, self._stream)
 
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
-        """Queue the copy of every rank's bytes to all: as one allgather where outputs lie in a row, else by roots."""
+        """Queue one allgather, into memory of its own where outputs do not lie in a row, and copies from there.
+
+        How they lie is each rank's own affair, but NCCL's calls must be the same on all of them.
+        """
         if not source.count:
             return
-        if _in_a_row(outputs):
+        if in_a_row(outputs):
             self._all.allGather(source.pointer, outputs[0].pointer, source.nbytes, BYTE, self._stream)
             return
-        with self._driver.together():
-            for root, output in enumerate(outputs):
-                given = source.pointer if root == self._rank else output.pointer
-                self._all.broadcast(given, output.pointer, source.nbytes, BYTE, root, self._stream)
+        row = self._room(source, source.dtype, len(outputs)).blocks(len(outputs))
+        self._all.allGather(source.pointer, row[0].pointer, source.nbytes, BYTE, self._stream)
+        for output, place in zip(outputs, row, strict=True):
+            self._driver.copy(output, place)
 
     def gather(
         self, outputs: Sequence[BufferView] | None, source: BufferView, root: int, deadline: float
@@ -166,14 +170,19 @@ class NcclBackend:
     def reducescatter(
         self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
     ) -> None:
-        """Queue one reduce-scatter where sources lie in a row, else a reduction to each rank."""
+        """Queue one reduce-scatter, of copies where sources do not lie in a row; see ``allgather``."""
         spelling = elements.spelling(target.dtype, op)
         if not target.count or spelling is None:
             return
         if spelling.keyed:
             self._reducescatter_keys(target, sources, op)
             return
-        self._reduce_to_each(target.pointer, [source.pointer for source in sources], target, spelling)
+        row: Sequence[BufferView] = sources
+        if not in_a_row(sources):
+            row = self._room(target, target.dtype, len(sources)).blocks(len(sources))
+            for source, place in zip(sources, row, strict=True):
+                self._driver.copy(place, source)
+        self._reduce_to_each(target.pointer, row[0].pointer, target, spelling)
 
     def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
         """Queue a transfer between every two ranks."""
@@ -317,7 +326,8 @@ class NcclBackend:
         if spelling.keyed and buffers[0].count:
             for number, buffer in enumerate(everything):
                 with self._driver.on(buffer.device.index, self._streams[self._devices.index(buffer.device.index)]):
-                    keyed.append(self._keys(buffer, op) if number < len(buffers) else self._room(buffer))
+                    dtype = elements.key_dtype(buffer.dtype)
+                    keyed.append(self._keys(buffer, op) if number < len(buffers) else self._room(buffer, dtype))
         with self._each(everything) as calls:
             count = buffers[0].count * spelling.parts
             yield [
@@ -363,15 +373,14 @@ class NcclBackend:
     def _keys(self, buffer: BufferView, op: ReduceOp, into: BufferView | None = None) -> BufferView:
         """Queue the conversion of floats to ordered integers, into memory of their own."""
         if into is None:
-            into = self._room(buffer)
+            into = self._room(buffer, elements.key_dtype(buffer.dtype))
         self._driver.compute(into, lambda array, xp: elements.keys(array, buffer.dtype, op, xp), _raw(buffer))
         return into
 
-    def _room(self, buffer: BufferView) -> BufferView:
-        """Return memory for a buffer's keys."""
-        dtype = elements.key_dtype(buffer.dtype)
-        stream = self._streams[self._devices.index(buffer.device.index)]
-        room: BufferView = self._driver.allocate(buffer.count * dtype.itemsize, _on(buffer, stream))
+    def _room(self, like: BufferView, dtype: DType, number: int = 1) -> BufferView:
+        """Return memory for elements, of another type, of ``number`` views that are like one of the call's."""
+        stream = self._streams[self._devices.index(like.device.index)]
+        room: BufferView = self._driver.allocate(number * like.count * dtype.itemsize, _on(like, stream))
         return room.cast(dtype)
 
     def _from_keys(self, buffer: BufferView, keys: BufferView) -> None:
@@ -385,29 +394,18 @@ class NcclBackend:
         places = [room.slice(index * count, (index + 1) * count) for index in range(len(sources) + 1)]
         for source, place in zip(sources, places, strict=False):
             self._keys(source, op, place)
-        self._reduce_to_each(places[-1].pointer, [place.pointer for place in places[:-1]], places[-1], spelling)
+        self._reduce_to_each(places[-1].pointer, places[0].pointer, places[-1], spelling)
         self._from_keys(target, places[-1])
 
-    def _reduce_to_each(self, result: int, given: Sequence[int], like: BufferView, spelling: Spelling) -> None:
-        count, nbytes = like.count * spelling.parts, like.nbytes
-        if all(pointer == given[0] + index * nbytes for index, pointer in enumerate(given)):
-            self._all.reduceScatter(given[0], result, count, spelling.datatype, spelling.op, self._stream)
-            return
-        with self._driver.together():
-            for root, pointer in enumerate(given):
-                to = result if root == self._rank else 0
-                self._all.reduce(pointer, to, count, spelling.datatype, spelling.op, root, self._stream)
+    def _reduce_to_each(self, result: int, row: int, like: BufferView, spelling: Spelling) -> None:
+        count = like.count * spelling.parts
+        self._all.reduceScatter(row, result, count, spelling.datatype, spelling.op, self._stream)
 
     def _failed(self, error: CollectiveError, undone: Sequence[QueuedFlight]) -> None:
         """End what waits in NCCL, then tell the group."""
         self._members.end(undone)
         if self.on_failure is not None:
             self.on_failure(error)
-
-
-def _in_a_row(views: Sequence[BufferView]) -> bool:
-    first, nbytes = views[0].pointer, views[0].nbytes
-    return all(view.pointer == first + index * nbytes for index, view in enumerate(views))
 
 
 def _raw(view: BufferView) -> BufferView:
