@@ -56,9 +56,11 @@ class Arguments:
             if len(views) > 1:
                 _refuse_devices(views)
             if len(views) > 1 or (views and views[0].strides is not None):
-                strided = self.wire(buffers).takes_strided
+                backend = self.wire(buffers)
+                strided = backend.takes_strided
                 # To one rank alone nothing travels, so that nothing is packed either.
-                buffers.stage(strided, operation in _BYTEWISE, False if strided and self._world_size == 1 else copy)
+                copy = False if strided and self._world_size == 1 else copy
+                buffers.stage(strided, operation in _BYTEWISE, copy, backend.fuses)
         except (TensorError, OptionError) as error:
             raise type(error)(f"{operation}: {argument} (rank {self._rank}): {error}") from error
         return buffers

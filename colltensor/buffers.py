@@ -41,13 +41,14 @@ class Buffers(Protocol):
     def claims(self) -> bool:
         """True where a tensor is written whose framework never changes one."""
 
-    def stage(self, strided: bool, bytewise: bool, copy: bool | None) -> None:
+    def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         """Decide the transfers, from counts and dtypes alone, which are equal on all ranks.
 
         Args:
             strided: The backend takes strided views itself.
             bytewise: The operation moves bytes, so leaves of different dtypes may share a transfer.
             copy: False refuses every staging copy.
+            fuse: Small leaves share transfers.
 
         Raises:
             OptionError: ``copy`` is False and a staging copy is needed.
@@ -134,7 +135,7 @@ class TensorBuffers(_Alike):
         if write and view.strides is not None:
             _refuse_shared([(view, "the tensor")])
 
-    def stage(self, strided: bool, bytewise: bool, copy: bool | None) -> None:
+    def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         view = self.views[0]
         if strided or view.strides is None:
             return
@@ -201,9 +202,10 @@ class TreeBuffers:
             named = zip(self.views, self._paths, strict=True)
             _refuse_shared([(view, f"leaf {path}") for view, path in named if donate or not view.readonly])
 
-    def stage(self, strided: bool, bytewise: bool, copy: bool | None) -> None:
+    def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         views = self.views
-        chosen = [[index] for index in range(len(views))] if copy is False else plan(views, bytewise)
+        alone = copy is False or not fuse
+        chosen = [[index] for index in range(len(views))] if alone else plan(views, bytewise)
         self.transfers = []
         for members in chosen:
             view = views[members[0]]
@@ -303,7 +305,7 @@ class Blocks(_Alike):
             self.views = [buffers.views[0] for buffers in members]
             self.transfers = [buffers.transfers[0] for buffers in members]
 
-    def stage(self, strided: bool, bytewise: bool, copy: bool | None) -> None:
+    def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         """Do nothing: the members are staged."""
 
     def named(self, argument: str) -> list[tuple[BufferView, str]]:

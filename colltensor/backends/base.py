@@ -123,6 +123,7 @@ class Backend(Protocol):
         name: The backend's name in the table.
         device_types: The device types whose memory it reaches.
         takes_strided: Whether it takes strided views; else the group stages them.
+        fuses: Whether small leaves of a container are to be packed into one transfer, because a transfer costs more.
         joins: The operations for which it copies a list of all ranks' tensors that do not lie one after another.
         agrees: Whether the ranks must agree on the control plane before each payload.
     """
@@ -130,6 +131,7 @@ class Backend(Protocol):
     name: str
     device_types: frozenset[str]
     takes_strided: bool
+    fuses: bool
     joins: frozenset[str]
     agrees: bool
 

@@ -27,6 +27,7 @@ class LoopbackBackend:
     name = "loopback"
     device_types = _DEVICE_TYPES
     takes_strided = True
+    fuses = True
     joins: frozenset[str] = frozenset()
     agrees = False
 

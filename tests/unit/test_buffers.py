@@ -96,6 +96,16 @@ def test_copy_false_fuses_nothing() -> None:
         staged([np.ones(3), np.ones(8)[::2]], copy=False)
 
 
+def test_leaves_that_are_not_to_share_a_transfer_are_packed_alone() -> None:
+    leaves = [np.ones(3), np.ones(8)[::2], np.ones(4)]
+    buffers = adapt(leaves, True, False, True)
+    buffers.stage(False, False, None, False)
+    assert [transfer.count for transfer in buffers.transfers] == [3, 4, 4]
+    assert [pointer == leaf.ctypes.data for pointer, leaf in zip(pointers(buffers), leaves, strict=True)] == [
+        True, False, True,
+    ]
+
+
 @pytest.mark.parametrize("bytewise", [False, True])
 def test_fused_leaves_load_and_store(bytewise: bool) -> None:
     leaves = {"a": np.arange(3.0), "b": np.arange(6.0)[::2], "c": np.arange(4).astype(np.int16), "d": np.empty(0)}

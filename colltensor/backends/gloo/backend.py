@@ -60,6 +60,7 @@ class GlooBackend:
     name = "gloo"
     device_types = frozenset({"cpu"})
     takes_strided = False
+    fuses = True
     joins: frozenset[str] = frozenset()
     agrees = True
 

@@ -58,6 +58,7 @@ class HierarchicalBackend:
     name = "hierarchical"
     device_types = frozenset({"cpu"})
     takes_strided = False
+    fuses = True
     joins: frozenset[str] = frozenset()
     agrees = True
 

@@ -31,6 +31,7 @@ class NcclBackend:
     name = "nccl"
     device_types = _DEVICE_TYPES
     takes_strided = False
+    fuses = False
     joins = frozenset({"allgather", "reducescatter"})
     agrees = False
 

@@ -37,6 +37,7 @@ class ShmBackend:
     name = "shm"
     device_types = frozenset({"cpu"})
     takes_strided = True
+    fuses = True
     joins: frozenset[str] = frozenset()
     agrees = False
 
