@@ -370,9 +370,23 @@ class Driver:
     def copy(self, target: BufferView, source: BufferView) -> None:
         MEMORY.copy(target, source)
 
-    def compute(self, target: BufferView, function: Callable[[Any, Any], Any], source: BufferView) -> None:
-        to, of = elements(target), elements(source)
-        _machine().queue(current(), lambda: to.__setitem__(..., function(of, np)))
+    def to_keys(self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int) -> None:
+        to, of = elements(keys), elements(bits)
+        _machine().queue(current(), lambda: to.__setitem__(..., keys_of(of.astype(to.dtype), mask, infinity, nan)))
+
+    def from_keys(self, bits: BufferView, keys: BufferView, mask: int) -> None:
+        to, of = elements(bits), elements(keys)
+        _machine().queue(current(), lambda: to.__setitem__(..., bits_of(of, mask).astype(to.dtype)))
+
+
+def keys_of(bits: np.ndarray, mask: int, infinity: int, nan: int) -> np.ndarray:
+    """Return keys of floats; see ``colltensor.backends.nccl.elements.Keying``."""
+    return np.where((bits & mask) > infinity, bits.dtype.type(nan), np.where(bits < 0, bits ^ mask, bits))
+
+
+def bits_of(keys: np.ndarray, mask: int) -> np.ndarray:
+    """Undo ``keys_of``."""
+    return np.where(keys < 0, keys ^ mask, keys)
 
 
 _LOCAL = threading.local()

@@ -8,6 +8,7 @@ import sys
 import warnings
 from typing import Any
 
+import device
 import numpy as np
 import pytest
 
@@ -70,34 +71,50 @@ class TestElements:
         for dtype in DTYPES.values():
             elements.require("broadcast", dtype, None)
 
-    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
     def test_keys_keep_order_and_values(self, dtype: str) -> None:
+        way = elements.keying(DTYPES[dtype])
+        limits = np.iinfo(way.bits.name)
         random = np.random.default_rng(3)
-        whole = {"float16": np.int16, "float32": np.int32, "float64": np.int64}[dtype]
-        limits = np.iinfo(whole)
-        floats = random.integers(limits.min, limits.max, 20_000, whole, endpoint=True).view(dtype)
-        floats = np.concatenate([floats, np.array([0.0, -0.0, np.inf, -np.inf], dtype)])
-        floats = floats[~np.isnan(floats)]
-        keys = elements.keys(floats, DTYPES[dtype], ReduceOp.MAX, np)
-        np.testing.assert_array_equal(elements.from_keys(keys, DTYPES[dtype], np).view(whole), floats.view(whole))
-        order = np.argsort(keys, kind="stable")
-        assert (np.diff(floats[order].astype(np.float64)) >= 0).all() if dtype != "float64" else True
-        assert (floats[order][1:] >= floats[order][:-1]).all()
+        bits = np.arange(1 << 16, dtype=np.uint16).view(np.int16) if way.bits.itemsize == 2 else (
+            random.integers(limits.min, limits.max, 20_000, way.bits.name, endpoint=True)
+        )
+        bits = np.concatenate([bits, _bits(np.array([0.0, -0.0, np.inf, -np.inf]), dtype)])
+        bits = bits[~np.isnan(_floats(bits, dtype))]
+        for op in (ReduceOp.MIN, ReduceOp.MAX):
+            keys = device.keys_of(bits.astype(way.keys.name), way.mask, way.infinity, way.nan(op))
+            np.testing.assert_array_equal(device.bits_of(keys, way.mask), bits)
+            floats = _floats(bits[np.argsort(keys, kind="stable")], dtype)
+            assert (floats[1:] >= floats[:-1]).all()
 
-    def test_nan_is_least_for_min_and_greatest_for_max(self) -> None:
-        floats = np.array([np.nan, -np.nan, np.inf, -np.inf], np.float32)
-        for op, limit in ((ReduceOp.MAX, np.iinfo(np.int32).max), (ReduceOp.MIN, np.iinfo(np.int32).min)):
-            keys = elements.keys(floats, DTYPES["float32"], op, np)
-            assert list(keys[:2]) == [limit, limit]
-            assert np.isnan(elements.from_keys(keys, DTYPES["float32"], np)[:2]).all()
-            assert limit not in keys[2:]
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    def test_nan_is_least_for_min_and_greatest_for_max(self, dtype: str) -> None:
+        way = elements.keying(DTYPES[dtype])
+        bits = _bits(np.array([np.nan, -np.nan, np.inf, -np.inf, 0]), dtype).astype(way.keys.name)
+        for op, found in ((ReduceOp.MAX, np.max), (ReduceOp.MIN, np.min)):
+            keys = device.keys_of(bits, way.mask, way.infinity, way.nan(op))
+            assert keys[0] == keys[1] == found(keys) != found(keys[2:])
+            again = _floats(device.bits_of(keys, way.mask).astype(way.bits.name), dtype)
+            np.testing.assert_array_equal(again, [np.nan, np.nan, np.inf, -np.inf, 0])
 
-    def test_bfloat16_keys(self) -> None:
-        bits = np.arange(1 << 16, dtype=np.uint16)
-        floats = (bits.astype(np.uint32) << 16).view(np.float32)
-        kept = bits[~np.isnan(floats)]
-        keys = elements.keys(kept, DTYPES["bfloat16"], ReduceOp.MIN, np)
-        np.testing.assert_array_equal(elements.from_keys(keys, DTYPES["bfloat16"], np), kept)
+
+def _bits(floats: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the bits of float64 values as a float type has them, as signed integers; bfloat16's are exact here."""
+    if dtype == "bfloat16":
+        return (floats.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+    return floats.astype(dtype).view(f"int{8 * np.dtype(dtype).itemsize}")
+
+
+def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Undo ``_bits``."""
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return _widened(bits, dtype)
+
+
+def _widened(bits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return bits.view(dtype).astype(np.float64)
 
 
 def _need_libnccl() -> None:

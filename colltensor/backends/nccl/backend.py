@@ -18,7 +18,7 @@ from colltensor.backends.nccl.lanes import Flights, Lanes, QueuedFlight
 from colltensor.backends.nccl.members import Crew, Members
 from colltensor.backends.nccl.watcher import Watcher
 from colltensor.errors import CollectiveError, GroupError
-from colltensor.types import DTYPES, DType, ReduceOp
+from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView, in_a_row
 
 _DEVICE_TYPES: Final = frozenset({"cuda"})
@@ -58,7 +58,7 @@ class NcclBackend:
     require = staticmethod(elements.require)
 
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Return True for the least and greatest of floats, which travel as integers; see ``elements.keys``."""
+        """Return True for the least and greatest of floats, which travel as integers; see ``elements.Keying``."""
         if op is None or operation not in REDUCTIONS:
             return False
         spelling = elements.spelling(dtype, op)
@@ -327,7 +327,7 @@ class NcclBackend:
         if spelling.keyed and buffers[0].count:
             for number, buffer in enumerate(everything):
                 with self._driver.on(buffer.device.index, self._streams[self._devices.index(buffer.device.index)]):
-                    dtype = elements.key_dtype(buffer.dtype)
+                    dtype = elements.keying(buffer.dtype).keys
                     keyed.append(self._keys(buffer, op) if number < len(buffers) else self._room(buffer, dtype))
         with self._each(everything) as calls:
             count = buffers[0].count * spelling.parts
@@ -373,9 +373,10 @@ class NcclBackend:
 
     def _keys(self, buffer: BufferView, op: ReduceOp, into: BufferView | None = None) -> BufferView:
         """Queue the conversion of floats to ordered integers, into memory of their own."""
+        way = elements.keying(buffer.dtype)
         if into is None:
-            into = self._room(buffer, elements.key_dtype(buffer.dtype))
-        self._driver.compute(into, lambda array, xp: elements.keys(array, buffer.dtype, op, xp), _raw(buffer))
+            into = self._room(buffer, way.keys)
+        self._driver.to_keys(into, buffer.cast(way.bits), way.mask, way.infinity, way.nan(op))
         return into
 
     def _room(self, like: BufferView, dtype: DType, number: int = 1) -> BufferView:
@@ -385,12 +386,13 @@ class NcclBackend:
         return room.cast(dtype)
 
     def _from_keys(self, buffer: BufferView, keys: BufferView) -> None:
-        self._driver.compute(_raw(buffer), lambda array, xp: elements.from_keys(array, buffer.dtype, xp), keys)
+        way = elements.keying(buffer.dtype)
+        self._driver.from_keys(buffer.cast(way.bits), keys, way.mask)
 
     def _reducescatter_keys(self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp) -> None:
         spelling = elements.spelling(target.dtype, op)
         assert spelling is not None
-        dtype, count = elements.key_dtype(target.dtype), target.count
+        dtype, count = elements.keying(target.dtype).keys, target.count
         room = self._driver.allocate((len(sources) + 1) * count * dtype.itemsize, _on(target, self._stream)).cast(dtype)
         places = [room.slice(index * count, (index + 1) * count) for index in range(len(sources) + 1)]
         for source, place in zip(sources, places, strict=False):
@@ -407,11 +409,6 @@ class NcclBackend:
         self._members.end(undone)
         if self.on_failure is not None:
             self.on_failure(error)
-
-
-def _raw(view: BufferView) -> BufferView:
-    """Return a view whose elements the driver's arrays know: bfloat16 as integers of its width."""
-    return view.cast(DTYPES["uint16"]) if view.dtype.name == "bfloat16" else view
 
 
 def _on(view: BufferView, stream: int) -> BufferView:

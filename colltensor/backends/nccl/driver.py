@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import cupy as cp
@@ -151,15 +151,25 @@ class CupyDriver:
         stream = cp.cuda.get_current_stream().ptr
         runtime.memcpyAsync(target.pointer, source.pointer, source.nbytes, runtime.memcpyDeviceToDevice, stream)
 
-    def compute(self, target: BufferView, function: Callable[[Any, Any], Any], source: BufferView) -> None:
-        """Queue, on CuPy's current stream, writing what ``function`` makes of the elements of ``source``.
+    def to_keys(self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int) -> None:
+        """Queue, on CuPy's current stream, making keys of the bits of floats; see ``elements.Keying``."""
+        given, result = _array(bits), _array(keys)
+        kind = result.dtype.type
+        _TO_KEYS(given, kind(mask), kind(infinity), kind(nan), result)
 
-        Args:
-            target: Where to; contiguous.
-            function: Takes an array and the module whose functions work on it.
-            source: Elements of the target's number; contiguous.
-        """
-        _array(target)[...] = function(_array(source), cp)
+    def from_keys(self, bits: BufferView, keys: BufferView, mask: int) -> None:
+        """Queue, on CuPy's current stream, making the bits of floats of their keys."""
+        given, result = _array(keys), _array(bits)
+        _FROM_KEYS(given, given.dtype.type(mask), result)
+
+
+_TO_KEYS: Final = cp.ElementwiseKernel(
+    "B bits, K mask, K infinity, K nan", "K key",
+    "K b = bits; key = (b & mask) > infinity ? nan : b < 0 ? b ^ mask : b", "colltensor_to_keys",
+)
+_FROM_KEYS: Final = cp.ElementwiseKernel(
+    "K key, K mask", "B bits", "bits = key < 0 ? key ^ mask : key", "colltensor_from_keys"
+)
 
 
 @functools.lru_cache(maxsize=256)

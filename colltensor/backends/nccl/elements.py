@@ -1,12 +1,12 @@
 """Elements: how NCCL spells data types and reduce ops, and what stands in where it has none.
 
-NCCL's numbers are those of its header (``ncclDataType_t`` and ``ncclRedOp_t`` in nccl.h). Imports no framework: arrays
-come with the module whose functions work on them.
+NCCL's numbers are those of its header (``ncclDataType_t`` and ``ncclRedOp_t`` in nccl.h). Imports no framework.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+import functools
+from typing import Final, NamedTuple
 
 from colltensor.backends.base import REDUCTIONS
 from colltensor.backends.base import require as require_defined
@@ -28,6 +28,8 @@ _LOGICAL: Final = {
     ReduceOp.BAND: _MIN,
 }
 """bool is a byte of 0 or 1: or is the greater of two, and is the smaller."""
+_SIGNIFICANDS: Final = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
+"""How many bits of a float are its significand's."""
 _ORDERED: Final = frozenset({ReduceOp.MIN, ReduceOp.MAX})
 
 
@@ -38,7 +40,7 @@ class Spelling(NamedTuple):
         datatype: NCCL's data type.
         op: NCCL's reduce op.
         parts: How many of NCCL's elements make one.
-        keyed: Whether elements travel as ``keys``.
+        keyed: Whether elements travel as keys; see ``Keying``.
     """
 
     datatype: int
@@ -55,7 +57,7 @@ def spelling(dtype: DType, op: ReduceOp) -> Spelling | None:
         part = "float32" if dtype.itemsize == 8 else "float64"
         return Spelling(_TYPES[part], _OPS[op], 2, False) if op in (ReduceOp.SUM, ReduceOp.AVERAGE) else None
     if dtype.kind == "f" and op in _ORDERED and dtype.name in _TYPES:
-        return Spelling(_TYPES["int64" if dtype.itemsize == 8 else "int32"], _OPS[op], 1, True)
+        return Spelling(_TYPES[keying(dtype).keys.name], _OPS[op], 1, True)
     if dtype.name not in _TYPES or op not in _OPS:
         return None
     return Spelling(_TYPES[dtype.name], _OPS[op], 1, False)
@@ -72,40 +74,46 @@ def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
     )
 
 
-def key_dtype(dtype: DType) -> DType:
-    """Return the type of the keys of a floating-point type."""
-    return DTYPES["int64"] if dtype.itemsize == 8 else DTYPES["int32"]
+class Keying(NamedTuple):
+    """How floats become integers of the same order.
 
+    NCCL's own minimum and maximum of floats drop a NaN where the other operand is none. Read as a signed integer, a
+    positive float keeps its order and a negative one has it reversed (IEEE 754-2019, 3.4: sign, exponent, significand
+    from the top), which turning all bits but the sign mends. A NaN, of either sign, becomes the integer that is found::
 
-def keys(array: Any, dtype: DType, op: ReduceOp, xp: Any) -> Any:
-    """Return integers in the order of the floats, with NaN where MIN or MAX finds it.
+        key = nan            if (bits & mask) > infinity
+              bits ^ mask    if bits < 0
+              bits           else
+        bits = key ^ mask if key < 0 else key
 
-    NCCL's own minimum and maximum of floats drop a NaN where the other operand is none. Read as an integer, a positive
-    float keeps its order and a negative one has it reversed (IEEE 754-2019, 3.4: sign, exponent, significand from the
-    top), which turning all bits but the sign mends.
-
-    Args:
-        array: The elements; bfloat16 as uint16.
-        dtype: Their true type.
-        op: MIN or MAX.
-        xp: The module whose functions work on ``array``.
+    Attributes:
+        bits: Signed integers of the floats' width.
+        keys: The signed integers that travel, of a width that NCCL has.
+        mask: All bits but the sign.
+        infinity: The bits of infinity, above which are those of NaN.
+        least: The key of NaN for MIN.
     """
-    if dtype.name == "bfloat16":
-        array = (array.astype(xp.uint32) << 16).view(xp.float32)
-    elif dtype.name == "float16":
-        array = array.astype(xp.float32)
-    whole = xp.int64 if dtype.itemsize == 8 else xp.int32
-    bits = array.view(whole)
-    limits = xp.iinfo(whole)
-    ordered = xp.where(bits < 0, bits ^ limits.max, bits)
-    return xp.where(xp.isnan(array), limits.max if op is ReduceOp.MAX else limits.min, ordered).astype(whole)
+
+    bits: DType
+    keys: DType
+    mask: int
+    infinity: int
+    least: int
+
+    def nan(self, op: ReduceOp) -> int:
+        """Return the key of NaN, whose bits are a NaN's again."""
+        return self.mask if op is ReduceOp.MAX else self.least
 
 
-def from_keys(array: Any, dtype: DType, xp: Any) -> Any:
-    """Return the floats of ``keys``; bfloat16 as uint16."""
-    limits = xp.iinfo(array.dtype)
-    bits = xp.where(array < 0, array ^ limits.max, array).astype(array.dtype)
-    if dtype.name == "bfloat16":
-        return (bits.view(xp.uint32) >> 16).astype(xp.uint16)
-    floats = bits.view(xp.float64 if dtype.itemsize == 8 else xp.float32)
-    return floats.astype(xp.float16) if dtype.name == "float16" else floats
+@functools.cache
+def keying(dtype: DType) -> Keying:
+    """Return how the floats of a type become keys."""
+    width = 8 * dtype.itemsize
+    mask = (1 << (width - 1)) - 1
+    significand = _SIGNIFICANDS[dtype.name]
+    bits = DTYPES[f"int{width}"]
+    return Keying(bits, max(bits, DTYPES["int32"], key=_width), mask, mask >> significand << significand, ~mask)
+
+
+def _width(dtype: DType) -> int:
+    return dtype.itemsize
