@@ -41,6 +41,10 @@ class Buffers(Protocol):
     def claims(self) -> bool:
         """True where a tensor is written whose framework never changes one."""
 
+    @property
+    def staged(self) -> bool:
+        """True where ``load`` or ``store`` copies elements."""
+
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         """Decide the transfers, from counts and dtypes alone, which are equal on all ranks.
 
@@ -122,14 +126,14 @@ class _Alike:
 class TensorBuffers(_Alike):
     """One tensor. The common case, so it is kept lean."""
 
-    __slots__ = ("_adapter", "_donate", "_staged", "_tensor", "_write", "transfers", "views")
+    __slots__ = ("_adapter", "_donate", "_tensor", "_write", "staged", "transfers", "views")
 
     def __init__(self, tensor: Any, adapter: Adapter, write: bool, donate: bool) -> None:
         self._tensor = tensor
         self._adapter = adapter
         self._write = write
         self._donate = donate
-        self._staged = False
+        self.staged = False
         view = adapter.target(tensor) if write else adapter.source(tensor)
         self.views = self.transfers = [view]
         if write and view.strides is not None:
@@ -142,7 +146,7 @@ class TensorBuffers(_Alike):
         if copy is False:
             raise _copy_refused(view)
         self.transfers = [memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)]
-        self._staged = True
+        self.staged = True
 
     @property
     def claims(self) -> bool:
@@ -158,12 +162,12 @@ class TensorBuffers(_Alike):
             self._adapter.source(self._tensor)
 
     def load(self) -> None:
-        if self._staged:
+        if self.staged:
             memory_of(self.views[0].device.type).copy(self.transfers[0], self.views[0])
 
     def store(self) -> None:
         if self._write:
-            if self._staged:
+            if self.staged:
                 memory_of(self.views[0].device.type).copy(self.views[0], self.transfers[0])
             self._adapter.written(self._tensor)
 
@@ -225,6 +229,10 @@ class TreeBuffers:
             self._staged.append((index, bucket.slice(start, end).cast(view.dtype)))
             start = end
         return bucket if bytewise and len(members) > 1 else bucket.cast(views[0].dtype)
+
+    @property
+    def staged(self) -> bool:
+        return bool(self._staged)
 
     @property
     def claims(self) -> bool:
@@ -311,6 +319,10 @@ class Blocks(_Alike):
     def named(self, argument: str) -> list[tuple[BufferView, str]]:
         """Return the views with their names in messages."""
         return [(view, f"{argument}[{index}]") for index, view in enumerate(self.views)]
+
+    @property
+    def staged(self) -> bool:
+        return any(buffers.staged for buffers in self._members)
 
     @property
     def claims(self) -> bool:

@@ -5,7 +5,6 @@ Imports no framework and no backend: it is given one.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import struct
@@ -19,7 +18,7 @@ from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError
 from colltensor.types import ReduceOp
-from colltensor.work import OperationQueue, QueuedWork, Work
+from colltensor.work import FINISHED, OperationQueue, QueuedWork, Work
 
 _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
@@ -152,7 +151,7 @@ class Engine:
         self.queue = OperationQueue(name)
         self._sequence = 0
         self._transfers: dict[tuple[int, int], int] = {}
-        self._kept: list[Call] = []
+        self._kept: list[object] = []
         self.device: QueueingBackend | None = None
         self.check_device = False
         self._device_sequence = 0
@@ -218,8 +217,17 @@ class Engine:
         """Queue a call on a device, in this thread unless others are before it."""
         if self.broken is not None:
             raise self._refusal(call.name)
-        work = QueuedWork(call.name, lambda: self._launch(call, device, async_op), call.streams, call.result)
-        if self.queue.enter():
+        entered = self.queue.enter()
+        if entered and not async_op:
+            try:
+                flight = self._launch(call, device, False)
+            finally:
+                self.queue.leave()
+            flight.order(call.streams())
+            return call.result()
+        finished = FINISHED if entered else None
+        work = QueuedWork(call.name, lambda: self._launch(call, device, async_op), call.streams, call.result, finished)
+        if entered:
             try:
                 work._finish()
             finally:
@@ -239,22 +247,39 @@ class Engine:
             if self._control is not None and self.check_device:
                 self._agree_on_device(call, device, self._control, deadline)
             call.claim()
-            views = [view for buffers in call.buffers for view in buffers.views]
-            with device.launch(call.name, views, peers, apart, call, deadline) as flight:
-                for buffers in call.buffers:
-                    buffers.load()
-                call.move(*call.arguments, deadline)
-                for buffers in call.buffers:
-                    buffers.store()
+            move = lambda: call.move(*call.arguments, deadline)  # noqa: E731
+            return _queue(device, call, call.buffers, peers, apart, move, deadline)
         except (MismatchError, DeviceError):  # nothing was queued; a tensor's device concerns this rank alone
             raise
         except BaseException as error:
             self._kept.append(call)
-            verdict = self._verdict(call.name, error)
-            if verdict is error:
-                raise
-            raise verdict from error
-        return flight
+            self._break(call.name, error)
+            raise
+
+    def allreduce_at_once(self, buffers: Buffers, op: ReduceOp) -> bool:
+        """Queue an allreduce of one tensor on a device with as little as it takes; False if it needs ``run``."""
+        if self.before is not None:
+            self.before()
+        device = self.device
+        if (
+            device is None or self.check_device or self.broken is not None or buffers.claims or buffers.staged
+            or not _is_on(device, buffers) or not self.queue.enter()
+        ):
+            return False
+        try:
+            flight = device.allreduce_at_once(buffers.views[0], op)
+            if flight is not None:
+                buffers.store()
+        except BaseException as error:
+            self._kept.append(buffers)
+            self._break("allreduce", error)
+            raise
+        finally:
+            self.queue.leave()
+        if flight is None:
+            return False
+        flight.order(buffers.streams())
+        return True
 
     def _agree_on_device(self, call: Call, device: QueueingBackend, control: Control, deadline: float) -> None:
         """Let the ranks agree on a call before it is queued; counted apart from the calls of host tensors."""
@@ -320,10 +345,8 @@ class Engine:
             raise
         except BaseException as error:
             self._kept.append(call)  # a provider may still write to the memory of a call that failed
-            verdict = self._verdict(call.name, error)
-            if verdict is error:
-                raise
-            raise verdict from error
+            self._break(call.name, error)
+            raise
         finally:
             if signer is not None:
                 signer.release()
@@ -345,12 +368,12 @@ class Engine:
 
     def abort(self, name: str, error: BaseException) -> NoReturn:
         """Break the group over what a direct call raised, and raise what the caller gets."""
-        verdict = self._verdict(name, error)
+        found = self._verdict(name, error)
         if self._signer is not None:
             self._signer.drop()
-        if verdict is error:
+        if found is error:
             raise error
-        raise verdict from error
+        raise found from error
 
     def _agree(self, call: Call, control: Control, deadline: float) -> None:
         """Let the ranks concerned agree on a call; returns once they have all arrived.
@@ -454,13 +477,12 @@ class Engine:
         source, destination, buffers, move = transfer
         buffers.claim()
         peers = [destination if source == self._rank else source]
-        queued = device and device.launch(call.name, buffers.views, peers, False, call, deadline)
-        with queued or contextlib.nullcontext() as flight:
-            buffers.load()
-            move(deadline)
-            buffers.store()
-        if flight is not None:
-            flight.order(buffers.streams())
+        if device is not None:
+            _queue(device, call, (buffers,), peers, False, lambda: move(deadline), deadline).order(buffers.streams())
+            return
+        buffers.load()
+        move(deadline)
+        buffers.store()
 
     def _refusal(self, name: str) -> GroupError:
         error = GroupError(
@@ -469,6 +491,12 @@ class Engine:
         )
         error.__cause__ = self.broken
         return error
+
+    def _break(self, name: str, error: BaseException) -> None:
+        """Break the group over ``error``; raises what the caller gets unless it is that."""
+        found = self._verdict(name, error)
+        if found is not error:
+            raise found from error
 
     def _verdict(self, name: str, error: BaseException) -> BaseException:
         """Break the group over ``error``, tell the peers, and return what the caller gets."""
@@ -493,6 +521,27 @@ def verdict(control: Control, operation: str, error: BaseException) -> Collectiv
     if isinstance(error, (RuntimeError, OSError)):
         return control.diagnose(operation, None if isinstance(error, TimeoutError) else error)
     return GroupError(f"{operation}: rank {control.rank} gave up: {type(error).__name__} {error}".rstrip())
+
+
+def _queue(
+    device: QueueingBackend, call: Call, arguments: Sequence[Buffers], peers: Sequence[int] | None, apart: bool,
+    move: Callable[[], Any], deadline: float,
+) -> Flight:
+    """Queue a call, or the part of it that concerns some of its arguments, on a device."""
+    views = arguments[0].views if len(arguments) == 1 else [view for buffers in arguments for view in buffers.views]
+    stages = any(buffers.staged for buffers in arguments)
+    flight = device.begin(call.name, views, peers, apart, call, stages, deadline)
+    try:
+        for buffers in arguments:
+            buffers.load()
+        move()
+        for buffers in arguments:
+            buffers.store()
+    except BaseException as error:
+        device.cancel(error)
+        raise
+    device.end()
+    return flight
 
 
 def _is_on(device: QueueingBackend, buffers: Buffers) -> bool:

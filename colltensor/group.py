@@ -162,6 +162,11 @@ class Group:
                         return tensor
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         if (
+            self._engine.device is not None and copy is None and not async_op and buffers.__class__ is TensorBuffers
+            and self._engine.allreduce_at_once(buffers, op)
+        ):
+            return tensor
+        if (
             calls is not None and copy is None and not async_op and self._queue.idle
             and buffers.__class__ is TensorBuffers and buffers.claims and buffers.views[0].device is CPU
             and calls[op].claim(tensor, buffers.views[0], buffers.claim)

@@ -9,12 +9,17 @@ import collections
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError
 
 if TYPE_CHECKING:
     from colltensor.backends.base import Flight
+
+
+FINISHED: Final = threading.Event()
+"""An event that is always set: making one takes longer than queuing a call on a device."""
+FINISHED.set()
 
 
 class Work:
@@ -24,10 +29,11 @@ class Work:
     before that.
     """
 
-    def __init__(self, operation: str, run: Callable[[], Any]) -> None:
+    def __init__(self, operation: str, run: Callable[[], Any], finished: threading.Event | None = None) -> None:
+        """Make the handle of what ``run`` does; with ``finished=FINISHED`` it is run before anybody waits for it."""
         self._operation = operation
         self._run: Callable[[], Any] | None = run
-        self._finished = threading.Event()
+        self._finished = threading.Event() if finished is None else finished
         self._result: Any = None
         self._error: BaseException | None = None
         self._callbacks: collections.deque[Callable[[BaseException | None], None]] = collections.deque()
@@ -83,8 +89,10 @@ class Work:
         self._end()
 
     def _end(self) -> None:
-        self._finished.set()
-        self._call_back()
+        if self._finished is not FINISHED:
+            self._finished.set()
+        if self._callbacks:
+            self._call_back()
 
     def _call_back(self) -> None:
         while True:
@@ -104,9 +112,9 @@ class QueuedWork(Work):
 
     def __init__(
         self, operation: str, launch: Callable[[], Flight], streams: Callable[[], set[int | None]],
-        result: Callable[[], Any],
+        result: Callable[[], Any], finished: threading.Event | None = None,
     ) -> None:
-        super().__init__(operation, self._launch)
+        super().__init__(operation, self._launch, finished)
         self._begin = launch
         self._streams = streams
         self._get = result

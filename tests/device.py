@@ -314,16 +314,24 @@ class Driver:
 
         self.machine.queue(stream, step)
 
+    def enter(self, device: int) -> int:
+        before = int(getattr(_LOCAL, "device", 0))
+        _LOCAL.device = device
+        return before
+
+    def leave(self, before: int) -> None:
+        _LOCAL.device = before
+
     @contextlib.contextmanager
     def on(self, device: int, stream: int | None = None) -> Iterator[None]:
-        before = current()
-        _LOCAL.device = device
+        before, device_before = current(), self.enter(device)
         if stream is not None:
             _LOCAL.stream = stream
         try:
             yield
         finally:
             _LOCAL.stream = before
+            self.leave(device_before)
 
     def new_stream(self) -> int:
         return new_stream(self.machine)
@@ -367,8 +375,9 @@ class Driver:
     def allocate(self, nbytes: int, like: BufferView) -> BufferView:
         return MEMORY.allocate(nbytes, like)
 
-    def copy(self, target: BufferView, source: BufferView) -> None:
-        MEMORY.copy(target, source)
+    def copy(self, target: BufferView, source: BufferView, stream: int) -> None:
+        with use(stream):
+            MEMORY.copy(target, source)
 
     def to_keys(self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int) -> None:
         to, of = elements(keys), elements(bits)

@@ -6,7 +6,6 @@ Imports no framework, and of the package only the values that pass between layer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol, runtime_checkable
 
 from colltensor.errors import CollectiveError, OptionError, UnsupportedDTypeError
@@ -210,8 +209,8 @@ class Flight(Protocol):
 class QueueingBackend(Backend, Protocol):
     """A backend whose methods return once their work is queued on a device; only ``barrier`` waits.
 
-    Each call is made inside ``launch``. What goes wrong later, a peer that does not come say, is found out by the
-    backend itself, which then ends all work that it has queued and calls ``on_failure``.
+    Each call is made between ``begin`` and ``end``. What goes wrong later, a peer that does not come say, is found out
+    by the backend itself, which then ends all work that it has queued and calls ``on_failure``.
 
     Attributes:
         on_failure: What to call, in a thread of the backend's own, with the error that breaks the group.
@@ -219,11 +218,13 @@ class QueueingBackend(Backend, Protocol):
 
     on_failure: Callable[[CollectiveError], None] | None
 
-    def launch(
+    def begin(
         self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object,
-        deadline: float,
-    ) -> AbstractContextManager[Flight]:
-        """Return the context in which one call is queued, on a stream that comes after those of the views.
+        stages: bool, deadline: float,
+    ) -> Flight:
+        """Let the payload methods that are called until ``end`` or ``cancel`` be one call on the device.
+
+        It is queued on a stream that comes after those of the views.
 
         Args:
             name: The operation, for messages.
@@ -231,10 +232,28 @@ class QueueingBackend(Backend, Protocol):
             peers: The ranks of a point-to-point call; None for one of all ranks.
             apart: Whether to use the backend's own stream, beside the frameworks'; else it is a view's.
             keep: Kept until the call is done; its memory must not be given to others before that.
+            stages: Whether elements are copied to or from staging buffers meanwhile, which is to be on that stream.
             deadline: When the ranks must have met that connect for this call.
 
         Raises:
-            CollectiveError: It cannot be queued.
+            CollectiveError: It cannot be queued; nothing is begun then.
+        """
+
+    def end(self) -> None:
+        """End the call that was begun: all of it is queued."""
+
+    def allreduce_at_once(self, view: BufferView, op: ReduceOp) -> Flight | None:
+        """Queue an allreduce of one contiguous tensor, all in one.
+
+        None, and nothing is done, where that takes more than the payload's call: connecting the ranks, ordering
+        streams, converting elements, keeping memory, refusing.
+        """
+
+    def cancel(self, error: BaseException) -> None:
+        """End the call that was begun because of an error, which the caller raises next.
+
+        Raises:
+            CollectiveError: What the error comes from.
         """
 
     def allreduce_multigpu(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:

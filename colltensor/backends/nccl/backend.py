@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from colltensor.backends.base import REDUCTIONS, Flight
 from colltensor.backends.nccl import elements
@@ -23,10 +23,29 @@ from colltensor.view import BufferView, in_a_row
 
 _DEVICE_TYPES: Final = frozenset({"cuda"})
 _CLOSE_TIMEOUT_S: Final = 5.0
+_ALONE: Final = contextlib.nullcontext()
+
+
+class _Part(NamedTuple):
+    """What NCCL reduces for one buffer.
+
+    Attributes:
+        buffer: The buffer.
+        pointer: Where the elements are that NCCL reduces.
+        number: How many of NCCL's elements they are.
+        spelling: Of which type, and how they are combined.
+        keys: The memory of the keys that stand for the buffer's elements, or None.
+    """
+
+    buffer: BufferView
+    pointer: int
+    number: int
+    spelling: Spelling
+    keys: BufferView | None
 
 
 class NcclBackend:
-    """NCCL between the ranks of one group. Payload methods are called inside ``launch``, one call at a time."""
+    """NCCL between the ranks of one group. Payload methods are called after ``begin``, one call at a time."""
 
     name = "nccl"
     device_types = _DEVICE_TYPES
@@ -52,6 +71,9 @@ class NcclBackend:
         self._crew: Crew | None = None
         self._devices: tuple[int, ...] = ()
         self._streams: list[int] = []
+        self._flights: list[QueuedFlight] = []
+        self._left: list[int | None] = []
+        self._staging = contextlib.ExitStack()
         self._closed = False
         self.on_failure: Callable[[CollectiveError], None] | None = None
 
@@ -64,45 +86,97 @@ class NcclBackend:
         spelling = elements.spelling(dtype, op)
         return spelling is not None and spelling.keyed
 
-    @contextlib.contextmanager
-    def launch(
+    def begin(
         self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object,
-        deadline: float,
-    ) -> Iterator[Flight]:
-        """Queue one call; see ``QueueingBackend``. Connects the ranks first where this is their first such call."""
+        stages: bool, deadline: float,
+    ) -> Flight:
+        """Begin to queue one call; see ``QueueingBackend``. Connects the ranks first where this is their first such."""
         self._watcher.check()
         if self._closed:
             raise GroupError(f"{name}: the group was destroyed")
-        devices = tuple(dict.fromkeys(view.device.index for view in views))
-        self._lanes.refuse_capture(name, views)
-        crews = [self._members.pair(peer, devices[0], deadline) for peer in sorted(set(peers or ()))]
-        if peers is None and any(view.count for view in views):
+        lanes, driver = self._lanes, self._driver
+        lanes.refuse_capture(name, views)
+        devices = (views[0].device.index,) if len(views) == 1 else tuple({view.device.index: None for view in views})
+        if peers is not None:
+            for peer in sorted(set(peers)):
+                apart = self._members.pair(peer, devices[0], deadline).shared or apart
+        elif views[0].count or any(view.count for view in views):
             self._crew = self._members.all(devices, deadline)
-            crews.append(self._crew)
-        apart = apart or any(crew.shared for crew in crews)
-        entered: list[QueuedFlight] = []
-
-        def added(flight: QueuedFlight) -> None:
-            self._watcher.add(flight)
-            entered.append(flight)
-
+            apart = self._crew.shared or apart
+        self._devices = devices
+        flights = self._flights = []
+        self._streams = []
         try:
-            with contextlib.ExitStack() as lanes:
-                for device in devices:
-                    there = [view for view in views if view.device.index == device]
-                    lanes.enter_context(self._lanes.open(name, there, peers, apart, keep, added))
-                self._streams = [flight.stream for flight in entered]
-                self._devices = devices
-                yield entered[0] if len(entered) == 1 else Flights(entered)
+            for device in devices:
+                there = views if len(devices) == 1 else [view for view in views if view.device.index == device]
+                self._left.append(driver.enter(device))
+                flight = lanes.begin(name, there, peers, apart, keep)
+                self._watcher.add(flight)
+                flights.append(flight)
+                self._streams.append(flight.stream)
+                if stages:
+                    self._staging.enter_context(driver.on(device, flight.stream))
         except BaseException as error:
-            for flight in entered:
-                self._watcher.drop(flight)
-            failure = self._watcher.failure
-            # NCCL connects the ranks of an algorithm when it is first used and waits for them inside the call, which
-            # ends with an error of its own when the watcher ends the communicators.
-            if failure is not None and isinstance(error, self._driver.error):
-                raise failure from error
+            self.cancel(error)
             raise
+        return flights[0] if len(flights) == 1 else Flights(flights)
+
+    def end(self) -> None:
+        """End what was begun: the call is queued."""
+        try:
+            self._staging.close()
+            for flight in reversed(self._flights):
+                self._lanes.end(flight)
+                self._driver.leave(self._left.pop())
+        except BaseException as error:
+            self.cancel(error)
+            raise
+        self._flights = []
+
+    def cancel(self, error: BaseException) -> None:
+        """End what was begun because of an error; raises the failure of the group where that is its reason."""
+        self._staging.close()
+        while self._left:
+            self._driver.leave(self._left.pop())
+        flights, self._flights = self._flights, []
+        self._drop(flights, error)
+
+    def _drop(self, flights: Sequence[QueuedFlight], error: BaseException) -> None:
+        """Watch flights no longer that were not queued; raises what their error comes from."""
+        for flight in flights:
+            self._watcher.drop(flight)
+        # NCCL connects the ranks of an algorithm when it is first used and waits for them inside the call, which
+        # ends with an error of its own when the watcher ends the communicators.
+        failure = self._watcher.failure
+        if failure is not None and isinstance(error, self._driver.error):
+            raise failure from error
+
+    def allreduce_at_once(self, view: BufferView, op: ReduceOp) -> QueuedFlight | None:
+        """Queue an allreduce of one tensor that needs nothing but NCCL's call; see ``QueueingBackend``."""
+        index, stream = view.device.index, view.stream
+        crew = self._members.crew((index,))
+        spelling = elements.spelling(view.dtype, op)
+        if crew is None or crew.shared or stream is None or spelling is None or spelling.keyed or not view.count:
+            return None
+        lanes, driver = self._lanes, self._driver
+        if not lanes.follows_itself(index, stream) or driver.capturing(stream):
+            return None
+        self._watcher.check()
+        before = driver.enter(index)
+        try:
+            flight = lanes.begin_alone("allreduce", index, stream)
+            self._watcher.add(flight)
+            try:
+                crew.communicators[0].allReduce(
+                    view.pointer, view.pointer, view.count * spelling.parts, spelling.datatype, spelling.op, stream
+                )
+                lanes.end(flight)
+            except BaseException as error:
+                self._drop((flight,), error)
+                raise
+        finally:
+            driver.leave(before)
+        return flight
 
     def drain(self, deadline: float, index: int | None = None) -> None:
         """Return, on the host, when what this rank has queued, on one device or all, is done; raises if it failed."""
@@ -110,17 +184,26 @@ class NcclBackend:
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Queue the combination of each buffer, in place."""
-        with self._reduced(buffers, op) as parts, self._together(parts):
-            for pointer, count, spelling in parts:
-                self._all.allReduce(pointer, pointer, count, spelling.datatype, spelling.op, self._stream)
+        parts = self._parts(buffers, op)
+        with self._together(parts):
+            for part in parts:
+                self._all.allReduce(
+                    part.pointer, part.pointer, part.number, part.spelling.datatype, part.spelling.op, self._stream
+                )
+        self._store(parts)
 
     def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
         """Queue the combination of each buffer into ``root``'s, in place; others are only read."""
+        parts = self._parts(buffers, op)
         is_root = root == self._rank
-        with self._reduced(buffers, op, is_root) as parts, self._together(parts):
-            for pointer, count, spelling in parts:
-                result = pointer if is_root else 0
-                self._all.reduce(pointer, result, count, spelling.datatype, spelling.op, root, self._stream)
+        with self._together(parts):
+            for part in parts:
+                result = part.pointer if is_root else 0
+                self._all.reduce(
+                    part.pointer, result, part.number, part.spelling.datatype, part.spelling.op, root, self._stream
+                )
+        if is_root:
+            self._store(parts)
 
     def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
         """Queue the copy of ``root``'s bytes to all."""
@@ -142,7 +225,7 @@ class NcclBackend:
         row = self._room(source, source.dtype, len(outputs)).blocks(len(outputs))
         self._all.allGather(source.pointer, row[0].pointer, source.nbytes, BYTE, self._stream)
         for output, place in zip(outputs, row, strict=True):
-            self._driver.copy(output, place)
+            self._driver.copy(output, place, self._stream)
 
     def gather(
         self, outputs: Sequence[BufferView] | None, source: BufferView, root: int, deadline: float
@@ -175,15 +258,21 @@ class NcclBackend:
         spelling = elements.spelling(target.dtype, op)
         if not target.count or spelling is None:
             return
-        if spelling.keyed:
-            self._reducescatter_keys(target, sources, op)
-            return
+        number, result = len(sources), target
         row: Sequence[BufferView] = sources
-        if not in_a_row(sources):
-            row = self._room(target, target.dtype, len(sources)).blocks(len(sources))
+        if spelling.keyed:
+            *row, result = self._room(target, elements.keying(target.dtype).keys, number + 1).blocks(number + 1)
+            for source, keys in zip(sources, row, strict=True):
+                self._keys(source, op, keys)
+        elif not in_a_row(sources):
+            row = self._room(target, target.dtype, number).blocks(number)
             for source, place in zip(sources, row, strict=True):
-                self._driver.copy(place, source)
-        self._reduce_to_each(target.pointer, row[0].pointer, target, spelling)
+                self._driver.copy(place, source, self._stream)
+        self._all.reduceScatter(
+            row[0].pointer, result.pointer, target.count * spelling.parts, spelling.datatype, spelling.op, self._stream
+        )
+        if spelling.keyed:
+            self._from_keys(target, result)
 
     def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
         """Queue a transfer between every two ranks."""
@@ -217,7 +306,7 @@ class NcclBackend:
     def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
         """Queue both transfers as one; to and from this very rank it is a copy."""
         if dst == self._rank:
-            self._driver.copy(target, source)
+            self._driver.copy(target, source, self._stream)
             return
         with self._driver.together():
             if source.count:
@@ -326,9 +415,8 @@ class NcclBackend:
         everything = [*buffers, *targets]
         if spelling.keyed and buffers[0].count:
             for number, buffer in enumerate(everything):
-                with self._driver.on(buffer.device.index, self._streams[self._devices.index(buffer.device.index)]):
-                    dtype = elements.keying(buffer.dtype).keys
-                    keyed.append(self._keys(buffer, op) if number < len(buffers) else self._room(buffer, dtype))
+                dtype = elements.keying(buffer.dtype).keys
+                keyed.append(self._keys(buffer, op) if number < len(buffers) else self._room(buffer, dtype))
         with self._each(everything) as calls:
             count = buffers[0].count * spelling.parts
             yield [
@@ -336,9 +424,7 @@ class NcclBackend:
                 for number, (communicator, stream, buffer) in enumerate(calls)
             ]
         for number in [*written, *range(len(buffers), len(everything))] if keyed else ():
-            buffer = everything[number]
-            with self._driver.on(buffer.device.index, self._streams[self._devices.index(buffer.device.index)]):
-                self._from_keys(buffer, keyed[number])
+            self._from_keys(everything[number], keyed[number])
 
     def _pair(self, peer: int, buffers: Sequence[BufferView]) -> tuple[Any, int]:
         """Return the communicator with ``peer``, and its rank in it."""
@@ -347,72 +433,53 @@ class NcclBackend:
 
     def _together(self, calls: Sequence[object]) -> contextlib.AbstractContextManager[None]:
         """Queue several calls as one."""
-        driver_together: contextlib.AbstractContextManager[None] = self._driver.together()
-        return driver_together if len(calls) > 1 else contextlib.nullcontext()
+        return self._driver.together() if len(calls) > 1 else _ALONE
 
-    @contextlib.contextmanager
-    def _reduced(
-        self, buffers: Sequence[BufferView], op: ReduceOp, written: bool = True
-    ) -> Iterator[list[tuple[int, int, Spelling]]]:
-        """Give address, count and spelling of what is reduced for each buffer: its own elements, or its keys."""
-        parts, keyed = [], []
+    def _parts(self, buffers: Sequence[BufferView], op: ReduceOp) -> list[_Part]:
+        """Return what is reduced for each buffer: its own elements, or keys of them."""
+        parts = []
         for buffer in buffers:
             spelling = elements.spelling(buffer.dtype, op)
-            if not buffer.count or spelling is None:
-                continue
-            pointer = buffer.pointer
-            if spelling.keyed:
-                keys = self._keys(buffer, op)
-                keyed.append((buffer, keys))
-                pointer = keys.pointer
-            parts.append((pointer, buffer.count * spelling.parts, spelling))
-        yield parts
-        for buffer, keys in keyed:
-            if written:
-                self._from_keys(buffer, keys)
+            if buffer.count and spelling is not None:
+                keys = self._keys(buffer, op) if spelling.keyed else None
+                pointer = buffer.pointer if keys is None else keys.pointer
+                parts.append(_Part(buffer, pointer, buffer.count * spelling.parts, spelling, keys))
+        return parts
+
+    def _store(self, parts: Sequence[_Part]) -> None:
+        """Queue writing the results back that are keys."""
+        for part in parts:
+            if part.keys is not None:
+                self._from_keys(part.buffer, part.keys)
 
     def _keys(self, buffer: BufferView, op: ReduceOp, into: BufferView | None = None) -> BufferView:
         """Queue the conversion of floats to ordered integers, into memory of their own."""
         way = elements.keying(buffer.dtype)
         if into is None:
             into = self._room(buffer, way.keys)
-        self._driver.to_keys(into, buffer.cast(way.bits), way.mask, way.infinity, way.nan(op))
+        with self._on(buffer):
+            self._driver.to_keys(into, buffer.cast(way.bits), way.mask, way.infinity, way.nan(op))
         return into
 
     def _room(self, like: BufferView, dtype: DType, number: int = 1) -> BufferView:
         """Return memory for elements, of another type, of ``number`` views that are like one of the call's."""
-        stream = self._streams[self._devices.index(like.device.index)]
-        room: BufferView = self._driver.allocate(number * like.count * dtype.itemsize, _on(like, stream))
+        with self._on(like):
+            room: BufferView = self._driver.allocate(number * like.count * dtype.itemsize, like)
         return room.cast(dtype)
 
     def _from_keys(self, buffer: BufferView, keys: BufferView) -> None:
         way = elements.keying(buffer.dtype)
-        self._driver.from_keys(buffer.cast(way.bits), keys, way.mask)
+        with self._on(buffer):
+            self._driver.from_keys(buffer.cast(way.bits), keys, way.mask)
 
-    def _reducescatter_keys(self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp) -> None:
-        spelling = elements.spelling(target.dtype, op)
-        assert spelling is not None
-        dtype, count = elements.keying(target.dtype).keys, target.count
-        room = self._driver.allocate((len(sources) + 1) * count * dtype.itemsize, _on(target, self._stream)).cast(dtype)
-        places = [room.slice(index * count, (index + 1) * count) for index in range(len(sources) + 1)]
-        for source, place in zip(sources, places, strict=False):
-            self._keys(source, op, place)
-        self._reduce_to_each(places[-1].pointer, places[0].pointer, places[-1], spelling)
-        self._from_keys(target, places[-1])
-
-    def _reduce_to_each(self, result: int, row: int, like: BufferView, spelling: Spelling) -> None:
-        count = like.count * spelling.parts
-        self._all.reduceScatter(row, result, count, spelling.datatype, spelling.op, self._stream)
+    def _on(self, buffer: BufferView) -> contextlib.AbstractContextManager[None]:
+        """Make the stream of the call on a buffer's device the one on which the driver computes."""
+        index = buffer.device.index
+        on: contextlib.AbstractContextManager[None] = self._driver.on(index, self._streams[self._devices.index(index)])
+        return on
 
     def _failed(self, error: CollectiveError, undone: Sequence[QueuedFlight]) -> None:
         """End what waits in NCCL, then tell the group."""
         self._members.end(undone)
         if self.on_failure is not None:
             self.on_failure(error)
-
-
-def _on(view: BufferView, stream: int) -> BufferView:
-    """Return a view of the same memory for use on another stream."""
-    return BufferView.from_address(
-        view.pointer, (view.count,), view.dtype, device=view.device, owner=view, stream=stream
-    )

@@ -67,9 +67,22 @@ class CupyDriver:
             raise
         nccl.groupEnd()
 
+    def enter(self, device: int) -> int | None:
+        """Make a device the current one of this thread; returns what ``leave`` needs to undo it."""
+        before: int = runtime.getDevice()
+        if before == device:
+            return None
+        runtime.setDevice(device)
+        return before
+
+    def leave(self, before: int | None) -> None:
+        """Make the device the current one that was so before ``enter``."""
+        if before is not None:
+            runtime.setDevice(before)
+
     @contextlib.contextmanager
     def on(self, device: int, stream: int | None = None) -> Iterator[None]:
-        """Make a device the current one of this thread, and a stream CuPy's current one."""
+        """Make a device the current one of this thread, and a stream CuPy's current one, for what CuPy computes."""
         with cp.cuda.Device(device):
             if stream is None:
                 yield
@@ -99,13 +112,11 @@ class CupyDriver:
         event: int = runtime.eventCreateWithFlags(runtime.eventDisableTiming)
         return event
 
-    def record(self, event: int, stream: int) -> None:
-        """Let ``event`` stand for all work that is on ``stream`` now."""
-        runtime.eventRecord(event, stream)
+    record = staticmethod(runtime.eventRecord)
+    """Let an event stand for all work that is on a stream now."""
 
-    def wait(self, stream: int, event: int) -> None:
-        """Let what is queued on ``stream`` from now on wait for what ``event`` stands for now."""
-        runtime.streamWaitEvent(stream, event)
+    wait = staticmethod(runtime.streamWaitEvent)
+    """Let what is queued on a stream from now on wait for what an event stands for now."""
 
     def done(self, event: int) -> bool:
         """Return whether the work that ``event`` stands for is done."""
@@ -146,9 +157,8 @@ class CupyDriver:
             raw.data.ptr, (nbytes,), UINT8, device=like.device, owner=raw, stream=cp.cuda.get_current_stream().ptr
         )
 
-    def copy(self, target: BufferView, source: BufferView) -> None:
-        """Queue a copy between contiguous views of one size on CuPy's current stream."""
-        stream = cp.cuda.get_current_stream().ptr
+    def copy(self, target: BufferView, source: BufferView, stream: int) -> None:
+        """Queue a copy between contiguous views of one size."""
         runtime.memcpyAsync(target.pointer, source.pointer, source.nbytes, runtime.memcpyDeviceToDevice, stream)
 
     def to_keys(self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int) -> None:

@@ -49,6 +49,7 @@ class Spelling(NamedTuple):
     keyed: bool
 
 
+@functools.cache
 def spelling(dtype: DType, op: ReduceOp) -> Spelling | None:
     """Return how NCCL combines elements of ``dtype`` with ``op``, or None if it cannot."""
     if dtype.kind == "b":

@@ -8,10 +8,9 @@ framework.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from colltensor.errors import CollectiveError, DeviceError
@@ -40,22 +39,24 @@ class QueuedFlight:
         failure: Why it did not end, or None.
     """
 
+    number = 0
+    queued = landed = False
+    since: float | None = None
+    patience_s = 1.0
+    failure: CollectiveError | None = None
+
     def __init__(
-        self, lanes: Lanes, name: str, peers: Sequence[int] | None, device: int, stream: int, keep: object
+        self, lanes: Lanes, name: str, peers: Sequence[int] | None, device: int, stream: int, keep: object, began: int,
+        ended: int,
     ) -> None:
         self._lanes = lanes
         self.name = name
         self.peers = peers
-        self.number = 0
         self.device = device
         self.stream = stream
         self.keep: object = keep
-        self.began = self.ended = 0
-        self.queued = False
-        self.since: float | None = None
-        self.patience_s = 1.0
-        self.landed = False
-        self.failure: CollectiveError | None = None
+        self.began = began
+        self.ended = ended
 
     def done(self) -> bool:
         """Return True once the call is done or failed; never waits."""
@@ -118,41 +119,49 @@ class Lanes:
         self._events: dict[int, list[int]] = {}
         self._last: dict[int, QueuedFlight] = {}
 
-    @contextlib.contextmanager
-    def open(
-        self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object,
-        added: Callable[[QueuedFlight], None],
-    ) -> Iterator[QueuedFlight]:
-        """Queue what is called inside, as one flight, on one stream that is current meanwhile.
+    def begin(
+        self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object
+    ) -> QueuedFlight:
+        """Return the flight of what is queued next, for which its device is the current one and its stream ready.
 
         Args:
             name: The operation.
-            views: The views of the call, on one device; at least one.
+            views: The views of the call, on one device, the current one; at least one.
             peers: The ranks of a point-to-point call, None for all.
             apart: Whether to use the group's own stream.
             keep: Kept until the flight is done, where the frameworks' own order does not protect its memory.
-            added: Called with the flight before anything is queued.
         """
-        driver, device = self._driver, views[0].device.index
-        streams = list(dict.fromkeys(view.stream or 0 for view in views))
-        with driver.on(device):
-            stream = self._own_stream(device) if apart else streams[0]
-            kept = keep if apart or streams != [stream] or stream == _LEGACY else None
-            flight = QueuedFlight(self, name, peers, device, stream, kept)
-            for other in streams:
-                if other != stream:
-                    self._chain(device, other, stream)
-            last = self._last.get(device)
-            if last is not None and last.stream != stream:
-                self.follow(stream, last)
-            flight.began, flight.ended = self._event(device), self._event(device)
-            driver.record(flight.began, stream)
-            added(flight)
-            with driver.on(device, stream):
-                yield flight
-            driver.record(flight.ended, stream)
-            flight.queued = True
-            self._last[device] = flight
+        device = views[0].device.index
+        streams = {view.stream or 0 for view in views}
+        stream = self._own_stream(device) if apart else views[0].stream or 0
+        streams.discard(stream)
+        for other in streams:
+            self._chain(device, other, stream)
+        last = self._last.get(device)
+        if last is not None and last.stream != stream:
+            self.follow(stream, last)
+        began, ended = self._two_events(device)
+        kept = keep if apart or streams or stream == _LEGACY else None
+        flight = QueuedFlight(self, name, peers, device, stream, kept, began, ended)
+        self._driver.record(began, stream)
+        return flight
+
+    def follows_itself(self, device: int, stream: int) -> bool:
+        """Return whether a call on a stream comes after the call before as it is, and its memory needs no keeping."""
+        last = self._last.get(device)
+        return last is not None and last.stream == stream and stream != _LEGACY
+
+    def begin_alone(self, name: str, device: int, stream: int) -> QueuedFlight:
+        """Do as ``begin`` for a call of all ranks on one tensor for which ``follows_itself`` is true."""
+        began, ended = self._two_events(device)
+        self._driver.record(began, stream)
+        return QueuedFlight(self, name, None, device, stream, None, began, ended)
+
+    def end(self, flight: QueuedFlight) -> None:
+        """Take what was queued since ``begin`` for the flight; its device is the current one."""
+        self._driver.record(flight.ended, flight.stream)
+        flight.queued = True
+        self._last[flight.device] = flight
 
     def refuse_capture(self, name: str, views: Sequence[BufferView]) -> None:
         """Refuse to queue a call on streams that are captured: a graph that is run again would call on one rank alone.
@@ -171,8 +180,11 @@ class Lanes:
         """Let a stream go on only when the flight is done."""
         with self._lock:
             if not flight.landed and flight.queued:
-                with self._driver.on(flight.device):
+                before = self._driver.enter(flight.device)
+                try:
                     self._driver.wait(stream, flight.ended)
+                finally:
+                    self._driver.leave(before)
 
     def finished(self, flight: QueuedFlight) -> bool:
         """Return whether the flight is done; takes its events back if so, and lets go of what it keeps."""
@@ -217,18 +229,17 @@ class Lanes:
             self._own[device] = self._driver.new_stream()
         return self._own[device]
 
-    def _event(self, device: int) -> int:
+    def _two_events(self, device: int) -> tuple[int, int]:
         with self._lock:
             spare = self._events.setdefault(device, [])
-            if spare:
-                return spare.pop()
-        event: int = self._driver.new_event()
-        return event
+            if len(spare) > 1:
+                return spare.pop(), spare.pop()
+        return self._driver.new_event(), self._driver.new_event()
 
     def _chain(self, device: int, before: int, after: int) -> None:
         """Let one stream go on only when what is on another one now is done."""
-        event = self._event(device)
-        self._driver.record(event, before)
-        self._driver.wait(after, event)
+        events = self._two_events(device)
+        self._driver.record(events[0], before)
+        self._driver.wait(after, events[0])
         with self._lock:  # a wait keeps to what the event stood for when it was queued
-            self._events[device].append(event)
+            self._events[device] += events

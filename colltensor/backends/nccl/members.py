@@ -98,6 +98,10 @@ class Members:
             self._crews[devices] = crew
         return crew
 
+    def crew(self, devices: tuple[int, ...]) -> Crew | None:
+        """Return the communicators of all ranks' devices if they are there."""
+        return self._crews.get(devices)
+
     def pair(self, peer: int, device: int, deadline: float) -> Crew:
         """Return the communicator of this rank and ``peer``, the lower rank first; both call if it is not there yet.
 

@@ -45,7 +45,9 @@ class Watcher:
         self._errors = errors
         self._end = end
         self._flights: deque[QueuedFlight] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._asleep = False
         self._looked = 0.0
         self._closed = False
         self._gone: CollectiveError | None = None
@@ -73,7 +75,7 @@ class Watcher:
         """
         if self._control is not None:
             flight.number = self._control.queue(flight.peers)
-        with self._changed:
+        with self._lock:
             refusal = self.failure or self._gone
             if refusal is not None:
                 raise refusal
@@ -81,7 +83,8 @@ class Watcher:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="colltensor nccl watcher", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
+            if self._asleep:
+                self._changed.notify_all()
 
     def drop(self, flight: QueuedFlight) -> None:
         """Watch a flight no longer, whose queuing failed; ``fail`` has let go of it where it was the reason."""
@@ -140,7 +143,9 @@ class Watcher:
         self._lanes.enter_watcher()
         while True:
             with self._changed:
+                self._asleep = True
                 self._changed.wait_for(lambda: self._flights or self._closed)
+                self._asleep = False
                 if self._closed:
                     return
                 self._changed.wait_for(lambda: self._closed, _TICK_S)

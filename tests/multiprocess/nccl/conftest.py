@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from nccl_jax import inside, jax_modules
-from nccl_world import World, world
+from nccl_world import World, as_if_in_processes_of_their_own, world
 
 from colltensor import adapters
 
@@ -24,6 +24,13 @@ def size(request: pytest.FixtureRequest) -> int:
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[World]:
     with world(tmp_path, monkeypatch, seed=len(request.node.name)) as made:
         yield made
+
+
+@pytest.fixture(params=["processes", "threads"])
+def ranks_of_either_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks whose synchronous calls go on the frameworks' streams, and ranks that share a process."""
+    if request.param == "processes":
+        as_if_in_processes_of_their_own(monkeypatch)
 
 
 @pytest.fixture

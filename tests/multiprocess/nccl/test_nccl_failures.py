@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 class TestFailures:
     """Nothing hangs; what failed is named; nothing goes on as if nothing had happened."""
 
+    @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_a_rank_that_does_not_come_is_named(self, ranks: World) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
@@ -96,6 +97,7 @@ class TestFailures:
 
         assert ranks.values(2, run)[0].ranks == (1,)
 
+    @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_an_error_of_nccl_ends_the_group_for_all(self, ranks: World) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
@@ -146,6 +148,7 @@ class TestFailures:
 
         assert ranks.values(2, run, timeout_s=1.0)[0].ranks == (1,)
 
+    @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_nccl_refuses_a_call(self, ranks: World) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
@@ -204,6 +207,7 @@ class TestFailures:
         for result in ranks.values(2, run, check=True):
             np.testing.assert_array_equal(result, values(0))
 
+    @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_a_failure_while_a_call_is_queued(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
@@ -235,6 +239,7 @@ class TestFailures:
 
         assert "rank 1 has not called" in str(ranks.values(2, run)[0])
 
+    @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_an_error_of_the_device_ends_the_group_for_all(self, ranks: World) -> None:
         """Its events are never done; what it says of them names the cause long before the timeout."""
 
@@ -449,14 +454,17 @@ class TestFailures:
 
         assert ranks.values(2, run) == [["colltensor nccl watcher"]] * 2
 
+    @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_a_captured_stream_is_refused_and_the_group_goes_on(self, ranks: World) -> None:
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
-            ranks.machine.captured.add(device.current())
-            with pytest.raises(col.errors.DeviceError, match="CUDA graph"):
+            for _ in range(2):  # before the ranks are connected, and after
+                ranks.machine.captured.add(device.current())
+                with pytest.raises(col.errors.DeviceError, match="CUDA graph"):
+                    group.allreduce(tensor)
+                ranks.machine.captured.discard(device.current())
                 group.allreduce(tensor)
-            ranks.machine.captured.discard(device.current())
-            return group.allreduce(tensor).read()
+            return tensor.read()
 
         for result in ranks.values(2, run):
-            np.testing.assert_array_equal(result, values(0) + values(1))
+            np.testing.assert_array_equal(result, 2 * (values(0) + values(1)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import device
@@ -12,15 +14,12 @@ import pytest
 from device import DeviceArray, FrozenArray
 from nccl_world import COUNT, World, as_if_in_processes_of_their_own, on_device, values
 
+from colltensor.backends.nccl.backend import NcclBackend
+from colltensor.errors import MismatchError
 from colltensor.group import Group
+from colltensor.types import ReduceOp
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(params=["processes", "threads"])
-def ranks_of_either_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "processes":
-        as_if_in_processes_of_their_own(monkeypatch)
 
 
 class TestStreams:
@@ -216,3 +215,119 @@ class TestStreams:
 
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, values(0) + values(1))
+
+
+class TestAtOnce:
+    """Allreduces of one tensor after another on one stream, which take a short way."""
+
+    @pytest.fixture
+    def begun(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The ranks whose calls went the general way, one entry a call; ranks are as in processes of their own."""
+        as_if_in_processes_of_their_own(monkeypatch)
+        ranks: list[int] = []
+        begin = NcclBackend.begin
+
+        def noted(backend: NcclBackend, *arguments: Any) -> Any:
+            ranks.append(backend._rank)
+            return begin(backend, *arguments)
+
+        monkeypatch.setattr(NcclBackend, "begin", noted)
+        return ranks
+
+    def test_only_the_first_call_goes_the_general_way(self, ranks: World, begun: list[int], size: int) -> None:
+        def run(group: Group) -> tuple[np.ndarray, int]:
+            tensor = on_device(group.rank)
+            for _ in range(5):
+                assert group.allreduce(tensor) is tensor
+            return tensor.read(), tensor.bumps
+
+        expected = sum(values(rank) for rank in range(size)) * size**4
+        for result, bumps in ranks.values(size, run):
+            np.testing.assert_array_equal(result, expected)
+            assert bumps == 5
+        assert sorted(begun) == list(range(size))
+
+    def test_what_needs_more_goes_the_general_way(self, ranks: World, begun: list[int]) -> None:
+        def run(group: Group) -> list[int]:
+            tensor, wide = on_device(group.rank), DeviceArray(np.zeros((4, COUNT), np.float32))
+            calls: list[Callable[[], object]] = [
+                lambda: group.allreduce(tensor),
+                lambda: group.allreduce(tensor, ReduceOp.MAX),
+                lambda: group.allreduce(DeviceArray(wide.memory[:, ::2])),
+                lambda: group.allreduce([tensor]),
+                lambda: group.allreduce(tensor, async_op=True).result(),
+                lambda: group.allreduce(tensor, copy=False),
+                lambda: group.allreduce(FrozenArray(values(0))),
+                lambda: group.allreduce(DeviceArray(np.zeros(0, np.float32))),
+                lambda: group.allreduce(tensor, ReduceOp.PRODUCT),
+            ]
+            counts = []
+            for call in calls:
+                call()
+                begun_before = begun.count(group.rank)
+                call()
+                counts.append(begun.count(group.rank) - begun_before)
+            begun_before = begun.count(group.rank)
+            with device.use(device.new_stream(ranks.machine)):
+                group.allreduce(tensor)
+            with device.use(device.LEGACY):  # whose framework frees memory without regard to it
+                group.allreduce(tensor)
+                group.allreduce(tensor)
+            return [*counts, begun.count(group.rank) - begun_before]
+
+        # Several ranks are threads here, which would wait for each other on the legacy stream.
+        assert ranks.values(1, run) == [[0, 1, 1, 1, 1, 1, 1, 1, 0, 3]]
+
+    def test_the_ranks_agree_first_where_they_check(self, ranks: World, begun: list[int]) -> None:
+        def run(group: Group) -> np.ndarray:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            with pytest.raises(MismatchError):
+                group.allreduce(tensor if group.rank else on_device(0, COUNT + 1))
+            return group.allreduce(tensor).read()
+
+        for result in ranks.values(2, run, check=True):
+            np.testing.assert_array_equal(result, 2 * (values(0) + values(1)))
+
+    @pytest.mark.usefixtures("begun")
+    @pytest.mark.parametrize("seed", range(6))
+    def test_it_keeps_the_order_among_calls_of_every_kind(self, ranks: World, seed: int) -> None:
+        """Each step on a stream of its own or the one before, waited for or not; the ranks draw the same steps."""
+
+        def run(group: Group) -> np.ndarray:
+            drawn = random.Random(seed)
+            streams = [device.current(), *(device.new_stream(ranks.machine) for _ in range(2))]
+            tensor, other = on_device(group.rank), on_device(10 + group.rank)
+            ranks.machine.synchronize(device.current())
+            stream = streams[0]
+            for _ in range(40):
+                step = drawn.randrange(8)
+                if step == 0:
+                    stream = drawn.choice(streams)
+                with device.use(stream):
+                    if step == 1:
+                        group.allreduce(tensor, ReduceOp.MAX)
+                    elif step == 2:
+                        group.broadcast(tensor, 1)
+                    elif step == 3:
+                        group.allreduce(other, async_op=True)  # nobody waits
+                    elif step == 4:
+                        group.allreduce(tensor, ReduceOp.MIN, async_op=True).wait()
+                    else:
+                        group.allreduce(tensor, ReduceOp.AVERAGE)
+            with device.use(stream):
+                group.barrier()
+            return tensor.memory.copy()
+
+        expected = [values(rank) for rank in range(3)]
+        drawn = random.Random(seed)
+        for _ in range(40):
+            step = drawn.randrange(8)
+            if step == 0:
+                drawn.choice(range(3))
+            elif step == 3:
+                continue
+            combined = {1: np.max(expected, 0), 2: expected[1], 4: np.min(expected, 0)}
+            expected = [combined.get(step, np.mean(expected, 0, dtype=np.float64).astype(np.float32))] * 3
+        for result in ranks.values(3, run):
+            np.testing.assert_allclose(result, expected[0], rtol=1e-5)
