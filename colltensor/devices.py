@@ -10,7 +10,7 @@ import time
 
 from colltensor import backends
 from colltensor.backends.base import Backend, QueueingBackend
-from colltensor.control import Control
+from colltensor.control import Control, lifetime
 from colltensor.engine import Engine
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError
 from colltensor.recipe import Recipe
@@ -96,6 +96,20 @@ class Devices:
                 f"synchronize: group '{self._name}' (rank {self._rank}): not done after {timeout_s} s; it goes on"
             ) from None
 
+    def close(self) -> None:
+        """Free what the backend holds, when what is queued is done or some seconds have passed; idempotent.
+
+        Called also where the process ends, because a communicator that is left to the interpreter's end may wait there
+        for ranks that do not come.
+        """
+        lifetime.forget(self)
+        if self._engine.device is not None:
+            self._engine.device.close()
+
+    def disown(self) -> None:
+        """Do nothing: a forked child has no use of CUDA."""
+
     def _attach(self, device: QueueingBackend) -> None:
         device.on_failure = self._engine.device_failed
         self._engine.device = device
+        lifetime.watch(self, first=True)  # before the control plane says goodbye

@@ -613,8 +613,7 @@ class Group:
         """
         if self.on_destroy is not None:
             self.on_destroy()
-        if self._engine.device is not None:
-            self._engine.device.close()
+        self._devices.close()
         self._engine.close()
         self._backend.close()
 

@@ -22,12 +22,16 @@ class Mortal(Protocol):
 
 
 _open: set[Mortal] = set()
+_first: set[Mortal] = set()
+"""Those of them that are told before the others."""
 _finalized: set[int] = set()
 
 
-def watch(mortal: Mortal) -> None:
-    """Tell ``mortal`` when the process ends or forks; keeps it alive until ``forget``."""
+def watch(mortal: Mortal, first: bool = False) -> None:
+    """Tell ``mortal`` when the process ends, before all that are not ``first``, or forks; kept until ``forget``."""
     _open.add(mortal)
+    if first:
+        _first.add(mortal)
     util = sys.modules.get("multiprocessing.util")
     if util is not None and os.getpid() not in _finalized:
         # A process that multiprocessing forked ends without running atexit, but runs its finalizers.
@@ -38,10 +42,11 @@ def watch(mortal: Mortal) -> None:
 def forget(mortal: Mortal) -> None:
     """Tell ``mortal`` nothing any more."""
     _open.discard(mortal)
+    _first.discard(mortal)
 
 
 def _close_all() -> None:
-    for mortal in list(_open):
+    for mortal in [*_first, *(_open - _first)]:
         mortal.close()
 
 
@@ -49,6 +54,7 @@ def _disown_all() -> None:
     for mortal in list(_open):
         mortal.disown()
     _open.clear()
+    _first.clear()
 
 
 atexit.register(_close_all)

@@ -327,8 +327,10 @@ class NcclBackend:
         self._closed = True
         with contextlib.suppress(TimeoutError, CollectiveError):
             self._watcher.drain(time.monotonic() + _CLOSE_TIMEOUT_S)
-        undone = self._watcher.close(GroupError("the group was destroyed before the call was done"))
-        self._members.end(undone)
+        undone = self._watcher.close(
+            GroupError("the group was destroyed before the call was done"), self._members.abort
+        )
+        self._members.end(undone)  # where there is no watcher
         self._lanes.close()
 
     def allreduce_multigpu(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:

@@ -135,20 +135,30 @@ class Members:
         return None
 
     def end(self, keep: object = None) -> None:
-        """Abort all communicators; waits for that a few seconds at most.
+        """Do as ``abort``, and wait for it a few seconds at most."""
+        everyone = self._taken()
+        if everyone:
+            thread = threading.Thread(
+                target=self._abort, args=(everyone, keep), name="colltensor nccl abort", daemon=True
+            )
+            thread.start()
+            thread.join(_END_TIMEOUT_S)
+
+    def abort(self, keep: object = None) -> None:
+        """Abort all communicators, however long that takes.
 
         Args:
-            keep: Kept until they are aborted, however long it takes: what their kernels may still write to.
+            keep: Kept until they are aborted: what their kernels may still write to.
         """
+        self._abort(self._taken(), keep)
+
+    def _taken(self) -> Sequence[Any]:
+        """Return all communicators and forget them."""
         with self._lock:
             everyone = self._everyone()
             self._crews.clear()
             self._pairs.clear()
-        thread = threading.Thread(
-            target=self._abort, args=(everyone, keep), name="colltensor nccl abort", daemon=True
-        )
-        thread.start()
-        thread.join(_END_TIMEOUT_S)
+        return everyone
 
     def _abort(self, communicators: Sequence[Any], keep: object = None) -> None:
         for communicator in communicators:

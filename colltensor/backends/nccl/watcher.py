@@ -50,6 +50,7 @@ class Watcher:
         self._asleep = False
         self._looked = 0.0
         self._closed = False
+        self._last: Callable[[], None] | None = None
         self._gone: CollectiveError | None = None
         self._thread: threading.Thread | None = None
         self.failure: CollectiveError | None = None
@@ -120,8 +121,13 @@ class Watcher:
             flight.failure = error
         self._end(error, flights)
 
-    def close(self, gone: CollectiveError) -> Sequence[QueuedFlight]:
+    def close(self, gone: CollectiveError, end: Callable[[Sequence[QueuedFlight]], None]) -> Sequence[QueuedFlight]:
         """Stop watching; what is not done fails with ``gone``, because the communicators are ended next.
+
+        Args:
+            gone: The error.
+            end: Ends them, given the flights that are not done. It is called in the watcher's thread, if there is one,
+                and waited for some seconds: no other thread can be made while the interpreter shuts down.
 
         Returns:
             The flights that are not done. They hold memory that the device uses until the communicators are ended.
@@ -133,6 +139,7 @@ class Watcher:
                 flight.failure = gone
             self._flights.clear()
             self._gone = gone
+            self._last = lambda: end(undone)
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:  # it may be looking at events, which are freed next
@@ -141,16 +148,7 @@ class Watcher:
 
     def _watch(self) -> None:
         self._lanes.enter_watcher()
-        while True:
-            with self._changed:
-                self._asleep = True
-                self._changed.wait_for(lambda: self._flights or self._closed)
-                self._asleep = False
-                if self._closed:
-                    return
-                self._changed.wait_for(lambda: self._closed, _TICK_S)
-                if self._closed:
-                    return
+        while self._wait():
             try:
                 found = self._look()
             except RuntimeError as error:  # CUDA's, which every later call gives again
@@ -162,6 +160,18 @@ class Watcher:
             if found is not None:
                 self.fail(found)
                 return
+        last, self._last = self._last, None
+        if last is not None:
+            last()
+
+    def _wait(self) -> bool:
+        """Return True when it is time to look at the flights, False when the watching ends."""
+        with self._changed:
+            self._asleep = True
+            self._changed.wait_for(lambda: self._flights or self._closed)
+            self._asleep = False
+            self._changed.wait_for(lambda: self._closed, _TICK_S)
+            return not self._closed
 
     def _look(self) -> CollectiveError | None:
         """Let go of what is done; return what is wrong, or None."""

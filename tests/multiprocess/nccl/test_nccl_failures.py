@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import device
@@ -406,7 +409,7 @@ class TestFailures:
     ) -> None:
         """NCCL's kernel writes to it until the abort, also where nobody holds the tensor or the work any more."""
         monkeypatch.setattr("colltensor.backends.nccl.backend._CLOSE_TIMEOUT_S", 0.2)
-        monkeypatch.setattr("colltensor.backends.nccl.members._END_TIMEOUT_S", 0.2)
+        monkeypatch.setattr("colltensor.backends.nccl.watcher._JOIN_S", 0.2)
 
         def run(group: Group) -> bool:
             group.allreduce(on_device(group.rank))
@@ -468,3 +471,41 @@ class TestFailures:
 
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, 2 * (values(0) + values(1)))
+
+
+LEFT = """
+import sys, time
+sys.path[:0] = {path!r}
+import device
+import colltensor as col
+from colltensor import adapters, backends
+from colltensor.backends.nccl import backend
+from nccl_world import Spec, on_device
+
+machine = device.Machine(1)
+device.enter(machine)
+spec = Spec(machine)
+backends._registered = {{"nccl": spec}}
+adapters._registered[:] = [device.DeviceAdapter()]
+backend._CLOSE_TIMEOUT_S = 2.0
+group = col.init_collective_group(1, 0, "nccl", "left")
+tensor = on_device(0)
+group.allreduce(tensor)
+made, stream = spec.drivers[0].made[0], device.current()
+made.abort = lambda: print("ended", tensor.bumps, flush=True)
+machine.hold(stream) if {hangs} else machine.queue(stream, lambda: time.sleep(0.3))
+machine.queue(stream, lambda: print("done", flush=True))
+group.allreduce(tensor)
+"""
+
+
+class TestExit:
+    """A process that ends without ``destroy()``: its communicators are ended, not left to the interpreter's end."""
+
+    @pytest.mark.parametrize("hangs", [False, True])
+    def test_what_is_queued_is_waited_for_and_the_communicators_are_ended(self, hangs: bool) -> None:
+        here = Path(__file__).resolve().parent
+        script = LEFT.format(path=[str(here), str(here.parent.parent)], hangs=hangs)
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.split() == (["ended", "2"] if hangs else ["done", "ended", "2"])
