@@ -79,8 +79,13 @@ class DeviceMemory:
             raw = cp.empty(nbytes, cp.uint8)
         else:
             # CuPy's pool gives freed memory back to the stream that asked for it, in that stream's order.
-            with cp.cuda.Device(like.device.index), _stream(like.stream or 0, like.device.index):
-                raw = cp.empty(nbytes, cp.uint8)
+            with cp.cuda.Device(like.device.index):
+                before = cp.cuda.get_current_stream(like.device.index)
+                _stream(like.stream or 0, like.device.index).use()
+                try:
+                    raw = cp.empty(nbytes, cp.uint8)
+                finally:  # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
+                    before.use()
         device = Device("cuda", raw.data.device_id)
         stream = None if like is None else like.stream
         return BufferView.from_address(raw.data.ptr, (nbytes,), UINT8, device=device, owner=raw, stream=stream)

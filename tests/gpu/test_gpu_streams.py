@@ -195,6 +195,31 @@ def test_jax_arrays_are_ready(gpu_pool: RankPool, size: int) -> None:
     gpu_pool.run(size, jax_is_ready)
 
 
+def stays_current(rank: int, world_size: int) -> None:
+    """CuPy computes keys and packs strided arrays on streams of our choice; the caller's is the current one after."""
+    cupy = importlib.import_module("cupy")
+    group = shared_group(world_size)
+    mine = cupy.cuda.Stream(non_blocking=True)
+    mine.use()
+    try:
+        for async_op in (False, True):
+            for op in (col.ReduceOp.SUM, col.ReduceOp.MAX):
+                for array in (cupy.full(COUNT, rank), cupy.full(COUNT, rank, "float32"), cupy.zeros((8, 8)).T[::2]):
+                    found = group.allreduce(array, op, async_op=async_op)
+                    if async_op:
+                        found.wait()
+                    assert cupy.cuda.get_current_stream() == mine
+            parts = [cupy.zeros(COUNT) for _ in range(world_size)]
+            group.allgather(parts, cupy.ones(COUNT))
+            assert cupy.cuda.get_current_stream() == mine
+    finally:
+        cupy.cuda.Stream.null.use()
+
+
+def test_a_stream_in_use_stays_the_current_one(gpu_pool: RankPool, size: int) -> None:
+    gpu_pool.run(size, stays_current)
+
+
 def memory_is_kept(rank: int, world_size: int) -> None:
     """The tensor of an asynchronous call that nobody holds any more is not handed out again before it is done."""
     torch = importlib.import_module("torch")

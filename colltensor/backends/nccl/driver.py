@@ -87,8 +87,12 @@ class CupyDriver:
             if stream is None:
                 yield
             else:
-                with _stream(stream, device):
+                before = cp.cuda.get_current_stream(device)
+                _stream(stream, device).use()
+                try:
                     yield
+                finally:  # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
+                    before.use()
 
     def new_stream(self) -> int:
         """Return a new stream of the current device, which the legacy default stream does not wait for."""
