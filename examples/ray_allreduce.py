@@ -148,6 +148,9 @@ def main() -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     ray.init(num_cpus=options.workers, include_dashboard=False, logging_level="ERROR")
     try:
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        if gpu * options.workers > gpus:
+            sys.exit(f"{options.workers} workers want {gpu:g} of a GPU each, and Ray has {gpus:g}: lower --gpu")
         remote = ray.remote(num_cpus=1, num_gpus=gpu)(Worker)
         workers = [remote.remote(options.array, rank, gpu > 0) for rank in range(options.workers)]
         ray.get([worker.setup.remote(options.workers, rank) for rank, worker in enumerate(workers)])
