@@ -90,8 +90,9 @@ def beside_a_capture(rank: int, world_size: int) -> None:
     torch, _ = _torch()
     group = shared_group(world_size)
     with Queue("torch") as queue, Queue("torch") as other:
-        x, tensor = other.full(1.0), queue.full(1.0)
+        x = other.full(1.0)
         with queue.current():
+            tensor = queue.full(1.0)
             group.allreduce(tensor, async_op=True).wait()
             queue.synchronize()
         other.synchronize()
