@@ -12,6 +12,7 @@ from typing import Any, Final
 import cupy as cp
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
+from colltensor.adapters.numpy import MEMORY as HOST
 from colltensor.errors import UnsupportedTensorError
 from colltensor.types import UINT8, Device
 from colltensor.view import BufferView
@@ -96,8 +97,7 @@ class DeviceMemory:
             to[...] = cp.ascontiguousarray(of).reshape(target.shape)
 
     def overlap(self, first: BufferView, second: BufferView) -> bool:
-        (low, high), (other_low, other_high) = first.span(), second.span()
-        return low < other_high and other_low < high
+        return HOST.overlap(first, second)  # from addresses and strides alone
 
 
 def device_array(view: BufferView) -> Any:
