@@ -133,6 +133,14 @@ class Arguments:
                 f"{operation}: {argument} (rank {self._rank}): expected {expected.count} elements of "
                 f"{expected.dtype}, as the other tensors of the call have, got {view.count} of {view.dtype}"
             )
+        self.beside(operation, argument, view, expected)
+
+    def beside(self, operation: str, argument: str, view: BufferView, expected: BufferView) -> None:
+        """Check that a tensor is on the device of another one of the call.
+
+        Raises:
+            DeviceError: It is not.
+        """
         if view.device != expected.device:
             raise DeviceError(
                 f"{operation}: {argument} (rank {self._rank}): expected a tensor on {expected.device}, as the others "
