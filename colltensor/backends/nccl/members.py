@@ -141,8 +141,12 @@ class Members:
             thread = threading.Thread(
                 target=self._abort, args=(everyone, keep), name="colltensor nccl abort", daemon=True
             )
-            thread.start()
-            thread.join(_END_TIMEOUT_S)
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter shuts down: the watcher's thread, which calls, is waited for instead
+                self._abort(everyone, keep)
+            else:
+                thread.join(_END_TIMEOUT_S)
 
     def abort(self, keep: object = None) -> None:
         """Abort all communicators, however long that takes.

@@ -493,7 +493,7 @@ tensor = on_device(0)
 group.allreduce(tensor)
 made, stream = spec.drivers[0].made[0], device.current()
 made.abort = lambda: print("ended", tensor.bumps, flush=True)
-machine.hold(stream) if {hangs} else machine.queue(stream, lambda: time.sleep(0.3))
+machine.queue(stream, lambda: time.sleep(0.3)) if {how!r} == "ends" else machine.hold(stream)
 machine.queue(stream, lambda: print("done", flush=True))
 group.allreduce(tensor)
 """
@@ -502,10 +502,11 @@ group.allreduce(tensor)
 class TestExit:
     """A process that ends without ``destroy()``: its communicators are ended, not left to the interpreter's end."""
 
-    @pytest.mark.parametrize("hangs", [False, True])
-    def test_what_is_queued_is_waited_for_and_the_communicators_are_ended(self, hangs: bool) -> None:
+    @pytest.mark.parametrize("how", ["ends", "hangs", "fails"])
+    def test_what_is_queued_is_waited_for_and_the_communicators_are_ended(self, how: str) -> None:
         here = Path(__file__).resolve().parent
-        script = LEFT.format(path=[str(here), str(here.parent.parent)], hangs=hangs)
+        script = LEFT.format(path=[str(here), str(here.parent.parent)], how=how)
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
         assert (ended.returncode, ended.stderr) == (0, "")
-        assert ended.stdout.split() == (["ended", "2"] if hangs else ["done", "ended", "2"])
+        assert ended.stdout.split() == (["done", "ended", "2"] if how == "ends" else ["ended", "2"])
+made.error = device.NcclError("a peer is gone") if {how!r} == "fails" else None
