@@ -18,7 +18,7 @@ from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError
 from colltensor.types import ReduceOp
-from colltensor.work import FINISHED, OperationQueue, QueuedWork, Work
+from colltensor.work import OperationQueue, QueuedWork, Work
 
 _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
@@ -217,24 +217,23 @@ class Engine:
         """Queue a call on a device, in this thread unless others are before it."""
         if self.broken is not None:
             raise self._refusal(call.name)
-        entered = self.queue.enter()
-        if entered and not async_op:
+        if not async_op and self.queue.enter():
             try:
                 flight = self._launch(call, device, False)
             finally:
                 self.queue.leave()
             flight.order(call.streams())
             return call.result()
-        finished = FINISHED if entered else None
-        work = QueuedWork(call.name, lambda: self._launch(call, device, async_op), call.streams, call.result, finished)
-        if entered:
-            try:
-                work._finish()
-            finally:
-                self.queue.leave()
-        else:
+        work = QueuedWork(call.name, lambda: self._launch(call, device, async_op), call.streams, call.result)
+        if not async_op or not self.queue.enter():
+            work.postpone()
             self.queue.put(work)
-        return work if async_op else work.result()
+            return work if async_op else work.result()
+        try:
+            work.queue_here()
+        finally:
+            self.queue.leave()
+        return work
 
     def _launch(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
         if self.broken is not None:
@@ -530,7 +529,6 @@ def _queue(
     """Queue a call, or the part of it that concerns some of its arguments, on a device."""
     views = arguments[0].views if len(arguments) == 1 else [view for buffers in arguments for view in buffers.views]
     stages = any(buffers.staged for buffers in arguments)
-    flight = device.begin(call.name, views, peers, apart, call, stages, deadline)
     try:
         for buffers in arguments:
             buffers.load()
@@ -538,11 +536,12 @@ def _queue(
         for buffers in arguments:
             buffers.store()
     except BaseException as error:
+        flight = device.begin(call.name, views, peers, apart, call, stages, deadline)
         device.cancel(error)
         raise
-    device.end()
     return flight
 
+        device.end()
 
 def _is_on(device: QueueingBackend, buffers: Buffers) -> bool:
     return bool(buffers.views) and buffers.views[0].device.type in device.device_types

@@ -11,15 +11,24 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, TensorError
 
 if TYPE_CHECKING:
     from colltensor.backends.base import Flight
 
 
-FINISHED: Final = threading.Event()
-"""An event that is always set: making one takes longer than queuing a call on a device."""
-FINISHED.set()
+class _Always(threading.Event):
+    """An event that is always set. Waiting takes no lock, which an interrupted thread would leave to all others."""
+
+    def is_set(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+
+FINISHED: Final = _Always()
+"""Shared by what is done when it is first seen: making an event takes longer than queuing a call on a device."""
 
 
 class Work:
@@ -112,13 +121,29 @@ class QueuedWork(Work):
 
     def __init__(
         self, operation: str, launch: Callable[[], Flight], streams: Callable[[], set[int | None]],
-        result: Callable[[], Any], finished: threading.Event | None = None,
+        result: Callable[[], Any],
     ) -> None:
-        super().__init__(operation, self._launch, finished)
+        super().__init__(operation, self._launch, FINISHED)
         self._begin = launch
         self._streams = streams
         self._get = result
         self._flight: Flight | None = None
+
+    def queue_here(self) -> None:
+        """Queue it in this thread.
+
+        Raises:
+            TensorError: Nothing was queued.
+            BaseException: What is no error of the call: an interrupt. Other errors are for ``wait`` to raise.
+        """
+        self._finish()
+        error = self._error
+        if error is not None and (isinstance(error, TensorError) or not isinstance(error, Exception)):
+            raise error
+
+    def postpone(self) -> None:
+        """Let others wait until another thread has queued it."""
+        self._finished = threading.Event()
 
     def _launch(self) -> None:
         self._flight = self._begin()

@@ -289,6 +289,9 @@ class Driver:
             group, self._local.group = self._local.group, None
         self._submit(group)
 
+    def ungroup(self) -> None:
+        self._local.group = None
+
     def add(self, part: Part, stream: int) -> None:
         group = getattr(self._local, "group", None)
         if group is None:

@@ -82,8 +82,8 @@ class DeviceMemory:
             # CuPy's pool gives freed memory back to the stream that asked for it, in that stream's order.
             with cp.cuda.Device(like.device.index):
                 before = cp.cuda.get_current_stream(like.device.index)
-                _stream(like.stream or 0, like.device.index).use()
                 try:
+                    _stream(like.stream or 0, like.device.index).use()
                     raw = cp.empty(nbytes, cp.uint8)
                 finally:  # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
                     before.use()

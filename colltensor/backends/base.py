@@ -236,7 +236,7 @@ class QueueingBackend(Backend, Protocol):
             deadline: When the ranks must have met that connect for this call.
 
         Raises:
-            CollectiveError: It cannot be queued; nothing is begun then.
+            CollectiveError: It cannot be queued.
         """
 
     def end(self) -> None:
@@ -250,7 +250,7 @@ class QueueingBackend(Backend, Protocol):
         """
 
     def cancel(self, error: BaseException) -> None:
-        """End the call that was begun because of an error, which the caller raises next.
+        """End a call because of an error, also one of ``begin`` or ``end``, which the caller raises next.
 
         Raises:
             CollectiveError: What the error comes from.

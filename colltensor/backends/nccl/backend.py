@@ -106,35 +106,28 @@ class NcclBackend:
         self._devices = devices
         flights = self._flights = []
         self._streams = []
-        try:
-            for device in devices:
-                there = views if len(devices) == 1 else [view for view in views if view.device.index == device]
-                self._left.append(driver.enter(device))
-                flight = lanes.begin(name, there, peers, apart, keep)
-                self._watcher.add(flight)
-                flights.append(flight)
-                self._streams.append(flight.stream)
-                if stages:
-                    self._staging.enter_context(driver.on(device, flight.stream))
-        except BaseException as error:
-            self.cancel(error)
-            raise
+        for device in devices:
+            there = views if len(devices) == 1 else [view for view in views if view.device.index == device]
+            self._left.append(driver.enter(device))
+            flight = lanes.begin(name, there, peers, apart, keep)
+            flights.append(flight)
+            self._watcher.add(flight)
+            self._streams.append(flight.stream)
+            if stages:
+                self._staging.enter_context(driver.on(device, flight.stream))
         return flights[0] if len(flights) == 1 else Flights(flights)
 
     def end(self) -> None:
         """End what was begun: the call is queued."""
-        try:
-            self._staging.close()
-            for flight in reversed(self._flights):
-                self._lanes.end(flight)
-                self._driver.leave(self._left.pop())
-        except BaseException as error:
-            self.cancel(error)
-            raise
+        self._staging.close()
+        for flight in reversed(self._flights):
+            self._lanes.end(flight)
+            self._driver.leave(self._left.pop())
         self._flights = []
 
     def cancel(self, error: BaseException) -> None:
         """End what was begun because of an error; raises the failure of the group where that is its reason."""
+        self._driver.ungroup()
         self._staging.close()
         while self._left:
             self._driver.leave(self._left.pop())
@@ -163,17 +156,17 @@ class NcclBackend:
             return None
         self._watcher.check()
         before = driver.enter(index)
+        flight: QueuedFlight | None = None
         try:
             flight = lanes.begin_alone("allreduce", index, stream)
             self._watcher.add(flight)
-            try:
-                crew.communicators[0].allReduce(
-                    view.pointer, view.pointer, view.count * spelling.parts, spelling.datatype, spelling.op, stream
-                )
-                lanes.end(flight)
-            except BaseException as error:
-                self._drop((flight,), error)
-                raise
+            crew.communicators[0].allReduce(
+                view.pointer, view.pointer, view.count * spelling.parts, spelling.datatype, spelling.op, stream
+            )
+            lanes.end(flight)
+        except BaseException as error:
+            self._drop(() if flight is None else (flight,), error)
+            raise
         finally:
             driver.leave(before)
         return flight

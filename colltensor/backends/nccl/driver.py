@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, Final
@@ -39,6 +40,9 @@ class CupyDriver:
     in_progress: Final = 7
     """``ncclInProgress``, which is no error: a communicator may say so while another thread is in a call of it."""
 
+    def __init__(self) -> None:
+        self._group = threading.local()
+
     def unique_id(self) -> bytes:
         """Return what the ranks of a new communicator need to find each other; made by one of them."""
         return bytes(nccl.get_unique_id())
@@ -57,15 +61,22 @@ class CupyDriver:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Queue the calls made inside as one. On an exception the group is closed, whatever NCCL says to it."""
+        """Queue the calls made inside as one; after an exception ``ungroup`` must follow."""
+        self._group.open = True
         nccl.groupStart()
-        try:
-            yield
-        except BaseException:
+        yield
+        nccl.groupEnd()
+        self._group.open = False
+
+    def ungroup(self) -> None:
+        """Close the group of calls that an exception left open in this thread, whose next calls would join it.
+
+        Whatever NCCL says to it: there is none if the exception, an interrupt say, came just before it was opened.
+        """
+        if getattr(self._group, "open", False):
             with contextlib.suppress(*self.error):
                 nccl.groupEnd()
-            raise
-        nccl.groupEnd()
+            self._group.open = False
 
     def enter(self, device: int) -> int | None:
         """Make a device the current one of this thread; returns what ``leave`` needs to undo it."""
@@ -88,8 +99,8 @@ class CupyDriver:
                 yield
             else:
                 before = cp.cuda.get_current_stream(device)
-                _stream(stream, device).use()
                 try:
+                    _stream(stream, device).use()
                     yield
                 finally:  # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
                     before.use()

@@ -213,6 +213,7 @@ class Members:
                 if thread.is_alive() and time.monotonic() >= deadline:
                     raise TimeoutError("NCCL did not connect the ranks in time")
         except BaseException:
+                self._driver.ungroup()
             given_up.set()
             raise
         finally:
