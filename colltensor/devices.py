@@ -49,7 +49,8 @@ class Devices:
             return device
         own = f"backend {self._backend.name!r} works on {', '.join(sorted(self._backend.device_types))}"
         if view.device.type != "cuda":
-            advice = "move it to cpu, or make the group with backend='auto'"
+            there = ", ".join(sorted(self._backend.device_types))
+            advice = f"move it to {there}, or make the group with backend='auto'"
             raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
         reason = backends.reason("nccl")
         if self._recipe.backend != "auto" or self._meeting is None:
@@ -107,7 +108,9 @@ class Devices:
             self._engine.device.close()
 
     def disown(self) -> None:
-        """Do nothing: a forked child has no use of CUDA."""
+        """Let a forked child, which cannot use CUDA, leave the parent's communicators alone."""
+        if self._engine.device is not None:
+            self._engine.device.disown()
 
     def _attach(self, device: QueueingBackend) -> None:
         device.on_failure = self._engine.device_failed

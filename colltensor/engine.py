@@ -156,6 +156,7 @@ class Engine:
         self.check_device = False
         self._device_sequence = 0
         self.broken: CollectiveError | None = None
+        self._unraised: CollectiveError | None = None
         self.before: Callable[[], None] | None = None
         _engines.add(self)
 
@@ -244,6 +245,7 @@ class Engine:
             peers = [t.destination if t.source == self._rank else t.source for t in call.transfers]
         try:
             if self._control is not None and self.check_device:
+                device.refuse(call.name, [view for buffers in call.buffers for view in buffers.views], peers)
                 self._agree_on_device(call, device, self._control, deadline)
             call.claim()
             move = lambda: call.move(*call.arguments, deadline)  # noqa: E731
@@ -294,9 +296,9 @@ class Engine:
             control.position(sequence, None)
 
     def device_failed(self, error: CollectiveError) -> None:
-        """Break the group over what went wrong on a device after a call had returned."""
+        """Break the group over what went wrong on a device after a call had returned; the next call raises it."""
         if self.broken is None:
-            self.broken = error
+            self.broken = self._unraised = error
             _log.info("group %r (rank %d): broken: %s", self._name, self._rank, error)
         if self._control is not None:
             self._control.fail(error)
@@ -483,7 +485,11 @@ class Engine:
         move(deadline)
         buffers.store()
 
-    def _refusal(self, name: str) -> GroupError:
+    def _refusal(self, name: str) -> CollectiveError:
+        """Return what a call on a broken group raises: once what has broken it, if no call has raised that."""
+        unraised, self._unraised = self._unraised, None
+        if unraised is not None:
+            return unraised
         error = GroupError(
             f"{name}: group '{self._name}' (rank {self._rank}) cannot be used any more: {self.broken}; destroy it "
             "and make it again on all ranks"
@@ -530,18 +536,18 @@ def _queue(
     views = arguments[0].views if len(arguments) == 1 else [view for buffers in arguments for view in buffers.views]
     stages = any(buffers.staged for buffers in arguments)
     try:
+        flight = device.begin(call.name, views, peers, apart, call, stages, deadline)
         for buffers in arguments:
             buffers.load()
         move()
         for buffers in arguments:
             buffers.store()
+        device.end()
     except BaseException as error:
-        flight = device.begin(call.name, views, peers, apart, call, stages, deadline)
         device.cancel(error)
         raise
     return flight
 
-        device.end()
 
 def _is_on(device: QueueingBackend, buffers: Buffers) -> bool:
     return bool(buffers.views) and buffers.views[0].device.type in device.device_types

@@ -576,6 +576,8 @@ class Group:
     def set_timeout(self, timeout_s: float) -> None:
         """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone."""
         self._engine.timeout_s = timeout_s
+        if self._engine.device is not None:
+            self._engine.device.set_timeout(timeout_s)
         if self._signer is None:
             return
         self._signer.set_timeout(timeout_s)

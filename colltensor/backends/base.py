@@ -277,6 +277,15 @@ class QueueingBackend(Backend, Protocol):
     ) -> None:
         """Write the combination of all sources of a target's place, by rank and device, to each target."""
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Give the calls that begin from now on so long, once their turn on the device has come."""
+
+    def refuse(self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None) -> None:
+        """Raise the DeviceError that ``begin`` would raise, before the ranks agree; does nothing else."""
+
+    def disown(self) -> None:
+        """Forget everything without a word to CUDA, in a forked child, which cannot use it."""
+
     def drain(self, deadline: float, index: int | None = None) -> None:
         """Return, on the host, when all that this rank has queued is done, on the device ``index`` or on all."""
 

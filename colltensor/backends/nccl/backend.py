@@ -171,6 +171,24 @@ class NcclBackend:
             driver.leave(before)
         return flight
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Give the calls that begin from now on so long; see ``QueueingBackend``."""
+        self._watcher.timeout_s = timeout_s
+
+    def refuse(self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None) -> None:
+        """Raise if the streams are captured, or this rank has used other devices; see ``QueueingBackend``."""
+        self._lanes.refuse_capture(name, views)
+        devices = tuple({view.device.index: None for view in views})
+        for peer in set(peers or ()):
+            self._members.refuse_pair(peer, devices[0])
+        if peers is None:
+            self._members.refuse(devices)
+
+    def disown(self) -> None:
+        """Forget everything in a forked child; see ``QueueingBackend``."""
+        self._closed = True
+        self._members.disown()
+
     def drain(self, deadline: float, index: int | None = None) -> None:
         """Return, on the host, when what this rank has queued, on one device or all, is done; raises if it failed."""
         self._watcher.drain(deadline, index)

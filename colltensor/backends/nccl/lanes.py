@@ -18,6 +18,8 @@ from colltensor.view import BufferView
 
 _LEGACY: Final = 1
 """The stream given for frameworks that have none of their own to name; they free memory without regard to it."""
+_PER_THREAD: Final = 2
+"""``cudaStreamPerThread``: another stream in each thread."""
 _GLANCE_S: Final = 20e-6
 _LONGEST_GLANCE_S: Final = 1e-3
 
@@ -34,6 +36,7 @@ class QueuedFlight:
         began: The event before it.
         ended: The event behind it.
         since: When it was first seen under way, by ``time.monotonic()``.
+        timeout_s: How long it may be under way.
         patience_s: After how many seconds under way the other ranks are asked whether they are there.
         landed: Whether it is done, and its events may be used again.
         failure: Why it did not end, or None.
@@ -42,6 +45,7 @@ class QueuedFlight:
     number = 0
     queued = landed = False
     since: float | None = None
+    timeout_s = 0.0
     patience_s = 1.0
     failure: CollectiveError | None = None
 
@@ -138,7 +142,7 @@ class Lanes:
         for other in streams:
             self._chain(device, other, stream)
         last = self._last.get(device)
-        if last is not None and last.stream != stream:
+        if last is not None and (last.stream != stream or stream == _PER_THREAD):
             self.follow(stream, last)
         began, ended = self._two_events(device)
         kept = keep if apart or streams or stream == _LEGACY else None
@@ -149,7 +153,7 @@ class Lanes:
     def follows_itself(self, device: int, stream: int) -> bool:
         """Return whether a call on a stream comes after the call before as it is, and its memory needs no keeping."""
         last = self._last.get(device)
-        return last is not None and last.stream == stream and stream != _LEGACY
+        return last is not None and last.stream == stream and stream not in (_LEGACY, _PER_THREAD)
 
     def begin_alone(self, name: str, device: int, stream: int) -> QueuedFlight:
         """Do as ``begin`` for a call of all ranks on one tensor for which ``follows_itself`` is true."""

@@ -6,6 +6,7 @@ Each rank of a communicator is one device of one process. Imports no framework.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import threading
 import time
@@ -75,12 +76,7 @@ class Members:
         """
         if devices in self._crews:
             return self._crews[devices]
-        for used in self._crews:
-            if len(used) == len(devices):
-                raise DeviceError(
-                    f"the tensor is on cuda:{devices[0]}, but this rank's earlier calls on the group were on "
-                    f"cuda:{used[0]}, and a rank keeps its device; make another group for another device"
-                )
+        self.refuse(devices)
         control = self._control
         identity = self._driver.unique_id() if self._rank == 0 else b""
         ballot = json.dumps([identity.hex(), len(devices)]).encode()
@@ -110,13 +106,8 @@ class Members:
             CollectiveError: The peer does not come.
         """
         if peer in self._pairs:
-            used, crew = self._pairs[peer]
-            if used != device:
-                raise DeviceError(
-                    f"the tensor is on cuda:{device}, but earlier transfers with rank {peer} were on cuda:{used}, and "
-                    "a rank keeps its device; make another group for another device"
-                )
-            return crew
+            self.refuse_pair(peer, device)
+            return self._pairs[peer][1]
         mine = self._driver.unique_id() if self._rank < peer else b""
         theirs = self._control.swap(peer, mine, deadline)
         place = 0 if self._rank < peer else 1
@@ -124,6 +115,29 @@ class Members:
         with self._lock:
             self._pairs[peer] = device, crew
         return crew
+
+    def refuse(self, devices: tuple[int, ...]) -> None:
+        """Raise DeviceError if this process has used other devices for calls of all ranks before."""
+        for used in self._crews:
+            if len(used) == len(devices) and used != devices:
+                raise DeviceError(
+                    f"the tensor is on cuda:{devices[0]}, but this rank's earlier calls on the group were on "
+                    f"cuda:{used[0]}, and a rank keeps its device; make another group for another device"
+                )
+
+    def refuse_pair(self, peer: int, device: int) -> None:
+        """Raise DeviceError if another device was used with this peer before."""
+        used, _ = self._pairs.get(peer, (device, None))
+        if used != device:
+            raise DeviceError(
+                f"the tensor is on cuda:{device}, but earlier transfers with rank {peer} were on cuda:{used}, and a "
+                "rank keeps its device; make another group for another device"
+            )
+
+    def disown(self) -> None:
+        """Keep the communicators for ever: CuPy would destroy them when the last reference is gone."""
+        for communicator in self._everyone():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(communicator))
 
     def error(self) -> BaseException | None:
         """Return an error that a communicator reports, or None."""
@@ -199,6 +213,7 @@ class Members:
                         with self._driver.on(device):
                             made.append(self._driver.connect(size, identity, firsts[place] + index))
             except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                self._driver.ungroup()
                 failed.append(error)
             if given_up.is_set():
                 self._abort(made)
@@ -213,7 +228,6 @@ class Members:
                 if thread.is_alive() and time.monotonic() >= deadline:
                     raise TimeoutError("NCCL did not connect the ranks in time")
         except BaseException:
-                self._driver.ungroup()
             given_up.set()
             raise
         finally:

@@ -24,6 +24,7 @@ class Watcher:
 
     Attributes:
         failure: The error that ended them all, or None.
+        timeout_s: How long a flight that is added next may be under way.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Watcher:
         """
         self._control = control
         self._lanes = lanes
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._errors = errors
         self._end = end
         self._flights: deque[QueuedFlight] = deque()
@@ -76,6 +77,7 @@ class Watcher:
         """
         if self._control is not None:
             flight.number = self._control.queue(flight.peers)
+        flight.timeout_s = self.timeout_s
         with self._lock:
             refusal = self.failure or self._gone
             if refusal is not None:
@@ -188,7 +190,7 @@ class Watcher:
         now = time.monotonic()
         if flight.since is None and self._lanes.under_way(flight):
             flight.since = now
-        if flight.since is not None and now - flight.since > self._timeout_s:
+        if flight.since is not None and now - flight.since > flight.timeout_s:
             return self._diagnose(flight, None)
         control = self._control
         if control is None:
@@ -211,4 +213,4 @@ class Watcher:
             return found
         if cause is not None:
             return GroupError(f"{flight.name}: NCCL failed: {cause}; destroy the group and make it again")
-        return CollectiveTimeoutError(f"{flight.name}: not done after {self._timeout_s} s; destroy the group")
+        return CollectiveTimeoutError(f"{flight.name}: not done after {flight.timeout_s} s; destroy the group")

@@ -472,6 +472,101 @@ class TestFailures:
         for result in ranks.values(2, run):
             np.testing.assert_array_equal(result, 2 * (values(0) + values(1)))
 
+    def test_a_timeout_that_was_set_holds_for_the_calls_that_follow(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            group.barrier()
+            if group.rank == 1:
+                time.sleep(4)
+                return None
+            group.set_timeout(0.5)
+            began = time.monotonic()
+            group.allreduce(tensor)
+            while group.broken is None:
+                assert time.monotonic() - began < 4
+                time.sleep(0.01)
+            return type(group.broken)
+
+        assert ranks.values(2, run)[0] is col.CollectiveTimeoutError
+
+    def test_the_first_call_after_a_failure_raises_what_happened(self, ranks: World) -> None:
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            group.barrier()
+            if group.rank == 1:
+                time.sleep(3)
+                return None
+            group.allreduce(tensor)
+            while group.broken is None:
+                time.sleep(0.01)
+            found = []
+            for call in (lambda: group.allreduce(tensor), group.synchronize):
+                with pytest.raises(col.CollectiveError) as caught:
+                    call()
+                found.append(type(caught.value))
+            return found
+
+        assert ranks.values(2, run, timeout_s=1.0)[0] == [col.CollectiveTimeoutError, col.GroupError]
+
+    def test_a_transfer_between_devices_is_refused_by_name(self, ranks: World) -> None:
+        def run(group: Group) -> None:
+            there = DeviceArray(np.zeros(COUNT, np.float32), device=1)
+            peer = 1 - group.rank
+            with pytest.raises(col.DeviceError, match="sendrecv: recv_tensor"):
+                group.sendrecv(on_device(0), peer, there, peer)
+            with pytest.raises(col.DeviceError, match="sendrecv: recv_tensor"):
+                group.sendrecv(on_device(0), peer, np.zeros(COUNT, np.float32), peer)
+
+        ranks.values(2, run)
+
+    def test_what_this_rank_alone_refuses_is_refused_before_the_ranks_agree(self, ranks: World) -> None:
+        def run(group: Group) -> np.ndarray:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            if group.rank == 0:
+                ranks.machine.captured.add(device.current())
+                with pytest.raises(col.DeviceError, match="CUDA graph"):
+                    group.allreduce(tensor)
+                ranks.machine.captured.discard(device.current())
+                with pytest.raises(col.DeviceError, match="keeps its device"):
+                    group.allreduce(DeviceArray(values(0), device=1))
+            return group.allreduce(tensor).read()
+
+        for result in ranks.values(2, run, check=True, timeout_s=5.0):
+            np.testing.assert_array_equal(result, 2 * (values(0) + values(1)))
+
+    @pytest.mark.parametrize("async_op", [False, True])
+    def test_an_interrupt_reaches_the_caller(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch, async_op: bool
+    ) -> None:
+        def interrupted(*arguments: Any) -> None:
+            raise KeyboardInterrupt
+
+        def run(group: Group) -> Any:
+            tensor = on_device(group.rank)
+            group.allreduce([tensor, on_device(0)])
+            monkeypatch.setattr(ranks.spec.drivers[0].made[0], "allReduce", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                group.allreduce([tensor, on_device(0)], async_op=async_op)
+            assert group.broken is not None
+            return group._engine.device._left, group._engine.device._flights  # type: ignore[union-attr]
+
+        assert ranks.values(1, run) == [([], [])]
+
+    def test_a_forked_childs_destroy_leaves_the_communicators_alone(self, ranks: World) -> None:
+        def run(group: Group) -> np.ndarray:
+            tensor = on_device(group.rank)
+            group.allreduce(tensor)
+            group._devices.disown()  # as in the child
+            group.destroy()
+            assert not ranks.spec.drivers[group.rank].made[0].aborted
+            return tensor.read()
+
+        for result in ranks.values(2, run):
+            np.testing.assert_array_equal(result, values(0) + values(1))
+
 
 LEFT = """
 import sys, time
@@ -496,6 +591,7 @@ made.abort = lambda: print("ended", tensor.bumps, flush=True)
 machine.queue(stream, lambda: time.sleep(0.3)) if {how!r} == "ends" else machine.hold(stream)
 machine.queue(stream, lambda: print("done", flush=True))
 group.allreduce(tensor)
+made.error = device.NcclError("a peer is gone") if {how!r} == "fails" else None
 """
 
 
@@ -509,4 +605,3 @@ class TestExit:
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout.split() == (["done", "ended", "2"] if how == "ends" else ["ended", "2"])
-made.error = device.NcclError("a peer is gone") if {how!r} == "fails" else None
