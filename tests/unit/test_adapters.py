@@ -315,6 +315,14 @@ class TestCupy:
         del view
         assert sys.getrefcount(array) == before
 
+    def test_arrays_that_interleave_share_no_memory(self) -> None:
+        whole = self.array(np.zeros(24, np.float32), (4, 6))
+        left, right, middle = (target(part) for part in (whole[:, :3], whole[:, 3:], whole[:, 2:4]))
+        overlap = memory_of("cuda").overlap
+        assert not overlap(left, right)
+        assert overlap(left, middle)
+        assert overlap(right, middle)
+
 
 class Exporter:
     """An array of nobody's framework."""

@@ -220,3 +220,22 @@ class TestDriver:
         assert driver.error_of(Communicator(KeyError(7))) is None  # CuPy's way to say ncclInProgress
         for error in (KeyError(8), nccl.NcclError(6)):
             assert driver.error_of(Communicator(error)) is error
+
+    @pytest.mark.needs("cupy")
+    def test_a_group_of_calls_that_an_interrupt_left_open_is_closed(
+        self, driver: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        nccl = importlib.import_module("cupy.cuda.nccl")
+        said: list[str] = []
+        monkeypatch.setattr(nccl, "groupStart", lambda: said.append("start"))
+        monkeypatch.setattr(nccl, "groupEnd", lambda: said.append("end"))
+        with driver.together():
+            pass
+        driver.ungroup()
+        assert said == ["start", "end"]
+        with pytest.raises(KeyboardInterrupt), driver.together():
+            raise KeyboardInterrupt
+        assert said == ["start", "end", "start"]
+        driver.ungroup()
+        driver.ungroup()
+        assert said == ["start", "end", "start", "end"]
