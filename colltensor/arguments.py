@@ -133,9 +133,9 @@ class Arguments:
                 f"{operation}: {argument} (rank {self._rank}): expected {expected.count} elements of "
                 f"{expected.dtype}, as the other tensors of the call have, got {view.count} of {view.dtype}"
             )
-        self.beside(operation, argument, view, expected)
+        self.same_device(operation, argument, view, expected)
 
-    def beside(self, operation: str, argument: str, view: BufferView, expected: BufferView) -> None:
+    def same_device(self, operation: str, argument: str, view: BufferView, expected: BufferView) -> None:
         """Check that a tensor is on the device of another one of the call.
 
         Raises:

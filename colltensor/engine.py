@@ -5,6 +5,7 @@ Imports no framework and no backend: it is given one.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import struct
@@ -248,7 +249,7 @@ class Engine:
                 device.refuse(call.name, [view for buffers in call.buffers for view in buffers.views], peers)
                 self._agree_on_device(call, device, self._control, deadline)
             call.claim()
-            move = lambda: call.move(*call.arguments, deadline)  # noqa: E731
+            move = functools.partial(call.move, *call.arguments, deadline)
             return _queue(device, call, call.buffers, peers, apart, move, deadline)
         except (MismatchError, DeviceError):  # nothing was queued; a tensor's device concerns this rank alone
             raise
@@ -312,6 +313,7 @@ class Engine:
         )
         self._alone = False
         self.broken = self.broken or gone
+        self._unraised = None
         if self._control is not None:
             self._control.close()
         self.queue.close(gone, _CLOSE_TIMEOUT_S)
@@ -479,7 +481,8 @@ class Engine:
         buffers.claim()
         peers = [destination if source == self._rank else source]
         if device is not None:
-            _queue(device, call, (buffers,), peers, False, lambda: move(deadline), deadline).order(buffers.streams())
+            flight = _queue(device, call, (buffers,), peers, False, functools.partial(move, deadline), deadline)
+            flight.order(buffers.streams())
             return
         buffers.load()
         move(deadline)
@@ -567,6 +570,7 @@ def _disown() -> None:
     for engine in _engines:
         engine._alone = False
         engine.queue.disown()
+        engine._unraised = None
         engine.broken = GroupError("it belongs to the parent process; a forked child makes groups of its own")
 
 

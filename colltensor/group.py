@@ -494,7 +494,7 @@ class Group:
         self._arguments.separate("sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")])
         if to == self.rank:  # no peer to compare with
             self._arguments.alike("sendrecv", "recv_tensor", received, sent)
-        self._arguments.beside("sendrecv", "recv_tensor", received, sent)
+        self._arguments.same_device("sendrecv", "recv_tensor", received, sent)
         return self._engine.run(
             async_op, "sendrecv", source, None, -1, True, (source, target),
             lambda deadline: self._arguments.wire(source).sendrecv(

@@ -24,6 +24,15 @@ from colltensor.group import Group
 pytestmark = pytest.mark.slow
 
 
+def is_away(group: Group, tensor: DeviceArray, seconds: float) -> bool:
+    """Connect the ranks; return True on rank 1, after seconds in which it calls nothing, False at once elsewhere."""
+    group.allreduce(tensor)
+    group.barrier()
+    if group.rank == 1:
+        time.sleep(seconds)
+    return group.rank == 1
+
+
 class TestFailures:
     """Nothing hangs; what failed is named; nothing goes on as if nothing had happened."""
 
@@ -127,10 +136,7 @@ class TestFailures:
 
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
-            group.allreduce(tensor)
-            group.barrier()
-            if group.rank == 1:
-                time.sleep(2.5)
+            if is_away(group, tensor, 2.5):
                 return None
             communicator = ranks.spec.drivers[0].made[0]
 
@@ -475,10 +481,7 @@ class TestFailures:
     def test_a_timeout_that_was_set_holds_for_the_calls_that_follow(self, ranks: World) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
-            group.allreduce(tensor)
-            group.barrier()
-            if group.rank == 1:
-                time.sleep(4)
+            if is_away(group, tensor, 4):
                 return None
             group.set_timeout(0.5)
             began = time.monotonic()
@@ -493,10 +496,7 @@ class TestFailures:
     def test_the_first_call_after_a_failure_raises_what_happened(self, ranks: World) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
-            group.allreduce(tensor)
-            group.barrier()
-            if group.rank == 1:
-                time.sleep(3)
+            if is_away(group, tensor, 3):
                 return None
             group.allreduce(tensor)
             while group.broken is None:
@@ -551,7 +551,8 @@ class TestFailures:
             with pytest.raises(KeyboardInterrupt):
                 group.allreduce([tensor, on_device(0)], async_op=async_op)
             assert group.broken is not None
-            return group._engine.device._left, group._engine.device._flights  # type: ignore[union-attr]
+            backend: Any = group._engine.device
+            return backend._left, backend._flights
 
         assert ranks.values(1, run) == [([], [])]
 
