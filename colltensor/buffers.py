@@ -329,16 +329,11 @@ class Blocks(_Alike):
         return any(buffers.claims for buffers in self._members)
 
     def claim(self) -> None:
-        whole = self._members[0].views[0] if self.whole else None
-        before = 0 if whole is None else whole.pointer
         for buffers in self._members:
             buffers.claim()
-        if whole is not None:
-            for view in self.views:
-                if view is whole:  # of one rank
-                    continue
-                view.pointer += whole.pointer - before
-                view.readonly, view.device, view.stream = whole.readonly, whole.device, whole.stream
+        if self.whole and self.claims:
+            for view, block in zip(self.views, self._members[0].views[0].blocks(len(self.views)), strict=True):
+                view.become(block)
 
     def check(self) -> None:
         for buffers in self._members:

@@ -169,7 +169,7 @@ class Group:
         if (
             calls is not None and copy is None and not async_op and self._queue.idle
             and buffers.__class__ is TensorBuffers and buffers.claims and buffers.views[0].device is CPU
-            and calls[op].claim(tensor, buffers.views[0], buffers.claim)
+            and buffers.views[0].strides is None and calls[op].claim(tensor, buffers.views[0], buffers.claim)
         ):
             buffers.store()
             return buffers.result()

@@ -124,8 +124,8 @@ class BufferView:
         return memoryview(raw).cast("B")
 
     def become(self, other: BufferView) -> None:
-        """View the memory of ``other`` instead, which has the same elements in the same layout."""
-        self.pointer, self.handle, self.owner = other.pointer, other.handle, other.owner
+        """View the memory of ``other`` instead, which has the same shape and elements."""
+        self.pointer, self.handle, self.owner, self.strides = other.pointer, other.handle, other.owner, other.strides
         self.readonly, self.device, self.stream = other.readonly, other.device, other.stream
 
     def slice(self, start: int, stop: int) -> BufferView:
@@ -158,7 +158,7 @@ class BufferView:
             )
         step = extent * self.strides[0] * self.dtype.itemsize
         shape = (extent, *self.shape[1:])
-        steps = None if _are_row_major(shape, self.strides) else self.strides
+        steps = None if are_row_major(shape, self.strides) else self.strides
         return [
             BufferView.from_address(
                 self.pointer + block * step, shape, self.dtype, device=self.device, strides=steps,
@@ -212,7 +212,15 @@ def in_a_row(views: Sequence[BufferView]) -> bool:
     return all(view.pointer == first + index * nbytes for index, view in enumerate(views))
 
 
-def _are_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def row_major(shape: Sequence[int]) -> list[int]:
+    """Return the strides, in elements, of a row-major layout without gaps."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * shape[axis]
+    return strides
+
+
+def are_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Return True where elements of this layout lie one after another in row-major order."""
     expected = 1
     for extent, stride in zip(reversed(shape), reversed(strides), strict=True):

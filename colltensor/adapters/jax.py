@@ -14,12 +14,13 @@ from colltensor.adapters import LEGACY_STREAM
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.errors import DeviceError, UnsupportedTensorError
 from colltensor.types import CPU, Device
-from colltensor.view import BufferView
+from colltensor.view import BufferView, are_row_major
 
 _ARRAY: Final = type(jax.device_put(0))
 _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
+_ROW_MAJOR: Final = tuple(range(64))
 _devices: Final[dict[Any, Device]] = {}
 """By JAX's devices, as far as arrays on them were seen."""
 
@@ -76,9 +77,43 @@ def _view(tensor: Any, *, readonly: bool) -> BufferView:
     else:
         stream = LEGACY_STREAM
         tensor.__dlpack__(stream=stream)  # makes that stream wait for the array, and not the host
+    strides = None if tensor.ndim < 2 else _strides(tensor)
     return BufferView(
-        tensor.unsafe_buffer_pointer(), tensor.size, dtype, device, None, None, readonly, None, tensor, stream
+        tensor.unsafe_buffer_pointer(), tensor.size, dtype, device, None, strides, readonly, None, tensor, stream
     )
+
+
+def _strides(tensor: Any) -> tuple[int, ...] | None:
+    """Return the steps in elements per axis, None for a row-major array: XLA may lay the axes out in any order.
+
+    What comes through DLPack keeps its layout (a transposed torch tensor, an array in Fortran's order), and so does
+    what is given one (``jax.experimental.layout``).
+
+    Raises:
+        UnsupportedTensorError: The elements are not laid out by strides: in tiles, or packed into bytes.
+    """
+    layout = tensor.format
+    layout = layout.layout if hasattr(layout, "layout") else layout.device_local_layout  # before JAX 0.7
+    order = layout.major_to_minor
+    if tuple(order) == _ROW_MAJOR[: len(order)] and not _tiling(layout):
+        return None
+    if _tiling(layout):
+        raise UnsupportedTensorError(
+            f"the JAX array's memory is not laid out by strides ({layout}); pass jax.jit(jax.numpy.copy)(x), which has "
+            "the default layout"
+        )
+    strides = [0] * len(order)
+    step = 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= tensor.shape[axis]
+    return None if are_row_major(tensor.shape, tuple(strides)) else tuple(strides)
+
+
+def _tiling(layout: Any) -> Any:
+    """Return what a layout has beside the order of the axes: tiles, or elements smaller than a byte."""
+    tiling = getattr(layout, "tiling", None) or getattr(layout, "_tiling", None)
+    return tiling or getattr(layout, "sub_byte_element_size_in_bits", 0)
 
 
 def _device_of(where: Any, tensor: Any) -> Device:

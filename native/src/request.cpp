@@ -11,11 +11,8 @@ class Views {
   Views(std::int64_t* next, int count, const std::size_t* items) : views_(count), places_(count) {
     for (int i = 0; i < count; ++i) {
       places_[i] = next;
-      const int axes = static_cast<int>(next[1]);
-      const std::int64_t* shape = next + 2;
-      void* data = address(i);
-      views_[i] = axes == 0 ? View(data, items[i]) : View(data, items[i], axes, shape, shape + axes);
-      next += 2 + 2 * axes;
+      views_[i] = read(i, items[i]);
+      next += 2 + 2 * next[1];
     }
   }
 
@@ -23,11 +20,17 @@ class Views {
   const View* from(int i) const { return views_.data() + i; }
 
   void rebase() {
-    for (std::size_t i = 0; i < views_.size(); ++i) views_[i].rebase(address(i));
+    for (std::size_t i = 0; i < views_.size(); ++i) views_[i] = read(i, views_[i].item_nbytes());
   }
 
  private:
-  void* address(std::size_t i) const { return reinterpret_cast<void*>(*places_[i]); }
+  View read(std::size_t i, std::size_t item) const {
+    const std::int64_t* place = places_[i];
+    void* data = reinterpret_cast<void*>(place[0]);
+    const int axes = static_cast<int>(place[1]);
+    const std::int64_t* shape = place + 2;
+    return axes == 0 ? View(data, item) : View(data, item, axes, shape, shape + axes);
+  }
 
   std::vector<View> views_;
   std::vector<const std::int64_t*> places_;

@@ -49,7 +49,7 @@ Outcome run_collective(Group& group, const Collective& call, const View* views, 
 
 // Runs the call. A view is its address, its number of axes (0 for row-major without gaps), shape and strides.
 // `agreed`, if it is not empty, is called once the ranks agree and before this rank's memory is written; it may put
-// other addresses of the same layout and contents into the request.
+// other addresses and strides of the same shape and contents into the request.
 Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns,
                     const std::function<void()>& agreed = {});
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from colltensor.types import DType, ReduceOp
-from colltensor.view import BufferView
+from colltensor.view import BufferView, row_major
 
 BARRIER, ALLREDUCE, REDUCE, BROADCAST, ALLGATHER, GATHER, REDUCESCATTER, SCATTER, ALLTOALL, TRANSFER = range(10)
 
@@ -86,11 +86,14 @@ def transfer(
 
 
 def rebase(request: array.array[int], views: Iterable[BufferView]) -> None:
-    """Put the addresses that the views have now into a request that was packed with them."""
+    """Put where the views lie now into a request that was packed with them; what was strided may be row-major now."""
     place = _VIEWS
     for view in views:
         request[place] = view.pointer
-        place += 2 + 2 * request[place + 1]
+        axes = request[place + 1]
+        place += 2 + 2 * axes
+        if axes and view.strides is None:
+            request[place - axes : place] = array.array("q", row_major(view.shape))
 
 
 def differing(request: array.array[int]) -> tuple[bool, bool]:

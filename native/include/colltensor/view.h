@@ -23,6 +23,7 @@ class View {
 
   bool contiguous() const { return shape_.empty(); }
   char* data() const { return data_; }
+  std::size_t item_nbytes() const { return item_; }
 
   // The address of an element of a contiguous view.
   char* at(std::size_t element) const { return data_ + element * item_; }
