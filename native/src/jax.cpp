@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "colltensor/float_state.h"
 #include "colltensor/kernels.h"
 #include "direct.h"
 #include "exports.h"
@@ -247,9 +248,10 @@ class PlainBuffers {
 };
 
 // jax-tvm-ffi's handler refuses a call with a token among its operands. The token has no bytes: XLA alone needs it, to
-// order the calls.
+// order the calls. XLA's threads flush subnormals; what is computed here, in Python too, is computed as everywhere else.
 template <Place place>
 void* without_token(XlaCallFrame* frame) {
+  const FloatState state;
   const PlainBuffers operands(frame->operands), results(frame->results);
   const XlaAttributes* outer = std::exchange(attributes_here, &frame->attributes);
   void* error = inner<place>.load(std::memory_order_acquire)(frame);

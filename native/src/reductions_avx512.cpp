@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "colltensor/float_state.h"
 #include "colltensor/kernels.h"
 
 #define COLLTENSOR_F16C 1

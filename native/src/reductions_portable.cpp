@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "colltensor/float_state.h"
 #include "colltensor/kernels.h"
 
 namespace colltensor {

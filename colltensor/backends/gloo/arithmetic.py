@@ -7,7 +7,10 @@ handled as bits, so that ml_dtypes is not needed).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -34,6 +37,22 @@ _STORED_AS: Final = {
     dtype: np.dtype({"bfloat16": "uint16", "bool": "uint8"}.get(name, name))
     for name, dtype in DTYPES.items() if not dtype.moves_only
 }
+_FENV_NBYTES: Final = 64
+"""More than any C library's ``fenv_t`` has (glibc: 32 on x86-64, 8 on arm64)."""
+_FE_DFL_ENV: Final = ctypes.c_void_p(-1)
+"""A program's state at its start, as the C libraries of Linux name it."""
+
+
+def _math_library() -> ctypes.PyDLL | None:
+    for name in (None, "libm.so.6"):
+        with contextlib.suppress(OSError):
+            library = ctypes.PyDLL(name)
+            if hasattr(library, "fesetenv"):
+                return library
+    return None
+
+
+_libm: Final = _math_library() if sys.platform == "linux" else None
 _FLOAT16: Final = DTYPES["float16"]
 _BFLOAT16: Final = DTYPES["bfloat16"]
 _BOOL: Final = DTYPES["bool"]
@@ -51,7 +70,7 @@ def combine(target: int, inputs: Sequence[int], count: int, dtype: DType, op: Re
     """
     out = _array(target, count, dtype)
     arrays = [_array(pointer, count, dtype) for pointer in inputs]
-    with np.errstate(all="ignore"):
+    with _float_state():
         if dtype is _FLOAT16 or dtype is _BFLOAT16:
             _combine_halves(out, arrays, dtype, op)
             return
@@ -60,31 +79,55 @@ def combine(target: int, inputs: Sequence[int], count: int, dtype: DType, op: Re
             out = out.view(np.bool_)
         _combine_chunks(out, arrays, function)
         if op is ReduceOp.AVERAGE:
-            np.true_divide(out, len(arrays), out=out)
+            np.true_divide(_reals(out), len(arrays), out=_reals(out))
 
 
 def divide(pointer: int, count: int, dtype: DType, divisor: int) -> None:
     """Divide floating-point or complex elements in place."""
-    elements = _array(pointer, count, dtype)
-    with np.errstate(all="ignore"):
+    elements = _reals(_array(pointer, count, dtype))
+    with _float_state():
         np.true_divide(elements, divisor, out=elements)
 
 
 def widen(target: int, source: int, count: int, dtype: DType) -> None:
     """Write 16-bit floats as float32."""
     wide, halves = np.frombuffer(_memory(target), np.float32, count), _array(source, count, dtype)
-    (_widen_float16 if dtype is _FLOAT16 else _widen_bfloat16)(halves, wide)
+    with _float_state():
+        (_widen_float16 if dtype is _FLOAT16 else _widen_bfloat16)(halves, wide)
 
 
 def narrow(target: int, source: int, count: int, dtype: DType) -> None:
     """Round float32 to 16-bit floats, to nearest even."""
     wide, halves = np.frombuffer(_memory(source), np.float32, count), _array(target, count, dtype)
     scratch = np.empty(min(CHUNK, count), np.float32)
-    with np.errstate(all="ignore"):
+    with _float_state():
         for start in range(0, count, CHUNK):
             part = wide[start : start + CHUNK]
             own = scratch[: len(part)]
             (_narrow_float16 if dtype is _FLOAT16 else _narrow_bfloat16)(part, own, halves[start : start + CHUNK])
+
+
+@contextlib.contextmanager
+def _float_state() -> Iterator[None]:
+    """Compute as in native code, whatever state the thread is in: subnormals are numbers, and nothing is reported.
+
+    XLA's threads flush subnormals to zero, and so do those in which ``torch.set_flush_denormal(True)`` was called.
+    """
+    outer = ctypes.create_string_buffer(_FENV_NBYTES)
+    if _libm is not None:
+        _libm.fegetenv(outer)
+        _libm.fesetenv(_FE_DFL_ENV)
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    finally:
+        if _libm is not None:
+            _libm.fesetenv(outer)
+
+
+def _reals(elements: Array) -> Array:
+    """Return complex elements as pairs of reals: numpy's division of a complex infinity by a number gives NaN."""
+    return elements.view(elements.real.dtype) if elements.dtype.kind == "c" else elements
 
 
 def _array(pointer: int, count: int, dtype: DType) -> Array:

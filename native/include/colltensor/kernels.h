@@ -9,7 +9,8 @@ namespace colltensor {
 
 // Writes sources[0][i] op sources[1][i] op ... to out[i], from left to right, so that every rank that computes an
 // element gets the same bits. `out` may be one of the sources; nothing else may overlap. 16-bit floats are combined
-// in float32 and rounded once. `count` counts elements; at least two sources.
+// in float32 and rounded once. `count` counts elements; at least two sources. The state of the thread's floating-point
+// unit (rounding, flushing of subnormals) has no influence.
 using Reduction = void (*)(void* out, const void* const* sources, int source_count, std::size_t count);
 
 // The reduction, or null where it is not defined.
