@@ -37,7 +37,7 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
     primitive = Primitive(f"colltensor_{name or operation}")
 
     def abstract(x: Any, *, size: int, **parameters: int) -> Any:
-        return jax.core.ShapedArray(shape(x.shape, size), x.dtype), {_order.ORDERED}
+        return jax.core.ShapedArray(shape(x.shape, size), x.dtype, weak_type=x.weak_type), {_order.ORDERED}
 
     def lower(context: Any, x: Any, *, number: int, op: int, root: int, source: int, **parameters: int) -> Any:
         group, dtype = _groups.group_of(number), DTYPE_OF[context.avals_in[0].dtype]
@@ -184,3 +184,12 @@ for _primitive in (allreduce_p, reduce_p, broadcast_p, send_p, recv_p, sendrecv_
     _vectorise(_primitive)
 _vectorise(allgather_p, 0, 1)
 _vectorise(reducescatter_p, 1, 0)
+
+
+weak_p: Final = Primitive("colltensor_weak_type")
+"""The operand with JAX's weak type, which an array loses that travels together with others."""
+weak_p.def_impl(jax.jit(weak_p.bind))
+weak_p.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype, weak_type=True))
+mlir.register_lowering(weak_p, lambda context, x: [x])
+ad.deflinear(weak_p, lambda cotangent: [cotangent])
+batching.defvectorized(weak_p)

@@ -3,18 +3,24 @@
 The results are new arrays. Derivatives are those of the sum of all ranks' losses, by each rank's own operand: every
 rank differentiates its own loss, in step with the others, and gets its part of that sum's gradient. Below, x_r is the
 operand of rank r, y_r its result, v_r the cotangent that rank r has of y_r, and L the sum of the losses.
+
+Every operand may be a pytree of arrays (a dict, a list ...), with the same leaves, in ``jax.tree``'s order, on every
+rank; the result is one of the same structure. Leaves of one dtype travel together. Ranks that call eagerly must bring
+what travels, one flat array a dtype, and not the tree.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.backends.base import require
-from colltensor.errors import GroupError, RankError, ShapeError
+from colltensor.errors import GroupError, RankError, ShapeError, UnsupportedDTypeError
 from colltensor.group import Group
 from colltensor.jax import _groups, _primitives, _targets
 from colltensor.jax._primitives import NO_OP, NO_RANK
@@ -30,18 +36,18 @@ def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SU
     extreme element, in equal parts; the other ops have none.
 
     Args:
-        x: An array of any shape; all ranks' have one dtype and count.
+        x: An array of any shape, or a pytree of arrays; all ranks' have one dtype and count.
         group: The group or its name.
         op: How elements are combined.
 
     Raises:
-        UnsupportedDTypeError: ``op`` is not defined for this dtype.
+        UnsupportedDTypeError: ``op`` is not defined for this dtype, or JAX would cut 64-bit numbers to 32 bits.
         BackendUnavailableError: jax-tvm-ffi is missing.
         GroupError: There is no such group.
         jax.errors.JaxRuntimeError: Where the result is ready or read, for what went wrong between the ranks, with the
             words of the error that an eager call would have raised.
     """
-    return _bind(_primitives.allreduce_p, "allreduce", x, group, op=op)
+    return _call(_primitives.allreduce_p, "allreduce", x, group, op=op)
 
 
 def reduce(x: Any, dst_rank: int = 0, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
@@ -56,7 +62,7 @@ def reduce(x: Any, dst_rank: int = 0, group: Group | str = "default", op: Reduce
         group: The group or its name.
         op: How elements are combined.
     """
-    return _bind(_primitives.reduce_p, "reduce", x, group, op=op, root=dst_rank)
+    return _call(_primitives.reduce_p, "reduce", x, group, op=op, root=dst_rank)
 
 
 def broadcast(x: Any, src_rank: int = 0, group: Group | str = "default") -> Any:
@@ -69,7 +75,7 @@ def broadcast(x: Any, src_rank: int = 0, group: Group | str = "default") -> Any:
         src_rank: The rank that has the data.
         group: The group or its name.
     """
-    return _bind(_primitives.broadcast_p, "broadcast", x, group, root=src_rank)
+    return _call(_primitives.broadcast_p, "broadcast", x, group, root=src_rank)
 
 
 def allgather(x: Any, group: Group | str = "default") -> Any:
@@ -81,7 +87,7 @@ def allgather(x: Any, group: Group | str = "default") -> Any:
         x: An array of any dtype; all ranks' have one dtype and count.
         group: The group or its name.
     """
-    return _bind(_primitives.allgather_p, "allgather", x, group)
+    return _call(_primitives.allgather_p, "allgather", x, group)
 
 
 def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
@@ -95,7 +101,7 @@ def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceO
         group: The group or its name.
         op: How elements are combined.
     """
-    return _bind(_primitives.reducescatter_p, "reducescatter", x, group, op=op)
+    return _call(_primitives.reducescatter_p, "reducescatter", x, group, op=op)
 
 
 def send(x: Any, dst_rank: int, group: Group | str = "default") -> Any:
@@ -109,7 +115,7 @@ def send(x: Any, dst_rank: int, group: Group | str = "default") -> Any:
         dst_rank: The rank to send to.
         group: The group or its name.
     """
-    return _bind(_primitives.send_p, "send", x, group, root=dst_rank)
+    return _call(_primitives.send_p, "send", x, group, root=dst_rank)
 
 
 def recv(like: Any, src_rank: int, group: Group | str = "default") -> Any:
@@ -123,7 +129,7 @@ def recv(like: Any, src_rank: int, group: Group | str = "default") -> Any:
         src_rank: The rank to receive from.
         group: The group or its name.
     """
-    return _bind(_primitives.recv_p, "recv", like, group, source=src_rank)
+    return _call(_primitives.recv_p, "recv", like, group, source=src_rank)
 
 
 def sendrecv(x: Any, dst_rank: int, src_rank: int, group: Group | str = "default") -> Any:
@@ -137,24 +143,56 @@ def sendrecv(x: Any, dst_rank: int, src_rank: int, group: Group | str = "default
         src_rank: The rank to receive from.
         group: The group or its name.
     """
-    return _bind(_primitives.sendrecv_p, "sendrecv", x, group, root=dst_rank, source=src_rank)
+    return _call(_primitives.sendrecv_p, "sendrecv", x, group, root=dst_rank, source=src_rank)
 
 
-def _bind(
+def _call(
     primitive: Any, name: str, x: Any, group: Group | str, *, op: ReduceOp | None = None, root: int | None = None,
     source: int | None = None,
 ) -> Any:
-    """Check a call as far as it can be before it runs, and make it."""
+    """Check a call of one array or a pytree as far as it can be before it runs, and make it.
+
+    Leaves of one dtype travel together, in one transfer: their number on each rank depends on dtypes alone.
+    """
     _targets.register()
     found = find_group(group) if isinstance(group, str) else group
     if not isinstance(found, Group):
         raise GroupError(f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}")
-    size, rank = found.world_size, found.rank
-    x = jnp.asarray(x)
+    leaves, structure = jax.tree_util.tree_flatten(x)
+    leaves = [leaf if _is_float0(leaf) else _array(name, leaf) for leaf in leaves]
+    by_dtype: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        if not _is_float0(leaf):
+            by_dtype.setdefault(leaf.dtype, []).append(index)
+    per_rank = name == "reducescatter"
+    if per_rank:
+        for leaf in leaves:
+            _check_blocks(leaf, found)
+    op = None if op is None else ReduceOp.of(op)
+    for members in by_dtype.values():
+        if len(members) == 1:
+            leaves[members[0]] = _bind(primitive, name, leaves[members[0]], found, op, root, source)
+            continue
+        shapes = [leaves[index].shape[1:] if per_rank else leaves[index].shape for index in members]
+        parts = [leaves[index].reshape((found.world_size, -1) if per_rank else -1) for index in members]
+        result = _bind(primitive, name, jnp.concatenate(parts, axis=-1), found, op, root, source)
+        start = 0
+        for index, shape in zip(members, shapes, strict=True):
+            count = math.prod(shape)
+            part = result[..., start : start + count].reshape((*result.shape[:-1], *shape))
+            leaves[index] = _primitives.weak_p.bind(part) if leaves[index].weak_type else part
+            start += count
+    return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def _bind(
+    primitive: Any, name: str, x: Any, group: Group, op: ReduceOp | None, root: int | None, source: int | None
+) -> Any:
+    """Check and make a call of one array."""
+    size, rank = group.world_size, group.rank
     dtype = DTYPE_OF.get(x.dtype)
     if dtype is None:
         raise unsupported_dtype(x.dtype)
-    op = None if op is None else ReduceOp.of(op)
     require(name, dtype, op)
     for argument, peer in (("dst_rank", root), ("src_rank", source)):
         if isinstance(peer, jax.core.Tracer):
@@ -166,37 +204,49 @@ def _bind(
             raise RankError(f"{name}: {argument} (rank {rank}): expected 0 to {size - 1}, got {peer!r}")
     if name in ("send", "recv") and rank in (root, source):
         raise RankError(f"{name}: rank {rank} is this rank itself; use sendrecv to copy to oneself")
-    if name == "reducescatter" and (x.ndim == 0 or x.shape[0] != size):
-        raise ShapeError(
-            f"reducescatter: x (rank {rank}): expected a first axis of {size} entries, one a rank, got shape {x.shape}"
-        )
     return primitive.bind(
-        x, number=_groups.number_of(found), size=size, rank=rank, op=NO_OP if op is None else int(op),
+        x, number=_groups.number_of(group), size=size, rank=rank, op=NO_OP if op is None else int(op),
         root=NO_RANK if root is None else int(root), source=NO_RANK if source is None else int(source),
     )
 
 
-def tree_allreduce(tree: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
-    """Return a pytree with every leaf combined over the ranks; leaves of one dtype travel together, in one transfer.
+def _is_float0(leaf: Any) -> bool:
+    """Return True for the gradient of an integer, which holds nothing and does not travel."""
+    return bool(getattr(leaf, "dtype", None) == jax.dtypes.float0)
 
-    Args:
-        tree: A pytree of arrays with the same leaves, in ``jax.tree``'s order, on every rank.
-        group: The group or its name.
-        op: How elements are combined.
+
+def _array(name: str, leaf: Any) -> Any:
+    """Return a leaf as a JAX array.
+
+    Raises:
+        UnsupportedDTypeError: JAX would change its numbers: it makes 32 bits of 64 while ``jax_enable_x64`` is off.
     """
-    leaves, structure = jax.tree_util.tree_flatten(tree)
-    leaves = [leaf if getattr(leaf, "dtype", None) == jax.dtypes.float0 else jnp.asarray(leaf) for leaf in leaves]
-    by_dtype: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        if leaf.dtype == jax.dtypes.float0:  # the gradient of an integer, which holds nothing
-            continue
-        by_dtype.setdefault(leaf.dtype, []).append(index)
-    for members in by_dtype.values():
-        flat = jnp.concatenate([leaves[index].ravel() for index in members])
-        combined = allreduce(flat, group, op)
-        start = 0
-        for index in members:
-            leaf = leaves[index]
-            leaves[index] = combined[start : start + leaf.size].reshape(leaf.shape)
-            start += leaf.size
-    return jax.tree_util.tree_unflatten(structure, leaves)
+    if isinstance(leaf, (jax.Array, float, complex, bool)):
+        return jnp.asarray(leaf)
+    given = np.asarray(leaf)
+    if given.dtype not in DTYPE_OF:
+        raise unsupported_dtype(given.dtype)
+    array = jnp.asarray(leaf)
+    if given.dtype.kind in "iufc" and given.dtype != array.dtype:
+        with np.errstate(all="ignore"):
+            kept = given.astype(array.dtype)
+            changed = (kept != given) if given.dtype.kind in "iu" else np.isinf(kept) & ~np.isinf(given)
+        if changed.any():
+            raise UnsupportedDTypeError(
+                f"{name}: {given.dtype} numbers of this array do not fit {array.dtype}, which JAX makes of them; switch"
+                " jax_enable_x64 on, on every rank, or pass an array of a smaller dtype"
+            )
+    return array
+
+
+def _check_blocks(x: Any, group: Group) -> None:
+    if x.ndim == 0 or x.shape[0] != group.world_size:
+        raise ShapeError(
+            f"reducescatter: x (rank {group.rank}): expected a first axis of {group.world_size} entries, one a rank, "
+            f"got shape {x.shape}"
+        )
+
+
+def tree_allreduce(tree: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+    """Do as ``allreduce``, which takes trees itself."""
+    return allreduce(tree, group, op)

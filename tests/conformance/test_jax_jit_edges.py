@@ -110,6 +110,80 @@ def test_gradients_of_integers(pool: RankPool) -> None:
     pool.run(2, nothing_to_move, SHARED)
 
 
+def trees(rank: int, size: int, world: World) -> None:
+    """A list is a list of leaves, as in ``jax.tree``, in every collective; leaves of several shapes and dtypes."""
+    group = world.group()
+    jax, jnp, cj = _jax()
+
+    def tree(of: int) -> Any:
+        return [jnp.full((2, 3), of + 1.0), {"b": jnp.arange(4.0) + of, "c": jnp.full((), of + 3)}, (jnp.int32(of),)]
+
+    def lists(of: int) -> Any:
+        return [jnp.arange(2.0 * size).reshape(size, 2) + of, jnp.arange(6.0 * size).reshape(size, 3, 2) * (of + 1)]
+
+    to, source = (rank + 1) % size, (rank - 1) % size
+    everyone = [tree(of) for of in range(size)]
+    total = jax.tree.map(lambda *leaves: sum(leaves), *everyone)
+    part = jax.tree.map(lambda *leaves: sum(leaves)[rank], *(lists(of) for of in range(size)))
+    calls = {
+        "allreduce": (lambda x: cj.allreduce(x, group), total),
+        "reduce": (lambda x: cj.reduce(x, 0, group), everyone[rank] if rank else total),
+        "broadcast": (lambda x: cj.broadcast(x, 1, group), everyone[1]),
+        "allgather": (lambda x: cj.allgather(x, group), jax.tree.map(lambda *leaves: jnp.stack(leaves), *everyone)),
+        "sendrecv": (lambda x: cj.sendrecv(x, to, source, group), everyone[source]),
+        "send and recv": (
+            (lambda x: cj.send(x, 1, group)) if rank == 0 else (lambda x: cj.recv(x, 0, group)), everyone[0]
+        ),
+    }
+    for wrap in (lambda f: f, jax.jit):
+        for name, (call, expected) in calls.items():
+            found = wrap(call)(everyone[rank])
+            assert jax.tree.structure(found) == jax.tree.structure(expected), name
+            for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                assert got.dtype == wanted.dtype, name
+                np.testing.assert_array_equal(got, wanted, name)
+        found = wrap(lambda x: cj.reducescatter(x, group))(lists(rank))
+        for got, wanted in zip(found, part, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    gradient = jax.grad(lambda x: sum(leaf.sum() for leaf in cj.allreduce(x, group)))([jnp.ones(2), jnp.ones((2, 2))])
+    assert [leaf.shape for leaf in gradient] == [(2,), (2, 2)]
+    assert all((np.asarray(leaf) == size).all() for leaf in gradient)
+
+
+def test_every_collective_takes_a_tree(pool: RankPool) -> None:
+    pool.run(2, trees, SHARED)
+
+
+def numbers_of_jax(rank: int, size: int, world: World) -> None:
+    """Weak types stay weak, and 64-bit integers are not cut to 32 bits without a word."""
+    group = world.group()
+    jax, jnp, cj = _jax()
+    one = jnp.bfloat16(1)
+    for wrap in (lambda f: f, jax.jit):
+        found = wrap(lambda x: cj.allreduce(x, group))(2.0)
+        assert found.weak_type
+        assert (found * one).dtype == one.dtype
+        found = wrap(lambda x: cj.allreduce(x, group))({"a": 2.0, "b": jnp.ones(3, "float64")})
+        assert [found["a"].weak_type, found["b"].weak_type] == [True, False]
+        assert (found["a"] * one).dtype == one.dtype
+        assert not wrap(lambda x: cj.allreduce(x, group))(jnp.float32(2)).weak_type
+    large, wide = np.array([2**40 + 5, 7]), np.array([1e300])
+    assert cj.allreduce(large, group).tolist() == [size * (2**40 + 5), 7 * size]
+    jax.config.update("jax_enable_x64", False)
+    try:
+        for given in (large, {"a": large}, [wide], np.array([2**40], "uint64")):
+            for wrap in (lambda f: f, jax.jit):
+                with pytest.raises(col.UnsupportedDTypeError, match="jax_enable_x64"):
+                    wrap(lambda given=given: cj.allreduce(given, group))()
+        assert cj.allreduce(np.array([5, 7]), group).tolist() == [5 * size, 7 * size]
+    finally:
+        jax.config.update("jax_enable_x64", True)
+
+
+def test_jax_keeps_weak_types_and_large_integers(pool: RankPool) -> None:
+    pool.run(2, numbers_of_jax, SHARED)
+
+
 def _alone(script: str) -> str:
     """Run a script in a process of its own, with two devices of JAX's; return what it prints."""
     options = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
