@@ -13,7 +13,7 @@ from colltensor import tree
 from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, stream_of
 from colltensor.errors import AliasError, OptionError, TensorError
 from colltensor.types import UINT8, DType
-from colltensor.view import BufferView
+from colltensor.view import BufferView, JoinedView
 
 FUSE_BELOW_NBYTES: Final = 1 << 20
 """Leaves smaller than this are fused. Measured on 2 ranks: a transfer costs Gloo about 400 us
@@ -208,6 +208,9 @@ class TreeBuffers:
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         views = self.views
+        if strided and fuse and copy is None:
+            self.transfers = joined(views)
+            return
         alone = copy is False or not fuse
         chosen = [[index] for index in range(len(views))] if alone else plan(views, bytewise)
         self.transfers = []
@@ -404,6 +407,14 @@ def _share(first: BufferView, second: BufferView) -> bool:
     if first.device != second.device or not first.count or not second.count:
         return False
     return memory_of(first.device.type).overlap(first, second)
+
+
+def joined(views: Sequence[BufferView]) -> list[BufferView]:
+    """Return views of one dtype as one transfer, in the order in which the dtypes first come."""
+    by_dtype: dict[DType, list[BufferView]] = {}
+    for view in views:
+        by_dtype.setdefault(view.dtype, []).append(view)
+    return [parts[0] if len(parts) == 1 else JoinedView(parts) for parts in by_dtype.values()]
 
 
 def plan(

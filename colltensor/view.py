@@ -206,6 +206,24 @@ class BufferView:
         return f"BufferView({self.dtype}{list(self.shape)} on {self.device}, {layout}{flag})"
 
 
+class JoinedView(BufferView):
+    """Several views of one dtype as one buffer of their elements, one after the other, wherever they lie.
+
+    Backends with ``takes_strided`` take it in a view's place; nothing is copied to make it.
+
+    Attributes:
+        views: The views; where they lie may change (``become``).
+    """
+
+    __slots__ = ("views",)
+
+    def __init__(self, views: Sequence[BufferView]) -> None:
+        self.views = views
+        first, count = views[0], sum([view.count for view in views])
+        # With strides, so that nobody takes it for contiguous.
+        super().__init__(0, count, first.dtype, first.device, (count,), (1,), first.readonly, None, views)
+
+
 def in_a_row(views: Sequence[BufferView]) -> bool:
     """Return True where contiguous views of one size lie one after another."""
     first, nbytes = views[0].pointer, views[0].nbytes

@@ -63,8 +63,7 @@ class Blocks {
       for (int rank = 0; rank < world_size_; ++rank) sources[rank] = where(rank) + start * item_;
       char* staged = where(rank_) + start * item_;
       const std::size_t element = block * block_ + start;
-      if (data_.contiguous()) {
-        char* own = data_.at(element);
+      if (char* own = data_.straight(element, n)) {
         sources[rank_] = own;
         reduction(own, sources, world_size_, n);
         std::memcpy(staged, own, n * item_);

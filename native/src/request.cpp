@@ -1,5 +1,6 @@
 #include "request.h"
 
+#include <utility>
 #include <vector>
 
 namespace colltensor {
@@ -8,11 +9,10 @@ namespace {
 // The views of a request, in the order in which they were packed.
 class Views {
  public:
-  Views(std::int64_t* next, int count, const std::size_t* items) : views_(count), places_(count) {
+  Views(const std::int64_t* next, int count, const std::size_t* items) : views_(count), places_(count) {
     for (int i = 0; i < count; ++i) {
       places_[i] = next;
-      views_[i] = read(i, items[i]);
-      next += 2 + 2 * next[1];
+      views_[i] = read(next, items[i]);
     }
   }
 
@@ -20,16 +20,29 @@ class Views {
   const View* from(int i) const { return views_.data() + i; }
 
   void rebase() {
-    for (std::size_t i = 0; i < views_.size(); ++i) views_[i] = read(i, views_[i].item_nbytes());
+    for (std::size_t i = 0; i < views_.size(); ++i) {
+      const std::int64_t* place = places_[i];
+      views_[i] = read(place, views_[i].item_nbytes());
+    }
   }
 
  private:
-  View read(std::size_t i, std::size_t item) const {
-    const std::int64_t* place = places_[i];
-    void* data = reinterpret_cast<void*>(place[0]);
-    const int axes = static_cast<int>(place[1]);
-    const std::int64_t* shape = place + 2;
-    return axes == 0 ? View(data, item) : View(data, item, axes, shape, shape + axes);
+  // Reads a view and goes on behind it.
+  static View read(const std::int64_t*& next, std::size_t item) {
+    const std::int64_t first = *next++, axes = *next++;
+    if (axes >= 0) {
+      const std::int64_t* shape = next;
+      next += 2 * axes;
+      void* data = reinterpret_cast<void*>(first);
+      return axes == 0 ? View(data, item) : View(data, item, static_cast<int>(axes), shape, shape + axes);
+    }
+    std::vector<View> parts;
+    std::vector<std::size_t> counts;
+    for (std::int64_t i = 0; i < first; ++i) {
+      counts.push_back(static_cast<std::size_t>(*next++));
+      parts.push_back(read(next, item));
+    }
+    return View(std::move(parts), counts);
   }
 
   std::vector<View> views_;

@@ -47,7 +47,8 @@ class WhenAgreed {
 // that are only read.
 Outcome run_collective(Group& group, const Collective& call, const View* views, std::int64_t deadline_ns);
 
-// Runs the call. A view is its address, its number of axes (0 for row-major without gaps), shape and strides.
+// Runs the call. A view is its address, its number of axes (0 for row-major without gaps), shape and strides; or the
+// number of views of which it is made, -1, and each of them behind its number of elements.
 // `agreed`, if it is not empty, is called once the ranks agree and before this rank's memory is written; it may put
 // other addresses and strides of the same shape and contents into the request.
 Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_ns,

@@ -88,6 +88,36 @@ View::View(void* data, std::size_t item_nbytes, int axes, const std::int64_t* sh
   }
 }
 
+View::View(std::vector<View> parts, const std::vector<std::size_t>& counts) : item_(parts.front().item_) {
+  auto all = std::make_shared<Parts>();
+  std::size_t end = 0;
+  for (std::size_t count : counts) all->ends.push_back(end += count);
+  all->views = std::move(parts);
+  parts_ = std::move(all);
+}
+
+template <class Move>
+void View::each_part(std::size_t first, std::size_t count, Move move) const {
+  const std::vector<std::size_t>& ends = parts_->ends;
+  auto part = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), first) - ends.begin());
+  std::size_t start = part == 0 ? 0 : ends[part - 1];
+  for (; count != 0; start = ends[part++]) {
+    const std::size_t n = std::min(count, ends[part] - first);
+    if (n != 0) move(parts_->views[part], first - start, n);
+    first += n;
+    count -= n;
+  }
+}
+
+char* View::straight(std::size_t first, std::size_t count) const {
+  if (contiguous()) return at(first);
+  if (parts_ == nullptr) return nullptr;
+  const std::vector<std::size_t>& ends = parts_->ends;
+  const auto part = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), first) - ends.begin());
+  if (part == ends.size() || ends[part] - first < count) return nullptr;
+  return parts_->views[part].straight(first - (part == 0 ? 0 : ends[part - 1]), count);
+}
+
 template <class Move>
 void View::walk(std::size_t first, std::size_t count, Move move) const {
   const int last = static_cast<int>(shape_.size()) - 1;
@@ -120,6 +150,13 @@ void View::read(std::size_t first, std::size_t count, void* to) const {
     return;
   }
   char* target = static_cast<char*>(to);
+  if (parts_ != nullptr) {
+    each_part(first, count, [&](const View& part, std::size_t start, std::size_t n) {
+      part.read(start, n, target);
+      target += n * item_;
+    });
+    return;
+  }
   walk(first, count, [&](const char* row, std::int64_t stride, std::size_t run) {
     if (stride == static_cast<std::int64_t>(item_)) {
       std::memcpy(target, row, run * item_);
@@ -137,6 +174,13 @@ void View::write(std::size_t first, std::size_t count, const void* from, Store s
     return;
   }
   const char* source = static_cast<const char*>(from);
+  if (parts_ != nullptr) {
+    each_part(first, count, [&](const View& part, std::size_t start, std::size_t n) {
+      part.write(start, n, source, store);
+      source += n * item_;
+    });
+    return;
+  }
   walk(first, count, [&](char* row, std::int64_t stride, std::size_t run) {
     if (stride == static_cast<std::int64_t>(item_)) {
       std::memcpy(row, source, run * item_);

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from colltensor.types import DType, ReduceOp
-from colltensor.view import BufferView, row_major
+from colltensor.view import BufferView, JoinedView, row_major
 
 BARRIER, ALLREDUCE, REDUCE, BROADCAST, ALLGATHER, GATHER, REDUCESCATTER, SCATTER, ALLTOALL, TRANSFER = range(10)
 
@@ -89,11 +89,22 @@ def rebase(request: array.array[int], views: Iterable[BufferView]) -> None:
     """Put where the views lie now into a request that was packed with them; what was strided may be row-major now."""
     place = _VIEWS
     for view in views:
-        request[place] = view.pointer
-        axes = request[place + 1]
-        place += 2 + 2 * axes
-        if axes and view.strides is None:
-            request[place - axes : place] = array.array("q", row_major(view.shape))
+        if isinstance(view, JoinedView):
+            place += 2
+            for part in view.views:
+                place = _rebase(request, place + 1, part)
+        else:
+            place = _rebase(request, place, view)
+
+
+def _rebase(request: array.array[int], place: int, view: BufferView) -> int:
+    """Do so with a view that is packed at ``place``; return the place behind it."""
+    request[place] = view.pointer
+    axes = request[place + 1]
+    end = place + 2 + 2 * axes
+    if axes and view.strides is None:
+        request[end - axes : end] = array.array("q", row_major(view.shape))
+    return end
 
 
 def differing(request: array.array[int]) -> tuple[bool, bool]:
@@ -102,6 +113,12 @@ def differing(request: array.array[int]) -> tuple[bool, bool]:
 
 
 def _append(fields: list[int], view: BufferView) -> None:
+    if isinstance(view, JoinedView):
+        fields += (len(view.views), -1)
+        for part in view.views:
+            fields.append(part.count)
+            _append(fields, part)
+        return
     strides = view.strides
     if strides is None or not view.count:
         fields += (view.pointer, 0)

@@ -1,8 +1,10 @@
-// One tensor's memory as the core sees it: elements in row-major order, wherever they lie.
+// One tensor's memory as the core sees it, or several tensors', one after the other: elements in row-major order,
+// wherever they lie.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace colltensor {
@@ -18,27 +20,42 @@ class View {
   // Strides count elements. Axes that lie behind each other without a gap are joined.
   View(void* data, std::size_t item_nbytes, int axes, const std::int64_t* shape, const std::int64_t* strides);
 
+  // The elements of several views of one item size, each with its number of elements, one after the other.
+  View(std::vector<View> parts, const std::vector<std::size_t>& counts);
+
   // The same layout at another address, where the elements have been moved.
   void rebase(void* data) { data_ = static_cast<char*>(data); }
 
-  bool contiguous() const { return shape_.empty(); }
+  bool contiguous() const { return shape_.empty() && parts_ == nullptr; }
   char* data() const { return data_; }
   std::size_t item_nbytes() const { return item_; }
 
   // The address of an element of a contiguous view.
   char* at(std::size_t element) const { return data_ + element * item_; }
 
+  // The address of `count` elements from `first` on where they lie one after the other in memory, else null.
+  char* straight(std::size_t first, std::size_t count) const;
+
   // Copies `count` elements from `first` on, in row-major order, to or from contiguous memory.
   void read(std::size_t first, std::size_t count, void* to) const;
   void write(std::size_t first, std::size_t count, const void* from, Store store = Store::kCached) const;
 
  private:
+  struct Parts {
+    std::vector<View> views;
+    std::vector<std::size_t> ends;  // of each view, in elements of all
+  };
+
   template <class Move>
   void walk(std::size_t first, std::size_t count, Move move) const;
+  // Calls move(part, first, count) for the elements of each part among these.
+  template <class Move>
+  void each_part(std::size_t first, std::size_t count, Move move) const;
 
   char* data_ = nullptr;
   std::size_t item_ = 1;
   std::vector<std::int64_t> shape_, strides_;  // strides in bytes; both empty for a contiguous view
+  std::shared_ptr<const Parts> parts_;         // of several tensors
 };
 
 }  // namespace colltensor
