@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from colltensor.adapters import adapter_of, direct, unnoted
+from colltensor.adapters import adapter_of, direct, known, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_LARGE, DIRECT_MISMATCH, SigningBackend
 from colltensor.engine import Call, Engine, Transfer
@@ -18,8 +18,8 @@ from colltensor.errors import MismatchError
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
-_NO_OP: Final = 255
-_NO_RANK: Final = -1
+NO_OP: Final = 255
+NO_RANK: Final = -1
 _NOBODY: Final = -2
 """No rank, and not none either: a backend refuses it."""
 
@@ -35,6 +35,11 @@ def is_plain(tensor: Any) -> bool:
     return plain is None or plain(tensor)
 
 
+def are_plain(tensors: Sequence[Any]) -> bool:
+    """Return True if a backend may take all of the tensors as they are."""
+    return unnoted.issuperset(map(type, tensors)) or all(map(is_plain, tensors))
+
+
 def note(tensor: Any) -> None:
     """Tell the framework of a plain tensor that it was written."""
     found = direct.get(tensor.__class__)
@@ -42,6 +47,17 @@ def note(tensor: Any) -> None:
         adapter_of(tensor).written(tensor)
     elif found[1] is not None:
         found[1](tensor)
+
+
+def note_all(tensors: Sequence[Any]) -> None:
+    """Tell the frameworks of plain tensors that they were written."""
+    kinds = set(map(type, tensors))
+    together = getattr(known.get(next(iter(kinds))), "written_together", None) if len(kinds) == 1 else None
+    if together is not None:
+        together(tensors)
+        return
+    for tensor in tensors:
+        note(tensor)
 
 
 def _never(tensor: Any) -> bool:
@@ -92,10 +108,10 @@ class Direct:
         self.scatter, self.scatter_stack = (self._by_rank("scatter", stacked=stacked) for stacked in (False, True))
         self.alltoall, self.alltoall_stack = (self._one("alltoall", stacked=stacked) for stacked in (False, True))
         self.send = self._by_rank("transfer")
-        self.recv = Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, _NO_RANK, source))
+        self.recv = Ranks(self._world_size, lambda source: self._one("transfer", NO_OP, NO_RANK, source))
         self.sendrecv = Ranks(
             self._world_size,
-            lambda to: Ranks(self._world_size, lambda source: self._one("transfer", _NO_OP, to, source)),
+            lambda to: Ranks(self._world_size, lambda source: self._one("transfer", NO_OP, to, source)),
         )
 
     def settle(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
@@ -103,11 +119,11 @@ class Direct:
         return self._one(_NAMES[operation], op, root, source).finish(tensors, code)
 
     def _one(
-        self, name: str, op: int = _NO_OP, root: int = _NO_RANK, source: int = _NO_RANK, stacked: bool = False
+        self, name: str, op: int = NO_OP, root: int = NO_RANK, source: int = NO_RANK, stacked: bool = False
     ) -> DirectCall:
         return DirectCall(self, name, op, root, source, stacked)
 
-    def _by_rank(self, name: str, op: int = _NO_OP, stacked: bool = False) -> Ranks:
+    def _by_rank(self, name: str, op: int = NO_OP, stacked: bool = False) -> Ranks:
         return Ranks(self._world_size, lambda rank: self._one(name, op, rank, stacked=stacked))
 
 
@@ -143,9 +159,11 @@ class DirectCall:
         self._call = op, root, source
         self._stacked = stacked
         self._claiming: Callable[..., int] | None = None
-        self.function, self._patient = group.backend.direct(
-            DIRECT[operation], op, root, source, stacked
-        )
+        self.function, self._patient = self._functions()
+
+    def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
+        """Return the backend's functions for this call."""
+        return self._backend.direct(DIRECT[self._operation], *self._call, self._stacked)
 
     def run(self, tensors: Sequence[Any], written: int, written_end: int) -> bool:
         """Run it on tensors as they are; False if it must go the general way.
@@ -250,35 +268,45 @@ class DirectCall:
     def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
         """Raise the MismatchError of a call on which the ranks disagree, in the words of the general way."""
         name, (op, root, source), group = self._operation, self._call, self._group
-        reduce_op = None if op == _NO_OP else ReduceOp(op)
+        reduce_op = None if op == NO_OP else ReduceOp(op)
         buffers = [
             group.arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False) for tensor in tensors
         ]
-        deadline = time.monotonic() + self._engine.timeout_s
+        if name == "transfer":
+            pairs = []
+            if code & _SENDS:
+                pairs.append(Transfer(group.rank, root, buffers[0], moves_nothing))
+            if code & _RECEIVES:
+                pairs.append(Transfer(source, group.rank, buffers[-1], moves_nothing))
+            signed = self._engine.signed(pairs)
+            self._raise_mismatch(lambda deadline: self._backend.explain_transfer(signed, deadline))
+        argument = (buffers[-1] if name in _COMPARED_LAST else buffers[0]) if buffers else None
+        if self._stacked and name == "alltoall":
+            argument = group.arguments.blocks(name, "input_list", tensors[-1], None, None, False, None)
+        self.explain_collective(Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing))
+
+    def explain_collective(self, call: Call) -> NoReturn:
+        """Raise the MismatchError of a collective."""
+        sequence = self._backend.calls()
+        signature = call.signature(sequence)
+        self._raise_mismatch(
+            lambda deadline: self._backend.explain(signature, lambda: call.describe(sequence), deadline)
+        )
+
+    def _raise_mismatch(self, explain: Callable[[float], None]) -> NoReturn:
+        """Have the ranks tell each other what they called; ``explain`` raises what comes of it."""
         try:
-            if name == "transfer":
-                pairs = []
-                if code & _SENDS:
-                    pairs.append(Transfer(group.rank, root, buffers[0], _moves_nothing))
-                if code & _RECEIVES:
-                    pairs.append(Transfer(source, group.rank, buffers[-1], _moves_nothing))
-                self._backend.explain_transfer(self._engine.signed(pairs), deadline)
-            argument = (buffers[-1] if name in _COMPARED_LAST else buffers[0]) if buffers else None
-            if self._stacked and name == "alltoall":
-                argument = group.arguments.blocks(name, "input_list", tensors[-1], None, None, False, None)
-            call = Call(name, argument, reduce_op, root, True, (), _moves_nothing, (), _nothing)
-            sequence = self._backend.calls()
-            self._backend.explain(call.signature(sequence), lambda: call.describe(sequence), deadline)
+            explain(time.monotonic() + self._engine.timeout_s)
         except MismatchError:
             raise
         except BaseException as error:  # noqa: BLE001 - abort() raises
-            self._engine.abort(name, error)
+            self._engine.abort(self._operation, error)
         raise AssertionError("explain() always raises")
 
 
-def _moves_nothing(deadline: float) -> None:
-    pass
+def moves_nothing(deadline: float) -> None:
+    """Stand for the payload of a call that is only explained."""
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """Stand for its result."""

@@ -19,7 +19,8 @@ from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
 from colltensor.buffers import Buffers, TensorBuffers
 from colltensor.control import Control
 from colltensor.devices import Devices
-from colltensor.direct import Direct, is_plain, note
+from colltensor.direct import NO_OP, Direct, is_plain, note
+from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
 from colltensor.errors import CollectiveError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
@@ -114,6 +115,7 @@ class Group:
         self._direct: Any = None if signer is None else Direct(
             signer, self._engine, self._arguments, rank, world_size
         )
+        self._trees: Any = None if self._direct is None else DirectTrees(self._direct)
         self._allreduce = None if self._direct is None else self._direct.allreduce
         self._barrier = None if self._direct is None else self._direct.barrier
         _log.debug("group %r (rank %d): made of %d ranks, backend %r", name, rank, world_size, self.backend)
@@ -160,6 +162,11 @@ class Group:
                         if noted:
                             note(tensor)
                         return tensor
+        if (
+            self._trees is not None and copy is None and not async_op
+            and self._trees.run("allreduce", op, -1, tensor, True)
+        ):
+            return tensor
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         if (
             self._engine.device is not None and copy is None and not async_op and buffers.__class__ is TensorBuffers
@@ -203,6 +210,11 @@ class Group:
             return tensor
         op, root = self._arguments.op("reduce", op), self._arguments.rank("reduce", "dst_rank", dst_rank)
         write = root == self.rank
+        if (
+            self._trees is not None and copy is None and not async_op
+            and self._trees.run("reduce", op, root, tensor, write)
+        ):
+            return tensor
         buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
         return self._engine.run(
             async_op, "reduce", buffers, op, root, copy is not False, (buffers,),
@@ -231,6 +243,11 @@ class Group:
             return tensor
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
         write = root != self.rank
+        if (
+            self._trees is not None and copy is None and not async_op
+            and self._trees.run("broadcast", NO_OP, root, tensor, write)
+        ):
+            return tensor
         buffers = self._arguments.tensor("broadcast", "tensor", tensor, None, write, donate, copy, True)
         return self._engine.run(
             async_op, "broadcast", buffers, None, root, copy is not False, (buffers,),
@@ -582,6 +599,7 @@ class Group:
             return
         self._signer.set_timeout(timeout_s)
         self._direct.renew()
+        self._trees.renew()
         if self._allreduce is not None:
             self._allreduce, self._barrier = self._direct.allreduce, self._direct.barrier
 

@@ -25,7 +25,7 @@ class Adapter(Protocol):
     An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written, of which
     its DLPack export says all and whose memory stays for as long as the tensor, not only the export; None if that
     holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
-    called unless ``plain`` is None.
+    called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several.
 
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
     device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it

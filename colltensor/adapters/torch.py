@@ -7,6 +7,7 @@ that is not there), so those guards are here; see ``_view``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -69,6 +70,13 @@ class TorchAdapter:
 
     def stream(self, index: int) -> int:
         return _current_stream(index)
+
+    def written_together(self, tensors: Sequence[Any]) -> None:
+        try:
+            _increment_version(tensors)
+        except RuntimeError:
+            for tensor in tensors:
+                self.written(tensor)
 
     def written(self, tensor: Any) -> None:
         try:

@@ -5,6 +5,7 @@ Imports no framework, and of the package only the values that pass between layer
 
 from __future__ import annotations
 
+import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -378,6 +379,20 @@ class SigningBackend(Backend, Protocol):
         It is given the address, the count, the number of the dtype, and a function to call once the ranks agree, which
         makes the result's memory, with the same contents, and returns its address. It returns what ``settle`` is told,
         or 0, and raises what that function does.
+        """
+
+    def tree(self, operation: int, op: int, root: int, plan: array.array[int]) -> Callable[..., int]:
+        """Return a function that runs an operation on the leaves of a tree, given one after the other.
+
+        It returns and raises what the second function of ``direct`` does, and refuses leaves that are not as planned,
+        or share memory that is written.
+
+        Args:
+            operation: A number of ``DIRECT``: allreduce, reduce or broadcast.
+            op: The reduce op, 255 for none.
+            root: The root, -1 for none.
+            plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.leaves_hash``), then of each
+                leaf the number of its dtype and its count. Copied.
         """
 
     def exports(self, tensors: Sequence[Any]) -> bool:

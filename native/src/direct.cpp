@@ -37,14 +37,10 @@ DType dtype_of(DLDataType type) {
   }
 }
 
-namespace {
-
-// Byte for byte what colltensor.engine.Call.signature packs after the sequence number, for one tensor or a list of them
-// with ``copy=None``.
-Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count, DType dtype) {
+Signature call_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count,
+                         std::uint64_t leaves) {
   // colltensor.engine._CODES, by Operation.
   static constexpr std::uint8_t kCodes[] = {9, 1, 2, 3, 4, 6, 5, 7, 8, 13};
-  const std::uint64_t leaves = dtype == DType::kMovesOnly ? 0 : static_cast<std::uint64_t>(dtype);
   unsigned char bytes[32] = {kCodes[static_cast<int>(operation)], op, 0, 0, 1};
   std::memcpy(bytes + 2, &root, sizeof root);
   std::memcpy(bytes + 5, &count, sizeof count);
@@ -52,6 +48,13 @@ Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t ro
   Signature signature;
   std::memcpy(signature.words, bytes, sizeof bytes);
   return signature;
+}
+
+namespace {
+
+Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count, DType dtype) {
+  return call_signature(operation, op, root, count,
+                        dtype == DType::kMovesOnly ? 0 : static_cast<std::uint64_t>(dtype));
 }
 
 // A tensor's memory; null data and no dtype where the tensor is not plain.

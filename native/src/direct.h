@@ -21,6 +21,11 @@ struct DirectCall {
   bool stacked = false;  // one array has the tensors of all ranks, one after another, where else there is a list
 };
 
+// Byte for byte what colltensor.engine.Call.signature packs after the sequence number, with ``copy=None``. `count`: of
+// all elements; `leaves`: the dtype of one tensor, or of several that are alike, or the hash of a tree's leaves.
+Signature call_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count,
+                         std::uint64_t leaves);
+
 // The dtype of what DLPack calls so, or kMovesOnly.
 DType dtype_of(DLDataType type);
 

@@ -81,6 +81,13 @@ class ShmBackend:
         function: Callable[..., int] = self._native.shm_claiming_function(self._handle, self._timeout_ns, op)
         return function
 
+    def tree(self, operation: int, op: int, root: int, plan: array.array[int]) -> Callable[..., int]:
+        """Return a function of the native library's: see ``SigningBackend``."""
+        function: Callable[..., int] = self._native.shm_tree_function(
+            self._handle, self._timeout_ns, operation, op, root, plan.buffer_info()[0]
+        )
+        return function
+
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted: 16-bit floats are widened in registers."""
         return False

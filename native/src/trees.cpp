@@ -1,0 +1,182 @@
+// The fast path of trees: the leaves as they come from their frameworks, in one call, which is one collective for all
+// leaves of a dtype. What is known of the tree's structure (its plan) is told once.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "colltensor/kernels.h"
+#include "direct.h"
+#include "exports.h"
+#include "registry.h"
+#include "request.h"
+
+namespace colltensor {
+namespace {
+
+namespace ffi = tvm::ffi;
+
+// What a tree's leaves must be. Packed by colltensor.backends.shm.backend: the number of leaves, of all elements, the
+// hash of the leaves, then of each leaf its dtype and its number of elements.
+struct Plan {
+  explicit Plan(const std::int64_t* words) : count(static_cast<std::size_t>(words[1])), hash(words[2]) {
+    const std::int64_t* next = words + 3;
+    for (std::int64_t i = 0; i < words[0]; ++i, next += 2) {
+      const auto dtype = static_cast<DType>(next[0]);
+      leaves.push_back({dtype, static_cast<std::size_t>(next[1])});
+      auto same = std::find_if(transfers.begin(), transfers.end(),
+                               [&](const std::vector<int>& members) { return leaves[members[0]].dtype == dtype; });
+      if (same == transfers.end()) same = transfers.insert(same, std::vector<int>{});
+      same->push_back(static_cast<int>(i));
+    }
+  }
+
+  struct Leaf {
+    DType dtype;
+    std::size_t count;
+  };
+  std::vector<Leaf> leaves;
+  std::vector<std::vector<int>> transfers;  // the leaves of each dtype, in the order in which the dtypes first come
+  std::size_t count;
+  std::int64_t hash;
+};
+
+// True where two index tuples of a layout may share memory.
+bool overlaps_itself(const ffi::TensorView& tensor) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> axes;
+  for (int axis = 0; axis < tensor.ndim(); ++axis) {
+    if (tensor.size(axis) > 1) axes.push_back({std::abs(tensor.stride(axis)), tensor.size(axis)});
+  }
+  std::sort(axes.begin(), axes.end());
+  std::int64_t reach = 1;
+  for (const auto& [stride, extent] : axes) {
+    if (stride < reach) return true;
+    reach = stride * (extent - 1) + reach;
+  }
+  return false;
+}
+
+// The memory of a tree's leaves, from call to call the same object.
+class Leaves {
+ public:
+  explicit Leaves(Plan plan) : plan_(std::move(plan)) {}
+
+  // False if they are not what the plan says, or cannot be taken as they are: not on the host, without memory, or of
+  // memory that they share and that is `written`.
+  bool take(const ffi::AnyView* arguments, int number, bool written) {
+    if (number != static_cast<int>(plan_.leaves.size())) return false;
+    views_.clear();
+    spans_.clear();
+    for (int i = 0; i < number; ++i) {
+      if (!take_one(arguments[i].cast<ffi::TensorView>(), plan_.leaves[i], written)) return false;
+    }
+    return !written || !share_memory();
+  }
+
+  Outcome run(Group& group, const DirectCall& call, std::int64_t deadline_ns) const {
+    Signature signature = call_signature(call.operation, static_cast<std::uint8_t>(call.op),
+                                         static_cast<std::int16_t>(call.root), plan_.count,
+                                         static_cast<std::uint64_t>(plan_.hash));
+    for (std::size_t index = 0; index < plan_.transfers.size(); ++index) {
+      const std::vector<int>& members = plan_.transfers[index];
+      const DType dtype = plan_.leaves[members[0]].dtype;
+      std::size_t count = 0;
+      const View view = joined(members, count);
+      signature.words[3] = index;
+      const Collective collective{call.operation, static_cast<ReduceOp>(call.op), dtype, item_size(dtype), count,
+                                  call.root,      signature};
+      const Outcome outcome = run_collective(group, collective, &view, deadline_ns);
+      if (outcome != Outcome::kDone) return outcome;
+    }
+    return Outcome::kDone;
+  }
+
+  bool reducible(ReduceOp op) const {
+    return std::all_of(plan_.transfers.begin(), plan_.transfers.end(), [&](const std::vector<int>& members) {
+      return find_reduction(plan_.leaves[members[0]].dtype, op) != nullptr;
+    });
+  }
+
+ private:
+  bool take_one(const ffi::TensorView& tensor, const Plan::Leaf& leaf, bool written) {
+    if (tensor.device().device_type != kDLCPU || dtype_of(tensor.dtype()) != leaf.dtype) return false;
+    if (static_cast<std::size_t>(tensor.numel()) != leaf.count) return false;
+    char* data = static_cast<char*>(tensor.data_ptr());
+    if (data == nullptr && leaf.count != 0) return false;  // freed, as torch may while the tensor stays
+    data += tensor.byte_offset();
+    const std::size_t item = item_size(leaf.dtype);
+    if (tensor.IsContiguous() || leaf.count == 0) {
+      views_.emplace_back(data, item);
+      spans_.push_back({data, data + leaf.count * item});
+      return true;
+    }
+    if (written && overlaps_itself(tensor)) return false;
+    views_.emplace_back(data, item, tensor.ndim(), tensor.shape().data(), tensor.strides().data());
+    std::int64_t low = 0, high = 1;
+    for (int axis = 0; axis < tensor.ndim(); ++axis) {
+      const std::int64_t reach = (tensor.size(axis) - 1) * tensor.stride(axis);
+      (reach < 0 ? low : high) += reach;
+    }
+    const auto bytes = static_cast<std::int64_t>(item);
+    spans_.push_back({data + low * bytes, data + high * bytes});
+    return true;
+  }
+
+  // Leaves that interleave count as sharing: what they really do is found out on the slow path.
+  bool share_memory() {
+    std::sort(spans_.begin(), spans_.end());
+    const char* end = nullptr;
+    for (const auto& [low, high] : spans_) {
+      if (low == high) continue;
+      if (low < end) return true;
+      end = high;
+    }
+    return false;
+  }
+
+  View joined(const std::vector<int>& members, std::size_t& count) const {
+    std::vector<View> parts;
+    std::vector<std::size_t> counts;
+    for (int member : members) {
+      parts.push_back(views_[member]);
+      counts.push_back(plan_.leaves[member].count);
+      count += counts.back();
+    }
+    return members.size() == 1 ? parts[0] : View(std::move(parts), counts);
+  }
+
+  const Plan plan_;
+  std::vector<View> views_;
+  std::vector<std::pair<const char*, const char*>> spans_;
+};
+
+// One operation on the leaves of trees of one plan, which lies at `plan`.
+ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
+                            std::int64_t plan) {
+  const DirectCall call{static_cast<Operation>(operation), op, root, -1};
+  const auto made = std::make_shared<Leaves>(Plan(reinterpret_cast<const std::int64_t*>(plan)));
+  return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
+    Turn group(handle);
+    if (group.outcome() != Outcome::kDone) {
+      *returned = static_cast<std::int64_t>(group.outcome());
+      return;
+    }
+    const bool reduces = call.operation != Operation::kBroadcast, rooted = call.operation != Operation::kAllReduce;
+    const bool is_root = call.root == group->rank();
+    const bool written = !rooted || is_root == reduces;
+    *returned = static_cast<std::int64_t>(Outcome::kRefused);
+    if (rooted && (call.root < 0 || call.root >= group->world_size())) return;
+    if (reduces && !made->reducible(static_cast<ReduceOp>(call.op))) return;
+    if (!made->take(arguments, number, written)) return;
+    *returned = result(*group, made->run(*group, call, now_ns() + timeout_ns));
+  });
+}
+
+}  // namespace
+}  // namespace colltensor
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_tree_function, colltensor::tree_function)
