@@ -87,7 +87,7 @@ class Tracked:
         return list(living.values())
 
     def differs(self, known: dict[int, Callable[[], torch.Tensor | None]]) -> bool:
-        """Return whether other parameters need gradients now than those known, by ``id``. Takes half a microsecond for each."""
+        """Return whether other parameters need gradients now than those known, by ``id``; half a microsecond each."""
         if self._watching and not self._shielded and _COMPILER in sys.modules:
             self._watch()
         count = 0
