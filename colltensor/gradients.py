@@ -8,25 +8,23 @@ and for JAX's transformations there are ``colltensor.torch`` and ``colltensor.ja
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
-from colltensor import tree
+from colltensor import replicas, tree
 from colltensor.adapters import adapter_of, host_memory
 from colltensor.buffers import FUSE_BELOW_NBYTES, plan, refuse_overlaps
 from colltensor.errors import (
     DeviceError,
-    MismatchError,
     OptionError,
     ShapeError,
     TensorError,
     UnsupportedDTypeError,
 )
 from colltensor.group import Group
+from colltensor.replicas import Leaf
 from colltensor.table import find_group
-from colltensor.types import CPU, Device, DType, ReduceOp
+from colltensor.types import CPU, Device, ReduceOp
 from colltensor.view import BufferView
 
 BUCKET_NBYTES: Final = 25 << 20
@@ -40,7 +38,9 @@ about 2 us in shared memory; over Gloo it costs so much that ``FUSE_BELOW_NBYTES
 def sync_gradients(gradients: Any, *, group: Group | str = "default", average: bool = True) -> Any:
     """Replace every gradient by the mean, or the sum, of all ranks' gradients, as one fused allreduce.
 
-    Every rank calls it, with trees of equal paths, data types and counts; other ranks wait meanwhile.
+    Every rank calls it, with trees of equal paths, data types and counts; other ranks wait meanwhile. It sees no
+    parameters: replicas that start unequal stay so. Before the first step call ``colltensor.broadcast(parameters)``, or
+    ``compare_parameters(parameters)``.
 
     Args:
         gradients: A pytree of tensors (dict, list, tuple ...) or one tensor, of any framework; read and written.
@@ -58,10 +58,30 @@ def sync_gradients(gradients: Any, *, group: Group | str = "default", average: b
     return _group(group).allreduce(gradients, _op(average))
 
 
+def compare_parameters(parameters: Any, *, group: Group | str = "default") -> None:
+    """Check that all ranks have the same parameters, bit for bit; every rank calls.
+
+    Gradients that are in step keep equal replicas equal, and unequal ones unequal. Call it once before training, after
+    a checkpoint was loaded, or now and then to see whether replicas have drifted apart. A ``Synchronizer`` does it when
+    it is made. It is one small exchange; each rank hashes its own parameters, about a second for a GB. Ranks may bring
+    different frameworks and layouts.
+
+    Args:
+        parameters: A pytree of tensors, only read; Python's numbers and strings are compared too.
+        group: The group, or its name.
+
+    Raises:
+        TensorError: A leaf that cannot be used; the message has its path.
+        MismatchError: On every rank. It names the ranks, the leaves and what to do.
+    """
+    replicas.compare_tree(parameters, _group(group), "compare_parameters", replicas.REMEDY)
+
+
 class Synchronizer:
     """Keeps gradients in step, step after step, through flat buckets that it keeps.
 
-        synchronizer = Synchronizer(parameters)      # on every rank; whatever has the gradients' shapes will do
+        parameters = colltensor.broadcast(parameters)       # rank 0's on every rank; in place, but for JAX arrays
+        synchronizer = Synchronizer(parameters)             # on every rank
         for batch in batches:
             gradients = backward(parameters, batch)
             synchronizer.sync(gradients)             # in place; JAX arrays: use what it returns
@@ -77,19 +97,22 @@ class Synchronizer:
     """
 
     def __init__(
-        self, like: Any, *, group: Group | str = "default", average: bool = True, bucket_nbytes: int = BUCKET_NBYTES
+        self, like: Any, *, group: Group | str = "default", average: bool = True, bucket_nbytes: int = BUCKET_NBYTES,
+        compare: bool = True,
     ) -> None:
-        """Compare the leaves of all ranks and make the buckets. Every rank calls it.
+        """Compare the leaves of all ranks, their values too, and make the buckets. Every rank calls it.
 
         Args:
-            like: A pytree of tensors of the gradients' paths, shapes and data types: parameters, say. Only looked at.
+            like: The parameters: a pytree of tensors of the gradients' paths, shapes and data types. Only read.
             group: The group, or its name.
             average: ``sync`` leaves the mean; False: the sum.
             bucket_nbytes: The size of a bucket, in bytes.
+            compare: Whether the values must be the same on all ranks, bit for bit, as parameters must. False where
+                ``like`` has only the shapes (gradients, say), or where replicas are to differ.
 
         Raises:
             TensorError: A leaf that cannot be used; the message has its path.
-            MismatchError: The ranks' leaves or options differ. It names rank and leaf, on every rank.
+            MismatchError: The ranks' leaves, values or options differ. It names rank and leaf, on every rank.
         """
         self.group = _group(group)
         self._op = _op(average)
@@ -99,11 +122,17 @@ class Synchronizer:
         self._structure = tree.structure_of(like)
         self._names = [f"leaf {path}" if path else "the tensor" for path in paths]
         views = self._views(tensors, write=False)
-        self._leaves = [_Leaf(path, view.shape, view.dtype) for path, view in zip(paths, views, strict=True)]
+        values = compare and self.group.world_size > 1
+        leaves = [Leaf.of(path, view, contents=values) for path, view in zip(paths, views, strict=True)]
+        self._leaves = [Leaf.of(path, view, contents=False) for path, view in zip(paths, views, strict=True)]
         self._device = self._one_device(views)
         if average:
             self._refuse_integers()
-        _compare(self.group, (average, bucket_nbytes, *self._leaves))
+        options = {"average": average, "bucket_nbytes": bucket_nbytes, "compare": bool(compare)}
+        replicas.compare(
+            self.group, "Synchronizer", options, leaves,
+            f"{replicas.REMEDY}, or pass compare=False where it was given no parameters but what has their shapes",
+        )
         alone_from = _ALONE_FROM_NBYTES.get(self.group.backend, FUSE_BELOW_NBYTES)
         members = plan(views, fuse_below=min(alone_from, bucket_nbytes), bucket_nbytes=bucket_nbytes)
         self._buckets = [
@@ -159,7 +188,7 @@ class Synchronizer:
             if view.shape != leaf.shape:
                 raise ShapeError(
                     f"{self._where()}: {name}: expected {leaf}, as the Synchronizer was made for, got "
-                    f"{_Leaf(leaf.path, view.shape, view.dtype)}; make another one for other shapes"
+                    f"{Leaf.of(leaf.path, view, contents=False)}; make another one for other shapes"
                 )
             if view.dtype is not leaf.dtype:
                 raise UnsupportedDTypeError(
@@ -213,18 +242,6 @@ class Synchronizer:
         return f"Synchronizer({len(self._leaves)} leaves, {len(self.buckets)} buckets of {nbytes} bytes, {self.group})"
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    """What all ranks' leaves must have in common."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: DType
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
-
-
 class _Bucket:
     """One transfer: flat memory for several leaves, or a leaf by itself.
 
@@ -232,7 +249,7 @@ class _Bucket:
         flat: The memory, None where there is none.
     """
 
-    def __init__(self, members: Sequence[tuple[int, _Leaf]], device: Device | None) -> None:
+    def __init__(self, members: Sequence[tuple[int, Leaf]], device: Device | None) -> None:
         self._members = members
         self._memory = host_memory()
         self._on_host = device is None or device == CPU
@@ -296,40 +313,6 @@ class _Bucket:
             self._memory.copy(view, slot)
             adapter.written(tensors[index])
         return replaced
-
-
-def _compare(group: Group, mine: tuple[Any, ...]) -> None:
-    """Exchange what every rank's Synchronizer is made for.
-
-    Raises:
-        MismatchError: They differ; names the ranks that differ from most, and the first leaf.
-    """
-    everyone = group.allgather_object(mine)
-    usual, times = Counter(everyone).most_common(1)[0]
-    reference = usual if times > 1 else everyone[0]
-    ranks = [rank for rank, theirs in enumerate(everyone) if theirs != reference]
-    if not ranks:
-        return
-    of = everyone.index(reference)
-    raise MismatchError(
-        f"Synchronizer of group '{group.name}' (rank {group.rank}): rank{'s' * (len(ranks) > 1)} "
-        f"{', '.join(map(str, ranks))} differ{'s' * (len(ranks) == 1)}: "
-        f"{_difference(ranks[0], everyone[ranks[0]], of, reference)}; make it of the same leaves, with "
-        "the same options, on every rank", ranks,
-    )
-
-
-def _difference(rank: int, theirs: tuple[Any, ...], of: int, usual: tuple[Any, ...]) -> str:
-    """Return in words the first difference between two ranks."""
-    for option, here, there in zip(("average", "bucket_nbytes"), theirs, usual, strict=False):
-        if here != there:
-            return f"{option} is {here!r} on rank {rank}, {there!r} on rank {of}"
-    for here, there in zip(theirs[2:], usual[2:], strict=False):
-        if here.path != there.path:
-            return f"leaf {here.path} of rank {rank} is where rank {of} has leaf {there.path}"
-        if here != there:
-            return f"leaf {here.path} is {here} on rank {rank}, {there} on rank {of}"
-    return f"it has {len(theirs) - 2} leaves on rank {rank}, {len(usual) - 2} on rank {of}"
 
 
 def _group(group: Group | str) -> Group:

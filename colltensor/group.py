@@ -39,9 +39,7 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
     """
     control = Control(meeting, deadline)
     try:
-        backend = recipe.spec_for(meeting.world_size).create(
-            control, meeting, timeout_s=recipe.timeout_s, interface=recipe.interface, provider=recipe.provider
-        )
+        backend, why = recipe.make(control, meeting)
     except BaseException as error:
         try:
             found = verdict(control, "init_collective_group", error)
@@ -51,14 +49,14 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
         if found is error or not isinstance(error, (RuntimeError, OSError)):
             raise
         raise found from error
-    return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe, meeting)
+    return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe, meeting, why)
 
 
 def solitary(name: str, recipe: Recipe) -> Group:
     """Make a group of one rank, which needs no other process."""
     spec = backends.get_backend("loopback")
     backend = spec.create(None, None, timeout_s=recipe.timeout_s, interface=None, provider=None)
-    return Group(name, 0, 1, backend, None, recipe)
+    return Group(name, 0, 1, backend, None, recipe, why="a group of one rank needs no transport")
 
 
 class Group:
@@ -88,17 +86,19 @@ class Group:
         rank: This process's rank in the group.
         world_size: The number of ranks.
         backend: The name of the backend in use.
+        why: Why it is this one, in words: who asked for it, where the ranks are, what a faster one lacks.
         multigpu: The collectives of several devices in each process.
     """
 
     def __init__(
         self, name: str, rank: int, world_size: int, backend: Backend, control: Control | None, recipe: Recipe,
-        meeting: Meeting | None = None,
+        meeting: Meeting | None = None, why: str = "",
     ) -> None:
         self.name = name
         self.rank = rank
         self.world_size = world_size
         self.backend = backend.name
+        self.why = why
         self._recipe = recipe
         self._backend = backend
         self._control = control
@@ -118,7 +118,7 @@ class Group:
         self._trees: Any = None if self._direct is None else DirectTrees(self._direct)
         self._allreduce = None if self._direct is None else self._direct.allreduce
         self._barrier = None if self._direct is None else self._direct.barrier
-        _log.debug("group %r (rank %d): made of %d ranks, backend %r", name, rank, world_size, self.backend)
+        _log.debug("group %r (rank %d): made of %d ranks, backend %r: %s", name, rank, world_size, self.backend, why)
 
     @property
     def timeout_s(self) -> float:

@@ -5,11 +5,18 @@ Imports no framework.
 
 from __future__ import annotations
 
+import logging
+import threading
 from dataclasses import dataclass
+from typing import Any, Final
 
 from colltensor import backends
 from colltensor.backends import auto
-from colltensor.backends.base import BackendSpec
+from colltensor.backends.base import Backend, BackendSpec
+
+_log: Final = logging.getLogger(__name__)
+_hinted: Final = threading.Event()
+"""Whether this process was told that shared memory could take the place of the Gloo that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +45,40 @@ class Recipe:
         """Return what makes the backend."""
         name = self.backend_for(world_size)
         return auto.SPEC if name == "auto" else backends.get_backend(name)
+
+    def make(self, control: Any, meeting: Any) -> tuple[Backend, str]:
+        """Make the backend of the ranks that met, and say in words why it is this one. All ranks call.
+
+        Raises:
+            CollectiveError: As the backends.
+        """
+        name = self.backend_for(meeting.world_size)
+        options: dict[str, Any] = {
+            "timeout_s": self.timeout_s, "interface": self.interface, "provider": self.provider
+        }
+        if name == "auto":
+            backend, why = auto.SPEC.choose(control, meeting, **options)
+        else:
+            backend = backends.get_backend(name).create(control, meeting, **options)
+            why = self._asked(name, backend.name, meeting)
+        details = getattr(backend, "details", "")
+        return backend, f"{why}; {details}" if details else why
+
+    def _asked(self, name: str, made: str, meeting: Any) -> str:
+        """Return why a backend is used that was asked for, and hint at the faster one where there is one."""
+        why = f"backend={self.backend!r} was asked for" if self.backend != "auto" else (
+            f"provider={self.provider!r} was asked for, which is one of {name}"
+        )
+        hosts = len(set(meeting.host_ids))
+        if made != name:
+            return f"{why}, and {'all ranks are on one host' if hosts == 1 else 'each rank is on a host of its own'}"
+        if name != "gloo" or hosts > 1 or meeting.world_size == 1 or backends.reason("shm") is not None:
+            return why
+        if not _hinted.is_set():
+            _hinted.set()
+            _log.info(
+                "group %r (rank %d): backend 'gloo' was asked for, and all ranks are on one host: with backend='auto' "
+                "they would use shared memory, which is up to hundreds of times faster", meeting.group_name,
+                meeting.rank,
+            )
+        return f"{why}; all ranks are on one host, where backend='auto' would use shared memory"

@@ -72,6 +72,9 @@ class Memory(Protocol):
     def copy(self, target: BufferView, source: BufferView) -> None:
         """Copy elements in row-major order between views of one count and dtype, any layouts."""
 
+    def contents(self, view: BufferView) -> bytes | memoryview:
+        """Return the elements' bytes on the host, in row-major order."""
+
     def overlap(self, first: BufferView, second: BufferView) -> bool:
         """Return True if the elements of two views share memory."""
 

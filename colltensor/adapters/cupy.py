@@ -96,6 +96,12 @@ class DeviceMemory:
             to, of = device_array(target), device_array(source)
             to[...] = cp.ascontiguousarray(of).reshape(target.shape)
 
+    def contents(self, view: BufferView) -> bytes:
+        with cp.cuda.Device(view.device.index):
+            _stream(view.stream or 0, view.device.index).synchronize()
+            contents: bytes = cp.asnumpy(device_array(view)).tobytes()
+        return contents
+
     def overlap(self, first: BufferView, second: BufferView) -> bool:
         return HOST.overlap(first, second)  # from addresses and strides alone
 

@@ -101,6 +101,12 @@ class HostMemory:
     def array(self, view: BufferView) -> np.ndarray[Any, Any]:
         return host_array(view)
 
+    def contents(self, view: BufferView) -> memoryview:
+        if view.strides is None:
+            return view.memory()
+        array = np.ascontiguousarray(host_array(view))
+        return array.view(np.uint8).reshape(-1).data if array.size else memoryview(b"")
+
     def overlap(self, first: BufferView, second: BufferView) -> bool:
         (low, high), (other_low, other_high) = first.span(), second.span()
         if low >= other_high or other_low >= high:

@@ -63,7 +63,10 @@ def get_backend(name: object) -> BackendSpec:
 
 
 def reason(name: object) -> str | None:
-    """Return None if the backend called ``name`` can be used here, else why not and what to do."""
+    """Return None if the backend called ``name``, or one that "auto" chooses, can be used here, else what to do."""
+    if name == "auto":
+        missing = [reason(choice) for choice in ("shm", "gloo")]
+        return "; ".join(map(str, missing)) if None not in missing else None
     try:
         spec = get_backend(name)
     except OptionError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import threading
 from types import ModuleType
 from typing import Any, Final
@@ -16,7 +17,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from colltensor import dlpack
+from colltensor import dlpack, observers
 from colltensor.adapters import add_adapter
 from colltensor.adapters._numpy_dtypes import host_dtype
 from colltensor.backends.base import DIRECT
@@ -34,6 +35,9 @@ TARGET: Final = "colltensor"
 _REFUSED: Final = 3
 _NAMES: Final = tuple(DIRECT)
 _DTYPES: Final = {dtype.code: dtype for dtype in DTYPES.values()}
+_log: Final = logging.getLogger(__name__)
+_told: Final[set[tuple[int, str]]] = set()
+"""The groups, by number, and operations of which the log has that they go through Python."""
 _lock: Final = threading.Lock()
 _registered: Final = threading.Event()
 
@@ -57,6 +61,9 @@ def settle(
 ) -> None:
     """End a call that the native target left: a mismatch, a failure, or all of it where that has no way to do it."""
     group, name = group_of(number), _NAMES[operation]
+    if code == _REFUSED and (number, name) not in _told:
+        _told.add((number, name))
+        _tell(group, name)
     host = host_dtype(_DTYPES[dtype])
     given = _memory(given_address, given_nbytes, host)
     result = _memory(result_address, result_nbytes, host)
@@ -65,6 +72,19 @@ def settle(
         if code != _REFUSED and group.settle(operation, op, root, source, tensors, code):
             return
         _move(group, name, op, root, source, given, result)
+
+
+def _tell(group: Group, name: str) -> None:
+    """Log, once for each group and operation, that jitted calls go through Python, and why."""
+    reason = f"backend {group.backend!r} is not reached from native code"
+    if group.backend == "shm":
+        reason = "its operations are observed" if observers.is_observed() else (
+            "an asynchronous eager call was before it, or the call has no native way (its dtype, op or size)"
+        )
+    _log.debug(
+        "group %r (rank %d): a jitted %s goes through Python, which takes tens of microseconds more: %s", group.name,
+        group.rank, name, reason,
+    )
 
 
 def queue(

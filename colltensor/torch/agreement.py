@@ -79,14 +79,27 @@ def named_tensors(source: Source) -> tuple[Named, Named]:
     return parameters, buffers
 
 
-def compare(group: Group, parameters: Named, buffers: Named, options: dict[str, str]) -> list[Report]:
+def described(parameters: Named, buffers: Named, *, frozen: bool = False) -> dict[str, str]:
+    """Return parameters and buffers in the words that the ranks compare; with ``frozen``, which parameters are."""
+    tensors = {}
+    for name, parameter in parameters:
+        tensors[name] = _in_words(parameter, "parameter")
+        if frozen and not parameter.requires_grad:
+            tensors[name] += " frozen"
+    return tensors | {name: _in_words(buffer, "buffer") for name, buffer in buffers}
+
+
+def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> list[Report]:
     """Exchange what the ranks have, and return every rank's report.
+
+    Args:
+        group: The group.
+        tensors: What ``described`` says of parameters and buffers.
+        options: The options by name, in words.
 
     Raises:
         MismatchError: On every rank, where one differs from rank 0; names the tensors.
     """
-    tensors = {name: _in_words(parameter, "parameter") for name, parameter in parameters}
-    tensors |= {name: _in_words(buffer, "buffer") for name, buffer in buffers}
     mine = Report(options, tensors, host_id(), _cores(), torch.get_num_threads())
     reports: list[Report] = group.allgather_object(mine)
     complaints = []
@@ -139,8 +152,6 @@ def _in_words(tensor: torch.Tensor, kind: str) -> str:
     words = [kind, str(tensor.dtype).removeprefix("torch."), shape]
     if tensor.layout is torch.strided and not tensor.is_contiguous():
         words.append(f"strides {tensor.stride()}")
-    if kind == "parameter" and not tensor.requires_grad:
-        words.append("frozen")
     return " ".join(words)
 
 

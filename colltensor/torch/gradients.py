@@ -6,29 +6,32 @@ Imports torch, and of the package errors, group, table and types.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from colltensor.errors import OptionError
 from colltensor.group import Group
 from colltensor.table import find_group
-from colltensor.torch.agreement import Named, Report, Source, compare, named_tensors, spare_cores, take_over
-from colltensor.torch.buckets import Member
+from colltensor.torch.agreement import (
+    Named,
+    Report,
+    Source,
+    compare,
+    described,
+    named_tensors,
+    spare_cores,
+    take_over,
+)
 from colltensor.torch.compression import Compression, compression_of
 from colltensor.torch.reducer import Options, Reducer
+from colltensor.torch.tracked import is_kept_in_step
 
 _LONE_NBYTES: Final = {"shm": 64 << 10}
 _LONE_NBYTES_ELSEWHERE: Final = 4 << 20
 """From how many bytes on a gradient travels by itself: where another transfer costs as much as a copy."""
-
-
-_groups_of: Final[Any] = WeakTensorKeyDictionary()
-"""By parameter: the groups over which it is kept in step."""
 
 
 def sync_gradients(
@@ -49,9 +52,10 @@ def sync_gradients(
     Several backward passes before ``zero_grad()`` add up, each in step; ``no_sync()`` saves the transfers of all but
     the last. A parameter without a gradient on some ranks counts as zeros there, and its ``grad`` stays None only if no
     rank has one. Small gradients are views of flat buckets: what ``parameter.grad`` held is overwritten in the next
-    backward pass, so clone what is to be kept. Parameters that are frozen now, added later, or put in the place of
-    others (``load_state_dict(assign=True)``) are not synchronised: ``remove()`` the handle and call again. An optimizer
-    that steps inside the backward pass, in hooks of its own, steps before the gradients are in step.
+    backward pass, so clone what is to be kept. Parameters of a module that are unfrozen later, added, or put in the
+    place of others (``module.head = ...``, ``load_state_dict(assign=True)``) are taken in by the next backward pass,
+    where all ranks changed the same. Their values are not: call ``broadcast()``. An optimizer that steps inside the
+    backward pass, in hooks of its own, steps before the gradients are in step.
 
     The handle need not be kept; the hooks live as long as the parameters. With ``average=False`` they keep the
     parameters alive until ``remove()``.
@@ -72,7 +76,8 @@ def sync_gradients(
         The handle: ``no_sync()``, ``remove()``. As a context manager it removes itself at the end.
 
     Raises:
-        MismatchError: On every rank, where one differs from rank 0; names the parameters.
+        MismatchError: On every rank, where one differs from rank 0; names the parameters. From ``backward()``, where
+            the module was changed and not on all ranks alike.
         OptionError, TensorError: An argument that cannot be used.
         CollectiveError: From ``backward()`` too: a rank is lost or late, or a gradient cannot be reduced.
     """
@@ -81,20 +86,22 @@ def sync_gradients(
     if overlap not in (True, False, "worker"):
         raise OptionError(f"sync_gradients: overlap: expected True, False or 'worker', got {overlap!r}")
     chosen = compression_of(compression)
+    module = module_or_parameters if isinstance(module_or_parameters, torch.nn.Module) else None
     parameters, buffers = named_tensors(module_or_parameters)
     found = group if isinstance(group, Group) else find_group(group)
     words = {"bucket_nbytes": str(bucket_nbytes), "average": str(bool(average)), "overlap": repr(overlap),
              "compression": _spelt(chosen)}
     _refuse_twice(found, parameters)
-    reports = compare(found, parameters, buffers, words)
+    reports = compare(found, described(parameters, buffers, frozen=True), words)
     lone_nbytes = _LONE_NBYTES.get(found.backend, _LONE_NBYTES_ELSEWHERE)
     options = Options(bucket_nbytes, lone_nbytes, average, _early(overlap, reports), chosen)
-    return GradientSync(found, parameters, buffers, options)
+    take_over(found, [*parameters, *buffers])
+    return GradientSync(found, module, parameters, options)
 
 
 def _refuse_twice(group: Group, parameters: Named) -> None:
     for name, parameter in parameters:
-        if group in _groups_of.get(parameter, ()):
+        if is_kept_in_step(parameter, group):
             raise OptionError(
                 f"sync_gradients: {name} is kept in step over group '{group.name}' already, and would be reduced "
                 "twice; remove() the other handle first"
@@ -126,30 +133,24 @@ class GradientSync:
         group: The group whose ranks are kept in step.
     """
 
-    def __init__(self, group: Group, parameters: Named, buffers: Named, options: Options) -> None:
+    def __init__(
+        self, group: Group, module: torch.nn.Module | None, parameters: Named, options: Options
+    ) -> None:
         self.group = group
-        self._tensors = [*parameters, *buffers]
-        self._parameters = [parameter for _, parameter in parameters]
-        self._handles: list[Any] = []
-        self.broadcast()
-        for _, parameter in parameters:
-            _groups_of.setdefault(parameter, weakref.WeakSet()).add(group)
-        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-        members = [Member.of(number, name, parameter) for number, (name, parameter) in enumerate(trained)]
-        self._reducer = Reducer(group, members, options)
-        if group.world_size == 1:
-            return
-        for number, (_, parameter) in enumerate(trained):
-            register: Any = parameter.register_post_accumulate_grad_hook
-            self._handles.append(register(self._reducer.hook(number)))
-            if not options.average:
-                node = torch.autograd.graph.get_gradient_edge(parameter).node
-                self._reducer.nodes.append(node)
-                self._handles.append(node.register_prehook(self._reducer.before(number)))
+        self._source: torch.nn.Module | Named = parameters if module is None else module
+        self._reducer = Reducer(group, module, parameters, options)
 
     def broadcast(self) -> None:
-        """Copy rank 0's parameters and buffers to all ranks once more; every rank calls."""
-        take_over(self.group, self._tensors)
+        """Copy rank 0's parameters and buffers, those that there are now, to all ranks once more; every rank calls.
+
+        Raises:
+            MismatchError: On every rank, where one has others than rank 0; names them, and nothing was copied.
+        """
+        parameters, buffers = named_tensors(self._source)
+        compare(self.group, described(parameters, buffers), {})
+        take_over(self.group, [*parameters, *buffers])
+        if self.group.world_size > 1:
+            self._reducer.tracked.attach(parameters)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -165,13 +166,7 @@ class GradientSync:
 
     def remove(self) -> None:
         """Leave the module alone from now on; its gradients stay. Idempotent, and on this rank alone."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._reducer.nodes.clear()
-        for parameter in self._parameters:
-            _groups_of[parameter].discard(self.group)
-        self._parameters.clear()
+        self._reducer.tracked.remove()
 
     def __enter__(self) -> GradientSync:
         return self

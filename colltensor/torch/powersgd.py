@@ -87,7 +87,7 @@ class PowerSGD:
 
     def _remembered(self, matrix: torch.Tensor, name: str) -> _Memory:
         memory = self._memory.get(name)
-        if memory is None:
+        if memory is None or memory.error.shape != matrix.shape or memory.error.dtype != matrix.dtype:
             error = torch.zeros(matrix.shape, dtype=matrix.dtype, device=matrix.device)
             memory = self._memory[name] = _Memory(error, self._first_right(matrix, name))
         return memory

@@ -8,16 +8,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from colltensor.errors import GroupError, OptionError
+from colltensor.errors import GroupError, MismatchError, OptionError
 from colltensor.group import Group
+from colltensor.torch.agreement import Named, compare, described
 from colltensor.torch.buckets import Bucket, Member, plan
 from colltensor.torch.compression import Compression
 from colltensor.torch.ending import Ending, is_running
+from colltensor.torch.tracked import Tracked
 from colltensor.types import ReduceOp
+
+_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,36 +53,71 @@ class Reducer:
     Which parameters have a gradient on some rank is agreed in each pass: as an element each behind the last flat
     bucket, else in a transfer of its own.
 
+    At the first gradient of a pass the parameters are compared with those that the buckets were made for. Where the
+    module has others now, or more of them need gradients, the ranks compare theirs at the end of the pass, before
+    anything is reduced, and make the buckets anew.
+
     Attributes:
         paused: True while gradients are only accumulated.
-        nodes: Nodes of autograd with hooks of ours, kept because a parameter holds its own weakly.
+        tracked: The parameters and their hooks.
     """
 
-    def __init__(self, group: Group, members: Sequence[Member], options: Options) -> None:
+    def __init__(
+        self, group: Group, module: torch.nn.Module | None, parameters: Named, options: Options
+    ) -> None:
         self.paused = False
-        self.nodes: list[Any] = []
+        self.tracked = Tracked(module, parameters, group, self._attach)
         self._group = group
-        self._members = members
+        self._members: Sequence[Member] = ()
+        self._known: dict[int, Callable[[], torch.Tensor | None]] = {}
         self._options = options
         self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
         self._ending: Callable[[], Ending | None] = _none
-        self._learned: list[int] | None = [] if options.early else None
+        self._stale = False
+        self._learned: list[int] | None = None
         self._sums: dict[int, Callable[[], torch.Tensor | None]] = {}
         self._under_way = False
         self._next = 0
         self._running: list[tuple[Bucket, Iterator[torch.Tensor] | None, Any]] = []
         self._missing: list[tuple[Bucket, Member]] = []
-        self._bucket_of: list[Bucket] = []
+        self._bucket_of: dict[int, Bucket] = {}
         self._buckets: list[Bucket] = []
-        self._arrange(members[::-1])
+        self._accumulated = self._hook()
+        self._take(parameters)
 
-    def hook(self, number: int) -> Callable[[torch.Tensor], None]:
+    def _take(self, parameters: Named) -> None:
+        """Keep these parameters in step, those that are frozen as soon as they need gradients."""
+        trained = [(name, parameter) for name, parameter in parameters
+                   if parameter.requires_grad or id(parameter) in self._known]
+        self._members = [Member.of(number, name, parameter) for number, (name, parameter) in enumerate(trained)]
+        self._known = {id(parameter): member.parameter
+                       for (_, parameter), member in zip(trained, self._members, strict=True)}
+        self._learned = [] if self._options.early else None
+        self._arrange(self._members[::-1])
+        if self._group.world_size > 1:
+            self.tracked.attach(parameters)
+
+    def _attach(self, parameter: torch.Tensor) -> list[Any]:
+        """Put the hooks on a parameter; returns what takes them away again."""
+        register: Any = parameter.register_post_accumulate_grad_hook
+        handles = [register(self._accumulated)]
+        if not self._options.average:
+            node = torch.autograd.graph.get_gradient_edge(parameter).node
+            known = weakref.ref(parameter)
+            # The node is kept with its hook, because the parameter holds it weakly.
+            handles.append(_Kept(node, node.register_prehook(lambda gradients: self._share(known()))))
+        return handles
+
+    def _hook(self) -> Callable[[torch.Tensor], None]:
         """Return what autograd calls after it accumulated a parameter's gradient."""
         bucket_of = self._bucket_of
         early = self._options.early
 
         def accumulated(parameter: torch.Tensor) -> None:
             if self.paused:
+                return
+            number = id(parameter)
+            if number not in bucket_of and not self.tracked.has(parameter):  # it was put into the module, and taken out
                 return
             ending = self._ending()
             if ending is None:
@@ -92,7 +131,7 @@ class Reducer:
                 bucket.waiting -= 1
                 if bucket.waiting <= 0:
                     try:
-                        self._advance(bucket, number)
+                        self._advance(bucket, parameter)
                     except BaseException:
                         self._ending = _none
                         raise
@@ -100,14 +139,13 @@ class Reducer:
         accumulated._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which imports
         return accumulated
 
-    def before(self, number: int) -> Callable[[object], None]:
-        """Return what autograd calls before it accumulates a gradient on top of a sum of all ranks."""
-        return lambda gradients: self._share(number)
+    def _share(self, parameter: torch.Tensor | None) -> None:
+        """Make a sum that every rank has this rank's share of it, so that the next sum counts it once.
 
-    def _share(self, number: int) -> None:
-        """Make a sum that every rank has this rank's share of it, so that the next sum counts it once."""
-        reference = self._sums.pop(number, None)
-        gradient = self._members[number].gradient
+        Called before autograd accumulates on top of it.
+        """
+        reference = self._sums.pop(id(parameter), None)
+        gradient = None if parameter is None else parameter.grad
         if reference is not None and gradient is not None and reference() is gradient:
             gradient.detach().div_(self._group.world_size)
 
@@ -128,16 +166,20 @@ class Reducer:
         for bucket in self._buckets:
             bucket.waiting = bucket.expected
         self._missing.clear()
+        self._stale = self.tracked.differs(self._known)
+        if self._stale and self._options.early:
+            self._learned = []  # launches nothing before the end
         if self._learned is not None:
             self._learned.clear()
         self._under_way = True
         self._ending = weakref.ref(Ending(self._finish))
 
-    def _advance(self, bucket: Bucket, number: int) -> None:
+    def _advance(self, bucket: Bucket, parameter: torch.Tensor) -> None:
         """Launch what can be launched now that all gradients of a bucket are there."""
         if bucket.place < self._next:
+            name = next(member.name for member in bucket.members if member.parameter() is parameter)
             raise GroupError(
-                f"sync_gradients: the gradient of {self._members[number].name} was accumulated once more after it had "
+                f"sync_gradients: the gradient of {name} was accumulated once more after it had "
                 "been reduced in this backward pass, which in the first pass it was not; where a parameter's number of "
                 "reentrant checkpoints changes from step to step, pass overlap=False on all ranks"
             )
@@ -148,7 +190,7 @@ class Reducer:
         """Reduce a bucket, or start to."""
         if self._sums:
             for member in bucket.members:
-                self._share(member.number)
+                self._share(member.parameter())
         wire = bucket.collect()
         if bucket.missing:
             self._missing += [(bucket, member) for member in bucket.missing]
@@ -184,6 +226,8 @@ class Reducer:
         self._under_way = False
         self._ending = _none  # also where this fails: the traceback that the caller gets keeps the Ending alive
         with torch.no_grad():
+            if self._stale:
+                self._renew()
             while self._next < len(self._buckets):
                 self._launch(self._buckets[self._next])
             for bucket, rounds, work in self._running:
@@ -201,6 +245,30 @@ class Reducer:
             self._next = 0
             if self._learned is not None:
                 self._learn(self._learned)
+
+    def _renew(self) -> None:
+        """Take in what the module has now, on all ranks alike.
+
+        Raises:
+            MismatchError: The ranks have not changed the same; nothing was reduced.
+        """
+        before = {member.name for member in self._members}
+        parameters = self.tracked.named()
+        trained = [(name, parameter) for name, parameter in parameters
+                   if parameter.requires_grad or id(parameter) in self._known]
+        try:
+            compare(self._group, described(trained, []), {})
+        except MismatchError as error:
+            changed = [name for name, parameter in trained if id(parameter) not in self._known]
+            changed += sorted(before - {name for name, _ in trained})
+            raise MismatchError(
+                f"sync_gradients: since they were last compared, parameters of rank {self._group.rank} were replaced, "
+                f"added, unfrozen or removed ({', '.join(changed[:_SHOWN])}), and on other ranks they were not, or "
+                f"others were: {error}; change the module on all ranks before the same backward pass",
+                error.ranks,
+            ) from error
+        self._take(parameters)
+        self._stale = False
 
     def _write_presence(self, presence: torch.Tensor) -> None:
         """Note which parameters have a gradient on this rank; called once every bucket was collected."""
@@ -225,10 +293,12 @@ class Reducer:
         for member in self._members:
             gradient = member.gradient
             if gradient is not None:
-                self._sums[member.number] = weakref.ref(gradient)
+                self._sums[id(member.parameter())] = weakref.ref(gradient)
 
     def _learn(self, learned: list[int]) -> None:
         """Arrange the buckets anew, in the order that rank 0 saw."""
+        number_of = {number: member.number for number, member in zip(self._known, self._members, strict=True)}
+        learned = [number_of[number] for number in learned if number in number_of]
         order = [*dict.fromkeys([*learned, *range(len(self._members) - 1, -1, -1)])]
         # As an object, because a group may reach no host memory.
         self._arrange([self._members[number] for number in self._group.broadcast_object(order, 0)])
@@ -242,7 +312,23 @@ class Reducer:
         options = self._options
         self._buckets = plan(order, options.bucket_nbytes, options.lone_nbytes, options.compression is None)
         bucket_of = {member.number: bucket for bucket in self._buckets for member in bucket.members}
-        self._bucket_of[:] = [bucket_of[number] for number in range(len(self._members))]
+        self._bucket_of.clear()  # the hook looks into this one
+        self._bucket_of.update(
+            (number, bucket_of[member.number]) for number, member in zip(self._known, self._members, strict=True)
+        )
+
+
+class _Kept:
+    """The handle of a hook on a node of autograd's, which keeps the node."""
+
+    def __init__(self, node: Any, handle: Any) -> None:
+        self._node = node
+        self._handle = handle
+
+    def remove(self) -> None:
+        """Take the hook away, and let go of the node."""
+        self._handle.remove()
+        self._node = None
 
 
 def _none() -> None:

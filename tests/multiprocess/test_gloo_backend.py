@@ -384,7 +384,7 @@ def choose_a_provider(rank: int, size: int, path: str, without: dict[int, str], 
     module._usable = lambda: (found, why)
     control = FakeControl(path, rank, size)
     try:
-        return [module._agree(control, wanted, soon()), *lines]
+        return [module._agree(control, wanted, soon())[0], *lines]
     finally:
         module._usable = usable
         module._LOG.removeHandler(handler)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +25,7 @@ from pool import RankPool
 import colltensor as col
 from colltensor.backends import get_backend, is_available, reason
 from colltensor.backends.auto import AutoSpec
+from colltensor.backends.gloo import library as gloo_library
 from colltensor.backends.hierarchical.hosts import Hosts
 
 pytestmark = pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
@@ -132,6 +136,147 @@ def test_gloo_where_memory_cannot_be_shared(pool: RankPool, hosts: str, lacking:
         assert found == "gloo"
         assert "using 'gloo'" in logged
         assert MISSING in logged
+
+
+@contextlib.contextmanager
+def records() -> Iterator[list[logging.LogRecord]]:
+    """What is logged meanwhile."""
+    found: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = found.append  # type: ignore[method-assign, assignment]
+    logger = logging.getLogger("colltensor")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def told(rank: int, size: int, hosts: str, options: dict[str, Any], trouble: str) -> tuple[list[str], list[str]]:
+    """Make two groups while something is amiss on one rank; return what both say of it, and the warnings and hints."""
+    from colltensor import recipe
+    from colltensor.backends import auto
+    from colltensor.backends.shm import library, segment
+
+    auto._warned.clear()
+    recipe._hinted.clear()
+    if gloo_library.reason() is None:  # which lies beside the library that is missing below
+        gloo_library.load()
+    name = options.pop("name")
+    with records() as found, pytest.MonkeyPatch.context() as patch:
+        if trouble == "library" and rank == size - 1:
+            patch.setattr(library, "_loaded", [])
+            patch.setenv("COLLTENSOR_LIBRARY", MISSING)
+        elif trouble == "filter":
+            patch.setattr(segment.os, "memfd_create", refused)
+        elif trouble == "memory":
+            patch.setattr(segment.cgroup, "spare_nbytes", lambda: 1 << 20)
+        elif trouble == "reading" and rank == 0:
+            patch.setenv("COLLTENSOR_READ_PEERS", "0")
+        with group_on(hosts, rank, name, **options) as first, group_on(hosts, rank, name + "-2", **options) as second:
+            whys = [first.why, second.why, first.split(0).why]
+    levels = {logging.WARNING: "warning", logging.INFO: "hint"}
+    return whys, [f"{levels[record.levelno]}: {record.getMessage()}" for record in found if record.levelno in levels]
+
+
+def refused(name: str, flags: int) -> int:
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("hosts", ["aaa", "aabb"])
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ("library", f"there is no file {MISSING}, which the variable COLLTENSOR_LIBRARY names: build it"),
+        ("filter", "shared memory cannot be reserved: [Errno 1] Operation not permitted; free memory or raise"),
+        ("memory", "its control group has 1.0 MiB left; free memory or raise the container's limit"),
+    ],
+)
+def test_gloo_in_the_place_of_shared_memory_is_told_once(
+    pool: RankPool, hosts: str, trouble: str, words: str
+) -> None:
+    """Hundreds of times slower was a debug line, and on one rank."""
+    for rank, (whys, lines) in enumerate(pool.run(len(hosts), told, hosts, {"name": fresh()}, trouble)):
+        for why in whys:
+            assert why.startswith("backend='auto': ranks of one host cannot share memory: "), rank
+            assert words in why
+            assert "Gloo's provider is" in why
+        assert len(lines) == 1, rank
+        assert lines[0].startswith("warning: group 'hosts-")
+        assert f"(rank {rank}): colltensor is using 'gloo' between ranks of one host" in lines[0]
+        assert words in lines[0]
+        if trouble == "library" and hosts == "aaa":
+            assert "rank 2: there is no file" in lines[0]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("hosts", "options", "words", "hinted"),
+    [
+        ("a", {}, "a group of one rank needs no transport", False),
+        ("aa", {}, "backend='auto': all 2 ranks are on one host", False),
+        ("ab", {}, "backend='auto': each rank is on a host of its own (rank 0: simulated-a, rank 1: sim", False),
+        ("abcdef", {}, "host of its own (rank 0: simulated-a, rank 1: ", False),
+        ("aab", {}, "backend='auto': the 3 ranks are on 2 hosts, several of them on one; Gloo's provider is", False),
+        ("aa", {"backend": "shm"}, "backend='shm' was asked for; large messages", False),
+        ("aa", {"backend": "hierarchical"}, "backend='hierarchical' was asked for, and all ranks are on one", False),
+        ("ab", {"backend": "hierarchical"}, "backend='hierarchical' was asked for, and each rank is on a host", False),
+        ("ab", {"backend": "gloo"}, "backend='gloo' was asked for; Gloo's provider is", False),
+        ("aa", {"backend": "gloo"}, "all ranks are on one host, where backend='auto' would use shared memory", True),
+    ],
+)
+def test_why(pool: RankPool, hosts: str, options: dict[str, Any], words: str, hinted: bool) -> None:
+    for whys, lines in pool.run(len(hosts), told, hosts, {"name": fresh(), **options}, ""):
+        assert all(words in why for why in (whys if len(set(hosts)) == 1 else whys[:2])), whys
+        assert len(lines) == hinted, lines
+        assert all("hint: group 'hosts-" in line and "with backend='auto'" in line for line in lines)
+
+
+def test_why_a_provider(pool: RankPool, provider: str) -> None:
+    for whys, lines in pool.run(2, told, "aa", {"name": fresh(), "provider": provider}, ""):
+        assert whys[0].startswith(f"provider={provider!r} was asked for, which is one of gloo")
+        assert len(lines) == 1  # the hint
+
+
+def test_why_memory_is_not_read(pool: RankPool) -> None:
+    for whys, lines in pool.run(2, told, "aa", {"name": fresh()}, "reading"):
+        assert "large messages are staged, because the ranks do not read each other's memory (rank 0: COLL" in whys[0]
+        assert not lines
+
+
+PROGRAM = """
+import sys, numpy, colltensor
+group = colltensor.init_collective_group(2, int(sys.argv[1]), init_method=sys.argv[2])
+group.allreduce(numpy.ones(3))
+group.split(0)
+"""
+
+
+@pytest.mark.gloo
+def test_a_plain_script_shows_the_warning(tmp_path: Path) -> None:
+    """Once, where nobody configured logging."""
+    gloo, missing = gloo_library.path(), tmp_path / "lib" / "libcolltensor.so"
+    missing.parent.mkdir()
+    if gloo.is_file():
+        missing.with_name(gloo.name).symlink_to(gloo)
+    environment = {**os.environ, "COLLTENSOR_LIBRARY": str(missing), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), tmp_path.as_uri()], env=environment, text=True,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(ranks):
+        _, printed = process.communicate(timeout=90)
+        assert process.returncode == 0, printed
+        assert printed.count("colltensor is using 'gloo'") == 1, printed
+        assert f"(rank {rank})" in printed
+        assert f"there is no file {missing}" in printed
 
 
 @pytest.fixture

@@ -61,7 +61,12 @@ class TestTable:
         assert reason("loopback") is None
         assert is_available("loopback")
 
-    @pytest.mark.parametrize("name", ["mpi", "", "auto", None, 3])
+    def test_auto_is_no_entry_of_the_table(self) -> None:
+        with pytest.raises(OptionError, match="'auto' or one of"):
+            get_backend("auto")
+        assert is_available("auto") == (is_available("shm") or is_available("gloo"))
+
+    @pytest.mark.parametrize("name", ["mpi", "", None, 3])
     def test_an_unknown_name(self, name: object) -> None:
         with pytest.raises(OptionError, match=r"'auto' or one of gloo, hierarchical, loopback, nccl, shm, got"):
             get_backend(name)

@@ -45,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
     "table": {"errors", "backends", "rendezvous", "group", "observers", "recipe"},
     "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
-    "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table"},
+    "replicas": {*VALUES, "adapters", "tree", "group"},
+    "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table", "replicas"},
     "": {*VALUES, "adapters", "backends", "tree", "work", "group", "observers", "table", "collectives",
          "gradients"},
 }

@@ -73,9 +73,9 @@ def test_what_is_received_lies_where_the_argument_does(torch: Any, group: Group)
 
 
 def test_the_presence_of_gradients(torch: Any, group: Group) -> None:
-    buckets, reducer = (importlib.import_module(f"colltensor.torch.{name}") for name in ("buckets", "reducer"))
+    reducer = importlib.import_module("colltensor.torch.reducer")
     parameter = torch.zeros(8, device="meta", requires_grad=True)
     options = reducer.Options(bucket_nbytes=8, lone_nbytes=8, average=True, early=False, compression=None)
-    made = reducer.Reducer(group, [buckets.Member.of(0, "weight", parameter)], options)
+    made = reducer.Reducer(group, None, [("weight", parameter)], options)
     made._settle_missing()
     assert group.given == [("allreduce", "meta")]

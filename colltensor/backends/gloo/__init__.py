@@ -77,10 +77,11 @@ class GlooSpec:
             raise GroupError("backend 'gloo' needs a control plane; use backend='loopback' for one rank on its own")
         address = meeting.addresses[control.rank][0] if interface is None else interface_address(interface)
         deadline = time.monotonic() + timeout_s
-        name = _agree(control, provider, deadline)
+        name, reason = _agree(control, provider, deadline)
         from colltensor.backends.gloo.backend import GlooBackend
 
-        backend = GlooBackend(_connect(name, control, address, timeout_s), control)
+        details = f"Gloo's provider is {name!r}: {reason}"
+        backend = GlooBackend(_connect(name, control, address, timeout_s), control, details)
         # A rank that closes while another still connects to it would end that one's process (pygloo 0.2.1: getpeername
         # fails in Gloo's own thread, where nothing can catch it).
         try:
@@ -127,8 +128,8 @@ def _usable() -> tuple[dict[str, str], dict[str, str]]:
     return found, lacking
 
 
-def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> str:
-    """Return the provider that all ranks use: one that all have, in versions that understand each other.
+def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[str, str]:
+    """Return the provider that all ranks use, one that all have in versions that understand each other, and why.
 
     Ranks of two providers cannot meet: they hold different versions of Gloo, and publish different keys.
     """
@@ -166,7 +167,7 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> str:
             "install one version on all",
             [rank for rank, number in enumerate(series) if number != series[0]],
         )
-    return name
+    return name, reason
 
 
 def _lacking(name: str, ballots: Sequence[tuple[dict[str, str], dict[str, str]]]) -> str | None:

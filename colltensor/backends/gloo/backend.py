@@ -55,6 +55,7 @@ class GlooBackend:
 
     Attributes:
         kept: The arguments of calls that failed.
+        details: The provider, and why it is this one, in words.
     """
 
     name = "gloo"
@@ -66,8 +67,9 @@ class GlooBackend:
 
     require = staticmethod(require)
 
-    def __init__(self, provider: Provider, control: ControlPlane) -> None:
+    def __init__(self, provider: Provider, control: ControlPlane, details: str = "") -> None:
         self.kept: list[object] = []
+        self.details = details
         self._provider = provider
         self._control = control
         self._rank = control.rank

@@ -53,6 +53,9 @@ class HierarchicalBackend:
     block is on the network the next is in shared memory. send, recv and sendrecv between ranks of one host go through
     shared memory. gather, scatter, reducescatter and alltoall, and transfers between hosts, go over Gloo between all
     ranks. The ranks agree on the control plane before each call, so the steps within one need no agreement.
+
+    Attributes:
+        details: The provider of Gloo, and why it is this one, in words.
     """
 
     name = "hierarchical"
@@ -70,6 +73,7 @@ class HierarchicalBackend:
         self._watch = watch
         self._local = local
         self._gloo = gloo
+        self.details = gloo.details
         self._courier = Courier(f"colltensor {watch.group_name} hosts", watch.halt)
         self._moves = Moves(hosts, local, gloo, self._courier)
         self._reductions = Reductions(hosts, local, gloo, self._courier)

@@ -32,6 +32,7 @@ class ShmBackend:
 
     Attributes:
         number: The group's number in the native library.
+        details: Whether large messages are read from the peers' memory, and what stands against it, in words.
     """
 
     name = "shm"
@@ -49,6 +50,7 @@ class ShmBackend:
         self._native = segment.library
         self._handle = self.number = segment.handle
         self._run = segment.library.shm_run
+        self.details = segment.details
         self._held = False
         self._signed: Signed | None = None
         self._signed_transfers: dict[tuple[int, int], Signed] = {}

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import secrets
@@ -21,7 +22,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from colltensor import net
@@ -30,6 +31,8 @@ from colltensor.backends.shm import cgroup, library
 from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
 
 MAX_RANKS: Final = 256
+
+_LOG: Final = logging.getLogger(__name__)
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _RANK: Final = struct.Struct("!I")
@@ -66,12 +69,14 @@ class Segment:
         library: The native library.
         handle: The library's number for this rank's part.
         crowded: Whether there are more ranks than processors for them.
+        details: Whether large messages are read from the peers' memory, and what stands against it, in words.
         stop: Asked by the library every 100 ms while it waits, see ``Outcomes.stop``. Set by the owner.
     """
 
     library: Any
     handle: int
     crowded: bool
+    details: str
     stop: list[Callable[[], int]]
 
 
@@ -118,13 +123,13 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
         if fd >= 0:
             os.close(fd)
     try:
-        _prove(segment, trouble, control, ballots, deadline)
+        details = _prove(segment, trouble, control, ballots, deadline)
     except BaseException:
         if segment is not None:
             segment.library.shm_close(segment.handle)
         raise
     assert segment is not None
-    return segment
+    return replace(segment, details=details)
 
 
 def _own_ballot(control: ControlPlane, meeting: Meeting) -> bytes:
@@ -267,7 +272,7 @@ def _map(
     )
     if handle < 0:
         return None, f"the shared memory cannot be mapped: {os.strerror(-handle)}"
-    return Segment(native, handle, control.world_size > cores, stop), None
+    return Segment(native, handle, control.world_size > cores, "", stop), None
 
 
 def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
@@ -289,10 +294,13 @@ def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
 
 def _prove(
     segment: Segment | None, trouble: str | None, control: ControlPlane, ballots: list[_Ballot], deadline: float
-) -> None:
+) -> str:
     """Let every rank write a fresh number and find everybody's, or raise on every rank.
 
     Where all ranks also find the numbers in each other's own memory, large messages are read from there.
+
+    Returns:
+        Whether they are, in words.
 
     Raises:
         BackendUnavailableError: A rank has trouble, or does not see what another wrote.
@@ -308,16 +316,29 @@ def _prove(
         ]
         if unseen:
             trouble = f"its memory is not the memory of ranks {unseen}"
-    reads = segment is not None and not trouble and _reads_peers(segment, control.rank, ballots)
-    votes = [json.loads(vote) for vote in control.allgather(json.dumps([trouble, reads]).encode(), deadline)]
+    obstacle = None if segment is None or trouble else _obstacle_to_reading(segment, control.rank, ballots)
+    votes = [json.loads(vote) for vote in control.allgather(json.dumps([trouble, obstacle]).encode(), deadline)]
     _refuse(control, [vote[0] for vote in votes])
+    obstacles = [f"rank {rank}: {vote[1]}" for rank, vote in enumerate(votes) if vote[1] is not None]
     if segment is not None:
-        segment.library.shm_allow_reading(segment.handle, all(vote[1] for vote in votes))
+        segment.library.shm_allow_reading(segment.handle, not obstacles)
+    if not obstacles:
+        return "large messages may be read from the other processes' memory"
+    _LOG.debug(
+        "group %r (rank %d): large messages are staged, which may take twice as long: %s", control.group_name,
+        control.rank, obstacles[0],
+    )
+    return f"large messages are staged, because the ranks do not read each other's memory ({obstacles[0]})"
 
 
-def _reads_peers(segment: Segment, own: int, ballots: list[_Ballot]) -> bool:
-    """Return whether this rank can read the memory of all other ranks' processes, and wants to."""
+def _obstacle_to_reading(segment: Segment, own: int, ballots: list[_Ballot]) -> str | None:
+    """Return None if this rank can read the memory of all other ranks' processes and wants to, else why not."""
+    if os.environ.get(_READ_VARIABLE, "1") == "0":
+        return f"{_READ_VARIABLE}=0"
     namespace = ballots[own].pid_namespace
     pids = array.array("i", [ballot.pid if ballot.pid_namespace == namespace else 0 for ballot in ballots])
-    wanted = os.environ.get(_READ_VARIABLE, "1") != "0"
-    return wanted and bool(segment.library.shm_try_reading(segment.handle, pids.buffer_info()[0]))
+    if segment.library.shm_try_reading(segment.handle, pids.buffer_info()[0]):
+        return None
+    if 0 in pids:
+        return "the processes are in different pid namespaces"
+    return "process_vm_readv is not permitted (a ptrace restriction or a seccomp filter)"

@@ -350,7 +350,7 @@ class TestGradients:
             return made
 
         def run(group: Group) -> list[list[np.ndarray]]:
-            kept = Synchronizer(gradients(group, 0), group=group, average=average)
+            kept = Synchronizer(gradients(group, 0), group=group, average=average, compare=False)
             assert kept.buckets == ()
             found = []
             for step in range(2):
