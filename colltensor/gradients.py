@@ -8,6 +8,7 @@ and for JAX's transformations there are ``colltensor.torch`` and ``colltensor.ja
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -30,9 +31,10 @@ from colltensor.view import BufferView
 BUCKET_NBYTES: Final = 25 << 20
 """A bucket is closed when the next leaf would take it past this size, as in torch's DistributedDataParallel."""
 
-_ALONE_FROM_NBYTES: Final = {"shm": 32 << 10}
-"""From which size on a leaf travels by itself, by backend: two copies cost more then than a transfer does, which is
-about 2 us in shared memory; over Gloo it costs so much that ``FUSE_BELOW_NBYTES`` holds."""
+_GATHERING: Final = frozenset({"shm", "loopback"})
+"""Backends that gather the leaves of a tree in host memory themselves."""
+
+_look_at: Final = operator.attrgetter("shape", "dtype")
 
 
 def sync_gradients(gradients: Any, *, group: Group | str = "default", average: bool = True) -> Any:
@@ -88,8 +90,9 @@ class Synchronizer:
 
     Leaves may be new tensors in each step, of another framework or in another layout; their paths, shapes and data
     types stay. Small leaves of one type share a bucket, which is copied into and out of and is the same memory in
-    every step; large ones are reduced where they are. Ranks may bring different frameworks. One thread at a time syncs:
-    the buckets are shared. On a GPU nothing is kept: a bucket's leaves are packed by the call, on their own streams.
+    every step; large ones, and in shared memory all of them, are reduced where they are. Ranks may bring different
+    frameworks. One thread at a time syncs: the buckets are shared. On a GPU nothing is kept: a bucket's leaves are
+    packed by the call, on their own streams.
 
     Attributes:
         group: The group.
@@ -133,8 +136,12 @@ class Synchronizer:
             self.group, "Synchronizer", options, leaves,
             f"{replicas.REMEDY}, or pass compare=False where it was given no parameters but what has their shapes",
         )
-        alone_from = _ALONE_FROM_NBYTES.get(self.group.backend, FUSE_BELOW_NBYTES)
-        members = plan(views, fuse_below=min(alone_from, bucket_nbytes), bucket_nbytes=bucket_nbytes)
+        self._match = None if self._structure is None else tree.matcher_of(self._structure)
+        self._seen: list[Any] = []
+        self._straight = self._device == CPU and self.group.backend in _GATHERING
+        members = [] if self._straight else plan(
+            views, fuse_below=min(FUSE_BELOW_NBYTES, bucket_nbytes), bucket_nbytes=bucket_nbytes
+        )
         self._buckets = [
             _Bucket([(index, self._leaves[index]) for index in indices], self._device) for indices in members
         ]
@@ -143,7 +150,8 @@ class Synchronizer:
     def buckets(self) -> tuple[BufferView, ...]:
         """The views of the flat buckets; leaves that travel by themselves have none, unless they are strided.
 
-        None for leaves on a device: there each call packs them, into memory of CuPy's pool.
+        None for leaves on a device, where each call packs them into memory of CuPy's pool, and none in shared memory,
+        where native code gathers the leaves.
         """
         return tuple(bucket.flat for bucket in self._buckets if bucket.flat is not None)
 
@@ -162,15 +170,28 @@ class Synchronizer:
             MismatchError: The ranks' calls differ.
             PeerLostError, CollectiveTimeoutError: A rank died or did not come; the gradients are undefined.
         """
+        if self._straight and self._is_as_seen(gradients):
+            return self.group.allreduce(gradients, self._op)
         tensors = None if self._structure is None else tree.leaves_like(gradients, self._structure)
         if tensors is None:
             tensors = self._flatten(gradients)
         views = self._views(tensors, write=True)
         self._check(views)
+        if self._straight:
+            self._seen = list(map(_look_at, tensors))
+            return self.group.allreduce(gradients, self._op)
         replaced = False
         for bucket in self._buckets:
             replaced |= bucket.reduce(self.group, self._op, tensors, views)
         return tree.flatten(gradients)[2](tensors) if replaced else gradients
+
+    def _is_as_seen(self, gradients: Any) -> bool:
+        """Return True if the leaves have the shapes and the frameworks' dtypes of leaves that were checked before."""
+        leaves = None if self._match is None else self._match(gradients)
+        try:
+            return leaves is not None and list(map(_look_at, leaves)) == self._seen
+        except AttributeError:  # no tensor
+            return False
 
     def _views(self, tensors: Sequence[Any], write: bool) -> list[BufferView]:
         views = []

@@ -141,7 +141,8 @@ def thousand_steps(rank: int, world_size: int, world: World, library: str) -> tu
                for layout in layouts]
     tree = [sample.tensor for sample in samples]
     kept = Synchronizer(tree, group=group)
-    assert sum(view.nbytes for view in kept.buckets) > 480_000
+    if world.backend != "shm":  # where native code gathers the leaves
+        assert sum(view.nbytes for view in kept.buckets) > 480_000
     addresses = [view.pointer for view in kept.buckets]
     for step in range(1000):
         if step == 100:
