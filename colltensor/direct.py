@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from colltensor.adapters import adapter_of, direct, known, unnoted
+from colltensor.adapters import is_plain, note, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_LARGE, DIRECT_MISMATCH, SigningBackend
 from colltensor.engine import Call, Engine, Transfer
@@ -27,45 +27,6 @@ _SENDS, _RECEIVES = 256, 512
 _COMPARED_LAST: Final = ("allgather", "gather", "alltoall")
 """Operations whose last tensor has the count that the ranks compare; of all others it is the first."""
 _NAMES: Final = tuple(DIRECT)
-
-
-def is_plain(tensor: Any) -> bool:
-    """Return True if a backend may take the tensor as it is."""
-    plain = direct.get(tensor.__class__, _NOT_DIRECT)[0]
-    return plain is None or plain(tensor)
-
-
-def are_plain(tensors: Sequence[Any]) -> bool:
-    """Return True if a backend may take all of the tensors as they are."""
-    return unnoted.issuperset(map(type, tensors)) or all(map(is_plain, tensors))
-
-
-def note(tensor: Any) -> None:
-    """Tell the framework of a plain tensor that it was written."""
-    found = direct.get(tensor.__class__)
-    if found is None:  # another thread has just registered an adapter
-        adapter_of(tensor).written(tensor)
-    elif found[1] is not None:
-        found[1](tensor)
-
-
-def note_all(tensors: Sequence[Any]) -> None:
-    """Tell the frameworks of plain tensors that they were written."""
-    kinds = set(map(type, tensors))
-    together = getattr(known.get(next(iter(kinds))), "written_together", None) if len(kinds) == 1 else None
-    if together is not None:
-        together(tensors)
-        return
-    for tensor in tensors:
-        note(tensor)
-
-
-def _never(tensor: Any) -> bool:
-    return False
-
-
-_NOT_DIRECT: Final = (_never, None)
-"""The entry of ``colltensor.adapters.direct`` for a type that it does not have."""
 
 
 class Direct:

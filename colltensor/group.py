@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from colltensor import backends
-from colltensor.adapters import unnoted
+from colltensor.adapters import is_plain, note, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
 from colltensor.buffers import Buffers, TensorBuffers
 from colltensor.control import Control
 from colltensor.devices import Devices
-from colltensor.direct import NO_OP, Direct, is_plain, note
+from colltensor.direct import NO_OP, Direct
 from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
 from colltensor.errors import CollectiveError, OptionError, PeerLostError

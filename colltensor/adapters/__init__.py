@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from colltensor.errors import OptionError, UnsupportedTensorError
@@ -187,6 +187,47 @@ def stream_of(adapter: Adapter, index: int) -> int | None:
     """Return the stream on which this thread's work is queued now; None where the host must wait. See ``Adapter``."""
     function: Callable[[int], int | None] | None = getattr(adapter, "stream", None)
     return LEGACY_STREAM if function is None else function(index)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Return True if a backend may take the tensor as it is."""
+    plain = direct.get(tensor.__class__, _NOT_DIRECT)[0]
+    return plain is None or plain(tensor)
+
+
+def are_plain(tensors: Sequence[Any]) -> bool:
+    """Return True if a backend may take all of the tensors as they are."""
+    return unnoted.issuperset(map(type, tensors)) or all(map(is_plain, tensors))
+
+
+def note(tensor: Any) -> None:
+    """Tell the framework of a plain tensor that it was written."""
+    found = direct.get(tensor.__class__)
+    if found is None:  # another thread has just registered an adapter
+        adapter_of(tensor).written(tensor)
+    elif found[1] is not None:
+        found[1](tensor)
+
+
+def note_all(tensors: Sequence[Any]) -> None:
+    """Tell the frameworks of plain tensors that they were written."""
+    kinds = set(map(type, tensors))
+    if unnoted.issuperset(kinds):
+        return
+    together = getattr(known.get(next(iter(kinds))), "written_together", None) if len(kinds) == 1 else None
+    if together is not None:
+        together(tensors)
+        return
+    for tensor in tensors:
+        note(tensor)
+
+
+def _never(tensor: Any) -> bool:
+    return False
+
+
+_NOT_DIRECT: Final = (_never, None)
+"""The entry of ``direct`` for a type that it does not have."""
 
 
 def _search(kind: type) -> Adapter | None:

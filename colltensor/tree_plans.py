@@ -1,0 +1,103 @@
+"""What is true of all trees of one structure, found out once: names, dtypes, counts, and how leaves share transfers.
+
+A plan is for trees of plain tensors, which native code takes as their frameworks made them. Imports no framework.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Sequence
+from typing import Any, Final
+
+from colltensor.adapters import are_plain
+from colltensor.buffers import Buffers, adapt
+from colltensor.errors import CollectiveError
+from colltensor.tree import flat_tree, matcher_of, structure_of
+from colltensor.view import BufferView
+
+_STRUCTURES: Final = 256
+"""Structures of trees that are kept in mind."""
+
+
+class Plan:
+    """What is known of trees of one structure whose leaves have the same dtypes and counts.
+
+    Attributes:
+        structure: Builds a tree of leaves.
+        views: One view a leaf, of the first such tree: of its dtype and count alone.
+        count: The number of elements of all leaves.
+        leaves_hash: What the ranks compare of the leaves.
+        match: Gives a tree's leaves at once, where the structure allows it: see ``tree.matcher_of``.
+        made: What was made for such trees, by whatever its maker chooses.
+    """
+
+    def __init__(self, structure: Any, buffers: Buffers) -> None:
+        self.structure = structure
+        self.views = [
+            BufferView(0, view.count, view.dtype, view.device, None, None, False, None, None) for view in buffers.views
+        ]
+        self.count = buffers.count()
+        self.leaves_hash = buffers.leaves_hash()
+        self.match = matcher_of(structure)
+        self.made: dict[Any, Any] = {}
+
+    def words(self, *more: int) -> array.array[int]:
+        """Return what native code is told: the number of leaves, of elements, the hash, then each dtype and count."""
+        words = [len(self.views), self.count, self.leaves_hash]
+        for view in self.views:
+            words += [view.dtype.code, view.count]
+        return array.array("Q", [*words, *more])
+
+
+class Plans:
+    """The plans of the trees that one group is given."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+        self._latest: Plan | None = None
+
+    def forget(self) -> None:
+        """Drop all plans, and with them what was made for them."""
+        self._plans.clear()
+        self._latest = None
+
+    def find(self, tree: Any) -> tuple[Plan | None, Sequence[Any]]:
+        """Return the plan of a tree, None if its leaves are not plain, and its leaves.
+
+        Their dtypes and counts may be others than the plan's: who uses it looks at them, and calls ``renewed``.
+        """
+        latest = self._latest
+        if latest is not None and latest.match is not None:
+            leaves = latest.match(tree)
+            if leaves is not None and are_plain(leaves):
+                return latest, leaves
+        leaves, structure = flat_tree(tree)
+        plan = self._plans.get(structure) or self._learn(tree, structure)
+        if plan is None or not are_plain(leaves):
+            return None, leaves
+        self._latest = plan
+        return plan, leaves
+
+    def renewed(self, tree: Any, plan: Plan) -> Plan | None:
+        """Return the plan of a tree that ``plan`` did not fit; None if it is no other."""
+        found = self._learn(tree, plan.structure)
+        if found is None or found is plan:
+            return None
+        self._latest = found
+        return found
+
+    def _learn(self, tree: Any, structure: Any) -> Plan | None:
+        try:
+            buffers = adapt(tree, False, False, True)
+        except CollectiveError:  # which the slow path says in its own words
+            return None
+        if not buffers.views or structure_of(tree) != structure:
+            return None
+        made = Plan(structure, buffers)
+        there = self._plans.get(structure)
+        if there is not None and there.words() == made.words():
+            return there
+        if len(self._plans) >= _STRUCTURES:
+            self._plans.clear()
+        self._plans[structure] = made
+        return made
