@@ -13,6 +13,7 @@ from colltensor.adapters import adapter_of, find_adapter, known
 from colltensor.backends.base import Backend
 from colltensor.buffers import Blocks, Buffers, TensorBuffers, adapt, refuse_overlaps
 from colltensor.errors import DeviceError, OptionError, RankError, ShapeError, TensorError
+from colltensor.gathered import Gatherer
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView, in_a_row
 
@@ -31,6 +32,8 @@ class Arguments:
         self._world_size = world_size
         self._backend = backend
         self._other = other
+        self._gatherer = Gatherer()
+        self._gathers = "cpu" in backend.device_types and backend.fuses and not backend.takes_strided
         self._accepted: set[tuple[str, ReduceOp | None, DType, str, bool | None]] = set()
 
     def tensor(
@@ -45,7 +48,10 @@ class Arguments:
         """
         try:
             adapter = known.get(type(tensor))
-            buffers: Buffers = (
+            gathered = None
+            if adapter is None and containers and copy is None and self._gathers:
+                gathered = self._gatherer.buffers(tensor, write, operation in _BYTEWISE)
+            buffers: Buffers = gathered or (
                 adapt(tensor, write, donate, containers) if adapter is None
                 else TensorBuffers(tensor, adapter, write, donate)
             )

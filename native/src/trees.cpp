@@ -20,10 +20,10 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-// What a tree's leaves must be. Packed by colltensor.backends.shm.backend: the number of leaves, of all elements, the
-// hash of the leaves, then of each leaf its dtype and its number of elements.
+// What a tree's leaves must be. Packed by colltensor.tree_plans: the number of leaves, of all elements, the hash of the
+// leaves, then of each leaf its dtype and its number of elements.
 struct Plan {
-  explicit Plan(const std::int64_t* words) : count(static_cast<std::size_t>(words[1])), hash(words[2]) {
+  explicit Plan(const std::int64_t*& words) : count(static_cast<std::size_t>(words[1])), hash(words[2]) {
     const std::int64_t* next = words + 3;
     for (std::int64_t i = 0; i < words[0]; ++i, next += 2) {
       const auto dtype = static_cast<DType>(next[0]);
@@ -33,6 +33,7 @@ struct Plan {
       if (same == transfers.end()) same = transfers.insert(same, std::vector<int>{});
       same->push_back(static_cast<int>(i));
     }
+    words = next;
   }
 
   struct Leaf {
@@ -94,6 +95,9 @@ class Leaves {
     }
     return Outcome::kDone;
   }
+
+  const View& operator[](int leaf) const { return views_[leaf]; }
+  const std::vector<Plan::Leaf>& planned() const { return plan_.leaves; }
 
   bool reducible(ReduceOp op) const {
     return std::all_of(plan_.transfers.begin(), plan_.transfers.end(), [&](const std::vector<int>& members) {
@@ -158,7 +162,8 @@ class Leaves {
 ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
                             std::int64_t plan) {
   const DirectCall call{static_cast<Operation>(operation), op, root, -1};
-  const auto made = std::make_shared<Leaves>(Plan(reinterpret_cast<const std::int64_t*>(plan)));
+  const auto* words = reinterpret_cast<const std::int64_t*>(plan);
+  const auto made = std::make_shared<Leaves>(Plan(words));
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
     if (group.outcome() != Outcome::kDone) {
@@ -176,7 +181,41 @@ ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int op
   });
 }
 
+// Copies between leaves and buckets: of every bucket the leaves in it, which lie there one after the other. Returns a
+// function that takes whether they are written and the leaves, and returns one that copies: (0, bucket, address) into
+// the bucket at that address, (1, bucket, address) out of it; (2, leaf, 0) is the address of a leaf that is contiguous,
+// else 0. Returns nothing where the leaves are not to be taken as they are. Behind the plan's words: the number of
+// buckets, then of each its number of leaves and these.
+ffi::Function gather_function(std::int64_t plan) {
+  const auto* words = reinterpret_cast<const std::int64_t*>(plan);
+  const Plan planned(words);
+  auto buckets = std::make_shared<std::vector<std::vector<int>>>(static_cast<std::size_t>(*words++));
+  for (std::vector<int>& members : *buckets) {
+    for (std::int64_t left = *words++; left != 0; --left) members.push_back(static_cast<int>(*words++));
+  }
+  return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
+    const auto leaves = std::make_shared<Leaves>(planned);
+    if (!leaves->take(arguments + 1, number - 1, arguments[0].cast<bool>())) return;
+    *returned = ffi::Function::FromTyped([=](std::int64_t what, std::int64_t index, std::int64_t address) {
+      const auto place = static_cast<std::size_t>(index);
+      if (what == 2) {
+        const View& leaf = (*leaves)[static_cast<int>(index)];
+        return leaf.contiguous() ? reinterpret_cast<std::int64_t>(leaf.data()) : 0;
+      }
+      char* next = reinterpret_cast<char*>(address);
+      for (int member : (*buckets)[place]) {
+        const View& leaf = (*leaves)[member];
+        const std::size_t count = leaves->planned()[static_cast<std::size_t>(member)].count;
+        what == 0 ? leaf.read(0, count, next) : leaf.write(0, count, next);
+        next += count * leaf.item_nbytes();
+      }
+      return std::int64_t{0};
+    });
+  });
+}
+
 }  // namespace
 }  // namespace colltensor
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_gather_function, colltensor::gather_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_tree_function, colltensor::tree_function)

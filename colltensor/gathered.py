@@ -1,0 +1,174 @@
+"""Trees of plain tensors for backends that want contiguous memory: native code packs the leaves into buckets.
+
+What ``TreeBuffers`` does leaf by leaf in Python is one native call here. Imports no framework.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from colltensor.adapters import host_memory, known, note_all
+from colltensor.backends.shm import library
+from colltensor.buffers import adapt
+from colltensor.buffers import plan as transfers_of
+from colltensor.errors import BackendUnavailableError
+from colltensor.tree_plans import Plan, Plans
+from colltensor.types import UINT8
+from colltensor.view import BufferView
+
+_SPARE_NBYTES = 64 << 20
+"""How much memory for buckets a group keeps."""
+
+
+class Gatherer:
+    """Makes the buffers of one group's trees; keeps the buckets of calls that are done for the next ones."""
+
+    def __init__(self) -> None:
+        self._plans = Plans()
+        self._spare: dict[int, list[BufferView]] = {}
+        self._spare_nbytes = 0
+
+    def buffers(self, tree: Any, write: bool, bytewise: bool) -> GatheredBuffers | None:
+        """Return the buffers of a tree of plain tensors, None if it takes ``TreeBuffers``.
+
+        Args:
+            tree: The tree, or a tensor, which is refused.
+            write: Whether its leaves are written.
+            bytewise: See ``Buffers.stage``.
+        """
+        if tree.__class__ in known or not _is_loaded():
+            return None
+        plan, leaves = self._plans.find(tree)
+        while plan is not None:
+            layout = plan.made.get(bytewise)
+            if layout is None:
+                layout = plan.made[bytewise] = Layout(plan, bytewise)
+            try:
+                move = layout.take(write, *leaves)
+            except (BufferError, TypeError, ValueError):  # what the slow path says in its own words
+                return None
+            if move is not None:
+                return GatheredBuffers(self, tree, leaves, plan, layout, move, write)
+            plan = self._plans.renewed(tree, plan)
+        return None
+
+    def take(self, nbytes: int) -> BufferView:
+        """Return memory for a bucket."""
+        spare = self._spare.get(nbytes)
+        if spare:
+            self._spare_nbytes -= nbytes
+            return spare.pop()
+        return host_memory().allocate(nbytes)
+
+    def give_back(self, bucket: BufferView) -> None:
+        """Keep a bucket that nobody uses any more, if there is room."""
+        if self._spare_nbytes + bucket.nbytes <= _SPARE_NBYTES:
+            self._spare_nbytes += bucket.nbytes
+            self._spare.setdefault(bucket.nbytes, []).append(bucket)
+
+
+@functools.lru_cache
+def _is_loaded() -> bool:
+    """Return whether there is native code; without it all trees take ``TreeBuffers``."""
+    try:
+        library.load()
+    except BackendUnavailableError:
+        return False
+    return True
+
+
+class Layout:
+    """How the leaves of trees of one plan share transfers, the same way as in ``TreeBuffers``.
+
+    Attributes:
+        transfers: The leaves of each; those of one leaf, not smaller than a bucket's, travel by themselves.
+        take: Given whether they are written, and the leaves, returns what copies them, or None.
+    """
+
+    def __init__(self, plan: Plan, bytewise: bool) -> None:
+        self.transfers = transfers_of(plan.views, bytewise)
+        words = [len(self.transfers)]
+        for members in self.transfers:
+            words += [len(members), *members]
+        packed = plan.words(*words)
+        self.take: Callable[..., Any] = library.load().shm_gather_function(packed.buffer_info()[0])
+
+
+class GatheredBuffers:
+    """The leaves of a tree of plain tensors: see ``Buffers``."""
+
+    __slots__ = (
+        "_buckets", "_gatherer", "_leaves", "_move", "_plan", "_tree", "_write", "staged", "transfers", "views",
+    )
+
+    claims = False
+
+    def __init__(
+        self, gatherer: Gatherer, tree: Any, leaves: Sequence[Any], plan: Plan, layout: Layout, move: Any, write: bool
+    ) -> None:
+        self._gatherer = gatherer
+        self._tree = tree
+        self._leaves = leaves
+        self._plan = plan
+        self._move = move
+        self._write = write
+        self._buckets: list[tuple[int, BufferView]] = []
+        self.transfers: list[BufferView] = []
+        self.views = self.transfers
+        for number, members in enumerate(layout.transfers):
+            first = plan.views[members[0]]
+            pointer = move(2, members[0], 0) if len(members) == 1 else 0
+            if pointer or (len(members) == 1 and not first.count):
+                leaf = leaves[members[0]]
+                self.transfers.append(BufferView.from_address(pointer, (first.count,), first.dtype, owner=leaf))
+                continue
+            bucket = gatherer.take(sum([plan.views[member].nbytes for member in members]))
+            self._buckets.append((number, bucket))
+            alike = all(plan.views[member].dtype is first.dtype for member in members)
+            self.transfers.append(bucket.cast(first.dtype) if alike else bucket.cast(UINT8))
+        self.staged = bool(self._buckets)
+
+    def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
+        """Do nothing: the transfers are decided."""
+
+    def claim(self) -> None:
+        """Do nothing: all leaves can be written."""
+
+    def check(self) -> None:
+        """Do nothing: no leaf is immutable."""
+
+    def load(self) -> None:
+        """Copy the leaves into their buckets."""
+        for number, bucket in self._buckets:
+            self._move(0, number, bucket.pointer)
+
+    def store(self) -> None:
+        """Copy results back, tell the frameworks what was written, and let go of the buckets."""
+        if self._write:
+            for number, bucket in self._buckets:
+                self._move(1, number, bucket.pointer)
+            note_all(self._leaves)
+        for _, bucket in self._buckets:
+            self._gatherer.give_back(bucket)
+
+    def result(self) -> Any:
+        """Return the tree, whose leaves were written in place."""
+        return self._tree
+
+    def streams(self) -> set[int | None]:
+        """Return no stream: all memory is the host's."""
+        return {None}
+
+    def count(self) -> int:
+        """Return the number of elements of all leaves."""
+        return self._plan.count
+
+    def leaves_hash(self) -> int:
+        """Return what the ranks compare of paths, dtypes and counts."""
+        return self._plan.leaves_hash
+
+    def describe(self) -> str:
+        """Return the leaves' dtypes and counts for an error message."""
+        return adapt(self._tree, False, False, True).describe()
