@@ -94,7 +94,7 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
             leaves.append(Plain(path, repr(leaf)))
             continue
         try:
-            leaves.append(Leaf.of(path, adapter_of(leaf).source(leaf), contents=True))
+            leaves.append(Leaf.of(path, adapter_of(leaf).source(leaf), contents=group.world_size > 1))
         except TensorError as error:
             place = f"leaf {path}" if path else "the tensor"
             raise type(error)(f"{where} of group '{group.name}' (rank {group.rank}): {place}: {error}") from error

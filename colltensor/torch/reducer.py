@@ -116,18 +116,17 @@ class Reducer:
         def accumulated(parameter: torch.Tensor) -> None:
             if self.paused:
                 return
-            number = id(parameter)
-            if number not in bucket_of and not self.tracked.has(parameter):  # it was put into the module, and taken out
-                return
             ending = self._ending()
             if ending is None:
+                if id(parameter) not in bucket_of and not self.tracked.has(parameter):
+                    return  # it was put into the module, and taken out again
                 self._begin()
             elif ending.climbing:
                 self._ending = weakref.ref(Ending(self._finish))
             if self._learned is not None:
-                self._learned.append(number)
-            elif early:
-                bucket = bucket_of[number]
+                self._learned.append(id(parameter))
+            elif early and id(parameter) in bucket_of:
+                bucket = bucket_of[id(parameter)]
                 bucket.waiting -= 1
                 if bucket.waiting <= 0:
                     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -87,24 +87,20 @@ class Tracked:
         return list(living.values())
 
     def differs(self, known: dict[int, Callable[[], torch.Tensor | None]]) -> bool:
-        """Return whether other parameters need gradients now than those known, by ``id``; half a microsecond each."""
+        """Return whether parameters need gradients that are not among those known, by ``id``.
+
+        Called in every pass: some microseconds for a small module, a tenth of a millisecond for 150 parameters.
+        """
         if self._watching and not self._shielded and _COMPILER in sys.modules:
             self._watch()
-        count = 0
-        seen: set[int] = set()
         for parameter in self._walk():
-            number = id(parameter)
-            if number in seen:
-                continue
-            seen.add(number)
-            reference = known.get(number)
-            if reference is not None:
-                if reference() is not parameter:
+            reference = known.get(id(parameter))
+            if reference is None:
+                if parameter.requires_grad:
                     return True
-                count += 1
-            elif parameter.requires_grad:
+            elif reference() is not parameter:
                 return True
-        return count != len(known)
+        return False
 
     def has(self, parameter: torch.Tensor) -> bool:
         """Return whether it is among the parameters now."""
@@ -152,25 +148,27 @@ class Tracked:
         if parameter is not None:
             _groups_of[parameter].discard(self._group)
 
-    def _walk(self) -> Iterator[torch.Tensor]:
-        """Yield the parameters that there are now, some more than once, and cheaper than ``Module.parameters``."""
+    def _walk(self) -> list[torch.Tensor]:
+        """Return the parameters that there are now, some more than once; cheaper than ``Module.parameters``."""
         if self._module is None:
-            for _, given in self._given:
-                parameter = given()
-                if parameter is not None:
-                    yield parameter
-            return
+            return [parameter for _, given in self._given if (parameter := given()) is not None]
         module = self._module()
-        left = [part() for part, _ in self._parts.values()] if module is None else [module]
-        seen: set[int] = set()
-        while left:
-            part = left.pop()
-            if part is not None and id(part) not in seen:
-                seen.add(id(part))
-                for parameter in part._parameters.values():
-                    if parameter is not None:
-                        yield parameter
-                left.extend(child for child in part._modules.values() if child is not None)
+        parts = [module]
+        if module is None:
+            parts = [known() for known, _ in self._parts.values()]
+        seen = {id(part) for part in parts}
+        found: list[torch.Tensor | None] = []
+        for part in parts:  # which grows meanwhile
+            if part is None:
+                continue
+            if part._parameters:
+                found += part._parameters.values()
+            if part._modules:
+                for child in part._modules.values():
+                    if child is not None and id(child) not in seen:
+                        seen.add(id(child))
+                        parts.append(child)
+        return [parameter for parameter in found if parameter is not None]
 
     def _add_parts(self, module: torch.nn.Module, prefix: str) -> None:
         for name, part in module.named_modules(prefix=prefix):
