@@ -10,7 +10,7 @@ from hashlib import blake2b
 from typing import Any, Final, Protocol
 
 from colltensor import tree
-from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, stream_of
+from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, stream_of, target_of
 from colltensor.errors import AliasError, OptionError, TensorError
 from colltensor.types import UINT8, DType
 from colltensor.view import BufferView, JoinedView
@@ -134,7 +134,7 @@ class TensorBuffers(_Alike):
         self._write = write
         self._donate = donate
         self.staged = False
-        view = adapter.target(tensor) if write else adapter.source(tensor)
+        view = target_of(adapter, tensor) if write else adapter.source(tensor)
         self.views = self.transfers = [view]
         if write and view.strides is not None:
             _refuse_shared([(view, "the tensor")])
@@ -197,7 +197,7 @@ class TreeBuffers:
         for leaf, path in zip(self._results, self._paths, strict=True):
             try:
                 adapter = adapter_of(leaf)
-                self.views.append(adapter.target(leaf) if write else adapter.source(leaf))
+                self.views.append(target_of(adapter, leaf) if write else adapter.source(leaf))
             except TensorError as error:
                 raise type(error)(f"leaf {path}: {error}") from error
             self._adapters.append(adapter)

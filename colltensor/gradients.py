@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from colltensor import replicas, tree
-from colltensor.adapters import adapter_of, host_memory
+from colltensor.adapters import adapter_of, host_memory, target_of
 from colltensor.buffers import FUSE_BELOW_NBYTES, plan, refuse_overlaps
 from colltensor.errors import (
     DeviceError,
@@ -198,7 +198,7 @@ class Synchronizer:
         for tensor, name in zip(tensors, self._names, strict=True):
             try:
                 adapter = adapter_of(tensor)
-                views.append(adapter.target(tensor) if write else adapter.source(tensor))
+                views.append(target_of(adapter, tensor) if write else adapter.source(tensor))
             except TensorError as error:
                 raise type(error)(f"{self._where()}: {name}: {error}") from error
         return views

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exporters import ReadOnly
 from oracle import numpy_dtype
 from pool import RankPool
 from samples import as_numpy
 from worlds import Wire, World
 
 import colltensor as col
+from colltensor.gradients import Synchronizer
 
 SIZE = 3
 SOON_S = 10.0
@@ -92,6 +94,10 @@ def _torch() -> Any:
 
 def _jnp() -> Any:
     return importlib.import_module("jax.numpy")
+
+
+def _marked(site: Site) -> Any:
+    return ReadOnly(site.array())
 
 
 def _read_only(site: Site, count: int = 4) -> Any:
@@ -266,6 +272,26 @@ _TENSORS = {
                                             lambda s: s.group.reducescatter(_read_only(s), s.arrays())),
     "a read-only leaf": Row(col.ReadOnlyError, ("allreduce", r"leaf \['b'\]", "read-only"),
                             lambda s: s.group.allreduce({"a": s.array(), "b": _read_only(s)})),
+    **{
+        f"marked read-only: {name}": Row(col.ReadOnlyError, (name, "ReadOnly exports its memory as read-only"), call)
+        for name, call in {
+            "allreduce": lambda s: s.group.allreduce(_marked(s)),
+            "reduce": lambda s: s.group.reduce(_marked(s), s.rank),
+            "broadcast": lambda s: s.group.broadcast(_marked(s), (s.rank + 1) % SIZE),
+            "allgather": lambda s: s.group.allgather([*s.arrays(2), _marked(s)], s.array()),
+            "gather": lambda s: s.group.gather([*s.arrays(2), _marked(s)], s.array(), s.rank),
+            "scatter": lambda s: s.group.scatter(_marked(s), s.arrays(), s.rank),
+            "reducescatter": lambda s: s.group.reducescatter(_marked(s), s.arrays()),
+            "alltoall": lambda s: s.group.alltoall([_marked(s), *s.arrays(2)], s.arrays()),
+            "recv": lambda s: s.group.recv(_marked(s), (s.rank + 1) % SIZE),
+            "sendrecv": lambda s: s.group.sendrecv(s.array(), (s.rank + 1) % SIZE, _marked(s), (s.rank - 1) % SIZE),
+        }.items()
+    },
+    "a leaf marked read-only": Row(col.ReadOnlyError, ("allreduce", r"leaf \['b'\]", "read-only"),
+                                   lambda s: s.group.allreduce({"a": s.array(), "b": _marked(s)})),
+    "a gradient marked read-only": Row(
+        col.ReadOnlyError, (r"leaf \['a'\]", "read-only"),
+        lambda s: Synchronizer({"a": np.ones(4, np.float32)}, group=s.group).sync({"a": _marked(s)})),
     "a device out of reach": Row(col.DeviceError, ("allreduce", "device type 8", "cpu or cuda"),
                                  lambda s: s.group.allreduce(_OnMetal())),
     "an array that exports nothing": Row(col.ReadOnlyError, ("allreduce", "_Closed", "not today", "copy"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 FRAMEWORKS = {"numpy", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "ml_dtypes", "tvm_ffi", "optree",
-              "jax_tvm_ffi", "optax"}
+              "jax_tvm_ffi", "optax", "tensorflow", "mlx", "paddle"}
 """Packages that only the modules named in FRAMEWORKS_OF may import."""
 
 VALUES = {"errors", "types", "view"}
@@ -65,6 +65,9 @@ FRAMEWORKS_OF = {
     "adapters.cupy": {"cupy", "numpy", "ml_dtypes"},
     "adapters.torch": {"torch"},
     "adapters.jax": {"jax", "jaxlib", "numpy", "ml_dtypes"},
+    "adapters.tensorflow": {"tensorflow"},
+    "adapters.mlx": {"mlx"},
+    "adapters.paddle": {"paddle"},
     "backends.nccl.driver": {"cupy"},
     "backends.loopback": {"numpy"},  # copies strided host memory with numpy's loops
     "backends.gloo.arithmetic": {"numpy", "ml_dtypes"},  # reduces host memory where Gloo lacks the type
