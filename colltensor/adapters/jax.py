@@ -21,6 +21,7 @@ _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
 _ROW_MAJOR: Final = tuple(range(64))
+_IMPORT: Final = jax.dlpack.from_dlpack.__code__
 _devices: Final[dict[Any, Device]] = {}
 """By JAX's devices, as far as arrays on them were seen."""
 
@@ -45,12 +46,9 @@ class JaxAdapter:
         return self.source(tensor)
 
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        if not donate:
-            result = _copy(tensor)
-        else:
-            result = _claim(tensor)
-            if not tensor.is_deleted():  # XLA found nothing to reuse (an empty array): the promise is kept here
-                tensor.delete()
+        result = _claim(tensor) if donate and not _is_imported(tensor) else _copy(tensor)
+        if donate and not tensor.is_deleted():  # XLA had nothing to reuse (an empty array): the promise is kept here
+            tensor.delete()
         return result, _view(result, readonly=False)
 
     def written(self, tensor: Any) -> None:
@@ -114,6 +112,16 @@ def _tiling(layout: Any) -> Any:
     """Return what a layout has beside the order of the axes: tiles, or elements smaller than a byte."""
     tiling = getattr(layout, "tiling", None) or getattr(layout, "_tiling", None)
     return tiling or getattr(layout, "sub_byte_element_size_in_bits", 0)
+
+
+def _is_imported(tensor: Any) -> bool:
+    """Return True for an array that ``jax.dlpack.from_dlpack`` made, whose memory may be another framework's.
+
+    With ``copy=True`` JAX 0.10.2 does not copy on a CPU but lets XLA take that memory for its own, and donate it.
+    Nothing tells such an array from others but the frames that made it. To go when JAX copies.
+    """
+    made_by = tensor.traceback
+    return made_by is not None and _IMPORT in made_by.raw_frames()[0]
 
 
 def _device_of(where: Any, tensor: Any) -> Device:

@@ -155,6 +155,19 @@ def sharers_keep_their_values(rank: int, world_size: int, world: World) -> None:
         y = group.allreduce(x, donate=True)
         assert (np.asarray(y) == total).all()
         assert (host == rank + 1).all()
+    imports = {
+        "as it is": lambda x: x, "by clone": lambda x: x.clone(),
+        "by addressable_data": lambda x: x.addressable_data(0),
+        "by reshape to its shape": lambda x: x.reshape(x.shape), "by jnp.asarray": jax.numpy.asarray,
+    }
+    for name, derive in imports.items():
+        with report.case(f"an array imported with copy=True, which JAX 0.10.2 does not copy, {name}"):
+            host[:] = rank + 1
+            x = derive(jax.dlpack.from_dlpack(host, copy=True))
+            y = group.allreduce(x, donate=True)
+            assert x.is_deleted()
+            assert (np.asarray(y) == total).all()
+            assert (host == rank + 1).all()
     with report.case("a sibling by device_put"):
         x = _fresh(rank + 1)
         sibling = jax.device_put(x, x.sharding)
