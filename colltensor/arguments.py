@@ -46,7 +46,7 @@ class Arguments:
         try:
             adapter = known.get(type(tensor))
             buffers: Buffers = (
-                adapt(tensor, write, donate, containers) if adapter is None
+                adapt(tensor, write, donate, containers, op is not None) if adapter is None
                 else TensorBuffers(tensor, adapter, write, donate)
             )
             views = buffers.views

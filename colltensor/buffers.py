@@ -93,8 +93,8 @@ class Buffers(Protocol):
         """Return the leaves' dtypes and counts for an error message."""
 
 
-def adapt(tensor: Any, write: bool, donate: bool, containers: bool) -> Buffers:
-    """View ``tensor``, a tensor or (with ``containers``) a pytree of tensors.
+def adapt(tensor: Any, write: bool, donate: bool, containers: bool, reduced: bool = False) -> Buffers:
+    """View ``tensor``, a tensor or (with ``containers``) a pytree of tensors, whose elements may be ``reduced``.
 
     Raises:
         TensorError: A leaf that cannot be used so; the message has its path.
@@ -103,7 +103,7 @@ def adapt(tensor: Any, write: bool, donate: bool, containers: bool) -> Buffers:
     if adapter is not None:
         return TensorBuffers(tensor, adapter, write, donate)
     if containers and tree.is_container(tensor):
-        return TreeBuffers(tensor, write, donate)
+        return TreeBuffers(tensor, write, donate, reduced)
     return TensorBuffers(tensor, adapter_of(tensor), write, donate)
 
 
@@ -186,12 +186,12 @@ class TreeBuffers:
         "transfers", "views",
     )
 
-    def __init__(self, tree_of_tensors: Any, write: bool, donate: bool) -> None:
+    def __init__(self, tree_of_tensors: Any, write: bool, donate: bool, reduced: bool = False) -> None:
         self._original = tree_of_tensors
         self._write = write
         self._donate = donate
         self._staged: list[tuple[int, BufferView]] = []
-        self._results, self._paths, self._rebuild = tree.flatten(tree_of_tensors)
+        self._results, self._paths, self._rebuild = tree.flatten(tree_of_tensors, reduced)
         self._adapters: list[Adapter] = []
         self.views: list[BufferView] = []
         for leaf, path in zip(self._results, self._paths, strict=True):

@@ -121,7 +121,7 @@ class Synchronizer:
         self._op = _op(average)
         if not isinstance(bucket_nbytes, int) or bucket_nbytes < 1:
             raise OptionError(f"Synchronizer: bucket_nbytes: expected a number of bytes >= 1, got {bucket_nbytes!r}")
-        tensors, paths, _ = tree.flatten(like)
+        tensors, paths, _ = tree.flatten(like, True)
         self._structure = tree.structure_of(like)
         self._names = [f"leaf {path}" if path else "the tensor" for path in paths]
         views = self._views(tensors, write=False)
@@ -226,7 +226,7 @@ class Synchronizer:
 
     def _flatten(self, gradients: Any) -> list[Any]:
         """Return the leaves of a tree that has another form at first sight: nodes of JAX's own, or a mistake."""
-        tensors, found, _ = tree.flatten(gradients)
+        tensors, found, _ = tree.flatten(gradients, True)
         expected = [leaf.path for leaf in self._leaves]
         if found != expected:
             wrong = [f"leaf {path} is missing" for path in expected if path not in found]

@@ -267,6 +267,10 @@ def _name(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _dense(kind: type) -> str:
+    return "toarray" if hasattr(kind, "toarray") else "todense"  # SciPy's todense makes a matrix
+
+
 def _remedy(tensor: Any) -> str:
     kind = type(tensor)
     names = [_name(base) for base in kind.__mro__]
@@ -280,6 +284,8 @@ def _remedy(tensor: Any) -> str:
         return "a variable is no tensor: pass its value, x = tf.convert_to_tensor(v), and v.assign(col.allreduce(x))"
     if "tensorflow.python.framework.composite_tensor.CompositeTensor" in names:
         return "it is no array but several: pass a dense one, tf.convert_to_tensor(x), or what it is made of"
+    if hasattr(kind, "todense"):  # SciPy's, JAX's, CuPy's and pydata's
+        return f"it is sparse, several arrays of any length: pass a dense one, x.{_dense(kind)}()"
     if hasattr(kind, "__dlpack__") and not hasattr(kind, "__dlpack_device__"):
         return "it has __dlpack__ but not __dlpack_device__, which the protocol asks for: register_adapter() for it"
     if hasattr(kind, "__dlpack__"):
