@@ -26,6 +26,9 @@ class Adapter(Protocol):
     holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
     called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several.
 
+    It may have a function ``reduced``: what a tensor's ``__reduce__`` should return, for objects that are pickled; None
+    where that is right.
+
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
     device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it
     that is the legacy default stream, as for DLPack's consumers.
@@ -185,6 +188,15 @@ def target_of(adapter: Adapter, tensor: Any) -> BufferView:
             f"the memory of {_name(type(tensor))} is read-only and the call would write to it; pass a copy"
         )
     return view
+
+
+def reduced(obj: Any) -> tuple[Any, ...] | None:
+    """Return how an object is pickled where that is not what its class says; None else."""
+    kind = type(obj)
+    if kind.__module__.partition(".")[0] not in _ADAPTERS:
+        return None
+    function: Callable[[Any], tuple[Any, ...] | None] | None = getattr(find_adapter(kind), "reduced", None)
+    return None if function is None else function(obj)
 
 
 def memory_of(device_type: str) -> Memory:

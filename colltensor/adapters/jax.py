@@ -5,9 +5,11 @@ Imports jax.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 
 from colltensor.adapters import LEGACY_STREAM
@@ -22,6 +24,8 @@ _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
 _ROW_MAJOR: Final = tuple(range(64))
 _IMPORT: Final = jax.dlpack.from_dlpack.__code__
+_WIDE: Final = frozenset({"int64", "uint64", "float64", "complex128"})
+"""Types that JAX cuts to half their size where ``jax_enable_x64`` is off."""
 _devices: Final[dict[Any, Device]] = {}
 """By JAX's devices, as far as arrays on them were seen."""
 
@@ -53,6 +57,12 @@ class JaxAdapter:
 
     def written(self, tensor: Any) -> None:
         pass
+
+    def reduced(self, tensor: Any) -> tuple[Any, ...] | None:
+        if tensor.dtype.name not in _WIDE:
+            return None
+        function, arguments = tensor.__reduce__()
+        return with_every_dtype, (function, *arguments)
 
     def stream(self, index: int) -> None:
         return None  # XLA queues what reads an array as soon as it has it, on streams of its own
@@ -147,6 +157,13 @@ def _sharded(tensor: Any) -> UnsupportedTensorError:
         f"the JAX array is sharded over {len(tensor.sharding.device_set)} devices; a collective works on one device of "
         "this process: pass its addressable shards, x.addressable_shards[i].data, one by one"
     )
+
+
+def with_every_dtype(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function makes while JAX makes 64-bit arrays, which another process may have switched on."""
+    home = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
+    with home.enable_x64(True):
+        return function(*arguments)
 
 
 ADAPTER: Final = JaxAdapter()

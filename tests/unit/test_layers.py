@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": {*VALUES, "dlpack", "net", "rendezvous", "control"},
     "tree": {"errors", "adapters"},
     "buffers": {*VALUES, "adapters", "tree"},
+    "objects": {"errors", "adapters"},
     "arguments": {*VALUES, "adapters", "backends", "buffers"},
     "work": {"errors", "backends"},
     "engine": {*VALUES, "backends", "control", "buffers", "work"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",
-        "engine", "work", "multigpu", "devices", "recipe",
+        "engine", "work", "multigpu", "devices", "recipe", "objects",
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
     "table": {"errors", "backends", "rendezvous", "group", "observers", "recipe"},
