@@ -53,7 +53,8 @@ def sparse_operands(rank: int, size: int, world: World) -> None:
     array = importlib.import_module("jax.experimental.sparse").BCOO.fromdense(jnp.eye(2))
     calls = {
         "allreduce": lambda x: cj.allreduce(x, group), "reduce": lambda x: cj.reduce(x, 0, group),
-        "allgather": lambda x: cj.allgather([x], group), "average": lambda x: cj.allreduce({"a": x}, group, col.ReduceOp.AVERAGE),
+        "allgather": lambda x: cj.allgather([x], group),
+        "mean": lambda x: cj.allreduce({"a": x}, group, col.ReduceOp.AVERAGE),
         "tree_allreduce": lambda x: cj.tree_allreduce({"a": [x]}, group),
         "sync_gradients": lambda x: cj.sync_gradients(group).update({"a": x}, None),
     }
