@@ -52,7 +52,7 @@ class Arguments:
             if adapter is None and containers and copy is None and self._gathers:
                 gathered = self._gatherer.buffers(tensor, write, operation in _BYTEWISE)
             buffers: Buffers = gathered or (
-                adapt(tensor, write, donate, containers) if adapter is None
+                adapt(tensor, write, donate, containers, op is not None) if adapter is None
                 else TensorBuffers(tensor, adapter, write, donate)
             )
             views = buffers.views

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from typing import Any, Final, Protocol
 
 from colltensor import tree
-from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, stream_of
+from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, stream_of, target_of
 from colltensor.errors import AliasError, OptionError, TensorError
 from colltensor.types import UINT8, DType
 from colltensor.view import BufferView, JoinedView
@@ -93,8 +93,8 @@ class Buffers(Protocol):
         """Return the leaves' dtypes and counts for an error message."""
 
 
-def adapt(tensor: Any, write: bool, donate: bool, containers: bool) -> Buffers:
-    """View ``tensor``, a tensor or (with ``containers``) a pytree of tensors.
+def adapt(tensor: Any, write: bool, donate: bool, containers: bool, reduced: bool = False) -> Buffers:
+    """View ``tensor``, a tensor or (with ``containers``) a pytree of tensors, whose elements may be ``reduced``.
 
     Raises:
         TensorError: A leaf that cannot be used so; the message has its path.
@@ -103,7 +103,7 @@ def adapt(tensor: Any, write: bool, donate: bool, containers: bool) -> Buffers:
     if adapter is not None:
         return TensorBuffers(tensor, adapter, write, donate)
     if containers and tree.is_container(tensor):
-        return TreeBuffers(tensor, write, donate)
+        return TreeBuffers(tensor, write, donate, reduced)
     return TensorBuffers(tensor, adapter_of(tensor), write, donate)
 
 
@@ -134,7 +134,7 @@ class TensorBuffers(_Alike):
         self._write = write
         self._donate = donate
         self.staged = False
-        view = adapter.target(tensor) if write else adapter.source(tensor)
+        view = target_of(adapter, tensor) if write else adapter.source(tensor)
         self.views = self.transfers = [view]
         if write and view.strides is not None:
             _refuse_shared([(view, "the tensor")])
@@ -186,18 +186,18 @@ class TreeBuffers:
         "transfers", "views",
     )
 
-    def __init__(self, tree_of_tensors: Any, write: bool, donate: bool) -> None:
+    def __init__(self, tree_of_tensors: Any, write: bool, donate: bool, reduced: bool = False) -> None:
         self._original = tree_of_tensors
         self._write = write
         self._donate = donate
         self._staged: list[tuple[int, BufferView]] = []
-        self._results, self._paths, self._rebuild = tree.flatten(tree_of_tensors)
+        self._results, self._paths, self._rebuild = tree.flatten(tree_of_tensors, reduced)
         self._adapters: list[Adapter] = []
         self.views: list[BufferView] = []
         for leaf, path in zip(self._results, self._paths, strict=True):
             try:
                 adapter = adapter_of(leaf)
-                self.views.append(adapter.target(leaf) if write else adapter.source(leaf))
+                self.views.append(target_of(adapter, leaf) if write else adapter.source(leaf))
             except TensorError as error:
                 raise type(error)(f"leaf {path}: {error}") from error
             self._adapters.append(adapter)

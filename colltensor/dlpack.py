@@ -6,10 +6,23 @@ than a second and several hundred megabytes in a process that has no use for tor
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 import threading
-from typing import Any
+from typing import Any, Final
+
+READ_ONLY: Final = 1
+IS_COPIED: Final = 2
+"""Flags of an export: its memory must not be written; it is no longer the exporter's own."""
+_VERSIONED: Final = b"dltensor_versioned"
+_FLAGS_OFFSET: Final = 24
+"""Where DLManagedTensorVersioned has its flags: after the version, the manager's context and the deleter."""
+_capsule_is_valid: Final = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_capsule_pointer: Final = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class _TorchNotHere:
@@ -46,3 +59,18 @@ def export(tensor: Any) -> Any:
     function = tvm_ffi().from_dlpack
     globals()["export"] = function  # from now on callers reach tvm_ffi's function at once
     return function(tensor)
+
+
+def export_with_flags(tensor: Any) -> tuple[Any, int]:
+    """Do as ``export`` and return the flags too, which only an export of DLPack 1.x has; 0 for an older one.
+
+    ``export`` never sees them: tvm_ffi 0.1.15 asks for an unversioned export. To go when it passes ``max_version``.
+    """
+    try:
+        capsule = tensor.__dlpack__(max_version=(1, 0))
+    except TypeError:  # an exporter from before DLPack 1.0, or one that cannot export this tensor and says so again
+        return export(tensor), 0
+    flags = 0
+    if _capsule_is_valid(capsule, _VERSIONED):
+        flags = ctypes.c_uint64.from_address(_capsule_pointer(capsule, _VERSIONED) + _FLAGS_OFFSET).value
+    return export(capsule), flags

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from colltensor import replicas, tree
-from colltensor.adapters import adapter_of, host_memory
+from colltensor.adapters import adapter_of, host_memory, target_of
 from colltensor.buffers import FUSE_BELOW_NBYTES, plan, refuse_overlaps
 from colltensor.errors import (
     DeviceError,
@@ -121,7 +121,7 @@ class Synchronizer:
         self._op = _op(average)
         if not isinstance(bucket_nbytes, int) or bucket_nbytes < 1:
             raise OptionError(f"Synchronizer: bucket_nbytes: expected a number of bytes >= 1, got {bucket_nbytes!r}")
-        tensors, paths, _ = tree.flatten(like)
+        tensors, paths, _ = tree.flatten(like, True)
         self._structure = tree.structure_of(like)
         self._names = [f"leaf {path}" if path else "the tensor" for path in paths]
         views = self._views(tensors, write=False)
@@ -198,7 +198,7 @@ class Synchronizer:
         for tensor, name in zip(tensors, self._names, strict=True):
             try:
                 adapter = adapter_of(tensor)
-                views.append(adapter.target(tensor) if write else adapter.source(tensor))
+                views.append(target_of(adapter, tensor) if write else adapter.source(tensor))
             except TensorError as error:
                 raise type(error)(f"{self._where()}: {name}: {error}") from error
         return views
@@ -226,7 +226,7 @@ class Synchronizer:
 
     def _flatten(self, gradients: Any) -> list[Any]:
         """Return the leaves of a tree that has another form at first sight: nodes of JAX's own, or a mistake."""
-        tensors, found, _ = tree.flatten(gradients)
+        tensors, found, _ = tree.flatten(gradients, True)
         expected = [leaf.path for leaf in self._leaves]
         if found != expected:
             wrong = [f"leaf {path} is missing" for path in expected if path not in found]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor import backends
+from colltensor import backends, objects
 from colltensor.adapters import is_plain, note, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
@@ -544,16 +543,28 @@ class Group:
         return self._engine.run(async_op, "barrier", None, None, -1, True, (), meet, (), lambda: None)
 
     def broadcast_object(self, obj: Any = None, src_rank: int = 0) -> Any:
-        """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way. Peers must be trusted."""
+        """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way. Peers must be trusted.
+
+        Other ranks get copies, which keep what pickle keeps. Of tensors that is values, data types (64-bit JAX arrays
+        too, where the receiver has x64 off) and ``requires_grad``, but not autograd's graph, gradients, shared memory,
+        layout or JAX's sharding. A torch tensor on a device arrives on the device of the same number, a JAX or CuPy
+        array on the default one.
+
+        Raises:
+            CollectiveError: The object cannot be unpickled here; the group goes on.
+        """
         root = self._arguments.rank("broadcast_object", "src_rank", src_rank)
-        payload = pickle.dumps(obj, protocol=5) if root == self.rank else b""
+        payload = objects.dumps(obj) if root == self.rank else b""
         found = self._exchange("broadcast_object", payload, root)
-        return obj if root == self.rank else pickle.loads(found[root])
+        return obj if root == self.rank else objects.loads(found[root], "broadcast_object", self.rank, root)
 
     def allgather_object(self, obj: Any) -> list[Any]:
-        """Return the list of all ranks' ``obj`` on every rank, pickled on the way. Peers must be trusted."""
-        found = self._exchange("allgather_object", pickle.dumps(obj, protocol=5), -1)
-        return [obj if rank == self.rank else pickle.loads(found[rank]) for rank in range(self.world_size)]
+        """Return the list of all ranks' ``obj`` on every rank, pickled on the way as in ``broadcast_object``."""
+        found = self._exchange("allgather_object", objects.dumps(obj), -1)
+        return [
+            obj if rank == self.rank else objects.loads(found[rank], "allgather_object", self.rank, rank)
+            for rank in range(self.world_size)
+        ]
 
     def split(self, color: Any, key: int | None = None, *, group_name: str | None = None) -> Group | None:
         """Make one new group of all ranks with the same ``color``, ranked by ``key``, then by rank here.

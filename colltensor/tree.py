@@ -8,11 +8,21 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import optree
 
 from colltensor.adapters import find_adapter
+from colltensor.errors import UnsupportedTensorError
+
+_SPARSE: Final = "jax.experimental.sparse._base.JAXSparse"
+_WITH_INDICES: Final = {
+    _SPARSE: "pass a dense one, x.todense(), or x.data alone where all ranks have the same indices",
+    "torch.nn.utils.rnn.PackedSequence": "pass x.data",
+}
+"""Nodes that hold indices beside values, by the name of a base; and what can be reduced instead."""
+_remedies: Final[dict[type, str | None]] = {}
+"""That of a type that has been seen; None where all leaves are values."""
 
 
 def is_container(value: Any) -> bool:
@@ -22,17 +32,46 @@ def is_container(value: Any) -> bool:
     return not optree.tree_is_leaf(value) or _is_jax_node(value)
 
 
-def flatten(tree: Any) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
+def flatten(tree: Any, reduced: bool = False) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
     """Return a container's leaves, their paths, and the function that builds it anew from leaves.
 
     Leaves come in optree's order: dict keys sorted, whatever the insertion order; ``None`` is an
     empty subtree. Nodes known to jax alone (flax structures, say) are flattened by ``jax.tree_util``.
+
+    Raises:
+        UnsupportedTensorError: With ``reduced``, a node that holds indices, which must not be combined.
     """
-    outer, spec = optree.tree_flatten(tree, is_leaf=_is_tensor)
+    outer, spec = optree.tree_flatten(tree, is_leaf=_is_tensor_to_reduce if reduced else _is_tensor)
     outer_paths = ["".join(f"[{entry!r}]" for entry in path) for path in spec.paths()]
     if not any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in outer):
         return outer, outer_paths, lambda leaves: optree.tree_unflatten(spec, list(leaves))
-    return _flatten_jax_nodes(outer, outer_paths, spec)
+    return _flatten_jax_nodes(outer, outer_paths, spec, refuse_indices if reduced else None)
+
+
+def refuse_indices(node: Any) -> bool:
+    """Return False, so that it may be asked of every node of a tree that is flattened.
+
+    Raises:
+        UnsupportedTensorError: The node holds indices beside values: a sparse array, say. Ranks' indices differ, and
+            their sum means nothing.
+    """
+    kind = type(node)
+    if kind not in _remedies:
+        _remedies[kind] = _remedy(kind)
+    remedy = _remedies[kind]
+    if remedy is not None:
+        raise UnsupportedTensorError(
+            f"{kind.__module__}.{kind.__qualname__} holds indices beside its values, and this call would treat both "
+            f"alike; {remedy}"
+        )
+    return False
+
+
+def _remedy(kind: type) -> str | None:
+    if kind.__module__ == "torch.return_types" and hasattr(kind, "indices"):  # of torch.max, topk, sort ...
+        return "pass x.values"
+    names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return next((_WITH_INDICES[name] for name in names if name in _WITH_INDICES), None)
 
 
 def structure_of(tree: Any) -> optree.PyTreeSpec | None:
@@ -90,7 +129,7 @@ def leaves_like(tree: Any, structure: optree.PyTreeSpec) -> list[Any] | None:
 
 
 def _flatten_jax_nodes(
-    outer: list[Any], outer_paths: list[str], spec: optree.PyTreeSpec
+    outer: list[Any], outer_paths: list[str], spec: optree.PyTreeSpec, look: Callable[[Any], bool] | None
 ) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
     tree_util = sys.modules["jax"].tree_util
     leaves: list[Any] = []
@@ -100,7 +139,9 @@ def _flatten_jax_nodes(
         if _is_tensor(leaf) or not _is_jax_node(leaf):
             found, definition = [((), leaf)], None
         else:
-            found, definition = tree_util.tree_flatten_with_path(leaf)
+            found, definition = tree_util.tree_flatten_with_path(leaf, is_leaf=look)
+            if any(map(_is_sparse, tree_util.tree_leaves(leaf, is_leaf=_is_sparse))):
+                path += f" of {definition}: "  # shapes and sorted indices are no leaves, and must be the same
         leaves += [tensor for _, tensor in found]
         paths += [path + tree_util.keystr(keys) for keys, _ in found]
         inner.append((len(found), definition))
@@ -118,6 +159,14 @@ def _flatten_jax_nodes(
 
 def _is_tensor(value: Any) -> bool:
     return find_adapter(type(value)) is not None
+
+
+def _is_tensor_to_reduce(value: Any) -> bool:
+    return _is_tensor(value) or refuse_indices(value)
+
+
+def _is_sparse(value: Any) -> bool:
+    return any(f"{base.__module__}.{base.__qualname__}" == _SPARSE for base in type(value).__mro__)
 
 
 def _is_jax_node(value: Any) -> bool:

@@ -88,7 +88,7 @@ class Plans:
 
     def _learn(self, tree: Any, structure: Any) -> Plan | None:
         try:
-            buffers = adapt(tree, False, False, True)
+            buffers = adapt(tree, False, False, True, reduced=True)
         except CollectiveError:  # which the slow path says in its own words
             return None
         if not buffers.views or structure_of(tree) != structure:

@@ -67,8 +67,12 @@ class BufferView:
 
     @classmethod
     def from_dlpack(cls, tensor: object, *, dtype: DType, device: Device, readonly: bool = False) -> BufferView:
-        """View any object that exports DLPack. ``dtype`` is its true type."""
-        handle = dlpack.export(tensor)
+        """View any object that exports DLPack. ``dtype`` is its true type.
+
+        The view is read-only where the exporter says so, whatever ``readonly`` is.
+        """
+        handle, flags = dlpack.export_with_flags(tensor)
+        readonly = readonly or bool(flags & dlpack.READ_ONLY)
         shape = tuple(handle.shape)
         strides = None if handle.is_contiguous() else tuple(handle.strides)
         return cls(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, readonly, handle, tensor)

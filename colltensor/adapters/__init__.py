@@ -1,17 +1,16 @@
 """Adapters: one module per framework turns its tensors into BufferViews and back.
 
-Frameworks are found through ``sys.modules``: a tensor's type can only exist once its framework is
-imported, so nothing is imported to look. Imports no framework itself.
+A framework is found by the package of a tensor's type, which can only exist once the framework is imported: nothing
+is imported to look. Imports no framework itself.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from colltensor.errors import OptionError, UnsupportedTensorError
+from colltensor.errors import OptionError, ReadOnlyError, UnsupportedTensorError
 from colltensor.view import BufferView
 
 
@@ -26,6 +25,9 @@ class Adapter(Protocol):
     its DLPack export says all and whose memory stays for as long as the tensor, not only the export; None if that
     holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
     called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several.
+
+    It may have a function ``reduced``: what a tensor's ``__reduce__`` should return, for objects that are pickled; None
+    where that is right.
 
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
     device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it
@@ -86,16 +88,19 @@ class HostMemory(Memory, Protocol):
         """Return a writable array, of the framework that has these functions, over a view that it keeps alive."""
 
 
-_ADAPTERS: Final = {
+_ADAPTERS: Final = {  # by the package of a tensor's type
     "numpy": "colltensor.adapters.numpy",
     "torch": "colltensor.adapters.torch",
     "jax": "colltensor.adapters.jax",
+    "jaxlib": "colltensor.adapters.jax",
     "cupy": "colltensor.adapters.cupy",
+    "tensorflow": "colltensor.adapters.tensorflow",
+    "mlx": "colltensor.adapters.mlx",
+    "paddle": "colltensor.adapters.paddle",
 }
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 LEGACY_STREAM: Final = 1
 """``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
-_TENSOR_PACKAGES: Final = frozenset({"numpy", "torch", "jax", "jaxlib", "cupy"})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
 """Adapters by tensor type, as far as they were found: a short cut for the path of every call."""
@@ -171,6 +176,29 @@ def adapter_of(tensor: Any) -> Adapter:
     return found
 
 
+def target_of(adapter: Adapter, tensor: Any) -> BufferView:
+    """View a tensor that a call writes, in place or into a new one.
+
+    Raises:
+        TensorError: The framework, or what its adapter found out, does not let this memory be written.
+    """
+    view = adapter.target(tensor)
+    if view.readonly and not adapter.immutable:
+        raise ReadOnlyError(
+            f"the memory of {_name(type(tensor))} is read-only and the call would write to it; pass a copy"
+        )
+    return view
+
+
+def reduced(obj: Any) -> tuple[Any, ...] | None:
+    """Return how an object is pickled where that is not what its class says; None else."""
+    kind = type(obj)
+    if kind.__module__.partition(".")[0] not in _ADAPTERS:
+        return None
+    function: Callable[[Any], tuple[Any, ...] | None] | None = getattr(find_adapter(kind), "reduced", None)
+    return None if function is None else function(obj)
+
+
 def memory_of(device_type: str) -> Memory:
     """Return the memory functions of a type of device (``"cpu"`` or ``"cuda"``)."""
     memory: Memory = importlib.import_module(_MEMORIES[device_type]).MEMORY
@@ -234,36 +262,42 @@ def _search(kind: type) -> Adapter | None:
     for adapter in _registered:
         if adapter.claims(kind):
             return adapter
-    for framework, module in _ADAPTERS.items():
-        if framework in sys.modules:
-            built_in: Adapter = importlib.import_module(module).ADAPTER
-            if built_in.claims(kind):
-                return built_in
-    if hasattr(kind, "__dlpack__") and not _is_foreign_subclass(kind):
+    packages = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    for package in packages & _ADAPTERS.keys():
+        built_in: Adapter = importlib.import_module(_ADAPTERS[package]).ADAPTER
+        if built_in.claims(kind):
+            return built_in
+    # A subclass that its framework's adapter did not claim changes what its memory means (masked, quantised, fake,
+    # traced): its raw DLPack export must not be trusted.
+    if hasattr(kind, "__dlpack__") and packages.isdisjoint(_ADAPTERS):
         other: Adapter = importlib.import_module("colltensor.adapters.dlpack").ADAPTER
         return other if other.claims(kind) else None
     return None
-
-
-def _is_foreign_subclass(kind: type) -> bool:
-    """Return True for a subclass of a known framework's tensor that its adapter did not claim.
-
-    Such a type changes what its memory means (masked, quantised, fake, traced), so its raw DLPack
-    export must not be trusted.
-    """
-    return any(base.__module__.partition(".")[0] in _TENSOR_PACKAGES for base in kind.__mro__)
 
 
 def _name(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _dense(kind: type) -> str:
+    return "toarray" if hasattr(kind, "toarray") else "todense"  # SciPy's todense makes a matrix
+
+
 def _remedy(tensor: Any) -> str:
     kind = type(tensor)
-    if isinstance(tensor, (bool, int, float, complex)) or "numpy.generic" in map(_name, kind.__mro__):
+    names = [_name(base) for base in kind.__mro__]
+    if isinstance(tensor, (bool, int, float, complex)) or "numpy.generic" in names:
         return "a scalar cannot be changed in place: pass a 0-d array, numpy.array(value)"
-    if "jax._src.core.Tracer" in map(_name, kind.__mro__):
+    if "jax._src.core.Tracer" in names:
         return "inside jax.jit, jax.grad or jax.vmap arrays have no memory: call it outside the traced function"
+    if "tensorflow.python.framework.ops.SymbolicTensor" in names:
+        return "inside tf.function tensors have no memory: call it outside, or from tf.py_function"
+    if any(name.endswith("variables.Variable") for name in names):  # TensorFlow's and Keras's
+        return "a variable is no tensor: pass its value, x = tf.convert_to_tensor(v), and v.assign(col.allreduce(x))"
+    if "tensorflow.python.framework.composite_tensor.CompositeTensor" in names:
+        return "it is no array but several: pass a dense one, tf.convert_to_tensor(x), or what it is made of"
+    if hasattr(kind, "todense"):  # SciPy's, JAX's, CuPy's and pydata's
+        return f"it is sparse, several arrays of any length: pass a dense one, x.{_dense(kind)}()"
     if hasattr(kind, "__dlpack__") and not hasattr(kind, "__dlpack_device__"):
         return "it has __dlpack__ but not __dlpack_device__, which the protocol asks for: register_adapter() for it"
     if hasattr(kind, "__dlpack__"):

@@ -36,24 +36,42 @@ class DlpackAdapter:
         return hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
 
     def source(self, tensor: Any) -> BufferView:
-        return _view(tensor)
+        return view_of(tensor)[0]
 
     def target(self, tensor: Any) -> BufferView:
-        return _view(tensor)
+        view, flags = view_of(tensor)
+        if view.readonly:
+            raise ReadOnlyError(
+                f"{type(tensor).__name__} exports its memory as read-only (others may share it, as they do Arrow's) "
+                "and the call would write to it; pass a copy, numpy.array(x), and use that"
+            )
+        if flags & dlpack.IS_COPIED:
+            raise ReadOnlyError(
+                f"{type(tensor).__name__} exports a copy of its memory, so that what the call writes would be lost; "
+                "pass numpy.array(x), and use that"
+            )
+        return view
 
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        return tensor, _view(tensor)
+        return tensor, self.target(tensor)
 
     def written(self, tensor: Any) -> None:
         pass
 
 
-def _view(tensor: Any) -> BufferView:
-    kind, index = (int(part) for part in tensor.__dlpack_device__())
+def view_of(tensor: Any) -> tuple[BufferView, int]:
+    """View what a tensor exports, read-only where the export says so; and return the flags of the export.
+
+    Raises:
+        TensorError: It does not export its memory, or what it exports cannot be used.
+    """
+    kind, index = tensor.__dlpack_device__()  # the index is None on the host in paddle 3.3
     if kind not in (_CPU, _CUDA):
-        raise DeviceError(f"the tensor is on DLPack device type {kind}; move it to cpu or cuda, where collectives work")
+        raise DeviceError(
+            f"the tensor is on DLPack device type {int(kind)}; move it to cpu or cuda, where collectives work"
+        )
     try:
-        handle = dlpack.export(tensor)
+        handle, flags = dlpack.export_with_flags(tensor)
     except BufferError as error:
         raise ReadOnlyError(f"{type(tensor).__name__} does not export its memory ({error}); pass a copy") from error
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -64,8 +82,12 @@ def _view(tensor: Any) -> BufferView:
         raise UnsupportedDTypeError(f"dtype {name} is not supported; known are {', '.join(DTYPES)}")
     shape = tuple(handle.shape)
     strides = None if handle.is_contiguous() else tuple(handle.strides)
-    device, stream = (CPU, None) if kind == _CPU else (Device("cuda", index), LEGACY_STREAM)
-    return BufferView(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, False, handle, tensor, stream)
+    device, stream = (CPU, None) if kind == _CPU else (Device("cuda", int(index)), LEGACY_STREAM)
+    readonly = bool(flags & dlpack.READ_ONLY)
+    view = BufferView(
+        handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, readonly, handle, tensor, stream
+    )
+    return view, flags
 
 
 def _dtype_name(handle: Any) -> str:

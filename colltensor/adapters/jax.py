@@ -5,9 +5,11 @@ Imports jax.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 
 from colltensor.adapters import LEGACY_STREAM
@@ -21,6 +23,9 @@ _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
 _ROW_MAJOR: Final = tuple(range(64))
+_IMPORT: Final = jax.dlpack.from_dlpack.__code__
+_WIDE: Final = frozenset({"int64", "uint64", "float64", "complex128"})
+"""Types that JAX cuts to half their size where ``jax_enable_x64`` is off."""
 _devices: Final[dict[Any, Device]] = {}
 """By JAX's devices, as far as arrays on them were seen."""
 
@@ -45,16 +50,19 @@ class JaxAdapter:
         return self.source(tensor)
 
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        if not donate:
-            result = _copy(tensor)
-        else:
-            result = _claim(tensor)
-            if not tensor.is_deleted():  # XLA found nothing to reuse (an empty array): the promise is kept here
-                tensor.delete()
+        result = _claim(tensor) if donate and not _is_imported(tensor) else _copy(tensor)
+        if donate and not tensor.is_deleted():  # XLA had nothing to reuse (an empty array): the promise is kept here
+            tensor.delete()
         return result, _view(result, readonly=False)
 
     def written(self, tensor: Any) -> None:
         pass
+
+    def reduced(self, tensor: Any) -> tuple[Any, ...] | None:
+        if tensor.dtype.name not in _WIDE:
+            return None
+        function, arguments = tensor.__reduce__()
+        return with_every_dtype, (function, *arguments)
 
     def stream(self, index: int) -> None:
         return None  # XLA queues what reads an array as soon as it has it, on streams of its own
@@ -116,6 +124,16 @@ def _tiling(layout: Any) -> Any:
     return tiling or getattr(layout, "sub_byte_element_size_in_bits", 0)
 
 
+def _is_imported(tensor: Any) -> bool:
+    """Return True for an array that ``jax.dlpack.from_dlpack`` made, whose memory may be another framework's.
+
+    With ``copy=True`` JAX 0.10.2 does not copy on a CPU but lets XLA take that memory for its own, and donate it.
+    Nothing tells such an array from others but the frames that made it. To go when JAX copies.
+    """
+    made_by = tensor.traceback
+    return made_by is not None and _IMPORT in made_by.raw_frames()[0]
+
+
 def _device_of(where: Any, tensor: Any) -> Device:
     """Return which device JAX's is, and remember it, for its arrays are asked in every call.
 
@@ -139,6 +157,13 @@ def _sharded(tensor: Any) -> UnsupportedTensorError:
         f"the JAX array is sharded over {len(tensor.sharding.device_set)} devices; a collective works on one device of "
         "this process: pass its addressable shards, x.addressable_shards[i].data, one by one"
     )
+
+
+def with_every_dtype(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function makes while JAX makes 64-bit arrays, which another process may have switched on."""
+    home = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
+    with home.enable_x64(True):
+        return function(*arguments)
 
 
 ADAPTER: Final = JaxAdapter()

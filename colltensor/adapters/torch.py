@@ -68,6 +68,18 @@ class TorchAdapter:
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, _view(tensor)
 
+    def reduced(self, tensor: Any) -> tuple[Any, ...] | None:
+        """Leave out the rest of a storage, all of which torch pickles with a view of it."""
+        if (
+            type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_nested
+            or tensor.is_quantized or tensor.untyped_storage().nbytes() <= tensor.nbytes
+        ):
+            return None
+        alone: Any = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        alone.__dict__.update(tensor.__dict__)
+        found: tuple[Any, ...] = alone.__reduce_ex__(5)
+        return found
+
     def stream(self, index: int) -> int:
         return _current_stream(index)
 

@@ -25,6 +25,7 @@ from colltensor.group import Group
 from colltensor.jax import _groups, _primitives, _targets
 from colltensor.jax._primitives import NO_OP, NO_RANK
 from colltensor.table import find_group
+from colltensor.tree import refuse_indices
 from colltensor.types import ReduceOp
 
 
@@ -158,7 +159,8 @@ def _call(
     found = find_group(group) if isinstance(group, str) else group
     if not isinstance(found, Group):
         raise GroupError(f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}")
-    leaves, structure = jax.tree_util.tree_flatten(x)
+    look = None if op is None and name != "allgather" else refuse_indices
+    leaves, structure = jax.tree_util.tree_flatten(x, is_leaf=look)
     leaves = [leaf if _is_float0(leaf) else _array(name, leaf) for leaf in leaves]
     by_dtype: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):

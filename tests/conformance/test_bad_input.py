@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exporters import ReadOnly
 from oracle import numpy_dtype
 from pool import RankPool
 from samples import as_numpy
 from worlds import Wire, World
 
 import colltensor as col
+from colltensor.gradients import Synchronizer, sync_gradients
 
 SIZE = 3
 SOON_S = 10.0
@@ -94,6 +96,10 @@ def _jnp() -> Any:
     return importlib.import_module("jax.numpy")
 
 
+def _marked(site: Site) -> Any:
+    return ReadOnly(site.array())
+
+
 def _read_only(site: Site, count: int = 4) -> Any:
     array = site.array(count)
     array.flags.writeable = False
@@ -121,6 +127,22 @@ def _freed() -> Any:
 
 def _quantized() -> Any:
     return _torch().quantize_per_tensor(_torch().ones(3), 0.1, 0, _torch().qint8)
+
+
+def _sparse(rank: int = 0, nse: int = 2) -> Any:
+    sparse = importlib.import_module("jax.experimental.sparse")
+    dense = np.zeros((2, 2), np.float32)
+    dense[0, rank % 2] = dense[1, 0] = rank + 1.0
+    return sparse.BCOO.fromdense(_jnp().array(dense), nse=nse)
+
+
+def _with_flags(array: Any) -> Any:
+    """Return the same sparse array without the promise that its indices are sorted."""
+    return type(array)((array.data, array.indices), shape=array.shape, indices_sorted=False)
+
+
+def _packed() -> Any:
+    return _torch().nn.utils.rnn.pack_sequence([_torch().ones(2), _torch().ones(1)])
 
 
 def _deleted(site: Site) -> Any:
@@ -266,6 +288,26 @@ _TENSORS = {
                                             lambda s: s.group.reducescatter(_read_only(s), s.arrays())),
     "a read-only leaf": Row(col.ReadOnlyError, ("allreduce", r"leaf \['b'\]", "read-only"),
                             lambda s: s.group.allreduce({"a": s.array(), "b": _read_only(s)})),
+    **{
+        f"marked read-only: {name}": Row(col.ReadOnlyError, (name, "ReadOnly exports its memory as read-only"), call)
+        for name, call in {
+            "allreduce": lambda s: s.group.allreduce(_marked(s)),
+            "reduce": lambda s: s.group.reduce(_marked(s), s.rank),
+            "broadcast": lambda s: s.group.broadcast(_marked(s), (s.rank + 1) % SIZE),
+            "allgather": lambda s: s.group.allgather([*s.arrays(2), _marked(s)], s.array()),
+            "gather": lambda s: s.group.gather([*s.arrays(2), _marked(s)], s.array(), s.rank),
+            "scatter": lambda s: s.group.scatter(_marked(s), s.arrays(), s.rank),
+            "reducescatter": lambda s: s.group.reducescatter(_marked(s), s.arrays()),
+            "alltoall": lambda s: s.group.alltoall([_marked(s), *s.arrays(2)], s.arrays()),
+            "recv": lambda s: s.group.recv(_marked(s), (s.rank + 1) % SIZE),
+            "sendrecv": lambda s: s.group.sendrecv(s.array(), (s.rank + 1) % SIZE, _marked(s), (s.rank - 1) % SIZE),
+        }.items()
+    },
+    "a leaf marked read-only": Row(col.ReadOnlyError, ("allreduce", r"leaf \['b'\]", "read-only"),
+                                   lambda s: s.group.allreduce({"a": s.array(), "b": _marked(s)})),
+    "a gradient marked read-only": Row(
+        col.ReadOnlyError, (r"leaf \['a'\]", "read-only"),
+        lambda s: Synchronizer({"a": np.ones(4, np.float32)}, group=s.group).sync({"a": _marked(s)})),
     "a device out of reach": Row(col.DeviceError, ("allreduce", "device type 8", "cpu or cuda"),
                                  lambda s: s.group.allreduce(_OnMetal())),
     "an array that exports nothing": Row(col.ReadOnlyError, ("allreduce", "_Closed", "not today", "copy"),
@@ -281,6 +323,12 @@ _TORCH = {
                         lambda s: s.group.allreduce(_torch().eye(3).to_sparse()), "torch"),
     "torch sparse rows": Row(col.UnsupportedTensorError, ("allreduce", "sparse_csr", r"to_dense\(\)"),
                              lambda s: s.group.allreduce(_torch().eye(3).to_sparse_csr()), "torch"),
+    "torch packed sequence": Row(
+        col.UnsupportedTensorError, ("allreduce", "PackedSequence", r"pass x\.data"),
+        lambda s: s.group.allreduce({"a": _packed()}), "torch"),
+    "torch values and indices": Row(
+        col.UnsupportedTensorError, ("reduce", "return_types.topk", r"pass x\.values"),
+        lambda s: s.group.reduce([_torch().topk(_torch().ones(3), 2)]), "torch"),
     "torch meta": Row(col.DeviceError, ("allreduce", "meta", "move it"),
                       lambda s: s.group.allreduce(_torch().ones(3, device="meta")), "torch"),
     "torch fake": Row(col.UnsupportedTensorError, ("allreduce", "FakeTensor"),
@@ -322,6 +370,35 @@ _JAX = {
         lambda s: importlib.import_module("jax").grad(lambda x: s.group.allreduce(x).sum())(_jnp().ones(3)), "jax"),
     "a JAX random key": Row(col.UnsupportedTensorError, ("broadcast", "PRNGKeyArray"), lambda s: s.group.broadcast(
         importlib.import_module("jax").random.key(0)), "jax"),
+    **{
+        f"a sparse JAX array: {name}": Row(
+            col.UnsupportedTensorError, ("BCOO", "indices|sparse", r"todense\(\)"), call, "jax")
+        for name, call in {
+            "allreduce": lambda s: s.group.allreduce(_sparse(s.rank)),
+            "reduce in a tree": lambda s: s.group.reduce({"a": s.array(), "b": [_sparse(s.rank)]}),
+            "donated": lambda s: s.group.allreduce([_sparse(s.rank)], donate=True),
+            "in a node of JAX": lambda s: s.group.allreduce(
+                importlib.import_module("jax").tree_util.Partial(max, _sparse(s.rank))),
+            "sync_gradients": lambda s: sync_gradients({"w": _sparse(s.rank)}, group=s.group),
+            "Synchronizer": lambda s: Synchronizer({"w": _sparse(s.rank)}, group=s.group),
+            "sync": lambda s: Synchronizer({"w": _jnp().ones((2, 2))}, group=s.group).sync({"w": _sparse(s.rank)}),
+        }.items()
+    },
+    "sparse JAX arrays of other rows": Row(
+        col.UnsupportedTensorError, ("BCSR holds indices",), lambda s: s.group.allreduce(
+            importlib.import_module("jax.experimental.sparse").BCSR.fromdense(_jnp().eye(2))), "jax"),
+    "sparse JAX arrays as blocks": Row(
+        col.UnsupportedTensorError, ("reducescatter", "BCOO", "sparse", r"todense\(\)"),
+        lambda s: s.group.reducescatter(s.array(), [_sparse(s.rank)] * SIZE), "jax"),
+    "a sparse SciPy array": Row(
+        col.UnsupportedTensorError, ("allreduce", "sparse", r"toarray\(\)"),
+        lambda s: s.group.allreduce(importlib.import_module("scipy.sparse").eye(3)), "jax"),
+    "sparse JAX arrays of other lengths": Row(
+        col.MismatchError, ("broadcast", "2", "3"), lambda s: s.group.broadcast(_sparse(0, 3 if s.rank == 1 else 2)),
+        "jax", ranks=(1,)),
+    "sparse JAX arrays of other kinds": Row(
+        col.MismatchError, ("broadcast",), lambda s: s.group.broadcast(
+            [_sparse().sum_duplicates() if s.rank != 1 else _with_flags(_sparse())]), "jax", ranks=(1,)),
     "a JAX shape": Row(col.UnsupportedTensorError, ("broadcast", "ShapeDtypeStruct"), lambda s: s.group.broadcast(
         importlib.import_module("jax").ShapeDtypeStruct((3,), "float32")), "jax"),
     "JAX int4": Row(col.UnsupportedDTypeError, ("broadcast", "int4", "known are"),

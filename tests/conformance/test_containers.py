@@ -217,6 +217,26 @@ def test_containers_that_jax_knows(pool: RankPool, world: World) -> None:
     pool.run(world.size, jax_nodes, world)
 
 
+def sparse_moves(rank: int, world_size: int, world: World) -> None:
+    """A sparse array moves as a whole, indices and all, where all ranks' have one form."""
+    group = world.group()
+    jax = importlib.import_module("jax")
+    sparse = importlib.import_module("jax.experimental.sparse")
+    dense = np.zeros((3, 3), np.float32)
+    dense[rank % 3, 1] = dense[2, 2] = rank + 1
+    given = sparse.BCOO.fromdense(jax.numpy.array(dense), nse=2)
+    result = group.broadcast({"w": given}, world_size - 1)["w"]
+    expected = np.zeros((3, 3), np.float32)
+    expected[(world_size - 1) % 3, 1] = expected[2, 2] = world_size
+    assert np.asarray(result.todense()).tolist() == expected.tolist()
+    assert np.asarray(given.todense()).tolist() == dense.tolist()
+
+
+@pytest.mark.needs("jax")
+def test_sparse_arrays_of_jax_move(pool: RankPool, world: World) -> None:
+    pool.run(world.size, sparse_moves, world)
+
+
 def average_of_halves(rank: int, world_size: int, world: World) -> None:
     group = world.group()
     inputs = [reduced("bfloat16", 1001, peer) for peer in range(world_size)]

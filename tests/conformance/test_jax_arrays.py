@@ -155,6 +155,19 @@ def sharers_keep_their_values(rank: int, world_size: int, world: World) -> None:
         y = group.allreduce(x, donate=True)
         assert (np.asarray(y) == total).all()
         assert (host == rank + 1).all()
+    imports = {
+        "as it is": lambda x: x, "by clone": lambda x: x.clone(),
+        "by addressable_data": lambda x: x.addressable_data(0),
+        "by reshape to its shape": lambda x: x.reshape(x.shape), "by jnp.asarray": jax.numpy.asarray,
+    }
+    for name, derive in imports.items():
+        with report.case(f"an array imported with copy=True, which JAX 0.10.2 does not copy, {name}"):
+            host[:] = rank + 1
+            x = derive(jax.dlpack.from_dlpack(host, copy=True))
+            y = group.allreduce(x, donate=True)
+            assert x.is_deleted()
+            assert (np.asarray(y) == total).all()
+            assert (host == rank + 1).all()
     with report.case("a sibling by device_put"):
         x = _fresh(rank + 1)
         sibling = jax.device_put(x, x.sharding)
@@ -231,3 +244,21 @@ def a_mismatch_leaves_a_donated_array(rank: int, world_size: int, world: World) 
 
 def test_a_mismatch_does_not_consume_a_donated_array(pool: RankPool, ranks: World) -> None:
     pool.run(ranks.size, a_mismatch_leaves_a_donated_array, ranks)
+
+
+def wide_objects(rank: int, world_size: int, world: World) -> None:
+    """What is 64 bits wide on one rank is so on all, whether or not they make such arrays themselves."""
+    group = world.group()
+    jax = _jax()
+    x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
+    with x64(rank == 0):
+        mine = jax.numpy.array([2**40 + 5, 7]) if rank == 0 else jax.numpy.array([rank, 7])
+        everyone = group.allgather_object({"x": mine})
+        found = group.broadcast_object(mine, 0)
+    assert found.dtype == everyone[0]["x"].dtype == "int64"
+    assert np.asarray(found).tolist() == np.asarray(everyone[0]["x"]).tolist() == [2**40 + 5, 7]
+    assert [entry["x"].dtype.name for entry in everyone[1:]] == ["int32"] * (world_size - 1)
+
+
+def test_objects_keep_64_bits(pool: RankPool, world: World) -> None:
+    pool.run(world.size, wide_objects, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -44,6 +45,27 @@ def closures(rank: int, size: int, world: World) -> None:
 
 def test_an_ordered_function_may_close_over_what_is_traced(pool: RankPool) -> None:
     pool.run(2, closures, SHARED)
+
+
+def sparse_operands(rank: int, size: int, world: World) -> None:
+    group = world.group()
+    jax, jnp, cj = _jax()
+    array = importlib.import_module("jax.experimental.sparse").BCOO.fromdense(jnp.eye(2))
+    calls = {
+        "allreduce": lambda x: cj.allreduce(x, group), "reduce": lambda x: cj.reduce(x, 0, group),
+        "allgather": lambda x: cj.allgather([x], group),
+        "mean": lambda x: cj.allreduce({"a": x}, group, col.ReduceOp.AVERAGE),
+        "tree_allreduce": lambda x: cj.tree_allreduce({"a": [x]}, group),
+        "sync_gradients": lambda x: cj.sync_gradients(group).update({"a": x}, None),
+    }
+    for call in calls.values():
+        for wrap in (lambda f: f, jax.jit):
+            with pytest.raises(col.UnsupportedTensorError, match=r"BCOO holds indices.*todense"):
+                wrap(call)(array)
+
+
+def test_sparse_operands_are_refused(pool: RankPool) -> None:
+    pool.run(2, sparse_operands, SHARED)
 
 
 def axis_names(rank: int, size: int, world: World) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exporters import ReadOnly
 from oracle import moved, reduced
 from pool import RankPool
 from samples import Sample, address, as_numpy, dense
@@ -167,21 +168,27 @@ def read_only_sources(rank: int, world_size: int, world: World) -> None:
     array.flags.writeable = False
     strided = np.arange(10, dtype=np.int64)[::2] + rank
     strided.flags.writeable = False
-    for source in (array, strided):
+    marked = ReadOnly(np.full(5, rank, np.int64))
+    for source in (array, strided, marked, ReadOnly(np.arange(10, dtype=np.int64)[::2] + rank)):
+        values = getattr(source, "array", source)
         targets = [np.empty(5, np.int64) for _ in range(world_size)]
         group.allgather(targets, source)
-        assert all((target - target[0] == source - source[0]).all() for target in targets)
+        assert all((target - target[0] == values - values[0]).all() for target in targets)
         assert [int(target[0]) for target in targets] == list(range(world_size))
         group.gather(targets if rank == 0 else None, source)
-        group.reduce(source if rank else source.copy(), 0)
-        group.broadcast(source if rank == 0 else source.copy(), 0)
+        group.reduce(source if rank else values.copy(), 0)
+        group.broadcast(source if rank == 0 else values.copy(), 0)
         group.scatter(np.empty(5, np.int64), [source] * world_size if rank == 0 else None)
         group.reducescatter(np.empty(5, np.int64), [source] * world_size)
         group.alltoall(targets, [source] * world_size)
         if world_size > 1:
             group.sendrecv(source, (rank + 1) % world_size, targets[0], (rank - 1) % world_size)
             assert targets[0][0] == (rank - 1) % world_size
-        assert source[0] == rank
+            if rank == 0:
+                group.send({"a": source}, 1)
+            elif rank == 1:
+                group.recv({"a": np.empty(5, np.int64)}, 0)
+        assert values[0] == rank
 
 
 def test_read_only_arrays_are_sent(pool: RankPool, world: World) -> None:

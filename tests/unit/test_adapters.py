@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exporters import Copying, Exporter, ReadOnly, imitated
 
+import colltensor as col
 import colltensor.adapters as adapters_module
 from colltensor import (
     BufferView,
@@ -21,7 +23,7 @@ from colltensor import (
     UnsupportedTensorError,
     register_adapter,
 )
-from colltensor.adapters import adapter_of, find_adapter, memory_of
+from colltensor.adapters import adapter_of, find_adapter, memory_of, target_of
 from colltensor.types import CPU, DTYPES, Device
 
 
@@ -324,20 +326,6 @@ class TestCupy:
         assert overlap(right, middle)
 
 
-class Exporter:
-    """An array of nobody's framework."""
-
-    def __init__(self, array: Any, device: tuple[int, int] = (1, 0)) -> None:
-        self.array = array
-        self.device = device
-
-    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, **options: Any) -> Any:
-        return self.array.__dlpack__()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.device
-
-
 class TestDlpack:
     """Any object with ``__dlpack__`` and ``__dlpack_device__``."""
 
@@ -361,6 +349,26 @@ class TestDlpack:
         with pytest.raises(ReadOnlyError, match="copy"):
             target(Exporter(array))
 
+    def test_memory_marked_read_only(self) -> None:
+        """It is viewed to be read; an unversioned export would not tell."""
+        array = np.arange(6.0)[::2]
+        view = source(ReadOnly(array))
+        assert (view.pointer, view.strides, view.readonly) == (array.ctypes.data, (2,), True)
+        assert BufferView.from_dlpack(ReadOnly(array), dtype=DTYPES["float64"], device=CPU).readonly
+        assert not BufferView.from_dlpack(array, dtype=DTYPES["float64"], device=CPU).readonly
+        with pytest.raises(ReadOnlyError, match=r"ReadOnly exports.*read-only.*numpy\.array\(x\)"):
+            target(ReadOnly(array))
+
+    def test_a_copy_is_read_but_not_written(self) -> None:
+        array = np.arange(3.0)
+        assert source(Copying(array)).count == 3
+        with pytest.raises(ReadOnlyError, match="exports a copy"):
+            target(Copying(array))
+
+    def test_a_device_without_an_index(self) -> None:
+        array = np.ones(3)
+        assert target(Exporter(array, (1, None))).pointer == array.ctypes.data
+
     def test_the_export_ends_with_the_view(self) -> None:
         array = np.ones(3)
         before = sys.getrefcount(array)
@@ -377,6 +385,103 @@ class TestDlpack:
         assert find_adapter(Half) is None
         with pytest.raises(UnsupportedTensorError, match="__dlpack_device__"):
             target(Half())
+
+
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    """A group of one rank."""
+    group = col.init_collective_group(1, 0, "loopback", "alone", init_method=None)
+    yield group
+    group.destroy()
+
+
+class TestTensorflow:
+    """TensorFlow's eager tensors, as far as they are imitated."""
+
+    def test_a_shared_constant_stays(self, alone: Any) -> None:
+        with imitated("tensorflow") as tf:
+            x = tf.constant(2.0)
+            assert adapter_of(x).name == "tensorflow"
+            y, z = alone.allreduce(x), alone.allreduce(x, donate=True)
+            assert y.__class__ is z.__class__ is tf.EagerTensor
+            assert len({entry.array.ctypes.data for entry in (x, y, z)}) == 3
+            _, view = adapter_of(x).claim(x, False)
+            view.memory()[:] = bytes(4)
+            assert float(tf.constant(2.0).array) == 2.0
+
+    def test_reads_take_the_very_memory(self) -> None:
+        with imitated("tensorflow") as tf:
+            x = tf.constant([[1, 2], [3, 4]])
+            view = source(x)
+            assert (view.pointer, view.dtype.name, view.readonly) == (x.array.ctypes.data, "int64", True)
+
+    def test_what_it_cannot_export(self) -> None:
+        ml_dtypes = importlib.import_module("ml_dtypes")
+        with imitated("tensorflow") as tf:
+            for value in ("text", np.ones(2, ml_dtypes.float8_e5m2)):
+                with pytest.raises(UnsupportedDTypeError):
+                    source(tf.constant(value))
+
+    def test_on_a_device_it_is_only_read(self) -> None:
+        with imitated("tensorflow") as tf:
+            x = tf.EagerTensor(np.ones(2), (2, 0))
+            assert source(x).device == Device("cuda", 0)
+            with pytest.raises(DeviceError, match=r"tf\.identity"):
+                target(x)
+
+    def test_variables_are_refused_by_name(self) -> None:
+        with imitated("tensorflow") as tf, pytest.raises(UnsupportedTensorError, match=r"v\.assign\("):
+            source(tf.Variable())
+
+
+class TestMlx:
+    """mlx arrays, as far as they are imitated."""
+
+    def test_results_are_new(self, alone: Any) -> None:
+        with imitated("mlx") as mlx:
+            mx = mlx.core
+            x = mx.array(np.arange(6, dtype=np.float32).reshape(2, 3))
+            assert (source(x).pointer, source(x).readonly) == (x.array.ctypes.data, True)
+            for given in (x, mx.transpose(x), mx.array(np.float32(3)), mx.array(np.zeros((0, 3), np.float32))):
+                before = given.array.copy()
+                result = alone.allreduce([given, np.ones(1)])[0]
+                assert result.__class__ is mx.array
+                assert result.shape == given.shape
+                assert (result.array == before).all()
+                _, view = adapter_of(given).claim(given, False)
+                assert view.strides is None
+                if view.count:
+                    view.memory()[:] = bytes(view.nbytes)
+                    assert not np.shares_memory(result.array, given.array)
+                assert (given.array == before).all()
+
+    def test_strided_arrays_are_sent_as_they_lie(self) -> None:
+        with imitated("mlx") as mlx:
+            x = mlx.core.transpose(mlx.core.array(np.zeros((2, 3))))
+            assert source(x).strides == (1, 3)
+            assert target(x).strides is None
+
+
+class TestPaddle:
+    """Paddle tensors, as far as they are imitated."""
+
+    def test_in_place_and_told(self, alone: Any) -> None:
+        with imitated("paddle") as paddle:
+            x = paddle.Tensor(np.ones(3))
+            assert target(x).pointer == x.array.ctypes.data
+            assert alone.allreduce(x) is x
+            assert x.inplace_version == 1
+
+    def test_what_has_a_gradient_is_only_read(self, alone: Any) -> None:
+        with imitated("paddle") as paddle:
+            for kind in (paddle.Tensor, paddle.base.framework.EagerParamBase):
+                x = kind(np.ones(3), stop_gradient=False)
+                assert source(x).pointer == x.array.ctypes.data
+                with pytest.raises(ReadOnlyError, match=r"stop_gradient=False.*no_grad"):
+                    alone.allreduce(x)
+                paddle.grad_enabled = False
+                assert alone.allreduce({"x": x})["x"] is x
+                paddle.grad_enabled = True
 
 
 class Custom:
@@ -422,6 +527,23 @@ def test_register_adapter() -> None:
     assert adapter_of(Custom()) is last
     with pytest.raises(OptionError, match="no method claims, source"):
         register_adapter(object())  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("own_adapters")
+def test_read_only_views_of_a_registered_adapter_are_not_written(alone: Any) -> None:
+    class Locked(CustomAdapter):
+        def source(self, tensor: Any) -> BufferView:
+            return BufferView.from_dlpack(ReadOnly(tensor.array), dtype=DTYPES["float64"], device=CPU)
+
+        target = source
+
+    register_adapter(Locked())
+    tensor = Custom()
+    alone.broadcast(tensor, 0)
+    calls = [lambda: alone.allreduce(tensor), lambda: alone.allreduce([tensor]), lambda: target_of(Locked(), tensor)]
+    for call in calls:
+        with pytest.raises(ReadOnlyError, match="Custom is read-only"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 FRAMEWORKS = {"numpy", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "ml_dtypes", "tvm_ffi", "optree",
-              "jax_tvm_ffi", "optax"}
+              "jax_tvm_ffi", "optax", "tensorflow", "mlx", "paddle"}
 """Packages that only the modules named in FRAMEWORKS_OF may import."""
 
 VALUES = {"errors", "types", "view"}
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tree": {"errors", "adapters"},
     "buffers": {*VALUES, "adapters", "tree"},
     "arguments": {*VALUES, "adapters", "backends", "buffers", "gathered"},
+    "objects": {"errors", "adapters"},
     "work": {"errors", "backends"},
     "engine": {*VALUES, "backends", "control", "buffers", "work"},
     "direct": {*VALUES, "adapters", "backends", "arguments", "engine"},
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",
-        "engine", "work", "multigpu", "devices", "recipe",
+        "engine", "work", "multigpu", "devices", "recipe", "objects",
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
     "table": {"errors", "backends", "rendezvous", "group", "observers", "recipe"},
@@ -66,6 +67,9 @@ FRAMEWORKS_OF = {
     "adapters.cupy": {"cupy", "numpy", "ml_dtypes"},
     "adapters.torch": {"torch"},
     "adapters.jax": {"jax", "jaxlib", "numpy", "ml_dtypes"},
+    "adapters.tensorflow": {"tensorflow"},
+    "adapters.mlx": {"mlx"},
+    "adapters.paddle": {"paddle"},
     "backends.nccl.driver": {"cupy"},
     "backends.loopback": {"numpy"},  # copies strided host memory with numpy's loops
     "backends.gloo.arithmetic": {"numpy", "ml_dtypes"},  # reduces host memory where Gloo lacks the type

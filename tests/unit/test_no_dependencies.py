@@ -12,7 +12,9 @@ import sys
 
 import pytest
 
-FRAMEWORKS = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "tvm_ffi")
+FRAMEWORKS = (
+    "numpy", "ml_dtypes", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "tvm_ffi", "tensorflow", "mlx", "paddle",
+)
 
 ON_THE_HOST = ("numpy", "torch", "jax")
 

@@ -1,0 +1,47 @@
+"""The adapter for mlx arrays: immutable, so results are new arrays.
+
+Imports mlx. Its DLPack exports do not say that the memory is shared by expressions that were not evaluated yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import mlx.core as mx
+
+from colltensor.adapters.dlpack import view_of
+from colltensor.adapters.numpy import MEMORY
+from colltensor.view import BufferView
+
+
+class MlxAdapter:
+    """mlx.core.array in host memory."""
+
+    name = "mlx"
+    immutable = True
+
+    def claims(self, kind: type) -> bool:
+        return kind is mx.array
+
+    def source(self, tensor: Any) -> BufferView:
+        view, _ = view_of(tensor)
+        view.readonly = True
+        return view
+
+    def target(self, tensor: Any) -> BufferView:
+        view = self.source(tensor)
+        return view if view.strides is None else self.source(mx.contiguous(tensor))  # as the result will lie
+
+    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        """Copy it, whatever ``donate`` says: nobody knows who shares its memory."""
+        view = self.source(tensor)
+        raw = MEMORY.allocate(view.nbytes)
+        MEMORY.copy(raw.cast(view.dtype), view)
+        result = mx.array(MEMORY.array(raw)).view(tensor.dtype).reshape(tensor.shape)  # numpy knows no bfloat16
+        return result, view_of(result)[0]
+
+    def written(self, tensor: Any) -> None:
+        pass
+
+
+ADAPTER: Final = MlxAdapter()
