@@ -54,12 +54,14 @@ class Kind:
         library: What its ranks load; see ``worlds.rank``.
         python: The interpreter of its ranks.
         needs: Modules that must be installed in the coordinator's own environment.
+        environment: Variables of its ranks.
     """
 
     name: str
     library: str
     python: str = sys.executable
     needs: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
     def lacking(self) -> str | None:
         """Return why it cannot be started here, or None."""
@@ -110,7 +112,7 @@ class World:
         self.ranks = settings.ranks
         self._log = Path(settings.folder) / f"{kind.name}.log"
         path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **dict(kind.environment)}
         self._processes: list[subprocess.Popen[bytes]] = []
         with self._log.open("wb") as log:
             for command in kind.commands(settings):
