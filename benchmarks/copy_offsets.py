@@ -2,15 +2,16 @@
 
     python benchmarks/copy_offsets.py
     python benchmarks/copy_offsets.py --baseline PATH/libcolltensor.so       # in turns with another build
+    python benchmarks/copy_offsets.py --baseline PATH/libcolltensor.so --baseline-checkout PATH   # and its Python
 
-Copies may take several times as long where the target lies a little farther in its page than the source does, and
-numpy's large arrays begin 16 bytes into a page (native/include/colltensor/copy.h). Two ranks, float32, SUM; a table for
-each size has a row for each operation and a column for each place: ``0``, ``16`` and so on for the arrays of both ranks,
-``0,16`` for rank 0's at the beginning of a page and rank 1's 16 bytes into one. All places, and both builds, take turns
-in short rounds (``worlds``); medians of the rounds, in microseconds a call.
+On some processors copies take several times as long where the target lies a little farther into its page than the
+source does, and numpy's large arrays begin 16 bytes into a page (native/include/colltensor/copy.h). Two ranks, float32,
+SUM. A table for each size has a row for each operation and a column for each place: ``0``, ``16`` and so on for the
+arrays of both ranks, ``0,16`` for rank 0's at the beginning of a page and rank 1's 16 bytes into one. All places, and
+both builds, take turns in short rounds (``worlds``); medians of the rounds, in microseconds a call.
 
-Behind the table stands what is wanted: no place more than 1.1 times slower than ``0``. With a baseline there is a second
-table, of the baseline's time over ours.
+The last column is bold where a place is more than 1.1 times slower than ``0``. With a baseline there are its table, and
+one of its times over ours.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", type=Path, help="another libcolltensor.so, in turns with the one in use")
+    parser.add_argument("--baseline-checkout", type=Path, help="whose colltensor the baseline needs, if not this one")
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes a rank")
     parser.add_argument("--places", nargs="+", default=PLACES, help="bytes into a page, of both ranks or of each")
@@ -53,6 +55,8 @@ def parse() -> argparse.Namespace:
         parser.error("--rounds: at least 2")
     if options.baseline is not None and not options.baseline.is_file():
         parser.error(f"--baseline: no file {options.baseline}")
+    if options.baseline_checkout is not None and not (options.baseline_checkout / "colltensor").is_dir():
+        parser.error(f"--baseline-checkout: no folder {options.baseline_checkout / 'colltensor'}")
     if FIRST_PLACE not in options.places:
         options.places = [FIRST_PLACE, *options.places]
     return options
@@ -63,7 +67,8 @@ def kinds(options: argparse.Namespace) -> list[Kind]:
     worlds = [Kind(OURS, "colltensor")]
     if options.baseline is not None:
         library = ("COLLTENSOR_LIBRARY", str(options.baseline.absolute()))
-        worlds.append(Kind(BASELINE, "colltensor", environment=(library,)))
+        folder = options.baseline_checkout and str(options.baseline_checkout)
+        worlds.append(Kind(BASELINE, "colltensor", environment=(library,), folder=folder))
     return worlds
 
 
@@ -73,7 +78,8 @@ def measure_size(worlds: dict[str, World], nbytes: int, options: argparse.Namesp
     for operation in options.operations:
         print(f"{operation}, {targets.size(nbytes)}", file=sys.stderr, flush=True)
         contestants = [
-            Contestant(f"{world}@{place}", world, f"{operation}@{place}") for place in options.places for world in worlds
+            Contestant(f"{world}@{place}", world, f"{operation}@{place}")
+            for place in options.places for world in worlds
         ]
         table[operation] = measure(worlds, contestants, nbytes, options.rounds, options.round_ms / 1e3)
     return table
@@ -107,8 +113,8 @@ def main() -> None:
         facts.update(worlds[OURS].versions)
         tables = {nbytes: measure_size(worlds, nbytes, options) for nbytes in options.sizes}
     print(f"`{shlex.join(['python', *sys.argv])}`\n")
-    print(f"{', '.join(f'{name} {value}' for name, value in facts.items())}; {os.confstr('CS_GNU_LIBC_VERSION')}. Medians "
-          f"of {options.rounds} rounds of about {options.round_ms:g} ms each; the columns are bytes into a page.")
+    print(f"{', '.join(f'{name} {value}' for name, value in facts.items())}; {os.confstr('CS_GNU_LIBC_VERSION')}. "
+          f"Medians of {options.rounds} rounds of about {options.round_ms:g} ms each; columns are bytes into a page.")
     for nbytes, table in tables.items():
         print(f"\n## {targets.size(nbytes)}\n\n{time_table(table, OURS, options.places)}")
         if BASELINE in worlds:

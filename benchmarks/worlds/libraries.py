@@ -21,8 +21,8 @@ loop at the same time. The operations, with S the size in the tables, in bytes:
 The root of a rooted operation is rank i of call i, as in the Intel MPI Benchmarks: with a fixed root a library's
 ranks may run ahead of each other, and a loop would measure its queue and not the operation.
 
-Where an operation's arrays lie follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page, ``broadcast@0,16`` rank
-0's at the beginning of a page and those of the others 16 bytes into one. Without, they lie at ``NUMPY_PLACE``.
+Where an operation's arrays begin follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page, ``broadcast@0,16``
+rank 0's at the beginning of a page and those of the others 16 bytes into one. Without, it is ``NUMPY_PLACE``.
 
 Frameworks are imported by the library that needs them: an MPI's environment has numpy and mpi4py alone.
 """
@@ -32,13 +32,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import itertools
-import mmap
 import platform
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
+
+from worlds.places import NUMPY_PLACE, array_at
 
 Loop = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
@@ -59,10 +60,6 @@ ARRAYS: dict[str, tuple[str, ...]] = {
     "memmove": ("block", "other_block"),
 }
 """The memory of each operation: a block is S bytes, blocks are S times ranks."""
-
-PAGE = 4096
-NUMPY_PLACE = 16
-"""Where in a page numpy's arrays of 128 KiB and more begin, as long as glibc maps memory for each of them."""
 
 ROOTED = ("reduce", "broadcast", "gather", "scatter", "send/recv")
 """Operations whose root changes from call to call."""
@@ -314,25 +311,12 @@ def make_arrays(operation: str, nbytes: int, rank: int, ranks: int) -> Arrays:
     place = places_of_ranks[min(rank, len(places_of_ranks) - 1)]
     for number, name in enumerate(ARRAYS[kind_of(operation)]):
         of_all = count * (ranks if name.endswith("blocks") else 1)
-        values = _array_at(place, of_all, small_pages=name_of.endswith(":pages"))
+        values = array_at(place, of_all, small_pages=name_of.endswith(":pages"))
         values[:] = np.arange(of_all, dtype=np.float32)
         np.remainder(values, 7, out=values)
         values += rank + 1 + 10 * number
         arrays[name] = values.reshape(ranks, count) if name.endswith("blocks") else values
     return arrays
-
-
-def _array_at(place: int, count: int, *, small_pages: bool) -> np.ndarray:
-    """Return memory for float32 numbers that begins so many bytes into a page."""
-    nbytes = 4 * count + 2 * PAGE
-    if small_pages:
-        memory = mmap.mmap(-1, nbytes)
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-        raw = np.frombuffer(memory, np.uint8)
-    else:
-        raw = np.empty(nbytes, np.uint8)  # numpy asks for huge pages where it is large
-    start = (place - raw.ctypes.data) % PAGE
-    return raw[start:start + 4 * count].view(np.float32)
 
 
 def versions() -> dict[str, str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from worlds.rounds import Samples
-from worlds.targets import GLOO, MPI_TORCH, MPIS, OURS, OURS_LISTED, PAGED, Results, Verdict, size
+from worlds.targets import GLOO, MPI_TORCH, MPIS, OURS, OURS_AT_PAGE, OURS_LISTED, PAGED, Results, Verdict, size
 
-ALLREDUCE_COLUMNS = (OURS, "col.allreduce", *MPIS, GLOO, "ray")
+ALLREDUCE_COLUMNS = (OURS, OURS_AT_PAGE, "col.allreduce", *MPIS, GLOO, "ray")
 FRAMEWORK_COLUMNS = ("numpy", PAGED, "torch", "JAX", MPI_TORCH)
 COPY_COLUMNS = ("copyto", "memmove")
 

@@ -55,6 +55,7 @@ class Kind:
         python: The interpreter of its ranks.
         needs: Modules that must be installed in the coordinator's own environment.
         environment: Variables of its ranks.
+        folder: Where its ranks start, and so which checkout's package they import; None where the coordinator did.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Kind:
     python: str = sys.executable
     needs: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    folder: str | None = None
 
     def lacking(self) -> str | None:
         """Return why it cannot be started here, or None."""
@@ -118,7 +120,8 @@ class World:
             for command in kind.commands(settings):
                 # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends them in order.
                 self._processes.append(subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    command, env=environment, cwd=kind.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True,
                 ))
 
     @property
