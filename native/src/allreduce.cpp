@@ -10,7 +10,6 @@
 // machine's slower state 260/250/240 for 4 MiB, 1070/1020/1020, 5590/5440/5260. 4 ranks: 228/144/137 to 116/156/100,
 // 563/479/444, 3500/2490/2500, 10670/10030/11940. 3 ranks, 128 and 512: 102/92, 420/340.
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "colltensor/exchange.h"
@@ -66,7 +65,7 @@ class Blocks {
       if (char* own = data_.straight(element, n)) {
         sources[rank_] = own;
         reduction(own, sources, world_size_, n);
-        std::memcpy(staged, own, n * item_);
+        copy(staged, own, n * item_);
       } else {
         data_.read(element, n, staged);
         reduction(staged, sources, world_size_, n);

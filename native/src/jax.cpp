@@ -195,7 +195,7 @@ ffi::Function target(ffi::Function settle) {
                         static_cast<int>(n[kSource])},
                        address_of(given), address_of(result), nbytes_of(given, n), nbytes_of(result, n)};
     if (copies_first(call.call) && call.given != call.result && call.given_nbytes != 0) {
-      std::memcpy(call.result, call.given, call.given_nbytes);
+      copy(call.result, call.given, call.given_nbytes);
     }
     const std::int64_t code = run(call);
     if (code == 0) return;

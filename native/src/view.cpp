@@ -1,36 +1,10 @@
 #include "colltensor/view.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 
 namespace colltensor {
 namespace {
-
-void copy(char* to, const char* from, std::size_t nbytes, [[maybe_unused]] Store store) {
-#if defined(__SSE2__)
-  constexpr std::size_t kUnit = sizeof(__m128i), kStep = 4 * kUnit;
-  if (store == Store::kStreamed && nbytes >= 4096) {
-    const std::size_t head = -reinterpret_cast<std::uintptr_t>(to) % kStep;
-    std::memcpy(to, from, head);
-    std::size_t place = head;
-    for (; place + kStep <= nbytes; place += kStep) {
-      const auto load = [&](std::size_t i) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + place + i * kUnit));
-      };
-      const __m128i units[] = {load(0), load(1), load(2), load(3)};
-      for (std::size_t i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to + place + i * kUnit), units[i]);
-    }
-    _mm_sfence();  // such stores pass all others, those included that say that this one is done
-    std::memcpy(to + place, from + place, nbytes - place);
-    return;
-  }
-#endif
-  std::memcpy(to, from, nbytes);
-}
 
 template <std::size_t kItem>
 void gather(char* to, const char* from, std::int64_t stride, std::size_t count) {
@@ -146,7 +120,7 @@ void View::walk(std::size_t first, std::size_t count, Move move) const {
 void View::read(std::size_t first, std::size_t count, void* to) const {
   if (count == 0) return;
   if (contiguous()) {
-    std::memcpy(to, at(first), count * item_);
+    copy(to, at(first), count * item_);
     return;
   }
   char* target = static_cast<char*>(to);
@@ -159,7 +133,7 @@ void View::read(std::size_t first, std::size_t count, void* to) const {
   }
   walk(first, count, [&](const char* row, std::int64_t stride, std::size_t run) {
     if (stride == static_cast<std::int64_t>(item_)) {
-      std::memcpy(target, row, run * item_);
+      copy(target, row, run * item_);
     } else {
       gather_any(target, row, stride, run, item_);
     }
@@ -170,7 +144,7 @@ void View::read(std::size_t first, std::size_t count, void* to) const {
 void View::write(std::size_t first, std::size_t count, const void* from, Store store) const {
   if (count == 0) return;
   if (contiguous()) {
-    copy(at(first), static_cast<const char*>(from), count * item_, store);
+    copy(at(first), from, count * item_, store);
     return;
   }
   const char* source = static_cast<const char*>(from);
@@ -183,7 +157,7 @@ void View::write(std::size_t first, std::size_t count, const void* from, Store s
   }
   walk(first, count, [&](char* row, std::int64_t stride, std::size_t run) {
     if (stride == static_cast<std::int64_t>(item_)) {
-      std::memcpy(row, source, run * item_);
+      copy(row, source, run * item_);
     } else {
       scatter_any(row, source, stride, run, item_);
     }

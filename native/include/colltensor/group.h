@@ -223,6 +223,7 @@ class Group {
   static bool can_be_read(const View& view, std::size_t nbytes);
   std::uint64_t address(int rank, int source) const { return layout_.post(rank, parity()).addresses()[source]; }
   Outcome read(int rank, std::uint64_t address, void* to, std::size_t nbytes);
+  bool read_piece(int pid, std::uint64_t address, char* to, std::size_t nbytes);
   Outcome read_into(const View& target, int rank, std::uint64_t address, std::size_t first, std::size_t count,
                     std::size_t item);
   // Reads a slice of all other ranks and combines it with this rank's into `target`, in pieces.
@@ -273,6 +274,7 @@ class Group {
   std::vector<std::int32_t> pids_;
   std::unique_ptr<char, void (*)(void*)> scratch_{nullptr, std::free};
   std::size_t scratch_nbytes_ = 0;
+  std::unique_ptr<char, void (*)(void*)> aside_{nullptr, std::free};
   bool crowded_;           // more ranks than cores
   int spins_, yields_;
   std::vector<RankLine*> lines_;

@@ -7,11 +7,9 @@
 #include <memory>
 #include <vector>
 
-namespace colltensor {
+#include "colltensor/copy.h"
 
-// How what is written is stored: into the caches, or past them into the memory, which spares the processor to read what
-// it overwrites, and is of use where the caches could not keep it anyway.
-enum class Store { kCached, kStreamed };
+namespace colltensor {
 
 class View {
  public:
