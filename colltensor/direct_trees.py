@@ -139,6 +139,8 @@ class TreeCall(DirectCall):
             given = array.array("q", adapter.addresses(tensors))
         except RuntimeError:  # deleted, or its computation failed: the general way says so
             return None
+        if donate and len(set(given)) < len(given):  # one memory twice: likewise
+            return None
         if self._claiming is None:
             self._claiming = self._backend.claiming_tree(self._call[0], self._plan.words())
         try:

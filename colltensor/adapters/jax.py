@@ -68,8 +68,7 @@ class JaxAdapter:
 
     def claim_together(self, tensors: Sequence[Any], donate: bool) -> list[Any]:
         given = list(tensors)
-        alone = donate and (any(map(_is_imported, given)) or len(set(map(id, given))) < len(given))
-        if alone:
+        if donate and any(map(_is_imported, given)):
             return [self.claim(tensor, donate)[0] for tensor in given]
         results: list[Any] = (_claim_all if donate else _copy_all)(given)
         if donate:
