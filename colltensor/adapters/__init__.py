@@ -230,7 +230,13 @@ def is_plain(tensor: Any) -> bool:
 
 def are_plain(tensors: Sequence[Any]) -> bool:
     """Return True if a backend may take all of the tensors as they are."""
-    return unnoted.issuperset(map(type, tensors)) or all(map(is_plain, tensors))
+    kinds = set(map(type, tensors))
+    if unnoted.issuperset(kinds):
+        return True
+    if len(kinds) > 1:
+        return all(map(is_plain, tensors))
+    plain = direct.get(kinds.pop(), _NOT_DIRECT)[0]
+    return plain is None or all(map(plain, tensors))
 
 
 def note(tensor: Any) -> None:
