@@ -30,7 +30,7 @@ Outcome Group::broadcast(const View& data, std::size_t count, std::size_t item, 
                          std::int64_t deadline_ns) {
   const bool gives = rank_ == root;
   Exchange exchange(*this, count, item, {gives ? kEveryone : kNobody, gives ? kNobody : root, gives});
-  const Store store = storing(count * item * world_size_);
+  const Store store = storing_broadcast(count * item * world_size_);
   return exchange.run(
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { data.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {
