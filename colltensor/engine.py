@@ -19,7 +19,7 @@ from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError
 from colltensor.types import ReduceOp
-from colltensor.work import OperationQueue, QueuedWork, Work
+from colltensor.work import OperationQueue, QueuedWork, Work, consequence, nested
 
 _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
@@ -150,6 +150,8 @@ class Engine:
         self._alone = control is None
         self.timeout_s = timeout_s
         self.queue = OperationQueue(name)
+        if signer is not None:
+            self.queue.is_in_direct_call = signer.is_inside
         self._sequence = 0
         self._transfers: dict[tuple[int, int], int] = {}
         self._kept: list[object] = []
@@ -207,9 +209,9 @@ class Engine:
             raise self._refusal(call.name)
         queue = self.queue
         if async_op:
-            return queue.put(Work(call.name, lambda: self._execute(call)))
+            return queue.put(Work(call.name, lambda: self._execute_queued(call)))
         if not queue.enter():
-            return queue.put(Work(call.name, lambda: self._execute(call))).result()
+            return queue.run(Work(call.name, lambda: self._execute_queued(call)))
         try:
             return self._execute(call)
         finally:
@@ -226,16 +228,20 @@ class Engine:
                 self.queue.leave()
             flight.order(call.streams())
             return call.result()
-        work = QueuedWork(call.name, lambda: self._launch(call, device, async_op), call.streams, call.result)
+        work = QueuedWork(call.name, lambda: self._launch_queued(call, device, async_op), call.streams, call.result)
         if not async_op or not self.queue.enter():
             work.postpone()
-            self.queue.put(work)
-            return work if async_op else work.result()
+            return self.queue.put(work) if async_op else self.queue.run(work)
         try:
             work.queue_here()
         finally:
             self.queue.leave()
         return work
+
+    def _launch_queued(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
+        if self.broken is not None:
+            raise self._consequence(call.name)
+        return self._launch(call, device, apart)
 
     def _launch(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
         if self.broken is not None:
@@ -319,16 +325,24 @@ class Engine:
         self.queue.close(gone, _CLOSE_TIMEOUT_S)
         self._kept.clear()
 
+    def _execute_queued(self, call: Call) -> Any:
+        if self.broken is not None:
+            raise self._consequence(call.name)
+        return self._execute(call)
+
     def _execute(self, call: Call) -> Any:
         if self.broken is not None:
             raise self._refusal(call.name)
         deadline = time.monotonic() + self.timeout_s
         signer, carrier = self._signer, self._carrier
         combine: Callable[[], None] | None = None
+        inside = False
         try:
             if self._control is not None:
                 if signer is not None:
-                    signer.hold(deadline)
+                    inside = not signer.hold(deadline)
+                    if inside:
+                        raise nested(call.name, self._name)
                     self._sign(call, self._control, signer, deadline)
                 elif carrier is not None and call.name == "allreduce" and carrier.carries(*call.arguments):
                     combine = self._agree_and_gather(call, self._control, carrier, deadline)
@@ -347,14 +361,16 @@ class Engine:
         except MismatchError:
             raise
         except BaseException as error:
-            self._kept.append(call)  # a provider may still write to the memory of a call that failed
-            self._break(call.name, error)
+            if not inside:
+                self._kept.append(call)  # a provider may still write to the memory of a call that failed
+                self._break(call.name, error)
             raise
         finally:
-            if signer is not None:
-                signer.release()
-            if self._control is not None:
-                self._control.position(self._sequence, None)
+            if not inside:
+                if signer is not None:
+                    signer.release()
+                if self._control is not None:
+                    self._control.position(self._sequence, None)
         return call.result()
 
     def check(self, name: str) -> None:
@@ -499,6 +515,11 @@ class Engine:
         )
         error.__cause__ = self.broken
         return error
+
+    def _consequence(self, name: str) -> CollectiveError:
+        """Return what a call fails with that was issued before the group broke: the same class, with the same ranks."""
+        lost = None if self._unraised is not None else consequence(name, self._name, self._rank, self.broken)
+        return lost or self._refusal(name)
 
     def _break(self, name: str, error: BaseException) -> None:
         """Break the group over ``error``; raises what the caller gets unless it is that."""

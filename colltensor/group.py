@@ -23,7 +23,7 @@ from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
 from colltensor.errors import CollectiveError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
-from colltensor.recipe import Recipe
+from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import CPU, ReduceOp
 
@@ -602,7 +602,14 @@ class Group:
         self._allreduce = self._barrier = None  # by way of the engine, which waits
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone."""
+        """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone.
+
+        Jitted functions that were traced before follow it as well.
+
+        Raises:
+            OptionError: It is no number of seconds above 0, or infinite; nothing has changed.
+        """
+        timeout_s = timeout_of(timeout_s)
         self._engine.timeout_s = timeout_s
         if self._engine.device is not None:
             self._engine.device.set_timeout(timeout_s)

@@ -322,8 +322,11 @@ class SigningBackend(Backend, Protocol):
     def set_timeout(self, timeout_s: float) -> None:
         """Let direct calls wait so long for other ranks: ``direct`` returns other functions afterwards."""
 
-    def hold(self, deadline: float) -> None:
-        """Take the turn for one call, waiting for a direct call of another thread."""
+    def hold(self, deadline: float) -> bool:
+        """Take the turn for one call, waiting for a direct call of another thread; False if this thread is in one."""
+
+    def is_inside(self) -> bool:
+        """Return whether this thread is in a direct call, whose wait runs Python code now."""
 
     def release(self) -> None:
         """Give the turn back."""
