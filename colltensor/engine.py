@@ -312,11 +312,16 @@ class Engine:
         if self._signer is not None:
             self._signer.tell(error)
 
-    def close(self) -> None:
-        """Fail what waits and drop everything; a call that runs in another thread ends with an error."""
-        gone = GroupError(
-            f"group '{self._name}' (rank {self._rank}) was destroyed; make it again with init_collective_group()"
-        )
+    def progress(self) -> tuple[int, ...] | None:
+        """Return None while no call of host tensors runs or waits, else what changes from call to call."""
+        direct = -1 if self._signer is None else self._signer.progress()
+        if direct < 0 and not self.queue.is_busy():
+            return None
+        return direct, self._sequence, sum(list(self._transfers.values()))
+
+    def close(self, how: str) -> None:
+        """Fail what waits and drop everything; a call that runs in another thread ends with an error that says how."""
+        gone = GroupError(f"group '{self._name}' (rank {self._rank}) {how}")
         self._alone = False
         self.broken = self.broken or gone
         self._unraised = None

@@ -245,6 +245,10 @@ class OperationQueue:
             with self._changed:
                 self._changed.notify_all()
 
+    def is_busy(self) -> bool:
+        """Return whether an operation runs or waits."""
+        return bool(self._waiting) or self._turn.locked()
+
     def is_inside(self) -> bool:
         """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
         here = threading.get_ident()
@@ -295,6 +299,7 @@ class OperationQueue:
         """Fail what waits, end the worker, and wait for the operation that runs; False if it did not end."""
         with self._changed:
             self._closed = True
+            self.idle = False  # nothing goes past the queue any more
             cancelled = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
@@ -314,7 +319,7 @@ class OperationQueue:
             work._finish()
             self.leave()
             with self._changed:
-                self.idle = not self._waiting
+                self.idle = not self._waiting and not self._closed
                 if self.idle and self.watch is not None:
                     self.watch(False)
 

@@ -331,6 +331,9 @@ class SigningBackend(Backend, Protocol):
     def release(self) -> None:
         """Give the turn back."""
 
+    def progress(self) -> int:
+        """Return -1 while no call runs, else a number that grows from call to call."""
+
     def calls(self) -> int:
         """Return how many collectives this rank has taken part in."""
 

@@ -87,7 +87,11 @@ class Switchboard:
         """Start to receive links and to answer questions."""
         lifetime.watch(self)
         if self._meeting.world_size > 1:
-            self._reception = Reception(self._meeting, self)
+            try:
+                self._reception = Reception(self._meeting, self)
+            except RuntimeError:  # no thread can be started
+                self.close()
+                raise
 
     @property
     def failure(self) -> Failure | None:

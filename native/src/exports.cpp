@@ -147,6 +147,13 @@ std::int64_t transfers(std::int64_t handle, std::int64_t source, std::int64_t de
   return !group ? 0 : group->transfers(static_cast<int>(source), static_cast<int>(destination));
 }
 
+// -1 while no call runs, else a number that grows from call to call.
+std::int64_t progress(std::int64_t handle) {
+  if (!is_busy(handle)) return -1;
+  const Guest group(handle);
+  return !group ? -1 : group->progress();
+}
+
 // Why the group is broken: [kind, rank that found it, 4 words of the ranks concerned], at `report`.
 void failure(std::int64_t handle, std::int64_t report) {
   auto* words = reinterpret_cast<std::int64_t*>(report);
@@ -193,6 +200,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_inside, colltensor::inside)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_set_timeout, colltensor::set_timeout)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_calls, colltensor::calls)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_transfers, colltensor::transfers)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_progress, colltensor::progress)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_failure, colltensor::failure)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_fail, colltensor::fail)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_instructions, colltensor::instructions)

@@ -111,6 +111,10 @@ Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns, bool (*signal
 
 void release_member(std::int64_t handle) { slot_of(handle).state.fetch_and(~kBusy, std::memory_order_release); }
 
+bool is_busy(std::int64_t handle) {
+  return handle >= 0 && slot_of(handle).state.load(std::memory_order_acquire) == (use_of(handle) | kBusy);
+}
+
 Group* held_member(std::int64_t handle) {
   if (handle < 0) return nullptr;
   Slot& slot = slot_of(handle);

@@ -50,6 +50,9 @@ class Turn {
 Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns, bool (*signalled)() = nullptr);
 void release_member(std::int64_t handle);
 
+// Whether a thread has the turn.
+bool is_busy(std::int64_t handle);
+
 // The group, whose turn the calling thread has as long as its pending call is not resumed; null if it has none.
 Group* claim_member(std::int64_t handle);
 

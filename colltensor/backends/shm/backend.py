@@ -121,6 +121,10 @@ class ShmBackend:
             self._held = False
             self._native.shm_release(self._handle)
 
+    def progress(self) -> int:
+        """Return -1 while no call runs, else a number that grows from call to call."""
+        return int(self._native.shm_progress(self._handle))
+
     def calls(self) -> int:
         """Return how many collectives this rank has taken part in, each buffer of a call counted."""
         return int(self._native.shm_calls(self._handle))

@@ -152,6 +152,12 @@ class Group {
   std::int64_t timeout_ns() const { return timeout_ns_.load(std::memory_order_relaxed); }
 
   std::int64_t calls() const { return calls_; }
+  // Grows with every collective and transfer.
+  std::int64_t progress() const {
+    std::int64_t sum = calls_;
+    for (int rank = 0; rank < world_size_; ++rank) sum += sends_[rank] + receives_[rank];
+    return sum;
+  }
   std::int64_t transfers(int source, int destination) const {
     return source == rank_ ? sends_[destination] : receives_[source];
   }
