@@ -9,9 +9,11 @@ import functools
 import logging
 import os
 import struct
+import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
 from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
@@ -27,6 +29,7 @@ _NO_OP: Final = 255
 _NEVER: Final = float("inf")
 _log: Final = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S: Final = 5.0
+_PACKAGE: Final = os.path.dirname(__file__) + os.sep
 
 
 _CODES: Final = {
@@ -151,7 +154,7 @@ class Engine:
         self.timeout_s = timeout_s
         self.queue = OperationQueue(name)
         if signer is not None:
-            self.queue.is_in_direct_call = signer.is_inside
+            self.queue.is_in_direct_call = self._is_in_direct_call
         self._sequence = 0
         self._transfers: dict[tuple[int, int], int] = {}
         self._kept: list[object] = []
@@ -345,9 +348,15 @@ class Engine:
         try:
             if self._control is not None:
                 if signer is not None:
-                    inside = not signer.hold(deadline)
+                    held = signer.hold(deadline)
+                    inside = not held and self._is_in_direct_call()
                     if inside:
                         raise nested(call.name, self._name)
+                    if not held:
+                        raise GroupError(
+                            f"{call.name}: group '{self._name}' (rank {self._rank}): a call was interrupted before it "
+                            "ended; make one at a time"
+                        )
                     self._sign(call, self._control, signer, deadline)
                 elif carrier is not None and call.name == "allreduce" and carrier.carries(*call.arguments):
                     combine = self._agree_and_gather(call, self._control, carrier, deadline)
@@ -377,6 +386,24 @@ class Engine:
                 if self._control is not None:
                     self._control.position(self._sequence, None)
         return call.result()
+
+    def _is_in_direct_call(self) -> bool:
+        """Return whether this thread is in a call that took no turn of the queue's, and that will go on."""
+        signer = self._signer
+        assert signer is not None
+        return signer.is_inside() or (signer.is_pending() and self._has_call_above())
+
+    def _has_call_above(self) -> bool:
+        """Return whether a call of the group is further up the stack, beyond what has called this one."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        while frame is not None:
+            ours = frame.f_code.co_filename.startswith(_PACKAGE)
+            if ours and getattr(frame.f_locals.get("self"), "_engine", None) is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def check(self, name: str) -> None:
         """Raise GroupError if the group is broken or destroyed."""

@@ -6,7 +6,6 @@ Imports no framework.
 from __future__ import annotations
 
 import collections
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +15,6 @@ from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupErro
 
 if TYPE_CHECKING:
     from colltensor.backends.base import Flight
-
-_log: Final = logging.getLogger(__name__)
 
 
 class _Always(threading.Event):
@@ -128,9 +125,9 @@ class Work:
                 return
             try:
                 callback(self._error)
-            except Exception:  # noqa: BLE001 - logged; nobody waits here
-                # The operation has ended as it has; the thread that ended it has others to run.
-                _log.exception("%s: a done callback raised, which it must not", self._operation)
+            except Exception as error:  # noqa: BLE001 - told as what ends a thread, which has other operations to run
+                told = (type(error), error, error.__traceback__, threading.current_thread())
+                threading.excepthook(threading.ExceptHookArgs(told))
 
 
 class QueuedWork(Work):

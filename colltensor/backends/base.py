@@ -323,10 +323,13 @@ class SigningBackend(Backend, Protocol):
         """Let direct calls wait so long for other ranks: ``direct`` returns other functions afterwards."""
 
     def hold(self, deadline: float) -> bool:
-        """Take the turn for one call, waiting for a direct call of another thread; False if this thread is in one."""
+        """Take the turn for one call, waiting for another thread's direct call; False if this thread has begun one."""
 
     def is_inside(self) -> bool:
         """Return whether this thread is in a direct call, whose wait runs Python code now."""
+
+    def is_pending(self) -> bool:
+        """Return whether this thread is between the two steps of a direct call, or was interrupted there."""
 
     def release(self) -> None:
         """Give the turn back."""

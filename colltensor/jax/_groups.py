@@ -51,11 +51,11 @@ def number_of(group: Group) -> int:
             defer = functools.partial(_defer, group.shared_memory())
             group.follow(_wait, defer)
             defer(False)
-            _watch_the_end()
+            _watch_the_end(group)
     return number
 
 
-def _watch_the_end() -> None:
+def _watch_the_end(group: Group) -> None:
     """See that JAX, which waits at the end of the process for its computations, waits for no rank that does not call.
 
     In a thread of its own, made here: while the process ends no thread can be started.
@@ -65,7 +65,10 @@ def _watch_the_end() -> None:
         try:
             thread.start()
         except RuntimeError as error:  # no more threads: the groups' timeouts bound the wait
-            _log.debug("the end of this process will wait for jitted collectives under way: %s", error)
+            _log.debug(
+                "group %r (rank %d): the end of this process will wait for jitted collectives under way: %s",
+                group.name, group.rank, error,
+            )
         else:
             _watchers.append(thread)
 

@@ -116,7 +116,13 @@ void release(std::int64_t handle) { release_member(handle); }
 // Whether the calling thread is in a call of the group, and was asked something in it.
 bool inside(std::int64_t handle) {
   const Guest group(handle);
-  return group && group->inside();
+  return group && group->asking();
+}
+
+// Whether the calling thread has left a call pending.
+bool pending(std::int64_t handle) {
+  const Guest group(handle);
+  return group && group->pending();
 }
 
 // Lets calls that begin from now on, and are not given a deadline, wait so long.
@@ -197,6 +203,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_run, colltensor::run)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hold, colltensor::hold)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_release, colltensor::release)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_inside, colltensor::inside)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_pending, colltensor::pending)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_set_timeout, colltensor::set_timeout)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_calls, colltensor::calls)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_transfers, colltensor::transfers)

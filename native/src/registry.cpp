@@ -103,7 +103,7 @@ Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns, bool (*signal
     Turn turn(handle);
     if (turn.outcome() == Outcome::kDone) turn.keep();
     if (turn.outcome() != Outcome::kBusy || now_ns() >= deadline_ns) return turn.outcome();
-    if (const Guest group(handle); group && group->inside()) return Outcome::kInside;
+    if (const Guest group(handle); group && (group->pending() || group->asking())) return Outcome::kInside;
     if (looks % kLooksPerSignal == 0 && signalled != nullptr && signalled()) return Outcome::kSignalled;
     std::this_thread::sleep_for(std::chrono::microseconds(kLookUs));
   }

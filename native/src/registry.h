@@ -46,7 +46,7 @@ class Turn {
 };
 
 // Takes the turn for longer than one call, waiting for a thread that has it: kDone, kClosed, or kBusy at the deadline;
-// kInside at once where this thread itself is in a call. kSignalled if `signalled`, which is asked every 50 ms, says so.
+// kInside at once where this thread itself is in a call or has left one pending. kSignalled if `signalled`, which is asked every 50 ms, says so.
 Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns, bool (*signalled)() = nullptr);
 void release_member(std::int64_t handle);
 

@@ -52,7 +52,8 @@ threading.Thread(target=lambda: group.allreduce(np.ones(3_000_000)), daemon=True
     "daemon, waiting": """
 threading.Thread(target=lambda: group.allreduce(np.ones(4), async_op=True).wait(), daemon=True).start(); time.sleep(0.3)
 """,
-    "daemon, objects": "threading.Thread(target=lambda: group.allgather_object(1), daemon=True).start(); time.sleep(0.3)",
+    "daemon, objects": """
+threading.Thread(target=lambda: group.allgather_object(1), daemon=True).start(); time.sleep(0.3)""",
     "daemon, again and again": '''
 def again():
     while True:
@@ -125,7 +126,7 @@ def test_the_end_with_work_under_way(tmp_path: Path, backend: str, work: str) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_end_of_all_with_work_under_way(tmp_path: Path, backend: str) -> None:
     """What all have under way ends; what only some have does not hold them up."""
-    program = _WORK["asynchronous"] + "\nlast = group.allreduce(np.ones(4 + rank), async_op=True) if rank else None\nend()"
+    program = _WORK["asynchronous"] + "\nlast = rank and group.allreduce(np.ones(4 + rank), async_op=True)\nend()"
     for code, _, errors, took in run(tmp_path, backend, *[program] * (4 if backend == "hierarchical" else 2)):
         assert (code, errors) == (_CODE, "")
         assert took < 6

@@ -99,7 +99,7 @@ class ShmBackend:
         """Take the turn for a call of several steps, waiting for a direct call of another thread.
 
         Returns:
-            False where this thread is in one, which goes on only when it returns there.
+            False where this thread has begun one, which goes on only when it returns there, or not at all.
         """
         code = self._native.shm_hold(self._handle, _nanoseconds(deadline))
         if code == outcomes.INSIDE:
@@ -112,6 +112,10 @@ class ShmBackend:
     def is_inside(self) -> bool:
         """Return whether this thread is in a direct call, whose wait runs Python code now."""
         return bool(self._native.shm_inside(self._handle))
+
+    def is_pending(self) -> bool:
+        """Return whether this thread is between the two steps of a direct call, or was interrupted there."""
+        return bool(self._native.shm_pending(self._handle))
 
     def release(self) -> None:
         """Give the turn back, and forget what was signed and not used."""

@@ -120,9 +120,9 @@ class Group {
   }
   // Whether this thread's call is pending; another thread's is no business of its.
   bool pending() const { return pending_.load(std::memory_order_relaxed) == this_thread(); }
-  // Whether this thread is in a call, which is pending or asks the caller something: what the caller begins meanwhile
-  // (a signal's handler may) cannot wait for the turn.
-  bool inside() const { return pending() || asking_.load(std::memory_order_relaxed) == this_thread(); }
+  // Whether this thread is in a call that asks the caller something: what the caller begins meanwhile (a signal's handler
+  // may) cannot wait for the turn.
+  bool asking() const { return asking_.load(std::memory_order_relaxed) == this_thread(); }
   // Makes this thread's pending call its own again; false if there is none, or it was cancelled.
   bool claim();
   Outcome resume(std::int64_t deadline_ns, std::int64_t& detail);
