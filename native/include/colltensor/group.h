@@ -322,11 +322,11 @@ class Group {
   std::vector<std::uint32_t> sends_, receives_;  // transfers so far
   std::atomic<const void*> pending_{nullptr};  // the thread whose brief call has arrived
   bool resumed_ = false;                       // it is made once more
-  std::atomic<const void*> asking_{nullptr};   // the thread whose call asks one of the hooks
-  std::atomic<std::int64_t> timeout_ns_{0};
   Rest rest_;
   std::shared_ptr<Pair> pair_;         // of a pending transfer
   std::atomic<bool> closing_{false};
+  std::atomic<const void*> asking_{nullptr};  // the thread whose call asks one of the hooks
+  std::atomic<std::int64_t> timeout_ns_{0};
 };
 
 }  // namespace colltensor
