@@ -322,11 +322,20 @@ class SigningBackend(Backend, Protocol):
     def set_timeout(self, timeout_s: float) -> None:
         """Let direct calls wait so long for other ranks: ``direct`` returns other functions afterwards."""
 
-    def hold(self, deadline: float) -> None:
-        """Take the turn for one call, waiting for a direct call of another thread."""
+    def hold(self, deadline: float) -> bool:
+        """Take the turn for one call, waiting for another thread's direct call; False if this thread has begun one."""
+
+    def is_inside(self) -> bool:
+        """Return whether this thread is in a direct call, whose wait runs Python code now."""
+
+    def is_pending(self) -> bool:
+        """Return whether this thread is between the two steps of a direct call, or was interrupted there."""
 
     def release(self) -> None:
         """Give the turn back."""
+
+    def progress(self) -> int:
+        """Return -1 while no call runs, else a number that grows from call to call."""
 
     def calls(self) -> int:
         """Return how many collectives this rank has taken part in."""

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gathered": {*VALUES, "adapters", "backends", "buffers", "tree_plans"},
     "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree_plans"},
     "multigpu": {*VALUES, "backends", "buffers", "arguments", "engine"},
-    "recipe": {"backends"},
+    "recipe": {"errors", "backends"},
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",

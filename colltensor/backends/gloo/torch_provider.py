@@ -113,8 +113,10 @@ class TorchProvider:
             for peer, pointer, nbytes in sends:
                 works.append(group.send([_bytes(pointer, nbytes)], peer, 0))
         except BaseException:
-            self._wait_beside(works, deadline)
-            self._abandon(works)
+            try:
+                self._wait_beside(works, deadline)
+            finally:
+                self._abandon(works)
             raise
         self._finish_beside("an exchange of bytes", works, deadline)
 
@@ -186,8 +188,8 @@ class TorchProvider:
 
     def _finish_beside(self, operation: str, works: list[Any], deadline: float) -> None:
         """Wait for works in the waiter's thread, and look at the control plane meanwhile."""
-        waiter = self._wait_beside(works, deadline)
         try:
+            waiter = self._wait_beside(works, deadline)  # if it cannot be started, the works go on all the same
             while not waiter.finished(_SLICE_S):
                 self._control.check()
                 if time.monotonic() > deadline:

@@ -120,6 +120,9 @@ class Group {
   }
   // Whether this thread's call is pending; another thread's is no business of its.
   bool pending() const { return pending_.load(std::memory_order_relaxed) == this_thread(); }
+  // Whether this thread is in a call that asks the caller something: what the caller begins meanwhile (a signal's handler
+  // may) cannot wait for the turn.
+  bool asking() const { return asking_.load(std::memory_order_relaxed) == this_thread(); }
   // Makes this thread's pending call its own again; false if there is none, or it was cancelled.
   bool claim();
   Outcome resume(std::int64_t deadline_ns, std::int64_t& detail);
@@ -144,7 +147,17 @@ class Group {
     hooks_.agreed_context = context;
   }
 
+  // How long calls wait that are not given a deadline: a computation of XLA's.
+  void set_timeout(std::int64_t timeout_ns) { timeout_ns_.store(timeout_ns, std::memory_order_relaxed); }
+  std::int64_t timeout_ns() const { return timeout_ns_.load(std::memory_order_relaxed); }
+
   std::int64_t calls() const { return calls_; }
+  // Grows with every collective and transfer.
+  std::int64_t progress() const {
+    std::int64_t sum = calls_;
+    for (int rank = 0; rank < world_size_; ++rank) sum += sends_[rank] + receives_[rank];
+    return sum;
+  }
   std::int64_t transfers(int source, int destination) const {
     return source == rank_ ? sends_[destination] : receives_[source];
   }
@@ -164,6 +177,18 @@ class Group {
   friend class StepCondition;
   friend class PairCondition;
   friend class TakenCondition;
+
+  // For as long as it lives, this thread is in one of the hooks.
+  class Asking {
+   public:
+    explicit Asking(Group& group) : group_(group) { group_.asking_.store(this_thread(), std::memory_order_relaxed); }
+    ~Asking() { group_.asking_.store(nullptr, std::memory_order_relaxed); }
+    Asking(const Asking&) = delete;
+    Asking& operator=(const Asking&) = delete;
+
+   private:
+    Group& group_;
+  };
 
   static bool reached(std::uint32_t value, std::uint32_t target) {
     return static_cast<std::int32_t>(value - target) >= 0;
@@ -308,6 +333,8 @@ class Group {
   Rest rest_;
   std::shared_ptr<Pair> pair_;         // of a pending transfer
   std::atomic<bool> closing_{false};
+  std::atomic<const void*> asking_{nullptr};  // the thread whose call asks one of the hooks
+  std::atomic<std::int64_t> timeout_ns_{0};
 };
 
 }  // namespace colltensor
