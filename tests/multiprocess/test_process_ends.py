@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 _CODE = 3
+_SOON_S = 20
+"""Two seconds or three, and what a busy machine takes to unload torch; the groups' timeout is 60."""
 _HERE = Path(__file__).parent
 
 _BEGIN = """
@@ -32,7 +34,7 @@ def over(backend, rank):
     size = 4 if backend == "hierarchical" else 2
     with on_host("aabb"[rank] if size == 4 else "a"):
         return col.init_collective_group(
-            size, rank, name, "g", init_method="file://" + sys.argv[3], timeout_s=30, **options.get(backend, {})
+            size, rank, name, "g", init_method="file://" + sys.argv[3], timeout_s=60, **options.get(backend, {})
         )
 
 def end():
@@ -118,7 +120,7 @@ def test_the_end_with_work_under_way(tmp_path: Path, backend: str, work: str) ->
     others = [_OTHER] * (3 if backend == "hierarchical" else 1)
     (code, _, errors, took), *rest = run(tmp_path, backend, _WORK[work] + "\nend()", *others)
     assert (code, errors) == (_CODE, "")
-    assert took < 6
+    assert took < _SOON_S
     for code, output, errors, _ in rest:
         assert (code, output, errors) == (0, "PeerLostError (0,)\n", "")
 
@@ -129,7 +131,7 @@ def test_the_end_of_all_with_work_under_way(tmp_path: Path, backend: str) -> Non
     program = _WORK["asynchronous"] + "\nlast = rank and group.allreduce(np.ones(4 + rank), async_op=True)\nend()"
     for code, _, errors, took in run(tmp_path, backend, *[program] * (4 if backend == "hierarchical" else 2)):
         assert (code, errors) == (_CODE, "")
-        assert took < 6
+        assert took < _SOON_S
 
 
 _TORCH = {
@@ -155,7 +157,7 @@ except col.CollectiveError as error:
 """
     (code, _, errors, took), (other_code, output, _, _) = run(tmp_path, "c10d", first, other)
     assert (code, errors) == (_CODE, "")
-    assert took < 6
+    assert took < _SOON_S
     assert (other_code, output) == (0, "PeerLostError (0,)\n")
 
 
@@ -181,7 +183,7 @@ def test_the_end_with_a_computation_that_waits(tmp_path: Path, backend: str) -> 
     assert code == _CODE
     assert "terminate" not in errors
     assert "its process ends" in errors
-    assert took < 8
+    assert took < _SOON_S
     assert output == "PeerLostError (0,)\n"
 
 
@@ -210,7 +212,7 @@ end()
 """
     (code, _, errors, took), (_, output, _, _) = run(tmp_path, backend, first, begin + _OTHER)
     assert (code, errors) == (_CODE, "")
-    assert took < 6
+    assert took < _SOON_S
     assert output == "PeerLostError (0,)\n"
 
 
