@@ -16,7 +16,7 @@ namespace colltensor {
 
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free && std::atomic<std::uint64_t>::is_always_lock_free);
 
-constexpr std::uint64_t kMagic = 0x32726f736e65746c;  // "ltensor2"; another one with every change of this file
+constexpr std::uint64_t kMagic = 0x33726f736e65746c;  // "ltensor3"; another one with every change of this file
 
 // Where every count of steps begins: so short before it wraps around that every group soon has, and every test sees it.
 constexpr std::uint32_t kFirstStep = 0xffffffffu - 99;
@@ -53,6 +53,8 @@ struct alignas(2 * kLine) RankLine {
   std::atomic<std::uint32_t> left;      // 1 once it has closed the group
   std::atomic<std::uint32_t> door;      // futex word: counts what peers have put into its mailboxes while it slept
   std::atomic<std::uint32_t> dozing;    // 1 while it may sleep on `door`
+
+  alignas(kLine) std::atomic<std::uint64_t> awaited[kMaxRanks / 64];  // those it waited for when it last looked around
 };
 
 // What a rank says on arrival, by the parity of the call's number. It is overwritten two calls later: by then every
