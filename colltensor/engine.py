@@ -439,7 +439,7 @@ class Engine:
             return
         self._sequence += 1
         sequence = self._sequence
-        control.position(sequence, call.name)
+        control.position(sequence, call.name, control.others)
         control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
 
     def _agree_and_gather(
@@ -454,7 +454,7 @@ class Engine:
         """
         self._sequence += 1
         sequence = self._sequence
-        control.position(sequence, call.name)
+        control.position(sequence, call.name, control.others)
         for buffers in call.buffers:
             buffers.check()
             buffers.load()
@@ -505,9 +505,10 @@ class Engine:
         goes on with it; then the mismatch is raised.
         """
         started = []
+        peers = [t.destination if t.source == self._rank else t.source for t in transfers]
         for transfer in sorted(transfers, key=lambda transfer: transfer[:2]):
             peer, signature, describe = self._transfer_signature(transfer, call.fused)
-            control.position(self._sequence, f"{call.name} with rank {peer}")
+            control.position(self._sequence, f"{call.name} with rank {peer}", peers)
             control.start_pair(peer, signature, describe, deadline)
             started.append((transfer, peer, signature, describe))
         mismatch: MismatchError | None = None

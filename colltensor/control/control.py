@@ -79,15 +79,20 @@ class Control:
         failure = self._board.failure
         return failure.exception(self.rank) if failure else None
 
-    def position(self, sequence: int, operation: str | None) -> None:
+    def position(self, sequence: int, operation: str | None, peers: Sequence[int] | None = None) -> None:
         """Note what other ranks are told when they ask; call it when an operation begins, and with None at its end.
 
         Args:
             sequence: Sequence number of the operation.
             operation: Its name, with the arguments that matter to a reader.
+            peers: The ranks on which its payload depends, where it depends on any.
         """
-        self._lookout.sequence = sequence
-        self._lookout.operation = operation
+        self._lookout.begin(sequence, operation, peers)
+
+    @property
+    def others(self) -> Sequence[int]:
+        """All other ranks."""
+        return self._lookout.everyone.ranks
 
     def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
         """Return once every rank has called with the same signature. Every rank must call, in the same order.

@@ -1,6 +1,7 @@
 """Waiting for other ranks, and finding out who is to blame where the wait was in vain.
 
-At a deadline every rank that waits asks the others what they do. The lowest of those whose time is up tells all
+At a deadline every rank that waits asks the others what they do, and for whom they wait: who waits for somebody else
+is not to blame, but whoever is at the end of the chain. The lowest of those whose time is up tells all
 what was found, so that every rank names the same ranks; the others wait for its word a moment.
 
 Imports net, links, status, switchboard and the errors of the package, and no framework.
@@ -9,14 +10,14 @@ Imports net, links, status, switchboard and the errors of the package, and no fr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from colltensor import net
 from colltensor.control import links
 from colltensor.control.links import Frame, Link
-from colltensor.control.status import REMEDY, Absence, Status, gone_ranks, judge
+from colltensor.control.status import REMEDY, Absence, Status, accuse, followed, gone_ranks, judge
 from colltensor.control.switchboard import SILENCE_S, Switchboard
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError
 
@@ -55,6 +56,7 @@ class Lookout:
         where: The group and this rank, for messages.
         sequence: Sequence number of the current or last operation.
         operation: The current operation, None between operations.
+        peers: The ranks on which the payload of the current operation depends, None where that is not known.
         exchange: How many exchanges of all ranks this rank has entered.
         pairs: How many exchanges it has entered with single other ranks.
         queued: How many calls it has queued on a device, with single other ranks and, under ALL_RANKS, with all.
@@ -67,11 +69,13 @@ class Lookout:
         self.where = f"group {meeting.group_name!r}, rank {meeting.rank} of {meeting.world_size}"
         self.sequence = 0
         self.operation: str | None = None
+        self.peers: Sequence[int] | None = None
         self.exchange = 0
         self.pairs: dict[int, int] = {}
         self.queued: dict[int, int] = {}
         others = [rank for rank in range(meeting.world_size) if rank != meeting.rank]
         self.everyone = Suspects(others, lambda status: status.exchange < self.exchange)
+        self._waited: Suspects | None = None
         self.board = Switchboard(meeting, self)
         self.board.open()
 
@@ -82,7 +86,8 @@ class Lookout:
 
     def status(self) -> Status:
         """Return what this rank answers when it is asked; may be called by any thread."""
-        until = self.board.until
+        until, waited, peers = self.board.until, self._waited, self.peers
+        awaits = waited.ranks if waited is not None and until is not None else peers
         return Status(
             rank=self.meeting.rank,
             sequence=self.sequence,
@@ -92,7 +97,12 @@ class Lookout:
             queued=dict(self.queued),
             remaining_s=None if until is None else until - time.monotonic(),
             failure=self.board.failure,
+            awaits=None if awaits is None else tuple(awaits),
         )
+
+    def begin(self, sequence: int, operation: str | None, peers: Sequence[int] | None) -> None:
+        """Note what this rank does from now on, and on which ranks it depends."""
+        self.sequence, self.operation, self.peers, self._waited = sequence, operation, peers, None
 
     def send(self, link: Link, frame: bytes, deadline: float, suspects: Suspects) -> None:
         """Send a frame of any size.
@@ -100,6 +110,7 @@ class Lookout:
         Raises:
             CollectiveError: The group broke, or the frame was not sent before ``deadline``.
         """
+        self._waited = suspects
         if not self.board.send(link, frame, deadline):
             self.overdue(suspects, lambda: False)
 
@@ -117,6 +128,7 @@ class Lookout:
             CollectiveError: The group broke, or the frame did not come before ``deadline``.
         """
         inbox = link.inbox[kind]
+        self._waited = suspects
         if not self.board.wait(lambda: inbox, deadline, needed, kind):
             self.overdue(suspects, lambda: inbox, needed, kind)
         return inbox.popleft()
@@ -127,6 +139,7 @@ class Lookout:
         Raises:
             CollectiveError: The group broke, the rank is gone, or it did not answer before ``deadline``.
         """
+        self._waited = suspects
         while True:
             try:
                 link = links.open_link(self.meeting, peer, min(deadline, time.monotonic() + _ATTEMPT_S))
@@ -148,6 +161,7 @@ class Lookout:
             CollectiveError: The group broke, the rank is gone, or did not come before ``deadline``.
         """
         board = self.board
+        self._waited = suspects
         while not board.wait(lambda: peer in board.links, min(deadline, time.monotonic() + _PROBE_S)):
             if time.monotonic() >= deadline:
                 self.overdue(suspects, lambda: peer in board.links)
@@ -165,8 +179,9 @@ class Lookout:
             CollectiveError: What was found, by this rank or by another.
         """
         answers = self.ask(suspects.ranks)
+        others = self._awaited(answers)
         self.board.glance()
-        found = judge(self.where_in(self.operation), answers, suspects.is_late)
+        found = judge(self.where_in(self.operation), answers, suspects.is_late, others)
         patience_s = 0.0
         if found is None:
             patience_s = _GRACE_S
@@ -174,6 +189,20 @@ class Lookout:
             patience_s = _VERDICT_S
         if not self.board.wait(ready, time.monotonic() + patience_s, needed, kind):
             raise self.board.fail(found or self._unexplained())
+
+    def _awaited(self, answers: Mapping[int, Status | Absence]) -> dict[int, Status | Absence]:
+        """Ask all ranks that were not asked yet, if one of those that were waits for others itself."""
+        rest = [rank for rank in self.everyone.ranks if rank not in answers]
+        if not rest or not any(isinstance(answer, Status) and answer.awaits for answer in answers.values()):
+            return {}
+        return self.ask(rest)
+
+    def _behind_the_payload(self, where: str, answers: Mapping[int, Status | Absence]) -> CollectiveError | None:
+        """Return the error for ranks for which the others of this rank's payload wait, before they can take part."""
+        said = {rank: answers.get(rank) for rank in self.peers or ()}
+        waiting = [rank for rank, answer in said.items() if isinstance(answer, Status) and answer.awaits]
+        ends = followed(waiting, answers)
+        return accuse(where, ends, answers) if ends else None
 
     def ask(self, ranks: Sequence[int], limit_s: float = SILENCE_S) -> dict[int, Status | Absence]:
         """Ask ranks what they do, all at once; take over a failure that one of them knows of."""
@@ -223,7 +252,8 @@ class Lookout:
         found = None
         if self.board.usable:
             concerned = suspects or self.everyone
-            found = judge(where, self.ask(concerned.ranks), concerned.is_late)
+            answers = self.ask(concerned.ranks)
+            found = judge(where, answers, concerned.is_late) or self._behind_the_payload(where, answers)
         if self.board.failure is not None:
             return self.board.failure.exception(self.meeting.rank)
         if found is not None:

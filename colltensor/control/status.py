@@ -75,6 +75,7 @@ class Status:
         remaining_s: Seconds until its present wait times out, None when it does not wait.
         failure: Why the group is broken for it, or None.
         queued: How many calls it has queued on a device: with single other ranks, by rank, and with all under -1.
+        awaits: The ranks on which its present wait depends, None when it does not wait.
     """
 
     rank: int
@@ -85,20 +86,29 @@ class Status:
     remaining_s: float | None = None
     failure: Failure | None = None
     queued: Mapping[int, int] = field(default_factory=dict)
+    awaits: tuple[int, ...] | None = None
 
     def encode(self) -> bytes:
         """Return the status as bytes."""
         failure = self.failure.encode().decode() if self.failure else None
         pairs, queued = list(self.pairs.items()), list(self.queued.items())
-        fields = [self.rank, self.sequence, self.operation, self.exchange, pairs, self.remaining_s, failure, queued]
+        fields = [
+            self.rank, self.sequence, self.operation, self.exchange, pairs, self.remaining_s, failure, queued,
+            self.awaits,
+        ]
         return json.dumps(fields).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Status:
         """Return the status that ``encode`` made these bytes of."""
-        rank, sequence, operation, exchange, pairs, remaining_s, failure, queued = json.loads(data)
+        rank, sequence, operation, exchange, pairs, remaining_s, failure, queued, awaits = json.loads(data)
         known = Failure.decode(failure.encode()) if failure else None
-        return cls(rank, sequence, operation, exchange, _counts(pairs), remaining_s, known, _counts(queued))
+        awaited = None if awaits is None else tuple(awaits)
+        return cls(rank, sequence, operation, exchange, _counts(pairs), remaining_s, known, _counts(queued), awaited)
+
+    def waits_for(self, other: Status) -> bool:
+        """Return whether this rank has entered an exchange that ``other`` has not."""
+        return other.exchange < self.exchange or other.pairs.get(self.rank, 0) < self.pairs.get(other.rank, 0)
 
     def place(self) -> str:
         """Return where the rank is, in words."""
@@ -140,21 +150,56 @@ def late_ranks(answers: Answers, is_late: Callable[[Status], bool]) -> tuple[int
     )
 
 
-def judge(where: str, answers: Answers, is_late: Callable[[Status], bool]) -> CollectiveError | None:
+def followed(late: Sequence[int], answers: Answers) -> tuple[int, ...]:
+    """Return the ranks for which late ranks wait themselves, or rather those for which these do, and so on.
+
+    Args:
+        late: The ranks that have not come.
+        answers: What all ranks said.
+
+    Returns:
+        The ranks at the ends of the chains, which are silent, gone, or wait for nobody; none where all wait for each
+        other, or for ranks that have come.
+    """
+    known, chain, ends = set(late), list(late), []
+    while chain:
+        rank = chain.pop()
+        answer = answers.get(rank)
+        if not isinstance(answer, Status) or answer.awaits is None:
+            if answer is not None:  # None: the rank that asks
+                ends.append(rank)
+            continue
+        for other in answer.awaits:
+            said = answers.get(other)
+            if other not in known and said is not None and (not isinstance(said, Status) or answer.waits_for(said)):
+                known.add(other)
+                chain.append(other)
+    return tuple(sorted(ends))
+
+
+def judge(
+    where: str, answers: Answers, is_late: Callable[[Status], bool], others: Answers | None = None
+) -> CollectiveError | None:
     """Return the error that the answers amount to, or None if every rank that was asked is where it should be.
 
     Args:
         where: The operation, rank and group, as the beginning of the message.
         answers: What each rank that was asked said.
         is_late: Whether a rank's status means that the others wait for it.
+        others: What those said for whom these may wait, where that is known.
     """
-    gone = gone_ranks(answers)
+    late = late_ranks(answers, is_late)
+    answers = {**(others or {}), **answers} if late else answers
+    ends = followed(late, answers)
+    gone = gone_ranks({rank: answers[rank] for rank in ends} if others and ends else answers)
     if gone:
         facts = "; ".join(f"rank {rank} {Absence.GONE.value}" for rank in gone)
         return PeerLostError(f"{where}: {facts}. {REMEDY}", gone)
-    late = late_ranks(answers, is_late)
-    if not late:
-        return None
+    return accuse(where, ends or late, answers) if late else None
+
+
+def accuse(where: str, late: Sequence[int], answers: Answers) -> CollectiveTimeoutError:
+    """Return the error for ranks that are late, with what they said."""
     facts = "; ".join(_fact(rank, answers[rank]) for rank in late)
     return CollectiveTimeoutError(
         f"{where}: not all ranks arrived before the timeout: {facts}. {REMEDY}, with a longer timeout_s "

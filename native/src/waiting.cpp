@@ -159,6 +159,9 @@ Outcome Group::look_around(const Condition& condition, std::int64_t deadline_ns,
   }
   // Only now: what a rank published before it went counts.
   const RankSet missing = condition.missing();
+  for (int word = 0; word < kMaxRanks / 64; ++word) {
+    lines_[rank_]->awaited[word].store(missing.words[word], std::memory_order_relaxed);
+  }
   // A rank that died before it left comes first: the others may have left because of it.
   const RankSet lost = missing.and_(dead).without(left), gone = missing.and_(left);
   if (!lost.empty() || !gone.empty()) {
@@ -185,17 +188,34 @@ RankSet Group::lagging(std::uint32_t step) const {
   return set;
 }
 
-// Of ranks that have not come, those to blame: whoever waits for somebody else itself is not, unless all do.
+// Those to blame for ranks that have not come: whoever waits for somebody else itself is not, but whom it waits for, and
+// so on; unless they all wait for each other.
 RankSet Group::late_ranks(const RankSet& lagging) const {
   const std::int64_t now = now_ns();
-  RankSet idle, last;
+  RankSet idle, last, known = lagging;
+  known.add(rank_);
+  std::vector<int> chain;
   std::uint32_t least = done_;
   for (int rank = 0; rank < world_size_; ++rank) {
     if (!lagging.has(rank)) continue;
+    chain.push_back(rank);
+    if (!reached(progress_of(rank), least)) least = progress_of(rank);
+  }
+  while (!chain.empty()) {
+    const int rank = chain.back();
+    chain.pop_back();
     const RankLine& line = *lines_[rank];
     const bool waits = line.waiting.load(std::memory_order_relaxed) != 0;
-    if (!waits || now - line.heartbeat.load(std::memory_order_relaxed) > kSilentNs) idle.add(rank);
-    if (!reached(progress_of(rank), least)) least = progress_of(rank);
+    if (!waits || now - line.heartbeat.load(std::memory_order_relaxed) > kSilentNs) {
+      idle.add(rank);
+      continue;
+    }
+    for (int next = 0; next < world_size_; ++next) {
+      const bool awaited = (line.awaited[next / 64].load(std::memory_order_relaxed) >> (next % 64)) & 1;
+      if (!awaited || known.has(next)) continue;
+      known.add(next);
+      chain.push_back(next);
+    }
   }
   if (!idle.empty()) return idle;
   for (int rank = 0; rank < world_size_; ++rank) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -577,6 +578,36 @@ def test_a_dead_rank_is_an_error_within_a_second(pool: RankPool, tmp_path: Path,
     took_s, kind = pool.run(2, dying, tmp_path / "store", how, may_die=(1,))[0]
     assert took_s < 1.5
     assert kind == ("RuntimeError" if how in ("future", "ddp") else "PeerLostError")
+
+
+def lose_a_peer(rank: int, world_size: int, path: Path, sends: bool, acquainted: bool) -> tuple[tuple[int, ...], str]:
+    """Rank 2 dies while rank 0 waits for it in a transfer; return whom rank 0 names."""
+    with world(rank, world_size, path) as (torch, dist):
+        tensor = torch.ones(100_000)
+        if acquainted and rank != 1:
+            (dist.send if (rank == 0) is sends else dist.recv)(tensor, 2 - rank)
+        dist.barrier()
+        if rank == 2:
+            time.sleep(0.3)
+            os._exit(1)
+        if rank == 1:
+            return (2,), "rank 2 died or left"
+        with pytest.raises(col.PeerLostError) as caught:
+            (dist.send if sends else dist.recv)(tensor, 2)
+        return caught.value.ranks, str(caught.value)
+
+
+@pytest.mark.parametrize("sends", [True, False])
+@pytest.mark.parametrize("acquainted", [True, False])
+def test_the_dead_end_of_a_transfer_has_its_rank_in_the_process_group(
+    pool: RankPool, tmp_path: Path, sends: bool, acquainted: bool
+) -> None:
+    found = pool.run(3, lose_a_peer, tmp_path / "store", sends, acquainted, may_die=(2,))
+    for ranks, words in found[:2]:
+        assert ranks == (2,)
+        assert re.search(r"rank 2\b.* (died|left)", words), words
+        assert "rank 0 died" not in words
+        assert "rank 1 died" not in words
 
 
 def late(rank: int, world_size: int, path: Path) -> list[str]:

@@ -211,7 +211,9 @@ def test_a_failure_of_a_class_of_somebody_else_travels_as_its_nearest_relative_o
 
 def test_a_status_survives_the_journey() -> None:
     failure = Failure("PeerLostError", 'it said "no"', (3,), 1)
-    for status in (Status(1, 0, None, 0, {}), Status(2, 9, "send(dst_rank=0)", 7, {0: 3, 5: 1}, -0.25, failure)):
+    waiting = Status(3, 1, "recv", 0, {1: 2}, 0.5, None, {-1: 4}, (1, 2))
+    broken = Status(2, 9, "send(dst_rank=0)", 7, {0: 3, 5: 1}, -0.25, failure)
+    for status in (Status(1, 0, None, 0, {}), waiting, broken):
         assert Status.decode(status.encode()) == status
 
 
@@ -237,6 +239,28 @@ def test_the_gone_are_named_before_the_late() -> None:
     assert "rank 3 has not called yet" in str(found)
     del answers[1], answers[3]
     assert judge("allreduce", answers, lambda status: status.exchange < 9) is None
+
+
+def waiting(rank: int, awaits: int, answered: int) -> Status:
+    """A rank that has entered more exchanges with another than that one with it."""
+    return Status(rank, 0, "recv", 0, {awaits: 1 + answered}, 0.5, awaits=(awaits,))
+
+
+def test_who_waits_for_another_is_not_to_blame() -> None:
+    def found(*others: Status | Absence) -> tuple[type[CollectiveError] | None, tuple[int, ...]]:
+        answers = dict(enumerate(others, start=1))
+        error = judge("recv", {1: others[0]}, lambda status: True, answers)
+        return type(error), getattr(error, "ranks", ())
+
+    idle = Status(3, 0, None, 0, {})
+    assert found(waiting(1, 2, 0), waiting(2, 3, 0), idle) == (CollectiveTimeoutError, (3,))
+    assert found(waiting(1, 2, 0), waiting(2, 3, 0), Absence.SILENT) == (CollectiveTimeoutError, (3,))
+    assert found(waiting(1, 2, 0), waiting(2, 3, 0), Absence.GONE) == (PeerLostError, (3,))
+    assert found(waiting(1, 2, 0), waiting(2, 1, 0), idle) == (CollectiveTimeoutError, (1,)), "they wait for each other"
+    assert found(waiting(1, 0, 0), idle, idle) == (CollectiveTimeoutError, (1,)), "and for the one that asks"
+    assert found(waiting(1, 2, 0), waiting(2, 3, 0), Status(3, 0, "recv", 0, {2: 1})) == (
+        CollectiveTimeoutError, (1,),
+    ), "rank 3 has come"
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from typing import Any, Final
 import torch
 from torch.distributed import distributed_c10d
 
-from colltensor.errors import GroupError, RankError
+from colltensor.errors import CollectiveError, GroupError, RankError
 from colltensor.group import Group
 from colltensor.recipe import timeout_of
 from colltensor.torch.c10d.identity import Identity
+from colltensor.torch.c10d.inbox import translated
 from colltensor.torch.c10d.line import Line
 from colltensor.torch.c10d.meeting import meet
 from colltensor.torch.c10d.others import Others
@@ -256,20 +257,31 @@ class BaseProcessGroup(Identity):
         peer = destination if sends else source
 
         asked_at = time.monotonic()
+        told: CollectiveError | None = None  # in the ranks of this group
 
         def look() -> None:
-            nonlocal asked_at
-            check()
-            if time.monotonic() > asked_at + _ASK_EVERY_S:
-                lost = self._group.lost(peer)
-                if lost is not None:
-                    raise lost
-                asked_at = time.monotonic()
+            nonlocal asked_at, told
+            try:
+                check()
+                if time.monotonic() > asked_at + _ASK_EVERY_S:
+                    lost = self._group.lost(peer)
+                    if lost is not None:
+                        raise lost
+                    asked_at = time.monotonic()
+            except CollectiveError as error:
+                told = error
+                raise
 
-        return meet(
-            self._store, f"{source}>{destination}", 0 if sends else 1, 2, meet_s=PATIENCE_S, timeout_s=PATIENCE_S,
-            name=f"{self._group.name} {source}>{destination}", check=look,
-        )
+        try:
+            return meet(
+                self._store, f"{source}>{destination}", 0 if sends else 1, 2, meet_s=PATIENCE_S, timeout_s=PATIENCE_S,
+                name=f"{self._group.name} {source}>{destination}", check=look,
+            )
+        except CollectiveError as error:
+            if error is told:
+                raise
+            where = f"group '{self._group.name}' (rank {self.rank()})"
+            raise translated(error, where, source, destination)  # noqa: B904 - it has its cause, or is the error itself
 
     def _elsewhere(self, tensor: torch.Tensor) -> Any:
         return self._others.group_for(self, tensor.device)

@@ -5,20 +5,54 @@ Imports torch, and of the package errors and group.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from colltensor.errors import CollectiveError, MismatchError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, MismatchError, PeerLostError
 from colltensor.group import Group
 from colltensor.torch.c10d.header import Header
 from colltensor.torch.c10d.work import Operation
 
 SENDER: Final = 0
 """The rank of the one that sends, in the group of one direction; the other is 1."""
+
+
+def translated(error: CollectiveError, name: str, source: int, destination: int) -> CollectiveError:
+    """Return what an error of the group of one direction is in the process group, by whose ranks it names them.
+
+    Args:
+        error: The error, which names ranks of the two.
+        name: The process group and this rank, for the message.
+        source: The rank of the process group that sends.
+        destination: The one that receives.
+    """
+    kind = type(error)
+    if kind is not PeerLostError and kind is not CollectiveTimeoutError:
+        return error
+    ranks = [(source, destination)[rank] for rank in getattr(error, "ranks", ())]
+    named = " and ".join(f"rank {rank}" for rank in ranks) or "a rank"
+    what = "died or left" if kind is PeerLostError else "did not come in time"
+    found: CollectiveError = kind(
+        f"the transfers from rank {source} to rank {destination}: {name}: {named} {what}; make the process group again "
+        "on all ranks", ranks,
+    )
+    found.__cause__ = error
+    return found
+
+
+@contextlib.contextmanager
+def translating(name: str, source: int, destination: int) -> Iterator[None]:
+    """Raise errors of the group of one direction as errors of the process group; see ``translated``."""
+    try:
+        yield
+    except CollectiveError as error:
+        raise translated(error, name, source, destination)  # noqa: B904 - it has its cause, or is the error itself
+
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a contiguous tensor."""
@@ -65,7 +99,8 @@ class Message:
 class Inbox:
     """The receives of one rank. A thread for each source reads headers while a receive waits that may take them."""
 
-    def __init__(self, rank: int, size: int, group: Callable[[int, int], Group]) -> None:
+    def __init__(self, name: str, rank: int, size: int, group: Callable[[int, int], Group]) -> None:
+        self._where = f"group '{name}' (rank {rank})"
         self._rank = rank
         self._others = [source for source in range(size) if source != rank]
         self._group = group
@@ -142,7 +177,8 @@ class Inbox:
 
     def _take(self, group: Group, source: int, header: Header) -> None:
         """Read one message: into the receive that takes it, or beside, so that the next message can come."""
-        group.recv(header.tensor, SENDER)
+        with translating(self._where, source, self._rank):
+            group.recv(header.tensor, SENDER)
         tag, nbytes, dtype, is_inline = header.read()
         with self._changed:
             receive: Receive | None = None
@@ -163,7 +199,10 @@ class Inbox:
                 if not target.is_inference():
                     torch.autograd.graph.increment_version(target)  # autograd may have kept what was there
             else:
-                with torch.inference_mode(target.is_inference()):  # else they may not be written
+                with (
+                    translating(self._where, source, self._rank),
+                    torch.inference_mode(target.is_inference()),  # else they may not be written
+                ):
                     group.recv(bytes_of(target), SENDER)
             if receive is not None and fits:
                 receive.sender = source

@@ -20,7 +20,7 @@ from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupErro
 from colltensor.group import Group
 from colltensor.torch.c10d.deadlines import Deadline, Deadlines
 from colltensor.torch.c10d.header import Header
-from colltensor.torch.c10d.inbox import Inbox, Receive, bytes_of
+from colltensor.torch.c10d.inbox import Inbox, Receive, bytes_of, translating
 from colltensor.torch.c10d.line import Line
 from colltensor.torch.c10d.work import Operation
 
@@ -45,7 +45,7 @@ class Transfers:
         self._headers: dict[int, Header] = {}
         self._groups: dict[tuple[int, int], Group] = {}
         self._deadlines = Deadlines(self._expire)
-        self._inbox = Inbox(rank, size, self._group)
+        self._inbox = Inbox(name, rank, size, self._group)
 
     def send(self, tensor: torch.Tensor, destination: int, tag: int, timeout_s: float) -> Operation:
         """Send to ``destination``; ends when a receive there has taken the message, or that rank has a short one."""
@@ -131,9 +131,10 @@ class Transfers:
             group = self._group(self._rank, destination)
             message, header = tensor.resolve_conj().resolve_neg().contiguous(), self._headers[destination]
             is_inline = header.write(message, tag)
-            group.send(header.tensor, _RECEIVER)
-            if not is_inline:
-                group.send(bytes_of(message), _RECEIVER)
+            with translating(f"group '{self._name}' (rank {self._rank})", self._rank, destination):
+                group.send(header.tensor, _RECEIVER)
+                if not is_inline:
+                    group.send(bytes_of(message), _RECEIVER)
         except CollectiveError as error:
             if self._failure is not None and error is not self._failure:
                 raise self._failure from error

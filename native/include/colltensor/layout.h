@@ -53,6 +53,8 @@ struct alignas(2 * kLine) RankLine {
   std::atomic<std::uint32_t> left;      // 1 once it has closed the group
   std::atomic<std::uint32_t> door;      // futex word: counts what peers have put into its mailboxes while it slept
   std::atomic<std::uint32_t> dozing;    // 1 while it may sleep on `door`
+
+  alignas(kLine) std::atomic<std::uint64_t> awaited[kMaxRanks / 64];  // those it waited for when it last looked around
 };
 
 // What a rank says on arrival, by the parity of the call's number. It is overwritten two calls later: by then every
