@@ -112,8 +112,14 @@ BACKENDS = [
 ]
 
 
+def _slow(backend: str, work: str) -> list[pytest.MarkDecorator]:
+    """Mark what ends in the same way as a case that every Python runs."""
+    return [] if backend in ("shm", "native") and work in ("asynchronous", "daemon") else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(("backend", "work"), [
-    pytest.param(backend.values[0], work, marks=backend.marks) for backend in BACKENDS for work in _WORK
+    pytest.param(backend.values[0], work, marks=[*backend.marks, *_slow(backend.values[0], work)])
+    for backend in BACKENDS for work in _WORK
     if backend.values[0] in ("shm", "native") or work in ("asynchronous", "large", "daemon")
 ])
 def test_the_end_with_work_under_way(tmp_path: Path, backend: str, work: str) -> None:
@@ -177,6 +183,7 @@ end()
 
 
 @pytest.mark.needs("jax")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10")
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_the_end_with_a_computation_that_waits(tmp_path: Path, backend: str) -> None:
     (code, _, errors, took), (_, output, _, _) = run(tmp_path, backend, _JITTED, "time.sleep(6)" + _OTHER)
@@ -188,6 +195,7 @@ def test_the_end_with_a_computation_that_waits(tmp_path: Path, backend: str) -> 
 
 
 @pytest.mark.needs("jax")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10")
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_a_computation_that_the_others_join_is_done(tmp_path: Path, backend: str) -> None:
     """JAX waits for its computations at the end of the process, and these only compute."""
