@@ -53,7 +53,9 @@ class DirectTrees:
             call = plan.made.get((operation, op, root))
             if call is None:
                 call = plan.made[operation, op, root] = TreeCall(self._direct, operation, op, root, plan)
-            adapter = known[leaves[0].__class__]
+            adapter = known.get(leaves[0].__class__)
+            if adapter is None:  # another thread has just registered one
+                return None
             if not adapter.immutable:
                 if call.run(leaves, written):
                     return tree
