@@ -15,6 +15,7 @@ from colltensor.backends.base import DIRECT
 from colltensor.direct import NO_OP, NO_RANK, Direct, DirectCall, moves_nothing, nothing
 from colltensor.engine import Call
 from colltensor.errors import CollectiveError
+from colltensor.tree import flat_tree
 from colltensor.tree_plans import Plan, Plans
 from colltensor.types import CPU, ReduceOp
 
@@ -62,7 +63,7 @@ class DirectTrees:
             elif operation != "allreduce":
                 return None
             elif call.fits(leaves, adapter):
-                return call.claim_leaves(leaves, adapter, donate)
+                return call.claim_leaves(tree, leaves, adapter, donate)
             plan = self._plans.renewed(tree, plan)
         return None
 
@@ -126,8 +127,8 @@ class TreeCall(DirectCall):
         self._plan.made["kinds"] = kinds
         return True
 
-    def claim_leaves(self, tensors: Sequence[Any], adapter: Any, donate: bool) -> Any:
-        """Run it on immutable leaves that fit; return a tree of new ones, None as ``run``.
+    def claim_leaves(self, tree: Any, tensors: Sequence[Any], adapter: Any, donate: bool) -> Any:
+        """Run it on the immutable leaves of a tree, which fit; return a tree of new ones, None as ``run``.
 
         Raises:
             CollectiveError: As every collective.
@@ -154,7 +155,7 @@ class TreeCall(DirectCall):
             self._engine.abort(self._operation, error)
         if code and not self.finish(tensors, code):
             return None
-        return self._plan.structure.unflatten(results)
+        return flat_tree(tree)[1].unflatten(results)  # the plan's has its dicts in another order of insertion
 
     def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
         name, (op, root, _), arguments = self._operation, self._call, self._group.arguments

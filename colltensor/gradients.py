@@ -7,9 +7,8 @@ there are ``colltensor.torch`` and ``colltensor.jax``.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from colltensor import replicas, tree
 from colltensor.adapters import adapter_of, target_of
@@ -25,8 +24,6 @@ from colltensor.replicas import Leaf
 from colltensor.table import find_group
 from colltensor.types import Device, ReduceOp
 from colltensor.view import BufferView
-
-_look_at: Final = operator.attrgetter("shape", "dtype")
 
 
 def sync_gradients(gradients: Any, *, group: Group | str = "default", average: bool = True) -> Any:
@@ -223,7 +220,7 @@ class Synchronizer:
 def _looks(leaves: Sequence[Any]) -> list[Any] | None:
     """Return what leaves look like from outside; None where there is no telling, as for a registered adapter's."""
     try:
-        return list(map(_look_at, leaves))
+        return [(leaf.shape, leaf.dtype, getattr(leaf, "device", None)) for leaf in leaves]
     except AttributeError:
         return None
 

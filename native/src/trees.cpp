@@ -127,7 +127,9 @@ class Leaves {
 
  private:
   bool take_one(const ffi::TensorView& tensor, const Plan::Leaf& leaf, bool written) {
-    if (tensor.device().device_type != kDLCPU || dtype_of(tensor.dtype()) != leaf.dtype) return false;
+    // What is known by its size alone has no dtype here to compare.
+    if (leaf.dtype >= DType::kMovesOnly || dtype_of(tensor.dtype()) != leaf.dtype) return false;
+    if (tensor.device().device_type != kDLCPU) return false;
     if (static_cast<std::size_t>(tensor.numel()) != leaf.count) return false;
     char* data = static_cast<char*>(tensor.data_ptr());
     if (data == nullptr && leaf.count != 0) return false;  // freed, as torch may while the tensor stays

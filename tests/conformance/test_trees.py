@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import RankPool
+from test_between_hosts import PLACEMENTS, world_of
 from worlds import Report, World, assert_same_bits
 
 import colltensor as col
+from colltensor.backends import is_available, reason
 
 DTYPES = ("float32", "float64", "int32", "uint8", "bool", "complex64", "float16", "int64")
 Array = np.ndarray[Any, Any]
@@ -239,3 +241,75 @@ def donated(rank: int, size: int, world: World) -> None:
 @pytest.mark.needs("jax")
 def test_leaves_of_jax_are_donated_together(pool: RankPool, ranks: World) -> None:
     pool.run(ranks.size, donated, ranks)
+
+
+def moved_only(rank: int, size: int, world: World) -> None:
+    """Types that have no name on the wire: torch on one rank, numpy on another."""
+    torch, ml_dtypes = importlib.import_module("torch"), importlib.import_module("ml_dtypes")
+    group = world.group()
+    for name in ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"):
+        for _ in range(2):
+            bits = np.arange(6, dtype=np.uint16 if name.endswith("16") else np.uint8) + (rank + 1)
+            arrays = {"a": bits.copy(), "b": bits[::-1].copy()}
+            if rank % 2:
+                tree = {key: array.view(getattr(ml_dtypes, name, name)) for key, array in arrays.items()}
+            else:
+                tree = {key: torch.from_numpy(array).view(getattr(torch, name)) for key, array in arrays.items()}
+            group.broadcast(tree, size - 1)
+            expected = np.arange(6, dtype=bits.dtype) + size
+            assert (arrays["a"] == expected).all(), name
+            assert (arrays["b"] == expected[::-1]).all(), name
+
+
+@pytest.mark.needs("torch")
+def test_types_that_only_move(pool: RankPool, ranks: World) -> None:
+    pool.run(ranks.size, moved_only, ranks)
+
+
+def one_takes_the_slow_path(rank: int, size: int, world: World) -> None:
+    """The root's leaves are read-only, so that they are no plain ones: the transfers are the same."""
+    group = world.group()
+    for shape in ((3,), (40, 50)):
+        tree = {"a": np.full(shape, rank + 1.0, "float32"), "b": np.full(shape, rank + 2.0, "float32")}
+        if rank == 0:
+            for array in tree.values():
+                array.flags.writeable = False
+        group.broadcast(tree, 0)
+        assert (tree["a"] == 1).all()
+        assert (tree["b"] == 2).all()
+        if rank < 2:
+            received = {"a": np.zeros(shape, "float32"), "b": np.zeros(shape, "float32")}
+            if rank == 0:
+                group.send(tree, 1)
+            else:
+                group.recv(received, 0)
+                assert (received["a"] == 1).all()
+                assert (received["b"] == 2).all()
+
+
+def test_plain_leaves_meet_others(pool: RankPool, ranks: World) -> None:
+    pool.run(ranks.size, one_takes_the_slow_path, ranks)
+
+
+@pytest.mark.gloo
+@pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
+@pytest.mark.parametrize("hosts", PLACEMENTS[1:3])
+def test_plain_leaves_meet_others_between_hosts(pool: RankPool, provider: str, hosts: str) -> None:
+    pool.run(len(hosts), one_takes_the_slow_path, world_of(hosts, provider))
+
+
+def keys_in_order(rank: int, size: int, world: World) -> None:
+    """A result has its keys in the order of what was given, whichever tree of this structure came first."""
+    jax = importlib.import_module("jax")
+    group = world.group()
+    for names in (("b", "a"), ("a", "b")):
+        tree = {name: jax.numpy.full(3, rank + ord(name)) for name in names}
+        result = group.allreduce(tree)
+        assert list(result) == list(names)
+        for name in names:
+            assert (np.asarray(result[name]) == sum(range(size)) + size * ord(name)).all()
+
+
+@pytest.mark.needs("jax")
+def test_results_keep_the_order_of_keys(pool: RankPool, ranks: World) -> None:
+    pool.run(ranks.size, keys_in_order, ranks)

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "direct": {*VALUES, "adapters", "backends", "arguments", "engine"},
     "tree_plans": {*VALUES, "adapters", "buffers", "tree"},
     "gathered": {*VALUES, "adapters", "backends", "buffers", "tree_plans"},
-    "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree_plans"},
+    "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree", "tree_plans"},
     "multigpu": {*VALUES, "backends", "buffers", "arguments", "engine"},
     "recipe": {"errors", "backends"},
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
