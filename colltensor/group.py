@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Final
 
 from colltensor import backends, objects
@@ -35,6 +36,7 @@ from colltensor.types import CPU, ReduceOp
 _log: Final = logging.getLogger(__name__)
 _END_GRACE_S: Final = 1.0
 _LEAVING_S: Final = 2.0
+_GOING_S: Final = 1.0
 _PACKAGE: Final = os.path.dirname(__file__) + os.sep
 _PURE: Final = (_PACKAGE + "control" + os.sep, _PACKAGE + "rendezvous" + os.sep)
 """What calls no native library."""
@@ -760,21 +762,39 @@ def _end_all() -> None:
         time.sleep(0.005)
     if groups:
         threading.excepthook = functools.partial(_tell, threading.excepthook)
+    caught = _callers() if groups else set()
     for group in groups:
         try:
             group.end()
         except RuntimeError as error:  # the others end all the same
             _log.debug("group %r (rank %d): does not end well: %s", group.name, group.rank, error)
     deadline = time.monotonic() + _LEAVING_S
-    while groups and _is_calling() and time.monotonic() < deadline:
+    while groups and _calling() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    # Their callers may have native frames too: a backward pass of torch's, in which the error goes up.
+    deadline = time.monotonic() + _GOING_S
+    while caught & set(sys._current_frames()) and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
-def _is_calling() -> bool:
-    """Return whether another thread is in a function of this package that may call a native library."""
+def _calling() -> set[int]:
+    """Return the other threads that are in a function of this package that may call a native library."""
     here = threading.get_ident()
-    files = [frame.f_code.co_filename for ident, frame in sys._current_frames().items() if ident != here]
-    return any(file.startswith(_PACKAGE) and not file.startswith(_PURE) for file in files)
+    files = {ident: frame.f_code.co_filename for ident, frame in sys._current_frames().items() if ident != here}
+    return {ident for ident, file in files.items() if file.startswith(_PACKAGE) and not file.startswith(_PURE)}
+
+
+def _callers() -> set[int]:
+    """Return the threads of others that are in a call, however deep in it."""
+    ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")}
+    found = set()
+    for ident, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        if frame is not None and ident not in ours and ident != threading.get_ident():
+            found.add(ident)
+    return found
 
 
 def _tell(hook: Callable[[Any], object], arguments: Any) -> None:
