@@ -292,6 +292,12 @@ class OperationQueue:
             self._worker = None
             raise
 
+    def tell_watch(self) -> None:
+        """Tell ``watch`` once more whether the worker has something to do."""
+        with self._changed:
+            if self.watch is not None:
+                self.watch(not self.idle)
+
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
         """Fail what waits, end the worker, and wait for the operation that runs; False if it did not end."""
         with self._changed:

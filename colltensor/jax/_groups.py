@@ -139,15 +139,19 @@ def _defer(handle: int, on: bool) -> None:
 
 
 def _defer_all() -> None:
-    """Let the jitted calls of all groups go through their methods, where they are observed.
-
-    When nobody observes any more, they do so until the group's next asynchronous eager calls are done.
-    """
+    """Let the jitted calls of all groups go through their methods, where they are observed."""
     for group in list(_numbers):
         _defer(group.shared_memory(), True)
 
 
+def _end_deferring() -> None:
+    """Let them go straight to shared memory again, but behind asynchronous calls under way."""
+    for group in list(_numbers):
+        group._queue.tell_watch()
+
+
 observers.on_start.append(_defer_all)
+observers.on_stop.append(_end_deferring)
 os.register_at_fork(after_in_child=_watchers.clear)  # the thread is the parent's
 
 
