@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -531,6 +532,15 @@ def test_unusable_files(tmp_path: Path) -> None:
             with pytest.raises(OptionError, match=complaint):
                 meet(directory, group_name="default", world_size=2, rank=rank, deadline=time.monotonic() + 5)
     assert (tmp_path / "data").read_text() == "somebody's data"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_named_pipe_is_refused_at_once(tmp_path: Path, rank: int) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    directory, _, _ = open_directory(f"file://{tmp_path}/pipe", rank, 2)
+    with pytest.raises(OptionError, match="is no rendezvous file"):
+        meet(directory, group_name="default", world_size=2, rank=rank, deadline=time.monotonic() + 5)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_file_is_private_while_it_lasts(tmp_path: Path) -> None:
