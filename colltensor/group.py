@@ -32,6 +32,7 @@ from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import CPU, ReduceOp
+from colltensor.untraced import keep_compilers_out
 
 _log: Final = logging.getLogger(__name__)
 _END_GRACE_S: Final = 1.0
@@ -105,6 +106,7 @@ class Group:
         self, name: str, rank: int, world_size: int, backend: Backend, control: Control | None, recipe: Recipe,
         meeting: Meeting | None = None, why: str = "",
     ) -> None:
+        keep_compilers_out()
         self.name = name
         self.rank = rank
         self.world_size = world_size

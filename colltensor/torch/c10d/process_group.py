@@ -1,6 +1,6 @@
 """ColltensorProcessGroup: the ProcessGroup of torch.distributed on one Group.
 
-Imports torch, and of the package outside this folder types alone.
+Imports torch, and of the package outside this folder types and untraced.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from colltensor.torch.c10d.base import BaseProcessGroup
 from colltensor.torch.c10d.options import options
 from colltensor.torch.c10d.tensors import bare, flat, of_rank, only, op_of, split
 from colltensor.types import ReduceOp
+from colltensor.untraced import keep_compilers_out
 
 Tensor = torch.Tensor
 Timeout = timedelta | None
@@ -230,3 +231,6 @@ class ColltensorProcessGroup(BaseProcessGroup):
         made = options(c10d.BarrierOptions, None, timeout)
         made.asyncOp = False
         self._run("monitored_barrier", made, [], self._group.barrier).wait()
+
+
+keep_compilers_out()
