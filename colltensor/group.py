@@ -350,7 +350,7 @@ class Group:
         """Copy entry ``r`` of rank ``src_rank``'s ``tensor_list`` into rank ``r``'s ``tensor``.
 
         Args:
-            tensor: The tensor that receives, of any dtype.
+            tensor: The tensor that receives, of any dtype. On ``src_rank`` it may be its own entry of the list.
             tensor_list: On ``src_rank`` ``world_size`` tensors of ``tensor``'s count and dtype, or one array
                 of them all, only read; ignored elsewhere, usually None.
             src_rank: The rank, in this group, that has the data.
@@ -376,7 +376,8 @@ class Group:
         if root == self.rank:
             view = target.views[0]
             sources = self._arguments.blocks("scatter", "tensor_list", tensor_list, view, None, False, copy)
-            self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
+            if not self._arguments.in_place("scatter", target, sources.views[root], copy):
+                self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
         return self._engine.run(
             async_op, "scatter", target, None, root, True, (target,) if sources is None else (target, sources),
             lambda deadline: self._arguments.wire(target).scatter(
@@ -392,7 +393,7 @@ class Group:
         """Combine entry ``r`` of all ranks' ``tensor_list`` elementwise into rank ``r``'s ``tensor``.
 
         Args:
-            tensor: The tensor that receives.
+            tensor: The tensor that receives; it may be this rank's entry of the list.
             tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of them all, only read.
             op: The reduce operation.
             async_op: Return a ``Work`` at once.
@@ -413,7 +414,8 @@ class Group:
         target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
         view = target.views[0]
         sources = self._arguments.blocks("reducescatter", "tensor_list", tensor_list, view, op, False, copy)
-        self._arguments.separate("reducescatter", [(view, "tensor")], sources.named("tensor_list"))
+        if not self._arguments.in_place("reducescatter", target, sources.views[self.rank], copy):
+            self._arguments.separate("reducescatter", [(view, "tensor")], sources.named("tensor_list"))
         return self._engine.run(
             async_op, "reducescatter", target, op, -1, True, (target, sources),
             lambda deadline: self._arguments.wire(target).reducescatter(
@@ -505,7 +507,8 @@ class Group:
     ) -> Any:
         """Send to ``dst_rank`` and receive from ``src_rank`` at once, as in a shift along a ring.
 
-        Both may be this rank itself, as in a ring of one; then the tensor is copied. Where one peer agrees and the
+        Both tensors may be the same one, as in MPI's ``Sendrecv_replace``: a staging buffer receives meanwhile. Both
+        ranks may be this rank itself, as in a ring of one; then the tensor is copied. Where one peer agrees and the
         other does not, the agreed transfer is made before MismatchError is raised, because that peer counts on it.
 
         Returns:
@@ -521,7 +524,8 @@ class Group:
         source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
         target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
         sent, received = source.views[0], target.views[0]
-        self._arguments.separate("sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")])
+        if not self._arguments.in_place("sendrecv", target, sent, copy):
+            self._arguments.separate("sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")])
         if to == self.rank:  # no peer to compare with
             self._arguments.alike("sendrecv", "recv_tensor", received, sent)
         self._arguments.same_device("sendrecv", "recv_tensor", received, sent)

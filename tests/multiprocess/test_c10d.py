@@ -102,7 +102,9 @@ def scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     dist.scatter(target, [values(torch, r, 3) for r in range(size)] if rank == 2 else None, src=2, group=group)
     objects: list[Any] = [None]
     dist.scatter_object_list(objects, [f"to {r}" for r in range(size)] if rank == 0 else None, src=0, group=group)
-    return [target, objects]
+    chunks = list(values(torch, rank, 4 * size).view(size, 4))
+    dist.scatter(chunks[rank], chunks if rank == 1 else None, src=1, group=group)
+    return [target, objects, chunks]
 
 
 def reduce_scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
