@@ -27,7 +27,7 @@ from colltensor.devices import Devices
 from colltensor.direct import NO_OP, Direct
 from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
-from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError
+from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError, is_from_handler
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
@@ -58,7 +58,7 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
             control.fail(found)
         finally:
             control.close()
-        if found is error or not isinstance(error, (RuntimeError, OSError)):
+        if found is error or not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error):
             raise
         raise found from error
     return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe, meeting, why)
