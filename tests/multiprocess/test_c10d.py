@@ -680,6 +680,7 @@ def late(rank: int, world_size: int, path: Path) -> list[str]:
             with pytest.raises(col.CollectiveTimeoutError) as caught:
                 call()
             assert caught.value.ranks == (1,)
+            assert "timed out after 0.6 s" in str(caught.value)
             found.append(str(caught.value))
         with pytest.raises(col.GroupError):
             dist.isend(torch.ones(1), 1)
