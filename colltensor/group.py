@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from colltensor import backends, objects
 from colltensor.adapters import is_plain, note, unnoted
@@ -133,6 +133,12 @@ class Group:
         self._allreduce = None if self._direct is None else self._direct.allreduce
         self._barrier = None if self._direct is None else self._direct.barrier
         _log.debug("group %r (rank %d): made of %d ranks, backend %r: %s", name, rank, world_size, self.backend, why)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"group '{self.name}' (rank {self.rank}) cannot be copied or pickled; "
+            "pass on its name, and make a group in every process"
+        )
 
     @property
     def timeout_s(self) -> float:
