@@ -1,6 +1,8 @@
 // Publishing a step, waiting for the steps of others, and finding out why they do not come.
 //
-// A wait spins, then offers the processor to others, then sleeps on a futex; how long, see group.cpp. In slices of
+// A wait spins, then offers the processor to others, then sleeps on a futex; how long, see group.cpp. Where others keep an
+// offered processor for long it sleeps at once: whoever sleeps is preferred when woken, whoever offers queues behind every
+// busy thread of the machine, each time anew, and is deaf to the clock and to signals meanwhile. In slices of
 // 50 ms it looks around: for a failure that another rank has found, for ranks that died or left, for signals, for the
 // caller's own reasons to stop, and at the clock.
 #include <poll.h>
@@ -14,6 +16,11 @@ namespace {
 
 constexpr std::int64_t kSliceNs = 50'000'000;   // the longest sleep between two looks around
 constexpr std::int64_t kStopNs = 100'000'000;   // between two questions to the caller
+// A processor that was offered comes back so late where others want it: a busy thread keeps it for 1.5 to 4 ms. Where the
+// ranks alone are more than the processors, one of them may be at work for 1 ms.
+constexpr std::int64_t kLongYieldNs = 1'000'000, kLongYieldCrowdedNs = 3'000'000;
+// For so long it is not offered again: twice as long each time that it comes back late, half as long when it does not.
+constexpr std::int64_t kLeastRestNs = 1'000'000, kMostRestNs = 512'000'000;
 constexpr std::int64_t kSilentNs = 500'000'000; // without a heartbeat for so long a waiting rank counts as stopped
 
 }  // namespace
@@ -104,23 +111,37 @@ Outcome Group::wait_for_all(std::uint32_t step, std::int64_t deadline_ns) {
 
 Outcome Group::wait_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
                           std::atomic<std::uint32_t>& sleepers, std::int64_t deadline_ns) {
-  int spins = spins_;
-  for (int yields = yields_; yields > 0;) {
+  int spins = spins_, yields = yields_;
+  while (yields > 0) {
     if (condition.ready()) return Outcome::kDone;
     if (spins > 0 && !condition.needs_seat(current_seat())) {
       --spins;
       relax_processor();
     } else {
-      --yields;
+      if (yields == yields_ && now_ns() < wanted_until_ns_.load(std::memory_order_relaxed)) break;
+      const std::int64_t before = now_ns();
       yield_processor();
+      const std::int64_t after = now_ns();
+      const bool late = after - before > (crowded_ ? kLongYieldCrowdedNs : kLongYieldNs);
+      if (late || (yields == yields_ && rest_ns_.load(std::memory_order_relaxed) > kLeastRestNs)) rest(late, after);
+      --yields;
+      if (late) break;
     }
   }
+  if (condition.ready()) return Outcome::kDone;
   RankLine& own = *lines_[rank_];
   own.heartbeat.store(now_ns(), std::memory_order_relaxed);
   own.waiting.store(1, std::memory_order_relaxed);
   const Outcome outcome = sleep_until(condition, word, sleepers, deadline_ns);
   own.waiting.store(0, std::memory_order_relaxed);
   return outcome;
+}
+
+// Two threads of a rank may do this at once; what is lost then is a doubling.
+void Group::rest(bool late, std::int64_t now) {
+  const std::int64_t rest = rest_ns_.load(std::memory_order_relaxed);
+  if (late) wanted_until_ns_.store(now + rest, std::memory_order_relaxed);
+  rest_ns_.store(late ? std::min(2 * rest, kMostRestNs) : std::max(rest / 2, kLeastRestNs), std::memory_order_relaxed);
 }
 
 Outcome Group::sleep_until(const Condition& condition, const std::atomic<std::uint32_t>& word,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -110,3 +112,41 @@ def hold_the_lock(rank: int, size: int, name: str) -> float:
 
 def test_a_busy_interpreter_is_not_a_late_rank(pool: RankPool) -> None:
     pool.run(3, hold_the_lock, fresh())
+
+
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+
+
+def wait_beside_busy_loops(rank: int, size: int, name: str) -> tuple[float, float]:
+    """All on one core; the last rank comes neither for the first call nor for the second, in a group of its own."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(3 if rank == 0 else 0)]
+    took = [0.0, 0.0]
+    try:
+        for number, timeout_s in enumerate((1.0, 60.0)):
+            with own_group(rank, size, f"{name}-{number}", timeout_s=60) as group:
+                for _ in range(20):
+                    group.allreduce(np.ones(4))
+                group.set_timeout(timeout_s)
+                if rank == size - 1:
+                    time.sleep(3)
+                    continue
+                began = time.monotonic()
+                if number == 1 and rank == 0:
+                    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+                with pytest.raises((col.CollectiveError, KeyboardInterrupt)):
+                    group.allreduce(np.ones(4))
+                took[number] = time.monotonic() - began
+    finally:
+        for loop in busy:
+            loop.kill()
+            loop.wait()
+        os.sched_setaffinity(0, cores)
+    return took[0], took[1]
+
+
+def test_timeouts_and_interrupts_hold_beside_busy_loops(pool: RankPool) -> None:
+    (late, interrupted), *_ = pool.run(2, wait_beside_busy_loops, fresh())
+    assert 1.0 <= late < 2.5
+    assert interrupted < 1.3

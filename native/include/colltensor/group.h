@@ -206,6 +206,8 @@ class Group {
   bool is_on(int rank, std::uint32_t seat) const {
     return rank != rank_ && lines_[rank]->seat.load(std::memory_order_relaxed) == seat;
   }
+  // Notes how an offered processor came back.
+  void rest(bool late, std::int64_t now);
   Outcome wait_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
                      std::atomic<std::uint32_t>& sleepers, std::int64_t deadline_ns);
   Outcome sleep_until(const Condition& condition, const std::atomic<std::uint32_t>& word,
@@ -308,6 +310,7 @@ class Group {
   std::unique_ptr<char, void (*)(void*)> aside_{nullptr, std::free};
   bool crowded_;           // more ranks than cores
   int spins_, yields_;
+  std::atomic<std::int64_t> wanted_until_ns_{0}, rest_ns_{1'000'000};  // until then others want the processors
   std::vector<RankLine*> lines_;
   std::vector<int> others_;
   Descriptors pidfds_;
