@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from colltensor.backends.base import Flight
 
 
+Lane = tuple[int, int]
+_SPARE_WORKERS: Final = 2
+"""Threads that may wait for work: a rank that sends and receives has two."""
+
+
 class _Always(threading.Event):
     """An event that is always set. Waiting takes no lock, which an interrupted thread would leave to all others."""
 
@@ -37,6 +42,9 @@ class Work:
     It keeps the tensors of the call alive until it is done. The tensors must not be read or written
     before that.
     """
+
+    lane: Lane | None = None
+    """The source and destination of a transfer that may run beside transfers of other lanes."""
 
     def __init__(self, operation: str, run: Callable[[], Any], finished: threading.Event | None = None) -> None:
         """Make the handle of what ``run`` does; with ``finished=FINISHED`` it is run before anybody waits for it."""
@@ -176,15 +184,17 @@ class QueuedWork(Work):
 
 
 class OperationQueue:
-    """Runs the operations of one group one at a time, in the order in which they were issued.
+    """Runs the operations of one group one at a time, in the order in which they were issued; but transfers that cross.
 
     A synchronous call runs in its own thread when nothing is before it (``enter`` and ``leave``);
-    everything else runs in one worker thread, made on first use. The turn is a lock used as an
-    atomic flag: it is only ever tried, so nobody blocks on it while an operation runs.
+    everything else runs in worker threads, made on first use. The turn is a lock used as an
+    atomic flag: it is only ever tried, so nobody blocks on it while an operation runs. Works with a
+    lane that follow one another share it: those of one lane run in their order, of different lanes at
+    the same time, each in a thread.
 
     Attributes:
-        idle: Whether the worker has nothing to do, so that a call needs not queue behind it.
-        watch: Told True when work is put, and False when the worker has nothing to do any more; or None.
+        idle: Whether the workers have nothing to do, so that a call needs not queue behind them.
+        watch: Told True when work is put, and False when the workers have nothing to do any more; or None.
     """
 
     def __init__(self, name: str) -> None:
@@ -197,7 +207,8 @@ class OperationQueue:
         self._turn = threading.Lock()
         self._changed = threading.Condition(threading.Lock())
         self._waiting: collections.deque[Work] = collections.deque()
-        self._worker: threading.Thread | None = None
+        self._lanes: set[Lane] = set()  # in which a work runs
+        self._workers = self._spare = 0
         self.idle = True
 
     def disown(self) -> None:
@@ -216,20 +227,24 @@ class OperationQueue:
                 self._changed.notify_all()
 
     def put(self, work: Work) -> Work:
-        """Run ``work`` in the worker thread when its turn comes."""
+        """Run ``work`` in a worker thread when its turn comes."""
         with self._changed:
             self.idle = False
             if self.watch is not None:
                 self.watch(True)
             self._waiting.append(work)
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
-                self._worker.start()
+            self._man()
             self._changed.notify_all()
         return work
 
+    def _man(self) -> None:
+        """See that somebody takes the next work, if it can be run; the lock is held."""
+        if not self._workers or (self._lanes and not self._spare and self._next() is not None):
+            threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
+            self._workers += 1
+
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
-        """Fail what waits, end the worker, and wait for the operation that runs; False if it did not end."""
+        """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
         with self._changed:
             self._closed = True
             cancelled = list(self._waiting)
@@ -240,16 +255,57 @@ class OperationQueue:
             work._cancel(error)
         return idle
 
+    def _next(self) -> int | None:
+        """Return the place of the work that can be run beside the transfers that run; the lock is held."""
+        for place, work in enumerate(self._waiting):
+            if work.lane is None:
+                return place if not place and not self._lanes else None
+            if work.lane not in self._lanes:
+                return place
+        return None
+
+    def _take(self) -> Work | None:
+        """Take the next work that can be run, and the turn for it; the lock is held."""
+        place = self._next()
+        if place is None or not (self._lanes or self._turn.acquire(False)):
+            return None
+        work = self._waiting[place]
+        del self._waiting[place]
+        if work.lane is not None:
+            self._lanes.add(work.lane)
+        return work
+
     def _serve(self) -> None:
+        work: Work | None = None
+
+        def taken() -> bool:
+            nonlocal work
+            work = self._take()
+            return work is not None or self._closed
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self._waiting and self._turn.acquire(False)))
-                if not self._waiting:  # closed, with the turn never taken
+                if self._spare >= _SPARE_WORKERS and self._next() is None:
+                    self._workers -= 1
                     return
-                work = self._waiting.popleft()
+                self._spare += 1
+                self._changed.wait_for(taken)
+                self._spare -= 1
+                if work is None:  # closed
+                    return
+                self._man()
             work._finish()
-            self.leave()
-            with self._changed:
-                self.idle = not self._waiting
-                if self.idle and self.watch is not None:
-                    self.watch(False)
+            self._end(work)
+            work = None
+
+    def _end(self, work: Work) -> None:
+        """Give back the turn that was taken for a work."""
+        with self._changed:
+            if work.lane is not None:
+                self._lanes.discard(work.lane)
+            if not self._lanes:
+                self._turn.release()
+            self._changed.notify_all()
+            self.idle = not self._waiting and not self._lanes
+            if self.idle and self.watch is not None:
+                self.watch(False)

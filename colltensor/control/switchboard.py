@@ -350,6 +350,10 @@ class Switchboard:
                 del self._polled[fd]
                 self._poller.unregister(fd)
 
+    def wake(self) -> None:
+        """Let the thread that waits look again."""
+        self._wake()
+
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")

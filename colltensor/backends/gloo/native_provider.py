@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import json
 import struct
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -30,6 +31,7 @@ class NativeProvider:
     """Gloo's connections between all ranks of a group, held by the native library."""
 
     name = "native"
+    crosses = True
     natives: Mapping[Pair, Pair] = {}
 
     def __init__(self, control: ControlPlane, *, address: str, timeout_s: float) -> None:
@@ -47,8 +49,7 @@ class NativeProvider:
         self._size = control.world_size
         self._library = library.load()
         self._move = self._library.gloo_move
-        self._wait = _Wait(control)
-        self._stops = dlpack.tvm_ffi().convert(self._wait.stops)
+        self._waits = threading.local()
         deadline = time.monotonic() + timeout_s
         place, port = self._place(address)
         try:
@@ -116,9 +117,14 @@ class NativeProvider:
 
     def _call(self, operation: str, function: Callable[..., int], *arguments: Any, deadline: float) -> None:
         """Call the library, which asks ten times a second while it waits whether to go on."""
-        wait = self._wait
+        try:
+            wait, stops = self._waits.pair
+        except AttributeError:  # this thread's first call
+            wait = _Wait(self._control)
+            stops = dlpack.tvm_ffi().convert(wait.stops)
+            self._waits.pair = wait, stops
         wait.begin(operation, deadline)
-        outcome = function(self._handle, *arguments, self._stops)
+        outcome = function(self._handle, *arguments, stops)
         if outcome == _STOPPED:
             # None: a signal's handler raised before it could be kept.
             raise wait.raised or KeyboardInterrupt
