@@ -223,11 +223,14 @@ class Lookout:
             raise self.board.fail(found or self._unexplained())
 
     def _awaited(self, answers: Mapping[int, Status | Absence]) -> dict[int, Status | Absence]:
-        """Ask all ranks that were not asked yet, if one of those that were waits for others itself."""
+        """Ask all ranks that were not asked yet, if one of those that were waits for others itself, or is gone.
+
+        It may have gone because of a failure that it told the others, who are a better witness of it than its absence.
+        """
         rest = [rank for rank in self.everyone.ranks if rank not in answers]
-        if not rest or not any(isinstance(answer, Status) and answer.awaits for answer in answers.values()):
-            return {}
-        return self.ask(rest)
+        told = any(answer is Absence.GONE or (isinstance(answer, Status) and answer.awaits)
+                   for answer in answers.values())
+        return self.ask(rest) if rest and told else {}
 
     def _behind_the_payload(self, where: str, answers: Mapping[int, Status | Absence]) -> CollectiveError | None:
         """Return the error for ranks for which the others of this rank's payload wait, before they can take part."""

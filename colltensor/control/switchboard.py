@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SILENCE_S = 1.0
 """How long, in seconds, a rank may take to answer a question before it counts as stopped."""
 _TELLING_S = 0.5
+_HEARD_S = 0.2
 _LOOK_S = 5.0
 """How long a thread that enters waits for one that looks, which asks who died for about a second at most."""
 
@@ -404,6 +405,7 @@ class Switchboard:
             thread = threading.Thread(target=spread, name=f"colltensor-{self._meeting.group_name}-failure")
             thread.start()
             self._spreading = thread
+            thread.join(_HEARD_S)  # whoever ends its process at the error would be missed in place of what it found out
 
     def _shut_down(self) -> None:
         self._shut = True

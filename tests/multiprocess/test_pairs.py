@@ -98,6 +98,44 @@ def test_who_waits_for_another_is_not_named(pool: RankPool, wire: Wire, first: i
     assert max(took for _, took in found) < 3.4, found
 
 
+def wait_for_late_ranks(group: Any, calls: str) -> None:
+    """Rank 0 waits for rank 2, and rank 1 for rank 0 or with it."""
+    rank = group.rank
+    if calls == "large" and rank < 2:
+        group.sendrecv(np.ones(2_000_000), 1 - rank, np.ones(2_000_000), 1 - rank)
+        group.allreduce(np.ones(2_000_000))
+    elif rank == 2:
+        group.send(np.ones(3), 0)
+    else:
+        group.recv(np.ones(3), 2 if rank == 0 else 0)
+
+
+def leave_at_the_timeout(
+    rank: int, size: int, wire: Wire, name: str, delay_s: float, calls: str
+) -> tuple[str, tuple[int, ...]]:
+    """Rank 2 does not come, rank 0 times out and its process ends at once; rank 1 waits for either or both."""
+    with wired(rank, size, wire, name, 1.0) as group:
+        group.barrier()
+        if rank == 2:
+            time.sleep(2.5)
+        elif rank == 1:
+            time.sleep(delay_s)
+        with pytest.raises(col.CollectiveError) as caught:
+            wait_for_late_ranks(group, calls)
+        if rank == 0:
+            os._exit(3)
+        return type(caught.value).__name__, getattr(caught.value, "ranks", ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", ["recv", "large"])
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_rank_that_leaves_at_its_timeout_is_not_the_one_to_name(pool: RankPool, wire: Wire, calls: str) -> None:
+    for delay_s in (0.0, 0.3):
+        found = pool.run(3, leave_at_the_timeout, wire, fresh(), delay_s, calls, may_die={0})
+        assert found[1:] == [("CollectiveTimeoutError", (2,))] * 2, delay_s
+
+
 def shift(group: Any, times: int) -> None:
     for _ in range(times):
         group.sendrecv(
