@@ -115,6 +115,10 @@ FOLDERS = {
     "jax": (
         "tests/unit/test_no_dependencies.py", "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py",
         "tests/multiprocess/nccl/test_nccl_jax_target.py",
+        "tests/multiprocess/test_process_ends.py::test_the_end_with_a_computation_that_waits",
+        "tests/multiprocess/test_process_ends.py::test_a_computation_that_the_others_join_is_done",
+        "tests/multiprocess/test_ends_of_calls.py::test_a_changed_timeout_reaches_functions_that_were_traced",
+        "tests/multiprocess/test_nested_calls.py::test_a_handler_that_calls_while_a_computation_waits",
     ),
     "cupy": ("tests/unit",),
     "mixed": ("tests/conformance",),

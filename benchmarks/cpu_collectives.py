@@ -17,9 +17,11 @@ processes are bound to cores, or with `--pin` rank r of each to core r. Each has
 sockets are on the loopback interface.
 
 What it measures: float32 SUM on zeros, which stays finite (before that the arrays hold numbers, and all contestants
-must compute the same). Allreduce is in place on numpy arrays: `group.allreduce(x)` (column colltensor) and
-`col.allreduce(x)`; mpi4py's `comm.Allreduce(MPI.IN_PLACE, x)`; `torch.distributed.all_reduce(torch.from_numpy(x))`;
-`ray.util.collective.allreduce(x)` in Ray actors. `worlds/libraries.py` says what the other operations do, with 2
+must compute the same). In every library all arrays begin 16 bytes into a page, as numpy's own of 128 KiB and more do;
+the column "colltensor, page" has them at the beginning of a page. Allreduce is in place on numpy arrays:
+`group.allreduce(x)` (column colltensor) and `col.allreduce(x)`; mpi4py's `comm.Allreduce(MPI.IN_PLACE, x)`;
+`torch.distributed.all_reduce(torch.from_numpy(x))`; `ray.util.collective.allreduce(x)` in Ray actors.
+`worlds/libraries.py` says what the other operations do, with 2
 ranks at 1 KiB and 16 MiB: what is of all ranks is one array in every library, and with colltensor a list of arrays as
 well. Torch tensors and donated JAX arrays go through colltensor in a world of their own, beside numpy arrays in the
 same processes, once more in pages of 4 KiB, which JAX's memory has, and torch tensors through Open MPI where its
@@ -39,8 +41,9 @@ from pathlib import Path
 
 from worlds import report, targets
 from worlds.libraries import ARRAYS
+from worlds.places import NUMPY_PLACE
 from worlds.rounds import Contestant, measure
-from worlds.targets import GLOO, MPI_TORCH, OURS, OURS_LISTED, PAGED, Results
+from worlds.targets import GLOO, MPI_TORCH, OURS, OURS_AT_PAGE, OURS_LISTED, PAGED, Results
 from worlds.world import Kind, World, WorldError, started
 
 SIZES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
@@ -53,6 +56,7 @@ PARTS = ("allreduce", "frameworks", "operations", "limit")
 
 ALLREDUCE = (
     Contestant(OURS, "colltensor", "allreduce"),
+    Contestant(OURS_AT_PAGE, "colltensor", "allreduce@0"),
     Contestant("col.allreduce", "colltensor", "allreduce:function"),
     Contestant("Open MPI", "openmpi", "allreduce"),
     Contestant("MPICH", "mpich", "allreduce"),
@@ -196,7 +200,8 @@ def main() -> None:
     print(f"`{command}`\n")
     print(f"{', '.join(f'{name} {value}' for name, value in facts.items())}. {pinned.capitalize()}, one thread each.")
     print(f"Medians of {options.rounds} rounds of about {options.round_ms:g} ms each ({CROWDED_FACTOR} times that with "
-          "more ranks than cores) after warming up for half as long, in microseconds a call.")
+          "more ranks than cores) after warming up for half as long, in microseconds a call. Arrays begin "
+          f"{NUMPY_PLACE} bytes into a page where nothing else is said.")
     if left_out:
         print(f"Left out: {'; '.join(left_out)}.")
     print_tables(results, options)

@@ -5,7 +5,8 @@
 Two Ray actors (one torch thread each) hold a group of each library and take turns: for every size the libraries
 alternate in rounds, so that noise of the machine meets all of them alike. A time is what rank 0 measured for one
 call, after warm-up and with a barrier before each round; the table has medians and ratios of medians. Algorithm
-bandwidth is bytes of the buffer over time; with 2 ranks bus bandwidth is the same (2 (n-1)/n = 1).
+bandwidth is bytes of the buffer over time; with 2 ranks bus bandwidth is the same (2 (n-1)/n = 1). Tensors begin where
+torch puts them: 64 bytes into a page if they are large.
 """
 
 from __future__ import annotations

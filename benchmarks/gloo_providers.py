@@ -12,6 +12,7 @@ it in the same Python.
 For every size all providers of both worlds alternate in rounds, so that noise of the machine meets all of them alike;
 the world that has not its turn waits for input. A time is what rank 0 measured for one call, after warm-up, and in each
 round after a barrier and one call that does not count; the table has medians, and ratios to the native provider's.
+Arrays begin where numpy puts them: 16 bytes into a page if they are large.
 Hosts are network namespaces with a veth pair between them, which needs root (hosts_traffic.py).
 """
 

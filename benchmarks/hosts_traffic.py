@@ -6,7 +6,8 @@ Two hosts are two network namespaces of this machine with a veth pair between th
 `unshare` and `nsenter`). Each has so many ranks, in the order of the hosts (A A B B) or interleaved (A B A B). The
 bytes are the link's own count in both directions, headers and the control plane's included, of one float32 allreduce
 in place on numpy arrays, over the buffer's; the time is the median of the calls on rank 0, with the ranks of both
-hosts on the same cores. `--rate` limits the link, each way, as `tc` spells it.
+hosts on the same cores. The array begins where numpy puts it, 16 bytes into a page if it is large. `--rate` limits
+the link, each way, as `tc` spells it.
 
 The namespaces have no names: they and the link are gone with the processes in them, however those end.
 """

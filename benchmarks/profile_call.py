@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from worlds.places import NUMPY_PLACE, place_of
 from worlds.world import Kind, World, WorldError, started
 
 import colltensor as col
@@ -172,7 +173,8 @@ def main() -> None:
         rows += [("group.allreduce(x), 2 ranks", times["allreduce"])]
         rows += [("col.allreduce(x), 2 ranks", times["allreduce:function"])]
         call_ns = statistics.median(times["allreduce"])
-        print(f"{options.nbytes:,} bytes of float32, {', '.join(map(' '.join, world.versions.items()))}\n")
+        print(f"{options.nbytes:,} bytes of float32, in one process {place_of(array)}, in two {NUMPY_PLACE}; "
+              f"{', '.join(map(' '.join, world.versions.items()))}\n")
         print(layers_table(rows))
         if perf is None:
             print("\nNo profile by symbol: perf is not installed.")

@@ -9,9 +9,11 @@ import functools
 import logging
 import os
 import struct
+import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
 from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
@@ -19,7 +21,7 @@ from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError
 from colltensor.types import ReduceOp
-from colltensor.work import OperationQueue, QueuedWork, Work
+from colltensor.work import OperationQueue, QueuedWork, Work, consequence, nested
 
 _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
@@ -27,6 +29,7 @@ _NO_OP: Final = 255
 _NEVER: Final = float("inf")
 _log: Final = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S: Final = 5.0
+_PACKAGE: Final = os.path.dirname(__file__) + os.sep
 
 
 _CODES: Final = {
@@ -151,6 +154,8 @@ class Engine:
         self._alone = control is None
         self.timeout_s = timeout_s
         self.queue = OperationQueue(name)
+        if signer is not None:
+            self.queue.is_in_direct_call = self._is_in_direct_call
         self._sequence = 0
         self._kept: list[object] = []
         self.device: QueueingBackend | None = None
@@ -209,7 +214,7 @@ class Engine:
         if async_op:
             return queue.put(self._work(call))
         if not queue.enter():
-            return queue.put(self._work(call)).result()
+            return queue.run(self._work(call))
         try:
             return self._execute(call)
         finally:
@@ -219,7 +224,7 @@ class Engine:
         """Return the handle of a call that waits for its turn, which transfers with other peers or directions share."""
         transfers, control = call.transfers, self._control
         if not self._crosses or transfers is None or len(transfers) != 1 or control is None:
-            return Work(call.name, lambda: self._execute(call))
+            return Work(call.name, lambda: self._execute_queued(call))
         work = Work(call.name, lambda: self._execute_beside(call, transfers[0], control))
         work.lane = transfers[0].source, transfers[0].destination
         return work
@@ -235,16 +240,20 @@ class Engine:
                 self.queue.leave()
             flight.order(call.streams())
             return call.result()
-        work = QueuedWork(call.name, lambda: self._launch(call, device, async_op), call.streams, call.result)
+        work = QueuedWork(call.name, lambda: self._launch_queued(call, device, async_op), call.streams, call.result)
         if not async_op or not self.queue.enter():
             work.postpone()
-            self.queue.put(work)
-            return work if async_op else work.result()
+            return self.queue.put(work) if async_op else self.queue.run(work)
         try:
             work.queue_here()
         finally:
             self.queue.leave()
         return work
+
+    def _launch_queued(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
+        if self.broken is not None:
+            raise self._consequence(call.name)
+        return self._launch(call, device, apart)
 
     def _launch(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
         if self.broken is not None:
@@ -315,11 +324,16 @@ class Engine:
         if self._signer is not None:
             self._signer.tell(error)
 
-    def close(self) -> None:
-        """Fail what waits and drop everything; a call that runs in another thread ends with an error."""
-        gone = GroupError(
-            f"group '{self._name}' (rank {self._rank}) was destroyed; make it again with init_collective_group()"
-        )
+    def progress(self) -> tuple[int, ...] | None:
+        """Return None while no call of host tensors runs or waits, else what changes from call to call."""
+        direct = -1 if self._signer is None else self._signer.progress()
+        if direct < 0 and not self.queue.is_busy():
+            return None
+        return direct, self._sequence, 0 if self._control is None else self._control.pairs()
+
+    def close(self, how: str) -> None:
+        """Fail what waits and drop everything; a call that runs in another thread ends with an error that says how."""
+        gone = GroupError(f"group '{self._name}' (rank {self._rank}) {how}")
         self._alone = False
         self.broken = self.broken or gone
         self._unraised = None
@@ -328,16 +342,30 @@ class Engine:
         self.queue.close(gone, _CLOSE_TIMEOUT_S)
         self._kept.clear()
 
+    def _execute_queued(self, call: Call) -> Any:
+        if self.broken is not None:
+            raise self._consequence(call.name)
+        return self._execute(call)
+
     def _execute(self, call: Call) -> Any:
         if self.broken is not None:
             raise self._refusal(call.name)
         deadline = time.monotonic() + self.timeout_s
         signer, carrier = self._signer, self._carrier
         combine: Callable[[], None] | None = None
+        inside = False
         try:
             if self._control is not None:
                 if signer is not None:
-                    signer.hold(deadline)
+                    held = signer.hold(deadline)
+                    inside = not held and self._is_in_direct_call()
+                    if inside:
+                        raise nested(call.name, self._name)
+                    if not held:
+                        raise GroupError(
+                            f"{call.name}: group '{self._name}' (rank {self._rank}): a call was interrupted before it "
+                            "ended; make one at a time"
+                        )
                     self._sign(call, self._control, signer, deadline)
                 elif carrier is not None and call.name == "allreduce" and carrier.carries(*call.arguments):
                     combine = self._agree_and_gather(call, self._control, carrier, deadline)
@@ -356,20 +384,22 @@ class Engine:
         except MismatchError:
             raise
         except BaseException as error:
-            self._kept.append(call)  # a provider may still write to the memory of a call that failed
-            self._break(call.name, error)
+            if not inside:
+                self._kept.append(call)  # a provider may still write to the memory of a call that failed
+                self._break(call.name, error)
             raise
         finally:
-            if signer is not None:
-                signer.release()
-            if self._control is not None:
-                self._control.position(self._sequence, None)
+            if not inside:
+                if signer is not None:
+                    signer.release()
+                if self._control is not None:
+                    self._control.position(self._sequence, None)
         return call.result()
 
     def _execute_beside(self, call: Call, transfer: Transfer, control: Control) -> Any:
         """Run a send or a recv while other threads run others; nothing else runs meanwhile."""
         if self.broken is not None:
-            raise self._refusal(call.name)
+            raise self._consequence(call.name)
         deadline = time.monotonic() + self.timeout_s
         source, destination, buffers, move = transfer
         signer, joined = self._signer, False
@@ -398,6 +428,24 @@ class Engine:
                 signer.part(source, destination)
             control.cross(source, destination, None)
         return call.result()
+
+    def _is_in_direct_call(self) -> bool:
+        """Return whether this thread is in a call that took no turn of the queue's, and that will go on."""
+        signer = self._signer
+        assert signer is not None
+        return signer.is_inside() or (signer.is_pending() and self._has_call_above())
+
+    def _has_call_above(self) -> bool:
+        """Return whether a call of the group is further up the stack, beyond what has called this one."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        while frame is not None:
+            ours = frame.f_code.co_filename.startswith(_PACKAGE)
+            if ours and getattr(frame.f_locals.get("self"), "_engine", None) is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def check(self, name: str) -> None:
         """Raise GroupError if the group is broken or destroyed."""
@@ -546,6 +594,11 @@ class Engine:
         )
         error.__cause__ = self.broken
         return error
+
+    def _consequence(self, name: str) -> CollectiveError:
+        """Return what a call fails with that was issued before the group broke: the same class, with the same ranks."""
+        lost = None if self._unraised is not None else consequence(name, self._name, self._rank, self.broken)
+        return lost or self._refusal(name)
 
     def _break(self, name: str, error: BaseException) -> None:
         """Break the group over ``error``; raises what the caller gets unless it is that."""

@@ -6,6 +6,7 @@ What ``TreeBuffers`` does leaf by leaf in Python is one native call here. Import
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Gatherer:
         self._plans = Plans()
         self._spare: dict[int, list[BufferView]] = {}
         self._spare_nbytes = 0
+        self._lock = threading.Lock()  # calls are begun and ended in any threads
 
     def buffers(self, tree: Any, write: bool, bytewise: bool) -> GatheredBuffers | None:
         """Return the buffers of a tree of plain tensors, None if it takes ``TreeBuffers``.
@@ -56,17 +58,19 @@ class Gatherer:
 
     def take(self, nbytes: int) -> BufferView:
         """Return memory for a bucket."""
-        spare = self._spare.get(nbytes)
-        if spare:
-            self._spare_nbytes -= nbytes
-            return spare.pop()
+        with self._lock:
+            spare = self._spare.get(nbytes)
+            if spare:
+                self._spare_nbytes -= nbytes
+                return spare.pop()
         return host_memory().allocate(nbytes)
 
     def give_back(self, bucket: BufferView) -> None:
         """Keep a bucket that nobody uses any more, if there is room."""
-        if self._spare_nbytes + bucket.nbytes <= _SPARE_NBYTES:
-            self._spare_nbytes += bucket.nbytes
-            self._spare.setdefault(bucket.nbytes, []).append(bucket)
+        with self._lock:
+            if self._spare_nbytes + bucket.nbytes <= _SPARE_NBYTES:
+                self._spare_nbytes += bucket.nbytes
+                self._spare.setdefault(bucket.nbytes, []).append(bucket)
 
 
 @functools.lru_cache
@@ -83,11 +87,13 @@ class Layout:
     """How the leaves of trees of one plan share transfers, the same way as in ``TreeBuffers``.
 
     Attributes:
+        bytewise: Whether leaves of different dtypes share a transfer, which is one of bytes then.
         transfers: The leaves of each; those of one leaf, not smaller than a bucket's, travel by themselves.
         take: Given whether they are written, and the leaves, returns what copies them, or None.
     """
 
     def __init__(self, plan: Plan, bytewise: bool) -> None:
+        self.bytewise = bytewise
         self.transfers = transfers_of(plan.views, bytewise)
         words = [len(self.transfers)]
         for members in self.transfers:
@@ -126,8 +132,7 @@ class GatheredBuffers:
                 continue
             bucket = gatherer.take(sum([plan.views[member].nbytes for member in members]))
             self._buckets.append((number, bucket))
-            alike = all(plan.views[member].dtype is first.dtype for member in members)
-            self.transfers.append(bucket.cast(first.dtype) if alike else bucket.cast(UINT8))
+            self.transfers.append(bucket.cast(UINT8 if layout.bytewise and len(members) > 1 else first.dtype))
         self.staged = bool(self._buckets)
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:

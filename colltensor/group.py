@@ -5,10 +5,16 @@ Imports no framework.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import os
+import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Final
 
 from colltensor import backends, objects
@@ -16,18 +22,24 @@ from colltensor.adapters import is_plain, note, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
 from colltensor.buffers import Buffers, TensorBuffers
-from colltensor.control import Control
+from colltensor.control import Control, lifetime
 from colltensor.devices import Devices
 from colltensor.direct import NO_OP, Direct
 from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
-from colltensor.errors import CollectiveError, OptionError, PeerLostError
+from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError
 from colltensor.multigpu import MultiGpu
-from colltensor.recipe import Recipe
+from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import CPU, ReduceOp
 
 _log: Final = logging.getLogger(__name__)
+_END_GRACE_S: Final = 1.0
+_LEAVING_S: Final = 2.0
+_GOING_S: Final = 1.0
+_PACKAGE: Final = os.path.dirname(__file__) + os.sep
+_PURE: Final = (_PACKAGE + "control" + os.sep, _PACKAGE + "rendezvous" + os.sep)
+"""What calls no native library."""
 
 
 def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
@@ -109,12 +121,13 @@ class Group:
         self._devices = Devices(name, rank, backend, control, self._engine, recipe, meeting)
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
-        self._arguments = Arguments(name, rank, world_size, backend, self._devices.backend_for)
+        self._arguments: Any = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
         self._direct: Any = None if signer is None else Direct(
             signer, self._engine, self._arguments, rank, world_size
         )
         self._trees: Any = None if self._direct is None else DirectTrees(self._direct)
+        _groups.add(self)
         self._allreduce = None if self._direct is None else self._direct.allreduce
         self._barrier = None if self._direct is None else self._direct.barrier
         _log.debug("group %r (rank %d): made of %d ranks, backend %r: %s", name, rank, world_size, self.backend, why)
@@ -161,11 +174,10 @@ class Group:
                         if noted:
                             note(tensor)
                         return tensor
-        if (
-            self._trees is not None and copy is None and not async_op
-            and self._trees.run("allreduce", op, -1, tensor, True)
-        ):
-            return tensor
+        if self._trees is not None and copy is None and not async_op:
+            done = self._trees.run("allreduce", op, -1, tensor, True, donate)
+            if done is not None:
+                return done
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         if (
             self._engine.device is not None and copy is None and not async_op and buffers.__class__ is TensorBuffers
@@ -211,7 +223,7 @@ class Group:
         write = root == self.rank
         if (
             self._trees is not None and copy is None and not async_op
-            and self._trees.run("reduce", op, root, tensor, write)
+            and self._trees.run("reduce", op, root, tensor, write) is not None
         ):
             return tensor
         buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
@@ -244,7 +256,7 @@ class Group:
         write = root != self.rank
         if (
             self._trees is not None and copy is None and not async_op
-            and self._trees.run("broadcast", NO_OP, root, tensor, write)
+            and self._trees.run("broadcast", NO_OP, root, tensor, write) is not None
         ):
             return tensor
         buffers = self._arguments.tensor("broadcast", "tensor", tensor, None, write, donate, copy, True)
@@ -605,7 +617,14 @@ class Group:
         self._allreduce = self._barrier = None  # by way of the engine, which waits
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone."""
+        """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone.
+
+        Jitted functions that were traced before follow it as well.
+
+        Raises:
+            OptionError: It is no number of seconds above 0, or infinite; nothing has changed.
+        """
+        timeout_s = timeout_of(timeout_s)
         self._engine.timeout_s = timeout_s
         if self._engine.device is not None:
             self._engine.device.set_timeout(timeout_s)
@@ -620,6 +639,10 @@ class Group:
     def lost(self, rank: int) -> PeerLostError | None:
         """Ask whether ``rank`` is still there, in any thread and whatever it does; return the error if it is not."""
         return None if self._control is None else self._control.gone("asking", [rank])
+
+    def progress(self) -> tuple[int, ...] | None:
+        """Return None while no call of host tensors runs or waits, else what changes from call to call."""
+        return self._engine.progress()
 
     def shared_memory(self) -> int:
         """Return the group's number in the native library, or -1 if it is not in shared memory."""
@@ -648,8 +671,17 @@ class Group:
         """
         if self.on_destroy is not None:
             self.on_destroy()
+        self._close("was destroyed; make it again with init_collective_group()")
+
+    def end(self) -> None:
+        """Do as ``destroy``, but keep the name, because the process ends. No call imports anything any more."""
+        self._arguments = _Ended(self.name, self.rank)
+        self._close("has ended, because its process ends")
+
+    def _close(self, how: str) -> None:
+        _groups.discard(self)
         self._devices.close()
-        self._engine.close()
+        self._engine.close(how)
         self._backend.close()
 
     def synchronize(self, gpu_id: int | None = None) -> None:
@@ -703,3 +735,76 @@ class Group:
     def __repr__(self) -> str:
         check = ", check=True" if self._recipe.check else ""
         return f"Group({self.name!r}, rank {self.rank} of {self.world_size}, backend {self.backend!r}{check})"
+
+
+class _Ended:
+    """Stands for a group's arguments once its process ends: refuses a call before anything is imported for it."""
+
+    def __init__(self, name: str, rank: int) -> None:
+        self._name = name
+        self._rank = rank
+
+    def __getattr__(self, _: str) -> Any:
+        raise GroupError(f"group '{self._name}' (rank {self._rank}) has ended, because its process ends")
+
+
+_groups: Final[weakref.WeakSet[Group]] = weakref.WeakSet()
+"""The groups that were not destroyed."""
+
+
+def _end_all() -> None:
+    """Let the process end while calls are under way: a moment for those that can end, then an error.
+
+    A thread that comes back to the interpreter after its end is unwound by the system, through frames of the native
+    libraries and of tvm-ffi that end the process with SIGABRT. So none may be in a call then. What a thread of the
+    caller's gets is of no interest any more, and is not printed.
+    """
+    groups = list(_groups)
+    deadline = time.monotonic() + _END_GRACE_S
+    while any(group.progress() for group in groups) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if groups:
+        threading.excepthook = functools.partial(_tell, threading.excepthook)
+    caught = _callers() if groups else set()
+    for group in groups:
+        try:
+            group.end()
+        except RuntimeError as error:  # the others end all the same
+            _log.debug("group %r (rank %d): does not end well: %s", group.name, group.rank, error)
+    deadline = time.monotonic() + _LEAVING_S
+    while groups and _calling() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    # Their callers may have native frames too: a backward pass of torch's, in which the error goes up.
+    deadline = time.monotonic() + _GOING_S
+    while caught & set(sys._current_frames()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def _calling() -> set[int]:
+    """Return the other threads that are in a function of this package that may call a native library."""
+    here = threading.get_ident()
+    files = {ident: frame.f_code.co_filename for ident, frame in sys._current_frames().items() if ident != here}
+    return {ident for ident, file in files.items() if file.startswith(_PACKAGE) and not file.startswith(_PURE)}
+
+
+def _callers() -> set[int]:
+    """Return the threads of others that are in a call, however deep in it."""
+    ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")}
+    found = set()
+    for ident, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        if frame is not None and ident not in ours and ident != threading.get_ident():
+            found.add(ident)
+    return found
+
+
+def _tell(hook: Callable[[Any], object], arguments: Any) -> None:
+    """Pass what ended a thread on, unless it is that its call was ended."""
+    if not isinstance(arguments.exc_value, CollectiveError):
+        hook(arguments)
+
+
+lifetime.before_end(_end_all)
+os.register_at_fork(after_in_child=_groups.clear)  # they are the parent's

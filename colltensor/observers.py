@@ -77,6 +77,8 @@ _plain: Final[list[tuple[type, str, Any]]] = []
 _heeded = False
 on_start: Final[list[Callable[[], None]]] = []
 """Called when the first observer comes: whoever reaches a group's wire without its methods must use them now."""
+on_stop: Final[list[Callable[[], None]]] = []
+"""Called when the last one has gone."""
 
 
 def add_observer(observer: Observer) -> None:
@@ -106,6 +108,8 @@ def remove_observer(observer: Observer) -> None:
         if not _observers:
             while _plain:
                 setattr(*_plain.pop())
+            for stop in on_stop:
+                stop()
 
 
 def is_observed() -> bool:

@@ -13,8 +13,11 @@ from typing import Any, Final
 from colltensor import backends
 from colltensor.backends import auto
 from colltensor.backends.base import Backend, BackendSpec
+from colltensor.errors import OptionError
 
 _log: Final = logging.getLogger(__name__)
+_LONGEST_S: Final = 1e9
+"""A timeout of more than 30 years is one of 30 years: sockets and clocks end not far beyond."""
 _hinted: Final = threading.Event()
 """Whether this process was told that shared memory could take the place of the Gloo that was asked for."""
 
@@ -82,3 +85,14 @@ class Recipe:
                 meeting.rank,
             )
         return f"{why}; all ranks are on one host, where backend='auto' would use shared memory"
+
+
+def timeout_of(timeout_s: Any) -> float:
+    """Return a timeout as a group has it.
+
+    Raises:
+        OptionError: It is no number of seconds above 0, or infinite.
+    """
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
+        raise OptionError(f"timeout_s: expected seconds, more than 0 and not infinite, got {timeout_s!r}")
+    return min(float(timeout_s), _LONGEST_S)

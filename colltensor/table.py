@@ -17,15 +17,12 @@ from colltensor import backends
 from colltensor.errors import BackendUnavailableError, GroupError, OptionError, RankError
 from colltensor.group import Group, connect, solitary
 from colltensor.observers import heed_environment
-from colltensor.recipe import Recipe
+from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Directory, Meeting, meet, open_directory
 
 _lock = threading.Lock()
 _groups: dict[str, Group | None] = {}
 """Groups by name; None while one is being made."""
-
-_LONGEST_S: Final = 1e9
-"""A timeout of more than 30 years is one of 30 years: sockets and clocks end not far beyond."""
 
 _SPELLINGS: Final = {"torch_gloo": ("gloo", "torch"), "pygloo": ("gloo", "pygloo")}
 
@@ -234,12 +231,11 @@ def _recipe(
 ) -> Recipe:
     if not isinstance(backend, str):
         raise OptionError(f"backend: expected a name, got {backend!r}")
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
-        raise OptionError(f"timeout_s: expected seconds, more than 0 and not infinite, got {timeout_s!r}")
+    seconds = timeout_of(timeout_s)
     name, provider_of_name = _SPELLINGS.get(backend.lower(), (backend.lower(), None))
     if name != "auto":
         backends.get_backend(name)
-    return Recipe(name, min(float(timeout_s), _LONGEST_S), interface, provider or provider_of_name, bool(check))
+    return Recipe(name, seconds, interface, provider or provider_of_name, bool(check))
 
 
 def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:

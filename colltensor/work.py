@@ -6,12 +6,13 @@ Imports no framework.
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, TensorError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError, TensorError
 
 if TYPE_CHECKING:
     from colltensor.backends.base import Flight
@@ -36,6 +37,13 @@ FINISHED: Final = _Always()
 """Shared by what is done when it is first seen: making an event takes longer than queuing a call on a device."""
 
 
+class Queue(Protocol):
+    """What runs operations in their order."""
+
+    def is_inside(self) -> bool:
+        """Return whether this thread runs one of them, or is at work on the queue itself."""
+
+
 class Work:
     """An operation that was issued and runs in the background. Made by ``async_op=True``.
 
@@ -54,6 +62,7 @@ class Work:
         self._result: Any = None
         self._error: BaseException | None = None
         self._callbacks: collections.deque[Callable[[BaseException | None], None]] = collections.deque()
+        self._queue: Queue | None = None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the operation is done; its own timeout bounds the wait.
@@ -63,8 +72,14 @@ class Work:
 
         Raises:
             CollectiveTimeoutError: It is not done after ``timeout_s``.
+            GroupError: This thread is inside another call of the group (in a signal's handler), which is before it.
             CollectiveError: The operation failed; the same error on every call.
         """
+        if self._queue is not None and not self._finished.is_set() and self._queue.is_inside():
+            raise GroupError(
+                f"{self._operation}: it cannot be waited for here, inside a call of the same thread and group that is "
+                "before it (from a signal's handler, a done callback or __del__); wait when that call has returned"
+            )
         if not self._finished.wait(timeout_s):
             raise CollectiveTimeoutError(
                 f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
@@ -117,7 +132,11 @@ class Work:
                 callback = self._callbacks.popleft()
             except IndexError:  # called, here or by the thread that came at the same time
                 return
-            callback(self._error)
+            try:
+                callback(self._error)
+            except Exception as error:  # noqa: BLE001 - told as what ends a thread, which has other operations to run
+                told = (type(error), error, error.__traceback__, threading.current_thread())
+                threading.excepthook(threading.ExceptHookArgs(told))
 
 
 class QueuedWork(Work):
@@ -195,6 +214,7 @@ class OperationQueue:
     Attributes:
         idle: Whether the workers have nothing to do, so that a call needs not queue behind them.
         watch: Told True when work is put, and False when the workers have nothing to do any more; or None.
+        is_in_direct_call: Whether this thread is in a call that took no turn here; or None.
     """
 
     def __init__(self, name: str) -> None:
@@ -202,13 +222,18 @@ class OperationQueue:
         self._renew()
         self._closed = False
         self.watch: Callable[[bool], None] | None = None
+        self.is_in_direct_call: Callable[[], bool] | None = None
 
     def _renew(self) -> None:
         self._turn = threading.Lock()
-        self._changed = threading.Condition(threading.Lock())
+        self._owner = 0  # the thread that has the turn, if it is the caller's
+        # A signal's handler may come back here at any moment, in the thread that has the lock.
+        self._changed = threading.Condition(threading.RLock())
+        self._putting = 0  # the thread that has the lock
         self._waiting: collections.deque[Work] = collections.deque()
         self._lanes: set[Lane] = set()  # in which a work runs
         self._workers = self._spare = 0
+        self._serving: set[int] = set()  # the workers' threads
         self.idle = True
 
     def disown(self) -> None:
@@ -217,24 +242,62 @@ class OperationQueue:
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
-        return not self._waiting and self._turn.acquire(False)
+        if self._waiting or not self._turn.acquire(False):
+            return False
+        self._owner = threading.get_ident()
+        return True
 
     def leave(self) -> None:
         """Give the turn back."""
+        self._owner = 0
         self._turn.release()
         if self._waiting or self._closed:
             with self._changed:
                 self._changed.notify_all()
 
+    def is_busy(self) -> bool:
+        """Return whether an operation runs or waits."""
+        return bool(self._waiting) or self._turn.locked()
+
+    def is_inside(self) -> bool:
+        """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
+        here = threading.get_ident()
+        if here in (self._owner, self._putting) or here in self._serving:
+            return True
+        return self.is_in_direct_call is not None and self.is_in_direct_call()
+
+    def run(self, work: Work) -> Any:
+        """Run ``work`` in a worker thread when its turn comes, and return its result.
+
+        Raises:
+            GroupError: This thread is inside a call, which goes on only when it returns there.
+        """
+        if self.is_inside():
+            raise nested(work._operation, self._name)
+        return self.put(work).result()
+
     def put(self, work: Work) -> Work:
-        """Run ``work`` in a worker thread when its turn comes."""
+        """Run ``work`` in a worker thread when its turn comes.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
+        work._queue = self
         with self._changed:
-            self.idle = False
-            if self.watch is not None:
-                self.watch(True)
-            self._waiting.append(work)
-            self._man()
-            self._changed.notify_all()
+            outer, self._putting = self._putting, threading.get_ident()
+            try:
+                self._waiting.append(work)
+                try:
+                    self._man()
+                except BaseException:
+                    self._waiting.remove(work)
+                    raise
+                self.idle = False
+                if self.watch is not None:
+                    self.watch(True)
+                self._changed.notify_all()
+            finally:
+                self._putting = outer
         return work
 
     def _man(self) -> None:
@@ -243,10 +306,17 @@ class OperationQueue:
             threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
             self._workers += 1
 
+    def tell_watch(self) -> None:
+        """Tell ``watch`` once more whether the workers have something to do."""
+        with self._changed:
+            if self.watch is not None:
+                self.watch(not self.idle)
+
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
         """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
         with self._changed:
             self._closed = True
+            self.idle = False  # nothing goes past the queue any more
             cancelled = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
@@ -276,6 +346,14 @@ class OperationQueue:
         return work
 
     def _serve(self) -> None:
+        here = threading.get_ident()
+        self._serving.add(here)
+        try:
+            self._run_works()
+        finally:
+            self._serving.discard(here)
+
+    def _run_works(self) -> None:
         work: Work | None = None
 
         def taken() -> bool:
@@ -293,7 +371,8 @@ class OperationQueue:
                 self._spare -= 1
                 if work is None:  # closed
                     return
-                self._man()
+                with contextlib.suppress(RuntimeError):  # no thread can be started: what is next waits for one of these
+                    self._man()
             work._finish()
             self._end(work)
             work = None
@@ -306,6 +385,30 @@ class OperationQueue:
             if not self._lanes:
                 self._turn.release()
             self._changed.notify_all()
-            self.idle = not self._waiting and not self._lanes
+            self.idle = not self._waiting and not self._lanes and not self._closed
             if self.idle and self.watch is not None:
                 self.watch(False)
+
+
+def nested(operation: str, group_name: str) -> GroupError:
+    """Return the error of a call from inside a call of the same thread and group."""
+    return GroupError(
+        f"{operation}: group '{group_name}': this thread is inside another call of the group, which waits (this one "
+        "came from a signal's handler, a done callback or __del__); that one goes on, call again when it has returned"
+    )
+
+
+def consequence(
+    operation: str, group_name: str, rank: int, broken: CollectiveError | None
+) -> PeerLostError | CollectiveTimeoutError | None:
+    """Return what a call fails with that was issued before ranks were lost: the same class, with the same ranks.
+
+    None where the group broke over something else.
+    """
+    if not isinstance(broken, (PeerLostError, CollectiveTimeoutError)):
+        return None
+    error = type(broken)(
+        f"{operation}: group '{group_name}' (rank {rank}): a call before it failed: {broken}", broken.ranks
+    )
+    error.__cause__ = broken
+    return error

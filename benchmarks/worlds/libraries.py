@@ -21,6 +21,9 @@ loop at the same time. The operations, with S the size in the tables, in bytes:
 The root of a rooted operation is rank i of call i, as in the Intel MPI Benchmarks: with a fixed root a library's
 ranks may run ahead of each other, and a loop would measure its queue and not the operation.
 
+Where an operation's arrays begin follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page, ``broadcast@0,16``
+rank 0's at the beginning of a page and those of the others 16 bytes into one. Without, it is ``NUMPY_PLACE``.
+
 Frameworks are imported by the library that needs them: an MPI's environment has numpy and mpi4py alone.
 """
 
@@ -29,13 +32,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import itertools
-import mmap
 import platform
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
+
+from worlds.places import NUMPY_PLACE, array_at
 
 Loop = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
@@ -97,6 +101,7 @@ class Colltensor:
 
     def loop(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of any operation."""
+        operation = operation.partition("@")[0]
         variant = operation.partition(":")[2]
         if operation in ("copyto", "memmove"):
             return _copy_loop(operation, arrays["other_block"], arrays["block"])
@@ -199,6 +204,7 @@ class Mpi:
 
     def loop(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of an operation."""
+        operation = operation.partition("@")[0]
         kind, _, variant = operation.partition(":")
         if kind != "allreduce":
             return _in_turn(self._calls(operation, arrays))
@@ -291,20 +297,24 @@ class RayCollective:
         return loop
 
 
+def kind_of(operation: str) -> str:
+    """Return an operation's name without its variant and without where its arrays lie."""
+    return operation.partition("@")[0].partition(":")[0]
+
+
 def make_arrays(operation: str, nbytes: int, rank: int, ranks: int) -> Arrays:
     """Return the operation's arrays, whose small whole numbers differ by rank, array and index."""
     count = nbytes // 4
     arrays = {}
-    for number, name in enumerate(ARRAYS[operation.partition(":")[0]]):
-        values = np.arange(count * (ranks if name.endswith("blocks") else 1), dtype=np.float32)
+    name_of, _, places = operation.partition("@")
+    places_of_ranks = [int(place) for place in places.split(",")] if places else [NUMPY_PLACE]
+    place = places_of_ranks[min(rank, len(places_of_ranks) - 1)]
+    for number, name in enumerate(ARRAYS[kind_of(operation)]):
+        of_all = count * (ranks if name.endswith("blocks") else 1)
+        values = array_at(place, of_all, small_pages=name_of.endswith(":pages"))
+        values[:] = np.arange(of_all, dtype=np.float32)
         np.remainder(values, 7, out=values)
         values += rank + 1 + 10 * number
-        if operation.endswith(":pages"):
-            memory = mmap.mmap(-1, values.nbytes)
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-            paged = np.frombuffer(memory, np.float32)
-            paged[:] = values
-            values = paged
         arrays[name] = values.reshape(ranks, count) if name.endswith("blocks") else values
     return arrays
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from worlds.rounds import Samples
-from worlds.targets import GLOO, MPI_TORCH, MPIS, OURS, OURS_LISTED, PAGED, Results, Verdict, size
+from worlds.targets import GLOO, MPI_TORCH, MPIS, OURS, OURS_AT_PAGE, OURS_LISTED, PAGED, Results, Verdict, size
 
-ALLREDUCE_COLUMNS = (OURS, "col.allreduce", *MPIS, GLOO, "ray")
+ALLREDUCE_COLUMNS = (OURS, OURS_AT_PAGE, "col.allreduce", *MPIS, GLOO, "ray")
 FRAMEWORK_COLUMNS = ("numpy", PAGED, "torch", "JAX", MPI_TORCH)
 COPY_COLUMNS = ("copyto", "memmove")
 
@@ -48,7 +48,7 @@ def allreduce_table(results: Results, ranks: int) -> str:
             f"{nbytes:,}", *(_cell(samples, name) for name in columns), speed,
             *(f"{peer / ours.median_us:.2f}" if ours and peer else "" for peer in ratios),
         ])
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def frameworks_table(results: Results, ranks: int) -> str:
@@ -64,7 +64,7 @@ def frameworks_table(results: Results, ranks: int) -> str:
             f"{nbytes:,}", *(_cell(samples, name) for name in columns), *(f"{value:+,.2f}" for value in more),
             f"{low:,.2f} to {high:,.2f}",
         ])
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def operations_table(results: Results, ranks: int, operations: Sequence[str]) -> str:
@@ -80,7 +80,7 @@ def operations_table(results: Results, ranks: int, operations: Sequence[str]) ->
             ratio = f"{peer / ours.median_us:.2f}" if ours and peer else ""
             where = "" if operation == "barrier" else size(nbytes)
             rows.append([operation, where, *(_cell(samples, name) for name in columns), ratio])
-    return _table([f"operation, {ranks} ranks", "S", *columns, "faster MPI / ours"], rows)
+    return markdown([f"operation, {ranks} ranks", "S", *columns, "faster MPI / ours"], rows)
 
 
 def limit_table(results: Results, ranks: int) -> str:
@@ -93,13 +93,13 @@ def limit_table(results: Results, ranks: int) -> str:
                 size(nbytes), name, _cell(samples, name), _cell(samples, OURS),
                 f"{samples[name].median_us / samples[OURS].median_us:.2f}",
             ] for name in copies]
-    return _table([f"size, {ranks} ranks", "copy", "copy", f"allreduce, {OURS}", "copy / ours"], rows)
+    return markdown([f"size, {ranks} ranks", "copy", "copy", f"allreduce, {OURS}", "copy / ours"], rows)
 
 
 def targets_table(verdicts: Sequence[Verdict]) -> str:
     """Return the table of the targets."""
     rows = [[v.target, v.ours, v.other, v.reached, "yes" if v.holds else "**no**"] for v in verdicts]
-    return _table(["target", "ours", "other", "reached", "holds"], rows, left=1)
+    return markdown(["target", "ours", "other", "reached", "holds"], rows, left=1)
 
 
 def write_json(path: Path, results: Results, verdicts: Sequence[Verdict], facts: dict[str, Any]) -> None:
@@ -110,6 +110,11 @@ def write_json(path: Path, results: Results, verdicts: Sequence[Verdict], facts:
     ]
     content = {**facts, "measured": measured, "targets": [asdict(verdict) for verdict in verdicts]}
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def microseconds(time_us: float) -> str:
+    """Return a time as a table has it."""
+    return f"{time_us:,.2f}" if time_us < 100 else f"{time_us:,.0f}"
 
 
 def _present(results: Results, ranks: int, table: str, columns: Sequence[str]) -> list[str]:
@@ -124,10 +129,10 @@ def _rows(results: Results, ranks: int, table: str) -> list[tuple[int, dict[str,
 def _cell(samples: dict[str, Samples], name: str) -> str:
     if name not in samples:
         return ""
-    median = samples[name].median_us
-    return f"{median:,.2f}" if median < 100 else f"{median:,.0f}"
+    return microseconds(samples[name].median_us)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
+    """Return a table in Markdown, with so many columns at its left side that are text."""
     rule = "| --- " * left + "| ---: " * (len(head) - left) + "|"
     return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])

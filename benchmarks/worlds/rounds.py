@@ -7,7 +7,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from worlds.libraries import ROOTED
+from worlds.libraries import ROOTED, kind_of
 from worlds.world import World, WorldError
 
 MOST_CALLS = 50_000
@@ -88,7 +88,7 @@ def _prepare(worlds: dict[str, World], contestants: list[Contestant], nbytes: in
     sums: dict[str, tuple[str, object]] = {}
     for contestant in contestants:
         found = worlds[contestant.world].ask("prepare", contestant.operation, nbytes)
-        operation = contestant.operation.partition(":")[0]
+        operation = kind_of(contestant.operation)
         other, expected = sums.setdefault(operation, (contestant.label, found))
         if found != expected:
             raise WorldError(f"{operation}, {nbytes} bytes: {contestant.label} and {other} computed different results")
@@ -100,7 +100,7 @@ def _calibrate(world: World, contestant: Contestant, round_s: float) -> tuple[in
     for _ in range(3):
         seconds = max(world.ask("run", contestant.operation, 1, calls)) / calls
         calls = max(1, min(MOST_CALLS, round(round_s / seconds)))
-    if contestant.operation.partition(":")[0] in ROOTED:
+    if kind_of(contestant.operation) in ROOTED:
         calls = math.ceil(calls / world.ranks) * world.ranks  # every rank is the root equally often
     print(f"    {contestant.label}: about {seconds * 1e6:,.1f} us, rounds of {calls}", file=sys.stderr)
     return math.ceil(calls / 2), calls

@@ -9,6 +9,7 @@ from worlds.rounds import Samples
 KI, MI = 1 << 10, 1 << 20
 OURS = "colltensor"
 GLOO = "torch Gloo"
+OURS_AT_PAGE = "colltensor, page"
 OURS_LISTED = "colltensor, lists"
 PAGED = "numpy, 4 KiB pages"
 MPIS = ("Open MPI", "MPICH")

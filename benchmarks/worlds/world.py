@@ -54,12 +54,16 @@ class Kind:
         library: What its ranks load; see ``worlds.rank``.
         python: The interpreter of its ranks.
         needs: Modules that must be installed in the coordinator's own environment.
+        environment: Variables of its ranks.
+        folder: Where its ranks start, and so which checkout's package they import; None where the coordinator did.
     """
 
     name: str
     library: str
     python: str = sys.executable
     needs: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    folder: str | None = None
 
     def lacking(self) -> str | None:
         """Return why it cannot be started here, or None."""
@@ -110,13 +114,14 @@ class World:
         self.ranks = settings.ranks
         self._log = Path(settings.folder) / f"{kind.name}.log"
         path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **dict(kind.environment)}
         self._processes: list[subprocess.Popen[bytes]] = []
         with self._log.open("wb") as log:
             for command in kind.commands(settings):
                 # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends them in order.
                 self._processes.append(subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    command, env=environment, cwd=kind.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True,
                 ))
 
     @property

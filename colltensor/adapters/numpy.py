@@ -90,6 +90,9 @@ class HostMemory:
     def copy(self, target: BufferView, source: BufferView) -> None:
         if not target.count:
             return
+        if target.strides is None and source.strides is None and target.dtype == source.dtype:
+            ctypes.memmove(target.pointer, source.pointer, target.nbytes)  # numpy's arrays over it take 3 us to make
+            return
         to, of = host_array(target), host_array(source)
         if source.strides is None:
             to[...] = of.reshape(target.shape)

@@ -324,8 +324,14 @@ class SigningBackend(Backend, Protocol):
     def set_timeout(self, timeout_s: float) -> None:
         """Let direct calls wait so long for other ranks: ``direct`` returns other functions afterwards."""
 
-    def hold(self, deadline: float) -> None:
-        """Take the turn for one call, waiting for a direct call of another thread."""
+    def hold(self, deadline: float) -> bool:
+        """Take the turn for one call, waiting for another thread's direct call; False if this thread has begun one."""
+
+    def is_inside(self) -> bool:
+        """Return whether this thread is in a direct call, whose wait runs Python code now."""
+
+    def is_pending(self) -> bool:
+        """Return whether this thread is between the two steps of a direct call, or was interrupted there."""
 
     def release(self) -> None:
         """Give the turn back."""
@@ -335,6 +341,9 @@ class SigningBackend(Backend, Protocol):
 
     def part(self, source: int, destination: int) -> None:
         """Give it back after the transfer from ``source`` to ``destination``."""
+
+    def progress(self) -> int:
+        """Return -1 while no call runs, else a number that grows from call to call."""
 
     def calls(self) -> int:
         """Return how many collectives this rank has taken part in."""
@@ -401,6 +410,18 @@ class SigningBackend(Backend, Protocol):
             root: The root, -1 for none.
             plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.leaves_hash``), then of each
                 leaf the number of its dtype and its count. Copied.
+        """
+
+    def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
+        """Return a function that makes an allreduce of the leaves of a tree that their framework never changes.
+
+        It is given the address of their addresses, and a function to call once the ranks agree, which makes the
+        results' memory, with the same contents, and returns the address of its addresses. All are contiguous host
+        memory. It returns and raises what that of ``claiming`` does.
+
+        Args:
+            op: The reduce op.
+            plan: As in ``tree``.
         """
 
     def exports(self, tensors: Sequence[Any]) -> bool:

@@ -211,6 +211,10 @@ class Control:
         """Return how many agreements of a lane this rank has started with ``peer``."""
         return self._lookout.pairs.get(pair_key(peer, lane), 0)
 
+    def pairs(self) -> int:
+        """Return how many agreements with single other ranks this rank has started."""
+        return sum(list(self._lookout.pairs.values()))
+
     def cross(self, source: int, destination: int, operation: str | None) -> None:
         """Note, for those who ask, a transfer that runs in a thread of its own; None at its end."""
         if operation is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -24,7 +25,13 @@ class Mortal(Protocol):
 _open: set[Mortal] = set()
 _first: set[Mortal] = set()
 """Those of them that are told before the others."""
+_ends: list[Callable[[], None]] = []
 _finalized: set[int] = set()
+
+
+def before_end(call: Callable[[], None]) -> None:
+    """Have ``call`` called when the process ends, before anybody is told; not in a forked child that makes nothing."""
+    _ends.append(call)
 
 
 def watch(mortal: Mortal, first: bool = False) -> None:
@@ -46,6 +53,8 @@ def forget(mortal: Mortal) -> None:
 
 
 def _close_all() -> None:
+    for call in _ends:
+        call()
     for mortal in [*_first, *(_open - _first)]:
         mortal.close()
 

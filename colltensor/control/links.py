@@ -273,9 +273,11 @@ def in_parallel(peers: Iterable[int], call: Callable[[int], None], until: float,
                 call(waiting.popleft())
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(width, len(waiting)))]
-    with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends
+    try:
         for thread in threads:
             thread.start()
+    except RuntimeError:  # there are too many, or the interpreter ends: this one does what is left
+        work()
     for thread in threads:
         if thread.ident is not None:
             thread.join(max(0.0, until - time.monotonic()))

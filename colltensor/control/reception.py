@@ -76,7 +76,11 @@ class Reception:
                 continue
             try:
                 sock, _ = self._meeting.listener.accept()
-                threading.Thread(target=self._receive, args=(sock,), daemon=True).start()
+                try:
+                    threading.Thread(target=self._receive, args=(sock,), daemon=True).start()
+                except RuntimeError:
+                    sock.close()
+                    raise
             except (OSError, RuntimeError) as error:
                 # Out of descriptors or threads: what is open now will end soon.
                 self._places.release()

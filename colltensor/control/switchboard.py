@@ -88,7 +88,11 @@ class Switchboard:
         """Start to receive links and to answer questions."""
         lifetime.watch(self)
         if self._meeting.world_size > 1:
-            self._reception = Reception(self._meeting, self)
+            try:
+                self._reception = Reception(self._meeting, self)
+            except RuntimeError:  # no thread can be started
+                self.close()
+                raise
 
     @property
     def failure(self) -> Failure | None:
@@ -401,9 +405,12 @@ class Switchboard:
             until = time.monotonic() + SILENCE_S
             links.in_parallel(peers, lambda peer: links.tell(self._meeting, peer, failure, until), until)
 
-        with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends
-            thread = threading.Thread(target=spread, name=f"colltensor-{self._meeting.group_name}-failure")
+        thread = threading.Thread(target=spread, name=f"colltensor-{self._meeting.group_name}-failure")
+        try:
             thread.start()
+        except RuntimeError:  # there are too many, or the interpreter ends: told here, which takes a second at most
+            spread()
+        else:
             self._spreading = thread
             thread.join(_HEARD_S)  # whoever ends its process at the error would be missed in place of what it found out
 

@@ -5,10 +5,14 @@ A computation holds a group's number, never a pointer: it may be called when the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import itertools
+import logging
+import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Final
@@ -17,6 +21,7 @@ import jax
 
 from colltensor import observers
 from colltensor.backends.shm import library
+from colltensor.control import lifetime
 from colltensor.errors import GroupError
 from colltensor.group import Group
 
@@ -24,8 +29,16 @@ _numbers: Final[weakref.WeakKeyDictionary[Group, int]] = weakref.WeakKeyDictiona
 _groups: Final[weakref.WeakValueDictionary[int, Group]] = weakref.WeakValueDictionary()
 _count: Final = itertools.count(1)
 _lock: Final = threading.Lock()
+_log: Final = logging.getLogger(__name__)
 _here: Final = threading.local()
 """``inside`` is True in a thread that runs a collective for XLA: it must not wait for XLA."""
+_END_GRACE_S: Final = 1.0
+_JOIN_S: Final = 5.0
+_ending: Final = threading.Event()
+"""Set when the process ends, before JAX waits for its computations: its handlers are older than this module's."""
+atexit.register(_ending.set)
+_watchers: Final[list[threading.Thread]] = []
+_ended: Final = threading.Event()
 
 
 def number_of(group: Group) -> int:
@@ -38,7 +51,50 @@ def number_of(group: Group) -> int:
             defer = functools.partial(_defer, group.shared_memory())
             group.follow(_wait, defer)
             defer(False)
+            _watch_the_end(group)
     return number
+
+
+def _watch_the_end(group: Group) -> None:
+    """See that JAX, which waits at the end of the process for its computations, waits for no rank that does not call.
+
+    In a thread of its own, made here: while the process ends no thread can be started.
+    """
+    if not _watchers:
+        thread = threading.Thread(target=_end_late_calls, name="colltensor end of jit", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads: the groups' timeouts bound the wait
+            _log.debug(
+                "group %r (rank %d): the end of this process will wait for jitted collectives under way: %s",
+                group.name, group.rank, error,
+            )
+        else:
+            _watchers.append(thread)
+
+
+def _end_late_calls() -> None:
+    _ending.wait()
+    seen: dict[Group, tuple[object, float]] = {}
+    while not _ended.wait(0.05):
+        now = time.monotonic()
+        for group in list(_numbers):
+            progress = group.progress()
+            if progress is None or seen.get(group, (None, 0.0))[0] != progress:
+                seen[group] = progress, now
+            elif now - seen[group][1] > _END_GRACE_S:
+                group.end()
+
+
+def _stop_watching() -> None:
+    """End the thread while it still can come back from the native library."""
+    _ending.set()
+    _ended.set()
+    for thread in _watchers:
+        thread.join(_JOIN_S)
+
+
+lifetime.before_end(_stop_watching)
 
 
 def group_of(number: int) -> Group:
@@ -58,7 +114,7 @@ def group_of(number: int) -> Group:
 
 def _wait() -> None:
     """Wait for the jitted collectives that this thread has started. A failed one raises where its result is read."""
-    if getattr(_here, "inside", False):
+    if getattr(_here, "inside", False) or library.load().shm_jax_inside():
         return
     try:
         jax.effects_barrier()
@@ -83,15 +139,20 @@ def _defer(handle: int, on: bool) -> None:
 
 
 def _defer_all() -> None:
-    """Let the jitted calls of all groups go through their methods, where they are observed.
-
-    When nobody observes any more, they do so until the group's next asynchronous eager calls are done.
-    """
+    """Let the jitted calls of all groups go through their methods, where they are observed."""
     for group in list(_numbers):
         _defer(group.shared_memory(), True)
 
 
+def _end_deferring() -> None:
+    """Let them go straight to shared memory again, but behind asynchronous calls under way."""
+    for group in list(_numbers):
+        group._queue.tell_watch()
+
+
 observers.on_start.append(_defer_all)
+observers.on_stop.append(_end_deferring)
+os.register_at_fork(after_in_child=_watchers.clear)  # the thread is the parent's
 
 
 @contextlib.contextmanager

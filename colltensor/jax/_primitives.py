@@ -46,9 +46,8 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
                 return _order.lower_to_nothing(context, x)
             elements.require(name or operation, dtype, None if op == NO_OP else ReduceOp(op))
         numbers = {
-            "handle": group.shared_memory(), "timeout_ns": int(group.timeout_s * 1e9), "number": number,
-            "dtype": dtype.code, "itemsize": dtype.itemsize, "operation": DIRECT[operation], "op": op, "root": root,
-            "source": source,
+            "handle": group.shared_memory(), "number": number, "dtype": dtype.code, "itemsize": dtype.itemsize,
+            "operation": DIRECT[operation], "op": op, "root": root, "source": source,
         }
         aliased = operation in ("allreduce", "reduce", "broadcast") or (operation == "transfer" and name != "sendrecv")
         attributes = {key: np.int64(value) for key, value in numbers.items()}

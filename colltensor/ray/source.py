@@ -46,7 +46,11 @@ class Source:
         self._group_name = group_name(self.endpoint.who)
         self._is_closed = False
         lifetime.watch(self)
-        threading.Thread(target=self._accept, name="colltensor-source", daemon=True).start()
+        try:
+            threading.Thread(target=self._accept, name="colltensor-source", daemon=True).start()
+        except RuntimeError:
+            self.close()
+            raise
 
     def keep(self, obj_id: str, arrays: Sequence[Any]) -> None:
         """Hold the arrays of an object until ``drop``."""
@@ -88,7 +92,11 @@ class Source:
                 _LOG.warning("group %r (rank %d): cannot accept a receiver: %s", self._group_name, 0, error)
                 time.sleep(0.1)  # no descriptors left, perhaps: some may be freed
                 continue
-            threading.Thread(target=self._serve, args=(sock,), name="colltensor-sender", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(sock,), name="colltensor-sender", daemon=True).start()
+            except RuntimeError as error:  # that receiver fails; the next may find fewer threads
+                _LOG.warning("group %r (rank %d): cannot serve a receiver: %s", self._group_name, 0, error)
+                sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         """Answer one receiver until it goes. What fails here fails there too; this process goes on."""

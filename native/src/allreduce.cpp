@@ -10,7 +10,6 @@
 // machine's slower state 260/250/240 for 4 MiB, 1070/1020/1020, 5590/5440/5260. 4 ranks: 228/144/137 to 116/156/100,
 // 563/479/444, 3500/2490/2500, 10670/10030/11940. 3 ranks, 128 and 512: 102/92, 420/340.
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "colltensor/exchange.h"
@@ -56,7 +55,8 @@ class Blocks {
   template <class Where>
   void combine(std::size_t block, Reduction reduction, Where where) const {
     const auto [low, high] = slice(block, rank_);
-    const std::size_t piece = kPieceNbytes / item_;
+    // Of a strided view more rows at once, whose elements share cache lines.
+    const std::size_t piece = data_.strided() ? slice_ : kPieceNbytes / item_;
     const void* sources[kMaxRanks];
     for (std::size_t start = low; start < high; start += piece) {
       const std::size_t n = std::min(piece, high - start);
@@ -66,7 +66,7 @@ class Blocks {
       if (char* own = data_.straight(element, n)) {
         sources[rank_] = own;
         reduction(own, sources, world_size_, n);
-        std::memcpy(staged, own, n * item_);
+        copy(staged, own, n * item_);
       } else {
         data_.read(element, n, staged);
         reduction(staged, sources, world_size_, n);
@@ -143,10 +143,14 @@ Outcome Group::allreduce_reading(const View& data, std::size_t count, std::size_
   return Outcome::kDone;
 }
 
-Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype, Reduction reduction,
+Outcome Group::allreduce_blocks(const View& given, std::size_t count, DType dtype, Reduction reduction,
                                 const Signature& signature, std::int64_t deadline_ns) {
   Outcome outcome = enter();
   if (outcome != Outcome::kDone) return outcome;
+  // Where the elements of all ranks lie in one order without gaps, that is the order in which they are combined. Each
+  // rank begins as if it were so; but for one whose memory may be elsewhere, and lie otherwise, once they agree.
+  const std::uint64_t order = hooks_.agreed == nullptr ? given.order() : 0;
+  View data = order == 0 ? given : given.straightened();
   const Blocks blocks(data, count, item_size(dtype), rank_, world_size_, chunk_nbytes_);
   const std::size_t depth = 2 * half_nbytes_ / chunk_nbytes_;
   const std::uint32_t first = done_ + 1;
@@ -171,6 +175,7 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
 
   Choice* const choice = allreduce_choice(count * item_size(dtype));
   const bool reads = choice != nullptr && choice->reads();
+  own_post().order() = order;
   std::int64_t copied_ns = 0;  // of staging's time, what passes before the ranks agree
   if (choice != nullptr) std::copy_n(choice->best(), Choice::kWays, own_post().times());
   if (reads) {
@@ -186,12 +191,15 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
   if (outcome != Outcome::kDone) return outcome;
   settle(choice);
   const std::int64_t began_ns = now_ns();
-  if (reads && all_readable()) {
+  bool alike = true;
+  for (int rank : others_) alike = alike && layout_.post(rank, parity()).order() == order;
+  if (order == 0 || !alike) data = given;  // which may have moved
+  if (reads && alike && all_readable()) {
     outcome = allreduce_reading(data, count, item_size(dtype), reduction, first, deadline_ns);
     if (outcome == Outcome::kDone) choice->note(Choice::kRead, now_ns() - began_ns, count * item_size(dtype));
     return outcome;
   }
-  if (reads) {
+  if (reads || !alike) {
     arrival = first + 1;
     if (!is_free(parity())) return outcome;
     blocks.copy_in(0, where(rank_, 0));

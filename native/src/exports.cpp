@@ -20,7 +20,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 10;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 11;  // grows with every change that Python must know of
 
 bool signalled() { return !InsideXla::inside && TVMFFIEnvCheckSignals() != 0; }
 
@@ -113,6 +113,24 @@ std::int64_t hold(std::int64_t handle, std::int64_t deadline_ns) {
 }
 void release(std::int64_t handle) { release_member(handle); }
 
+// Whether the calling thread is in a call of the group, and was asked something in it.
+bool inside(std::int64_t handle) {
+  const Guest group(handle);
+  return group && group->asking();
+}
+
+// Whether the calling thread has left a call pending.
+bool pending(std::int64_t handle) {
+  const Guest group(handle);
+  return group && group->pending();
+}
+
+// Lets calls that begin from now on, and are not given a deadline, wait so long.
+void set_timeout(std::int64_t handle, std::int64_t timeout_ns) {
+  const Guest group(handle);
+  if (group) group->set_timeout(timeout_ns);
+}
+
 // Runs a request; the caller holds the turn. `agreed` is called before this rank's memory is written.
 std::int64_t run(std::int64_t handle, std::int64_t request, std::int64_t deadline_ns,
                  ffi::Optional<ffi::Function> agreed) {
@@ -133,6 +151,13 @@ std::int64_t calls(std::int64_t handle) {
 std::int64_t transfers(std::int64_t handle, std::int64_t source, std::int64_t destination) {
   const Guest group(handle);
   return !group ? 0 : group->transfers(static_cast<int>(source), static_cast<int>(destination));
+}
+
+// -1 while no call runs, else a number that grows from call to call.
+std::int64_t progress(std::int64_t handle) {
+  if (!is_busy(handle)) return -1;
+  const Guest group(handle);
+  return !group ? -1 : group->progress();
 }
 
 // Why the group is broken: [kind, rank that found it, 4 words of the ranks concerned], at `report`.
@@ -177,8 +202,12 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_allow_reading, colltensor::allow_reading)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_run, colltensor::run)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hold, colltensor::hold)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_release, colltensor::release)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_inside, colltensor::inside)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_pending, colltensor::pending)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_set_timeout, colltensor::set_timeout)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_calls, colltensor::calls)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_transfers, colltensor::transfers)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_progress, colltensor::progress)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_failure, colltensor::failure)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_fail, colltensor::fail)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_instructions, colltensor::instructions)

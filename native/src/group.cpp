@@ -121,7 +121,10 @@ Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int
     ++calls_;
     return Outcome::kMismatch;
   }
-  if (hooks_.agreed != nullptr) hooks_.agreed(hooks_.agreed_context);
+  if (hooks_.agreed != nullptr) {
+    const Asking asking(*this);
+    hooks_.agreed(hooks_.agreed_context);
+  }
   return Outcome::kDone;
 }
 

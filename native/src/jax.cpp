@@ -24,7 +24,7 @@ namespace ffi = tvm::ffi;
 // One call: the group's handle in the registry, -1 if it is in no shared memory; the group's number in Python; a code
 // of ColTensor's dtypes. The result has the elements of the operand already where XLA gave both one memory.
 struct JaxCall {
-  std::int64_t handle, timeout_ns, number, dtype;
+  std::int64_t handle, number, dtype;
   DirectCall call;
   char *given, *result;
   std::size_t given_nbytes, result_nbytes;
@@ -57,6 +57,9 @@ std::vector<View> views_of(const JaxCall& call, DType dtype, std::size_t& count)
 std::atomic<bool> deferred[4096];
 
 std::atomic<bool>& deferred_at(std::int64_t handle) { return deferred[static_cast<std::size_t>(handle) % 4096]; }
+
+// Whether this thread runs a collective of a computation: it must not wait for computations.
+bool inside() { return InsideXla::inside; }
 
 void defer(std::int64_t handle, bool on) { deferred_at(handle).store(on, std::memory_order_release); }
 
@@ -91,7 +94,7 @@ std::int64_t run(const JaxCall& call) {
   std::int64_t detail = 0;
   const InsideXla inside;
   const Outcome outcome =
-      run_direct(*group, call.call, views.data(), count, dtype, now_ns() + call.timeout_ns, detail);
+      run_direct(*group, call.call, views.data(), count, dtype, now_ns() + group->timeout_ns(), detail);
   return static_cast<std::int64_t>(outcome) | detail << 8;
 }
 
@@ -154,11 +157,11 @@ constexpr std::int32_t kXlaUInt8 = 6, kXlaInt64 = 5, kXlaToken = 17, kXlaScalar 
 // ever (0.1.3 never clears its list of them), 16 bytes each.
 thread_local const XlaAttributes* attributes_here = nullptr;
 
-enum Attribute { kDType, kHandle, kItemSize, kNumber, kOp, kOperation, kRoot, kSource, kTimeout, kAttributes };
+enum Attribute { kDType, kHandle, kItemSize, kNumber, kOp, kOperation, kRoot, kSource, kAttributes };
 
 // In the order in which XLA has them, which is that of their names.
-constexpr const char* kAttributeNames[kAttributes] = {"dtype",     "handle", "itemsize", "number",    "op",
-                                                      "operation", "root",   "source",   "timeout_ns"};
+constexpr const char* kAttributeNames[kAttributes] = {"dtype", "handle",    "itemsize", "number",
+                                                      "op",    "operation", "root",     "source"};
 
 using Numbers = std::array<std::int64_t, kAttributes>;
 
@@ -190,12 +193,12 @@ ffi::Function target(ffi::Function settle) {
                                                                 ffi::Any*) {
     const Numbers n = numbers_here();
     const auto given = arguments[0].cast<ffi::TensorView>(), result = arguments[1].cast<ffi::TensorView>();
-    const JaxCall call{n[kHandle], n[kTimeout], n[kNumber], n[kDType],
+    const JaxCall call{n[kHandle], n[kNumber], n[kDType],
                        {static_cast<Operation>(n[kOperation]), n[kOp], static_cast<int>(n[kRoot]),
                         static_cast<int>(n[kSource])},
                        address_of(given), address_of(result), nbytes_of(given, n), nbytes_of(result, n)};
     if (copies_first(call.call) && call.given != call.result && call.given_nbytes != 0) {
-      std::memcpy(call.result, call.given, call.given_nbytes);
+      copy(call.result, call.given, call.given_nbytes);
     }
     const std::int64_t code = run(call);
     if (code == 0) return;
@@ -275,5 +278,6 @@ std::int64_t wrap(std::int64_t handler, bool on_device) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_target, colltensor::target)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_device_target, colltensor::device_target)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_inside, colltensor::inside)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_defer, colltensor::defer)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_jax_without_token, colltensor::wrap)

@@ -13,6 +13,7 @@ namespace colltensor {
 namespace {
 
 constexpr std::size_t kPieceNbytes = std::size_t{1} << 20;  // between two looks at what else happens
+constexpr std::size_t kAsideNbytes = (std::size_t{128} << 10) + CopyWay::kPage;  // stays in the second-level cache
 
 // Reads `nbytes` of a process's memory; false where it does not let us.
 bool read_process(int pid, std::uint64_t address, void* to, std::size_t nbytes) {
@@ -39,6 +40,10 @@ bool is_readable(const char* data, std::size_t nbytes) {
 }
 
 }  // namespace
+
+CopyWay kernel_way([](void* to, const void* from, std::size_t nbytes) {
+  read_process(getpid(), reinterpret_cast<std::uint64_t>(from), to, nbytes);
+});
 
 bool Group::try_reading(const std::int32_t* pids) {
   pids_.assign(pids, pids + world_size_);
@@ -98,12 +103,27 @@ bool Group::all_readable() const {
   return true;
 }
 
+// Where the kernel's copies are uneven, to the same place in a page as the memory that is read has, and then on.
+bool Group::read_piece(int pid, std::uint64_t address, char* to, std::size_t nbytes) {
+  if (nbytes < kLargeCopyNbytes || kernel_way.suits(to, reinterpret_cast<const void*>(address))) {
+    return read_process(pid, address, to, nbytes);
+  }
+  if (aside_ == nullptr) aside_.reset(static_cast<char*>(std::aligned_alloc(CopyWay::kPage, kAsideNbytes)));
+  char* const aside = aside_.get() + address % CopyWay::kPage;
+  for (std::size_t start = 0, n; start < nbytes; start += n) {
+    n = std::min(kAsideNbytes - CopyWay::kPage, nbytes - start);
+    if (!read_process(pid, address + start, aside, n)) return false;
+    copy(to + start, aside, n);
+  }
+  return true;
+}
+
 Outcome Group::read(int rank, std::uint64_t address, void* to, std::size_t nbytes) {
   char* target = static_cast<char*>(to);
   for (std::size_t start = 0; start < nbytes; start += kPieceNbytes) {
     if (closing_.load(std::memory_order_acquire)) return Outcome::kClosed;
     if (layout_.failure().state.load(std::memory_order_acquire) != 0) return Outcome::kFailed;
-    if (!read_process(pids_[rank], address + start, target + start, std::min(kPieceNbytes, nbytes - start))) {
+    if (!read_piece(pids_[rank], address + start, target + start, std::min(kPieceNbytes, nbytes - start))) {
       RankSet whose;
       whose.add(rank);
       fail(lost_ranks().has(rank) || errno == ESRCH ? Failure::kLost : Failure::kUnreadable, whose);

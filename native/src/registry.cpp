@@ -103,13 +103,17 @@ Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns, bool (*signal
     Turn turn(handle);
     if (turn.outcome() == Outcome::kDone) turn.keep();
     if (turn.outcome() != Outcome::kBusy || now_ns() >= deadline_ns) return turn.outcome();
-    if (const Guest group(handle); group && group->pending()) return Outcome::kBusy;
+    if (const Guest group(handle); group && (group->pending() || group->asking())) return Outcome::kInside;
     if (looks % kLooksPerSignal == 0 && signalled != nullptr && signalled()) return Outcome::kSignalled;
     std::this_thread::sleep_for(std::chrono::microseconds(kLookUs));
   }
 }
 
 void release_member(std::int64_t handle) { slot_of(handle).state.fetch_and(~kBusy, std::memory_order_release); }
+
+bool is_busy(std::int64_t handle) {
+  return handle >= 0 && slot_of(handle).state.load(std::memory_order_acquire) == (use_of(handle) | kBusy);
+}
 
 Group* held_member(std::int64_t handle) {
   if (handle < 0) return nullptr;

@@ -45,11 +45,13 @@ class Turn {
   Outcome outcome_;
 };
 
-// Takes the turn for longer than one call, waiting for a thread that has it: kDone, kClosed, or kBusy at the deadline,
-// and at once where it is this thread itself that has left a call pending. kSignalled if `signalled`, which is asked
-// every 50 ms, says so.
+// Takes the turn for longer than one call, waiting for a thread that has it: kDone, kClosed, or kBusy at the deadline;
+// kInside at once where this thread itself is in a call or has left one pending. kSignalled if `signalled`, which is asked every 50 ms, says so.
 Outcome hold_member(std::int64_t handle, std::int64_t deadline_ns, bool (*signalled)() = nullptr);
 void release_member(std::int64_t handle);
+
+// Whether a thread has the turn.
+bool is_busy(std::int64_t handle);
 
 // The group, whose turn the calling thread has as long as its pending call is not resumed; null if it has none.
 Group* claim_member(std::int64_t handle);

@@ -168,6 +168,7 @@ Outcome Group::look_around(const Condition& condition, std::int64_t deadline_ns,
     fail(lost.empty() ? Failure::kLeft : Failure::kLost, lost.empty() ? gone : lost);
     return Outcome::kFailed;
   }
+  const Asking asking(*this);
   if (hooks_.signalled != nullptr && hooks_.signalled()) return Outcome::kSignalled;
   if (hooks_.stop != nullptr && now >= next_stop_ns) {
     next_stop_ns = now + kStopNs;

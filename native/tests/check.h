@@ -47,8 +47,9 @@ class SharedMemory {
 
 Hooks counting_hooks();  // count naps, and end the waits of signalled_rank
 
-// choices.cpp, kernels.cpp, failures.cpp, processes.cpp
+// choices.cpp, copies.cpp, kernels.cpp, failures.cpp, processes.cpp
 void test_choices();
+void test_copies();
 void test_kernels();
 void test_failures();
 void test_processes(unsigned seed);

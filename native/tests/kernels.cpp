@@ -82,26 +82,9 @@ void check_set(const char* set) {
   }
 }
 
-// Streaming stores, from and to addresses of any alignment: what is written, and nothing around it.
-void check_streamed_writes() {
-  constexpr std::size_t kEdge = 64;
-  for (std::size_t nbytes : {0, 1, 4095, 4096, 4097, 4159, 5000, 70000}) {
-    for (std::size_t to : {0, 1, 15, 16, 63}) {
-      for (std::size_t from : {0, 3, 16}) {
-        const Bytes source = elements(DType::kUInt8, from + nbytes, static_cast<std::uint32_t>(nbytes + to));
-        Bytes memory(kEdge + to + nbytes + kEdge, 'x'), wanted = memory;
-        std::copy_n(source.begin() + from, nbytes, wanted.begin() + kEdge + to);
-        View(memory.data() + kEdge + to, 1).write(0, nbytes, source.data() + from, Store::kStreamed);
-        expect(memory == wanted, "%zu streamed bytes, %zu and %zu bytes off", nbytes, to, from);
-      }
-    }
-  }
-}
-
 }  // namespace
 
 void test_kernels() {
-  check_streamed_writes();
   const std::string best = instruction_set();
   int ran = 0;
   for (const char* set : {"portable", "neon", "avx2", "avx512"}) {

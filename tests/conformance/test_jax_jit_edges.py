@@ -307,8 +307,8 @@ def test_a_call_without_its_attributes_is_an_error() -> None:
         import jax, jax.numpy as jnp, numpy as np
         import colltensor as col, colltensor.jax as cj
         cj.allreduce(jnp.ones(3), col.init_collective_group(1, 0))
-        names = ("dtype", "handle", "itemsize", "number", "op", "operation", "root", "source", "timeout")
-        for given in (names[:0], names[:8], names):
+        names = ("dtype", "handle", "itemsize", "number", "op", "operation", "root", "sources")
+        for given in (names[:0], names[:7], names):
             call = jax.ffi.ffi_call("colltensor", jax.ShapeDtypeStruct((3,), jnp.float32))
             try:
                 print(call(jnp.ones(3), **{name: np.int64(1) for name in given}))
@@ -316,4 +316,4 @@ def test_a_call_without_its_attributes_is_an_error() -> None:
                 print(str(error).splitlines()[0])
     """)
     assert found.count("without its attribute dtype") == 2
-    assert found.count("without its attribute timeout_ns") == 1
+    assert found.count("without its attribute source") == 1

@@ -257,6 +257,7 @@ group.split(0)
 
 
 @pytest.mark.gloo
+@pytest.mark.needs("torch")  # whose Gloo is there without the native library
 def test_a_plain_script_shows_the_warning(tmp_path: Path) -> None:
     """Once, where nobody configured logging."""
     gloo, missing = gloo_library.path(), tmp_path / "lib" / "libcolltensor.so"

@@ -378,6 +378,49 @@ def test_a_call_that_was_left_between_its_steps(pool: RankPool) -> None:
         pytest.skip("the ranks share a core, where a call has one step")
 
 
+def call_between_steps(rank: int, size: int, name: str) -> bool:
+    """A signal's handler that calls between the steps of a call is refused, and the call goes on."""
+    with own_group(rank, size, name) as group:
+        if not has_steps(group):
+            return False
+        data = np.ones(3)
+        if rank == 0:
+            steps = group._direct.allreduce[col.ReduceOp.SUM]
+            finish, refused = steps.finish, []
+
+            class Steps:
+                function = steps.function
+
+                def finish(self, tensors: Any, code: int) -> bool:
+                    signal.raise_signal(signal.SIGUSR2)
+                    return bool(finish(tensors, code))
+
+            def handle(*_: Any) -> None:
+                with pytest.raises(col.GroupError, match="inside another call"):
+                    group.barrier()
+                refused.append(True)
+
+            previous = signal.signal(signal.SIGUSR2, handle)
+            group._allreduce = [Steps()]
+            try:
+                group.allreduce(data)
+            finally:
+                signal.signal(signal.SIGUSR2, previous)
+                group._allreduce = group._direct.allreduce
+            assert refused == [True]
+        else:
+            time.sleep(0.3)
+            group.allreduce(data)
+        assert (data == size).all()
+        group.barrier()
+    return True
+
+
+def test_a_handler_that_calls_between_the_steps_of_a_call(pool: RankPool) -> None:
+    if not all(pool.run(2, call_between_steps, fresh())):
+        pytest.skip("the ranks share a core, where a call has one step")
+
+
 def raising_after_the_call(rank: int, size: int, name: str, operation: str) -> None:
     """A handler's ValueError that comes when the call is done is not taken for a tensor that cannot be exported."""
     with own_group(rank, size, name) as group:

@@ -127,7 +127,7 @@ class TestHostMemory:
         values = (raw % 2 == 1)[:24] if dtype == "bool" else raw.view(kind)
         spread = np.zeros((8, 6), kind)
         for one, other in ((values.reshape(4, 6), spread[::2]), (values.reshape(4, 6).T, spread[::-2, :]),
-                           (values[::-1], spread[:4, :])):
+                           (values[::-1], spread[:4, :]), (values.reshape(6, 4), spread[4:])):
             memory_of("cpu").copy(target(other), source(one))
             assert np.ascontiguousarray(other).tobytes() == np.ascontiguousarray(one).tobytes()
         assert spread[4:].any() or dtype == "bool"

@@ -37,9 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "direct": {*VALUES, "adapters", "backends", "arguments", "engine"},
     "tree_plans": {*VALUES, "adapters", "buffers", "tree"},
     "gathered": {*VALUES, "adapters", "backends", "buffers", "tree_plans"},
-    "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree_plans"},
+    "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree", "tree_plans"},
     "multigpu": {*VALUES, "backends", "buffers", "arguments", "engine"},
-    "recipe": {"backends"},
+    "recipe": {"errors", "backends"},
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",

@@ -217,7 +217,7 @@ def test_every_collective_of_a_group_can_be_observed() -> None:
     """A new method of Group or MultiGpu must get its line, or say here that it is none."""
     others = {
         "broadcast_object", "allgather_object",  # seen in _exchange
-        "follow", "shared_memory", "settle", "destroy", "synchronize", "set_timeout", "lost",
+        "follow", "shared_memory", "settle", "destroy", "end", "progress", "synchronize", "set_timeout", "lost",
     }
     methods = {name for name, value in vars(col.Group).items() if callable(value) and not name.startswith("_")}
     assert methods - others == set(observers._OPERATIONS)

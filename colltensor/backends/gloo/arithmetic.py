@@ -70,7 +70,7 @@ def combine(target: int, inputs: Sequence[int], count: int, dtype: DType, op: Re
     """
     out = _array(target, count, dtype)
     arrays = [_array(pointer, count, dtype) for pointer in inputs]
-    with _float_state():
+    with float_state():
         if dtype is _FLOAT16 or dtype is _BFLOAT16:
             _combine_halves(out, arrays, dtype, op)
             return
@@ -85,14 +85,14 @@ def combine(target: int, inputs: Sequence[int], count: int, dtype: DType, op: Re
 def divide(pointer: int, count: int, dtype: DType, divisor: int) -> None:
     """Divide floating-point or complex elements in place."""
     elements = _reals(_array(pointer, count, dtype))
-    with _float_state():
+    with float_state():
         np.true_divide(elements, divisor, out=elements)
 
 
 def widen(target: int, source: int, count: int, dtype: DType) -> None:
     """Write 16-bit floats as float32."""
     wide, halves = np.frombuffer(_memory(target), np.float32, count), _array(source, count, dtype)
-    with _float_state():
+    with float_state():
         (_widen_float16 if dtype is _FLOAT16 else _widen_bfloat16)(halves, wide)
 
 
@@ -100,7 +100,7 @@ def narrow(target: int, source: int, count: int, dtype: DType) -> None:
     """Round float32 to 16-bit floats, to nearest even."""
     wide, halves = np.frombuffer(_memory(source), np.float32, count), _array(target, count, dtype)
     scratch = np.empty(min(CHUNK, count), np.float32)
-    with _float_state():
+    with float_state():
         for start in range(0, count, CHUNK):
             part = wide[start : start + CHUNK]
             own = scratch[: len(part)]
@@ -108,7 +108,7 @@ def narrow(target: int, source: int, count: int, dtype: DType) -> None:
 
 
 @contextlib.contextmanager
-def _float_state() -> Iterator[None]:
+def float_state() -> Iterator[None]:
     """Compute as in native code, whatever state the thread is in: subnormals are numbers, and nothing is reported.
 
     XLA's threads flush subnormals to zero, and so do those in which ``torch.set_flush_denormal(True)`` was called.

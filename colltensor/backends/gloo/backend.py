@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Concatenate, Final, ParamSpec
 
 from colltensor.backends.base import REDUCTIONS, ControlPlane, require
-from colltensor.backends.gloo.arithmetic import divide
+from colltensor.backends.gloo.arithmetic import divide, float_state
 from colltensor.backends.gloo.composed import Composer, copy
 from colltensor.backends.gloo.part import GlooPart
 from colltensor.backends.gloo.provider import Provider, Transfer, never_free
@@ -124,7 +124,8 @@ class GlooBackend:
         if pair is None:
             self._composer.allreduce(buffer.pointer, count, dtype, op, deadline)
             return
-        self._provider.allreduce(buffer.pointer, nbytes, pair, deadline)
+        with float_state():  # pygloo adds in this thread
+            self._provider.allreduce(buffer.pointer, nbytes, pair, deadline)
         if op is ReduceOp.AVERAGE:
             divide(buffer.pointer, count, dtype, self._size)
 

@@ -114,7 +114,11 @@ class TorchProvider:
             for peer, pointer, nbytes in sends:
                 works.append(group.send([_bytes(pointer, nbytes)], peer, 0))
         except BaseException:
-            self._abandon(works, self._wait_beside(works, deadline))
+            waiter = None
+            try:
+                waiter = self._wait_beside(works, deadline)
+            finally:
+                self._abandon(works, waiter)
             raise
         self._finish_beside("an exchange of bytes", works, deadline)
 
@@ -187,8 +191,9 @@ class TorchProvider:
 
     def _finish_beside(self, operation: str, works: list[Any], deadline: float) -> None:
         """Wait for works in the waiter's thread, and look at the control plane meanwhile."""
-        waiter = self._wait_beside(works, deadline)
+        waiter = None
         try:
+            waiter = self._wait_beside(works, deadline)  # if it cannot be started, the works go on all the same
             while not waiter.finished(_SLICE_S):
                 self._control.check()
                 if time.monotonic() > deadline:
@@ -206,10 +211,11 @@ class TorchProvider:
         waiter.start_waiting(works, deadline)
         return waiter
 
-    def _abandon(self, works: list[Any], waiter: _Waiter) -> None:
-        """Keep works that did not end, and let their waiter end with them."""
+    def _abandon(self, works: list[Any], waiter: _Waiter | None) -> None:
+        """Keep works that did not end, and let their waiter, if there is one, end with them."""
         self._unfinished += works
-        waiter.end()
+        if waiter is not None:
+            waiter.end()
 
 
 class _Store(dist.Store):  # type: ignore[misc,name-defined,unused-ignore]  # torch's stubs do not export it

@@ -68,8 +68,9 @@ class Courier:
     def send(self, work: Callable[[], None]) -> Errand:
         """Do ``work`` once what was sent before is done."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            thread.start()
+            self._thread = thread
         errand = Errand(work)
         self._errands.put(errand)
         return errand

@@ -82,10 +82,11 @@ class Watcher:
             refusal = self.failure or self._gone
             if refusal is not None:
                 raise refusal
-            self._flights.append(flight)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="colltensor nccl watcher", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._watch, name="colltensor nccl watcher", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._flights.append(flight)
             if self._asleep:
                 self._changed.notify_all()
 

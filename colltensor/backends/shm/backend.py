@@ -66,6 +66,7 @@ class ShmBackend:
     def set_timeout(self, timeout_s: float) -> None:
         """Let direct calls wait so long: ``direct`` returns other functions afterwards."""
         self._timeout_ns = int(timeout_s * 1e9)
+        self._native.shm_set_timeout(self._handle, self._timeout_ns)
         self._resume = self._native.shm_resume_function(self._handle, self._timeout_ns)
 
     def direct(
@@ -94,16 +95,38 @@ class ShmBackend:
         )
         return function
 
+    def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
+        """Return a function of the native library's: see ``SigningBackend``."""
+        function: Callable[..., int] = self._native.shm_claiming_tree_function(
+            self._handle, self._timeout_ns, op, plan.buffer_info()[0]
+        )
+        return function
+
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted: 16-bit floats are widened in registers."""
         return False
 
-    def hold(self, deadline: float) -> None:
-        """Take the turn for a call of several steps, waiting for a direct call of another thread."""
+    def hold(self, deadline: float) -> bool:
+        """Take the turn for a call of several steps, waiting for a direct call of another thread.
+
+        Returns:
+            False where this thread has begun one, which goes on only when it returns there, or not at all.
+        """
         code = self._native.shm_hold(self._handle, _nanoseconds(deadline))
+        if code == outcomes.INSIDE:
+            return False
         if code:
             self._outcomes.fail("hold", code)
         self._held = True
+        return True
+
+    def is_inside(self) -> bool:
+        """Return whether this thread is in a direct call, whose wait runs Python code now."""
+        return bool(self._native.shm_inside(self._handle))
+
+    def is_pending(self) -> bool:
+        """Return whether this thread is between the two steps of a direct call, or was interrupted there."""
+        return bool(self._native.shm_pending(self._handle))
 
     def release(self) -> None:
         """Give the turn back, and forget what was signed and not used."""
@@ -119,7 +142,7 @@ class ShmBackend:
             if not self._joined:
                 code = self._native.shm_hold(self._handle, _nanoseconds(deadline))
                 if code:
-                    self._outcomes.fail("hold", code)
+                    self._outcomes.fail("hold", outcomes.BUSY if code == outcomes.INSIDE else code)
             self._joined += 1
 
     def part(self, source: int, destination: int) -> None:
@@ -129,6 +152,10 @@ class ShmBackend:
             self._joined -= 1
             if not self._joined:
                 self._native.shm_release(self._handle)
+
+    def progress(self) -> int:
+        """Return -1 while no call runs, else a number that grows from call to call."""
+        return int(self._native.shm_progress(self._handle))
 
     def calls(self) -> int:
         """Return how many collectives this rank has taken part in, each buffer of a call counted."""
@@ -331,8 +358,8 @@ class ShmBackend:
             requests.rebase(request, views)
 
         held = self._held or self._joined > 0
-        if not held:  # a call that no group makes, but another backend
-            self.hold(deadline)
+        if not held and not self.hold(deadline):  # a call that no group makes, but another backend
+            self._outcomes.fail("hold", outcomes.BUSY)
         try:
             address = request.buffer_info()[0]
             return int(self._run(self._handle, address, _nanoseconds(deadline), None if claim is None else agreed))

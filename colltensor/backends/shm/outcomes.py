@@ -24,7 +24,7 @@ from colltensor.errors import (
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
-DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY, INTERRUPTED = range(11)
+DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY, INTERRUPTED, INSIDE = range(12)
 
 Describe = Callable[[], str]
 

@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 from colltensor.errors import CollectiveError, GroupError, RankError
 from colltensor.group import Group
+from colltensor.recipe import timeout_of
 from colltensor.torch.c10d.identity import Identity
 from colltensor.torch.c10d.inbox import translated
 from colltensor.torch.c10d.line import Line
@@ -25,6 +26,7 @@ from colltensor.torch.c10d.others import Others
 from colltensor.torch.c10d.tensors import apart, bare, only
 from colltensor.torch.c10d.transfers import PATIENCE_S, Transfers
 from colltensor.torch.c10d.work import FinishedWork, Operation, PendingWork
+from colltensor.work import consequence, nested
 
 _profiler_enabled: Final = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # private
 _UNSET: Final = timedelta(milliseconds=-1)
@@ -97,10 +99,15 @@ class BaseProcessGroup(Identity):
         return self._receive(tensor, None, tag)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Let operations that are issued from now on wait so long for other ranks."""
+        """Let operations that are issued from now on wait so long for other ranks.
+
+        Raises:
+            OptionError: It is not above 0; nothing has changed.
+        """
+        seconds = timeout_of(timeout.total_seconds())
         self._timeout = timeout
         self._others.set_timeout(timeout)
-        self._line_up(Operation("set_timeout", lambda: self._group.set_timeout(timeout.total_seconds())))
+        self._line_up(Operation("set_timeout", lambda: self._group.set_timeout(seconds)))
 
     _set_default_timeout = set_timeout
 
@@ -200,9 +207,24 @@ class BaseProcessGroup(Identity):
             finally:
                 self._line.leave()
             return FinishedWork(tensors)
+        if not opts.asyncOp and self._line.is_inside():
+            raise nested(name, self._group.name)
         arguments = apart(arguments)
         inference = bool(tensors) and tensors[0].is_inference()
-        return self._line_up(Operation(name, lambda: _call(inference, call, arguments)), tensors)
+        broken = self._group.broken
+
+        def run() -> None:
+            if broken is None:
+                self._check(name)
+            _call(inference, call, arguments)
+
+        return self._line_up(Operation(name, run), tensors)
+
+    def _check(self, name: str) -> None:
+        """Raise what an operation fails with that was issued before ranks were lost."""
+        lost = consequence(name, self._group.name, self.rank(), self._group.broken)
+        if lost is not None:
+            raise lost
 
     def _line_up(self, operation: Operation, tensors: Sequence[torch.Tensor] = ()) -> Any:
         self._line.put(operation)

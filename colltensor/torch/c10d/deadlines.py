@@ -37,17 +37,21 @@ class Deadlines:
         self._started = self._closed = False
 
     def add(self, operation: Operation, timeout_s: float, ranks: tuple[int, ...]) -> None:
-        """Let ``operation`` expire after ``timeout_s``, for which ``ranks`` are to blame."""
+        """Let ``operation`` expire after ``timeout_s``, for which ``ranks`` are to blame.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
         deadline = Deadline(time.monotonic() + timeout_s, operation, timeout_s, ranks)
         with self._changed:
             if len(self._pending) >= self._prune_at:
                 self._pending = [entry for entry in self._pending if not entry.operation.done()]
                 self._prune_at = 2 * len(self._pending) + _PRUNE_FROM
-            self._pending.append(deadline)
             if not self._started:
-                self._started = True
                 threading.Thread(target=self._serve, name="colltensor deadlines", daemon=True).start()
-            elif deadline.at < self._wake_at:
+                self._started = True
+            self._pending.append(deadline)
+            if deadline.at < self._wake_at:
                 self._changed.notify_all()
 
     def close(self) -> None:

@@ -112,7 +112,11 @@ class Inbox:
         self._closed: CollectiveError | None = None
 
     def add(self, receive: Receive) -> None:
-        """Issue a receive."""
+        """Issue a receive.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
         with self._changed:
             found = next((message for message in self._messages if receive.takes(message.source, message.tag)), None)
             error: BaseException | None = self._closed
@@ -121,8 +125,8 @@ class Inbox:
             elif error is None:
                 error = self._hopeless(receive)
             if found is None and error is None:
-                self._receives.append(receive)
                 self._read_from(self._others if receive.source is None else [receive.source])
+                self._receives.append(receive)
                 self._changed.notify_all()
                 return
         if found is not None:
@@ -148,10 +152,10 @@ class Inbox:
     def _read_from(self, sources: list[int]) -> None:
         for source in sources:
             if source not in self._readers:
-                self._readers.add(source)
                 threading.Thread(
                     target=self._read, args=(source,), name=f"colltensor from {source}", daemon=True
                 ).start()
+                self._readers.add(source)
 
     def _read(self, source: int) -> None:
         try:
@@ -257,4 +261,7 @@ def _store(receive: Receive, source: int, dtype: torch.dtype, data: torch.Tensor
 def _end(receive: Receive, error: BaseException | None) -> None:
     """End a receive; what waits for it may wait for another one, so it is called in a thread of its own."""
     if receive.operation.end(error) and receive.operation.awaited:
-        threading.Thread(target=receive.operation.tell, daemon=True).start()
+        try:
+            threading.Thread(target=receive.operation.tell, daemon=True).start()
+        except RuntimeError:  # no thread can be started: it is told here, late rather than never
+            receive.operation.tell()

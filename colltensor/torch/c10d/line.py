@@ -9,6 +9,7 @@ Imports nothing but the operations and errors.
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
 from typing import Final
@@ -28,7 +29,10 @@ class Line:
     def __init__(self, name: str) -> None:
         self._name = name
         self._turn = threading.Lock()
-        self._changed = threading.Condition(threading.Lock())
+        self._owner = 0  # the thread that has the turn
+        # A signal's handler may come back here at any moment, in the thread that has the lock.
+        self._changed = threading.Condition(threading.RLock())
+        self._putting = 0  # the thread that has the lock
         self._waiting: collections.deque[Operation] = collections.deque()
         self._closed: CollectiveError | None = None
         self._watched = False  # somebody waits for the turn to be free
@@ -37,21 +41,41 @@ class Line:
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
-        return not self._waiting and self._turn.acquire(False)
+        if self._waiting or not self._turn.acquire(False):
+            return False
+        self._owner = threading.get_ident()
+        return True
+
+    def is_inside(self) -> bool:
+        """Return whether this thread runs an operation, so that what it begins meanwhile cannot be waited for."""
+        return threading.get_ident() in (self._owner, self._putting)
 
     def leave(self) -> None:
         """Give the turn back."""
+        self._owner = 0
         self._turn.release()
         if self._waiting or self._watched:
             with self._changed:
                 self._changed.notify_all()
 
     def put(self, operation: Operation) -> None:
-        """Run ``operation`` in a thread of the line when its turn comes; it fails at once where the line is closed."""
+        """Run ``operation`` in a thread of the line when its turn comes; it fails at once where the line is closed.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
+        operation._queue = self
         with self._changed:
             if self._closed is None:
+                outer, self._putting = self._putting, threading.get_ident()
                 self._waiting.append(operation)
-                self._man()
+                try:
+                    self._man()
+                except BaseException:
+                    self._waiting.remove(operation)
+                    raise
+                finally:
+                    self._putting = outer
                 return
         operation.end(self._closed)
         operation.tell()
@@ -84,7 +108,11 @@ class Line:
             self._changed.notify()
         else:
             self._idle += 1
-            threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
+            except BaseException:
+                self._idle -= 1
+                raise
 
     def _serve(self) -> None:
         with self._changed:
@@ -98,16 +126,19 @@ class Line:
                 self._idle -= 1
                 if not self._waiting:  # closed, with the turn never taken
                     return
+                self._owner = threading.get_ident()
                 operation = self._waiting.popleft()
                 self._running = True
             operation.execute()
+            self._owner = 0
             self._turn.release()
             with self._changed:
                 self._running = False
                 if self._watched:
                     self._changed.notify_all()
                 if self._waiting and operation.awaited:
-                    self._man()
+                    with contextlib.suppress(RuntimeError):  # no new thread: this one goes on when it has told
+                        self._man()
             operation.tell()
 
     def _may_go_on(self) -> bool:

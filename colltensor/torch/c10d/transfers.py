@@ -58,7 +58,11 @@ class Transfers:
                 outbox = self._outboxes[destination] = Line(f"{self._name} to {destination}")
                 self._headers[destination] = Header()
         self._deadlines.add(operation, timeout_s, (destination,))
-        outbox.put(operation)
+        try:
+            outbox.put(operation)
+        except RuntimeError as error:  # no thread can be started
+            operation.end(error)  # it does not expire
+            raise
         return operation
 
     def recv(self, tensor: torch.Tensor, source: int | None, tag: int, timeout_s: float) -> Receive:
@@ -69,7 +73,11 @@ class Transfers:
             if self._failure is not None:
                 raise self._refusal("recv")
         self._deadlines.add(receive.operation, timeout_s, () if source is None else (source,))
-        self._inbox.add(receive)
+        try:
+            self._inbox.add(receive)
+        except RuntimeError as error:  # no thread can be started
+            receive.operation.end(error)  # it does not expire
+            raise
         return receive
 
     def drain(self, deadline: float) -> None:

@@ -127,6 +127,9 @@ class Group {
   }
   // Whether this thread's call is pending; another thread's is no business of its.
   bool pending() const { return pending_.load(std::memory_order_relaxed) == this_thread(); }
+  // Whether this thread is in a call that asks the caller something: what the caller begins meanwhile (a signal's handler
+  // may) cannot wait for the turn.
+  bool asking() const { return asking_.load(std::memory_order_relaxed) == this_thread(); }
   // Makes this thread's pending call its own again; false if there is none, or it was cancelled.
   bool claim();
   Outcome resume(std::int64_t deadline_ns, std::int64_t& detail);
@@ -151,7 +154,17 @@ class Group {
     hooks_.agreed_context = context;
   }
 
+  // How long calls wait that are not given a deadline: a computation of XLA's.
+  void set_timeout(std::int64_t timeout_ns) { timeout_ns_.store(timeout_ns, std::memory_order_relaxed); }
+  std::int64_t timeout_ns() const { return timeout_ns_.load(std::memory_order_relaxed); }
+
   std::int64_t calls() const { return calls_; }
+  // Grows with every collective and transfer.
+  std::int64_t progress() const {
+    std::int64_t sum = calls_;
+    for (int rank = 0; rank < world_size_; ++rank) sum += sends_[rank] + receives_[rank];
+    return sum;
+  }
   std::int64_t transfers(int source, int destination) const {
     return source == rank_ ? sends_[destination] : receives_[source];
   }
@@ -172,6 +185,18 @@ class Group {
   friend class PairCondition;
   friend class BesideCondition;
   friend class TakenCondition;
+
+  // For as long as it lives, this thread is in one of the hooks.
+  class Asking {
+   public:
+    explicit Asking(Group& group) : group_(group) { group_.asking_.store(this_thread(), std::memory_order_relaxed); }
+    ~Asking() { group_.asking_.store(nullptr, std::memory_order_relaxed); }
+    Asking(const Asking&) = delete;
+    Asking& operator=(const Asking&) = delete;
+
+   private:
+    Group& group_;
+  };
 
   static bool reached(std::uint32_t value, std::uint32_t target) {
     return static_cast<std::int32_t>(value - target) >= 0;
@@ -231,6 +256,7 @@ class Group {
   static bool can_be_read(const View& view, std::size_t nbytes);
   std::uint64_t address(int rank, int source) const { return layout_.post(rank, parity()).addresses()[source]; }
   Outcome read(int rank, std::uint64_t address, void* to, std::size_t nbytes);
+  bool read_piece(int pid, std::uint64_t address, char* to, std::size_t nbytes);
   Outcome read_into(const View& target, int rank, std::uint64_t address, std::size_t first, std::size_t count,
                     std::size_t item);
   // Reads a slice of all other ranks and combines it with this rank's into `target`, in pieces.
@@ -247,13 +273,19 @@ class Group {
   }
 
   // How the results of a call are stored that reads and writes so much memory on all ranks together: past the caches
-  // where the last one does not hold that and the staging. With 2 ranks on 2 cores (EPYC, 32 MiB of last-level cache),
-  // cached and streamed: of 16 MiB allgather 2560 and 1680 us, all-to-all 2930 and 2140, gather 1630 and 1390, scatter
-  // 1450 and 1260, transfers both ways 1260 and 890; of just the cache's size all-to-all (4 MiB) 370 and 250, gather (8
-  // MiB) 740 and 330, scatter 640 and 460, transfers both ways 560 and 330. Transfers one way are slower up to 64 MiB.
-  Store storing(std::size_t nbytes) const {
+  // where four fifths of the last one do not hold that and the staging. With 2 ranks on 2 cores (EPYC, 32 MiB of
+  // last-level cache), cached and streamed: of 16 MiB allgather 2560 and 1680 us, all-to-all 2930 and 2140, gather 1630
+  // and 1390, scatter 1450 and 1260, transfers both ways 1260 and 890; of just the cache's size all-to-all (4 MiB) 370 and
+  // 250, gather (8 MiB) 740 and 330, scatter 640 and 460, transfers both ways 560 and 330. Between four fifths and all of
+  // the cache it depends on where arrays begin (Zen 5, 0 and 16 bytes into a page): gather of 5 MiB 349 and 466 cached,
+  // 201 streamed at both; all-to-all of 3 MiB 235 and 248, 197; scatter of 6 MiB 453 and 438, 312. Below, scatter with
+  // one root takes 1.4 times as long if streamed (4 MiB), and so does gather (3 MiB).
+  Store storing(std::size_t nbytes) const { return storing(nbytes, cache_nbytes_ / 5 * 4); }
+  // Of a broadcast, all of the cache: of 12 MiB 312 us cached, 525 streamed. Transfers one way are slower up to 64 MiB.
+  Store storing_broadcast(std::size_t nbytes) const { return storing(nbytes, cache_nbytes_); }
+  Store storing(std::size_t nbytes, std::size_t held_nbytes) const {
     const std::size_t staging = 2 * half_nbytes_ * static_cast<std::size_t>(world_size_);
-    return nbytes + staging > cache_nbytes_ ? Store::kStreamed : Store::kCached;
+    return nbytes + staging > held_nbytes ? Store::kStreamed : Store::kCached;
   }
 
   // The other ranks, the next one first, so that not all turn to one rank at once.
@@ -289,6 +321,7 @@ class Group {
   std::vector<std::int32_t> pids_;
   std::unique_ptr<char, void (*)(void*)> scratch_{nullptr, std::free};
   std::size_t scratch_nbytes_ = 0;
+  std::unique_ptr<char, void (*)(void*)> aside_{nullptr, std::free};
   bool crowded_;           // more ranks than cores
   int spins_, yields_;
   std::vector<RankLine*> lines_;
@@ -318,6 +351,8 @@ class Group {
   std::atomic<bool> closing_{false};
   std::mutex beside_;                  // of what transfers of several threads share
   bool sending_ = false;               // one of them uses the staging
+  std::atomic<const void*> asking_{nullptr};  // the thread whose call asks one of the hooks
+  std::atomic<std::int64_t> timeout_ns_{0};
 };
 
 }  // namespace colltensor

@@ -71,9 +71,11 @@ struct alignas(kLine) Post {
   std::uint64_t* addresses() { return reinterpret_cast<std::uint64_t*>(many); }
   // Of a large message that may be read: this rank's best times, see choice.h. Behind all addresses.
   Choice::Times& times() { return *reinterpret_cast<Choice::Times*>(many + kInline - sizeof(Choice::Times)); }
+  // Of a large allreduce: in which order this rank's elements lie (View::order). Before the times.
+  std::uint64_t& order() { return *reinterpret_cast<std::uint64_t*>(&times() - 1); }
 };
 static_assert(sizeof(Post) == kLine + kInline);
-static_assert(kMaxRanks * sizeof(std::uint64_t) + sizeof(Choice::Times) <= kInline);
+static_assert(kMaxRanks * sizeof(std::uint64_t) + 2 * sizeof(Choice::Times) <= kInline);
 
 // What one side of a transfer says, in one line.
 struct alignas(kLine) Slip {

@@ -33,6 +33,7 @@ enum class Outcome : std::int32_t {
   kClosed = 8,    // the group is closed, is being closed, or is the parent process's
   kBusy = 9,      // another thread is in a call, or one is pending
   kInterrupted = 10,  // a check of the caller's raised, as a signal's handler may; the group is not marked broken yet
+  kInside = 11,   // this very thread is in a call, and was asked something in it, or has left one pending
 };
 
 // Why a group is broken; the first failure wins. kGone is a rank that died or left, as the caller has found.
