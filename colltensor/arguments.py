@@ -186,6 +186,21 @@ class Arguments:
         except TensorError as error:
             raise type(error)(f"{operation} (rank {self._rank}): {error}") from error
 
+    def in_place(self, operation: str, target: Buffers, source: BufferView, copy: bool | None) -> bool:
+        """Return whether a tensor is received into the very memory that is sent, after making that safe.
+
+        Raises:
+            OptionError: It is, and ``copy`` is False.
+        """
+        view = target.views[0]
+        if view.readonly or not isinstance(target, TensorBuffers) or not _identical(view, source):
+            return False
+        try:
+            target.receive_aside(copy)
+        except OptionError as error:
+            raise OptionError(f"{operation} (rank {self._rank}): {error}") from error
+        return True
+
     def op(self, operation: str, op: Any) -> ReduceOp:
         """Return ``op`` as a ReduceOp.
 

@@ -148,6 +148,22 @@ class TensorBuffers(_Alike):
         self.transfers = [memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)]
         self.staged = True
 
+    def receive_aside(self, copy: bool | None) -> None:
+        """Have results go to a staging buffer until all is done, because the call reads this memory too.
+
+        Raises:
+            OptionError: ``copy`` is False.
+        """
+        view = self.views[0]
+        if copy is False:
+            raise OptionError(
+                f"copy=False, but {view!r} is sent and received into, and needs a staging copy; pass another tensor or "
+                "leave copy=None"
+            )
+        if not self.staged:
+            self.transfers = [memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)]
+            self.staged = True
+
     @property
     def claims(self) -> bool:
         return self._write and self._adapter.immutable

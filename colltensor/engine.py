@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
-from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError
+from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError, is_from_handler
 from colltensor.types import ReduceOp
 from colltensor.work import OperationQueue, QueuedWork, Work, consequence, nested
 
@@ -618,17 +618,18 @@ class Engine:
         control.fail(self.broken)
         if self._signer is not None:
             self._signer.tell(self.broken)
-        interrupted = not isinstance(error, (RuntimeError, OSError))
+        interrupted = not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error)
         return error if interrupted else self.broken
 
 
 def verdict(control: Control, operation: str, error: BaseException) -> CollectiveError:
     """Return what a failure of a backend means for the group; asks the other ranks where it does not say."""
-    if isinstance(error, CollectiveError):
-        return error
-    if isinstance(error, (RuntimeError, OSError)):
-        return control.diagnose(operation, None if isinstance(error, TimeoutError) else error)
-    return GroupError(f"{operation}: rank {control.rank} gave up: {type(error).__name__} {error}".rstrip())
+    if not is_from_handler(error):
+        if isinstance(error, CollectiveError):
+            return error
+        if isinstance(error, (RuntimeError, OSError)):
+            return control.diagnose(operation, None if isinstance(error, TimeoutError) else error)
+    return GroupError(f"{operation}: rank {control.rank} was interrupted by {type(error).__name__} {error}".rstrip())
 
 
 def _queue(

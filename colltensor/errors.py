@@ -21,7 +21,9 @@ Imports nothing of the package and no framework.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from types import FrameType
 
 
 class CollectiveError(RuntimeError):
@@ -118,3 +120,22 @@ class ShapeError(TensorError, ValueError):
 
 class AliasError(TensorError, ValueError):
     """Two buffers of one call share memory, at least one of them to be written."""
+
+
+def is_from_handler(error: BaseException) -> bool:
+    """Return whether a signal's handler raised an error, which may be of any class, in the middle of any call.
+
+    Python gives a handler the frame that it interrupts: so its own frame has its caller's among its arguments.
+    """
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        code = frame.f_code
+        number = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+        for name in code.co_varnames[:number]:
+            value = frame.f_locals.get(name)
+            given = value if value.__class__ is tuple else (value,)
+            if any(isinstance(entry, FrameType) and entry is frame.f_back for entry in given):
+                return True
+        traceback = traceback.tb_next
+    return False

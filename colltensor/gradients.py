@@ -120,6 +120,10 @@ class Synchronizer:
         self._match = None if self._structure is None else tree.matcher_of(self._structure)
         self._seen: list[Any] | None = None
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copy and pickle as None: a copy of a model, or one that is loaded elsewhere, is kept in step by nobody."""
+        return type(None), ()
+
     def sync(self, gradients: Any) -> Any:
         """Replace every gradient by the mean (or sum) of all ranks' gradients. Every rank calls it, in one order.
 

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from colltensor import backends, objects
 from colltensor.adapters import is_plain, note, unnoted
@@ -27,11 +27,12 @@ from colltensor.devices import Devices
 from colltensor.direct import NO_OP, Direct
 from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
-from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError
+from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError, is_from_handler
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import CPU, ReduceOp
+from colltensor.untraced import keep_compilers_out
 
 _log: Final = logging.getLogger(__name__)
 _END_GRACE_S: Final = 1.0
@@ -57,7 +58,7 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
             control.fail(found)
         finally:
             control.close()
-        if found is error or not isinstance(error, (RuntimeError, OSError)):
+        if found is error or not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error):
             raise
         raise found from error
     return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe, meeting, why)
@@ -105,6 +106,7 @@ class Group:
         self, name: str, rank: int, world_size: int, backend: Backend, control: Control | None, recipe: Recipe,
         meeting: Meeting | None = None, why: str = "",
     ) -> None:
+        keep_compilers_out()
         self.name = name
         self.rank = rank
         self.world_size = world_size
@@ -131,6 +133,12 @@ class Group:
         self._allreduce = None if self._direct is None else self._direct.allreduce
         self._barrier = None if self._direct is None else self._direct.barrier
         _log.debug("group %r (rank %d): made of %d ranks, backend %r: %s", name, rank, world_size, self.backend, why)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"group '{self.name}' (rank {self.rank}) cannot be copied or pickled; "
+            "pass on its name, and make a group in every process"
+        )
 
     @property
     def timeout_s(self) -> float:
@@ -348,7 +356,7 @@ class Group:
         """Copy entry ``r`` of rank ``src_rank``'s ``tensor_list`` into rank ``r``'s ``tensor``.
 
         Args:
-            tensor: The tensor that receives, of any dtype.
+            tensor: The tensor that receives, of any dtype. On ``src_rank`` it may be its own entry of the list.
             tensor_list: On ``src_rank`` ``world_size`` tensors of ``tensor``'s count and dtype, or one array
                 of them all, only read; ignored elsewhere, usually None.
             src_rank: The rank, in this group, that has the data.
@@ -374,7 +382,8 @@ class Group:
         if root == self.rank:
             view = target.views[0]
             sources = self._arguments.blocks("scatter", "tensor_list", tensor_list, view, None, False, copy)
-            self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
+            if not self._arguments.in_place("scatter", target, sources.views[root], copy):
+                self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
         return self._engine.run(
             async_op, "scatter", target, None, root, True, (target,) if sources is None else (target, sources),
             lambda deadline: self._arguments.wire(target).scatter(
@@ -390,7 +399,7 @@ class Group:
         """Combine entry ``r`` of all ranks' ``tensor_list`` elementwise into rank ``r``'s ``tensor``.
 
         Args:
-            tensor: The tensor that receives.
+            tensor: The tensor that receives; it may be this rank's entry of the list.
             tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of them all, only read.
             op: The reduce operation.
             async_op: Return a ``Work`` at once.
@@ -411,7 +420,8 @@ class Group:
         target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
         view = target.views[0]
         sources = self._arguments.blocks("reducescatter", "tensor_list", tensor_list, view, op, False, copy)
-        self._arguments.separate("reducescatter", [(view, "tensor")], sources.named("tensor_list"))
+        if not self._arguments.in_place("reducescatter", target, sources.views[self.rank], copy):
+            self._arguments.separate("reducescatter", [(view, "tensor")], sources.named("tensor_list"))
         return self._engine.run(
             async_op, "reducescatter", target, op, -1, True, (target, sources),
             lambda deadline: self._arguments.wire(target).reducescatter(
@@ -506,7 +516,8 @@ class Group:
     ) -> Any:
         """Send to ``dst_rank`` and receive from ``src_rank`` at once, as in a shift along a ring.
 
-        Both may be this rank itself, as in a ring of one; then the tensor is copied. Where one peer agrees and the
+        Both tensors may be the same one, as in MPI's ``Sendrecv_replace``: a staging buffer receives meanwhile. Both
+        ranks may be this rank itself, as in a ring of one; then the tensor is copied. Where one peer agrees and the
         other does not, the agreed transfer is made before MismatchError is raised, because that peer counts on it.
 
         Returns:
@@ -522,7 +533,8 @@ class Group:
         source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
         target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
         sent, received = source.views[0], target.views[0]
-        self._arguments.separate("sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")])
+        if not self._arguments.in_place("sendrecv", target, sent, copy):
+            self._arguments.separate("sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")])
         if to == self.rank:  # no peer to compare with
             self._arguments.alike("sendrecv", "recv_tensor", received, sent)
         self._arguments.same_device("sendrecv", "recv_tensor", received, sent)

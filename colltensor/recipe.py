@@ -6,6 +6,7 @@ Imports no framework.
 from __future__ import annotations
 
 import logging
+import numbers
 import threading
 from dataclasses import dataclass
 from typing import Any, Final
@@ -93,6 +94,7 @@ def timeout_of(timeout_s: Any) -> float:
     Raises:
         OptionError: It is no number of seconds above 0, or infinite.
     """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
+    is_number = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)  # numpy's scalars are, too
+    if not is_number or not 0 < timeout_s < float("inf"):
         raise OptionError(f"timeout_s: expected seconds, more than 0 and not infinite, got {timeout_s!r}")
-    return min(float(timeout_s), _LONGEST_S)
+    return float(min(timeout_s, _LONGEST_S))

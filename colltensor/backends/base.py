@@ -52,7 +52,9 @@ def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
             "send ...); convert it to float16, bfloat16 or float32 first"
         )
     defined = ", ".join(sorted(other.name for other in _OPS_OF_KIND[dtype.kind]))
-    remedy = "convert it to a floating-point type first" if op is ReduceOp.AVERAGE else "use one of these"
+    remedy = "use one of these"
+    if op is ReduceOp.AVERAGE:
+        remedy = "convert it to a floating-point type first, or take the SUM and divide it by the number of ranks"
     if dtype.kind == "c":
         remedy = "use one of these, or reduce the real and imaginary parts on their own"
     raise UnsupportedDTypeError(

@@ -127,14 +127,16 @@ def _read(target: Path) -> bytes | None:
         OptionError: It cannot be read, or is not for us to trust or to replace.
     """
     try:
-        with target.open("rb") as file:
+        # A named pipe would block whoever opens it, and never end.
+        with open(target, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
-            data = file.read(_READ_LIMIT)
+            is_file = stat.S_ISREG(status.st_mode)
+            data = file.read(_READ_LIMIT) if is_file else b""
     except FileNotFoundError:
         return None
     except OSError as error:
         raise OptionError(f"init_method: cannot read {target}: {error.strerror}; {_REMEDY}") from error
-    if not Invitation.may_be(data):
+    if not is_file or not Invitation.may_be(data):
         raise OptionError(f"init_method: {target} exists and is no rendezvous file; name another, or remove it")
     with contextlib.suppress(OSError):
         if status.st_uid != os.geteuid() and target.parent.stat().st_mode & stat.S_IWOTH:

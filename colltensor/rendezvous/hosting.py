@@ -299,5 +299,6 @@ class _Assembly:
 
 
 def _listed(ranks: tuple[int, ...]) -> str:
-    names = ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {names}"
+    if len(ranks) > 20:
+        return f"{len(ranks)} ranks ({', '.join(map(str, ranks[:20]))}, ...)"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -23,6 +23,7 @@ from colltensor.rendezvous.joining import join, who_am_i
 from colltensor.rendezvous.messages import Hello, Table
 
 _NAME_LIMIT = 1024
+_WORLD_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +133,17 @@ def checked_rank(rank: object, world_size: object) -> tuple[int, int]:
     """Return rank and world size as integers.
 
     Raises:
-        OptionError: The world size is no positive integer.
+        OptionError: The world size is no positive integer, or beyond reason.
         RankError: The rank is no integer of ``range(world_size)``.
     """
     size = _integer(world_size)
     if size is None or size < 1:
         raise OptionError(f"world_size must be an integer of at least 1, got {world_size!r}")
+    if size > _WORLD_LIMIT:
+        raise OptionError(
+            f"world_size must be at most {_WORLD_LIMIT}, got {size}: rank 0 holds a connection to every rank while "
+            f"they meet"
+        )
     number = _integer(rank)
     if number is None or not 0 <= number < size:
         raise RankError(f"rank must be an integer from 0 to {size - 1} (world_size is {size}), got {rank!r}")

@@ -24,6 +24,7 @@ from colltensor.torch.collectives import (
 from colltensor.torch.compression import Compression
 from colltensor.torch.gradients import GradientSync, sync_gradients
 from colltensor.torch.powersgd import PowerSGD
+from colltensor.untraced import keep_compilers_out
 
 __all__ = [
     "Bucket", "Compression", "GradientSync", "PowerSGD", "allgather", "allreduce", "alltoall", "broadcast", "gather",
@@ -31,3 +32,4 @@ __all__ = [
 ]
 
 register()
+keep_compilers_out()

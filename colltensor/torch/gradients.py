@@ -140,6 +140,10 @@ class GradientSync:
         self._source: torch.nn.Module | Named = parameters if module is None else module
         self._reducer = Reducer(group, module, parameters, options)
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copy and pickle as None: a copy of a model, or one that is loaded elsewhere, is kept in step by nobody."""
+        return type(None), ()
+
     def broadcast(self) -> None:
         """Copy rank 0's parameters and buffers, those that there are now, to all ranks once more; every rank calls.
 

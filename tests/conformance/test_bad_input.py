@@ -428,12 +428,13 @@ _ALIASES = {
         col.AliasError, ("allgather", "tensor_list", "tensor share memory"),
         lambda s: (lambda x: s.group.allgather(
             [x if entry == (s.rank + 1) % SIZE else s.array() for entry in range(SIZE)], x))(s.array())),
-    "a target that is a source": Row(
-        col.AliasError, ("reducescatter", "tensor", r"tensor_list\[1\]"),
-        lambda s: (lambda x: s.group.reducescatter(x, [s.array(), x, s.array()]))(s.array())),
-    "receiving into what is sent": Row(
+    "a target that is a source of another rank": Row(
+        col.AliasError, ("reducescatter", "tensor", r"tensor_list\[\d\]"),
+        lambda s: (lambda x: s.group.reducescatter(
+            x, [x if entry == (s.rank + 1) % SIZE else s.array() for entry in range(SIZE)]))(s.array())),
+    "receiving into part of what is sent": Row(
         col.AliasError, ("sendrecv", "recv_tensor", "send_tensor"),
-        lambda s: (lambda x: s.group.sendrecv(x, (s.rank + 1) % SIZE, x, (s.rank - 1) % SIZE))(s.array())),
+        lambda s: (lambda x: s.group.sendrecv(x[1:], (s.rank + 1) % SIZE, x[:-1], (s.rank - 1) % SIZE))(s.array(5))),
     "numpy and torch over one memory": Row(
         col.AliasError, ("allreduce", "share memory"),
         lambda s: (lambda x: s.group.allreduce([x, _torch().from_numpy(x)]))(s.array()), "torch"),

@@ -102,7 +102,9 @@ def scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     dist.scatter(target, [values(torch, r, 3) for r in range(size)] if rank == 2 else None, src=2, group=group)
     objects: list[Any] = [None]
     dist.scatter_object_list(objects, [f"to {r}" for r in range(size)] if rank == 0 else None, src=0, group=group)
-    return [target, objects]
+    chunks = list(values(torch, rank, 4 * size).view(size, 4))
+    dist.scatter(chunks[rank], chunks if rank == 1 else None, src=1, group=group)
+    return [target, objects, chunks]
 
 
 def reduce_scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
@@ -368,6 +370,62 @@ def test_what_gloo_does_not_take(pool: RankPool, tmp_path: Path) -> None:
         assert inferred[2] == [9.0, 9.0]
 
 
+def averaging(rank: int, world_size: int, path: Path) -> list[Any]:
+    with world(rank, world_size, path) as (torch, dist):
+        found = []
+        average = dist.ReduceOp.AVG
+        for dtype in INTEGERS:
+            low = -100 if getattr(torch, dtype).is_signed else 100
+            own = torch.tensor([rank, 100, low + rank, 3 * rank + 1]).to(getattr(torch, dtype))
+            everywhere, at_root, part = own.clone(), own.clone(), torch.empty(2, dtype=own.dtype)
+            dist.all_reduce(everywhere, average)
+            dist.reduce(at_root, 1, op=average)
+            dist.reduce_scatter_tensor(part, own.repeat(world_size // 2), op=average)
+            assert rank == 1 or torch.equal(at_root, own)
+            assert rank != 1 or torch.equal(at_root, everywhere)
+            strided = torch.zeros(4, 2, dtype=own.dtype)
+            strided[:, 0] = own
+            dist.all_reduce(strided[:, 0], average)
+            assert torch.equal(strided[:, 0], everywhere)
+            assert not strided[:, 1].any()
+            uneven = torch.empty(rank + 1, dtype=own.dtype)
+            dist.reduce_scatter(uneven, [own[: r + 1] for r in range(world_size)], average)
+            assert torch.equal(uneven, everywhere[: rank + 1])
+            found.append((everywhere.tolist(), part.tolist()))
+        flags = torch.tensor([True, rank == 1, False])
+        work = dist.all_reduce(flags, average, async_op=True)
+        work.wait()
+        mixed = [values(torch, rank), values(torch, rank, dtype=torch.int64)]
+        opts = torch._C._distributed_c10d.AllreduceCoalescedOptions()
+        opts.reduceOp = average  # torch's own function refuses several dtypes
+        dist.group.WORLD.allreduce_coalesced(mixed, opts).wait()
+        narrow = [torch.int8, torch.int32][rank % 2]
+        for dtype, op in ((torch.int64, dist.ReduceOp.SUM if rank else average), (narrow, average)):
+            kept = values(torch, rank, dtype=dtype)
+            with pytest.raises(col.MismatchError):
+                dist.all_reduce(kept, op)
+            assert torch.equal(kept, values(torch, rank, dtype=dtype))
+        with pytest.raises(col.ShapeError):
+            dist.group.WORLD.reduce_scatter(
+                [torch.ones(3, dtype=torch.int32)], [[torch.ones(2, dtype=torch.int32)] * world_size], op=average
+            ).wait()
+        return [found, flags.tolist(), [entry.tolist() for entry in mixed]]
+
+
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+def test_integers_and_bools_are_averaged_as_nccl_averages_them(pool: RankPool, tmp_path: Path) -> None:
+    for rank, (found, flags, mixed) in enumerate(pool.run(4, averaging, tmp_path / "store")):
+        for dtype, (everywhere, part) in zip(INTEGERS, found, strict=True):
+            low = 101 if dtype.startswith("u") else -98  # -394 / 4, towards zero
+            assert everywhere == [1, 100, low, 5]
+            assert part == everywhere[rank % 2 * 2 :][:2]
+        assert flags == [True, False, False]
+        own = np.arange(6) % 4 + 2.5
+        assert mixed == [own.tolist(), np.trunc(own).tolist()]
+
+
 def received_over(rank: int, world_size: int, path: Path, count: int) -> None:
     """A tensor that autograd keeps is received over: what is derived from it would be wrong."""
     with world(rank, world_size, path) as (torch, dist):
@@ -622,6 +680,7 @@ def late(rank: int, world_size: int, path: Path) -> list[str]:
             with pytest.raises(col.CollectiveTimeoutError) as caught:
                 call()
             assert caught.value.ranks == (1,)
+            assert "timed out after 0.6 s" in str(caught.value)
             found.append(str(caught.value))
         with pytest.raises(col.GroupError):
             dist.isend(torch.ones(1), 1)

@@ -160,6 +160,9 @@ def refuse_timeouts(rank: int, size: int, name: str, backend: str) -> None:
         assert float(group.allreduce(np.ones(3))[0]) == size
         group.set_timeout(3)
         assert group.timeout_s == 3.0
+        group.set_timeout(np.float32(2))
+        assert group.timeout_s == 2.0
+        assert type(group.timeout_s) is float
         assert float(group.allreduce(np.ones(3), async_op=True).result()[0]) == size
 
 

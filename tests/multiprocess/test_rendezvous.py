@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -531,6 +532,28 @@ def test_unusable_files(tmp_path: Path) -> None:
             with pytest.raises(OptionError, match=complaint):
                 meet(directory, group_name="default", world_size=2, rank=rank, deadline=time.monotonic() + 5)
     assert (tmp_path / "data").read_text() == "somebody's data"
+
+
+@pytest.mark.parametrize("world_size", [10**7, 10**30])
+def test_a_world_beyond_reason_is_refused_at_once(tmp_path: Path, world_size: int) -> None:
+    with pytest.raises(OptionError, match="world_size must be at most 65536"):
+        open_directory(f"file://{tmp_path}", 0, world_size)
+
+
+def test_many_missing_ranks_are_counted(tmp_path: Path) -> None:
+    directory, _, _ = open_directory(f"file://{tmp_path}", 0, 1000)
+    with pytest.raises(net_timeout(), match=r"999 ranks \(1, 2, 3, .*, 20, \.\.\.\) did not come") as caught:
+        meet(directory, group_name="g", world_size=1000, rank=0, deadline=time.monotonic() + 0.2)
+    assert caught.value.ranks == tuple(range(1, 1000))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_named_pipe_is_refused_at_once(tmp_path: Path, rank: int) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    directory, _, _ = open_directory(f"file://{tmp_path}/pipe", rank, 2)
+    with pytest.raises(OptionError, match="is no rendezvous file"):
+        meet(directory, group_name="default", world_size=2, rank=rank, deadline=time.monotonic() + 5)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_file_is_private_while_it_lasts(tmp_path: Path) -> None:

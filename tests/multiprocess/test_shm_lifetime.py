@@ -8,6 +8,7 @@ import resource
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,43 @@ def another_memory(rank: int, size: int, name: str) -> str:
 def test_memory_that_is_not_shared_is_refused_on_every_rank(pool: RankPool) -> None:
     for message in pool.run(3, another_memory, fresh()):
         assert "its memory is not the memory of ranks" in message
+
+
+def out_of_reach(rank: int, size: int, name: str) -> tuple[str, float, str]:
+    """The last rank is in another network namespace, say, where rank 0's socket does not exist."""
+    from colltensor.backends.shm import segment
+
+    reach = segment._reach
+
+    def reach_nothing(_: bytes, deadline: float) -> Any:
+        return reach(b"\0colltensor-that-nobody-listens-at", deadline)
+
+    before = Held.now()
+    try:
+        if rank == size - 1:
+            segment._reach = reach_nothing
+        began = time.monotonic()
+        with pytest.raises(col.BackendUnavailableError) as caught, own_group(rank, size, name):
+            pass
+        took = time.monotonic() - began
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            with own_group(rank, size, name, backend="auto") as group:
+                group.allreduce(np.ones(4))
+                fallen_back = group.backend
+    finally:
+        segment._reach = reach
+    assert before.left_behind() == []
+    return str(caught.value), took, fallen_back
+
+
+@pytest.mark.gloo
+def test_a_rank_that_cannot_fetch_the_memory_is_not_waited_for(pool: RankPool) -> None:
+    for message, took, fallen_back in pool.run(3, out_of_reach, fresh()):
+        assert "could not be handed over" in message
+        assert "another network namespace" in message
+        assert took < 5.0
+        assert fallen_back == "gloo"
 
 
 def without_seals(rank: int, size: int, name: str) -> str:

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "buffers": {*VALUES, "adapters", "tree"},
     "arguments": {*VALUES, "adapters", "backends", "buffers", "gathered"},
     "objects": {"errors", "adapters"},
+    "untraced": set(),
     "work": {"errors", "backends"},
     "engine": {*VALUES, "backends", "control", "buffers", "work"},
     "direct": {*VALUES, "adapters", "backends", "arguments", "engine"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",
-        "engine", "work", "multigpu", "devices", "recipe", "objects",
+        "engine", "work", "multigpu", "devices", "recipe", "objects", "untraced",
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
     "table": {"errors", "backends", "rendezvous", "group", "observers", "recipe"},

@@ -31,6 +31,7 @@ from colltensor.backends.gloo.provider import (
 )
 from colltensor.backends.gloo.scheduling import SocketThreads
 from colltensor.backends.gloo.sockets import listeners, shut_connections
+from colltensor.errors import is_from_handler
 from colltensor.types import ReduceOp
 
 _log = logging.getLogger(__name__)
@@ -178,7 +179,9 @@ class TorchProvider:
                 try:
                     work.wait(_SLICE)
                     return
-                except RuntimeError:
+                except RuntimeError as error:
+                    if is_from_handler(error):
+                        raise
                     if work.is_completed():  # it failed, or ended just after the wait expired: this tells
                         work.wait()
                         return

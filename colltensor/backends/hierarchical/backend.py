@@ -19,7 +19,7 @@ from colltensor.backends.hierarchical.moves import Moves
 from colltensor.backends.hierarchical.reductions import WIDENED, Reductions
 from colltensor.backends.hierarchical.watch import HaltedError, Watch
 from colltensor.backends.shm.backend import ShmBackend
-from colltensor.errors import CollectiveError, CollectiveTimeoutError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, is_from_handler
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 
@@ -221,7 +221,7 @@ class HierarchicalBackend:
         """
         self._watch.halt()
         self._courier.end(_END_S)
-        if not isinstance(error, Exception):
+        if not isinstance(error, Exception) or is_from_handler(error):
             return error
         if isinstance(error, HaltedError) and self._courier.failure is not None:
             error = self._courier.failure

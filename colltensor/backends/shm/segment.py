@@ -102,24 +102,34 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
     _refuse(control, [ballot.trouble for ballot in ballots])
     cores = _cores(ballots)
     fd, listener, trouble = _make(control, cores) if control.rank == 0 else (-1, None, None)
+    link: socket.socket | None = None
     try:
         name = b"" if listener is None else listener.getsockname()
         opening = control.allgather(json.dumps([trouble, name.hex()]).encode(), deadline)
         trouble, name = json.loads(opening[0])
         _refuse(control, [trouble])
+        trouble = None
+        try:
+            if listener is None:
+                link = _reach(bytes.fromhex(name), deadline)
+        except OSError as error:
+            trouble = f"the shared memory could not be handed over: {error} (another network namespace than rank 0's?)"
+        # Rank 0 waits for nobody who cannot reach it.
+        _refuse(control, [json.loads(vote) for vote in control.allgather(json.dumps(trouble).encode(), deadline)])
         try:
             if listener is not None:
                 _hand_out(listener, fd, control, meeting, deadline)
             else:
-                fd = _fetch(bytes.fromhex(name), control, meeting, deadline)
+                assert link is not None
+                fd = _fetch(link, control, meeting, deadline)
             segment, trouble = _map(fd, control, ballots, cores)
         except CollectiveError:  # a lost or late rank is an OSError, too
             raise
         except OSError as error:
             segment, trouble = None, f"the shared memory could not be handed over: {error}"
     finally:
-        if listener is not None:
-            listener.close()
+        for sock in filter(None, (link, listener)):
+            sock.close()
         if fd >= 0:
             os.close(fd)
     try:
@@ -245,13 +255,22 @@ def _left(deadline: float, missing: set[int], control: ControlPlane) -> float:
     return left
 
 
-def _fetch(name: bytes, control: ControlPlane, meeting: Meeting, deadline: float) -> int:
-    with _UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+def _reach(name: bytes, deadline: float) -> socket.socket:
+    """Connect to rank 0's socket, which has a place for every rank before it is asked to accept."""
+    link = _UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
         link.settimeout(net.time_left(deadline))
         link.connect(name)
-        net.prove(link, meeting.secret, meeting.generation + _RANK.pack(control.rank), deadline)
-        link.settimeout(net.time_left(deadline))
-        _, descriptors, _, _ = socket.recv_fds(link, 1, 1)
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+def _fetch(link: socket.socket, control: ControlPlane, meeting: Meeting, deadline: float) -> int:
+    net.prove(link, meeting.secret, meeting.generation + _RANK.pack(control.rank), deadline)
+    link.settimeout(net.time_left(deadline))
+    _, descriptors, _, _ = socket.recv_fds(link, 1, 1)
     if not descriptors:
         raise OSError("rank 0 sent no descriptor")
     os.set_inheritable(descriptors[0], False)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch.distributed import distributed_c10d
 
-from colltensor.errors import CollectiveError, GroupError, RankError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, RankError, is_from_handler
 from colltensor.group import Group
 from colltensor.recipe import timeout_of
 from colltensor.torch.c10d.identity import Identity
@@ -199,11 +199,16 @@ class BaseProcessGroup(Identity):
     ) -> Any:
         """Make a call in its turn: here if no handle is asked for and none is before it, else in the line's thread."""
         self._issued += 1
+        timeout = self._timeout
         if opts.timeout != _UNSET:
+            timeout = opts.timeout
             call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
         if not opts.asyncOp and self._line.enter():
             try:
                 call(*arguments)
+            except CollectiveTimeoutError as error:
+                _say_how_long(error, timeout)
+                raise
             finally:
                 self._line.leave()
             return FinishedWork(tensors)
@@ -216,7 +221,11 @@ class BaseProcessGroup(Identity):
         def run() -> None:
             if broken is None:
                 self._check(name)
-            _call(inference, call, arguments)
+            try:
+                _call(inference, call, arguments)
+            except CollectiveTimeoutError as error:
+                _say_how_long(error, timeout)
+                raise
 
         return self._line_up(Operation(name, run), tensors)
 
@@ -299,3 +308,9 @@ def _call(inference: bool, call: Callable[..., Any], arguments: tuple[Any, ...])
     """Make a call in another thread than the one that issued it, where inference tensors may be written too."""
     with torch.inference_mode(inference) if inference else contextlib.nullcontext():
         call(*arguments)
+
+
+def _say_how_long(error: CollectiveTimeoutError, timeout: timedelta) -> None:
+    """Add the words that programs for torch look for in the message of a timeout, and how long it was."""
+    if "timed out" not in str(error) and not is_from_handler(error):
+        error.args = f"{error} (timed out after {timeout.total_seconds():g} s)", *error.args[1:]

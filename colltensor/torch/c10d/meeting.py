@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch.distributed import DistError
 
-from colltensor.errors import CollectiveTimeoutError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError
 from colltensor.group import Group, connect, solitary
 from colltensor.recipe import Recipe
 from colltensor.rendezvous import meet_through
@@ -50,11 +50,16 @@ def meet(
         return solitary(name, recipe)
     deadline = time.monotonic() + meet_s
     exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
+    everybody_hears = False
     try:
-        meeting = meet_through(
-            exchange, group_name=name, world_size=world_size, rank=rank, interface=interface,
-            backend=recipe.asked_of(world_size),
-        )
+        try:
+            meeting = meet_through(
+                exchange, group_name=name, world_size=world_size, rank=rank, interface=interface,
+                backend=recipe.asked_of(world_size),
+            )
+        except CollectiveError as error:
+            everybody_hears = not isinstance(error, CollectiveTimeoutError)
+            raise
         group = connect(meeting, recipe, deadline)
         try:
             group.barrier()  # now all have read all keys
@@ -65,7 +70,7 @@ def meet(
             raise
     except BaseException:
         with contextlib.suppress(DistError):  # the store may be what failed
-            exchange.withdraw()
+            exchange.leave() if everybody_hears else exchange.withdraw()
         raise
     return group
 
@@ -98,6 +103,15 @@ class _Exchange:
         """Delete this rank's keys."""
         for number in range(1, self._round + 1):
             self._store.delete_key(self._key(number, self._rank))
+
+    def leave(self) -> None:
+        """Delete all keys if this rank is the last to have read them: an error of one is there until all raised it."""
+        count = f"{self._prefix}/left"
+        if self._store.add(count, 1) == self._world_size:
+            for number in range(1, self._round + 1):
+                for rank in range(self._world_size):
+                    self._store.delete_key(self._key(number, rank))
+            self._store.delete_key(count)
 
     def _key(self, number: int, rank: int) -> str:
         return f"{self._prefix}/{number}/{rank}"

@@ -6,7 +6,7 @@ Imports torch, and of the package errors and group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -15,11 +15,55 @@ from colltensor.group import Group
 from colltensor.torch.c10d.tensors import flat
 from colltensor.types import ReduceOp
 
+_WIDE: Final = (torch.int64, torch.uint64)
+
 
 def one_by_one(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> None:
     """Call ``function`` with each tuple of arguments."""
     for arguments in calls:
         function(*arguments)
+
+
+def is_integral(tensor: torch.Tensor) -> bool:
+    """Return whether an average of such tensors is one of integers, which no ``Group`` makes."""
+    return not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def average(group: Group, name: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Write the averages of integers or bools as NCCL makes them: the sum, divided, and rounded towards zero.
+
+    Sums of less than 64 bits do not overflow; of bools an element is true where it is on all ranks.
+
+    Args:
+        group: The group.
+        name: The operation with what the ranks must agree on.
+        targets: What the sources' averages go to, as many; empty on a rank that gets none.
+        sources: This rank's tensors. They stay as they are.
+    """
+    sums = [source.clone() if source.dtype in _WIDE else source.to(torch.int64) for source in sources]
+    # The ranks compare paths: so an average does not meet a sum, or integers of another width.
+    group.allreduce({f"{name} average {source.dtype} {at}": sums[at] for at, source in enumerate(sources)})
+    for target, total in zip(targets, sums, strict=False):
+        if total.dtype is torch.uint64:  # which torch cannot divide
+            quotient = total.numpy()
+            quotient //= group.world_size
+        else:
+            total.div_(group.world_size, rounding_mode="trunc")
+        target.copy_(total.view(target.shape))
+
+
+def reduce_all(group: Group, tensors: Sequence[torch.Tensor]) -> None:
+    """Average tensors over all ranks, of which some are integers."""
+    integral = [tensor for tensor in tensors if is_integral(tensor)]
+    others = [tensor for tensor in tensors if not is_integral(tensor)]
+    if others:
+        group.allreduce(others, ReduceOp.AVERAGE)
+    average(group, "allreduce", integral, integral)
+
+
+def reduce_to(group: Group, tensor: torch.Tensor, root: int) -> None:
+    """Average integers over all ranks into the root's."""
+    average(group, f"reduce to {root}", [tensor] if group.rank == root else [], [tensor])
 
 
 def gather_rows(group: Group, output: torch.Tensor, source: torch.Tensor) -> None:
@@ -35,7 +79,8 @@ def reduce_parts(group: Group, target: torch.Tensor, sources: list[torch.Tensor]
 
     The sources of different ranks may differ in length, the same way on all ranks.
     """
-    if any(source.numel() != sources[0].numel() for source in sources) and len(sources) == group.world_size:
+    uneven = any(source.numel() != sources[0].numel() for source in sources)
+    if uneven and len(sources) == group.world_size and not (op is ReduceOp.AVERAGE and is_integral(target)):
         _reduce_one_by_one(group, target, sources, op)
         return
     _reduce(group, target, sources, op)
@@ -47,12 +92,35 @@ def reduce_rows(group: Group, target: torch.Tensor, source: torch.Tensor, op: Re
 
 
 def _reduce(group: Group, target: torch.Tensor, sources: Any, op: ReduceOp) -> None:
+    if op is ReduceOp.AVERAGE and is_integral(target):
+        _average_parts(group, target, sources)
+        return
     try:
         group.reducescatter(target, sources, op)
     except AliasError:  # found before anything moved
         apart = torch.empty_like(target, memory_format=torch.contiguous_format)
         group.reducescatter(apart, sources, op)
         target.copy_(apart)
+
+
+def _average_parts(group: Group, target: torch.Tensor, sources: Any) -> None:
+    """Average all ranks' integers; each takes its part. Rare enough that all get all of it."""
+    if isinstance(sources, torch.Tensor):
+        if sources.numel() != target.numel() * group.world_size:
+            raise ShapeError(
+                f"reduce_scatter: group '{group.name}' (rank {group.rank}): expected an input of {group.world_size} "
+                f"times {target.numel()} elements, got {sources.numel()}"
+            )
+        sources = sources.reshape(group.world_size, -1).unbind()
+    if len(sources) != group.world_size or sources[group.rank].numel() != target.numel():
+        raise ShapeError(
+            f"reduce_scatter: group '{group.name}' (rank {group.rank}): expected an input of each of "
+            f"{group.world_size} ranks, this one's of {target.numel()} elements, got "
+            f"{[source.numel() for source in sources]}"
+        )
+    results = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
+    average(group, "reduce_scatter", results, sources)
+    target.copy_(results[group.rank].view(target.shape))
 
 
 def _reduce_one_by_one(group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp) -> None:

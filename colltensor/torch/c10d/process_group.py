@@ -1,6 +1,6 @@
 """ColltensorProcessGroup: the ProcessGroup of torch.distributed on one Group.
 
-Imports torch, and nothing of the package outside this folder.
+Imports torch, and of the package outside this folder types and untraced.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from colltensor.torch.c10d import payloads, sparse
 from colltensor.torch.c10d.base import BaseProcessGroup
 from colltensor.torch.c10d.options import options
 from colltensor.torch.c10d.tensors import bare, flat, of_rank, only, op_of, split
+from colltensor.types import ReduceOp
+from colltensor.untraced import keep_compilers_out
 
 Tensor = torch.Tensor
 Timeout = timedelta | None
@@ -46,6 +48,8 @@ class ColltensorProcessGroup(BaseProcessGroup):
         reduce_op = op_of("allreduce", opts.reduceOp)
         if tensor.layout is not torch.strided:
             return self._run("allreduce", opts, [tensor], sparse.allreduce, self._group, bare(tensor), reduce_op)
+        if reduce_op is ReduceOp.AVERAGE and payloads.is_integral(tensor):
+            return self._run("allreduce", opts, [tensor], payloads.reduce_all, self._group, [bare(tensor)])
         return self._run("allreduce", opts, [tensor], self._group.allreduce, bare(tensor), reduce_op)
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
@@ -55,6 +59,8 @@ class ColltensorProcessGroup(BaseProcessGroup):
             return self._elsewhere(tensors[0]).allreduce_coalesced(tensors, opts)
         reduce_op = op_of("allreduce_coalesced", opts.reduceOp)
         given = [bare(tensor) for tensor in tensors]
+        if reduce_op is ReduceOp.AVERAGE and any(map(payloads.is_integral, given)):
+            return self._run("allreduce_coalesced", opts, list(tensors), payloads.reduce_all, self._group, given)
         return self._run("allreduce_coalesced", opts, list(tensors), self._group.allreduce, given, reduce_op)
 
     def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Timeout = None, *,
@@ -65,6 +71,8 @@ class ColltensorProcessGroup(BaseProcessGroup):
         if not tensor.is_cpu:
             return self._elsewhere(tensor).reduce([tensor], opts)
         reduce_op = op_of("reduce", opts.reduceOp)
+        if reduce_op is ReduceOp.AVERAGE and payloads.is_integral(tensor):
+            return self._run("reduce", opts, [tensor], payloads.reduce_to, self._group, bare(tensor), opts.rootRank)
         return self._run("reduce", opts, [tensor], self._group.reduce, bare(tensor), opts.rootRank, reduce_op)
 
     def broadcast(self, tensors: Any, opts: Any = None, timeout: Timeout = None, *,
@@ -223,3 +231,6 @@ class ColltensorProcessGroup(BaseProcessGroup):
         made = options(c10d.BarrierOptions, None, timeout)
         made.asyncOp = False
         self._run("monitored_barrier", made, [], self._group.barrier).wait()
+
+
+keep_compilers_out()

@@ -7,18 +7,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
     from colltensor.torch.c10d.process_group import ColltensorProcessGroup
 
 NAME = "colltensor"
+_operators: list[Any] = []  # torch forgets an operator whose library is gone
 
 
 def register() -> None:
     """Let ``dist.init_process_group`` and ``dist.new_group`` know the backend; nothing where there is no c10d."""
     if dist.is_available():
         dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+        if hasattr(torch.ops._c10d_functional, "all_gather_into_tensor_out"):
+            library = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]  # torch's
+            _operators.append(library)
+            library.impl("all_gather_into_tensor_out", _gather_into, "CPU")  # type: ignore[no-untyped-call]  # likewise
+
+
+def _gather_into(source: torch.Tensor, size: int, group: Any, *, out: torch.Tensor) -> torch.Tensor:
+    """Do for CPU tensors of any group what torch's operator does, which calls no method of a group made in Python."""
+    c10d: Any = torch._C._distributed_c10d  # whose types leave out what is new
+    found = c10d._resolve_process_group(group) if isinstance(group, str) else group
+    opts = c10d.AllgatherOptions()
+    opts.asyncOp = True
+    c10d._register_work(out, found._allgather_base(out, source, opts))
+    return out
 
 
 def _create(options: Any, backend_options: Any) -> ColltensorProcessGroup:

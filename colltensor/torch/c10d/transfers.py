@@ -144,8 +144,9 @@ class Transfers:
         operation, ranks = deadline.operation, deadline.ranks
         whom = f"rank {ranks[0]} did not come" if ranks else "no rank came"
         error = CollectiveTimeoutError(
-            f"{operation.name}: group '{self._name}' (rank {self._rank}): {whom} within {deadline.timeout_s} s; make "
-            "the process group again on all ranks, with a longer timeout if that is how long it takes", ranks,
+            f"{operation.name}: group '{self._name}' (rank {self._rank}): timed out after {deadline.timeout_s:g} s: "
+            f"{whom}; make the process group again on all ranks, with a longer timeout if that is how long it takes",
+            ranks,
         )
         if operation.end(error):
             self.close(error)

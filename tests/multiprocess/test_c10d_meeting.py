@@ -1,0 +1,64 @@
+"""An error of one rank while a process group is made reaches all ranks, however slowly they read."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from colltensor import net
+from colltensor.errors import CollectiveError, OptionError
+
+pytestmark = pytest.mark.needs("torch")
+
+
+class SlowStore:
+    """A store whose reader looks seldom."""
+
+    def __init__(self, store: Any, pause_s: float) -> None:
+        self._store = store
+        self._pause_s = pause_s
+
+    def check(self, keys: list[str]) -> bool:
+        time.sleep(self._pause_s)
+        return bool(self._store.check(keys))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_distributed = pytest.importorskip("torch.distributed")
+    from colltensor.torch.c10d.meeting import meet
+
+    store = torch_distributed.HashStore()
+    culprits = set()
+    errors: dict[int, CollectiveError] = {}
+
+    def address(interface: str) -> str:
+        if threading.get_ident() in culprits:
+            raise OptionError("no such interface here")
+        return "127.0.0.1"
+
+    def make(rank: int) -> None:
+        if rank == 1:
+            culprits.add(threading.get_ident())
+        try:
+            meet(SlowStore(store, 0.1 * rank), "all", rank, 3, name="g", meet_s=5.0, timeout_s=5.0)
+        except CollectiveError as error:
+            errors[rank] = error
+
+    monkeypatch.setattr(net, "interface_address", address)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    began = time.monotonic()
+    threads = [threading.Thread(target=make, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < 4
+    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
+    assert all("no such interface here" in str(error) for error in errors.values())
+    assert store.num_keys() == 0
