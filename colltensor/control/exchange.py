@@ -374,7 +374,7 @@ class Pairs:
 
 _CROSSED: Final = (
     "both ranks send, or both receive, and would wait for each other: use sendrecv, let one of them begin with the "
-    "other, or pass async_op=True"
+    "other, or pass async_op=True (which does not help over pygloo and nccl)"
 )
 
 

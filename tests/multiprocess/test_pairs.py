@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from pool import RankPool, on_host
 from shm_ranks import fresh
 
 import colltensor as col
+from colltensor.backends.gloo.native_provider import NativeProvider
 
 
 class Wire(NamedTuple):
@@ -325,3 +328,40 @@ def test_two_that_block_each_other_are_told_at_once(pool: RankPool, wire: Wire, 
         assert "sendrecv" in words
         assert "from rank 0 to rank 1" in words
         assert "from rank 1 to rank 0" in words
+
+
+IN_ORDER = [
+    pytest.param(Wire("gloo", "native"), id="native", marks=pytest.mark.gloo),
+    pytest.param(
+        Wire("gloo", "pygloo"), id="pygloo",
+        marks=[pytest.mark.gloo, pytest.mark.skipif(find_spec("pygloo") is None, reason="no pygloo")],
+    ),
+]
+"""Providers whose transfers run in the order of issue; the native one is told to."""
+
+
+def cross_in_order(rank: int, size: int, wire: Wire, name: str) -> list[str]:
+    """Both send first, both receive first; then one of them does either."""
+    with mock.patch.object(NativeProvider, "crosses", False), wired(rank, size, wire, name, 5.0) as group:
+        taken, found = np.zeros(3), []
+        for first, agrees in ((0, False), (1, False), (rank, True)):
+            began = time.monotonic()
+            calls = [partial(group.send, np.full(3, float(rank)), 1 - rank, async_op=True),
+                     partial(group.recv, taken, 1 - rank, async_op=True)]
+            for work in [call() for call in (calls[first], calls[1 - first])]:
+                if agrees:
+                    work.wait()
+                else:
+                    with pytest.raises(col.MismatchError) as caught:
+                        work.wait()
+                    found.append(str(caught.value))
+            assert time.monotonic() - began < 1.0
+        assert taken.tolist() == [1.0 - rank] * 3
+        assert group.allreduce(np.ones(2)).tolist() == [2.0, 2.0]
+        return found
+
+
+@pytest.mark.parametrize("wire", IN_ORDER)
+def test_where_transfers_do_not_pass_both_are_told_at_once(pool: RankPool, wire: Wire) -> None:
+    for found in pool.run(2, cross_in_order, wire, fresh()):
+        assert ["sendrecv" in words and "pygloo" in words for words in found] == [True] * 4
