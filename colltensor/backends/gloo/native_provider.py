@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import json
 import struct
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -49,7 +48,7 @@ class NativeProvider:
         self._size = control.world_size
         self._library = library.load()
         self._move = self._library.gloo_move
-        self._waits = threading.local()
+        self._waits: list[tuple[_Wait, Any]] = []  # that no call uses
         deadline = time.monotonic() + timeout_s
         place, port = self._place(address)
         try:
@@ -118,16 +117,17 @@ class NativeProvider:
     def _call(self, operation: str, function: Callable[..., int], *arguments: Any, deadline: float) -> None:
         """Call the library, which asks ten times a second while it waits whether to go on."""
         try:
-            wait, stops = self._waits.pair
-        except AttributeError:  # this thread's first call
+            wait, stops = self._waits.pop()
+        except IndexError:  # threads own none: XLA's forget what is theirs after each call
             wait = _Wait(self._control)
             stops = dlpack.tvm_ffi().convert(wait.stops)
-            self._waits.pair = wait, stops
         wait.begin(operation, deadline)
         outcome = function(self._handle, *arguments, stops)
+        raised, wait.raised = wait.raised, None
+        self._waits.append((wait, stops))
         if outcome == _STOPPED:
             # None: a signal's handler raised before it could be kept.
-            raise wait.raised or KeyboardInterrupt
+            raise raised or KeyboardInterrupt
         if outcome == _CLOSED:
             raise RuntimeError("gloo: the connection is closed")
 
