@@ -142,7 +142,7 @@ class Engine:
 
     def __init__(
         self, name: str, rank: int, control: Control | None, agrees: bool, timeout_s: float,
-        signer: SigningBackend | None = None, carrier: CarryingBackend | None = None,
+        signer: SigningBackend | None = None, carrier: CarryingBackend | None = None, crosses: bool = False,
     ) -> None:
         self._name = name
         self._rank = rank
@@ -150,13 +150,13 @@ class Engine:
         self._agrees = agrees
         self._signer = signer
         self._carrier = carrier
+        self._crosses = crosses
         self._alone = control is None
         self.timeout_s = timeout_s
         self.queue = OperationQueue(name)
         if signer is not None:
             self.queue.is_in_direct_call = self._is_in_direct_call
         self._sequence = 0
-        self._transfers: dict[tuple[int, int], int] = {}
         self._kept: list[object] = []
         self.device: QueueingBackend | None = None
         self.check_device = False
@@ -212,13 +212,22 @@ class Engine:
             raise self._refusal(call.name)
         queue = self.queue
         if async_op:
-            return queue.put(Work(call.name, lambda: self._execute_queued(call)))
+            return queue.put(self._work(call))
         if not queue.enter():
-            return queue.run(Work(call.name, lambda: self._execute_queued(call)))
+            return queue.run(self._work(call))
         try:
             return self._execute(call)
         finally:
             queue.leave()
+
+    def _work(self, call: Call) -> Work:
+        """Return the handle of a call that waits for its turn, which transfers with other peers or directions share."""
+        transfers, control = call.transfers, self._control
+        if not self._crosses or transfers is None or len(transfers) != 1 or control is None:
+            return Work(call.name, lambda: self._execute_queued(call))
+        work = Work(call.name, lambda: self._execute_beside(call, transfers[0], control))
+        work.lane = transfers[0].source, transfers[0].destination
+        return work
 
     def _run_on_device(self, call: Call, device: QueueingBackend, async_op: bool) -> Any:
         """Queue a call on a device, in this thread unless others are before it."""
@@ -320,7 +329,7 @@ class Engine:
         direct = -1 if self._signer is None else self._signer.progress()
         if direct < 0 and not self.queue.is_busy():
             return None
-        return direct, self._sequence, sum(list(self._transfers.values()))
+        return direct, self._sequence, 0 if self._control is None else self._control.pairs()
 
     def close(self, how: str) -> None:
         """Fail what waits and drop everything; a call that runs in another thread ends with an error that says how."""
@@ -387,6 +396,39 @@ class Engine:
                     self._control.position(self._sequence, None)
         return call.result()
 
+    def _execute_beside(self, call: Call, transfer: Transfer, control: Control) -> Any:
+        """Run a send or a recv while other threads run others; nothing else runs meanwhile."""
+        if self.broken is not None:
+            raise self._consequence(call.name)
+        deadline = time.monotonic() + self.timeout_s
+        source, destination, buffers, move = transfer
+        signer, joined = self._signer, False
+        peer, signature, describe = self._transfer_signature(transfer, call.fused, control)
+        control.cross(source, destination, f"{call.name} with rank {peer}")
+        try:
+            if signer is None:
+                control.agree_beside(peer, signature, describe, deadline, source)
+                buffers.claim()
+            else:
+                signer.join(deadline)
+                joined = True
+                claim = buffers.claim if buffers.claims else None
+                signer.sign_transfer(source, destination, signature, describe, claim)
+            buffers.load()
+            move(deadline)
+            buffers.store()
+        except MismatchError:
+            raise
+        except BaseException as error:
+            self._kept.append(call)
+            self._break(call.name, error)
+            raise
+        finally:
+            if joined and signer is not None:
+                signer.part(source, destination)
+            control.cross(source, destination, None)
+        return call.result()
+
     def _is_in_direct_call(self) -> bool:
         """Return whether this thread is in a call that took no turn of the queue's, and that will go on."""
         signer = self._signer
@@ -413,7 +455,7 @@ class Engine:
     def signed(self, transfers: Sequence[Transfer]) -> list[tuple[int, int, bytes, Callable[[], str]]]:
         """Return source, destination, signature and words of transfers that were made already."""
         return [
-            (transfer.source, transfer.destination, *self._transfer_signature(transfer, True)[1:])
+            (transfer.source, transfer.destination, *self._transfer_signature(transfer, True, None)[1:])
             for transfer in transfers
         ]
 
@@ -478,21 +520,24 @@ class Engine:
                 signer.agree(deadline)
             return
         for transfer in call.transfers:
-            peer, signature, describe = self._transfer_signature(transfer, call.fused)
+            peer, signature, describe = self._transfer_signature(transfer, call.fused, control)
             control.position(self._sequence, f"{call.name} with rank {peer}")
             signer.sign_transfer(transfer.source, transfer.destination, signature, describe, claim)
 
-    def _transfer_signature(self, transfer: Transfer, fused: bool) -> tuple[int, bytes, Callable[[], str]]:
-        """Count a transfer and return its peer, its signature, and the signature in words."""
+    def _transfer_signature(
+        self, transfer: Transfer, fused: bool, control: Control | None
+    ) -> tuple[int, bytes, Callable[[], str]]:
+        """Return the peer of a transfer, its signature, and the signature in words."""
         source, destination, buffers, _ = transfer
         fused = fused or len(buffers.views) == 1  # one tensor travels alone either way
-        number = self._transfers[source, destination] = self._transfers.get((source, destination), 0) + 1
+        peer = destination if source == self._rank else source
         if self._signer is not None:  # direct ones are counted there alone
             number = self._signer.transfers(source, destination) + 1
+        else:
+            number = 1 if control is None else control.transfers(peer, source) + 1
         signature = _SIGNATURE.pack(
             number, _CODES["transfer"], _NO_OP, source, fused, buffers.count(), buffers.leaves_hash()
         )
-        peer = destination if source == self._rank else source
         return peer, signature, _describer(number, transfer, fused)
 
     def _agree_on_transfers(
@@ -507,15 +552,16 @@ class Engine:
         started = []
         peers = [t.destination if t.source == self._rank else t.source for t in transfers]
         for transfer in sorted(transfers, key=lambda transfer: transfer[:2]):
-            peer, signature, describe = self._transfer_signature(transfer, call.fused)
+            peer, signature, describe = self._transfer_signature(transfer, call.fused, control)
             control.position(self._sequence, f"{call.name} with rank {peer}", peers)
-            control.start_pair(peer, signature, describe, deadline)
+            bound = peers.count(peer) == 1  # else this rank both sends and receives: no peer waits for what it lacks
+            control.start_pair(peer, signature, describe, deadline, transfer.source, bound)
             started.append((transfer, peer, signature, describe))
         mismatch: MismatchError | None = None
         agreed = []
         for transfer, peer, signature, describe in started:
             try:
-                control.finish_pair(peer, signature, describe, deadline)
+                control.finish_pair(peer, signature, describe, deadline, transfer.source, peers.count(peer) == 1)
                 agreed.append(transfer)
             except MismatchError as error:
                 mismatch = error

@@ -118,7 +118,7 @@ class Group:
         self._meeting = meeting
         signer = self._signer = backend if isinstance(backend, SigningBackend) else None
         carrier = backend if isinstance(backend, CarryingBackend) else None
-        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer, carrier)
+        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer, carrier, backend.crosses)
         self._queue = self._engine.queue
         self._devices = Devices(name, rank, backend, control, self._engine, recipe, meeting)
         self._splits = 0
@@ -470,8 +470,11 @@ class Group:
         """Send a tensor or a pytree of tensors, of any dtype, to rank ``dst_rank``, which calls ``recv``.
 
         Only those two ranks call; the call waits until the receiver has come, and of a large tensor until it
-        has it. Two ranks that both send before they receive wait for each other until the timeout: use
-        ``sendrecv``.
+        has it. Transfers from one rank to another are matched in the order of issue. With ``async_op=True`` those in
+        both directions, and with other ranks, pass each other: two ranks may both send first and then receive.
+
+        Raises:
+            MismatchError: Both ranks of a pair wait in a send to each other, or both in a ``recv``: use ``sendrecv``.
         """
         if (
             self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int
@@ -489,7 +492,7 @@ class Group:
     def recv(
         self, tensor: Any, src_rank: int, *, async_op: bool = False, donate: bool = False, copy: bool | None = None
     ) -> Any:
-        """Receive into a tensor or a pytree of tensors what rank ``src_rank`` sends.
+        """Receive into a tensor or a pytree of tensors what rank ``src_rank`` sends; see ``send``.
 
         Returns:
             ``tensor`` itself, with JAX arrays replaced by new ones.

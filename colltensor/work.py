@@ -6,6 +6,7 @@ Imports no framework.
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,11 @@ from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupErro
 
 if TYPE_CHECKING:
     from colltensor.backends.base import Flight
+
+
+Lane = tuple[int, int]
+_SPARE_WORKERS: Final = 2
+"""Threads that may wait for work: a rank that sends and receives has two."""
 
 
 class _Always(threading.Event):
@@ -44,6 +50,9 @@ class Work:
     It keeps the tensors of the call alive until it is done. The tensors must not be read or written
     before that.
     """
+
+    lane: Lane | None = None
+    """The source and destination of a transfer that may run beside transfers of other lanes."""
 
     def __init__(self, operation: str, run: Callable[[], Any], finished: threading.Event | None = None) -> None:
         """Make the handle of what ``run`` does; with ``finished=FINISHED`` it is run before anybody waits for it."""
@@ -194,15 +203,17 @@ class QueuedWork(Work):
 
 
 class OperationQueue:
-    """Runs the operations of one group one at a time, in the order in which they were issued.
+    """Runs the operations of one group one at a time, in the order in which they were issued; but transfers that cross.
 
     A synchronous call runs in its own thread when nothing is before it (``enter`` and ``leave``);
-    everything else runs in one worker thread, made on first use. The turn is a lock used as an
-    atomic flag: it is only ever tried, so nobody blocks on it while an operation runs.
+    everything else runs in worker threads, made on first use. The turn is a lock used as an
+    atomic flag: it is only ever tried, so nobody blocks on it while an operation runs. Works with a
+    lane that follow one another share it: those of one lane run in their order, of different lanes at
+    the same time, each in a thread.
 
     Attributes:
-        idle: Whether the worker has nothing to do, so that a call needs not queue behind it.
-        watch: Told True when work is put, and False when the worker has nothing to do any more; or None.
+        idle: Whether the workers have nothing to do, so that a call needs not queue behind them.
+        watch: Told True when work is put, and False when the workers have nothing to do any more; or None.
         is_in_direct_call: Whether this thread is in a call that took no turn here; or None.
     """
 
@@ -215,12 +226,14 @@ class OperationQueue:
 
     def _renew(self) -> None:
         self._turn = threading.Lock()
-        self._owner = 0  # the thread that has the turn
+        self._owner = 0  # the thread that has the turn, if it is the caller's
         # A signal's handler may come back here at any moment, in the thread that has the lock.
         self._changed = threading.Condition(threading.RLock())
         self._putting = 0  # the thread that has the lock
         self._waiting: collections.deque[Work] = collections.deque()
-        self._worker: threading.Thread | None = None
+        self._lanes: set[Lane] = set()  # in which a work runs
+        self._workers = self._spare = 0
+        self._serving: set[int] = set()  # the workers' threads
         self.idle = True
 
     def disown(self) -> None:
@@ -249,12 +262,12 @@ class OperationQueue:
     def is_inside(self) -> bool:
         """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
         here = threading.get_ident()
-        if here in (self._owner, self._putting):
+        if here in (self._owner, self._putting) or here in self._serving:
             return True
         return self.is_in_direct_call is not None and self.is_in_direct_call()
 
     def run(self, work: Work) -> Any:
-        """Run ``work`` in the worker thread when its turn comes, and return its result.
+        """Run ``work`` in a worker thread when its turn comes, and return its result.
 
         Raises:
             GroupError: This thread is inside a call, which goes on only when it returns there.
@@ -264,7 +277,7 @@ class OperationQueue:
         return self.put(work).result()
 
     def put(self, work: Work) -> Work:
-        """Run ``work`` in the worker thread when its turn comes.
+        """Run ``work`` in a worker thread when its turn comes.
 
         Raises:
             RuntimeError: No thread can be started; nothing is left behind.
@@ -273,33 +286,34 @@ class OperationQueue:
         with self._changed:
             outer, self._putting = self._putting, threading.get_ident()
             try:
-                if self._worker is None:
-                    self._start()
+                self._waiting.append(work)
+                try:
+                    self._man()
+                except BaseException:
+                    self._waiting.remove(work)
+                    raise
                 self.idle = False
                 if self.watch is not None:
                     self.watch(True)
-                self._waiting.append(work)
                 self._changed.notify_all()
             finally:
                 self._putting = outer
         return work
 
-    def _start(self) -> None:
-        self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
-        try:
-            self._worker.start()
-        except BaseException:
-            self._worker = None
-            raise
+    def _man(self) -> None:
+        """See that somebody takes the next work, if it can be run; the lock is held."""
+        if not self._workers or (self._lanes and not self._spare and self._next() is not None):
+            threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
+            self._workers += 1
 
     def tell_watch(self) -> None:
-        """Tell ``watch`` once more whether the worker has something to do."""
+        """Tell ``watch`` once more whether the workers have something to do."""
         with self._changed:
             if self.watch is not None:
                 self.watch(not self.idle)
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
-        """Fail what waits, end the worker, and wait for the operation that runs; False if it did not end."""
+        """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
         with self._changed:
             self._closed = True
             self.idle = False  # nothing goes past the queue any more
@@ -311,20 +325,69 @@ class OperationQueue:
             work._cancel(error)
         return idle
 
+    def _next(self) -> int | None:
+        """Return the place of the work that can be run beside the transfers that run; the lock is held."""
+        for place, work in enumerate(self._waiting):
+            if work.lane is None:
+                return place if not place and not self._lanes else None
+            if work.lane not in self._lanes:
+                return place
+        return None
+
+    def _take(self) -> Work | None:
+        """Take the next work that can be run, and the turn for it; the lock is held."""
+        place = self._next()
+        if place is None or not (self._lanes or self._turn.acquire(False)):
+            return None
+        work = self._waiting[place]
+        del self._waiting[place]
+        if work.lane is not None:
+            self._lanes.add(work.lane)
+        return work
+
     def _serve(self) -> None:
+        here = threading.get_ident()
+        self._serving.add(here)
+        try:
+            self._run_works()
+        finally:
+            self._serving.discard(here)
+
+    def _run_works(self) -> None:
+        work: Work | None = None
+
+        def taken() -> bool:
+            nonlocal work
+            work = self._take()
+            return work is not None or self._closed
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self._waiting and self._turn.acquire(False)))
-                if not self._waiting:  # closed, with the turn never taken
+                if self._spare >= _SPARE_WORKERS and self._next() is None:
+                    self._workers -= 1
                     return
-                self._owner = threading.get_ident()
-                work = self._waiting.popleft()
+                self._spare += 1
+                self._changed.wait_for(taken)
+                self._spare -= 1
+                if work is None:  # closed
+                    return
+                with contextlib.suppress(RuntimeError):  # no thread can be started: what is next waits for one of these
+                    self._man()
             work._finish()
-            self.leave()
-            with self._changed:
-                self.idle = not self._waiting and not self._closed
-                if self.idle and self.watch is not None:
-                    self.watch(False)
+            self._end(work)
+            work = None
+
+    def _end(self, work: Work) -> None:
+        """Give back the turn that was taken for a work."""
+        with self._changed:
+            if work.lane is not None:
+                self._lanes.discard(work.lane)
+            if not self._lanes:
+                self._turn.release()
+            self._changed.notify_all()
+            self.idle = not self._waiting and not self._lanes and not self._closed
+            if self.idle and self.watch is not None:
+                self.watch(False)
 
 
 def nested(operation: str, group_name: str) -> GroupError:

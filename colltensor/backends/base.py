@@ -128,6 +128,7 @@ class Backend(Protocol):
         fuses: Whether small leaves of a container are to be packed into one transfer, because a transfer costs more.
         joins: The operations for which it copies a list of all ranks' tensors that do not lie one after another.
         agrees: Whether the ranks must agree on the control plane before each payload.
+        crosses: Whether ``send`` and ``recv`` may run in several threads at once, each with another peer or direction.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Backend(Protocol):
     fuses: bool
     joins: frozenset[str]
     agrees: bool
+    crosses: bool
 
     def require(self, operation: str, dtype: DType, op: ReduceOp | None) -> None:
         """Raise UnsupportedDTypeError or OptionError if the call cannot be done here."""
@@ -335,6 +337,12 @@ class SigningBackend(Backend, Protocol):
 
     def release(self) -> None:
         """Give the turn back."""
+
+    def join(self, deadline: float) -> None:
+        """Take the turn for one send or recv, together with other threads, each of which must ``part``."""
+
+    def part(self, source: int, destination: int) -> None:
+        """Give it back after the transfer from ``source`` to ``destination``."""
 
     def progress(self) -> int:
         """Return -1 while no call runs, else a number that grows from call to call."""

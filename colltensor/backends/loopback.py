@@ -30,6 +30,7 @@ class LoopbackBackend:
     fuses = True
     joins: frozenset[str] = frozenset()
     agrees = False
+    crosses = False
 
     require = staticmethod(require)
 

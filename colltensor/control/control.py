@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from colltensor.control.exchange import Describe, Pairs, Tree
+from colltensor.control.links import NO_LANE
 from colltensor.control.lookout import ALL_RANKS, Lookout
-from colltensor.control.status import REMEDY
+from colltensor.control.status import REMEDY, pair_key
 from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Control:
     """The control plane of one group on one rank.
 
     One thread at a time may be in ``agree``, ``agree_and_gather``, ``agree_pair``, ``start_pair``, ``finish_pair``,
-    ``swap`` or ``allgather``.
+    ``swap`` or ``allgather``; or several in ``agree_beside``, each with another peer or lane.
     Every other method may be called by any thread at any time. Deadlines are values of ``time.monotonic()``.
 
     Attributes:
@@ -158,11 +159,22 @@ class Control:
         self.start_pair(peer, signature, describe, deadline)
         self.finish_pair(peer, signature, describe, deadline)
 
-    def start_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+    def start_pair(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int = NO_LANE, bound: bool = False
+    ) -> None:
         """Do the first half of ``agree_pair``, which does not wait for the other rank to call.
 
         Every start needs one ``finish_pair`` with the same peer, also after an agreement with another peer ended
         in ``MismatchError``. Several with one peer are finished in the order in which they were started.
+
+        Args:
+            peer: As for ``agree_pair``.
+            signature: As for ``agree_pair``.
+            describe: As for ``agree_pair``.
+            deadline: As for ``agree_pair``.
+            lane: The rank that sends, of an agreement on a transfer: it meets the others of its lane alone.
+            bound: Whether this rank does nothing else with ``peer`` until then. Where both are bound to different lanes
+                that is a mismatch.
 
         Raises:
             RankError: ``peer`` is no other rank of the group.
@@ -174,16 +186,41 @@ class Control:
                 "pass its rank within this group"
             )
         with self._working.until(deadline):
-            self._pairs.start(peer, signature, deadline)
+            self._pairs.start(peer, signature, deadline, b"", lane, bound)
 
-    def finish_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+    def finish_pair(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int = NO_LANE, bound: bool = False
+    ) -> None:
         """Do the second half of ``agree_pair``: wait for the other rank and compare. Arguments as in the start.
 
         Raises:
             CollectiveError: As ``agree_pair``.
         """
         with self._working.until(deadline):
-            self._pairs.finish(peer, signature, describe, deadline)
+            self._pairs.finish(peer, signature, describe, deadline, lane, bound)
+
+    def agree_beside(self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int) -> None:
+        """Do as ``agree_pair`` in a thread of a lane's own, while others do; nothing else may be called meanwhile.
+
+        Raises:
+            CollectiveError: As ``agree_pair``.
+        """
+        self._pairs.agree_beside(peer, signature, describe, deadline, lane, self._working.until)
+
+    def transfers(self, peer: int, lane: int) -> int:
+        """Return how many agreements of a lane this rank has started with ``peer``."""
+        return self._lookout.pairs.get(pair_key(peer, lane), 0)
+
+    def pairs(self) -> int:
+        """Return how many agreements with single other ranks this rank has started."""
+        return sum(list(self._lookout.pairs.values()))
+
+    def cross(self, source: int, destination: int, operation: str | None) -> None:
+        """Note, for those who ask, a transfer that runs in a thread of its own; None at its end."""
+        if operation is None:
+            self._lookout.crossing.pop((source, destination), None)
+        else:
+            self._lookout.crossing[source, destination] = operation
 
     def check(self) -> None:
         """Read without waiting what the neighbours say, while a payload runs.

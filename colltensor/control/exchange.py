@@ -9,25 +9,32 @@ Imports links, lookout, status and the errors of the package, and no framework.
 
 from __future__ import annotations
 
+import contextlib
 import struct
-from collections.abc import Callable, Sequence
-from typing import Final, NoReturn
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Final, NoReturn, TypeVar
 
 from colltensor.control.links import (
+    BOUND,
     DIFFERS,
     EXCHANGE,
     HEAD,
     HEAD_NBYTES,
+    NO_LANE,
     PAIR,
     PAIR_TEXT,
     READ_NBYTES,
     SIGNATURE_NBYTES,
     TEXT,
+    Frame,
     Link,
+    lane_of,
     pack,
 )
-from colltensor.control.lookout import Lookout, Suspects
-from colltensor.control.status import REMEDY, mismatch
+from colltensor.control.lookout import Lookout
+from colltensor.control.status import REMEDY, mismatch, pair_key
 from colltensor.errors import GroupError
 
 Describe = Callable[[], str]
@@ -166,18 +173,35 @@ class Tree:
         raise mismatch(self._lookout.where, range(len(said)), signatures, texts)
 
 
+_Begun = TypeVar("_Begun")
+_Ended = TypeVar("_Ended")
+Awaited = tuple[int, int, int]
+"""What a thread waits for: a frame of a peer's, by its lane and kind."""
+
 _SWAP: Final = b"swap"
 """The signature of an exchange of payloads."""
 
 
 class Pairs:
-    """Exchanges of this rank with single other ranks, over a link between the two."""
+    """Exchanges of this rank with single other ranks, over a link between the two, and by lanes.
+
+    A lane is a direction of a pair: what is exchanged about transfers of one meets in the order in which it was
+    started, and passes what is about the other. Exchanges of different lanes may wait in several threads at once
+    (``agree_beside``), of which one works the links for all.
+    """
 
     def __init__(self, lookout: Lookout) -> None:
         self._lookout = lookout
         self._finished: dict[int, int] = {}
+        self._changed = threading.Condition()
+        self._led = False  # one of the threads works the links
+        self._newcomers = 0  # threads that want to
+        self._followers: set[Awaited] = set()  # what the others wait for
 
-    def start(self, peer: int, signature: bytes, deadline: float, payload: bytes = b"") -> None:
+    def start(
+        self, peer: int, signature: bytes, deadline: float, payload: bytes = b"", lane: int = NO_LANE,
+        bound: bool = False,
+    ) -> None:
         """Send this rank's half, with a payload if ``swap`` receives it.
 
         The higher rank opens the link: so two cannot open two of them at once.
@@ -186,32 +210,106 @@ class Pairs:
             CollectiveError: The group broke.
         """
         lookout = self._lookout
-        count = lookout.pairs[peer] = lookout.pairs.get(peer, 0) + 1
-        frame = pack(PAIR, 0, count, signature, len(payload)) + payload
+        key = pair_key(peer, lane)
+        count = lookout.pairs[key] = lookout.pairs.get(key, 0) + 1
+        frame = pack(PAIR, BOUND if bound else 0, count, signature, len(payload), lane) + payload
         link = lookout.board.links.get(peer)
         if link is None and lookout.meeting.rank < peer:
             lookout.board.defer(peer, frame)
             return
-        suspects = lookout.partner(peer)
+        suspects = lookout.partner(peer, lane)
         lookout.send(link or lookout.connect(peer, deadline, suspects), frame, deadline, suspects)
 
-    def finish(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+    def finish(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int = NO_LANE, bound: bool = False
+    ) -> None:
         """Wait for the other rank's half and compare.
 
         Raises:
-            MismatchError: They differ.
+            MismatchError: They differ; or both ranks only send to each other, or only receive, and are bound to.
             CollectiveError: The group broke.
         """
-        lookout = self._lookout
-        count = self._finished[peer] = self._finished.get(peer, 0) + 1
-        frame = pack(PAIR, 0, count, signature)
-        link = lookout.board.links.get(peer) or lookout.await_link(peer, deadline, lookout.partner(peer))
-        if read_same(link, frame, PAIR):
-            return
-        suspects = lookout.partner(peer)
-        came, _ = lookout.receive(link, PAIR, deadline, (link,), suspects)
-        if came != frame:
-            self._raise_mismatch(link, signature, _text(describe), deadline, suspects)
+        theirs = self._compare(peer, signature, deadline, lane, bound)
+        if theirs is not None:
+            said = self._say(peer, signature, describe, deadline, lane)
+            self._raise_mismatch(peer, said, self._hear(peer, deadline, lane, theirs), theirs != lane)
+
+    def agree_beside(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int,
+        working: Callable[[float], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """Start and finish an exchange of a lane, while other threads do with other lanes and nothing else.
+
+        Raises:
+            CollectiveError: As ``finish``.
+        """
+        differs = self._take_part(
+            (peer, lane, PAIR), deadline, working, lambda: self.start(peer, signature, deadline, b"", lane),
+            lambda _: self._compare(peer, signature, deadline, lane, False) is not None,
+        )
+        if differs:
+            said, heard = self._take_part(
+                (peer, lane, PAIR_TEXT), deadline, working,
+                lambda: self._say(peer, signature, describe, deadline, lane),
+                lambda said: (said, self._hear(peer, deadline, lane, lane)),
+            )
+            self._raise_mismatch(peer, said, heard, False)
+
+    def _take_part(
+        self, me: Awaited, deadline: float, working: Callable[[float], contextlib.AbstractContextManager[None]],
+        begin: Callable[[], _Begun], end: Callable[[_Begun], _Ended],
+    ) -> _Ended:
+        """Begin, wait for a frame or the deadline, and end, all in working the links for every thread that waits."""
+        begun: list[_Begun] = []
+        board = self._lookout.board
+        self._lead()
+        while True:
+            try:
+                with working(deadline):
+                    if not begun:
+                        begun.append(begin())
+                    board.wait(lambda: self._newcomers or any(map(self._has_come, (me, *self._followers))), deadline)
+                    if self._has_come(me) or time.monotonic() >= deadline:
+                        return end(begun[0])
+            finally:
+                self._stand_back()
+            self._follow(me, deadline)
+
+    def _lead(self) -> None:
+        """Become the thread that works the links, which whoever does is asked to leave."""
+        with self._changed:
+            self._newcomers += 1
+            self._lookout.board.wake()
+            self._changed.wait_for(lambda: not self._led)
+            self._newcomers -= 1
+            self._led = True
+
+    def _stand_back(self) -> None:
+        with self._changed:
+            self._led = False
+            self._changed.notify_all()
+
+    def _follow(self, me: Awaited, deadline: float) -> None:
+        """Wait until there is something to do on the links: for this thread, or for none of those that wait."""
+        def turn_has_come() -> bool:
+            if self._led or self._newcomers:
+                return False
+            return self._has_come(me) or not any(map(self._has_come, self._followers))
+
+        with self._changed:
+            self._followers.add(me)
+            try:
+                came = self._changed.wait_for(turn_has_come, max(0.0, deadline - time.monotonic()))
+                self._led = self._led or came
+            finally:
+                self._followers.discard(me)
+        if not came:
+            self._lead()
+
+    def _has_come(self, me: Awaited) -> bool:
+        peer, lane, kind = me
+        link = self._lookout.board.links.get(peer)
+        return link is not None and (link.goodbye or _in_lane(link.inbox[kind], lane, False) is not None)
 
     def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
         """Send this rank's payload and return the other's.
@@ -222,23 +320,75 @@ class Pairs:
         """
         lookout = self._lookout
         self.start(peer, _SWAP, deadline, payload)
-        count = self._finished[peer] = self._finished.get(peer, 0) + 1
-        link = lookout.board.links.get(peer) or lookout.await_link(peer, deadline, lookout.partner(peer))
-        came, theirs = lookout.receive(link, PAIR, deadline, (link,), lookout.partner(peer))
+        key = pair_key(peer, NO_LANE)
+        count = self._finished[key] = self._finished.get(key, 0) + 1
+        suspects = lookout.partner(peer, NO_LANE)
+        link = lookout.board.links.get(peer) or lookout.await_link(peer, deadline, suspects)
+        came, theirs = lookout.receive(link, PAIR, deadline, (link,), suspects)
         if not _alike(came, pack(PAIR, 0, count, _SWAP)):
             raise _out_of_step(lookout)
         return theirs
 
-    def _raise_mismatch(
-        self, link: Link, signature: bytes, text: bytes, deadline: float, suspects: Suspects
-    ) -> NoReturn:
+    def _compare(self, peer: int, signature: bytes, deadline: float, lane: int, bound: bool) -> int | None:
+        """Wait for the other rank's half; return None if it is the same, else its lane."""
         lookout = self._lookout
-        body = _padded(signature) + text
-        lookout.send(link, pack(PAIR_TEXT, 0, 0, b"", len(body)) + body, deadline, suspects)
-        _, theirs = lookout.receive(link, PAIR_TEXT, deadline, (link,), suspects)
-        ranks, said = zip(*sorted({lookout.meeting.rank: body, link.peer: theirs}.items()), strict=True)
-        texts = [part[SIGNATURE_NBYTES:].decode(errors="replace") for part in said]
-        raise mismatch(lookout.where, ranks, [part[:SIGNATURE_NBYTES] for part in said], texts)
+        key = pair_key(peer, lane)
+        count = self._finished.get(key, 0) + 1
+        frame = pack(PAIR, BOUND if bound else 0, count, signature, lane=lane)
+        suspects = lookout.partner(peer, lane)
+        link = lookout.board.links.get(peer) or lookout.await_link(peer, deadline, suspects)
+        if not read_same(link, frame, PAIR):
+            came = lookout.receive_of(link, PAIR, deadline, suspects, lambda inbox: _in_lane(inbox, lane, bound))
+            if lane_of(came) != lane:
+                lookout.pairs[key] -= 1  # neither transfer has a counterpart
+                return lane_of(came)
+            if _unbound(came[0]) != _unbound(frame):
+                self._finished[key] = count
+                return lane
+        self._finished[key] = count
+        return None
+
+    def _say(self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int) -> bytes:
+        """Tell the other rank what this one calls, where they differ."""
+        lookout = self._lookout
+        body = _padded(signature) + _text(describe)
+        frame = pack(PAIR_TEXT, 0, 0, b"", len(body), lane) + body
+        lookout.send(lookout.board.links[peer], frame, deadline, lookout.partner(peer, lane))
+        return body
+
+    def _hear(self, peer: int, deadline: float, lane: int, other_lane: int) -> bytes:
+        """Return what the other rank tells."""
+        lookout = self._lookout
+        return lookout.receive_of(
+            lookout.board.links[peer], PAIR_TEXT, deadline, lookout.partner(peer, lane),
+            lambda inbox: _in_lane(inbox, other_lane, False),
+        )[1]
+
+    def _raise_mismatch(self, peer: int, said: bytes, heard: bytes, crossed: bool) -> NoReturn:
+        lookout = self._lookout
+        ranks, both = zip(*sorted({lookout.meeting.rank: said, peer: heard}.items()), strict=True)
+        texts = [part[SIGNATURE_NBYTES:].decode(errors="replace") for part in both]
+        signatures = [part[:SIGNATURE_NBYTES] for part in both]
+        raise mismatch(lookout.where, ranks, signatures, texts, _CROSSED if crossed else None)
+
+
+_CROSSED: Final = (
+    "both ranks send, or both receive, and would wait for each other: use sendrecv, let one of them begin with the "
+    "other, or pass async_op=True (which does not help over pygloo and nccl)"
+)
+
+
+def _in_lane(inbox: Collection[Frame], lane: int, bound: bool) -> Frame | None:
+    """Return the first frame of a lane; for a rank that is bound to its own also the peer's, bound to another."""
+    frames = list(inbox)
+    found = next((frame for frame in frames if lane_of(frame) == lane), None)
+    if found is None and bound:
+        found = next((frame for frame in frames if frame[0][1] & BOUND), None)
+    return found
+
+
+def _unbound(head: bytes) -> bytes:
+    return head[:1] + bytes([head[1] & ~BOUND]) + head[2:]
 
 
 def read_same(link: Link, frame: bytes, kind: int) -> bool:
@@ -287,14 +437,14 @@ def _differing(frame: bytes) -> bytes:
 
 
 def _with_body(frame: bytes, parts: Sequence[bytes]) -> bytes:
-    kind, _, counter, _, signature = HEAD.unpack(frame)
+    kind, _, _, counter, _, signature = HEAD.unpack(frame)
     return b"".join((pack(kind, 0, counter, signature, sum(map(len, parts))), *parts))
 
 
 def _alike(came: bytes, frame: bytes) -> bool:
     """Return whether two heads are the same but for the number of bytes that follow."""
     one, other = HEAD.unpack(came), HEAD.unpack(frame)
-    return one[:3] == other[:3] and one[4] == other[4]
+    return one[:4] == other[:4] and one[5] == other[5]
 
 
 def _payloads(body: bytes, world_size: int) -> list[bytes]:

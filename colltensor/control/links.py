@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SIGNATURE_NBYTES: Final = 32
 
-HEAD: Final = struct.Struct("!BBxxIQ32s")
-"""Kind, flags, counter of the exchange, bytes that follow the head, signature."""
+HEAD: Final = struct.Struct("!BBHIQ32s")
+"""Kind, flags, lane, counter of the exchange, bytes that follow the head, signature."""
 
 HEAD_NBYTES: Final = HEAD.size
 
@@ -42,6 +42,12 @@ same between two ranks, news of a failure, and the announcement of an orderly en
 DIFFERS: Final = 1
 """Flag: some rank below (or, on the way down, anywhere) differs."""
 
+BOUND: Final = 2
+"""Flag: the rank will do nothing else with this peer before this exchange between the two has ended."""
+
+NO_LANE: Final = -1
+"""The lane of exchanges between two ranks that are no transfers; those have the rank that sends."""
+
 LINK, WELCOME, CONFIRM, ASK, ANSWER, TELL = range(6)
 """Kinds of ``net`` frames with which a connection begins: what the caller wants, and the replies."""
 
@@ -55,11 +61,17 @@ Frame = tuple[bytes, bytes]
 """A head, still packed, and the bytes that follow it."""
 
 
-def pack(kind: int, flags: int, counter: int, signature: bytes, nbytes: int = 0) -> bytes:
+def pack(kind: int, flags: int, counter: int, signature: bytes, nbytes: int = 0, lane: int = NO_LANE) -> bytes:
     """Return the head of a frame; counters wrap at 32 bits, signatures are padded with zeros to 32 bytes."""
     if len(signature) > SIGNATURE_NBYTES:
         raise ValueError(f"signature must be at most {SIGNATURE_NBYTES} bytes, got {len(signature)}: hash it")
-    return HEAD.pack(kind, flags, counter & 0xFFFFFFFF, nbytes, signature)
+    return HEAD.pack(kind, flags, lane + 1, counter & 0xFFFFFFFF, nbytes, signature)
+
+
+def lane_of(frame: Frame) -> int:
+    """Return the lane of a frame."""
+    lane: int = HEAD.unpack(frame[0])[2]
+    return lane - 1
 
 
 class Link:
@@ -137,7 +149,7 @@ class Link:
                 rest = rest[missing:]
                 self.clean = False
                 if len(self._head) == HEAD_NBYTES:
-                    self._body, self._filled = bytearray(HEAD.unpack(self._head)[3]), 0
+                    self._body, self._filled = bytearray(HEAD.unpack(self._head)[4]), 0
             else:
                 taken = min(len(rest), len(self._body) - self._filled)
                 self._body[self._filled : self._filled + taken] = rest[:taken]

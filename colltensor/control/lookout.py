@@ -10,14 +10,14 @@ Imports net, links, status, switchboard and the errors of the package, and no fr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from colltensor import net
 from colltensor.control import links
 from colltensor.control.links import Frame, Link
-from colltensor.control.status import REMEDY, Absence, Status, accuse, followed, gone_ranks, judge
+from colltensor.control.status import REMEDY, Absence, Status, accuse, followed, gone_ranks, judge, pair_key
 from colltensor.control.switchboard import SILENCE_S, Switchboard
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError
 
@@ -58,7 +58,8 @@ class Lookout:
         operation: The current operation, None between operations.
         peers: The ranks on which the payload of the current operation depends, None where that is not known.
         exchange: How many exchanges of all ranks this rank has entered.
-        pairs: How many exchanges it has entered with single other ranks.
+        pairs: How many exchanges it has entered with single other ranks, by ``pair_key``.
+        crossing: The transfers that run in threads of their own, by source and destination.
         queued: How many calls it has queued on a device, with single other ranks and, under ALL_RANKS, with all.
         everyone: The suspects of an exchange of all ranks.
         board: The links.
@@ -72,6 +73,7 @@ class Lookout:
         self.peers: Sequence[int] | None = None
         self.exchange = 0
         self.pairs: dict[int, int] = {}
+        self.crossing: dict[tuple[int, int], str] = {}
         self.queued: dict[int, int] = {}
         others = [rank for rank in range(meeting.world_size) if rank != meeting.rank]
         self.everyone = Suspects(others, lambda status: status.exchange < self.exchange)
@@ -79,19 +81,23 @@ class Lookout:
         self.board = Switchboard(meeting, self)
         self.board.open()
 
-    def partner(self, peer: int) -> Suspects:
+    def partner(self, peer: int, lane: int) -> Suspects:
         """Return the suspects of an exchange with one other rank."""
-        rank = self.meeting.rank
-        return Suspects([peer], lambda status: status.pairs.get(rank, 0) < self.pairs.get(peer, 0))
+        mine, theirs = pair_key(peer, lane), pair_key(self.meeting.rank, lane)
+        return Suspects([peer], lambda status: status.pairs.get(theirs, 0) < self.pairs.get(mine, 0))
 
     def status(self) -> Status:
         """Return what this rank answers when it is asked; may be called by any thread."""
         until, waited, peers = self.board.until, self._waited, self.peers
         awaits = waited.ranks if waited is not None and until is not None else peers
+        crossing, operation = list(self.crossing.items()), self.operation
+        if crossing:
+            operation = ", ".join(text for _, text in crossing)
+            awaits = [rank for ends, _ in crossing for rank in ends if rank != self.meeting.rank]
         return Status(
             rank=self.meeting.rank,
             sequence=self.sequence,
-            operation=self.operation,
+            operation=operation,
             exchange=self.exchange,
             pairs=dict(self.pairs),
             queued=dict(self.queued),
@@ -132,6 +138,32 @@ class Lookout:
         if not self.board.wait(lambda: inbox, deadline, needed, kind):
             self.overdue(suspects, lambda: inbox, needed, kind)
         return inbox.popleft()
+
+    def receive_of(
+        self, link: Link, kind: int, deadline: float, suspects: Suspects,
+        choose: Callable[[Collection[Frame]], Frame | None],
+    ) -> Frame:
+        """Return the frame of ``kind`` that ``choose`` finds among those that have come on a link.
+
+        Raises:
+            CollectiveError: The group broke, or none came before ``deadline``.
+        """
+        inbox = link.inbox[kind]
+        self._waited = suspects
+
+        def ready() -> bool:
+            if choose(inbox) is not None:
+                return True
+            if link.goodbye:
+                raise self.board.fail(self.lost(link.peer, "has destroyed the group or ended"))
+            return False
+
+        if not self.board.wait(ready, deadline):
+            self.overdue(suspects, ready)
+        found = choose(inbox)
+        assert found is not None
+        inbox.remove(found)
+        return found
 
     def connect(self, peer: int, deadline: float, suspects: Suspects) -> Link:
         """Open the link to a lower rank, in attempts short enough to hear of failures in between.
@@ -191,11 +223,14 @@ class Lookout:
             raise self.board.fail(found or self._unexplained())
 
     def _awaited(self, answers: Mapping[int, Status | Absence]) -> dict[int, Status | Absence]:
-        """Ask all ranks that were not asked yet, if one of those that were waits for others itself."""
+        """Ask all ranks that were not asked yet, if one of those that were waits for others itself, or is gone.
+
+        It may have gone because of a failure that it told the others, who are a better witness of it than its absence.
+        """
         rest = [rank for rank in self.everyone.ranks if rank not in answers]
-        if not rest or not any(isinstance(answer, Status) and answer.awaits for answer in answers.values()):
-            return {}
-        return self.ask(rest)
+        told = any(answer is Absence.GONE or (isinstance(answer, Status) and answer.awaits)
+                   for answer in answers.values())
+        return self.ask(rest) if rest and told else {}
 
     def _behind_the_payload(self, where: str, answers: Mapping[int, Status | Absence]) -> CollectiveError | None:
         """Return the error for ranks for which the others of this rank's payload wait, before they can take part."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from colltensor import errors
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
 
+_LANE = 1 << 16
 REMEDY = "The group is broken: destroy it and create it again"
 
 
@@ -71,7 +72,7 @@ class Status:
         sequence: Sequence number of its current or last operation.
         operation: Its current operation, None between operations.
         exchange: How many exchanges of all ranks it has entered.
-        pairs: How many exchanges it has entered with single other ranks, by rank.
+        pairs: How many exchanges it has entered with single other ranks, by ``pair_key``.
         remaining_s: Seconds until its present wait times out, None when it does not wait.
         failure: Why the group is broken for it, or None.
         queued: How many calls it has queued on a device: with single other ranks, by rank, and with all under -1.
@@ -108,7 +109,11 @@ class Status:
 
     def waits_for(self, other: Status) -> bool:
         """Return whether this rank has entered an exchange that ``other`` has not."""
-        return other.exchange < self.exchange or other.pairs.get(self.rank, 0) < self.pairs.get(other.rank, 0)
+        return other.exchange < self.exchange or any(
+            other.pairs.get(pair_key(self.rank, lane), 0) < count
+            for (peer, lane), count in ((_ends(key), count) for key, count in self.pairs.items())
+            if peer == other.rank
+        )
 
     def place(self) -> str:
         """Return where the rank is, in words."""
@@ -120,6 +125,15 @@ class Status:
         if self.sequence:
             return f"rank {self.rank} has not called yet: its last operation was #{self.sequence}"
         return f"rank {self.rank} has not called yet: it has done no operation on the group"
+
+
+def pair_key(peer: int, lane: int) -> int:
+    """Return what exchanges with a rank are counted under, by their lane: the rank that sends, or -1."""
+    return peer + (lane + 1) * _LANE
+
+
+def _ends(key: int) -> tuple[int, int]:
+    return key % _LANE, key // _LANE - 1
 
 
 def _counts(pairs: Sequence[Sequence[int]]) -> dict[int, int]:
@@ -219,7 +233,9 @@ def differing_ranks(signatures: Sequence[bytes]) -> tuple[int, ...]:
     return tuple(index for index, signature in enumerate(signatures) if signature != reference)
 
 
-def mismatch(where: str, ranks: Sequence[int], signatures: Sequence[bytes], texts: Sequence[str]) -> MismatchError:
+def mismatch(
+    where: str, ranks: Sequence[int], signatures: Sequence[bytes], texts: Sequence[str], remedy: str | None = None
+) -> MismatchError:
     """Return the error for ranks that do not agree about a call.
 
     Args:
@@ -227,6 +243,7 @@ def mismatch(where: str, ranks: Sequence[int], signatures: Sequence[bytes], text
         ranks: The ranks that take part, in ascending order.
         signatures: The signature of each.
         texts: The description of each.
+        remedy: What to do, if it is not to make the same call.
     """
     odd = differing_ranks(signatures)
     [reference] = {signatures[i] for i in range(len(ranks)) if i not in odd}
@@ -237,7 +254,7 @@ def mismatch(where: str, ranks: Sequence[int], signatures: Sequence[bytes], text
     came = "; ".join(f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig != reference)
     return MismatchError(
         f"{where}: the ranks disagree about the call. Expected what {expected}. Got from {came}. No data was changed "
-        "and the group goes on: make the same call, with the same dtypes and counts, on every rank",
+        f"and the group goes on: {remedy or 'make the same call, with the same dtypes and counts, on every rank'}",
         (ranks[i] for i in odd),
     )
 

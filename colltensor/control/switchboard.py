@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SILENCE_S = 1.0
 """How long, in seconds, a rank may take to answer a question before it counts as stopped."""
 _TELLING_S = 0.5
+_HEARD_S = 0.2
 _LOOK_S = 5.0
 """How long a thread that enters waits for one that looks, which asks who died for about a second at most."""
 
@@ -354,6 +355,10 @@ class Switchboard:
                 del self._polled[fd]
                 self._poller.unregister(fd)
 
+    def wake(self) -> None:
+        """Let the thread that waits look again."""
+        self._wake()
+
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
@@ -407,6 +412,7 @@ class Switchboard:
             spread()
         else:
             self._spreading = thread
+            thread.join(_HEARD_S)  # whoever ends its process at the error would be missed in place of what it found out
 
     def _shut_down(self) -> None:
         self._shut = True

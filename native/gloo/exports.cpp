@@ -22,7 +22,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 2;  // grows with every change of these functions, and of what the ranks send
+constexpr std::int64_t kInterface = 3;  // grows with every change of these functions, and of what the ranks send
 
 // How a call ended, if not by an exception.
 enum Outcome : std::int64_t { kDone = 0, kStopped = 1, kClosed = 2 };
@@ -82,10 +82,10 @@ Check asks(const ffi::Function& check) {
 }
 
 template <class Body>
-std::int64_t run(std::int64_t handle, const ffi::Function& check, Body body) {
+std::int64_t run(std::int64_t handle, const ffi::Function& check, Body body, bool beside = false) {
   return guarded(handle, [&](Mesh& mesh) {
     const Check asked = asks(check);
-    mesh.run(asked, [&] { body(mesh); });
+    mesh.run(asked, [&] { body(mesh); }, beside);
   });
 }
 
@@ -167,13 +167,14 @@ void limit(std::int64_t handle, std::int64_t direct_nbytes, std::int64_t block_n
                   static_cast<std::size_t>(depth), 0};
 }
 
-// `transfers` is the address of triples of 64-bit numbers: rank, address, bytes; first those to receive.
+// `transfers` is the address of triples of 64-bit numbers: rank, address, bytes; first those to receive. One alone may run
+// beside others, in other threads, each of another peer or direction.
 std::int64_t move(std::int64_t handle, std::int64_t transfers, std::int64_t receives, std::int64_t sends,
                   ffi::Function check) {
   const auto* first = reinterpret_cast<const Transfer*>(transfers);
   return run(handle, check, [&](Mesh& mesh) {
     exchange(mesh, first, static_cast<std::size_t>(receives), first + receives, static_cast<std::size_t>(sends));
-  });
+  }, receives + sends == 1);
 }
 
 std::int64_t allreduce_of(std::int64_t handle, std::int64_t members, std::int64_t size, std::int64_t data,

@@ -2,6 +2,8 @@
 
 #include <gloo/common/error.h>
 
+#include <algorithm>
+
 namespace colltensor {
 namespace {
 
@@ -29,12 +31,17 @@ void Ticker::watch(Buffer* buffer, Direction direction) {
   bool sleeps = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    buffer_ = buffer;
-    direction_ = direction;
+    watched_.emplace_back(buffer, direction);
     idle_ticks_ = 0;
     std::swap(sleeps, asleep_);
   }
   if (sleeps) wake_.notify_one();
+}
+
+void Ticker::forget(Buffer* buffer) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto is_it = [buffer](const auto& wait) { return wait.first == buffer; };
+  watched_.erase(std::find_if(watched_.begin(), watched_.end(), is_it));
 }
 
 void Ticker::run() {
@@ -46,12 +53,13 @@ void Ticker::run() {
     } else {
       wake_.wait_for(lock, kTick, [this] { return stop_; });
     }
-    if (buffer_ == nullptr) {
-      ++idle_ticks_;
-    } else if (direction_ == Direction::kSend) {
-      buffer_->abortWaitSend();
-    } else {
-      buffer_->abortWaitRecv();
+    if (watched_.empty()) ++idle_ticks_;
+    for (const auto& [buffer, direction] : watched_) {
+      if (direction == Direction::kSend) {
+        buffer->abortWaitSend();
+      } else {
+        buffer->abortWaitRecv();
+      }
     }
   }
 }
@@ -72,7 +80,7 @@ std::vector<char> Mesh::address(int peer) const {
 }
 
 void Mesh::connect(const std::vector<std::vector<char>>& addresses, const Check& check) {
-  const std::lock_guard<std::mutex> turn(turn_);
+  const std::lock_guard<std::shared_mutex> turn(turn_);
   if (closing_) throw Closed();
   std::mutex mutex;
   std::condition_variable ended;
@@ -119,8 +127,16 @@ void Mesh::connect(const std::vector<std::vector<char>>& addresses, const Check&
   }
 }
 
-void Mesh::run(const Check& check, const std::function<void()>& body) {
-  const std::lock_guard<std::mutex> turn(turn_);
+thread_local const Check* Mesh::check_ = nullptr;
+
+void Mesh::run(const Check& check, const std::function<void()>& body, bool beside) {
+  std::unique_lock<std::shared_mutex> alone(turn_, std::defer_lock);
+  std::shared_lock<std::shared_mutex> shared(turn_, std::defer_lock);
+  if (beside) {
+    shared.lock();
+  } else {
+    alone.lock();
+  }
   if (closing_) throw Closed();
   check_ = &check;
   try {
@@ -166,9 +182,10 @@ void Mesh::finish(Message& message) {
 bool Mesh::ended(Message& message) {
   struct Watched {
     Ticker& ticker;
-    ~Watched() { ticker.watch(nullptr, Ticker::Direction::kReceive); }
+    Buffer* buffer;
+    ~Watched() { ticker.forget(buffer); }
   };
-  const Watched watched{*ticker_};
+  const Watched watched{*ticker_, message.buffer_.get()};
   ticker_->watch(message.buffer_.get(), message.direction_);
   return message.wait(kNever);
 }
@@ -188,6 +205,7 @@ bool Mesh::ended_before_the_connection(Message& message) {
 // begins throws what it was told. Nothing may be sent to find out: a peer that has closed would answer with a reset,
 // at which its kernel forgets what it has not sent yet, and that may be the rest of the very message.
 void Mesh::probe(int peer) {
+  const std::lock_guard<std::mutex> lock(failing_);
   Buffer& sentinel = *sentinels_[static_cast<std::size_t>(peer)];
   sentinel.abortWaitRecv();
   sentinel.waitRecv(kNever);
@@ -210,7 +228,7 @@ char* Mesh::scratch(std::size_t nbytes) {
 
 void Mesh::close() {
   closing_ = true;
-  const std::lock_guard<std::mutex> turn(turn_);
+  const std::lock_guard<std::shared_mutex> turn(turn_);
   // Without Pair::close(), which would throw away what the kernel has not sent yet.
   sentinels_.clear();  // they hold the context
   context_.reset();
@@ -221,6 +239,7 @@ void Mesh::close() {
 
 void Mesh::shut() {
   closing_ = true;
+  const std::lock_guard<std::mutex> lock(failing_);
   for (int peer = 0; peer < size_; ++peer) {
     if (peer != rank_) context_->getPair(peer)->close();
   }

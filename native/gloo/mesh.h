@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <shared_mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -42,7 +43,7 @@ struct Limits {
 
 using Buffer = gloo::transport::UnboundBuffer;
 
-// Interrupts whoever waits in Gloo ten times a second. An expired wait of Gloo's closes all connections; an aborted
+// Interrupts those who wait in Gloo ten times a second. An expired wait of Gloo's closes all connections; an aborted
 // one can be begun again.
 class Ticker {
  public:
@@ -53,15 +54,15 @@ class Ticker {
   Ticker(const Ticker&) = delete;
   Ticker& operator=(const Ticker&) = delete;
 
-  void watch(Buffer* buffer, Direction direction);  // null: nobody waits
+  void watch(Buffer* buffer, Direction direction);
+  void forget(Buffer* buffer);
 
  private:
   void run();
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  Buffer* buffer_ = nullptr;
-  Direction direction_ = Direction::kReceive;
+  std::vector<std::pair<Buffer*, Direction>> watched_;  // of each thread that waits
   int idle_ticks_ = 0;
   bool asleep_ = false;
   bool stop_ = false;
@@ -104,9 +105,10 @@ class Mesh {
   // Connects to all ranks, whose addresses are those that they have for this rank; empty for this one.
   void connect(const std::vector<std::vector<char>>& addresses, const Check& check);
 
-  // Runs `body`, one call at a time. When it throws, the connections are shut before that goes on, and nothing is
+  // Runs `body`, one call at a time; or those that are `beside` others at the same time, each with messages of its own
+  // peer and direction, and no scratch memory. When it throws, the connections are shut before that goes on, and nothing is
   // sent, received or written any more.
-  void run(const Check& check, const std::function<void()>& body);
+  void run(const Check& check, const std::function<void()>& body, bool beside = false);
 
   // Inside run(): messages between two ranks arrive in the order of posting, for each channel.
   Message send(int peer, const void* data, std::size_t nbytes, std::uint64_t channel = 0);
@@ -134,8 +136,9 @@ class Mesh {
   std::unique_ptr<Ticker> ticker_;
   std::unique_ptr<char[]> scratch_;
   std::size_t scratch_nbytes_ = 0;
-  std::mutex turn_;
-  const Check* check_ = nullptr;
+  std::shared_mutex turn_;
+  std::mutex failing_;  // of what threads do one at a time that find a connection broken
+  static thread_local const Check* check_;
   char never_written_ = 0;
   std::atomic<bool> closing_{false};
 };

@@ -20,7 +20,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 10;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 11;  // grows with every change that Python must know of
 
 bool signalled() { return !InsideXla::inside && TVMFFIEnvCheckSignals() != 0; }
 

@@ -8,6 +8,12 @@
 #include "colltensor/group.h"
 
 namespace colltensor {
+namespace {
+
+// What no call is signed with.
+constexpr Signature kRefusal{{~std::uint64_t{0}, ~std::uint64_t{0}, ~std::uint64_t{0}, ~std::uint64_t{0}}};
+
+}  // namespace
 
 class PairSide {
  public:
@@ -26,9 +32,14 @@ class PairSide {
 
   bool finished() const { return finished_; }
   bool mismatch() const { return mismatch_; }
+  // Whether the peer has ended this because it waits for what this rank does not do.
+  bool refused() const { return mismatch_ && other_->signature == kRefusal; }
   // Of a call that was pending, whose arguments lie elsewhere now.
   void rebind(const Group::Transfer* transfer) { transfer_ = transfer; }
   int peer() const { return transfer_->peer; }
+  bool bound() const { return transfer_->bound; }
+
+  bool answered = false;  // the peer's transfer was refused that crosses this one
 
   // Wakes the peer if it sleeps and was told nothing yet; before this rank waits, and at the end.
   void knock() {
@@ -92,9 +103,7 @@ class Sender : public PairSide {
     if (finished_) return Outcome::kDone;
     const Outcome outcome = group_.wait_for_half(group_.parity(), deadline_ns, spared(group_, transfer_));
     if (outcome != Outcome::kDone) return outcome;
-    own_->signature = transfer_->signature;
-    own_->half = group_.parity();
-    own_->address = 0;
+    say();
     const std::size_t nbytes = transfer_->count * transfer_->item;
     choice_ = may_be_read ? group_.choice(Group::kPairKind, nbytes) : nullptr;
     if (choice_ != nullptr && choice_->ripe()) choice_->settle(choice_->best());  // the receiver takes what comes
@@ -106,6 +115,21 @@ class Sender : public PairSide {
     put();
     if (choice_ != nullptr) put_ns_ = now_ns() - before_ns;
     return Outcome::kDone;
+  }
+
+  // In place of a message, to a receiver that has arrived.
+  void refuse() {
+    say();
+    ++next_;
+    publish(*own_, mine_ + next_);
+    advance();
+    knock();
+  }
+
+  // Whether this may be begun beside others: the receiver waits, and nobody uses the staging.
+  bool may_begin() const {
+    return reached(*other_, theirs_ + 1) && !group_.sending_ &&
+           group_.is_half_free(group_.parity(), spared(group_, transfer_));
   }
 
   // Whose message may still lie in the half of staging that this one goes to: the peer's, beside it.
@@ -145,6 +169,12 @@ class Sender : public PairSide {
   }
 
  private:
+  void say() {
+    own_->signature = transfer_->signature;
+    own_->half = group_.parity();
+    own_->address = 0;
+    own_->bound = transfer_->bound;
+  }
   // The receiver's count that lets this side go on: its arrival, a piece's place that it has emptied, or the end.
   std::uint32_t wanted() const {
     if (!compared_ || may_lie()) return theirs_ + 1;
@@ -186,6 +216,7 @@ class Receiver : public PairSide {
   void arrive() {
     if (finished_) return;
     own_->signature = transfer_->signature;
+    own_->bound = transfer_->bound;
     publish(*own_, mine_ + 1);
   }
 
@@ -201,7 +232,11 @@ class Receiver : public PairSide {
           mismatch_ = true;
           return finish(mine_ + 1, theirs_ + 1);
         }
-        if (group_.hooks_.agreed != nullptr) group_.hooks_.agreed(group_.hooks_.agreed_context);
+        if (transfer_->agreed != nullptr) {
+          (*transfer_->agreed)();
+        } else if (group_.hooks_.agreed != nullptr) {
+          group_.hooks_.agreed(group_.hooks_.agreed_context);
+        }
       }
       const std::uint64_t address = other_->address;
       if (address != 0) {
@@ -230,9 +265,19 @@ class Receiver : public PairSide {
 
 class PairCondition final : public Condition {
  public:
-  PairCondition(const Group& group, const Sender& sender, const Receiver& receiver)
-      : group_(group), sender_(sender), receiver_(receiver) {}
-  bool ready() const override { return sender_.ready() || receiver_.ready(); }
+  PairCondition(const Group& group, const Sender& sender, const Receiver& receiver, bool brief)
+      : group_(group), sender_(sender), receiver_(receiver), brief_(brief) {}
+  bool ready() const override {
+    return sender_.ready() || receiver_.ready() || (!brief_ && (crossed_sends() || crossed_receives()));
+  }
+  // Whether two ranks wait for each other that both send, or both receive. What they are looked at for is published
+  // after what is looked at next: a rank that does both says so first.
+  bool crossed_sends() const {
+    return !sender_.finished() && sender_.bound() && group_.only_sends(sender_.peer()) && !sender_.ready();
+  }
+  bool crossed_receives() const {
+    return !receiver_.finished() && receiver_.bound() && group_.only_receives(receiver_.peer()) && !receiver_.ready();
+  }
   bool needs_seat(std::uint32_t seat) const override {
     return (!sender_.finished() && group_.is_on(sender_.peer(), seat)) ||
            (!receiver_.finished() && group_.is_on(receiver_.peer(), seat));
@@ -248,6 +293,7 @@ class PairCondition final : public Condition {
   const Group& group_;
   const Sender& sender_;
   const Receiver& receiver_;
+  const bool brief_;
 };
 
 struct Group::Pair {
@@ -258,6 +304,7 @@ struct Group::Pair {
 Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns) {
   Outcome outcome = enter();
   if (outcome != Outcome::kDone) return outcome;
+  if (send != nullptr && recv != nullptr && send->peer == recv->peer) send->bound = recv->bound = false;
   if (resumed_) {
     Pair pair = std::move(*pair_);
     pair.sender.rebind(send);
@@ -280,18 +327,29 @@ Outcome Group::transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns
 
 Outcome Group::transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t deadline_ns) {
   auto& [sender, receiver] = pair;
-  const PairCondition condition(*this, sender, receiver);
+  const bool brief = deadline_ns == kBrief;
+  const PairCondition condition(*this, sender, receiver, brief);
   RankLine& own = *lines_[rank_];
   int spins = kBriefSpins;
   for (;;) {
     sender.advance();
     receiver.advance();
     if (receiver.outcome() != Outcome::kDone) return receiver.outcome();
+    // Who refuses waits for the other, who refuses in turn; each once, because what comes next may be another call's.
+    if (!sender.answered && ((!brief && condition.crossed_sends()) || (sender.refused() && only_sends(sender.peer())))) {
+      sender.answered = true;
+      refuse_send(sender.peer());
+    }
+    if (!receiver.answered &&
+        ((!brief && condition.crossed_receives()) || (receiver.refused() && only_receives(receiver.peer())))) {
+      receiver.answered = true;
+      refuse_recv(receiver.peer());
+    }
     if (sender.finished() && receiver.finished()) break;
-    if (deadline_ns == kBrief && spin_for(condition, spins)) continue;
+    if (brief && spin_for(condition, spins)) continue;
     sender.knock();
     receiver.knock();
-    if (deadline_ns == kBrief) {
+    if (brief) {
       pair_ = std::make_shared<Pair>(std::move(pair));
       return Outcome::kPending;
     }
@@ -305,6 +363,102 @@ Outcome Group::transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t
   if (sender.mismatch() || receiver.mismatch()) return Outcome::kMismatch;
   sender.note_time();
   return Outcome::kDone;
+}
+
+bool Group::only_sends(int peer) const {
+  const Slip& slip = layout_.mailbox(peer, rank_).sender[receives_[peer] & 1];
+  return reached(slip.count.load(std::memory_order_acquire), given_[peer] + 1) && slip.bound != 0;
+}
+
+bool Group::only_receives(int peer) const {
+  const Slip& slip = layout_.mailbox(rank_, peer).receiver[sends_[peer] & 1];
+  return reached(slip.count.load(std::memory_order_acquire), taken_[peer] + 1) && slip.bound != 0;
+}
+
+void Group::refuse_send(int peer) {
+  const View nothing(nullptr, 1);
+  const Transfer refusal{&nothing, 0, 1, peer, kRefusal, false, false};
+  Receiver receiver(*this, &refusal, Store::kCached);
+  receiver.arrive();
+  receiver.advance();
+  receiver.knock();
+}
+
+void Group::refuse_recv(int peer) {
+  const View nothing(nullptr, 1);
+  const Transfer refusal{&nothing, 0, 1, peer, kRefusal, false, false};
+  Sender(*this, &refusal).refuse();
+}
+
+// A thread's transfer beside those of others.
+class BesideCondition final : public Condition {
+ public:
+  BesideCondition(Group& group, int peer, std::function<bool()> ready)
+      : group_(group), peer_(peer), ready_(std::move(ready)) {}
+  bool ready() const override {
+    const std::lock_guard<std::mutex> lock(group_.beside_);
+    return ready_();
+  }
+  bool needs_seat(std::uint32_t seat) const override { return group_.is_on(peer_, seat); }
+  RankSet missing() const override {
+    RankSet set;
+    if (!ready()) set.add(peer_);
+    return set;
+  }
+
+ private:
+  Group& group_;
+  const int peer_;
+  const std::function<bool()> ready_;
+};
+
+template <class Side>
+Outcome Group::finish_beside(Side& side, std::unique_lock<std::mutex>& lock, std::int64_t deadline_ns) {
+  RankLine& own = *lines_[rank_];
+  const BesideCondition condition(*this, side.peer(), [&side] { return side.ready(); });
+  for (;;) {
+    side.advance();
+    side.knock();
+    if (side.finished()) return side.mismatch() ? Outcome::kMismatch : Outcome::kDone;
+    lock.unlock();
+    const Outcome outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
+    lock.lock();
+    if (outcome != Outcome::kDone) return outcome;
+  }
+}
+
+// A send begins when its receiver waits: until then it needs no staging, in which there is room for one at a time. The
+// receiver takes what comes, whatever else it waits for.
+Outcome Group::transfer_beside(Transfer& transfer, bool sends, std::int64_t deadline_ns) {
+  std::unique_lock<std::mutex> lock(beside_);
+  const Outcome entered = enter();
+  if (entered != Outcome::kDone) return entered;
+  transfer.bound = false;
+  Outcome outcome;
+  if (sends) {
+    RankLine& own = *lines_[rank_];
+    Sender sender(*this, &transfer);
+    const BesideCondition condition(*this, transfer.peer, [&sender] { return sender.may_begin(); });
+    while (!sender.may_begin()) {
+      lock.unlock();
+      outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
+      lock.lock();
+      if (outcome != Outcome::kDone) return outcome;
+    }
+    sending_ = true;
+    outcome = sender.arrive(false, deadline_ns);
+    if (outcome == Outcome::kDone) outcome = finish_beside(sender, lock, deadline_ns);
+    sending_ = false;
+    own.door.fetch_add(1, std::memory_order_release);  // for threads of this rank that wait for the staging
+    futex_wake_all(&own.door);
+  } else {
+    Receiver receiver(*this, &transfer, Store::kCached);
+    receiver.arrive();
+    outcome = finish_beside(receiver, lock, deadline_ns);
+    if (receiver.outcome() != Outcome::kDone) outcome = receiver.outcome();
+  }
+  transfer.mismatch = outcome == Outcome::kMismatch;
+  return outcome;
 }
 
 }  // namespace colltensor

@@ -74,7 +74,8 @@ int view_count(Operation operation, const Group& group, int root, int source) {
   return 0;
 }
 
-Outcome run_transfer(Group& group, std::int64_t* request, const Views& views, std::int64_t deadline_ns) {
+Outcome run_transfer(Group& group, std::int64_t* request, const Views& views, std::int64_t deadline_ns,
+                     const std::function<void()>& moved) {
   const int destination = static_cast<int>(request[kRootField]), source = static_cast<int>(request[kSourceField]);
   Group::Transfer send{}, recv{};
   if (destination >= 0) {
@@ -86,6 +87,14 @@ Outcome run_transfer(Group& group, std::int64_t* request, const Views& views, st
             static_cast<std::size_t>(request[kSourceItemField]), source,
             signature_at(request + kSourceSignatureField)};
   }
+  if (request[kDetailField] != 0) {
+    Group::Transfer& transfer = destination >= 0 ? send : recv;
+    if (moved) transfer.agreed = &moved;
+    const Outcome outcome = group.transfer_beside(transfer, destination >= 0, deadline_ns);
+    request[kDetailField] = outcome == Outcome::kMismatch ? (destination >= 0 ? 1 : 2) : 0;
+    return outcome;
+  }
+  const WhenAgreed notice(group, moved);
   const Outcome outcome =
       group.transfer(destination >= 0 ? &send : nullptr, source >= 0 ? &recv : nullptr, deadline_ns);
   request[kDetailField] = (send.mismatch ? 1 : 0) | (recv.mismatch ? 2 : 0);
@@ -134,8 +143,8 @@ Outcome run_request(Group& group, std::int64_t* request, std::int64_t deadline_n
       views.rebase();
     };
   }
+  if (operation == Operation::kTransfer) return run_transfer(group, request, views, deadline_ns, moved);
   const WhenAgreed notice(group, moved);
-  if (operation == Operation::kTransfer) return run_transfer(group, request, views, deadline_ns);
   const Collective collective{operation,
                               static_cast<ReduceOp>(request[kReduceOpField]),
                               static_cast<DType>(request[kDTypeField]),

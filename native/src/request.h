@@ -12,7 +12,9 @@ namespace colltensor {
 // Positions in the head (colltensor.backends.shm.requests has their twins).
 enum RequestField : int {
   kOperationField, kReduceOpField, kDTypeField, kItemField, kRootField, kCountField, kSignatureField,
-  kDetailField = kSignatureField + 4,  // out: for a transfer, 1 if the send differs, plus 2 if the receive does
+  // In: 1 for a transfer beside those of other threads. Out: for a transfer, 1 if the send differs, plus 2 if the receive
+  // does.
+  kDetailField = kSignatureField + 4,
   kSourceField, kSourceItemField, kSourceCountField, kSourceSignatureField,
   kViewsField = kSourceSignatureField + 4,
 };

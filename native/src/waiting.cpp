@@ -131,9 +131,9 @@ Outcome Group::wait_until(const Condition& condition, const std::atomic<std::uin
   if (condition.ready()) return Outcome::kDone;
   RankLine& own = *lines_[rank_];
   own.heartbeat.store(now_ns(), std::memory_order_relaxed);
-  own.waiting.store(1, std::memory_order_relaxed);
+  own.waiting.fetch_add(1, std::memory_order_relaxed);
   const Outcome outcome = sleep_until(condition, word, sleepers, deadline_ns);
-  own.waiting.store(0, std::memory_order_relaxed);
+  own.waiting.fetch_sub(1, std::memory_order_relaxed);
   return outcome;
 }
 

@@ -327,9 +327,73 @@ void table_of_groups() {
   expect(Turn(-1).outcome() == Outcome::kClosed && !Guest(-1) && remove_member(-1), "no handle works");
 }
 
+// All ranks send to all, each transfer in a thread of its own, in numbers and sizes that staging does not hold at once.
+void beside() {
+  constexpr int kTimes = 20;
+  const SharedMemory memory(kRanks, kRanks, kSmall);
+  std::vector<std::unique_ptr<Group>> groups;
+  for (int rank = 0; rank < kRanks; ++rank) groups.push_back(member(memory, rank));
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    for (int peer = 0; peer < kRanks; ++peer) {
+      for (const bool sends : {true, false}) {
+        if (peer == rank) continue;
+        threads.emplace_back([&group = *groups[rank], rank, peer, sends] {
+          this_rank = rank;
+          for (int number = 0; number < kTimes; ++number) {
+            const std::size_t count = number % 3 == 0 ? 20'000 : 5;
+            const float value = static_cast<float>(100 * (sends ? rank : peer) + number);
+            std::vector<float> own(count, sends ? value : -1.0f);
+            const View view(own.data(), sizeof(float));
+            Group::Transfer transfer{&view, count, sizeof(float), peer, Signature()};
+            if (number == 7) transfer.signature.words[0] = sends ? 1 : 2;
+            const Outcome outcome = group.transfer_beside(transfer, sends, in_ms(kLongMs));
+            expect(outcome == (number == 7 ? Outcome::kMismatch : Outcome::kDone), "beside: outcome %d",
+                   static_cast<int>(outcome));
+            const float wanted = number == 7 && !sends ? -1.0f : value;
+            expect(std::all_of(own.begin(), own.end(), [&](float found) { return found == wanted; }),
+                   "beside: transfer %d moved something else", number);
+          }
+        });
+      }
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Two ranks that both send, or both receive, are told at once and go on.
+void crossed(bool sends) {
+  const SharedMemory memory(2, 2, kSmall);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < 2; ++rank) {
+    threads.emplace_back([&memory, rank, sends] {
+      this_rank = rank;
+      const std::unique_ptr<Group> group = member(memory, rank);
+      for (int number = 0; number < 10; ++number) {
+        std::vector<float> own(number % 2 == 0 ? 5 : 20'000, static_cast<float>(rank));
+        const View view(own.data(), sizeof(float));
+        Group::Transfer transfer{&view, own.size(), sizeof(float), 1 - rank, Signature()};
+        const auto make = [&](bool send) {
+          return group->transfer(send ? &transfer : nullptr, send ? nullptr : &transfer, in_ms(kLongMs));
+        };
+        const std::int64_t began = now_ns();
+        expect(make(sends) == Outcome::kMismatch, "crossed: two wait for each other");
+        expect(now_ns() - began < kSoonMs * 1'000'000, "crossed: not at once");
+        expect(own[0] == static_cast<float>(rank), "crossed: something was moved");
+        expect(make(rank == 0) == Outcome::kDone, "crossed: the group does not go on");
+        expect(own[0] == 0.0f, "crossed: the next message");
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 }  // namespace
 
 void test_failures() {
+  beside();
+  crossed(true);
+  crossed(false);
   for (int kind = 0; kind < kKinds; ++kind) late(kind, kSmallCount);
   for (int kind = 0; kind < kBrief; ++kind) late(kind, kLargeCount);
   wakes(kBarrier);

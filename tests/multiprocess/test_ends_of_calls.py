@@ -59,6 +59,44 @@ def test_no_thread_for_an_asynchronous_call(pool: RankPool, backend: str) -> Non
     pool.run(size_of(backend), call_without_a_thread, fresh(), backend)
 
 
+def transfer_without_a_thread(rank: int, size: int, name: str, backend: str) -> None:
+    """No thread for the first transfer; then one for it, and none for another that would run beside it."""
+    peer = size - 1 - rank
+    with made(backend, rank, size, name, timeout_s=6.0) as group:
+        data = np.zeros(3)
+        group.allreduce(data)
+        if rank % 2 == 0:
+            with no_threads():
+                for call in (group.send, group.recv):
+                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                        call(np.zeros(3), peer, async_op=True)
+            group.send(np.full(3, 5.0), peer)
+            sending = group.send(np.full(3, 7.0), peer, async_op=True)
+            time.sleep(0.3)  # until its thread has it
+            with no_threads():
+                for _ in range(2):
+                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                        group.recv(data, peer, async_op=True)
+                assert group.allreduce(np.ones(3)).tolist() == [size] * 3  # behind the send, in its thread
+            assert sending.done()
+            assert group.recv(data, peer).tolist() == [9.0] * 3
+        else:
+            assert group.recv(data, peer).tolist() == [5.0] * 3
+            time.sleep(0.6)
+            assert group.recv(data, peer).tolist() == [7.0] * 3
+            group.allreduce(np.ones(3))
+            group.send(np.full(3, 9.0), peer)
+        works = [group.send(np.full(3, float(rank)), peer, async_op=True), group.recv(data, peer, async_op=True)]
+        for work in works:
+            work.wait()
+        assert data.tolist() == [peer] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_thread_for_a_transfer_beside_another(pool: RankPool, backend: str) -> None:
+    pool.run(size_of(backend), transfer_without_a_thread, fresh(), backend)
+
+
 def call_torch_without_a_thread(rank: int, size: int, path: Path) -> None:
     with world(rank, size, path, timeout_s=6.0) as (torch, dist):
         data = torch.ones(3)

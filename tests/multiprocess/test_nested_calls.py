@@ -202,6 +202,56 @@ def test_a_done_callback_that_calls(pool: RankPool, backend: str) -> None:
     assert nothing == ""
 
 
+def call_from_a_callback_of_a_transfer(rank: int, size: int, name: str, backend: str) -> list[str]:
+    """A send of rank 0 ends, and its callback calls, while a recv beside it goes on."""
+    with made(backend, rank, size, name) as group:
+        peer, data = size - 1 - rank, np.zeros(3)
+        found: list[str] = []
+        later: list[Any] = []
+        called = threading.Event()
+
+        def call_back(_: object) -> None:
+            try:
+                for call in (
+                    lambda: group.send(np.ones(3), peer), lambda: group.recv(np.ones(3), peer),
+                    lambda: group.allreduce(np.ones(3)), group.barrier,
+                ):
+                    with pytest.raises(col.GroupError) as caught:
+                        call()
+                    found.append(str(caught.value))
+                later.append(group.send(np.full(3, 9.0), peer, async_op=True))
+                with pytest.raises(col.GroupError) as caught:
+                    later[0].wait()
+                found.append(str(caught.value))
+            finally:
+                called.set()
+
+        if rank == 0:
+            receiving = group.recv(data, peer, async_op=True)
+            sending = group.send(np.ones(3), peer, async_op=True)
+            sending.add_done_callback(call_back)
+            assert called.wait(5.0)
+            assert not receiving.done()
+            assert receiving.result().tolist() == [7.0] * 3
+            later[0].wait()
+        elif peer == 0:
+            time.sleep(0.3)
+            group.recv(data, 0)
+            time.sleep(0.5)
+            group.send(np.full(3, 7.0), 0)
+            assert group.recv(data, 0).tolist() == [9.0] * 3
+        assert group.allreduce(np.ones(3)).tolist() == [size] * 3
+        return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_done_callback_that_calls_while_other_transfers_run(pool: RankPool, backend: str) -> None:
+    size = 4 if backend == "hierarchical" else 2
+    found = pool.run(size, call_from_a_callback_of_a_transfer, fresh(), backend)[0]
+    assert ["inside another call" in words for words in found] == [True] * 4 + [False]
+    assert "inside a call" in found[-1]
+
+
 def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str) -> list[str]:
     import jax
     import jax.numpy as jnp

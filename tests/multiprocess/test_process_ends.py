@@ -140,6 +140,33 @@ def test_the_end_of_all_with_work_under_way(tmp_path: Path, backend: str) -> Non
         assert took < _SOON_S
 
 
+_ARRAYS = "x, y = np.ones(3_000_000), np.ones(3_000_000)\n"
+_CROSSING = "works = [group.send(x, rank ^ 1, async_op=True), group.recv(y, rank ^ 1, async_op=True)]\n"
+"""Transfers in both directions of a pair."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beside", [
+    pytest.param("", id="all"), pytest.param("last = group.recv(np.ones(4), rank ^ 1, async_op=True)\n", id="but one"),
+])
+def test_the_end_of_all_with_transfers_that_cross(tmp_path: Path, backend: str, beside: str) -> None:
+    """They end; one that nobody sends does not hold the processes up."""
+    program = _ARRAYS + "group.barrier()\n" + _CROSSING + beside + "end()"  # all issue them before the first ends
+    for code, _, errors, took in run(tmp_path, backend, *[program] * (4 if backend == "hierarchical" else 2)):
+        assert (code, errors) == (_CODE, "")
+        assert took < _SOON_S
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_end_of_one_with_transfers_that_cross(tmp_path: Path, backend: str) -> None:
+    others = ["time.sleep(5)" + _OTHER] * (3 if backend == "hierarchical" else 1)
+    (code, _, errors, took), *rest = run(tmp_path, backend, _ARRAYS + _CROSSING + "time.sleep(0.3)\nend()", *others)
+    assert (code, errors) == (_CODE, "")
+    assert took < _SOON_S
+    for code, output, errors, _ in rest:
+        assert (code, output, errors) == (0, "PeerLostError (0,)\n", "")
+
+
 _TORCH = {
     "asynchronous": "work = group.all_reduce(torch.ones(4), async_op=True)",
     "daemon": "threading.Thread(target=lambda: group.all_reduce(torch.ones(4)), daemon=True).start(); time.sleep(0.3)",

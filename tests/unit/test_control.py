@@ -12,6 +12,7 @@ import pytest
 from colltensor import errors, net
 from colltensor.control.exchange import neighbours, read_alike, read_same
 from colltensor.control.links import DIFFERS, EXCHANGE, FAILURE, GOODBYE, HEAD_NBYTES, PAIR, Link, pack, tell
+from colltensor.control.lookout import Lookout
 from colltensor.control.reception import Reception
 from colltensor.control.status import Absence, Failure, Status, differing_ranks, judge, mismatch
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
@@ -198,6 +199,28 @@ def test_who_has_told_a_failure_knows_that_it_was_heard() -> None:
             assert host.heard == [failure]
         finally:
             reception.close()
+
+
+def test_a_rank_that_told_a_failure_before_it_went_is_not_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 waited for rank 2 in vain and has ended; rank 0, which waits for it, asks who knows why."""
+    told = Failure("CollectiveTimeoutError", "late", (2,), 1)
+
+    def ask(meeting: Meeting, peer: int, deadline: float) -> Status:
+        if peer == 1:
+            raise ConnectionRefusedError
+        return Status(peer, 0, None, 0, {}, failure=told)
+
+    monkeypatch.setattr("colltensor.control.links.ask", ask)
+    with net.listen("127.0.0.1") as listener:
+        address = listener.getsockname()[:2]
+        meeting = Meeting(0, 3, "g", b"12345678", b"s" * 32, (address,) * 3, ("h",) * 3, {}, listener)
+        lookout = Lookout(meeting)
+        try:
+            with pytest.raises(CollectiveTimeoutError) as caught:
+                lookout.overdue(lookout.partner(1, -1), lambda: False)
+            assert caught.value.ranks == (2,)
+        finally:
+            lookout.board.close()
 
 
 def test_a_failure_of_a_class_of_somebody_else_travels_as_its_nearest_relative_of_ours() -> None:

@@ -56,6 +56,7 @@ class GlooBackend:
     Attributes:
         kept: The arguments of calls that failed.
         details: The provider, and why it is this one, in words.
+        crosses: Whether the provider lets transfers run at the same time.
     """
 
     name = "gloo"
@@ -70,6 +71,7 @@ class GlooBackend:
     def __init__(self, provider: Provider, control: ControlPlane, details: str = "") -> None:
         self.kept: list[object] = []
         self.details = details
+        self.crosses = provider.crosses
         self._provider = provider
         self._control = control
         self._rank = control.rank

@@ -30,6 +30,7 @@ class NativeProvider:
     """Gloo's connections between all ranks of a group, held by the native library."""
 
     name = "native"
+    crosses = True
     natives: Mapping[Pair, Pair] = {}
 
     def __init__(self, control: ControlPlane, *, address: str, timeout_s: float) -> None:
@@ -47,8 +48,7 @@ class NativeProvider:
         self._size = control.world_size
         self._library = library.load()
         self._move = self._library.gloo_move
-        self._wait = _Wait(control)
-        self._stops = dlpack.tvm_ffi().convert(self._wait.stops)
+        self._waits: list[tuple[_Wait, Any]] = []  # that no call uses
         deadline = time.monotonic() + timeout_s
         place, port = self._place(address)
         try:
@@ -116,12 +116,18 @@ class NativeProvider:
 
     def _call(self, operation: str, function: Callable[..., int], *arguments: Any, deadline: float) -> None:
         """Call the library, which asks ten times a second while it waits whether to go on."""
-        wait = self._wait
+        try:
+            wait, stops = self._waits.pop()
+        except IndexError:  # threads own none: XLA's forget what is theirs after each call
+            wait = _Wait(self._control)
+            stops = dlpack.tvm_ffi().convert(wait.stops)
         wait.begin(operation, deadline)
-        outcome = function(self._handle, *arguments, self._stops)
+        outcome = function(self._handle, *arguments, stops)
+        raised, wait.raised = wait.raised, None
+        self._waits.append((wait, stops))
         if outcome == _STOPPED:
             # None: a signal's handler raised before it could be kept.
-            raise wait.raised or KeyboardInterrupt
+            raise raised or KeyboardInterrupt
         if outcome == _CLOSED:
             raise RuntimeError("gloo: the connection is closed")
 

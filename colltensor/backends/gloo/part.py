@@ -22,6 +22,7 @@ class PartProvider:
     """A provider whose ranks are some of another one's; only moves bytes."""
 
     name = "part"
+    crosses = False
     natives: Mapping[Pair, Pair] = {}
 
     def __init__(self, provider: Provider, members: Sequence[int], rank: int) -> None:

@@ -59,11 +59,13 @@ class Provider(Protocol):
 
     Attributes:
         name: ``"native"``, ``"ibverbs"``, ``"torch"`` or ``"pygloo"``.
+        crosses: Whether threads may each ``exchange`` one transfer at the same time, with other peers or directions.
         natives: The pairs that its allreduce does correctly, and as which pair of Gloo's; a type of
             another width stands for as many elements as fill the same bytes.
     """
 
     name: str
+    crosses: bool
     natives: Mapping[Pair, Pair]
 
     def allreduce(self, pointer: int, nbytes: int, pair: Pair, deadline: float) -> None:

@@ -43,6 +43,7 @@ class PyglooProvider:
     """One pygloo context between all ranks of a group."""
 
     name = "pygloo"
+    crosses = False
     natives: Mapping[Pair, Pair] = native_pairs(tuple(_TYPES), bitwise=False)
 
     def __init__(self, control: ControlPlane, *, address: str, timeout_s: float) -> None:

@@ -54,6 +54,7 @@ class TorchProvider:
     """One ``ProcessGroupGloo`` between all ranks of a group."""
 
     name = "torch"
+    crosses = True
     natives: Mapping[Pair, Pair] = native_pairs(tuple(_TYPES), bitwise=True)
 
     def __init__(self, control: ControlPlane, *, address: str, timeout_s: float) -> None:
@@ -73,7 +74,7 @@ class TorchProvider:
         self._store: Any = _Store(keys)
         self._group: Any = _ProcessGroupGloo(self._store, control.rank, control.world_size, options)
         self._listeners = listeners(keys.values())
-        self._waiter: _Waiter | None = None
+        self._waiters: list[_Waiter] = []  # those that wait for nothing
         self._unfinished: list[Any] = []
         self._allreduce_options: Any = dist.AllreduceOptions()
         self._broadcast_options: Any = dist.BroadcastOptions()
@@ -114,10 +115,11 @@ class TorchProvider:
             for peer, pointer, nbytes in sends:
                 works.append(group.send([_bytes(pointer, nbytes)], peer, 0))
         except BaseException:
+            waiter = None
             try:
-                self._wait_beside(works, deadline)
+                waiter = self._wait_beside(works, deadline)
             finally:
-                self._abandon(works)
+                self._abandon(works, waiter)
             raise
         self._finish_beside("an exchange of bytes", works, deadline)
 
@@ -127,9 +129,10 @@ class TorchProvider:
     def close(self) -> bool:
         """Free the process group. Operations in flight are ended by shutting their connections."""
         group, self._group, self._store = self._group, None, None
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
             waiter.end()
+        for waiter in waiters:
             waiter.join(_CLOSE_S)
         ended = not self._unfinished or self._end_unfinished()
         if not ended:
@@ -144,8 +147,8 @@ class TorchProvider:
     def disown(self) -> None:
         """Leave the parent's process group alone."""
         never_free(self._group, self._store, self._unfinished)
-        self._group = self._store = self._waiter = None
-        self._unfinished = []
+        self._group = self._store = None
+        self._waiters, self._unfinished = [], []
 
     def _end_unfinished(self) -> bool:
         """Shut the connections; return whether all operations have ended."""
@@ -191,6 +194,7 @@ class TorchProvider:
 
     def _finish_beside(self, operation: str, works: list[Any], deadline: float) -> None:
         """Wait for works in the waiter's thread, and look at the control plane meanwhile."""
+        waiter = None
         try:
             waiter = self._wait_beside(works, deadline)  # if it cannot be started, the works go on all the same
             while not waiter.finished(_SLICE_S):
@@ -198,19 +202,21 @@ class TorchProvider:
                 if time.monotonic() > deadline:
                     raise expired(operation, self._control)
         except BaseException:
-            self._abandon(works)
+            self._abandon(works, waiter)
             raise
+        self._waiters.append(waiter)
 
     def _wait_beside(self, works: list[Any], deadline: float) -> _Waiter:
-        if self._waiter is None:
-            self._waiter = _Waiter(f"colltensor-gloo-{self._control.group_name}")
-        self._waiter.start_waiting(works, deadline)
-        return self._waiter
+        try:
+            waiter = self._waiters.pop()
+        except IndexError:  # in use, by other threads
+            waiter = _Waiter(f"colltensor-gloo-{self._control.group_name}")
+        waiter.start_waiting(works, deadline)
+        return waiter
 
-    def _abandon(self, works: list[Any]) -> None:
-        """Keep works that did not end, and let their waiter end with them."""
+    def _abandon(self, works: list[Any], waiter: _Waiter | None) -> None:
+        """Keep works that did not end, and let their waiter, if there is one, end with them."""
         self._unfinished += works
-        waiter, self._waiter = self._waiter, None
         if waiter is not None:
             waiter.end()
 

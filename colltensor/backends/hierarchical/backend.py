@@ -5,8 +5,9 @@ Imports no framework; the arithmetic between hosts imports numpy.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Concatenate, Final, ParamSpec
 
 from colltensor.backends.base import REDUCTIONS, require
@@ -46,6 +47,16 @@ def _in_two_halves(
     return call
 
 
+@contextlib.contextmanager
+def _joined(local: ShmBackend, source: int, destination: int, deadline: float) -> Iterator[None]:
+    """Let a transfer within the host run beside those of other threads."""
+    local.join(deadline)
+    try:
+        yield
+    finally:
+        local.part(source, destination)
+
+
 class HierarchicalBackend:
     """Collectives between hosts of which some have several ranks.
 
@@ -56,6 +67,7 @@ class HierarchicalBackend:
 
     Attributes:
         details: The provider of Gloo, and why it is this one, in words.
+        crosses: Whether the provider lets transfers run at the same time.
     """
 
     name = "hierarchical"
@@ -74,6 +86,7 @@ class HierarchicalBackend:
         self._local = local
         self._gloo = gloo
         self.details = gloo.details
+        self.crosses = gloo.crosses
         self._courier = Courier(f"colltensor {watch.group_name} hosts", watch.halt)
         self._moves = Moves(hosts, local, gloo, self._courier)
         self._reductions = Reductions(hosts, local, gloo, self._courier)
@@ -152,7 +165,8 @@ class HierarchicalBackend:
         if local is None:
             self._gloo.send(buffers, peer, deadline)
         else:
-            local.send(buffers, self._hosts.local[peer], deadline)
+            with _joined(local, self._hosts.position, self._hosts.local[peer], deadline):
+                local.send(buffers, self._hosts.local[peer], deadline)
 
     @_in_two_halves
     def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
@@ -161,7 +175,8 @@ class HierarchicalBackend:
         if local is None:
             self._gloo.recv(buffers, peer, deadline)
         else:
-            local.recv(buffers, self._hosts.local[peer], deadline)
+            with _joined(local, self._hosts.local[peer], self._hosts.position, deadline):
+                local.recv(buffers, self._hosts.local[peer], deadline)
 
     @_in_two_halves
     def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:

@@ -137,10 +137,20 @@ class HostControl:
         """
         raise GroupError(f"group '{self.group_name}': the steps of a call differ between ranks, here {describe()}")
 
-    def start_pair(self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float) -> None:
+    def agree_beside(
+        self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float, lane: int
+    ) -> None:
         """As ``agree``."""
         self.agree(signature, describe, deadline)
 
-    def finish_pair(self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float) -> None:
+    def start_pair(
+        self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float, lane: int, bound: bool
+    ) -> None:
+        """As ``agree``."""
+        self.agree(signature, describe, deadline)
+
+    def finish_pair(
+        self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float, lane: int, bound: bool
+    ) -> None:
         """As ``agree``."""
         self.agree(signature, describe, deadline)

@@ -53,6 +53,7 @@ class NcclBackend:
     fuses = False
     joins = frozenset({"allgather", "reducescatter"})
     agrees = False
+    crosses = False
 
     def __init__(self, control: Any, timeout_s: float, driver: Any) -> None:
         """Make the backend of one rank; connects nothing.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -41,6 +42,7 @@ class ShmBackend:
     fuses = True
     joins: frozenset[str] = frozenset()
     agrees = False
+    crosses = True
 
     require = staticmethod(require)
 
@@ -52,6 +54,8 @@ class ShmBackend:
         self._run = segment.library.shm_run
         self.details = segment.details
         self._held = False
+        self._joining = threading.Lock()
+        self._joined = 0
         self._signed: Signed | None = None
         self._signed_transfers: dict[tuple[int, int], Signed] = {}
         self._outcomes = Outcomes(control, segment.library, segment.handle)
@@ -131,6 +135,23 @@ class ShmBackend:
         if self._held:
             self._held = False
             self._native.shm_release(self._handle)
+
+    def join(self, deadline: float) -> None:
+        """Take the turn for a send or recv in a thread of its own, together with other such threads."""
+        with self._joining:
+            if not self._joined:
+                code = self._native.shm_hold(self._handle, _nanoseconds(deadline))
+                if code:
+                    self._outcomes.fail("hold", outcomes.BUSY if code == outcomes.INSIDE else code)
+            self._joined += 1
+
+    def part(self, source: int, destination: int) -> None:
+        """Give it back, and forget what that transfer was signed with."""
+        self._signed_transfers.pop((source, destination), None)
+        with self._joining:
+            self._joined -= 1
+            if not self._joined:
+                self._native.shm_release(self._handle)
 
     def progress(self) -> int:
         """Return -1 while no call runs, else a number that grows from call to call."""
@@ -314,11 +335,14 @@ class ShmBackend:
         """Run one transfer to ``dst``, one from ``src``, or both at once; -1 stands for none."""
         gives = sending or _unsigned_transfer(source, self._rank, dst)
         takes = receiving or _unsigned_transfer(target, src, self._rank)
-        request = requests.transfer(source, dst, gives.words, target, src, takes.words, index)
+        request = requests.transfer(source, dst, gives.words, target, src, takes.words, index, self._joined > 0)
         moved = [view for view in (source, target) if view is not None]
         code = self._call(request, moved, None if index else takes.claim, deadline)
         if code == outcomes.MISMATCH:
             sent, received = requests.differing(request)
+            if self._joined:
+                ends = (self._rank, dst, gives) if sent else (src, self._rank, takes)
+                self._outcomes.mismatch_beside(*ends, deadline)
             pairs = [(self._rank, dst, gives)] if sent else []
             self._outcomes.pair_mismatch([*pairs, (src, self._rank, takes)] if received else pairs, deadline)
         elif code:
@@ -333,7 +357,7 @@ class ShmBackend:
             claim()
             requests.rebase(request, views)
 
-        held = self._held
+        held = self._held or self._joined > 0
         if not held and not self.hold(deadline):  # a call that no group makes, but another backend
             self._outcomes.fail("hold", outcomes.BUSY)
         try:

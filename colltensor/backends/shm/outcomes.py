@@ -44,10 +44,17 @@ class AgreeingControl(ControlPlane, Protocol):
     def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
         """Raise MismatchError on every rank where signatures differ."""
 
-    def start_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+    def agree_beside(self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int) -> None:
+        """Compare with one rank, in one of several threads; raise MismatchError on both where signatures differ."""
+
+    def start_pair(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int, bound: bool
+    ) -> None:
         """Begin to compare with one rank."""
 
-    def finish_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
+    def finish_pair(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int, bound: bool
+    ) -> None:
         """Raise MismatchError on both ranks where signatures differ."""
 
 
@@ -147,15 +154,22 @@ class Outcomes:
         deadline = _at_least(deadline)
         ordered = sorted(pairs, key=lambda pair: pair[:2])
         peers = [source if destination == self._control.rank else destination for source, destination, _ in ordered]
-        for peer, (_, _, signed) in zip(peers, ordered, strict=True):
-            self._control.start_pair(peer, signed.signature, signed.describe, deadline)
+        for peer, (source, _, signed) in zip(peers, ordered, strict=True):
+            self._control.start_pair(peer, signed.signature, signed.describe, deadline, source, peers.count(peer) == 1)
         found: MismatchError | None = None
-        for peer, (_, _, signed) in zip(peers, ordered, strict=True):
+        for peer, (source, _, signed) in zip(peers, ordered, strict=True):
+            bound = peers.count(peer) == 1
             try:
-                self._control.finish_pair(peer, signed.signature, signed.describe, deadline)
+                self._control.finish_pair(peer, signed.signature, signed.describe, deadline, source, bound)
             except MismatchError as error:
                 found = found or error
         raise found or MismatchError(f"{self._where}: ranks {peers} disagree about a transfer", peers)
+
+    def mismatch_beside(self, source: int, destination: int, signed: Signed, deadline: float) -> NoReturn:
+        """Do as ``pair_mismatch`` for one transfer, in one of several threads."""
+        peer = source if destination == self._control.rank else destination
+        self._control.agree_beside(peer, signed.signature, signed.describe, _at_least(deadline), source)
+        raise MismatchError(f"{self._where}: ranks {[peer]} disagree about a transfer", [peer])
 
     def fail(self, name: str, code: int) -> NoReturn:
         """Raise for a code that is neither success nor a mismatch.

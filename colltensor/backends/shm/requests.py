@@ -65,16 +65,16 @@ def collective(
 
 def transfer(
     source: BufferView | None, destination_rank: int, signature: Words, target: BufferView | None, source_rank: int,
-    target_signature: Words, index: int,
+    target_signature: Words, index: int, beside: bool = False,
 ) -> array.array[int]:
     """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 for what there is not.
 
-    A view is None where nothing is moved, as of an empty tree.
+    A view is None where nothing is moved, as of an empty tree. One of the two may be made ``beside`` other threads'.
     """
     item, count = (1, 0) if source is None else (source.dtype.itemsize, source.count)
     target_item, target_count = (1, 0) if target is None else (target.dtype.itemsize, target.count)
     fields = [
-        TRANSFER, _NO_OP, 0, item, destination_rank, count, *signature, index, 0,
+        TRANSFER, _NO_OP, 0, item, destination_rank, count, *signature, index, int(beside),
         source_rank, target_item, target_count, *target_signature, index,
     ]
     for peer, view in ((destination_rank, source), (source_rank, target)):

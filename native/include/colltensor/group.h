@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "colltensor/kernels.h"
@@ -103,9 +104,15 @@ class Group {
     int peer;
     Signature signature;
     bool mismatch = false;  // out
+    bool bound = true;      // see Slip
+    const std::function<void()>* agreed = nullptr;  // called in place of the group's
   };
-  // Either may be null. kMismatch where one of them differs; the other one is made all the same.
+  // Either may be null. kMismatch where one of them differs; the other one is made all the same. Where both ranks only
+  // send to each other, or only receive, that is a mismatch, too.
   Outcome transfer(Transfer* send, Transfer* recv, std::int64_t deadline_ns);
+  // One transfer, while other threads are in here with transfers of the other direction or with other peers; nothing
+  // else runs meanwhile.
+  Outcome transfer_beside(Transfer& transfer, bool sends, std::int64_t deadline_ns);
 
   // The deadline of a call that holds the interpreter lock: it moves little, and waits no longer than a short spin.
   // kLarge: nothing was begun, it would take longer. kPending: this rank has arrived, and postpone() must follow with
@@ -176,6 +183,7 @@ class Group {
   friend class Receiver;
   friend class StepCondition;
   friend class PairCondition;
+  friend class BesideCondition;
   friend class TakenCondition;
 
   // For as long as it lives, this thread is in one of the hooks.
@@ -292,6 +300,14 @@ class Group {
 
   struct Pair;  // a rank's sides of a transfer (pairs.cpp)
   Outcome transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t deadline_ns);
+  template <class Side>
+  Outcome finish_beside(Side& side, std::unique_lock<std::mutex>& lock, std::int64_t deadline_ns);
+  // Whether a peer only sends to this rank, or only receives from it, and will do nothing else before that has ended.
+  bool only_sends(int peer) const;
+  bool only_receives(int peer) const;
+  // Ends the peer's transfer in a mismatch, as this rank's ends.
+  void refuse_send(int peer);
+  void refuse_recv(int peer);
 
   Layout layout_;
   const int rank_;
@@ -336,6 +352,8 @@ class Group {
   Rest rest_;
   std::shared_ptr<Pair> pair_;         // of a pending transfer
   std::atomic<bool> closing_{false};
+  std::mutex beside_;                  // of what transfers of several threads share
+  bool sending_ = false;               // one of them uses the staging
   std::atomic<const void*> asking_{nullptr};  // the thread whose call asks one of the hooks
   std::atomic<std::int64_t> timeout_ns_{0};
 };

@@ -16,7 +16,7 @@ namespace colltensor {
 
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free && std::atomic<std::uint64_t>::is_always_lock_free);
 
-constexpr std::uint64_t kMagic = 0x33726f736e65746c;  // "ltensor3"; another one with every change of this file
+constexpr std::uint64_t kMagic = 0x34726f736e65746c;  // "ltensor4"; another one with every change of this file
 
 // Where every count of steps begins: so short before it wraps around that every group soon has, and every test sees it.
 constexpr std::uint32_t kFirstStep = 0xffffffffu - 99;
@@ -49,10 +49,10 @@ struct alignas(2 * kLine) RankLine {
   alignas(kLine) std::atomic<std::int64_t> heartbeat;  // when it last looked around while waiting, now_ns()
   std::atomic<std::uint64_t> nonce[2];
   std::atomic<std::uint64_t> own_nonce;  // the address of two such words in the rank's own memory
-  std::atomic<std::uint32_t> waiting;   // 1 while it waits for others
+  std::atomic<std::uint32_t> waiting;   // its threads that wait for others
   std::atomic<std::uint32_t> left;      // 1 once it has closed the group
   std::atomic<std::uint32_t> door;      // futex word: counts what peers have put into its mailboxes while it slept
-  std::atomic<std::uint32_t> dozing;    // 1 while it may sleep on `door`
+  std::atomic<std::uint32_t> dozing;    // its threads that may sleep on `door`
 
   alignas(kLine) std::atomic<std::uint64_t> awaited[kMaxRanks / 64];  // those it waited for when it last looked around
 };
@@ -83,6 +83,7 @@ struct alignas(kLine) Slip {
   std::uint32_t half;                // the sender's: which half of its staging it uses
   std::uint64_t address;             // the sender's: of its memory, if the receiver is to read that; else 0
   Signature signature;
+  std::uint32_t bound;               // 1 if the rank will do nothing else with this peer before this has ended
 };
 static_assert(sizeof(Slip) == kLine);
 
