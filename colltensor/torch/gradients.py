@@ -58,7 +58,9 @@ def sync_gradients(
     backward pass, in hooks of its own, steps before the gradients are in step.
 
     The handle need not be kept; the hooks live as long as the parameters. With ``average=False`` they keep the
-    parameters alive until ``remove()``.
+    parameters alive until ``remove()``. Where ``module.to()`` is to swap parameters, call
+    ``torch.__future__.set_swap_module_params_on_conversion(True)`` before this; with ``average=False`` torch refuses to
+    swap them until ``remove()``.
 
     Two of these whose modules share one backward pass need a group each, ``group.split(0)``.
 
@@ -153,7 +155,7 @@ class GradientSync:
         parameters, buffers = named_tensors(self._source)
         compare(self.group, described(parameters, buffers), {})
         take_over(self.group, [*parameters, *buffers])
-        if self.group.world_size > 1:
+        if self.group.world_size > 1 and not self._reducer.removed:
             self._reducer.tracked.attach(parameters)
 
     @contextlib.contextmanager
@@ -170,7 +172,7 @@ class GradientSync:
 
     def remove(self) -> None:
         """Leave the module alone from now on; its gradients stay. Idempotent, and on this rank alone."""
-        self._reducer.tracked.remove()
+        self._reducer.remove()
 
     def __enter__(self) -> GradientSync:
         return self
