@@ -14,7 +14,7 @@ import torch
 
 from colltensor.errors import GroupError, MismatchError, OptionError
 from colltensor.group import Group
-from colltensor.torch.agreement import Named, compare, described
+from colltensor.torch.agreement import Named, compare, described, telling
 from colltensor.torch.buckets import Bucket, Member, plan
 from colltensor.torch.compression import Compression
 from colltensor.torch.ending import Ending, is_running
@@ -273,7 +273,8 @@ class Reducer:
             MismatchError: The ranks have not changed the same; nothing was reduced.
         """
         before = {member.name for member in self._members}
-        parameters = self.tracked.named()
+        with telling(self._group):
+            parameters = self.tracked.named()
         trained = [(name, parameter) for name, parameter in parameters
                    if parameter.requires_grad or id(parameter) in self._known]
         try:
