@@ -35,7 +35,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 WAYS = [("small", kind) for kind in CLASSES] + [
     (name, CLASSES[number % 4]) for number, name in enumerate(CALLS) if name != "small"
 ]
-"""Every class in one call (in shared memory alone), and every call with one class: all pairs take three times as long and go the same ways."""
+"""Every class in one call (in shared memory alone), and every call with one class; all pairs go the same ways."""
 
 
 def alarm(error: BaseException) -> None:
