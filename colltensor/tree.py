@@ -8,12 +8,12 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import optree
 
 from colltensor.adapters import find_adapter
-from colltensor.errors import UnsupportedTensorError
+from colltensor.errors import CollectiveError, UnsupportedTensorError
 
 _SPARSE: Final = "jax.experimental.sparse._base.JAXSparse"
 _WITH_INDICES: Final = {
@@ -41,7 +41,7 @@ def flatten(tree: Any, reduced: bool = False) -> tuple[list[Any], list[str], Cal
     Raises:
         UnsupportedTensorError: With ``reduced``, a node that holds indices, which must not be combined.
     """
-    outer, spec = optree.tree_flatten(tree, is_leaf=_is_tensor_to_reduce if reduced else _is_tensor)
+    outer, spec = _flattened(tree, _is_tensor_to_reduce if reduced else _is_tensor)
     outer_paths = ["".join(f"[{entry!r}]" for entry in path) for path in spec.paths()]
     if not any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in outer):
         return outer, outer_paths, lambda leaves: optree.tree_unflatten(spec, list(leaves))
@@ -76,13 +76,13 @@ def _remedy(kind: type) -> str | None:
 
 def structure_of(tree: Any) -> optree.PyTreeSpec | None:
     """Return what ``leaves_like`` compares with; None for a tree with nodes that only jax knows."""
-    leaves, structure = optree.tree_flatten(tree, is_leaf=_is_tensor)
+    leaves, structure = _flattened(tree, _is_tensor)
     return None if any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves) else structure
 
 
 def flat_tree(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
     """Return leaves and structure as fast as can be; a structure unlike ``structure_of`` has other leaves inside."""
-    leaves, structure = optree.tree_flatten(tree)
+    leaves, structure = _flattened(tree)
     return leaves, structure
 
 
@@ -124,8 +124,46 @@ def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None
 
 def leaves_like(tree: Any, structure: optree.PyTreeSpec) -> list[Any] | None:
     """Return the leaves of a tree of this structure, in ``flatten``'s order and cheaper; None for another tree."""
-    leaves, found = optree.tree_flatten(tree)
+    leaves, found = _flattened(tree)
     return leaves if found == structure else None
+
+
+def _flattened(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Flatten with optree.
+
+    Raises:
+        UnsupportedTensorError: A dict's keys cannot be ordered, as the ranks need them.
+    """
+    try:
+        return optree.tree_flatten(tree, is_leaf=is_leaf)
+    except CollectiveError:
+        raise
+    except Exception as error:  # whatever a key's own __lt__ raises
+        keys = _unordered_keys(tree)
+        if keys is None:
+            raise
+        raise UnsupportedTensorError(
+            f"a dict has keys of type {keys}, which have no order that all ranks share ({error}); name them "
+            "(by named_parameters(), say), or pass list(tree.values()), in the same order on every rank"
+        ) from error
+
+
+def _unordered_keys(tree: Any) -> str | None:
+    """Return the types of the keys of a dict that cannot be sorted, None where all can."""
+    for node in _dicts(tree):
+        try:
+            optree.tree_flatten(cast("Any", dict.fromkeys(node, 0)))
+        except Exception:  # noqa: BLE001 - as above
+            return " and ".join(sorted({f"{type(key).__module__}.{type(key).__qualname__}" for key in node}))
+    return None
+
+
+def _dicts(tree: Any) -> Iterable[dict[Any, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+    if isinstance(tree, (dict, list, tuple)):
+        for child in tree.values() if isinstance(tree, dict) else tree:
+            yield from _dicts(child)
 
 
 def _flatten_jax_nodes(

@@ -1,25 +1,28 @@
 """Before the first step: the ranks compare their parameters, buffers and options, and take over rank 0's values.
 
-Imports torch, and of the package errors, group and net only.
+Imports torch, and of the package adapters, errors, group and net only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from colltensor.errors import MismatchError, OptionError, UnsupportedTensorError
+from colltensor.adapters import adapter_of
+from colltensor.errors import CollectiveError, MismatchError, OptionError, TensorError, UnsupportedTensorError
 from colltensor.group import Group
 from colltensor.net import host_id
 
 _SHOWN: Final = 3
 
 Named = list[tuple[str, torch.Tensor]]
+Sendable = list[tuple[str, torch.Tensor, torch.Tensor]]
 Source = torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
@@ -33,6 +36,7 @@ class Report:
         host: Where the rank runs.
         cores: How many cores its process may use.
         threads: How many threads torch computes with.
+        refusal: What it refuses of its own call, "" where nothing.
     """
 
     options: dict[str, str]
@@ -40,6 +44,7 @@ class Report:
     host: str
     cores: int
     threads: int
+    refusal: str = ""
 
 
 def named_tensors(source: Source) -> tuple[Named, Named]:
@@ -98,10 +103,18 @@ def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> l
         options: The options by name, in words.
 
     Raises:
-        MismatchError: On every rank, where one differs from rank 0; names the tensors.
+        MismatchError: On every rank, where one differs from rank 0; names the tensors. On the others, where a rank
+            refused its own call.
     """
     mine = Report(options, tensors, host_id(), _cores(), torch.get_num_threads())
     reports: list[Report] = group.allgather_object(mine)
+    refusing = [rank for rank, report in enumerate(reports) if report.refusal]
+    if refusing:
+        raise MismatchError(
+            f"sync_gradients: rank {refusing[0]} of group '{group.name}' refused its own call: "
+            f"{reports[refusing[0]].refusal}; nothing was changed, call again on all ranks",
+            refusing,
+        )
     complaints = []
     ranks = []
     for rank, report in enumerate(reports):
@@ -121,12 +134,91 @@ def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> l
     return reports
 
 
-def take_over(group: Group, tensors: Named) -> None:
-    """Copy rank 0's values into every rank's tensors, in place."""
+def sendable(tensors: Named) -> Sendable:
+    """Return each tensor with what travels of it: itself without repetitions, or a contiguous copy.
+
+    A copy stands for memory that is strided, that another tensor shares (a view, the complex numbers of a real view,
+    bytes), or that holds other values than the tensor shows (lazily conjugated or negated).
+
+    Raises:
+        TensorError: One that cannot be sent; names it.
+    """
+    found = []
+    for name, tensor in tensors:
+        own = _distinct(_checked(name, tensor.detach()))
+        plain = own.is_contiguous() and not own.is_conj() and not own.is_neg()
+        found.append((name, own, plain))
+    shared = _sharing([own for _, own, _ in found])
+    sent = []
+    for number, (name, own, plain) in enumerate(found):
+        form = own
+        if not plain or number in shared:
+            form = own.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        _refuse(name, form)
+        sent.append((name, own, form))
+    return sent
+
+
+def take_over(group: Group, tensors: Sendable) -> None:
+    """Copy rank 0's values into every rank's tensors, in place; no copy of ``sendable`` may be older than them."""
     with torch.no_grad():
-        distinct = {name: _distinct(tensor.detach()) for name, tensor in tensors}
-        once = {(found.data_ptr(), found.shape, found.stride(), found.dtype): name for name, found in distinct.items()}
-        group.broadcast({name: distinct[name] for name in once.values()}, 0)
+        group.broadcast({name: sent for name, _, sent in tensors}, 0)
+        if group.rank != 0:
+            for _, own, sent in tensors:
+                if sent is not own:
+                    own.copy_(sent)
+
+
+@contextlib.contextmanager
+def telling(group: Group) -> Iterator[None]:
+    """Tell the other ranks, which wait in ``compare``, what this rank refuses of its own call."""
+    try:
+        yield
+    except CollectiveError as error:
+        with contextlib.suppress(CollectiveError):
+            group.allgather_object(Report({}, {}, host_id(), 0, 0, str(error)))
+        raise
+
+
+def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind, remedy = ("nested", "unbind()") if tensor.is_nested else ("sparse", "to_dense()")
+        raise UnsupportedTensorError(
+            f"sync_gradients: {name} is {kind} ({tensor.layout}), and only dense tensors are sent; keep it as an "
+            f"attribute of the module that is no buffer, or as {remedy} gives it"
+        )
+    _refuse(name, torch.empty(0, dtype=tensor.dtype))
+    return tensor
+
+
+def _refuse(name: str, tensor: torch.Tensor) -> None:
+    """Refuse what no group can write.
+
+    Raises:
+        TensorError: Names it.
+    """
+    try:
+        adapter_of(tensor).target(tensor)
+    except TensorError as error:
+        raise type(error)(f"sync_gradients: {name}: {error}") from error
+
+
+def _sharing(tensors: Sequence[torch.Tensor]) -> set[int]:
+    """Return which of the tensors lie in memory that another one reaches into, by number."""
+    spans = []
+    for number, tensor in enumerate(tensors):
+        if tensor.numel():
+            last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + (last + 1) * tensor.itemsize, number))
+    shared: set[int] = set()
+    before = ("", 0, 0, 0)  # that of the tensors so far which ends last
+    for span in sorted(spans):
+        if span[0] == before[0] and span[1] < before[2]:
+            shared |= {before[3], span[3]}
+        if span[0] != before[0] or span[2] > before[2]:
+            before = span
+    return shared
 
 
 def _distinct(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ Imports torch, and of the package errors only.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +13,7 @@ from typing import Final
 import torch
 
 from colltensor.errors import UnsupportedTensorError
+from colltensor.torch.tracked import reference_to
 
 _FOREACH_FROM: Final = 2
 
@@ -45,7 +45,7 @@ class Member:
         """Describe a parameter."""
         strides = torch.empty_like(parameter, device="meta", requires_grad=False).stride()
         dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # grad_dtype came with torch 2.9
-        return cls(number, name, weakref.ref(parameter), parameter.shape, strides, dtype, parameter.device)
+        return cls(number, name, reference_to(parameter), parameter.shape, strides, dtype, parameter.device)
 
     @property
     def gradient(self) -> torch.Tensor | None:

@@ -22,8 +22,10 @@ from colltensor.torch.agreement import (
     compare,
     described,
     named_tensors,
+    sendable,
     spare_cores,
     take_over,
+    telling,
 )
 from colltensor.torch.compression import Compression, compression_of
 from colltensor.torch.reducer import Options, Reducer
@@ -58,7 +60,9 @@ def sync_gradients(
     backward pass, in hooks of its own, steps before the gradients are in step.
 
     The handle need not be kept; the hooks live as long as the parameters. With ``average=False`` they keep the
-    parameters alive until ``remove()``.
+    parameters alive until ``remove()``. Where ``module.to()`` is to swap parameters, call
+    ``torch.__future__.set_swap_module_params_on_conversion(True)`` before this; with ``average=False`` torch refuses to
+    swap them until ``remove()``.
 
     Two of these whose modules share one backward pass need a group each, ``group.split(0)``.
 
@@ -76,26 +80,28 @@ def sync_gradients(
         The handle: ``no_sync()``, ``remove()``. As a context manager it removes itself at the end.
 
     Raises:
-        MismatchError: On every rank, where one differs from rank 0; names the parameters. From ``backward()``, where
-            the module was changed and not on all ranks alike.
+        MismatchError: On every rank, where one differs from rank 0; names the parameters. On the others, where a rank
+            refused its own call. From ``backward()``, where the module was changed and not on all ranks alike.
         OptionError, TensorError: An argument that cannot be used.
         CollectiveError: From ``backward()`` too: a rank is lost or late, or a gradient cannot be reduced.
     """
-    if isinstance(bucket_nbytes, bool) or not isinstance(bucket_nbytes, int) or bucket_nbytes < 1:
-        raise OptionError(f"sync_gradients: bucket_nbytes: expected a number >= 1, got {bucket_nbytes!r}")
-    if overlap not in (True, False, "worker"):
-        raise OptionError(f"sync_gradients: overlap: expected True, False or 'worker', got {overlap!r}")
-    chosen = compression_of(compression)
     module = module_or_parameters if isinstance(module_or_parameters, torch.nn.Module) else None
-    parameters, buffers = named_tensors(module_or_parameters)
     found = group if isinstance(group, Group) else find_group(group)
+    with telling(found):
+        if isinstance(bucket_nbytes, bool) or not isinstance(bucket_nbytes, int) or bucket_nbytes < 1:
+            raise OptionError(f"sync_gradients: bucket_nbytes: expected a number >= 1, got {bucket_nbytes!r}")
+        if overlap not in (True, False, "worker"):
+            raise OptionError(f"sync_gradients: overlap: expected True, False or 'worker', got {overlap!r}")
+        chosen = compression_of(compression)
+        parameters, buffers = named_tensors(module_or_parameters)
+        _refuse_twice(found, parameters)
+        sent = sendable([*parameters, *buffers])
     words = {"bucket_nbytes": str(bucket_nbytes), "average": str(bool(average)), "overlap": repr(overlap),
              "compression": _spelt(chosen)}
-    _refuse_twice(found, parameters)
     reports = compare(found, described(parameters, buffers, frozen=True), words)
     lone_nbytes = _LONE_NBYTES.get(found.backend, _LONE_NBYTES_ELSEWHERE)
     options = Options(bucket_nbytes, lone_nbytes, average, _early(overlap, reports), chosen)
-    take_over(found, [*parameters, *buffers])
+    take_over(found, sent)
     return GradientSync(found, module, parameters, options)
 
 
@@ -150,10 +156,12 @@ class GradientSync:
         Raises:
             MismatchError: On every rank, where one has others than rank 0; names them, and nothing was copied.
         """
-        parameters, buffers = named_tensors(self._source)
+        with telling(self.group):
+            parameters, buffers = named_tensors(self._source)
+            sent = sendable([*parameters, *buffers])
         compare(self.group, described(parameters, buffers), {})
-        take_over(self.group, [*parameters, *buffers])
-        if self.group.world_size > 1:
+        take_over(self.group, sent)
+        if self.group.world_size > 1 and not self._reducer.removed:
             self._reducer.tracked.attach(parameters)
 
     @contextlib.contextmanager
@@ -170,7 +178,7 @@ class GradientSync:
 
     def remove(self) -> None:
         """Leave the module alone from now on; its gradients stay. Idempotent, and on this rank alone."""
-        self._reducer.tracked.remove()
+        self._reducer.remove()
 
     def __enter__(self) -> GradientSync:
         return self

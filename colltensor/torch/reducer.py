@@ -14,11 +14,11 @@ import torch
 
 from colltensor.errors import GroupError, MismatchError, OptionError
 from colltensor.group import Group
-from colltensor.torch.agreement import Named, compare, described
+from colltensor.torch.agreement import Named, compare, described, telling
 from colltensor.torch.buckets import Bucket, Member, plan
 from colltensor.torch.compression import Compression
 from colltensor.torch.ending import Ending, is_running
-from colltensor.torch.tracked import Tracked
+from colltensor.torch.tracked import Tracked, reference_to
 from colltensor.types import ReduceOp
 
 _SHOWN: Final = 3
@@ -60,6 +60,7 @@ class Reducer:
     Attributes:
         paused: True while gradients are only accumulated.
         tracked: The parameters and their hooks.
+        removed: True once the hooks were taken away.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Reducer:
         self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
         self._ending: Callable[[], Ending | None] = _none
         self._stale = False
+        self.removed = False
         self._learned: list[int] | None = None
         self._sums: dict[int, Callable[[], torch.Tensor | None]] = {}
         self._under_way = False
@@ -103,8 +105,9 @@ class Reducer:
         handles = [register(self._accumulated)]
         if not self._options.average:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
+            # The node is kept with its hook, because the parameter holds it weakly. It would keep the memory of one
+            # that is swapped, and nothing would tell of that: so it is known weakly, and torch refuses to swap it.
             known = weakref.ref(parameter)
-            # The node is kept with its hook, because the parameter holds it weakly.
             handles.append(_Kept(node, node.register_prehook(lambda gradients: self._share(known()))))
         return handles
 
@@ -135,6 +138,7 @@ class Reducer:
                         self._ending = _none
                         raise
 
+        accumulated.group = self._group  # type: ignore[attr-defined]  # see is_kept_in_step
         accumulated._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which imports
         return accumulated
 
@@ -244,6 +248,23 @@ class Reducer:
             self._next = 0
             if self._learned is not None:
                 self._learn(self._learned)
+        if self.removed:
+            self._forget()
+
+    def remove(self) -> None:
+        """Take the hooks away; a backward pass under way is brought to its end."""
+        self.removed = True
+        self.tracked.remove()
+        if not self._under_way:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Know no tensor any more, so that torch can swap them."""
+        self._members = ()
+        self._known.clear()
+        self._sums.clear()
+        self._bucket_of.clear()
+        self._buckets.clear()
 
     def _renew(self) -> None:
         """Take in what the module has now, on all ranks alike.
@@ -252,7 +273,8 @@ class Reducer:
             MismatchError: The ranks have not changed the same; nothing was reduced.
         """
         before = {member.name for member in self._members}
-        parameters = self.tracked.named()
+        with telling(self._group):
+            parameters = self.tracked.named()
         trained = [(name, parameter) for name, parameter in parameters
                    if parameter.requires_grad or id(parameter) in self._known]
         try:
@@ -292,7 +314,7 @@ class Reducer:
         for member in self._members:
             gradient = member.gradient
             if gradient is not None:
-                self._sums[id(member.parameter())] = weakref.ref(gradient)
+                self._sums[id(member.parameter())] = reference_to(gradient)
 
     def _learn(self, learned: list[int]) -> None:
         """Arrange the buckets anew, in the order that rank 0 saw."""

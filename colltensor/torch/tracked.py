@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -16,22 +17,33 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parameter import UninitializedParameter
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from colltensor.group import Group
 from colltensor.torch.agreement import Named, named_tensors
 
-_groups_of: Final[Any] = WeakTensorKeyDictionary()
-"""By parameter: the groups over which it is kept in step."""
-
 _COMPILER: Final = "torch._dynamo"
 
+_MARK: Final = "_colltensor_hooked"
+
 Attach = Callable[[torch.Tensor], Sequence[Any]]
+Reference = Callable[[], torch.Tensor | None]
 
 
 def is_kept_in_step(parameter: torch.Tensor, group: Group) -> bool:
     """Return whether the parameter has hooks for this group already."""
-    return group in _groups_of.get(parameter, ())
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(getattr(hook, "group", None) is group for hook in hooks.values())
+
+
+def reference_to(tensor: torch.Tensor) -> Reference:
+    """Return what gives the tensor: weakly, so that hooks on it do not keep it alive.
+
+    torch swaps no tensor that somebody knows weakly. Where it is told to swap, the tensor is known strongly, and
+    Python's garbage collector frees it with its hooks.
+    """
+    if torch.__future__.get_swap_module_params_on_conversion():
+        return lambda: tensor
+    return weakref.ref(tensor)
 
 
 class Tracked:
@@ -41,8 +53,9 @@ class Tracked:
     some. What is put into the module gets a hook at once, so that the next backward pass calls it even where all that
     had hooks before is gone. Frozen parameters have hooks as well, which begin to be called when they are unfrozen.
 
-    torch refuses to swap a tensor that somebody knows weakly (``swap_module_params_on_conversion``), with an error that
-    names it. That is as well, because the hooks would not be called any more.
+    Where torch is told to swap tensors (``swap_module_params_on_conversion``), ``module.to()`` leaves a parameter the
+    same object and takes its hooks away with its memory. Its ``__dict__`` goes as well, with a mark of ours in it: the
+    end of that mark says that hooks are to be put on anew.
     """
 
     def __init__(self, module: torch.nn.Module | None, parameters: Named, group: Group, attach: Attach) -> None:
@@ -55,11 +68,11 @@ class Tracked:
             attach: Puts hooks on one parameter, which takes gradients, and returns their handles.
         """
         self._module = None if module is None else weakref.ref(module)
-        self._given = [(name, weakref.ref(parameter)) for name, parameter in parameters]
+        self._given = [(name, reference_to(parameter)) for name, parameter in parameters]
         self._group = group
         self._attach = attach
         self._parts: dict[int, tuple[weakref.ref[torch.nn.Module], str]] = {}
-        self._hooks: dict[int, tuple[weakref.ref[torch.Tensor], Sequence[Any]]] = {}
+        self._hooks: dict[int, tuple[Reference, Sequence[Any]]] = {}
         self._watching: list[Any] = []
         self._shielded = False
         if module is not None:
@@ -116,7 +129,8 @@ class Tracked:
             self._hook(parameter)
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Take all hooks away, and know the parameters no more."""
+        self._given.clear()
         for handle in self._watching:
             handle.remove()
         self._watching.clear()
@@ -134,19 +148,35 @@ class Tracked:
                 if frozen:  # torch takes no hook for it then
                     parameter.requires_grad_(True)
                 handles = self._attach(parameter)
+                # A tensor that was swapped has its hooks in Python still; torch calls those that are set, all of them.
+                parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
             finally:
                 if frozen:
                     parameter.requires_grad_(False)
-        self._hooks[id(parameter)] = weakref.ref(parameter), handles
-        _groups_of.setdefault(parameter, weakref.WeakSet()).add(self._group)
+        self._hooks[id(parameter)] = reference_to(parameter), handles
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self._mark(parameter)
+
+    def _mark(self, parameter: torch.Tensor) -> None:
+        """Have hooks put on anew when the parameter was swapped."""
+        own, number = weakref.ref(self), id(parameter)
+
+        def swapped() -> None:
+            tracked = own()
+            kept = None if tracked is None else tracked._hooks.get(number)
+            known = None if kept is None else kept[0]()
+            if tracked is not None and known is not None and _MARK not in known.__dict__:
+                tracked._detach(number)
+                tracked._hook(known)
+
+        # Two groups' hooks share one; of a type that torch.load(weights_only=True) takes, being pickled with it.
+        mark = parameter.__dict__.setdefault(_MARK, OrderedDict())
+        weakref.finalize(mark, swapped).atexit = False
 
     def _detach(self, number: int) -> None:
-        reference, handles = self._hooks.pop(number)
+        _, handles = self._hooks.pop(number)
         for handle in handles:
             handle.remove()
-        parameter = reference()
-        if parameter is not None:
-            _groups_of[parameter].discard(self._group)
 
     def _walk(self) -> list[torch.Tensor]:
         """Return the parameters that there are now, some more than once; cheaper than ``Module.parameters``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -250,6 +251,65 @@ def converted(rank: int, world_size: int) -> None:
 
 def test_modules_that_get_other_parameters_when_converted(pool: RankPool) -> None:
     pool.run(2, converted)
+
+
+def swapped(rank: int, world_size: int, options: dict[str, Any], listed: bool) -> None:
+    """Parameters that stay the same objects, and get other memory, without the hooks that were on it."""
+    torch = torch_of()
+    group = group_of(world_size, "shm")
+    average = options.get("average", True)
+    future = torch.__future__
+    future.set_swap_module_params_on_conversion(True)
+    try:
+        model = mlp(torch)
+        handle = torch.col.sync_gradients(list(model.parameters()) if listed else model, group, **options)
+        check(torch, group, model, rank, 0, average)
+        model.zero_grad()
+        values = {name: value + 1 for name, value in model.state_dict().items()}
+        if average:
+            model.load_state_dict(values)
+        else:  # nothing would tell of it
+            with pytest.raises(RuntimeError, match="weakref"):
+                model.load_state_dict(values)
+        for step in range(3):
+            check(torch, group, model, rank, step, average)
+        buffer = io.BytesIO()
+        torch.save(list(model.parameters()), buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        if average:
+            model.double()
+            with pytest.raises(col.UnsupportedTensorError, match=r"call sync_gradients again"):
+                model(part(torch, rank).double()).sum().backward()
+            group.barrier()
+        handle.remove()
+        model.double()
+        model.zero_grad()
+        model.float()
+        with torch.col.sync_gradients(model, group, **options):
+            model.zero_grad()
+            check(torch, group, model, rank, 4, average)
+            with pytest.raises(col.OptionError, match="kept in step over group"):
+                torch.col.sync_gradients(model, group)
+    finally:
+        future.set_swap_module_params_on_conversion(False)
+    model.to(torch.float64)
+    torch.col.sync_gradients(model, group, **options).remove()
+    future.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float32)  # when the hooks are gone nothing knows the parameters
+    finally:
+        future.set_swap_module_params_on_conversion(False)
+    references = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model, handle
+    gc.collect()
+    assert not any(reference() is not None for reference in references)
+
+
+@WAYS
+@pytest.mark.parametrize("listed", [False, True])
+def test_parameters_that_are_swapped_keep_their_hooks(pool: RankPool, options: dict[str, Any], listed: bool) -> None:
+    """Torch could not swap what our hooks knew weakly, nor after they were removed."""
+    pool.run(2, swapped, options, listed)
 
 
 def nothing_kept(rank: int, world_size: int, average: bool) -> None:

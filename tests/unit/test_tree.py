@@ -12,6 +12,7 @@ import optree
 import pytest
 
 from colltensor import tree
+from colltensor.errors import UnsupportedTensorError
 
 Pair = namedtuple("Pair", ["weight", "bias"])  # the plain kind is what optree must know
 
@@ -107,3 +108,31 @@ def test_nodes_of_jax() -> None:
     assert again["f"].args == (7,)
     assert again["f"].keywords == {"key": [8]}
     assert again["x"] == 9
+
+
+class Unordered:
+    """A key whose comparison fails, as a tensor's does."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __lt__(self, other: object) -> bool:
+        raise self.error
+
+
+@pytest.mark.parametrize("flatten", [tree.flatten, tree.structure_of, tree.flat_tree])
+@pytest.mark.parametrize("error", [RuntimeError("ambiguous"), ValueError("ambiguous"), ZeroDivisionError("ambiguous")])
+def test_keys_that_cannot_be_ordered_are_named(flatten: Any, error: Exception) -> None:
+    keys = {Unordered(error): np.zeros(1), Unordered(error): np.ones(2)}
+    with pytest.raises(UnsupportedTensorError, match=r"keys of type test_tree\.Unordered, .*list\(tree\.values\(\)\)"):
+        flatten({"state": [keys], "other": np.zeros(2)})
+
+
+@pytest.mark.needs("torch")
+def test_parameters_as_keys_are_named() -> None:
+    """They ended in an error of torch: the size of tensor a must match."""
+    torch = importlib.import_module("torch")
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3)]
+    gradients = {parameter: torch.zeros(2) for parameter in parameters}
+    with pytest.raises(UnsupportedTensorError, match=r"keys of type torch\.nn\.parameter\.Parameter"):
+        tree.flatten(gradients)
