@@ -16,7 +16,13 @@ import time
 from typing import Any
 
 from colltensor import net
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, PeerLostError
+from colltensor.errors import (
+    BackendUnavailableError,
+    CollectiveError,
+    CollectiveTimeoutError,
+    OptionError,
+    PeerLostError,
+)
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.hub import Arrival, Hub, Inbox, Subscription, leave_hub, open_hub, remember
 from colltensor.rendezvous.joining import Found, probe, who_am_i
@@ -142,20 +148,22 @@ class _Assembly:
         self._inbox = inbox
         self._deadline = deadline
         self._arrivals: list[Arrival] = []
-        self._error: CollectiveError | None = None
+        self._error = hello.refuses()
+        self._informed: set[tuple[int, str]] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(inbox, selectors.EVENT_READ)
 
     def gather(self) -> None:
         """Wait until every rank has come."""
-        grace_ends = float("inf")
+        grace_ends = self._deadline if self._error is not None else float("inf")
         while True:
             error = self._error or disagreement([self._hello, *(arrival.hello for arrival in self._arrivals)])
             missing = self._missing()
             now = time.monotonic()
             if error is not None:
                 # Ranks that come within a moment hear of it too; without this they would wait for rank 0.
-                grace_ends = min(grace_ends, now + _GRACE_S)
+                if grace_ends == float("inf"):
+                    grace_ends = now + _GRACE_S
                 if not missing or now >= grace_ends or now >= self._limit():
                     raise error
             elif not missing:
@@ -207,19 +215,27 @@ class _Assembly:
             what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}"
             error = PeerLostError(f"rank 0 {what} during the rendezvous", (0,))
         self._admit()
+        self._error = error
         payload = encode_error(error)
         for arrival in self._arrivals:
+            self._informed.add((arrival.hello.rank, arrival.hello.who))
             with contextlib.suppress(OSError):
                 net.send_frame(arrival.sock, Message.FAILED, payload, time.monotonic() + _GRACE_S)
 
     def dismiss(self) -> None:
         """Close every connection; who came too late to be told anything else learns that the rank is taken."""
         for item in self._inbox.close():
-            if isinstance(item, Arrival):
-                error = taken(item.hello.rank, [item.hello.who, "another process with which the group has met"])
-                with contextlib.suppress(OSError):
-                    net.send_frame(item.sock, Message.FAILED, encode_error(error), time.monotonic() + _GRACE_S)
-                item.sock.close()
+            if not isinstance(item, Arrival):
+                continue
+            if self._means_another_meeting(item.hello):
+                self._turn_away(item)
+                continue
+            error = self._error or taken(
+                item.hello.rank, [item.hello.who, "another process with which the group has met"]
+            )
+            with contextlib.suppress(OSError):
+                net.send_frame(item.sock, Message.FAILED, encode_error(error), time.monotonic() + _GRACE_S)
+            item.sock.close()
         for arrival in self._arrivals:
             arrival.sock.close()
         self._selector.close()
@@ -245,9 +261,31 @@ class _Assembly:
             if isinstance(item, str):
                 self._error = taken(0, [self._hello.who, item])
                 continue
+            if self._means_another_meeting(item.hello):
+                self._turn_away(item)
+                continue
             self._arrivals.append(item)
             self._selector.register(item.sock, selectors.EVENT_READ, item)
+            refusal = item.hello.refuses()
+            if refusal is not None:
+                self._error = self._error or refusal
+                self._informed.add((item.hello.rank, item.hello.who))
             self._send(item, Message.WELCOME)
+
+    def _means_another_meeting(self, hello: Hello) -> bool:
+        """Return whether a rank comes for the next attempt, or refuses another one than this.
+
+        Programs catch BackendUnavailableError and call again with another backend, some ranks before others.
+        """
+        refusals = (hello.refuses(), self._hello.refuses())
+        if hello.backend != self._hello.backend and any(isinstance(r, BackendUnavailableError) for r in refusals):
+            return True
+        return (hello.rank, hello.who) in self._informed
+
+    def _turn_away(self, arrival: Arrival) -> None:
+        with contextlib.suppress(OSError):
+            net.send_frame(arrival.sock, Message.RETRY, b"", time.monotonic() + _GRACE_S)
+        arrival.sock.close()
 
     def _hear(self, arrival: Arrival) -> None:
         """Read what a rank says; before it was given an address, it can only have gone."""

@@ -475,7 +475,7 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
     rng = random.Random(seed)
     deadline = time.monotonic() + 20
     hello = {"rank": 2, "world_size": 3, "group_name": "g", "backend": "auto", "host_id": "", "address": None,
-             "seen_from": "127.0.0.1", "who": "me", "age_s": 0.0, "patience_s": 9.0}  # fmt: skip
+             "seen_from": "127.0.0.1", "who": "me", "age_s": 0.0, "patience_s": 9.0, "refusal": ""}  # fmt: skip
     while not stop.wait(0.01):
         with contextlib.suppress(OSError), net.dial(("127.0.0.1", port), deadline) as sock:
             sock.settimeout(1)
@@ -504,6 +504,21 @@ def test_ranks_with_different_secrets_do_not_meet(pool: RankPool, free_port: int
     assert "the secret is wrong" in str(outcomes[1].error)
     same = {"COLLTENSOR_SECRET": "the same"}
     check_met(run(pool, [replace(plan, variables=same, timeout_s=10.0) for plan in plans]))
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_refused_interface_is_heard_by_all(pool: RankPool, init_method: str, culprit: int, missing: int) -> None:
+    """At once, whether or not the ranks are complete, and in the culprit's own words."""
+    plans = [Plan(init_method, rank, 3 + missing, delay_s=0.3 * (rank != culprit)) for rank in range(3)]
+    plans[culprit] = replace(plans[culprit], options={"interface": "eth99"})
+    outcomes = run(pool, plans)
+    for error in errors_of([outcome for rank, outcome in enumerate(outcomes) if rank != culprit], OptionError):
+        assert f"rank {culprit}: {outcomes[culprit].error}" in str(error)
+    assert "eth99" in str(outcomes[culprit].error)
+    assert max(outcome.took_s for outcome in outcomes) < 3
+    if init_method.startswith("file://"):
+        assert not list(Path(init_method[len("file://") :]).iterdir())
 
 
 def test_addresses_between_hosts(pool: RankPool, tmp_path: Path) -> None:
