@@ -155,27 +155,26 @@ class _Assembly:
 
     def gather(self) -> None:
         """Wait until every rank has come."""
-        grace_ends = self._deadline if self._error is not None else float("inf")
+        grace_ends: float | None = None
         while True:
             error = self._error or disagreement([self._hello, *(arrival.hello for arrival in self._arrivals)])
             missing = self._missing()
             now = time.monotonic()
             if error is not None:
                 # Ranks that come within a moment hear of it too; without this they would wait for rank 0.
-                if grace_ends == float("inf"):
-                    grace_ends = now + _GRACE_S
+                if grace_ends is None:
+                    grace_ends = self._deadline if self._hello.refusal else now + _GRACE_S
+                    self._step(now)  # who is gone already disagrees with nobody
+                    continue
                 if not missing or now >= grace_ends or now >= self._limit():
                     raise error
             elif not missing:
                 return
-            elif now >= self._limit():
-                raise CollectiveTimeoutError(
-                    f"expected {self._hello.world_size} ranks to meet within the timeout, but {_listed(missing)} did "
-                    f"not come; start every rank with the same group_name, world_size and init_method, or allow "
-                    f"more time with timeout_s",
-                    missing,
-                )
-            self._step(min(grace_ends, self._limit()))
+            else:
+                grace_ends = None
+                if now >= self._limit():
+                    raise self._did_not_come(missing)
+            self._step(self._limit() if grace_ends is None else min(grace_ends, self._limit()))
 
     def decide(self, properties: dict[str, Any]) -> tuple[Table, socket.socket]:
         """Give every rank its address, and wait until all listen."""
@@ -239,6 +238,13 @@ class _Assembly:
         for arrival in self._arrivals:
             arrival.sock.close()
         self._selector.close()
+
+    def _did_not_come(self, missing: tuple[int, ...]) -> CollectiveTimeoutError:
+        return CollectiveTimeoutError(
+            f"expected {self._hello.world_size} ranks to meet within the timeout, but {_listed(missing)} did not come; "
+            f"start every rank with the same group_name, world_size and init_method, or allow more time with timeout_s",
+            missing,
+        )
 
     def _missing(self) -> tuple[int, ...]:
         came = {0, *(arrival.hello.rank for arrival in self._arrivals)}
@@ -312,10 +318,25 @@ class _Assembly:
         with contextlib.suppress(KeyError):
             self._selector.unregister(arrival.sock)
         rank = arrival.hello.rank
+        if self._error is None and self._is_left_over(arrival):
+            _LOG.debug(
+                "group %r (rank %d): %s, which asked for another group as rank %d, is gone and left out",
+                self._hello.group_name, 0, arrival.hello.who, rank,
+            )
+            self._arrivals.remove(arrival)
+            arrival.sock.close()
+            return
         self._error = self._error or PeerLostError(
             f"rank {rank} ({arrival.hello.who}) was lost during the rendezvous ({error}); look for its own error "
             f"message, then start the group again on every rank",
             (rank,),
+        )
+
+    def _is_left_over(self, arrival: Arrival) -> bool:
+        """Return whether a rank that is gone was of an earlier run: it disagrees, or somebody else has its rank."""
+        hello, own = arrival.hello, self._hello
+        return (hello.world_size, hello.backend) != (own.world_size, own.backend) or any(
+            other is not arrival and other.hello.rank == hello.rank for other in self._arrivals
         )
 
     def _places(self) -> dict[int, str]:
