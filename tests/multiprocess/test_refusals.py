@@ -1,10 +1,14 @@
 """What one rank is refused when a group is made, its peers hear at once; and programs may then ask for another backend.
 
-Ranks ask for groups as programs do, over every way to meet that needs no framework.
+A rank 0 that stops meanwhile is told of in time. Ranks ask for groups as programs do, over every way to meet that needs
+no framework.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +17,11 @@ from typing import Any
 import pytest
 from pool import RankPool
 
-from colltensor import backends, init_collective_group, net
+from colltensor import backends, init_collective_group, net, table
 from colltensor.backends.loopback import LoopbackSpec
-from colltensor.errors import BackendUnavailableError, CollectiveError, OptionError
+from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError, OptionError
+from colltensor.recipe import Recipe
+from colltensor.rendezvous.hosting import _Assembly
 
 pytestmark = pytest.mark.slow
 
@@ -122,3 +128,48 @@ def test_ranks_that_knew_better_do_not_hear_of_a_backend_that_they_did_not_ask_f
     for made, took_s in results:
         assert made == ("gloo", 2.0)
         assert took_s < 8
+
+
+STOPS = {
+    "before it welcomes anybody": (_Assembly, "_admit"),
+    "before it gives addresses": (_Assembly, "decide"),
+    "before it tells the table": (_Assembly, "conclude"),
+    "before it connects": (table, "connect"),
+    "before it makes the backend": (Recipe, "make"),
+}
+
+
+def ask_and_stop(rank: int, world_size: int, init_method: str, attempts: Any, where: str) -> list[Any]:
+    """Ask for a group; rank 0 stops in the middle of it."""
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        patch.setattr(place, name, going_on)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return going_on(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            place, name = STOPS[where]
+            going_on = getattr(place, name)
+            patch.setattr(place, name, stop)
+        return ask(rank, world_size, init_method, attempts)
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_rank_0_that_stops_is_named_by_all_within_two_seconds_of_the_timeout(
+    pool: RankPool, tmp_path: Path, where: str
+) -> None:
+    with net.listen("127.0.0.1") as listener:
+        init_method = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    pool.run(3, ask, f"file://{tmp_path}", [[{}]] * 3)  # what is imported now takes no time later
+    resumed = threading.Timer(6.0, lambda: os.kill(pool.pids[0], signal.SIGCONT))
+    resumed.start()
+    try:
+        attempts = [[{"timeout_s": 2.0, "backend": "gloo"}]] * 3
+        results = pool.run(3, ask_and_stop, init_method, attempts, where, timeout_s=40)
+    finally:
+        resumed.join()
+    for error, took_s in results[1:]:
+        assert isinstance(error, CollectiveTimeoutError)
+        assert error.ranks == (0,)
+        assert took_s < 4
