@@ -5,6 +5,7 @@ Imports no framework. The lock guards the dictionary alone; meeting other ranks 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import os
@@ -14,11 +15,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from colltensor import backends
-from colltensor.errors import BackendUnavailableError, GroupError, OptionError, RankError
+from colltensor.errors import BackendUnavailableError, CollectiveError, GroupError, OptionError, RankError
 from colltensor.group import Group, connect, solitary
 from colltensor.observers import heed_environment
 from colltensor.recipe import Recipe, timeout_of
-from colltensor.rendezvous import Directory, Meeting, meet, open_directory
+from colltensor.rendezvous import Directory, Meeting, meet, open_directory, report_refusal
 
 _lock = threading.Lock()
 _groups: dict[str, Group | None] = {}
@@ -41,6 +42,8 @@ def init_collective_group(
     check: bool = False,
 ) -> Group:
     """Meet the other ranks and make a group with them; every rank calls.
+
+    A rank whose options are refused tells the others, for which it looks for two seconds: they raise the same error.
 
     Args:
         world_size: The number of ranks. May be left out with ``env://`` (torchrun's ``WORLD_SIZE``).
@@ -72,20 +75,23 @@ def init_collective_group(
         CollectiveTimeoutError, PeerLostError: Ranks did not come, or died; names them.
         MismatchError: The ranks disagree about the group.
     """
-    if gloo_timeout is not None:
-        if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
-            raise OptionError(f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s")
-        timeout_s = gloo_timeout / 1000
-    recipe = _recipe(backend, timeout_s, interface, provider, check)
-    if world_size is not None and rank is not None:
+    recipe: Recipe | None = None
+    try:
+        seconds = timeout_s if gloo_timeout is None else _seconds(gloo_timeout)
+        recipe = _recipe(backend, seconds, interface, provider, check)
+        if world_size is None or rank is None:
+            _, rank, world_size = open_directory(init_method, rank, world_size)
         world_size, rank = _check(world_size, rank, recipe)
+    except (BackendUnavailableError, OptionError) as error:
+        _report(error, world_size, rank, init_method, group_name, backend, recipe)
+        raise
     alone = world_size == 1 and init_method is None and recipe.backend_for(1) == "loopback"
 
     def make() -> Group:
         if alone:
             return solitary(group_name, recipe)
         directory, found_rank, found_size = open_directory(init_method, rank, world_size)
-        return _meet(*_check(found_size, found_rank, recipe), directory, group_name, recipe)
+        return _meet(found_size, found_rank, directory, group_name, recipe)
 
     return _enter(group_name, make)
 
@@ -224,6 +230,25 @@ def _meet(world_size: int, rank: int, directory: Directory, group_name: str, rec
         interface=recipe.interface, backend=recipe.asked_of(world_size),
     )
     return connect(meeting, recipe, deadline)
+
+
+def _report(
+    error: CollectiveError, world_size: Any, rank: Any, init_method: str | None, group_name: str, backend: Any,
+    recipe: Recipe | None,
+) -> None:
+    """Tell the other ranks, where they can be found, that this one was refused and why."""
+    with contextlib.suppress(CollectiveError):  # the refusal itself is what the caller is to see
+        directory, rank, world_size = open_directory(init_method, rank, world_size)
+        report_refusal(
+            directory, error, group_name=group_name, world_size=world_size, rank=rank,
+            backend=backend if recipe is None else recipe.asked_of(world_size),
+        )
+
+
+def _seconds(gloo_timeout: Any) -> float:
+    if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
+        raise OptionError(f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s")
+    return gloo_timeout / 1000
 
 
 def _recipe(

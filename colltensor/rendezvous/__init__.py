@@ -3,6 +3,7 @@
     open_directory(init_method, rank, world_size)  where rank 0 says how it is reached
     meet(directory, ...)                           the meeting itself, over TCP with rank 0
     meet_through(exchange, ...)                    the same where the ranks can exchange bytes already
+    report_refusal(directory, error, ...)          tell the others why this rank will not come
 
     messages <- hub, directory <- joining <- hosting, files <- meeting <- exchange, methods
 
@@ -12,7 +13,7 @@ Imports errors and net only, and no framework.
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.exchange import Introduction, meet_through
 from colltensor.rendezvous.files import FileDirectory
-from colltensor.rendezvous.meeting import Meeting, meet
+from colltensor.rendezvous.meeting import Meeting, meet, report_refusal
 from colltensor.rendezvous.methods import open_directory
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "meet",
     "meet_through",
     "open_directory",
+    "report_refusal",
 ]

@@ -39,7 +39,8 @@ class Introduction:
 
     def __init__(self, *, group_name: str, world_size: int, rank: int, interface: str | None = None,
                  backend: str = "auto", properties: Mapping[str, Any] | None = None,
-                 address: str | None = None, host_id: str | None = None) -> None:
+                 address: str | None = None, host_id: str | None = None,
+                 refusal: CollectiveError | None = None) -> None:
         """Take this rank's part.
 
         Args:
@@ -52,7 +53,9 @@ class Introduction:
             address: This host's address on the network that the hosts share, for ranks on several hosts and no
                 ``interface``; by default the address of the default route.
             host_id: Names this process's host in place of ``net.host_id()``.
+            refusal: Why this rank will not be in the group, which every rank is to raise.
         """
+        self._refusal = refusal
         self._arguments = (group_name, world_size, rank, interface, backend, host_id)
         self._external = address
         self._properties = properties
@@ -66,6 +69,8 @@ class Introduction:
         """Return what this rank says of itself; rank 0 adds the generation, the secret and its properties."""
         try:
             self._hello = introduction(*self._arguments)
+            if self._refusal is not None:
+                raise self._refusal
             told = json_object(self._properties if self._hello.rank == 0 else None)
         except CollectiveError as error:
             return _wrapped(Message.FAILED, encode_error(error))
@@ -153,7 +158,8 @@ class Introduction:
 
 def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: str, world_size: int, rank: int,
                  interface: str | None = None, backend: str = "auto",
-                 properties: Mapping[str, Any] | None = None, host_id: str | None = None) -> Meeting:
+                 properties: Mapping[str, Any] | None = None, host_id: str | None = None,
+                 refusal: CollectiveError | None = None) -> Meeting:
     """Bring the ranks of a new group together through an exchange of bytes that they have already.
 
     Args:
@@ -166,6 +172,7 @@ def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: st
         backend: See ``meet``.
         properties: See ``meet``.
         host_id: Names this process's host in place of ``net.host_id()``.
+        refusal: Why this rank will not be in the group, which every rank is to raise.
 
     Returns:
         What every rank knows. The caller owns its listener.
@@ -174,7 +181,7 @@ def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: st
         CollectiveError: An argument of any rank cannot be used, or the ranks disagree; the same on every rank.
     """
     part = Introduction(group_name=group_name, world_size=world_size, rank=rank, interface=interface,
-                        backend=backend, properties=properties, host_id=host_id)  # fmt: skip
+                        backend=backend, properties=properties, host_id=host_id, refusal=refusal)  # fmt: skip
     said = exchange(part.first())
     try:
         place = part.second(said)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import stat
 import time
 import urllib.parse
 from pathlib import Path
 
+from colltensor import net
 from colltensor.errors import CollectiveTimeoutError, OptionError
 from colltensor.net import FrameError
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
@@ -23,6 +25,7 @@ from colltensor.rendezvous.messages import Invitation, taken
 
 _READ_LIMIT = 1 << 20
 _NAME_LIMIT = 100
+_DRAFT_S = 3600.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.1
 
 
@@ -46,8 +49,9 @@ class FileDirectory:
     def publish(self, key: str, invitation: bytes) -> None:
         """Write the file: see Directory."""
         target = self._file(key)
-        draft = target.with_name(f".{target.name[:_NAME_LIMIT]}.{secrets.token_hex(8)}")
+        draft = target.with_name(f".{target.name[:_NAME_LIMIT]}.{_host_tag()}.{os.getpid()}.{secrets.token_hex(8)}")
         try:
+            _remove_drafts(target)
             try:
                 self._write(draft, invitation)
                 self._install(draft, target, key)
@@ -118,6 +122,42 @@ class FileDirectory:
 
 
 _REMEDY = "name a file or a folder that every rank can reach and write to, as in init_method='file:///shared/meeting'"
+
+
+def _host_tag() -> str:
+    return hashlib.sha256(net.host_id().encode()).hexdigest()[:12]
+
+
+def _remove_drafts(target: Path) -> None:
+    """Remove what a rank 0 that was killed while it wrote left beside the target: see FileDirectory.publish.
+
+    A draft is there for seconds at most: one of a process of this host that is gone, or an old one.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name[:_NAME_LIMIT])}\.([0-9a-f]{{12}})\.([0-9]{{1,9}})\.[0-9a-f]{{16}}")
+    names: list[str] = []
+    with contextlib.suppress(PermissionError):  # a folder may be one that is written and not listed
+        names = os.listdir(target.parent)
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        draft = target.with_name(name)
+        with contextlib.suppress(OSError):  # another rank 0 removes it too, or it is another user's
+            status = draft.lstat()
+            is_gone = match[1] == _host_tag() and not _runs(int(match[2]))
+            is_old = time.time() - status.st_mtime > _DRAFT_S
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and (is_gone or is_old):
+                draft.unlink()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _read(target: Path) -> bytes | None:

@@ -16,7 +16,13 @@ import time
 from typing import Any
 
 from colltensor import net
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, PeerLostError
+from colltensor.errors import (
+    BackendUnavailableError,
+    CollectiveError,
+    CollectiveTimeoutError,
+    OptionError,
+    PeerLostError,
+)
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.hub import Arrival, Hub, Inbox, Subscription, leave_hub, open_hub, remember
 from colltensor.rendezvous.joining import Found, probe, who_am_i
@@ -142,32 +148,33 @@ class _Assembly:
         self._inbox = inbox
         self._deadline = deadline
         self._arrivals: list[Arrival] = []
-        self._error: CollectiveError | None = None
+        self._error = hello.refuses()
+        self._informed: set[tuple[int, str]] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(inbox, selectors.EVENT_READ)
 
     def gather(self) -> None:
         """Wait until every rank has come."""
-        grace_ends = float("inf")
+        grace_ends: float | None = None
         while True:
             error = self._error or disagreement([self._hello, *(arrival.hello for arrival in self._arrivals)])
             missing = self._missing()
             now = time.monotonic()
             if error is not None:
                 # Ranks that come within a moment hear of it too; without this they would wait for rank 0.
-                grace_ends = min(grace_ends, now + _GRACE_S)
+                if grace_ends is None:
+                    grace_ends = self._deadline if self._hello.refusal else now + _GRACE_S
+                    self._step(now)  # who is gone already disagrees with nobody
+                    continue
                 if not missing or now >= grace_ends or now >= self._limit():
                     raise error
             elif not missing:
                 return
-            elif now >= self._limit():
-                raise CollectiveTimeoutError(
-                    f"expected {self._hello.world_size} ranks to meet within the timeout, but {_listed(missing)} did "
-                    f"not come; start every rank with the same group_name, world_size and init_method, or allow "
-                    f"more time with timeout_s",
-                    missing,
-                )
-            self._step(min(grace_ends, self._limit()))
+            else:
+                grace_ends = None
+                if now >= self._limit():
+                    raise self._did_not_come(missing)
+            self._step(self._limit() if grace_ends is None else min(grace_ends, self._limit()))
 
     def decide(self, properties: dict[str, Any]) -> tuple[Table, socket.socket]:
         """Give every rank its address, and wait until all listen."""
@@ -207,22 +214,37 @@ class _Assembly:
             what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}"
             error = PeerLostError(f"rank 0 {what} during the rendezvous", (0,))
         self._admit()
+        self._error = error
         payload = encode_error(error)
         for arrival in self._arrivals:
+            self._informed.add((arrival.hello.rank, arrival.hello.who))
             with contextlib.suppress(OSError):
                 net.send_frame(arrival.sock, Message.FAILED, payload, time.monotonic() + _GRACE_S)
 
     def dismiss(self) -> None:
         """Close every connection; who came too late to be told anything else learns that the rank is taken."""
         for item in self._inbox.close():
-            if isinstance(item, Arrival):
-                error = taken(item.hello.rank, [item.hello.who, "another process with which the group has met"])
-                with contextlib.suppress(OSError):
-                    net.send_frame(item.sock, Message.FAILED, encode_error(error), time.monotonic() + _GRACE_S)
-                item.sock.close()
+            if not isinstance(item, Arrival):
+                continue
+            if self._means_another_meeting(item.hello):
+                self._turn_away(item)
+                continue
+            error = self._error or taken(
+                item.hello.rank, [item.hello.who, "another process with which the group has met"]
+            )
+            with contextlib.suppress(OSError):
+                net.send_frame(item.sock, Message.FAILED, encode_error(error), time.monotonic() + _GRACE_S)
+            item.sock.close()
         for arrival in self._arrivals:
             arrival.sock.close()
         self._selector.close()
+
+    def _did_not_come(self, missing: tuple[int, ...]) -> CollectiveTimeoutError:
+        return CollectiveTimeoutError(
+            f"expected {self._hello.world_size} ranks to meet within the timeout, but {_listed(missing)} did not come; "
+            f"start every rank with the same group_name, world_size and init_method, or allow more time with timeout_s",
+            missing,
+        )
 
     def _missing(self) -> tuple[int, ...]:
         came = {0, *(arrival.hello.rank for arrival in self._arrivals)}
@@ -245,9 +267,31 @@ class _Assembly:
             if isinstance(item, str):
                 self._error = taken(0, [self._hello.who, item])
                 continue
+            if self._means_another_meeting(item.hello):
+                self._turn_away(item)
+                continue
             self._arrivals.append(item)
             self._selector.register(item.sock, selectors.EVENT_READ, item)
+            refusal = item.hello.refuses()
+            if refusal is not None:
+                self._error = self._error or refusal
+                self._informed.add((item.hello.rank, item.hello.who))
             self._send(item, Message.WELCOME)
+
+    def _means_another_meeting(self, hello: Hello) -> bool:
+        """Return whether a rank comes for the next attempt, or refuses another one than this.
+
+        Programs catch BackendUnavailableError and call again with another backend, some ranks before others.
+        """
+        refusals = (hello.refuses(), self._hello.refuses())
+        if hello.backend != self._hello.backend and any(isinstance(r, BackendUnavailableError) for r in refusals):
+            return True
+        return (hello.rank, hello.who) in self._informed
+
+    def _turn_away(self, arrival: Arrival) -> None:
+        with contextlib.suppress(OSError):
+            net.send_frame(arrival.sock, Message.RETRY, b"", time.monotonic() + _GRACE_S)
+        arrival.sock.close()
 
     def _hear(self, arrival: Arrival) -> None:
         """Read what a rank says; before it was given an address, it can only have gone."""
@@ -274,10 +318,25 @@ class _Assembly:
         with contextlib.suppress(KeyError):
             self._selector.unregister(arrival.sock)
         rank = arrival.hello.rank
+        if self._error is None and self._is_left_over(arrival):
+            _LOG.debug(
+                "group %r (rank %d): %s, which asked for another group as rank %d, is gone and left out",
+                self._hello.group_name, 0, arrival.hello.who, rank,
+            )
+            self._arrivals.remove(arrival)
+            arrival.sock.close()
+            return
         self._error = self._error or PeerLostError(
             f"rank {rank} ({arrival.hello.who}) was lost during the rendezvous ({error}); look for its own error "
             f"message, then start the group again on every rank",
             (rank,),
+        )
+
+    def _is_left_over(self, arrival: Arrival) -> bool:
+        """Return whether a rank that is gone was of an earlier run: it disagrees, or somebody else has its rank."""
+        hello, own = arrival.hello, self._hello
+        return (hello.world_size, hello.backend) != (own.world_size, own.backend) or any(
+            other is not arrival and other.hello.rank == hello.rank for other in self._arrivals
         )
 
     def _places(self) -> dict[int, str]:

@@ -5,6 +5,7 @@ Imports errors, net and the meeting's own modules only, and no framework.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -24,6 +25,7 @@ from colltensor.rendezvous.messages import Hello, Table
 
 _NAME_LIMIT = 1024
 _WORLD_LIMIT = 1 << 16
+_REFUSAL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +93,13 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
         GroupError: The network failed in some other way.
     """
     host_id: str | None = getattr(directory, "host_id", None)
-    hello = introduction(group_name, world_size, rank, interface, backend, host_id)
     try:
+        hello = introduction(group_name, world_size, rank, interface, backend, host_id)
         told = json_object(properties)
+    except CollectiveError as error:
+        report_refusal(directory, error, group_name=group_name, world_size=world_size, rank=rank, backend=backend)
+        raise
+    try:
         if hello.world_size == 1:
             return _alone(hello, told)
         if hello.rank == 0:
@@ -105,6 +111,34 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
     except OSError as error:
         message = f"{location(hello)}: the rendezvous failed: {error}; see that the ranks reach each other"
         raise GroupError(message) from error
+
+
+def report_refusal(directory: Directory, error: CollectiveError, *, group_name: str, world_size: int, rank: int,
+                   backend: str) -> None:
+    """Tell the ranks that meet why this one will not come, so that they do not wait for it; for two seconds at most.
+
+    Nothing happens where they cannot be told: nobody is there, or the group's name or the rank is what was refused.
+
+    Args:
+        directory: See ``meet``.
+        error: What this rank raises next.
+        group_name: See ``meet``.
+        world_size: See ``meet``.
+        rank: See ``meet``.
+        backend: The backend asked for. Where it is unavailable here, only ranks that ask for it too are told: the
+            others may have met this rank's next attempt.
+    """
+    started = time.monotonic()
+    deadline = started + _REFUSAL_S
+    with contextlib.suppress(CollectiveError, OSError):  # the refusal itself is what the caller is to see
+        hello = introduction(group_name, world_size, rank, None, str(backend), getattr(directory, "host_id", None))
+        hello = hello.refusing(error)
+        if hello.world_size == 1:
+            return
+        if hello.rank == 0:
+            host(directory, hello, deadline, {})
+        else:
+            join(directory, hello, started, deadline)
 
 
 def introduction(

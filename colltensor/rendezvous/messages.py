@@ -13,10 +13,11 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from colltensor.errors import (
+    BackendUnavailableError,
     CollectiveError,
     CollectiveTimeoutError,
     GroupError,
@@ -28,7 +29,8 @@ from colltensor.errors import (
 from colltensor.net import FrameError, is_loopback
 
 _MAGIC = b"colltensor invitation 1\n"
-_PLAIN_ERRORS = {kind.__name__: kind for kind in (GroupError, OptionError, RankError)}
+_REFUSAL_LIMIT = 1000
+_PLAIN_ERRORS = {kind.__name__: kind for kind in (BackendUnavailableError, GroupError, OptionError, RankError)}
 _RANKS_ERRORS = {kind.__name__: kind for kind in (MismatchError, PeerLostError, CollectiveTimeoutError)}
 
 
@@ -60,6 +62,7 @@ class Hello:
         who: Its process, for messages.
         age_s: For how long it has been trying, in seconds.
         patience_s: For how long it will go on.
+        refusal: Why it will not be in the group, as an encoded error; empty for a rank that means to be.
     """
 
     rank: int
@@ -72,6 +75,7 @@ class Hello:
     who: str
     age_s: float
     patience_s: float
+    refusal: str = ""
 
     def encode(self) -> bytes:
         """Return the message's payload."""
@@ -85,14 +89,27 @@ class Hello:
             FrameError: The payload is malformed.
         """
         fields = unpack(payload, rank=int, world_size=int, group_name=str, backend=str, host_id=str,
-                        address=(str, type(None)), seen_from=str, who=str, age_s=float, patience_s=float)  # fmt: skip
+                        address=(str, type(None)), seen_from=str, who=str, age_s=float, patience_s=float,
+                        refusal=str)  # fmt: skip
         try:
             is_loopback(fields["seen_from"])
             if not math.isfinite(fields["age_s"] + fields["patience_s"]):
                 raise ValueError("a length of time is not finite")
-            return cls(**fields)
+            hello = cls(**fields)
         except (OverflowError, TypeError, ValueError) as error:
             raise FrameError(f"malformed hello: {error}") from error
+        if hello.refusal:
+            decode_error(hello.refusal.encode(errors="replace"))
+        return hello
+
+    def refusing(self, error: CollectiveError) -> Hello:
+        """Return what a rank says that will not be in the group, and why."""
+        message = f"rank {self.rank}: {error}"[:_REFUSAL_LIMIT]
+        return replace(self, refusal=pack({"error": type(error).__name__, "message": message, "ranks": []}).decode())
+
+    def refuses(self) -> CollectiveError | None:
+        """Return why the rank will not be in the group; None for one that means to be."""
+        return decode_error(self.refusal.encode(errors="replace")) if self.refusal else None
 
 
 @dataclass(frozen=True, slots=True)

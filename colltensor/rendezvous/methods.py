@@ -28,6 +28,7 @@ def open_directory(init_method: str | None, rank: int | None, world_size: int | 
             is where rank 0 listens; ``"file:///path"`` is a file or folder that all ranks can reach; None is Ray
             inside a Ray worker and ``"env://"`` elsewhere. With ``env://`` and ``tcp://`` anybody who reaches
             rank 0's port can take a rank's place, unless the variable COLLTENSOR_SECRET holds a secret on all ranks.
+            A rank with another secret is a stranger, who cannot end the meeting: all wait for it until the timeout.
         rank: This process's rank; None reads RANK, with ``env://`` only.
         world_size: How many ranks there are; None reads WORLD_SIZE, with ``env://`` only.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,4 +63,33 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(monkeypatch: pytest
     assert time.monotonic() - began < 4
     assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
     assert all("no such interface here" in str(error) for error in errors.values())
+    assert store.num_keys() == 0
+
+
+def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
+    torch_distributed = pytest.importorskip("torch.distributed")
+    from colltensor.torch.c10d.registration import _create
+
+    store = torch_distributed.HashStore()
+    errors: dict[int, CollectiveError] = {}
+
+    def make(rank: int) -> None:
+        options = SimpleNamespace(
+            store=torch_distributed.PrefixStore("g", store), group_rank=rank, group_size=3,
+            timeout=timedelta(seconds=10), group_id="g",
+        )
+        try:
+            _create(options, {"high_priority": True} if rank == 1 else None)
+        except CollectiveError as error:
+            errors[rank] = error
+
+    began = time.monotonic()
+    threads = [threading.Thread(target=make, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < 5
+    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
+    assert all("participant 1: " in str(error) and "high_priority" in str(error) for error in errors.values())
     assert store.num_keys() == 0

@@ -27,6 +27,7 @@ from pool import RankPool
 from colltensor import net
 from colltensor.errors import CollectiveError, MismatchError, OptionError, PeerLostError, RankError
 from colltensor.rendezvous import FixedDirectory, Meeting, meet, meet_through, open_directory
+from colltensor.rendezvous.messages import Hello, Message
 
 pytestmark = pytest.mark.slow
 
@@ -475,7 +476,7 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
     rng = random.Random(seed)
     deadline = time.monotonic() + 20
     hello = {"rank": 2, "world_size": 3, "group_name": "g", "backend": "auto", "host_id": "", "address": None,
-             "seen_from": "127.0.0.1", "who": "me", "age_s": 0.0, "patience_s": 9.0}  # fmt: skip
+             "seen_from": "127.0.0.1", "who": "me", "age_s": 0.0, "patience_s": 9.0, "refusal": ""}  # fmt: skip
     while not stop.wait(0.01):
         with contextlib.suppress(OSError), net.dial(("127.0.0.1", port), deadline) as sock:
             sock.settimeout(1)
@@ -504,6 +505,21 @@ def test_ranks_with_different_secrets_do_not_meet(pool: RankPool, free_port: int
     assert "the secret is wrong" in str(outcomes[1].error)
     same = {"COLLTENSOR_SECRET": "the same"}
     check_met(run(pool, [replace(plan, variables=same, timeout_s=10.0) for plan in plans]))
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_refused_interface_is_heard_by_all(pool: RankPool, init_method: str, culprit: int, missing: int) -> None:
+    """At once, whether or not the ranks are complete, and in the culprit's own words."""
+    plans = [Plan(init_method, rank, 3 + missing, delay_s=0.3 * (rank != culprit)) for rank in range(3)]
+    plans[culprit] = replace(plans[culprit], options={"interface": "eth99"})
+    outcomes = run(pool, plans)
+    for error in errors_of([outcome for rank, outcome in enumerate(outcomes) if rank != culprit], OptionError):
+        assert f"rank {culprit}: {outcomes[culprit].error}" in str(error)
+    assert "eth99" in str(outcomes[culprit].error)
+    assert max(outcome.took_s for outcome in outcomes) < 3
+    if init_method.startswith("file://"):
+        assert not list(Path(init_method[len("file://") :]).iterdir())
 
 
 def test_addresses_between_hosts(pool: RankPool, tmp_path: Path) -> None:
@@ -554,6 +570,67 @@ def test_a_named_pipe_is_refused_at_once(tmp_path: Path, rank: int) -> None:
     with pytest.raises(OptionError, match="is no rendezvous file"):
         meet(directory, group_name="default", world_size=2, rank=rank, deadline=time.monotonic() + 5)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def die_before_publishing(rank: int, world_size: int, path: str) -> None:
+    """As rank 0, be killed when the invitation is written and not yet in its place."""
+    os.link = os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    directory, _, _ = open_directory(f"file://{path}", 0, 2)
+    meet(directory, group_name="default", world_size=2, rank=0, deadline=time.monotonic() + 10)
+
+
+@pytest.mark.parametrize("name", ["meet", ""])
+def test_what_a_killed_rank_0_left_is_removed_by_the_next(pool: RankPool, tmp_path: Path, name: str) -> None:
+    """And nothing else: neither the draft of a process that runs, nor a file of somebody else's."""
+    path = tmp_path / name
+    assert pool.run(1, die_before_publishing, str(path), may_die=[0], timeout_s=30) == [None]
+    (draft,) = tmp_path.iterdir()
+    tag = draft.name.split(".")[-3]
+    running = draft.with_name(f"{draft.name.rpartition(tag)[0]}{tag}.{os.getpid()}.{'0' * 16}")
+    others = [draft.with_name(draft.name + "~"), draft.with_name(".x." + draft.name), running]
+    for file in others:
+        file.touch()
+    plans = [Plan(f"file://{path}", rank, 2, "default") for rank in range(2)]
+    check_met(run(pool, plans))
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def say_hello_and_leave(port: int, secret: bytes, **said: Any) -> None:
+    """Come to a meeting as a process of another run, and be gone before rank 0 looks."""
+    deadline = time.monotonic() + 10
+    hello = Hello(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a process of another run", 0.0, 9.0)
+    with net.dial(("127.0.0.1", port), deadline) as sock:
+        net.prove(sock, secret, b"g", deadline)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # the end arrives together with what was said
+        net.send_frame(sock, Message.HELLO, replace(hello, **said).encode(), deadline)
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("said", [{"world_size": 3}, {"backend": "gloo"}, {"world_size": 3, "rank": 2}])
+def test_processes_of_another_run_that_are_gone_do_not_count(free_port: int, said: dict[str, Any]) -> None:
+    deadline = time.monotonic() + 15
+    directory = FixedDirectory("127.0.0.1", free_port)
+    found: dict[int, Any] = {}
+
+    def be(rank: int) -> None:
+        try:
+            found[rank] = meet(directory, group_name="g", world_size=2, rank=rank, deadline=deadline)
+            found[rank].listener.close()
+        except CollectiveError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=be, args=(rank,)) for rank in range(2)]
+    threads[0].start()
+    while True:
+        with contextlib.suppress(OSError):
+            say_hello_and_leave(free_port, b"", **said)
+            break
+        time.sleep(0.01)
+    time.sleep(0.3)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert found[0].addresses == found[1].addresses
 
 
 def test_file_is_private_while_it_lasts(tmp_path: Path) -> None:

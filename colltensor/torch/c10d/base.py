@@ -38,7 +38,9 @@ _ASK_EVERY_S: Final = 0.25
 class BaseProcessGroup(Identity):
     """The part of a process group that is not about collectives."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, name: str) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, timeout: timedelta, name: str, refusal: CollectiveError | None = None
+    ) -> None:
         """Meet the other ranks; all of them call.
 
         Args:
@@ -47,6 +49,7 @@ class BaseProcessGroup(Identity):
             size: The number of ranks.
             timeout: How long operations wait for other ranks, and how long the ranks may take to come.
             name: The group's name, for messages.
+            refusal: Why this rank will not be in the group, which every rank is to raise.
 
         Raises:
             CollectiveError: The ranks do not meet before the timeout, or cannot be connected.
@@ -56,7 +59,7 @@ class BaseProcessGroup(Identity):
         self._store = store.clone()  # torch waits in the other one, which nobody can use meanwhile
         seconds = timeout.total_seconds()
         self._group: Group = meet(
-            self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds
+            self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds, refusal=refusal
         )
         self._line = Line(self._group.name)
         self._transfers = Transfers(self._group.name, rank, size, self._connect)

@@ -24,7 +24,7 @@ _INTERFACE: Final = "GLOO_SOCKET_IFNAME"
 
 def meet(
     store: Any, prefix: str, rank: int, world_size: int, *, name: str, meet_s: float, timeout_s: float,
-    check: Callable[[], None] | None = None,
+    check: Callable[[], None] | None = None, refusal: CollectiveError | None = None,
 ) -> Group:
     """Make the group of ``world_size`` ranks that call this with one store and one prefix.
 
@@ -39,6 +39,7 @@ def meet(
         meet_s: How long the others may take to come, in seconds.
         timeout_s: How long a call of the group waits for other ranks, in seconds.
         check: Called now and then while others are waited for; what it raises ends the wait.
+        refusal: Why this rank will not be in the group, which every rank is to raise.
 
     Raises:
         CollectiveTimeoutError: Ranks did not come in time, named by their rank in the group.
@@ -47,6 +48,8 @@ def meet(
     interface = os.environ.get(_INTERFACE, "").split(",")[0] or None
     recipe = Recipe(timeout_s=timeout_s, interface=interface)
     if world_size == 1:
+        if refusal is not None:
+            raise refusal
         return solitary(name, recipe)
     deadline = time.monotonic() + meet_s
     exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
@@ -55,7 +58,7 @@ def meet(
         try:
             meeting = meet_through(
                 exchange, group_name=name, world_size=world_size, rank=rank, interface=interface,
-                backend=recipe.asked_of(world_size),
+                backend=recipe.asked_of(world_size), refusal=refusal,
             )
         except CollectiveError as error:
             everybody_hears = not isinstance(error, CollectiveTimeoutError)

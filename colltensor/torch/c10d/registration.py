@@ -50,8 +50,9 @@ def _create(options: Any, backend_options: Any) -> ColltensorProcessGroup:
     from colltensor.errors import OptionError
     from colltensor.torch.c10d.process_group import ColltensorProcessGroup
 
-    if backend_options is not None:
-        raise OptionError(f"init_process_group: pg_options: backend '{NAME}' has none, got {backend_options!r}")
+    refusal = None
+    if backend_options is not None:  # of this rank, perhaps: the others are meeting
+        refusal = OptionError(f"init_process_group: pg_options: backend '{NAME}' has none, got {backend_options!r}")
     return ColltensorProcessGroup(
-        options.store, options.group_rank, options.group_size, options.timeout, options.group_id
+        options.store, options.group_rank, options.group_size, options.timeout, options.group_id, refusal
     )
