@@ -311,6 +311,7 @@ void table_of_groups() {
       }
       if (handle == handles[1]) return;
       Turn turn(handle);
+      if (turn.outcome() == Outcome::kClosed) return;  // on a busy machine the group is closed before this call
       expect(call(*turn, kBarrier, 0, in_ms(kLongMs)) == Outcome::kClosed, "closing does not end a call");
     });
     if (handle == handles[0]) {  // alone in its first call, so that it has the turn
