@@ -149,7 +149,7 @@ class Engine:
         self._carrier = carrier
         self._alone = control is None
         self.timeout_s = timeout_s
-        self.queue = OperationQueue(name)
+        self.queue = OperationQueue(name, None if signer is None else signer.queue)
         self._sequence = 0
         self._transfers: dict[tuple[int, int], int] = {}
         self._kept: list[object] = []

@@ -161,6 +161,10 @@ class Group:
                         if noted:
                             note(tensor)
                         return tensor
+        if async_op and calls is not None and copy is None:
+            work = calls[op].issue((tensor,), 0, 1, tensor)
+            if work is not None:
+                return work
         if (
             self._trees is not None and copy is None and not async_op
             and self._trees.run("allreduce", op, -1, tensor, True)

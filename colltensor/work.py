@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, TensorError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, TensorError
 
 if TYPE_CHECKING:
-    from colltensor.backends.base import Flight
+    from colltensor.backends.base import Flight, IssueQueue
 
 
 class _Always(threading.Event):
@@ -175,6 +175,107 @@ class QueuedWork(Work):
         return self._get()
 
 
+class EndedWork(Work):
+    """An operation that had ended when its call returned, as a short one does whose other ranks are there."""
+
+    _error: BaseException | None = None
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return; see ``Work.wait``."""
+        if self._error is not None:
+            raise self._error
+
+    def done(self) -> bool:
+        """Return True."""
+        return True
+
+    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
+        """Call ``callback``."""
+        callback(self._error)
+
+
+def failed_work(error: BaseException) -> EndedWork:
+    """Return the Work of an operation that has failed."""
+    work = EndedWork(None)
+    work._error = error
+    return work
+
+
+class IssuedWork(Work):
+    """An operation that a native queue makes.
+
+    What its end means for Python is done by whoever sees it first: nobody takes the interpreter lock for that alone.
+    """
+
+    number = 0
+
+    def __init__(
+        self, operation: str, queue: OperationQueue, held: Any, result: Any, finish: Callable[[int], bool],
+        written: Callable[[], None] | None,
+    ) -> None:
+        """Make the handle of an operation that ``queue`` is about to issue.
+
+        Args:
+            operation: Its name.
+            queue: Where it is issued.
+            held: The memory that it uses.
+            result: What the call returns.
+            finish: Told the code of one that did not succeed, in the worker; raises, or returns True if it did after
+                all.
+            written: Called when it has succeeded, or None.
+        """
+        self._operation = operation
+        self._queue = queue
+        self._held = held
+        self._result = result
+        self._settle: Callable[[int], bool] | None = finish
+        self._written = written
+        self._over = False
+        self._error: BaseException | None = None
+        self._callbacks = collections.deque()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when the operation is done; see ``Work.wait``."""
+        if not self._over and not self._queue.wait_for(self, timeout_s):
+            if timeout_s is None:
+                raise GroupError(f"{self._operation}: it was issued by the parent process of this one")
+            raise CollectiveTimeoutError(
+                f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
+            )
+        if self._error is not None:
+            raise self._error
+
+    def done(self) -> bool:
+        """Return True once the operation succeeded or failed; never waits."""
+        return self._over or self._queue.wait_for(self, 0.0)
+
+    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
+        """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
+        self._callbacks.append(callback)
+        if self._over or not self._queue.notify(self):
+            self._call_back()
+
+    def fail(self, code: int) -> None:
+        """Deal with an operation that did not succeed, before it counts as ended."""
+        assert self._settle is not None
+        try:
+            if not self._settle(code):
+                self._error = CollectiveTimeoutError(f"{self._operation}: the call before it did not end in time")
+        except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
+            self._error = error
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Let go of what it held; once, when it has ended."""
+        self._error = self._error or error
+        if self._written is not None and self._error is None:
+            self._written()
+        self._held = self._settle = self._written = None
+        self._over = True
+
+
 class OperationQueue:
     """Runs the operations of one group one at a time, in the order in which they were issued.
 
@@ -182,13 +283,19 @@ class OperationQueue:
     everything else runs in one worker thread, made on first use. The turn is a lock used as an
     atomic flag: it is only ever tried, so nobody blocks on it while an operation runs.
 
+    Where there is a native queue the worker serves that, without the interpreter lock, whenever no operation of Python's
+    is before it, and sleeps there. Nothing is put into it while there is one, so that all before it are issued before.
+
     Attributes:
-        idle: Whether the worker has nothing to do, so that a call needs not queue behind it.
+        idle: Whether the worker has nothing to do, so that a call needs not queue behind it; after operations of the
+            native queue it stays False until ``rests`` is asked.
+        busy: Whether an operation of Python's waits or runs in the worker.
         watch: Told True when work is put, and False when the worker has nothing to do any more; or None.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, native: IssueQueue | None = None) -> None:
         self._name = name
+        self._native = native
         self._renew()
         self._closed = False
         self.watch: Callable[[bool], None] | None = None
@@ -197,8 +304,10 @@ class OperationQueue:
         self._turn = threading.Lock()
         self._changed = threading.Condition(threading.Lock())
         self._waiting: collections.deque[Work] = collections.deque()
+        self._issued: collections.deque[IssuedWork] = collections.deque()
         self._worker: threading.Thread | None = None
         self.idle = True
+        self.busy = False
 
     def disown(self) -> None:
         """Forget the parent's operations in a forked child, where no thread of the parent's gives back what it held."""
@@ -206,7 +315,7 @@ class OperationQueue:
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
-        return not self._waiting and self._turn.acquire(False)
+        return not self._waiting and (self.idle or self.busy or self.rests()) and self._turn.acquire(False)
 
     def leave(self) -> None:
         """Give the turn back."""
@@ -218,30 +327,118 @@ class OperationQueue:
     def put(self, work: Work) -> Work:
         """Run ``work`` in the worker thread when its turn comes."""
         with self._changed:
+            self.busy = True
             self.idle = False
             if self.watch is not None:
                 self.watch(True)
             self._waiting.append(work)
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
-                self._worker.start()
+            self._start()
             self._changed.notify_all()
+        if self._native is not None:
+            self._native.kick()
         return work
+
+    def issue(self, work: IssuedWork, push: Callable[[], int]) -> bool:
+        """Have the native queue make what ``push`` puts into it, which returns its number; False if it put nothing."""
+        native = self._native
+        assert native is not None
+        self._look()
+        with self._changed:
+            if self._closed:
+                return False
+            self._start()
+            work.number = native.issued() + 1
+            self._issued.append(work)
+            self.idle = False
+            number = 0
+            try:
+                number = push()
+            finally:
+                if number <= 0 and native.issued() < work.number:
+                    self._issued.pop()
+        return number > 0
+
+    def rests(self) -> bool:
+        """Return whether the worker has nothing to do, and note it in ``idle``."""
+        if not self.idle and not self.busy:
+            self._look()
+        return self.idle
+
+    def wait_for(self, work: IssuedWork, timeout_s: float | None) -> bool:
+        """Wait until an operation of the native queue has ended; False if it has not in time, or never will here."""
+        assert self._native is not None
+        if not self._native.wait(work.number, timeout_s):
+            return False
+        self._look()
+        return True
+
+    def notify(self, work: IssuedWork) -> bool:
+        """Have its callbacks called when an operation of the native queue has ended; False if it has."""
+        assert self._native is not None
+        return self._native.notify(work.number)
+
+    def _look(self) -> None:
+        """End, for Python, what the native queue has made."""
+        native = self._native
+        if native is None:
+            return
+        over = []
+        with self._changed:
+            ended = native.ended()
+            while self._issued and self._issued[0].number <= ended:
+                work = self._issued.popleft()
+                work.end()
+                if work._callbacks:
+                    over.append(work)
+            if not self.busy and ended == native.issued():
+                self.idle = True
+        for work in over:
+            work._call_back()
+
+    def _start(self) -> None:
+        """Make the worker; with the lock."""
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
+            self._worker.start()
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
         """Fail what waits, end the worker, and wait for the operation that runs; False if it did not end."""
+        native, deadline = self._native, time.monotonic() + timeout_s
         with self._changed:
             self._closed = True
             cancelled = list(self._waiting)
             self._waiting.clear()
+            if native is not None:
+                first = native.close()
+                for issued in self._issued:
+                    if issued.number >= first:
+                        issued._error = error
+                native.cancel()
             self._changed.notify_all()
             idle = self._changed.wait_for(lambda: not self._turn.locked(), timeout_s)
+        if native is not None:
+            idle = native.wait(native.issued(), deadline - time.monotonic()) and idle
+            self._look()
         for work in cancelled:
             work._cancel(error)
         return idle
 
+    def _serve_native(self, native: IssueQueue) -> None:
+        """Serve the native queue until there is something to do here."""
+        while not (self._closed or self._waiting) or native.ended() != native.issued():
+            code = native.serve(not self._waiting)
+            if code:
+                with self._changed:
+                    number = native.ended() + 1
+                    failed = [work for work in self._issued if work.number == number]
+                for work in failed:
+                    work.fail(code)
+            self._look()
+
     def _serve(self) -> None:
         while True:
+            if self._native is not None:
+                self._serve_native(self._native)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or (self._waiting and self._turn.acquire(False)))
                 if not self._waiting:  # closed, with the turn never taken
@@ -250,6 +447,8 @@ class OperationQueue:
             work._finish()
             self.leave()
             with self._changed:
-                self.idle = not self._waiting
-                if self.idle and self.watch is not None:
-                    self.watch(False)
+                self.busy = bool(self._waiting)
+                if not self.busy:
+                    self.idle = self._native is None or self._native.ended() == self._native.issued()
+                    if self.watch is not None:
+                        self.watch(False)
