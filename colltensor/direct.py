@@ -6,7 +6,6 @@ through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may com
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
@@ -222,10 +221,12 @@ class DirectCall:
                     return EndedWork(result)
             if code in (DIRECT_PENDING, DIRECT_LARGE, DIRECT_BUSY):
                 exports = [export(tensor) for tensor in tensors]
-                finish = functools.partial(self.finish, tensors)
-                after = functools.partial(note_all, noted) if noted else None
-                work = IssuedWork(self._operation, queue, (tensors, exports), result, finish, after)
-                if queue.issue(work, self._backend.hand_over if code == DIRECT_PENDING else self._pushed(exports)):
+                work = IssuedWork(self._operation, queue, (tensors, exports), result, self.finish, noted, note_all)
+                if code == DIRECT_PENDING:
+                    issued = queue.issue(work, self._backend.hand_over, ())
+                else:
+                    issued = queue.issue(work, self._issue or self._issuing(), exports)
+                if issued:
                     return work
                 if code != DIRECT_PENDING:
                     return None
@@ -239,10 +240,9 @@ class DirectCall:
             return failed_work(error)
         return EndedWork(result)
 
-    def _pushed(self, exports: Sequence[Any]) -> Callable[[], int]:
-        if self._issue is None:
-            self._issue = self._backend.issuing(DIRECT[self._operation], *self._call, self._stacked)
-        return functools.partial(self._issue, *exports)
+    def _issuing(self) -> Callable[..., int]:
+        self._issue = self._backend.issuing(DIRECT[self._operation], *self._call, self._stacked)
+        return self._issue
 
     def claim(self, tensor: Any, view: BufferView, claim: Callable[[], None]) -> bool:
         """Run it on a tensor that its framework never changes; False as ``run``.

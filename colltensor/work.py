@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, TensorError
@@ -29,6 +29,8 @@ class _Always(threading.Event):
 
 FINISHED: Final = _Always()
 """Shared by what is done when it is first seen: making an event takes longer than queuing a call on a device."""
+_LOOK_EVERY: Final = 16
+"""So many operations of a native queue may have ended before the next one that is issued lets go of their tensors."""
 
 
 class Work:
@@ -211,31 +213,33 @@ class IssuedWork(Work):
     """
 
     number = 0
+    _error: BaseException | None = None
+    _over = False
+    _done: Sequence[Callable[[BaseException | None], None]] = ()
 
     def __init__(
-        self, operation: str, queue: OperationQueue, held: Any, result: Any, finish: Callable[[int], bool],
-        written: Callable[[], None] | None,
+        self, operation: str, queue: OperationQueue, held: Any, result: Any, finish: Callable[[Any, int], bool],
+        written: Sequence[Any], note: Callable[[Sequence[Any]], None],
     ) -> None:
         """Make the handle of an operation that ``queue`` is about to issue.
 
         Args:
             operation: Its name.
             queue: Where it is issued.
-            held: The memory that it uses.
+            held: The tensors that it uses, and their exports.
             result: What the call returns.
-            finish: Told the code of one that did not succeed, in the worker; raises, or returns True if it did after
-                all.
-            written: Called when it has succeeded, or None.
+            finish: Told the tensors and the code of one that did not succeed, in the worker; raises, or returns whether
+                it did after all.
+            written: What ``note`` is told when it has succeeded, if there is any.
+            note: See there.
         """
         self._operation = operation
         self._queue = queue
         self._held = held
         self._result = result
-        self._settle: Callable[[int], bool] | None = finish
+        self._settle = finish
         self._written = written
-        self._over = False
-        self._error: BaseException | None = None
-        self._callbacks = collections.deque()
+        self._note = note
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the operation is done; see ``Work.wait``."""
@@ -254,25 +258,22 @@ class IssuedWork(Work):
 
     def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
         """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
-        self._callbacks.append(callback)
-        if self._over or not self._queue.notify(self):
-            self._call_back()
+        if self._over or not self._queue.notify(self, callback):
+            callback(self._error)
 
     def fail(self, code: int) -> None:
         """Deal with an operation that did not succeed, before it counts as ended."""
-        assert self._settle is not None
         try:
-            if not self._settle(code):
+            if not self._settle(self._held[0], code):
                 self._error = CollectiveTimeoutError(f"{self._operation}: the call before it did not end in time")
         except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
             self._error = error
 
-    def end(self, error: BaseException | None = None) -> None:
+    def end(self) -> None:
         """Let go of what it held; once, when it has ended."""
-        self._error = self._error or error
-        if self._written is not None and self._error is None:
-            self._written()
-        self._held = self._settle = self._written = None
+        if self._written and self._error is None:
+            self._note(self._written)
+        self._held, self._written = None, ()
         self._over = True
 
 
@@ -283,8 +284,8 @@ class OperationQueue:
     everything else runs in one worker thread, made on first use. The turn is a lock used as an
     atomic flag: it is only ever tried, so nobody blocks on it while an operation runs.
 
-    Where there is a native queue the worker serves that, without the interpreter lock, whenever no operation of Python's
-    is before it, and sleeps there. Nothing is put into it while there is one, so that all before it are issued before.
+    Where there is a native queue the worker serves that, without the interpreter lock, whenever no operation of
+    Python's waits, and sleeps there. Nothing is put into it while one does, so that it has only what comes before.
 
     Attributes:
         idle: Whether the worker has nothing to do, so that a call needs not queue behind it; after operations of the
@@ -305,6 +306,7 @@ class OperationQueue:
         self._changed = threading.Condition(threading.Lock())
         self._waiting: collections.deque[Work] = collections.deque()
         self._issued: collections.deque[IssuedWork] = collections.deque()
+        self._number = 0  # of the last one
         self._worker: threading.Thread | None = None
         self.idle = True
         self.busy = False
@@ -332,35 +334,42 @@ class OperationQueue:
             if self.watch is not None:
                 self.watch(True)
             self._waiting.append(work)
-            self._start()
+            if self._worker is None:
+                self._start()
             self._changed.notify_all()
         if self._native is not None:
             self._native.kick()
         return work
 
-    def issue(self, work: IssuedWork, push: Callable[[], int]) -> bool:
+    def issue(self, work: IssuedWork, push: Callable[..., int], arguments: Sequence[Any]) -> bool:
         """Have the native queue make what ``push`` puts into it, which returns its number; False if it put nothing."""
-        native = self._native
-        assert native is not None
-        self._look()
+        if len(self._issued) % _LOOK_EVERY == _LOOK_EVERY - 1:
+            self._look()
         with self._changed:
             if self._closed:
                 return False
-            self._start()
-            work.number = native.issued() + 1
+            if self._worker is None:
+                self._start()
+            work.number = number = self._number + 1
             self._issued.append(work)
             self.idle = False
-            number = 0
             try:
-                number = push()
-            finally:
-                if number <= 0 and native.issued() < work.number:
+                if push(*arguments) <= 0:
                     self._issued.pop()
-        return number > 0
+                    return False
+            except BaseException:
+                assert self._native is not None
+                if self._native.issued() < number:
+                    self._issued.pop()
+                else:
+                    self._number = number
+                raise
+            self._number = number
+        return True
 
     def rests(self) -> bool:
         """Return whether the worker has nothing to do, and note it in ``idle``."""
-        if not self.idle and not self.busy:
+        if not self.idle and not self.busy and self._native is not None and self._native.ended() == self._number:
             self._look()
         return self.idle
 
@@ -372,10 +381,14 @@ class OperationQueue:
         self._look()
         return True
 
-    def notify(self, work: IssuedWork) -> bool:
-        """Have its callbacks called when an operation of the native queue has ended; False if it has."""
+    def notify(self, work: IssuedWork, callback: Callable[[BaseException | None], None]) -> bool:
+        """Have ``callback`` called when an operation of the native queue has ended; False if it has."""
         assert self._native is not None
-        return self._native.notify(work.number)
+        with self._changed:
+            if not self._native.notify(work.number):
+                return False
+            work._done = [*work._done, callback]
+        return True
 
     def _look(self) -> None:
         """End, for Python, what the native queue has made."""
@@ -388,18 +401,18 @@ class OperationQueue:
             while self._issued and self._issued[0].number <= ended:
                 work = self._issued.popleft()
                 work.end()
-                if work._callbacks:
+                if work._done:
                     over.append(work)
-            if not self.busy and ended == native.issued():
+            if not self.busy and ended == self._number:
                 self.idle = True
         for work in over:
-            work._call_back()
+            for callback in work._done:
+                callback(work._error)
 
     def _start(self) -> None:
         """Make the worker; with the lock."""
-        if self._worker is None:
-            self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
-            self._worker.start()
+        self._worker = threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True)
+        self._worker.start()
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
         """Fail what waits, end the worker, and wait for the operation that runs; False if it did not end."""
@@ -449,6 +462,6 @@ class OperationQueue:
             with self._changed:
                 self.busy = bool(self._waiting)
                 if not self.busy:
-                    self.idle = self._native is None or self._native.ended() == self._native.issued()
+                    self.idle = self._native is None or self._native.ended() == self._number
                     if self.watch is not None:
                         self.watch(False)

@@ -55,7 +55,8 @@ class Blocks {
   template <class Where>
   void combine(std::size_t block, Reduction reduction, Where where) const {
     const auto [low, high] = slice(block, rank_);
-    const std::size_t piece = kPieceNbytes / item_;
+    // Of a strided view more rows at once, whose elements share cache lines.
+    const std::size_t piece = data_.strided() ? slice_ : kPieceNbytes / item_;
     const void* sources[kMaxRanks];
     for (std::size_t start = low; start < high; start += piece) {
       const std::size_t n = std::min(piece, high - start);
@@ -142,10 +143,14 @@ Outcome Group::allreduce_reading(const View& data, std::size_t count, std::size_
   return Outcome::kDone;
 }
 
-Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype, Reduction reduction,
+Outcome Group::allreduce_blocks(const View& given, std::size_t count, DType dtype, Reduction reduction,
                                 const Signature& signature, std::int64_t deadline_ns) {
   Outcome outcome = enter();
   if (outcome != Outcome::kDone) return outcome;
+  // Where the elements of all ranks lie in one order without gaps, that is the order in which they are combined. Each
+  // rank begins as if it were so.
+  const std::uint64_t order = given.order();
+  View data = order == 0 ? given : given.straightened();
   const Blocks blocks(data, count, item_size(dtype), rank_, world_size_, chunk_nbytes_);
   const std::size_t depth = 2 * half_nbytes_ / chunk_nbytes_;
   const std::uint32_t first = done_ + 1;
@@ -170,6 +175,7 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
 
   Choice* const choice = allreduce_choice(count * item_size(dtype));
   const bool reads = choice != nullptr && choice->reads();
+  own_post().order() = order;
   std::int64_t copied_ns = 0;  // of staging's time, what passes before the ranks agree
   if (choice != nullptr) std::copy_n(choice->best(), Choice::kWays, own_post().times());
   if (reads) {
@@ -185,12 +191,15 @@ Outcome Group::allreduce_blocks(const View& data, std::size_t count, DType dtype
   if (outcome != Outcome::kDone) return outcome;
   settle(choice);
   const std::int64_t began_ns = now_ns();
-  if (reads && all_readable()) {
+  bool alike = true;
+  for (int rank : others_) alike = alike && layout_.post(rank, parity()).order() == order;
+  if (!alike) data = given;
+  if (reads && alike && all_readable()) {
     outcome = allreduce_reading(data, count, item_size(dtype), reduction, first, deadline_ns);
     if (outcome == Outcome::kDone) choice->note(Choice::kRead, now_ns() - began_ns, count * item_size(dtype));
     return outcome;
   }
-  if (reads) {
+  if (reads || !alike) {
     arrival = first + 1;
     if (!is_free(parity())) return outcome;
     blocks.copy_in(0, where(rank_, 0));

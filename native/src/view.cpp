@@ -1,6 +1,7 @@
 #include "colltensor/view.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 namespace colltensor {
@@ -14,6 +15,49 @@ void gather(char* to, const char* from, std::int64_t stride, std::size_t count) 
 template <std::size_t kItem>
 void scatter(char* to, const char* from, std::int64_t stride, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i, to += stride, from += kItem) std::memcpy(to, from, kItem);
+}
+
+// to[i * to_rows + j * to_columns] = from[i * from_rows + j * from_columns], all strides in bytes, where a row of the one
+// and a column of the other are the closer elements. Square tiles of a cache line's width, by way of a small buffer: each
+// line is read or written at once, because lines that are a power of two apart would drive each other out of the cache.
+template <std::size_t kItem>
+void transpose(char* to, std::int64_t to_rows, std::int64_t to_columns, const char* from, std::int64_t from_rows,
+               std::int64_t from_columns, std::size_t rows, std::size_t columns) {
+  constexpr std::size_t kTile = kItem >= 16 ? 8 : 64 / kItem;
+  struct Item {
+    char bytes[kItem];
+  };
+  Item tile[kTile][kTile];
+  for (std::size_t row = 0; row < rows; row += kTile) {
+    const std::size_t height = std::min(kTile, rows - row);
+    for (std::size_t column = 0; column < columns; column += kTile) {
+      const std::size_t width = std::min(kTile, columns - column);
+      const char* source = from + static_cast<std::int64_t>(row) * from_rows + static_cast<std::int64_t>(column) * from_columns;
+      for (std::size_t j = 0; j < width; ++j, source += from_columns) {
+        const char* next = source;
+        for (std::size_t i = 0; i < height; ++i, next += from_rows) std::memcpy(&tile[i][j], next, kItem);
+      }
+      char* target = to + static_cast<std::int64_t>(row) * to_rows + static_cast<std::int64_t>(column) * to_columns;
+      for (std::size_t i = 0; i < height; ++i, target += to_rows) {
+        char* next = target;
+        for (std::size_t j = 0; j < width; ++j, next += to_columns) std::memcpy(next, &tile[i][j], kItem);
+      }
+    }
+  }
+}
+
+bool is_tiled(std::size_t item) { return item == 1 || item == 2 || item == 4 || item == 8 || item == 16; }
+
+void transpose_any(char* to, std::int64_t to_rows, std::int64_t to_columns, const char* from, std::int64_t from_rows,
+                   std::int64_t from_columns, std::size_t rows, std::size_t columns, std::size_t item) {
+  const auto run = [&](auto function) { function(to, to_rows, to_columns, from, from_rows, from_columns, rows, columns); };
+  switch (item) {
+    case 1: return run(transpose<1>);
+    case 2: return run(transpose<2>);
+    case 4: return run(transpose<4>);
+    case 8: return run(transpose<8>);
+    default: return run(transpose<16>);
+  }
 }
 
 void gather_any(char* to, const char* from, std::int64_t stride, std::size_t count, std::size_t item) {
@@ -92,8 +136,30 @@ char* View::straight(std::size_t first, std::size_t count) const {
   return parts_->views[part].straight(first - (part == 0 ? 0 : ends[part - 1]), count);
 }
 
-template <class Move>
-void View::walk(std::size_t first, std::size_t count, Move move) const {
+std::uint64_t View::order() const {
+  if (shape_.empty()) return 0;
+  std::vector<std::size_t> axes(shape_.size());
+  for (std::size_t axis = 0; axis < axes.size(); ++axis) axes[axis] = axis;
+  std::sort(axes.begin(), axes.end(), [&](std::size_t a, std::size_t b) { return strides_[a] < strides_[b]; });
+  auto next = static_cast<std::int64_t>(item_);
+  for (std::size_t axis : axes) {
+    if (strides_[axis] != next) return 0;
+    next *= shape_[axis];
+  }
+  std::uint64_t hash = 0x9e3779b97f4a7c15u + shape_.size();
+  const auto mix = [&](std::int64_t number) {
+    hash = (hash ^ static_cast<std::uint64_t>(number)) * 0xbf58476d1ce4e5b9u;
+    hash ^= hash >> 29;
+  };
+  for (std::size_t axis = 0; axis < axes.size(); ++axis) {
+    mix(shape_[axis]);
+    mix(strides_[axis]);
+  }
+  return hash | 1;
+}
+
+template <class Move, class Plane>
+void View::walk(std::size_t first, std::size_t count, Move move, Plane plane) const {
   const int last = static_cast<int>(shape_.size()) - 1;
   std::vector<std::int64_t> index(shape_.size());
   char* row = data_;
@@ -102,18 +168,36 @@ void View::walk(std::size_t first, std::size_t count, Move move) const {
     first /= static_cast<std::size_t>(shape_[axis]);
     row += index[axis] * strides_[axis];
   }
+  const auto length = static_cast<std::size_t>(shape_[last]);
+  const bool columns = last > 0 && is_tiled(item_) && std::abs(strides_[last - 1]) < std::abs(strides_[last]);
   while (count != 0) {
-    const auto run = std::min(count, static_cast<std::size_t>(shape_[last] - index[last]));
+    if (columns && index[last] == 0) {
+      const auto left = static_cast<std::size_t>(shape_[last - 1] - index[last - 1]);
+      if (const std::size_t rows = std::min(count / length, left); rows > 1) {
+        plane(row, rows);
+        count -= rows * length;
+        row += static_cast<std::int64_t>(rows - 1) * strides_[last - 1];
+        index[last - 1] += static_cast<std::int64_t>(rows - 1);
+        advance(row, index);
+        continue;
+      }
+    }
+    const auto run = std::min(count, length - static_cast<std::size_t>(index[last]));
     move(row, strides_[last], run);
     count -= run;
     row -= index[last] * strides_[last];
     index[last] = 0;
-    for (int axis = last - 1; axis >= 0; --axis) {
-      row += strides_[axis];
-      if (++index[axis] < shape_[axis]) break;
-      row -= shape_[axis] * strides_[axis];
-      index[axis] = 0;
-    }
+    advance(row, index);
+  }
+}
+
+// From the beginning of a row to that of the next one.
+void View::advance(char*& row, std::vector<std::int64_t>& index) const {
+  for (int axis = static_cast<int>(shape_.size()) - 2; axis >= 0; --axis) {
+    row += strides_[axis];
+    if (++index[axis] < shape_[axis]) break;
+    row -= shape_[axis] * strides_[axis];
+    index[axis] = 0;
   }
 }
 
@@ -131,20 +215,27 @@ void View::read(std::size_t first, std::size_t count, void* to) const {
     });
     return;
   }
-  walk(first, count, [&](const char* row, std::int64_t stride, std::size_t run) {
+  const auto move = [&](const char* row, std::int64_t stride, std::size_t run) {
     if (stride == static_cast<std::int64_t>(item_)) {
       copy(target, row, run * item_);
     } else {
       gather_any(target, row, stride, run, item_);
     }
     target += run * item_;
+  };
+  walk(first, count, move, [&](const char* corner, std::size_t rows) {
+    const auto length = static_cast<std::size_t>(shape_.back());
+    const auto item = static_cast<std::int64_t>(item_);
+    transpose_any(target, static_cast<std::int64_t>(length) * item, item, corner, *(strides_.end() - 2), strides_.back(),
+                  rows, length, item_);
+    target += rows * length * item_;
   });
 }
 
 void View::write(std::size_t first, std::size_t count, const void* from, Store store) const {
   if (count == 0) return;
   if (contiguous()) {
-    copy(at(first), from, count * item_, store);
+    copy(at(first), static_cast<const char*>(from), count * item_, store);
     return;
   }
   const char* source = static_cast<const char*>(from);
@@ -155,13 +246,20 @@ void View::write(std::size_t first, std::size_t count, const void* from, Store s
     });
     return;
   }
-  walk(first, count, [&](char* row, std::int64_t stride, std::size_t run) {
+  const auto move = [&](char* row, std::int64_t stride, std::size_t run) {
     if (stride == static_cast<std::int64_t>(item_)) {
       copy(row, source, run * item_);
     } else {
       scatter_any(row, source, stride, run, item_);
     }
     source += run * item_;
+  };
+  walk(first, count, move, [&](char* corner, std::size_t rows) {
+    const auto length = static_cast<std::size_t>(shape_.back());
+    const auto item = static_cast<std::int64_t>(item_);
+    transpose_any(corner, strides_.back(), *(strides_.end() - 2), source, item, static_cast<std::int64_t>(length) * item,
+                  length, rows, item_);
+    source += rows * length * item_;
   });
 }
 

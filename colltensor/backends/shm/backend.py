@@ -93,7 +93,8 @@ class ShmBackend:
 
     def hand_over(self) -> int:
         """Put this thread's pending call into the queue: see ``SigningBackend``."""
-        return int(self._hand_over())
+        number: int = self._hand_over()
+        return number
 
     def claiming(self, op: int) -> Callable[..., int]:
         """Return a function of the native library's: see ``SigningBackend``."""

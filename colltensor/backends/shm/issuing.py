@@ -37,7 +37,8 @@ class IssueQueue:
 
     def ended(self) -> int:
         """Return how many of them have ended."""
-        return int(self._ended(0))
+        count: int = self._ended(0)
+        return count
 
     def serve(self, patient: bool) -> int:
         """Make calls until there is something to do here."""

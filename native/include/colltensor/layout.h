@@ -16,7 +16,7 @@ namespace colltensor {
 
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free && std::atomic<std::uint64_t>::is_always_lock_free);
 
-constexpr std::uint64_t kMagic = 0x32726f736e65746c;  // "ltensor2"; another one with every change of this file
+constexpr std::uint64_t kMagic = 0x33726f736e65746c;  // "ltensor3"; another one with every change of this file
 
 // Where every count of steps begins: so short before it wraps around that every group soon has, and every test sees it.
 constexpr std::uint32_t kFirstStep = 0xffffffffu - 99;
@@ -69,9 +69,11 @@ struct alignas(kLine) Post {
   std::uint64_t* addresses() { return reinterpret_cast<std::uint64_t*>(many); }
   // Of a large message that may be read: this rank's best times, see choice.h. Behind all addresses.
   Choice::Times& times() { return *reinterpret_cast<Choice::Times*>(many + kInline - sizeof(Choice::Times)); }
+  // Of a large allreduce: in which order this rank's elements lie (View::order). Before the times.
+  std::uint64_t& order() { return *reinterpret_cast<std::uint64_t*>(&times() - 1); }
 };
 static_assert(sizeof(Post) == kLine + kInline);
-static_assert(kMaxRanks * sizeof(std::uint64_t) + sizeof(Choice::Times) <= kInline);
+static_assert(kMaxRanks * sizeof(std::uint64_t) + 2 * sizeof(Choice::Times) <= kInline);
 
 // What one side of a transfer says, in one line.
 struct alignas(kLine) Slip {

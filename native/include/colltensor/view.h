@@ -28,6 +28,14 @@ class View {
   char* data() const { return data_; }
   std::size_t item_nbytes() const { return item_; }
 
+  bool strided() const { return !shape_.empty(); }
+
+  // What tells the order in which the elements lie in memory, where they lie without gaps but not in row-major order:
+  // the same for two views that have their elements in the same places. 0 for all others.
+  std::uint64_t order() const;
+  // All elements of such a view in the order in which they lie.
+  View straightened() const { return View(data_, item_); }
+
   // The address of an element of a contiguous view.
   char* at(std::size_t element) const { return data_ + element * item_; }
 
@@ -44,8 +52,11 @@ class View {
     std::vector<std::size_t> ends;  // of each view, in elements of all
   };
 
-  template <class Move>
-  void walk(std::size_t first, std::size_t count, Move move) const;
+  // Calls move(row, stride, run) for runs of elements along the last axis, and plane(row, rows) for several whole rows,
+  // where the elements of a column lie closer to each other than those of a row.
+  template <class Move, class Plane>
+  void walk(std::size_t first, std::size_t count, Move move, Plane plane) const;
+  void advance(char*& row, std::vector<std::int64_t>& index) const;
   // Calls move(part, first, count) for the elements of each part among these.
   template <class Move>
   void each_part(std::size_t first, std::size_t count, Move move) const;
