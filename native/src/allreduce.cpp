@@ -148,8 +148,8 @@ Outcome Group::allreduce_blocks(const View& given, std::size_t count, DType dtyp
   Outcome outcome = enter();
   if (outcome != Outcome::kDone) return outcome;
   // Where the elements of all ranks lie in one order without gaps, that is the order in which they are combined. Each
-  // rank begins as if it were so.
-  const std::uint64_t order = given.order();
+  // rank begins as if it were so; but for one whose memory may be elsewhere, and lie otherwise, once they agree.
+  const std::uint64_t order = hooks_.agreed == nullptr ? given.order() : 0;
   View data = order == 0 ? given : given.straightened();
   const Blocks blocks(data, count, item_size(dtype), rank_, world_size_, chunk_nbytes_);
   const std::size_t depth = 2 * half_nbytes_ / chunk_nbytes_;
@@ -193,7 +193,7 @@ Outcome Group::allreduce_blocks(const View& given, std::size_t count, DType dtyp
   const std::int64_t began_ns = now_ns();
   bool alike = true;
   for (int rank : others_) alike = alike && layout_.post(rank, parity()).order() == order;
-  if (!alike) data = given;
+  if (order == 0 || !alike) data = given;  // which may have moved
   if (reads && alike && all_readable()) {
     outcome = allreduce_reading(data, count, item_size(dtype), reduction, first, deadline_ns);
     if (outcome == Outcome::kDone) choice->note(Choice::kRead, now_ns() - began_ns, count * item_size(dtype));

@@ -1,5 +1,9 @@
 #include "colltensor/view.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +19,24 @@ void gather(char* to, const char* from, std::int64_t stride, std::size_t count) 
 template <std::size_t kItem>
 void scatter(char* to, const char* from, std::int64_t stride, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i, to += stride, from += kItem) std::memcpy(to, from, kItem);
+}
+
+// Four by four elements of four bytes: `to` has rows, `from` columns.
+inline void transpose_four(void* to, std::size_t to_rows, const char* from, std::int64_t from_columns) {
+#if defined(__SSE2__)
+  __m128 column[4];
+  for (int j = 0; j < 4; ++j) column[j] = _mm_loadu_ps(reinterpret_cast<const float*>(from + j * from_columns));
+  _MM_TRANSPOSE4_PS(column[0], column[1], column[2], column[3]);
+  for (int i = 0; i < 4; ++i) {
+    _mm_storeu_ps(reinterpret_cast<float*>(static_cast<char*>(to) + static_cast<std::size_t>(i) * to_rows), column[i]);
+  }
+#else
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(static_cast<char*>(to) + static_cast<std::size_t>(i) * to_rows + 4 * j, from + j * from_columns + 4 * i, 4);
+    }
+  }
+#endif
 }
 
 // to[i * to_rows + j * to_columns] = from[i * from_rows + j * from_columns], all strides in bytes, where a row of the one
@@ -33,12 +55,22 @@ void transpose(char* to, std::int64_t to_rows, std::int64_t to_columns, const ch
     for (std::size_t column = 0; column < columns; column += kTile) {
       const std::size_t width = std::min(kTile, columns - column);
       const char* source = from + static_cast<std::int64_t>(row) * from_rows + static_cast<std::int64_t>(column) * from_columns;
-      for (std::size_t j = 0; j < width; ++j, source += from_columns) {
-        const char* next = source;
-        for (std::size_t i = 0; i < height; ++i, next += from_rows) std::memcpy(&tile[i][j], next, kItem);
+      if (kItem == 4 && from_rows == 4 && height == kTile && width == kTile) {
+        for (std::size_t j = 0; j < kTile; j += 4, source += 4 * from_columns) {
+          for (std::size_t i = 0; i < kTile; i += 4) transpose_four(&tile[i][j], sizeof tile[0], source + 4 * i, from_columns);
+        }
+      } else {
+        for (std::size_t j = 0; j < width; ++j, source += from_columns) {
+          const char* next = source;
+          for (std::size_t i = 0; i < height; ++i, next += from_rows) std::memcpy(&tile[i][j], next, kItem);
+        }
       }
       char* target = to + static_cast<std::int64_t>(row) * to_rows + static_cast<std::int64_t>(column) * to_columns;
       for (std::size_t i = 0; i < height; ++i, target += to_rows) {
+        if (to_columns == static_cast<std::int64_t>(kItem)) {
+          std::memcpy(target, tile[i], width * kItem);
+          continue;
+        }
         char* next = target;
         for (std::size_t j = 0; j < width; ++j, next += to_columns) std::memcpy(next, &tile[i][j], kItem);
       }

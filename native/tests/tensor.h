@@ -12,7 +12,7 @@ namespace tests {
 
 class Tensor {
  public:
-  static constexpr int kLayouts = 6;
+  static constexpr int kLayouts = 7;
 
   Tensor(DType dtype, const Bytes& elements, unsigned layout)
       : dtype_(dtype), item_(nbytes_of(dtype)), count_(elements.size() / item_) {
@@ -57,6 +57,7 @@ class Tensor {
       case 1: origin_ = 1; break;  // off every alignment
       case 2: set({count}, {3}); break;
       case 3: set({count}, {-1}); break;
+      case 6: set({rows, columns}, {1, rows}); break;  // transposed, without one
       case 4: set({rows, columns}, {1, rows + 1}); break;  // transposed, with a gap behind each column
       default: set({rows, 2, columns / 2}, {-(columns + 8), columns / 2 + 3, 1}); break;
     }
