@@ -6,30 +6,32 @@ framework.
 
 from __future__ import annotations
 
+import array
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from colltensor.adapters import known, note_all
+from colltensor.adapters import are_plain, known, note_all
 from colltensor.backends.base import DIRECT
 from colltensor.direct import NO_OP, NO_RANK, Direct, DirectCall, moves_nothing, nothing
 from colltensor.engine import Call
+from colltensor.errors import CollectiveError
 from colltensor.tree_plans import Plan, Plans
-from colltensor.types import ReduceOp
+from colltensor.types import CPU, ReduceOp
 
 
 class DirectTrees:
-    """The calls of one group on trees of plain tensors."""
+    """The calls of one group on trees of tensors that are plain, or of one framework that never changes them."""
 
     def __init__(self, direct: Direct) -> None:
         self._direct = direct
-        self._plans = Plans()
+        self._plans = Plans(_fit)
 
     def renew(self) -> None:
         """Forget the functions, whose timeout was the backend's."""
         self._plans.forget()
 
-    def run(self, operation: str, op: int, root: int, tree: Any, written: bool) -> bool:
-        """Run an operation on a tree whose leaves a backend may take as they are; False if it must go the general way.
+    def run(self, operation: str, op: int, root: int, tree: Any, written: bool, donate: bool = False) -> Any:
+        """Run an operation on a tree; return its result, None if it must go the general way.
 
         Args:
             operation: allreduce, reduce or broadcast.
@@ -37,6 +39,7 @@ class DirectTrees:
             root: The root, ``NO_RANK`` for none.
             tree: The tree, or a tensor, which is refused here.
             written: Whether the call writes to it on this rank.
+            donate: Use the memory of immutable tensors again.
 
         Raises:
             CollectiveError: As every collective.
@@ -44,16 +47,29 @@ class DirectTrees:
         if self._direct.before is not None:
             self._direct.before()
         if tree.__class__ in known or not self._direct.engine.queue.idle:
-            return False
+            return None
         plan, leaves = self._plans.find(tree)
         while plan is not None:
             call = plan.made.get((operation, op, root))
             if call is None:
                 call = plan.made[operation, op, root] = TreeCall(self._direct, operation, op, root, plan)
-            if call.run(leaves, written):
-                return True
+            adapter = known[leaves[0].__class__]
+            if not adapter.immutable:
+                if call.run(leaves, written):
+                    return tree
+            elif operation != "allreduce":
+                return None
+            elif call.fits(leaves, adapter):
+                return call.claim_leaves(leaves, adapter, donate)
             plan = self._plans.renewed(tree, plan)
-        return False
+        return None
+
+
+def _fit(leaves: Sequence[Any]) -> bool:
+    """Return True for plain tensors, and for those of one framework that makes its results together."""
+    return are_plain(leaves) or (
+        len(set(map(type, leaves))) == 1 and hasattr(known.get(leaves[0].__class__), "claim_together")
+    )
 
 
 class TreeCall(DirectCall):
@@ -86,6 +102,54 @@ class TreeCall(DirectCall):
         if written:
             note_all(tensors)
         return True
+
+    def fits(self, tensors: Sequence[Any], adapter: Any) -> bool:
+        """Return True if immutable leaves are what the plan says, row-major and on the host."""
+        kinds = adapter.kinds(tensors)
+        if kinds == self._plan.made.get("kinds"):
+            return True
+        try:
+            views = list(map(adapter.source, tensors))
+        except CollectiveError:  # which the general way says in its own words
+            return False
+        for view, planned in zip(views, self._plan.views, strict=True):
+            if (
+                view.dtype is not planned.dtype or view.count != planned.count or view.strides is not None
+                or view.device is not CPU
+            ):
+                return False
+        self._plan.made["kinds"] = kinds
+        return True
+
+    def claim_leaves(self, tensors: Sequence[Any], adapter: Any, donate: bool) -> Any:
+        """Run it on immutable leaves that fit; return a tree of new ones, None as ``run``.
+
+        Raises:
+            CollectiveError: As every collective.
+        """
+        results: list[Any] = []
+        kept: list[array.array[int]] = []
+
+        def claimed() -> int:
+            results[:] = adapter.claim_together(tensors, donate)
+            kept.append(array.array("q", adapter.addresses(results)))
+            return kept[-1].buffer_info()[0]
+
+        try:
+            given = array.array("q", adapter.addresses(tensors))
+        except RuntimeError:  # deleted, or its computation failed: the general way says so
+            return None
+        if donate and len(set(given)) < len(given):  # one memory twice: likewise
+            return None
+        if self._claiming is None:
+            self._claiming = self._backend.claiming_tree(self._call[0], self._plan.words())
+        try:
+            code = self._claiming(given.buffer_info()[0], claimed)
+        except BaseException as error:  # noqa: BLE001 - abort() raises
+            self._engine.abort(self._operation, error)
+        if code and not self.finish(tensors, code):
+            return None
+        return self._plan.structure.unflatten(results)
 
     def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
         name, (op, root, _), arguments = self._operation, self._call, self._group.arguments

@@ -1,23 +1,21 @@
 """Gradients: keeps the gradients of all ranks in step, for numpy arrays and any pytree of tensors.
 
-``sync_gradients`` is one fused allreduce. A ``Synchronizer`` is for a loop: it keeps the flat buckets into which it
-fuses small leaves from step to step, and knows every leaf's shape and type. Imports no framework; for torch's modules
-and for JAX's transformations there are ``colltensor.torch`` and ``colltensor.jax``.
+``sync_gradients`` is one allreduce of all leaves. A ``Synchronizer`` is for a loop: it knows every leaf's shape and
+type, and compares the ranks' parameters once. Imports no framework; for torch's modules and for JAX's transformations
+there are ``colltensor.torch`` and ``colltensor.jax``.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any, Final
 
 from colltensor import replicas, tree
-from colltensor.adapters import adapter_of, host_memory, target_of
-from colltensor.buffers import FUSE_BELOW_NBYTES, plan, refuse_overlaps
+from colltensor.adapters import adapter_of, target_of
+from colltensor.buffers import refuse_overlaps
 from colltensor.errors import (
     DeviceError,
-    OptionError,
     ShapeError,
     TensorError,
     UnsupportedDTypeError,
@@ -25,14 +23,8 @@ from colltensor.errors import (
 from colltensor.group import Group
 from colltensor.replicas import Leaf
 from colltensor.table import find_group
-from colltensor.types import CPU, Device, ReduceOp
+from colltensor.types import Device, ReduceOp
 from colltensor.view import BufferView
-
-BUCKET_NBYTES: Final = 25 << 20
-"""A bucket is closed when the next leaf would take it past this size, as in torch's DistributedDataParallel."""
-
-_GATHERING: Final = frozenset({"shm", "loopback"})
-"""Backends that gather the leaves of a tree in host memory themselves."""
 
 _look_at: Final = operator.attrgetter("shape", "dtype")
 
@@ -80,7 +72,7 @@ def compare_parameters(parameters: Any, *, group: Group | str = "default") -> No
 
 
 class Synchronizer:
-    """Keeps gradients in step, step after step, through flat buckets that it keeps.
+    """Keeps gradients in step, step after step, and looks at what could put them out of step.
 
         parameters = colltensor.broadcast(parameters)       # rank 0's on every rank; in place, but for JAX arrays
         synchronizer = Synchronizer(parameters)             # on every rank
@@ -89,27 +81,21 @@ class Synchronizer:
             synchronizer.sync(gradients)             # in place; JAX arrays: use what it returns
 
     Leaves may be new tensors in each step, of another framework or in another layout; their paths, shapes and data
-    types stay. Small leaves of one type share a bucket, which is copied into and out of and is the same memory in
-    every step; large ones, and in shared memory all of them, are reduced where they are. Ranks may bring different
-    frameworks. One thread at a time syncs: the buckets are shared. On a GPU nothing is kept: a bucket's leaves are
-    packed by the call, on their own streams.
+    types stay. Each step is one allreduce of all leaves (``Group.allreduce``). Ranks may bring different frameworks.
 
     Attributes:
         group: The group.
-        buckets: The views of the flat buckets.
     """
 
     def __init__(
-        self, like: Any, *, group: Group | str = "default", average: bool = True, bucket_nbytes: int = BUCKET_NBYTES,
-        compare: bool = True,
+        self, like: Any, *, group: Group | str = "default", average: bool = True, compare: bool = True
     ) -> None:
-        """Compare the leaves of all ranks, their values too, and make the buckets. Every rank calls it.
+        """Compare the leaves of all ranks, their values too. Every rank calls it.
 
         Args:
             like: The parameters: a pytree of tensors of the gradients' paths, shapes and data types. Only read.
             group: The group, or its name.
             average: ``sync`` leaves the mean; False: the sum.
-            bucket_nbytes: The size of a bucket, in bytes.
             compare: Whether the values must be the same on all ranks, bit for bit, as parameters must. False where
                 ``like`` has only the shapes (gradients, say), or where replicas are to differ.
 
@@ -119,8 +105,6 @@ class Synchronizer:
         """
         self.group = _group(group)
         self._op = _op(average)
-        if not isinstance(bucket_nbytes, int) or bucket_nbytes < 1:
-            raise OptionError(f"Synchronizer: bucket_nbytes: expected a number of bytes >= 1, got {bucket_nbytes!r}")
         tensors, paths, _ = tree.flatten(like, True)
         self._structure = tree.structure_of(like)
         self._names = [f"leaf {path}" if path else "the tensor" for path in paths]
@@ -131,29 +115,13 @@ class Synchronizer:
         self._device = self._one_device(views)
         if average:
             self._refuse_integers()
-        options = {"average": average, "bucket_nbytes": bucket_nbytes, "compare": bool(compare)}
+        options = {"average": average, "compare": bool(compare)}
         replicas.compare(
             self.group, "Synchronizer", options, leaves,
             f"{replicas.REMEDY}, or pass compare=False where it was given no parameters but what has their shapes",
         )
         self._match = None if self._structure is None else tree.matcher_of(self._structure)
-        self._seen: list[Any] = []
-        self._straight = self._device == CPU and self.group.backend in _GATHERING
-        members = [] if self._straight else plan(
-            views, fuse_below=min(FUSE_BELOW_NBYTES, bucket_nbytes), bucket_nbytes=bucket_nbytes
-        )
-        self._buckets = [
-            _Bucket([(index, self._leaves[index]) for index in indices], self._device) for indices in members
-        ]
-
-    @property
-    def buckets(self) -> tuple[BufferView, ...]:
-        """The views of the flat buckets; leaves that travel by themselves have none, unless they are strided.
-
-        None for leaves on a device, where each call packs them into memory of CuPy's pool, and none in shared memory,
-        where native code gathers the leaves.
-        """
-        return tuple(bucket.flat for bucket in self._buckets if bucket.flat is not None)
+        self._seen: list[Any] | None = None
 
     def sync(self, gradients: Any) -> Any:
         """Replace every gradient by the mean (or sum) of all ranks' gradients. Every rank calls it, in one order.
@@ -170,28 +138,18 @@ class Synchronizer:
             MismatchError: The ranks' calls differ.
             PeerLostError, CollectiveTimeoutError: A rank died or did not come; the gradients are undefined.
         """
-        if self._straight and self._is_as_seen(gradients):
-            return self.group.allreduce(gradients, self._op)
-        tensors = None if self._structure is None else tree.leaves_like(gradients, self._structure)
-        if tensors is None:
-            tensors = self._flatten(gradients)
-        views = self._views(tensors, write=True)
-        self._check(views)
-        if self._straight:
-            self._seen = list(map(_look_at, tensors))
-            return self.group.allreduce(gradients, self._op)
-        replaced = False
-        for bucket in self._buckets:
-            replaced |= bucket.reduce(self.group, self._op, tensors, views)
-        return tree.flatten(gradients)[2](tensors) if replaced else gradients
+        if not self._is_as_seen(gradients):
+            tensors = None if self._structure is None else tree.leaves_like(gradients, self._structure)
+            if tensors is None:
+                tensors = self._flatten(gradients)
+            self._check(self._views(tensors, write=True))
+            self._seen = _looks(tensors)
+        return self.group.allreduce(gradients, self._op)
 
     def _is_as_seen(self, gradients: Any) -> bool:
         """Return True if the leaves have the shapes and the frameworks' dtypes of leaves that were checked before."""
         leaves = None if self._match is None else self._match(gradients)
-        try:
-            return leaves is not None and list(map(_look_at, leaves)) == self._seen
-        except AttributeError:  # no tensor
-            return False
+        return leaves is not None and self._seen is not None and _looks(leaves) == self._seen
 
     def _views(self, tensors: Sequence[Any], write: bool) -> list[BufferView]:
         views = []
@@ -204,7 +162,7 @@ class Synchronizer:
         return views
 
     def _check(self, views: Sequence[BufferView]) -> None:
-        """Compare the leaves with those that the buckets were made for, and look for memory shared by two."""
+        """Compare the leaves with those that it was made for, and look for memory shared by two."""
         for view, leaf, name in zip(views, self._leaves, self._names, strict=True):
             if view.shape != leaf.shape:
                 raise ShapeError(
@@ -259,81 +217,15 @@ class Synchronizer:
         return f"Synchronizer of group '{self.group.name}' (rank {self.group.rank})"
 
     def __repr__(self) -> str:
-        nbytes = sum(view.nbytes for view in self.buckets)
-        return f"Synchronizer({len(self._leaves)} leaves, {len(self.buckets)} buckets of {nbytes} bytes, {self.group})"
+        return f"Synchronizer({len(self._leaves)} leaves, {self.group})"
 
 
-class _Bucket:
-    """One transfer: flat memory for several leaves, or a leaf by itself.
-
-    Attributes:
-        flat: The memory, None where there is none.
-    """
-
-    def __init__(self, members: Sequence[tuple[int, Leaf]], device: Device | None) -> None:
-        self._members = members
-        self._memory = host_memory()
-        self._on_host = device is None or device == CPU
-        self.flat: BufferView | None = None
-        if len(members) > 1 and self._on_host:
-            self._allocate()
-
-    def _allocate(self) -> None:
-        dtype = self._members[0][1].dtype
-        counts = [math.prod(leaf.shape) for _, leaf in self._members]
-        flat = self._memory.allocate(sum(counts) * dtype.itemsize).cast(dtype)
-        self.flat = flat
-        self._tensor = self._memory.array(flat)
-        self._slots: list[tuple[int, BufferView, Any]] = []
-        start = 0
-        for (index, leaf), count in zip(self._members, counts, strict=True):
-            part = flat.slice(start, start + count)
-            view = BufferView.from_address(part.pointer, leaf.shape, dtype, device=flat.device, owner=flat)
-            self._slots.append((index, view, self._memory.array(view)))
-            start += count
-
-    def reduce(self, group: Group, op: ReduceOp, tensors: list[Any], views: Sequence[BufferView]) -> bool:
-        """Reduce the members among ``tensors``; returns True where a new tensor took the place of one."""
-        if not self._on_host:
-            return self._reduce_on_device(group, op, tensors)
-        if len(self._members) == 1:
-            index = self._members[0][0]
-            if views[index].strides is None:
-                given, tensors[index] = tensors[index], group.allreduce(tensors[index], op)
-                return tensors[index] is not given
-            if self.flat is None:
-                self._allocate()
-        for index, slot, array in self._slots:
-            if tensors[index].__class__ is array.__class__:
-                array[...] = tensors[index]
-            else:
-                self._memory.copy(slot, views[index])
-        group.allreduce(self._tensor, op)
-        return self._store(tensors, views)
-
-    def _reduce_on_device(self, group: Group, op: ReduceOp, tensors: list[Any]) -> bool:
-        """Leave it to the group, which packs the members on the streams on which their frameworks order their work."""
-        given = [tensors[index] for index, _ in self._members]
-        results = group.allreduce(given, op)
-        for (index, _), result in zip(self._members, results, strict=True):
-            tensors[index] = result
-        return any(result is not tensor for result, tensor in zip(results, given, strict=True))
-
-    def _store(self, tensors: list[Any], views: Sequence[BufferView]) -> bool:
-        replaced = False
-        for index, slot, array in self._slots:
-            tensor = tensors[index]
-            if tensor.__class__ is array.__class__:
-                tensor[...] = array
-                continue
-            adapter = adapter_of(tensor)
-            view = views[index]
-            if adapter.immutable:
-                tensors[index], view = adapter.claim(tensor, False)
-                replaced = True
-            self._memory.copy(view, slot)
-            adapter.written(tensors[index])
-        return replaced
+def _looks(leaves: Sequence[Any]) -> list[Any] | None:
+    """Return what leaves look like from outside; None where there is no telling, as for a registered adapter's."""
+    try:
+        return list(map(_look_at, leaves))
+    except AttributeError:
+        return None
 
 
 def _group(group: Group | str) -> Group:

@@ -165,11 +165,10 @@ class Group:
             work = calls[op].issue((tensor,), 0, 1, tensor)
             if work is not None:
                 return work
-        if (
-            self._trees is not None and copy is None and not async_op
-            and self._trees.run("allreduce", op, -1, tensor, True)
-        ):
-            return tensor
+        if self._trees is not None and copy is None and not async_op:
+            done = self._trees.run("allreduce", op, -1, tensor, True, donate)
+            if done is not None:
+                return done
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         if (
             self._engine.device is not None and copy is None and not async_op and buffers.__class__ is TensorBuffers
@@ -217,7 +216,7 @@ class Group:
         write = root == self.rank
         if (
             self._trees is not None and copy is None and not async_op
-            and self._trees.run("reduce", op, root, tensor, write)
+            and self._trees.run("reduce", op, root, tensor, write) is not None
         ):
             return tensor
         buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
@@ -253,7 +252,7 @@ class Group:
         write = root != self.rank
         if (
             self._trees is not None and copy is None and not async_op
-            and self._trees.run("broadcast", NO_OP, root, tensor, write)
+            and self._trees.run("broadcast", NO_OP, root, tensor, write) is not None
         ):
             return tensor
         buffers = self._arguments.tensor("broadcast", "tensor", tensor, None, write, donate, copy, True)

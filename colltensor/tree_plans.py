@@ -6,7 +6,7 @@ A plan is for trees of plain tensors, which native code takes as their framework
 from __future__ import annotations
 
 import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from colltensor.adapters import are_plain
@@ -50,9 +50,13 @@ class Plan:
 
 
 class Plans:
-    """The plans of the trees that one group is given."""
+    """The plans of the trees that one group is given.
 
-    def __init__(self) -> None:
+    ``fits`` says whether a tree's leaves are of the kind that they are for.
+    """
+
+    def __init__(self, fits: Callable[[Sequence[Any]], bool] = are_plain) -> None:
+        self._fits = fits
         self._plans: dict[Any, Plan] = {}
         self._latest: Plan | None = None
 
@@ -62,18 +66,18 @@ class Plans:
         self._latest = None
 
     def find(self, tree: Any) -> tuple[Plan | None, Sequence[Any]]:
-        """Return the plan of a tree, None if its leaves are not plain, and its leaves.
+        """Return the plan of a tree, None if its leaves do not fit, and its leaves.
 
         Their dtypes and counts may be others than the plan's: who uses it looks at them, and calls ``renewed``.
         """
         latest = self._latest
         if latest is not None and latest.match is not None:
             leaves = latest.match(tree)
-            if leaves is not None and are_plain(leaves):
+            if leaves is not None and self._fits(leaves):
                 return latest, leaves
         leaves, structure = flat_tree(tree)
         plan = self._plans.get(structure) or self._learn(tree, structure)
-        if plan is None or not are_plain(leaves):
+        if plan is None or not self._fits(leaves):
             return None, leaves
         self._latest = plan
         return plan, leaves

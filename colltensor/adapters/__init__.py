@@ -29,6 +29,11 @@ class Adapter(Protocol):
     It may have a function ``reduced``: what a tensor's ``__reduce__`` should return, for objects that are pickled; None
     where that is right.
 
+    An adapter of immutable tensors may have three functions for the leaves of a tree, all its own: ``kinds(tensors)``
+    returns for each what is equal where shape, dtype, device and layout are; ``addresses(tensors)`` where they lie on
+    the host, once what computes them is done; ``claim_together(tensors, donate)`` what ``claim`` does with each, as
+    row-major results without their views.
+
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
     device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it
     that is the legacy default stream, as for DLPack's consumers.
@@ -225,7 +230,13 @@ def is_plain(tensor: Any) -> bool:
 
 def are_plain(tensors: Sequence[Any]) -> bool:
     """Return True if a backend may take all of the tensors as they are."""
-    return unnoted.issuperset(map(type, tensors)) or all(map(is_plain, tensors))
+    kinds = set(map(type, tensors))
+    if unnoted.issuperset(kinds):
+        return True
+    if len(kinds) > 1:
+        return all(map(is_plain, tensors))
+    plain = direct.get(kinds.pop(), _NOT_DIRECT)[0]
+    return plain is None or all(map(plain, tensors))
 
 
 def note(tensor: Any) -> None:

@@ -5,7 +5,8 @@ Imports jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
@@ -22,6 +23,16 @@ _ARRAY: Final = type(jax.device_put(0))
 _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
+_copy_all: Final = jax.jit(lambda tensors: [jnp.copy(tensor) for tensor in tensors])
+_claim_all: Final = jax.jit(lambda tensors: [jnp.copy(tensor) for tensor in tensors], donate_argnums=0)
+"""The same for the leaves of a tree, compiled once a list of shapes: a call costs 2.5 us an array, not 3.5."""
+_LAYOUT: Final = "_pjrt_layout" if hasattr(_ARRAY, "_pjrt_layout") else "format"
+"""JAX's own name of what ``format`` is made of, which takes ten times as long."""
+_layout_of: Final = operator.attrgetter(_LAYOUT)
+_kind_of: Final = operator.attrgetter("aval", "sharding", _LAYOUT)
+"""Shape, dtype, device and layout, as quickly as JAX gives them."""
+_row_major_layouts: Final[set[Any]] = set()
+"""As far as they were seen."""
 _ROW_MAJOR: Final = tuple(range(64))
 _IMPORT: Final = jax.dlpack.from_dlpack.__code__
 _WIDE: Final = frozenset({"int64", "uint64", "float64", "complex128"})
@@ -54,6 +65,24 @@ class JaxAdapter:
         if donate and not tensor.is_deleted():  # XLA had nothing to reuse (an empty array): the promise is kept here
             tensor.delete()
         return result, _view(result, readonly=False)
+
+    def claim_together(self, tensors: Sequence[Any], donate: bool) -> list[Any]:
+        given = list(tensors)
+        if donate and any(map(_is_imported, given)):
+            return [self.claim(tensor, donate)[0] for tensor in given]
+        results: list[Any] = (_claim_all if donate else _copy_all)(given)
+        if donate:
+            for tensor in given:
+                if not tensor.is_deleted():
+                    tensor.delete()
+        return results
+
+    def addresses(self, tensors: Sequence[Any]) -> list[int]:
+        jax.block_until_ready(tensors)
+        return [tensor.unsafe_buffer_pointer() for tensor in tensors]
+
+    def kinds(self, tensors: Sequence[Any]) -> list[Any]:
+        return list(map(_kind_of, tensors))
 
     def written(self, tensor: Any) -> None:
         pass
@@ -100,10 +129,13 @@ def _strides(tensor: Any) -> tuple[int, ...] | None:
     Raises:
         UnsupportedTensorError: The elements are not laid out by strides: in tiles, or packed into bytes.
     """
+    if _layout_of(tensor) in _row_major_layouts:
+        return None
     layout = tensor.format
     layout = layout.layout if hasattr(layout, "layout") else layout.device_local_layout  # before JAX 0.7
     order = layout.major_to_minor
     if tuple(order) == _ROW_MAJOR[: len(order)] and not _tiling(layout):
+        _row_major_layouts.add(_layout_of(tensor))
         return None
     if _tiling(layout):
         raise UnsupportedTensorError(

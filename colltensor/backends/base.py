@@ -441,6 +441,18 @@ class SigningBackend(Backend, Protocol):
                 leaf the number of its dtype and its count. Copied.
         """
 
+    def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
+        """Return a function that makes an allreduce of the leaves of a tree that their framework never changes.
+
+        It is given the address of their addresses, and a function to call once the ranks agree, which makes the
+        results' memory, with the same contents, and returns the address of its addresses. All are contiguous host
+        memory. It returns and raises what that of ``claiming`` does.
+
+        Args:
+            op: The reduce op.
+            plan: As in ``tree``.
+        """
+
     def exports(self, tensors: Sequence[Any]) -> bool:
         """Return True if a direct call's tensors can be exported, so that what it raised was something else."""
 

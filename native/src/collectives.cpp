@@ -30,7 +30,7 @@ Outcome Group::broadcast(const View& data, std::size_t count, std::size_t item, 
                          std::int64_t deadline_ns) {
   const bool gives = rank_ == root;
   Exchange exchange(*this, count, item, {gives ? kEveryone : kNobody, gives ? kNobody : root, gives});
-  const Store store = storing(count * item * world_size_);
+  const Store store = storing_broadcast(count * item * world_size_);
   return exchange.run(
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { data.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {
@@ -58,7 +58,8 @@ Outcome Group::gather(const View* outputs, const View& source, std::size_t count
                       const Signature& signature, std::int64_t deadline_ns) {
   const bool takes = rank_ == root;
   Exchange exchange(*this, count, item, {takes ? kNobody : root, takes ? kEveryone : kNobody, !takes});
-  const Store store = storing(2 * count * item * world_size_);
+  // As if each rank were the root in turn, whose outputs are all in use.
+  const Store store = storing(count * item * world_size_ * (world_size_ + 1));
   const Outcome outcome = exchange.gives(kGatherKind, &source, 1).run(
       signature, deadline_ns, [&](std::size_t first, std::size_t n, char* to) { source.read(first, n, to); },
       [&](std::size_t first, std::size_t n, auto from) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -78,7 +79,17 @@ class Leaves {
     return !written || !share_memory();
   }
 
-  Outcome run(Group& group, const DirectCall& call, std::int64_t deadline_ns) const {
+  // Contiguous leaves at these addresses.
+  void take(const std::int64_t* addresses) {
+    views_.clear();
+    for (const Plan::Leaf& leaf : plan_.leaves) {
+      views_.emplace_back(reinterpret_cast<void*>(*addresses++), item_size(leaf.dtype));
+    }
+  }
+
+  // `moved`, if there is one, is called when the ranks agree, and returns other addresses of the leaves.
+  Outcome run(Group& group, const DirectCall& call, std::int64_t deadline_ns,
+              const std::function<const std::int64_t*()>& moved = {}) {
     Signature signature = call_signature(call.operation, static_cast<std::uint8_t>(call.op),
                                          static_cast<std::int16_t>(call.root), plan_.count,
                                          static_cast<std::uint64_t>(plan_.hash));
@@ -86,8 +97,17 @@ class Leaves {
       const std::vector<int>& members = plan_.transfers[index];
       const DType dtype = plan_.leaves[members[0]].dtype;
       std::size_t count = 0;
-      const View view = joined(members, count);
+      View view = joined(members, count);
       signature.words[3] = index;
+      std::function<void()> agreed;
+      if (moved && index == 0) {
+        agreed = [&] {
+          take(moved());
+          std::size_t same = 0;
+          view = joined(members, same);
+        };
+      }
+      const WhenAgreed notice(group, agreed);
       const Collective collective{call.operation, static_cast<ReduceOp>(call.op), dtype, item_size(dtype), count,
                                   call.root,      signature};
       const Outcome outcome = run_collective(group, collective, &view, deadline_ns);
@@ -181,6 +201,26 @@ ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int op
   });
 }
 
+// The allreduce of contiguous leaves that are only read, at the addresses that lie at the first argument: the results
+// lie at those whose address the second one returns, which makes that memory, with the same contents, once the ranks
+// agree.
+ffi::Function claiming_tree_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op, std::int64_t plan) {
+  const DirectCall call{Operation::kAllReduce, op, -1, -1};
+  const auto* words = reinterpret_cast<const std::int64_t*>(plan);
+  const Plan planned(words);
+  return ffi::Function::FromTyped([=](std::int64_t addresses, ffi::Function claim) -> std::int64_t {
+    Turn group(handle);
+    if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
+    Leaves leaves(planned);
+    if (!leaves.reducible(static_cast<ReduceOp>(op))) return static_cast<std::int64_t>(Outcome::kRefused);
+    leaves.take(reinterpret_cast<const std::int64_t*>(addresses));
+    const std::function<const std::int64_t*()> moved = [&] {
+      return reinterpret_cast<const std::int64_t*>(claim().cast<std::int64_t>());
+    };
+    return result(*group, leaves.run(*group, call, now_ns() + timeout_ns, moved));
+  });
+}
+
 // Copies between leaves and buckets: of every bucket the leaves in it, which lie there one after the other. Returns a
 // function that takes whether they are written and the leaves, and returns one that copies: (0, bucket, address) into
 // the bucket at that address, (1, bucket, address) out of it; (2, leaf, 0) is the address of a leaf that is contiguous,
@@ -217,5 +257,6 @@ ffi::Function gather_function(std::int64_t plan) {
 }  // namespace
 }  // namespace colltensor
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_claiming_tree_function, colltensor::claiming_tree_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_gather_function, colltensor::gather_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_tree_function, colltensor::tree_function)

@@ -381,7 +381,8 @@ _JAX = {
                 importlib.import_module("jax").tree_util.Partial(max, _sparse(s.rank))),
             "sync_gradients": lambda s: sync_gradients({"w": _sparse(s.rank)}, group=s.group),
             "Synchronizer": lambda s: Synchronizer({"w": _sparse(s.rank)}, group=s.group),
-            "sync": lambda s: Synchronizer({"w": _jnp().ones((2, 2), "float32")}, group=s.group).sync({"w": _sparse(s.rank)}),
+            "sync": lambda s: Synchronizer(
+                {"w": _jnp().ones((2, 2), "float32")}, group=s.group).sync({"w": _sparse(s.rank)}),
         }.items()
     },
     "sparse JAX arrays of other rows": Row(

@@ -1,4 +1,4 @@
-"""Gradients kept in step: the same as a mean by numpy, in kept buckets, whatever the leaves are like."""
+"""Gradients kept in step: the same as a mean by numpy, whatever the leaves are like."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ LEAVES: tuple[tuple[str, Layout], ...] = (
     ("float16", dense(11)), ("float64", LAYOUTS[8]), ("float32", Layout("gaps", (130, 140), (200, 1), 3, 26_003)),
 )
 """Small, large, strided, empty, of many dtypes."""
-LARGE_NBYTES = 64 << 10
-"""As the size of a bucket: what is as large travels by itself."""
 
 
 class Gradients:
@@ -57,11 +55,10 @@ class Gradients:
 def step_by_step(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
     group = world.group()
     report = Report(group)
-    options = {"bucket_nbytes": LARGE_NBYTES}
     for average, op in ((True, "AVERAGE"), (False, "SUM")):
         with report.case("Synchronizer", op) as name:
             like = Gradients(rank, world_size, libraries, 0).tree
-            kept = Synchronizer(like, group=group, average=average, compare=False, **options)
+            kept = Synchronizer(like, group=group, average=average, compare=False)
             for step in range(2):
                 gradients = Gradients(rank, world_size, libraries, step)
                 gradients.check(report, f"{name} {step}", kept.sync(gradients.tree), op)
@@ -80,13 +77,12 @@ def test_the_mean_of_one_rank(pool: RankPool, libraries: tuple[str, ...]) -> Non
     pool.run(1, step_by_step, World(1, "loopback", None), libraries)
 
 
-def small_buckets(rank: int, world_size: int, world: World) -> None:
-    """300 leaves in buckets of 64 KiB; leaves larger than a bucket; one tensor that is no tree."""
+def many_leaves(rank: int, world_size: int, world: World) -> None:
+    """300 leaves of many sizes; one tensor that is no tree."""
     group = world.group()
     counts = [1 + (number * 7919) % 20_000 for number in range(300)]
     tree = [np.full(count, rank + number, np.float32) for number, count in enumerate(counts)]
-    kept = Synchronizer(tree, group=group, average=False, bucket_nbytes=64 << 10, compare=False)
-    assert all(view.nbytes <= 64 << 10 for view in kept.buckets)
+    kept = Synchronizer(tree, group=group, average=False, compare=False)
     assert kept.sync(tree) is tree
     for number, leaf in enumerate(tree):
         assert (leaf == sum(range(world_size)) + world_size * number).all(), number
@@ -96,8 +92,8 @@ def small_buckets(rank: int, world_size: int, world: World) -> None:
     assert Synchronizer({}, group=group).sync({}) == {}
 
 
-def test_buckets_of_a_size(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, small_buckets, World(2, *wire))
+def test_many_leaves(pool: RankPool, wire: Wire) -> None:
+    pool.run(2, many_leaves, World(2, *wire))
 
 
 def train(parameters: dict[str, Any], inputs: Array, targets: Array, sync: Callable[[Any], Any], steps: int) -> Array:
@@ -141,9 +137,6 @@ def thousand_steps(rank: int, world_size: int, world: World, library: str) -> tu
                for layout in layouts]
     tree = [sample.tensor for sample in samples]
     kept = Synchronizer(tree, group=group)
-    if world.backend != "shm":  # where native code gathers the leaves
-        assert sum(view.nbytes for view in kept.buckets) > 480_000
-    addresses = [view.pointer for view in kept.buckets]
     for step in range(1000):
         if step == 100:
             gc.collect()
@@ -152,7 +145,6 @@ def thousand_steps(rank: int, world_size: int, world: World, library: str) -> tu
     gc.collect()
     grown, peak = tracemalloc.get_traced_memory()
     stop_tracing()
-    assert [view.pointer for view in kept.buckets] == addresses
     assert (as_numpy(tree[-1], "float32") == 1).all()
     return grown, peak
 
@@ -179,7 +171,6 @@ def other_leaves(rank: int, world_size: int, world: World) -> list[str]:
         ({"a": usual["a"], "c": usual["b"]}, {}),
         ({**usual, "c": np.ones(1)}, {}),
         (usual, {"average": False}),
-        (usual, {"bucket_nbytes": 100}),
     ]
     messages = []
     for tree, options in cases:
@@ -203,7 +194,6 @@ def test_ranks_that_differ_are_named_with_the_leaf(pool: RankPool, ranks: World)
         f"leaf ['c'][0] of rank {last} is where rank 0 has leaf ['b'][0]",
         f"it has 4 leaves on rank {last}, 3 on rank 0",
         f"average is False on rank {last}, True on rank 0",
-        f"bucket_nbytes is 100 on rank {last}, {25 << 20} on rank 0",
     ), strict=True):
         assert f"rank {last} differs: {expected}" in message
 
@@ -243,8 +233,6 @@ def wrong_step(rank: int, world_size: int, world: World) -> None:
         both.sync([whole[:3], whole[2:5]])
     with pytest.raises(col.UnsupportedDTypeError, match=r"leaf \['n'\]: there is no mean of int64"):
         Synchronizer({"n": np.ones(3, np.int64)}, group=world.group())
-    with pytest.raises(col.OptionError, match="bucket_nbytes"):
-        Synchronizer(whole, group=world.group(), bucket_nbytes=0)
 
 
 def test_a_step_that_does_not_fit(pool: RankPool, world: World) -> None:

@@ -108,6 +108,13 @@ class ShmBackend:
         )
         return function
 
+    def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
+        """Return a function of the native library's: see ``SigningBackend``."""
+        function: Callable[..., int] = self._native.shm_claiming_tree_function(
+            self._handle, self._timeout_ns, op, plan.buffer_info()[0]
+        )
+        return function
+
     def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted: 16-bit floats are widened in registers."""
         return False

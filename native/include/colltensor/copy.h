@@ -3,7 +3,7 @@
 // glibc copies from 2 KiB up to the size of the second-level cache with `rep movsb`. Between cores that is the best there
 // is, because it does not read what it overwrites: on Zen 5, loops take 1.4 to 1.8 times as long at 64 and 256 KiB. But
 // on AMD's Zen 3 and 4 it takes 4 to 20 times as long where the target lies a little farther into its page than the
-// source does (https://sourceware.org/bugzilla/show_bug.cgi?id=30994, mended in glibc 2.39). numpy's large arrays begin
+// source does (https://sourceware.org/bugzilla/show_bug.cgi?id=30994, mended in later glibc). numpy's large arrays begin
 // 16 bytes into a page, and staging begins at 0. So each process tries once whether its memcpy is uneven.
 #pragma once
 

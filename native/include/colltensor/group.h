@@ -245,13 +245,19 @@ class Group {
   }
 
   // How the results of a call are stored that reads and writes so much memory on all ranks together: past the caches
-  // where the last one does not hold that and the staging. With 2 ranks on 2 cores (EPYC, 32 MiB of last-level cache),
-  // cached and streamed: of 16 MiB allgather 2560 and 1680 us, all-to-all 2930 and 2140, gather 1630 and 1390, scatter
-  // 1450 and 1260, transfers both ways 1260 and 890; of just the cache's size all-to-all (4 MiB) 370 and 250, gather (8
-  // MiB) 740 and 330, scatter 640 and 460, transfers both ways 560 and 330. Transfers one way are slower up to 64 MiB.
-  Store storing(std::size_t nbytes) const {
+  // where four fifths of the last one do not hold that and the staging. With 2 ranks on 2 cores (EPYC, 32 MiB of
+  // last-level cache), cached and streamed: of 16 MiB allgather 2560 and 1680 us, all-to-all 2930 and 2140, gather 1630
+  // and 1390, scatter 1450 and 1260, transfers both ways 1260 and 890; of just the cache's size all-to-all (4 MiB) 370 and
+  // 250, gather (8 MiB) 740 and 330, scatter 640 and 460, transfers both ways 560 and 330. Between four fifths and all of
+  // the cache it depends on where arrays begin (Zen 5, 0 and 16 bytes into a page): gather of 5 MiB 349 and 466 cached,
+  // 201 streamed at both; all-to-all of 3 MiB 235 and 248, 197; scatter of 6 MiB 453 and 438, 312. Below, scatter with
+  // one root takes 1.4 times as long if streamed (4 MiB), and so does gather (3 MiB).
+  Store storing(std::size_t nbytes) const { return storing(nbytes, cache_nbytes_ / 5 * 4); }
+  // Of a broadcast, all of the cache: of 12 MiB 312 us cached, 525 streamed. Transfers one way are slower up to 64 MiB.
+  Store storing_broadcast(std::size_t nbytes) const { return storing(nbytes, cache_nbytes_); }
+  Store storing(std::size_t nbytes, std::size_t held_nbytes) const {
     const std::size_t staging = 2 * half_nbytes_ * static_cast<std::size_t>(world_size_);
-    return nbytes + staging > cache_nbytes_ ? Store::kStreamed : Store::kCached;
+    return nbytes + staging > held_nbytes ? Store::kStreamed : Store::kCached;
   }
 
   // The other ranks, the next one first, so that not all turn to one rank at once.

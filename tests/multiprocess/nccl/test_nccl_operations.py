@@ -351,7 +351,6 @@ class TestGradients:
 
         def run(group: Group) -> list[list[np.ndarray]]:
             kept = Synchronizer(gradients(group, 0), group=group, average=average, compare=False)
-            assert kept.buckets == ()
             found = []
             for step in range(2):
                 given = gradients(group, step)
