@@ -318,9 +318,9 @@ class IssueQueue(Protocol):
         """Make calls until one ends with something other than success; in one thread at a time, which it blocks.
 
         Returns:
-            What ``SigningBackend.settle`` is told of call ``ended() + 1``, which ends with the next ``serve``; or 0 when
-            ``notify`` was told of the last call, and when no call is left: unless ``patient`` at once, else after
-            ``kick`` or ``close``.
+            What ``SigningBackend.settle`` is told of call ``ended() + 1``, which ends with the next ``serve``; or 0
+            when ``notify`` was told of the last call, and when no call is left: unless ``patient`` at once, else
+            after ``kick`` or ``close``.
         """
 
     def kick(self) -> None:
