@@ -1,4 +1,4 @@
-"""Asynchronous calls beside synchronous ones, and allreduces of strided arrays beside contiguous ones, in shared memory.
+"""Asynchronous calls beside synchronous ones, and allreduces of strided arrays beside contiguous ones (shared memory).
 
     python benchmarks/async_and_strided.py [--ranks 2]
 
