@@ -50,10 +50,10 @@ void transpose(char* to, std::int64_t to_rows, std::int64_t to_columns, const ch
     char bytes[kItem];
   };
   Item tile[kTile][kTile];
-  for (std::size_t row = 0; row < rows; row += kTile) {
-    const std::size_t height = std::min(kTile, rows - row);
-    for (std::size_t column = 0; column < columns; column += kTile) {
-      const std::size_t width = std::min(kTile, columns - column);
+  for (std::size_t column = 0; column < columns; column += kTile) {
+    const std::size_t width = std::min(kTile, columns - column);
+    for (std::size_t row = 0; row < rows; row += kTile) {
+      const std::size_t height = std::min(kTile, rows - row);
       const char* source = from + static_cast<std::int64_t>(row) * from_rows + static_cast<std::int64_t>(column) * from_columns;
       if (kItem == 4 && from_rows == 4 && height == kTile && width == kTile) {
         for (std::size_t j = 0; j < kTile; j += 4, source += 4 * from_columns) {
