@@ -633,13 +633,14 @@ class Group:
 
         Args:
             wait: Called first in every collective from now on, in the caller's thread: waits for such calls.
-            defer: Told True when asynchronous calls wait for their turn, False when none does any more.
+            defer: Told True when asynchronous calls wait for their turn, False when none does any more; and at once, which.
         """
         self._engine.before = wait
         self._queue.watch = defer
         if self._direct is not None:
             self._direct.before = wait
         self._allreduce = self._barrier = None  # by way of the engine, which waits
+        self._queue.tell_watch()
 
     def set_timeout(self, timeout_s: float) -> None:
         """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone.

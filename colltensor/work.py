@@ -348,6 +348,7 @@ class OperationQueue:
         self._workers = self._spare = 0
         self._serving: set[int] = set()  # the workers' threads
         self._issued: collections.deque[IssuedWork] = collections.deque()
+        self._notified: collections.deque[IssuedWork] = collections.deque()  # whose callbacks are not called yet
         self._number = 0  # of the last one
         self._has_server = False
         self.busy = False
@@ -429,7 +430,8 @@ class OperationQueue:
         if self._has_server:
             return
         with self._changed:
-            if not (self._has_server or self._closed):
+            native = self._native
+            if not (self._has_server or self._closed) and native is not None and native.wait(0, 0.0):  # not a fork's
                 threading.Thread(target=self._serve_native, name=f"colltensor {self._name}", daemon=True).start()
                 self._has_server = True
 
@@ -507,19 +509,26 @@ class OperationQueue:
         native = self._native
         if native is None:
             return
-        over = []
         with self._changed:
             ended = native.ended()
             while self._issued and self._issued[0].number <= ended:
                 work = self._issued.popleft()
                 work.end()
                 if work._done:
-                    over.append(work)
-            if not self.busy and not self._closed and self._putting == 0 and ended == self._number:
-                self.idle = True
-        for work in over:
+                    self._notified.append(work)
+            if self.idle or self.busy or self._closed or self._putting or self._notified or ended != self._number:
+                return
+            self.idle = True
+            if self.watch is not None:
+                self.watch(False)
+
+    def _notify_all(self) -> None:
+        """Call the done callbacks of what has ended, in the queue's thread, where a call in one of them is refused."""
+        while self._notified:
+            work = self._notified[0]
             for callback in work._done:
                 _call(callback, work._error)
+            self._notified.popleft()
 
     def _serve_native(self) -> None:
         """Serve the native queue until it is closed."""
@@ -536,11 +545,18 @@ class OperationQueue:
                     for work in failed:
                         work.fail(code)
                     continue
-                self._look()
-                with self._changed:
-                    self._changed.notify_all()
+                self._end_served()
         finally:
+            self._end_served()
             self._serving.discard(here)
+
+    def _end_served(self) -> None:
+        self._look()
+        if self._notified:
+            self._notify_all()
+            self._look()
+        with self._changed:
+            self._changed.notify_all()
 
     def _man(self) -> None:
         """See that somebody takes the next work, if it can be run; the lock is held."""
@@ -552,7 +568,7 @@ class OperationQueue:
         """Tell ``watch`` once more whether the workers have something to do."""
         with self._changed:
             if self.watch is not None:
-                self.watch(not self.idle)
+                self.watch(not self.rests())
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
         """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
