@@ -633,7 +633,7 @@ class Group:
 
         Args:
             wait: Called first in every collective from now on, in the caller's thread: waits for such calls.
-            defer: Told True when asynchronous calls wait for their turn, False when none does any more; and at once, which.
+            defer: Told True when asynchronous calls wait for their turn, False when none does any more; at once, which.
         """
         self._engine.before = wait
         self._queue.watch = defer

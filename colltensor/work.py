@@ -589,6 +589,9 @@ class OperationQueue:
         if native is not None:
             idle = native.wait(native.issued(), max(0.0, deadline - time.monotonic())) and idle
             self._look()
+            if threading.get_ident() not in self._serving:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._notified, max(0.0, deadline - time.monotonic()))
         for work in cancelled:
             work._cancel(error)
         return idle
