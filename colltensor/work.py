@@ -612,6 +612,7 @@ class OperationQueue:
         place = self._next()
         if place is None or not (self._lanes or self._turn.acquire(False)):
             return None
+        self._look()  # what is before it has ended
         work = self._waiting[place]
         del self._waiting[place]
         if work.lane is not None:
