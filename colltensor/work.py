@@ -273,7 +273,7 @@ class IssuedWork(Work):
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the operation is done; see ``Work.wait``."""
         queue = self._issuer
-        if not self._over and not queue.wait_for(self, 0.0) and queue.is_inside():
+        if not self._over and queue.is_before(self):
             raise _waits_inside(self._operation)
         if not self._over and not queue.wait_for(self, timeout_s):
             if timeout_s is None:
@@ -483,6 +483,11 @@ class OperationQueue:
         if not self.idle and not self.busy and self._is_native_done():
             self._look()
         return self.idle
+
+    def is_before(self, work: IssuedWork) -> bool:
+        """Return whether this thread is in a call that keeps an operation of the native queue from ending."""
+        assert self._native is not None
+        return self._native.ended() < work.number and self.is_inside()
 
     def wait_for(self, work: IssuedWork, timeout_s: float | None) -> bool:
         """Wait until an operation of the native queue has ended; False if it has not in time, or never will here."""
