@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -296,6 +297,62 @@ def torch_versions(rank: int, size: int, name: str) -> None:
 
 def test_torch_is_told_of_the_write(pool: RankPool) -> None:
     pool.run(2, torch_versions, fresh())
+
+
+def crossed(rank: int, size: int, name: str) -> None:
+    """Sends and receives pass each other behind what the queue has, and what follows waits for them."""
+    with own_group(rank, size, name) as group:
+        for count in (3, 300_000):
+            if rank == 1:
+                time.sleep(0.2)
+            sums = [np.ones(7) for _ in range(3)]
+            got, last = np.zeros(count), np.ones(7)
+            works = [group.allreduce(x, async_op=True) for x in sums]
+            works.append(group.send(np.full(count, 1.0 + rank), 1 - rank, async_op=True))
+            works.append(group.recv(got, 1 - rank, async_op=True))
+            works.append(group.allreduce(last, async_op=True))
+            for work in works:
+                work.wait()
+            assert all((x == size).all() for x in (*sums, last))
+            assert (got == 2.0 - rank).all()
+
+
+def test_sends_and_receives_pass_each_other_behind_the_queue(pool: RankPool) -> None:
+    pool.run(2, crossed, fresh())
+
+
+def from_two_threads(rank: int, size: int, name: str) -> None:
+    """A call that one thread has begun is never put behind one of another's, which would wait for it."""
+    with own_group(rank, size, name, timeout_s=5.0) as group:
+        wrong: list[object] = []
+
+        def issue() -> None:
+            try:
+                for turn in range(300):
+                    x = np.ones(3)
+                    work = group.allreduce(x, async_op=True)
+                    if turn % 3 == 0:
+                        work.wait()
+                        assert (x == size).all()
+                work.wait()
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=issue) for _ in range(2)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert not wrong
+
+
+def test_two_threads_issue_calls(pool: RankPool) -> None:
+    pool.run(2, from_two_threads, fresh())
 
 
 def test_a_work_that_has_ended() -> None:
