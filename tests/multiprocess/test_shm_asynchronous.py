@@ -6,7 +6,6 @@ import functools
 import gc
 import os
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -321,38 +320,38 @@ def test_sends_and_receives_pass_each_other_behind_the_queue(pool: RankPool) -> 
     pool.run(2, crossed, fresh())
 
 
-def from_two_threads(rank: int, size: int, name: str) -> None:
-    """A call that one thread has begun is never put behind one of another's, which would wait for it."""
+def overtaken(rank: int, size: int, name: str) -> None:
+    """A call that has begun is never put behind another thread's, which would wait for its turn."""
     with own_group(rank, size, name, timeout_s=5.0) as group:
-        wrong: list[object] = []
+        data = [np.ones(3), np.ones(3)]
+        group.allreduce(np.ones(3))
+        group.barrier()
+        if rank == 1:
+            time.sleep(0.5)
+            for x in data:
+                group.allreduce(x)
+        else:
+            works: list[Work] = []
+            issue = group._queue.issue
 
-        def issue() -> None:
-            try:
-                for turn in range(300):
-                    x = np.ones(3)
-                    work = group.allreduce(x, async_op=True)
-                    if turn % 3 == 0:
-                        work.wait()
-                        assert (x == size).all()
+            def late(*arguments: object, first: bool = False) -> bool:
+                if first:
+                    group._queue.issue = issue
+                    other = threading.Thread(target=lambda: works.append(group.allreduce(data[1], async_op=True)))
+                    other.start()
+                    other.join()
+                return issue(*arguments, first=first)
+
+            group._queue.issue = late
+            works.append(group.allreduce(data[0], async_op=True))
+            assert len(works) == 2
+            for work in works:
                 work.wait()
-            except Exception as error:
-                wrong.append(error)
-
-        threads = [threading.Thread(target=issue) for _ in range(2)]
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
-        assert not wrong
+        assert all((x == size).all() for x in data)
 
 
-def test_two_threads_issue_calls(pool: RankPool) -> None:
-    pool.run(2, from_two_threads, fresh())
+def test_a_call_that_has_begun_is_not_overtaken(pool: RankPool) -> None:
+    pool.run(2, overtaken, fresh())
 
 
 def test_a_work_that_has_ended() -> None:
