@@ -10,13 +10,23 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from colltensor.adapters import is_plain, note, unnoted
+from colltensor.adapters import is_plain, note, note_all, unnoted
 from colltensor.arguments import Arguments
-from colltensor.backends.base import DIRECT, DIRECT_DONE, DIRECT_LARGE, DIRECT_MISMATCH, SigningBackend
+from colltensor.backends.base import (
+    DIRECT,
+    DIRECT_BUSY,
+    DIRECT_DONE,
+    DIRECT_LARGE,
+    DIRECT_MISMATCH,
+    DIRECT_PENDING,
+    SigningBackend,
+)
+from colltensor.dlpack import export
 from colltensor.engine import Call, Engine, Transfer
-from colltensor.errors import MismatchError
+from colltensor.errors import CollectiveError, MismatchError
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
+from colltensor.work import EndedWork, IssuedWork, Work, failed_work
 
 NO_OP: Final = 255
 NO_RANK: Final = -1
@@ -107,8 +117,8 @@ class DirectCall:
     """One operation of one group, with its op and its ranks."""
 
     __slots__ = (
-        "_backend", "_call", "_claiming", "_engine", "_group", "_operation", "_patient", "_queue", "_stacked",
-        "function",
+        "_backend", "_call", "_claiming", "_engine", "_group", "_issue", "_operation", "_patient", "_queue",
+        "_stacked", "function",
     )
 
     def __init__(self, group: Direct, operation: str, op: int, root: int, source: int, stacked: bool) -> None:
@@ -120,6 +130,7 @@ class DirectCall:
         self._call = op, root, source
         self._stacked = stacked
         self._claiming: Callable[..., int] | None = None
+        self._issue: Callable[..., int] | None = None
         self.function, self._patient = self._functions()
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
@@ -139,7 +150,7 @@ class DirectCall:
         """
         if self._group.before is not None:
             self._group.before()
-        if not self._queue.idle:
+        if not self._queue.idle and not self._queue.rests():
             return False
         noted = False
         for tensor in tensors:
@@ -163,7 +174,7 @@ class DirectCall:
         """Do as ``run`` with two tensors, of which ``written`` is one."""
         if self._group.before is not None:
             self._group.before()
-        if not self._queue.idle:
+        if not self._queue.idle and not self._queue.rests():
             return False
         noted = first.__class__ not in unnoted or second.__class__ not in unnoted
         if noted and not (is_plain(first) and is_plain(second)):
@@ -178,6 +189,64 @@ class DirectCall:
         if noted:
             note(written)
         return True
+
+    def issue(self, tensors: Sequence[Any], written: int, written_end: int, result: Any) -> Work | None:
+        """Begin it on tensors as they are, behind what was issued before; None if it must go the general way.
+
+        Where nothing is before it and the other ranks are there it is made at once. A tensor that was written is noted
+        when somebody sees that the call has ended.
+
+        Args:
+            tensors: As for ``run``.
+            written: As for ``run``.
+            written_end: As for ``run``.
+            result: What the call returns.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing was begun.
+        """
+        queue, engine = self._queue, self._engine
+        if self._group.before is not None or engine.broken is not None or queue.busy:
+            return None
+        noted: Sequence[Any] = ()
+        for tensor in tensors:
+            if tensor.__class__ not in unnoted:
+                if not is_plain(tensor):
+                    return None
+                noted = tensors[written:written_end]
+        code = DIRECT_LARGE
+        queue.man_native()
+        try:
+            if (queue.idle or queue.rests()) and self.function is not self._patient:
+                code = self.function(*tensors)
+                if code == DIRECT_DONE:
+                    if noted:
+                        note_all(noted)
+                    return EndedWork(result)
+            if code in (DIRECT_PENDING, DIRECT_LARGE, DIRECT_BUSY):
+                exports = [export(tensor) for tensor in tensors]
+                work = IssuedWork(self._operation, queue, (tensors, exports), result, self._end, noted, note_all)
+                if code == DIRECT_PENDING:
+                    issued = queue.issue(work, self._backend.hand_over, (), first=True)
+                else:
+                    issued = queue.issue(work, self._issue or self._issuing(), exports)
+                if issued:
+                    return work
+                if code != DIRECT_PENDING:
+                    return None
+        except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
+            self.failed(tensors, error)
+            return None
+        try:
+            if not self.finish(tensors, code):
+                return None
+        except CollectiveError as error:
+            return failed_work(error)
+        return EndedWork(result)
+
+    def _issuing(self) -> Callable[..., int]:
+        self._issue = self._backend.issuing(DIRECT[self._operation], *self._call, self._stacked)
+        return self._issue
 
     def claim(self, tensor: Any, view: BufferView, claim: Callable[[], None]) -> bool:
         """Run it on a tensor that its framework never changes; False as ``run``.
@@ -216,6 +285,11 @@ class DirectCall:
         if code & 0xFF == DIRECT_MISMATCH:
             self._explain(tensors, code)
         return code == DIRECT_DONE
+
+    def _end(self, tensors: Sequence[Any], code: int) -> bool:
+        """End a call that was issued and came to ``code`` in the queue's thread; see ``finish``."""
+        self._engine.check_issued(self._operation)
+        return self.finish(tensors, code)
 
     def failed(self, tensors: Sequence[Any], error: BaseException) -> None:
         """Return if a tensor could not be exported, which the general way explains; break the group over the rest.

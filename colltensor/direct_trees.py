@@ -47,7 +47,8 @@ class DirectTrees:
         """
         if self._direct.before is not None:
             self._direct.before()
-        if tree.__class__ in known or not self._direct.engine.queue.idle:
+        queue = self._direct.engine.queue
+        if tree.__class__ in known or not (queue.idle or queue.rests()):
             return None
         plan, leaves = self._plans.find(tree)
         while plan is not None:

@@ -153,7 +153,7 @@ class Engine:
         self._crosses = crosses
         self._alone = control is None
         self.timeout_s = timeout_s
-        self.queue = OperationQueue(name)
+        self.queue = OperationQueue(name, None if signer is None else signer.queue)
         if signer is not None:
             self.queue.is_in_direct_call = self._is_in_direct_call
         self._sequence = 0
@@ -451,6 +451,11 @@ class Engine:
         """Raise GroupError if the group is broken or destroyed."""
         if self.broken is not None:
             raise self._refusal(name)
+
+    def check_issued(self, name: str) -> None:
+        """Raise what a call fails with that was issued before the group broke, or was destroyed, if it is."""
+        if self.broken is not None:
+            raise self._consequence(name)
 
     def signed(self, transfers: Sequence[Transfer]) -> list[tuple[int, int, bytes, Callable[[], str]]]:
         """Return source, destination, signature and words of transfers that were made already."""

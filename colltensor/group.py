@@ -182,6 +182,10 @@ class Group:
                         if noted:
                             note(tensor)
                         return tensor
+        if async_op and calls is not None and copy is None:
+            work = calls[op].issue((tensor,), 0, 1, tensor)
+            if work is not None:
+                return work
         if self._trees is not None and copy is None and not async_op:
             done = self._trees.run("allreduce", op, -1, tensor, True, donate)
             if done is not None:
@@ -221,12 +225,14 @@ class Group:
         Returns:
             On ``dst_rank`` as ``allreduce``; elsewhere ``tensor`` itself.
         """
-        if (
-            self._direct is not None and copy is None and not async_op and op.__class__ is ReduceOp
-            and dst_rank.__class__ is int
-            and self._direct.reduce[op][dst_rank].run((tensor,), 0, dst_rank == self.rank)
-        ):
-            return tensor
+        if self._direct is not None and copy is None and op.__class__ is ReduceOp and dst_rank.__class__ is int:
+            call = self._direct.reduce[op][dst_rank]
+            if async_op:
+                done = call.issue((tensor,), 0, dst_rank == self.rank, tensor)
+            else:
+                done = call.run((tensor,), 0, dst_rank == self.rank)
+            if done:
+                return done if async_op else tensor
         op, root = self._arguments.op("reduce", op), self._arguments.rank("reduce", "dst_rank", dst_rank)
         write = root == self.rank
         if (
@@ -255,11 +261,14 @@ class Group:
         Returns:
             ``tensor`` itself, with JAX arrays replaced by new ones where they were written.
         """
-        if (
-            self._direct is not None and copy is None and not async_op and src_rank.__class__ is int
-            and self._direct.broadcast[src_rank].run((tensor,), 0, src_rank != self.rank)
-        ):
-            return tensor
+        if self._direct is not None and copy is None and src_rank.__class__ is int:
+            call = self._direct.broadcast[src_rank]
+            if async_op:
+                done = call.issue((tensor,), 0, src_rank != self.rank, tensor)
+            else:
+                done = call.run((tensor,), 0, src_rank != self.rank)
+            if done:
+                return done if async_op else tensor
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
         write = root != self.rank
         if (
@@ -288,13 +297,18 @@ class Group:
         Returns:
             ``tensor_list``, or a new JAX array for one.
         """
-        if self._direct is not None and copy is None and not async_op:
-            if tensor_list.__class__ is not list:
+        if self._direct is not None and copy is None:
+            if async_op:
+                stacked = tensor_list.__class__ is not list
+                call = self._direct.allgather_stack if stacked else self._direct.allgather
+                targets = (tensor_list,) if stacked else tensor_list
+                done = call.issue((*targets, tensor), 0, len(targets), tensor_list)
+            elif tensor_list.__class__ is not list:
                 done = self._direct.allgather_stack.pair(tensor_list, tensor, tensor_list)
             else:
                 done = self._direct.allgather.run((*tensor_list, tensor), 0, len(tensor_list))
             if done:
-                return tensor_list
+                return done if async_op else tensor_list
         source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
         view = source.views[0]
         targets = self._arguments.blocks("allgather", "tensor_list", tensor_list, view, None, True, copy)
@@ -409,13 +423,17 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if self._direct is not None and copy is None and not async_op and op.__class__ is ReduceOp:
-            if tensor_list.__class__ is not list:
+        if self._direct is not None and copy is None and op.__class__ is ReduceOp:
+            if async_op:
+                stacked = tensor_list.__class__ is not list
+                call = (self._direct.reducescatter_stack if stacked else self._direct.reducescatter)[op]
+                done = call.issue((tensor, tensor_list) if stacked else (tensor, *tensor_list), 0, 1, tensor)
+            elif tensor_list.__class__ is not list:
                 done = self._direct.reducescatter_stack[op].pair(tensor, tensor_list, tensor)
             else:
                 done = self._direct.reducescatter[op].run((tensor, *tensor_list), 0, 1)
             if done:
-                return tensor
+                return done if async_op else tensor
         op = self._arguments.op("reducescatter", op)
         target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
         view = target.views[0]
@@ -445,14 +463,21 @@ class Group:
         Returns:
             ``output_list``, or a new JAX array for one.
         """
-        if self._direct is not None and copy is None and not async_op:
-            done = False
+        if self._direct is not None and copy is None:
+            done = None
             if output_list.__class__ is not list and input_list.__class__ is not list:
-                done = self._direct.alltoall_stack.pair(output_list, input_list, output_list)
+                if async_op:
+                    done = self._direct.alltoall_stack.issue((output_list, input_list), 0, 1, output_list)
+                else:
+                    done = self._direct.alltoall_stack.pair(output_list, input_list, output_list)
             elif output_list.__class__ is input_list.__class__ and len(output_list) == len(input_list):
-                done = self._direct.alltoall.run((*output_list, *input_list), 0, len(output_list))
+                tensors, written = (*output_list, *input_list), len(output_list)
+                if async_op:
+                    done = self._direct.alltoall.issue(tensors, 0, written, output_list)
+                else:
+                    done = self._direct.alltoall.run(tensors, 0, written)
             if done:
-                return output_list
+                return done if async_op else output_list
         sources = self._arguments.blocks("alltoall", "input_list", input_list, None, None, False, copy)
         targets = self._arguments.blocks("alltoall", "output_list", output_list, sources.views[0], None, True, copy)
         self._arguments.separate(
@@ -620,13 +645,14 @@ class Group:
 
         Args:
             wait: Called first in every collective from now on, in the caller's thread: waits for such calls.
-            defer: Told True when asynchronous calls wait for their turn, False when none does any more.
+            defer: Told True when asynchronous calls wait for their turn, False when none does any more; at once, which.
         """
         self._engine.before = wait
         self._queue.watch = defer
         if self._direct is not None:
             self._direct.before = wait
         self._allreduce = self._barrier = None  # by way of the engine, which waits
+        self._queue.tell_watch()
 
     def set_timeout(self, timeout_s: float) -> None:
         """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone.

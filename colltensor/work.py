@@ -9,13 +9,13 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError, TensorError
 
 if TYPE_CHECKING:
-    from colltensor.backends.base import Flight
+    from colltensor.backends.base import Flight, IssueQueue
 
 
 Lane = tuple[int, int]
@@ -35,6 +35,8 @@ class _Always(threading.Event):
 
 FINISHED: Final = _Always()
 """Shared by what is done when it is first seen: making an event takes longer than queuing a call on a device."""
+_LOOK_EVERY: Final = 16
+"""So many operations of a native queue may have ended before the next one that is issued lets go of their tensors."""
 
 
 class Queue(Protocol):
@@ -76,10 +78,7 @@ class Work:
             CollectiveError: The operation failed; the same error on every call.
         """
         if self._queue is not None and not self._finished.is_set() and self._queue.is_inside():
-            raise GroupError(
-                f"{self._operation}: it cannot be waited for here, inside a call of the same thread and group that is "
-                "before it (from a signal's handler, a done callback or __del__); wait when that call has returned"
-            )
+            raise _waits_inside(self._operation)
         if not self._finished.wait(timeout_s):
             raise CollectiveTimeoutError(
                 f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
@@ -132,11 +131,16 @@ class Work:
                 callback = self._callbacks.popleft()
             except IndexError:  # called, here or by the thread that came at the same time
                 return
-            try:
-                callback(self._error)
-            except Exception as error:  # noqa: BLE001 - told as what ends a thread, which has other operations to run
-                told = (type(error), error, error.__traceback__, threading.current_thread())
-                threading.excepthook(threading.ExceptHookArgs(told))
+            _call(callback, self._error)
+
+
+def _call(callback: Callable[[BaseException | None], None], outcome: BaseException | None) -> None:
+    """Call a done callback."""
+    try:
+        callback(outcome)
+    except Exception as error:  # noqa: BLE001 - told as what ends a thread, which has other operations to run
+        told = (type(error), error, error.__traceback__, threading.current_thread())
+        threading.excepthook(threading.ExceptHookArgs(told))
 
 
 class QueuedWork(Work):
@@ -202,6 +206,109 @@ class QueuedWork(Work):
         return self._get()
 
 
+class EndedWork(Work):
+    """An operation that had ended when its call returned, as a short one does whose other ranks are there."""
+
+    _error: BaseException | None = None
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return; see ``Work.wait``."""
+        if self._error is not None:
+            raise self._error
+
+    def done(self) -> bool:
+        """Return True."""
+        return True
+
+    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
+        """Call ``callback``."""
+        _call(callback, self._error)
+
+
+def failed_work(error: BaseException) -> EndedWork:
+    """Return the Work of an operation that has failed."""
+    work = EndedWork(None)
+    work._error = error
+    return work
+
+
+class IssuedWork(Work):
+    """An operation that a native queue makes.
+
+    What its end means for Python is done by whoever sees it first: nobody takes the interpreter lock for that alone.
+    """
+
+    number = 0
+    _error: BaseException | None = None
+    _over = False
+    _done: Sequence[Callable[[BaseException | None], None]] = ()
+
+    def __init__(
+        self, operation: str, queue: OperationQueue, held: Any, result: Any, finish: Callable[[Any, int], bool],
+        written: Sequence[Any], note: Callable[[Sequence[Any]], None],
+    ) -> None:
+        """Make the handle of an operation that ``queue`` is about to issue.
+
+        Args:
+            operation: Its name.
+            queue: Where it is issued.
+            held: The tensors that it uses, and their exports.
+            result: What the call returns.
+            finish: Told the tensors and the code of one that did not succeed, in the worker; raises, or returns whether
+                it did after all.
+            written: What ``note`` is told when it has succeeded, if there is any.
+            note: See there.
+        """
+        self._operation = operation
+        self._issuer = queue
+        self._held = held
+        self._result = result
+        self._settle = finish
+        self._written = written
+        self._note = note
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when the operation is done; see ``Work.wait``."""
+        queue = self._issuer
+        if not self._over and queue.is_before(self):
+            raise _waits_inside(self._operation)
+        if not self._over and not queue.wait_for(self, timeout_s):
+            if timeout_s is None:
+                raise GroupError(f"{self._operation}: it was issued by the parent process of this one")
+            raise CollectiveTimeoutError(
+                f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
+            )
+        if self._error is not None:
+            raise self._error
+
+    def done(self) -> bool:
+        """Return True once the operation succeeded or failed; never waits."""
+        return self._over or self._issuer.wait_for(self, 0.0)
+
+    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
+        """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
+        if self._over or not self._issuer.notify(self, callback):
+            _call(callback, self._error)
+
+    def fail(self, code: int) -> None:
+        """Deal with an operation that did not succeed, before it counts as ended."""
+        try:
+            if not self._settle(self._held[0], code):
+                self._error = CollectiveTimeoutError(f"{self._operation}: the call before it did not end in time")
+        except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
+            self._error = error
+
+    def end(self) -> None:
+        """Let go of what it held; once, when it has ended."""
+        if self._written and self._error is None:
+            self._note(self._written)
+        self._held, self._written = None, ()
+        self._over = True
+
+
 class OperationQueue:
     """Runs the operations of one group one at a time, in the order in which they were issued; but transfers that cross.
 
@@ -211,14 +318,20 @@ class OperationQueue:
     lane that follow one another share it: those of one lane run in their order, of different lanes at
     the same time, each in a thread.
 
+    A native queue has a thread of its own, which serves it without the interpreter lock and sleeps there. Nothing is
+    put into it while an operation of Python's waits or runs in a worker, so that it has only what comes before those.
+
     Attributes:
-        idle: Whether the workers have nothing to do, so that a call needs not queue behind them.
+        idle: Whether nothing waits or runs here, so that a call needs not queue; after operations of the native queue
+            it stays False until ``rests`` is asked.
+        busy: Whether an operation of Python's waits for a worker or runs in one.
         watch: Told True when work is put, and False when the workers have nothing to do any more; or None.
         is_in_direct_call: Whether this thread is in a call that took no turn here; or None.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, native: IssueQueue | None = None) -> None:
         self._name = name
+        self._native = native
         self._renew()
         self._closed = False
         self.watch: Callable[[bool], None] | None = None
@@ -234,6 +347,11 @@ class OperationQueue:
         self._lanes: set[Lane] = set()  # in which a work runs
         self._workers = self._spare = 0
         self._serving: set[int] = set()  # the workers' threads
+        self._issued: collections.deque[IssuedWork] = collections.deque()
+        self._notified: collections.deque[IssuedWork] = collections.deque()  # whose callbacks are not called yet
+        self._number = 0  # of the last one
+        self._has_server = False
+        self.busy = False
         self.idle = True
 
     def disown(self) -> None:
@@ -242,7 +360,7 @@ class OperationQueue:
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
-        if self._waiting or not self._turn.acquire(False):
+        if self._waiting or not (self.idle or self.busy or self.rests()) or not self._turn.acquire(False):
             return False
         self._owner = threading.get_ident()
         return True
@@ -257,7 +375,7 @@ class OperationQueue:
 
     def is_busy(self) -> bool:
         """Return whether an operation runs or waits."""
-        return bool(self._waiting) or self._turn.locked()
+        return bool(self._waiting) or self._turn.locked() or not self._is_native_done()
 
     def is_inside(self) -> bool:
         """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
@@ -292,13 +410,158 @@ class OperationQueue:
                 except BaseException:
                     self._waiting.remove(work)
                     raise
+                self.busy = True
                 self.idle = False
                 if self.watch is not None:
                     self.watch(True)
+                if self._native is not None and not self._is_native_done():
+                    self._native.kick()  # its thread tells the workers when it has nothing left
                 self._changed.notify_all()
             finally:
                 self._putting = outer
         return work
+
+    def man_native(self) -> None:
+        """See that the native queue has its thread, before anything of a call is begun that may go there.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
+        if self._has_server:
+            return
+        with self._changed:
+            native = self._native
+            if not (self._has_server or self._closed) and native is not None and native.wait(0, 0.0):  # not a fork's
+                threading.Thread(target=self._serve_native, name=f"colltensor {self._name}", daemon=True).start()
+                self._has_server = True
+
+    def issue(
+        self, work: IssuedWork, push: Callable[..., int], arguments: Sequence[Any], first: bool = False
+    ) -> bool:
+        """Have the native queue make what ``push`` puts into it, which returns its number; ``man_native`` was called.
+
+        Args:
+            work: The operation's handle.
+            push: See above.
+            arguments: What ``push`` is told.
+            first: The operation has begun already: nothing else can end before it.
+
+        Returns:
+            False if it put nothing.
+        """
+        if len(self._issued) % _LOOK_EVERY == _LOOK_EVERY - 1:
+            self._look()
+        here = threading.get_ident()
+        with self._changed:
+            # A signal's handler may come here inside of this.
+            if self._closed or self.busy or self._putting == here or (first and not self._is_native_done()):
+                return False
+            self._putting = here
+            native = self._native
+            assert native is not None
+            number = self._number + 1
+            try:
+                work.number = number
+                self._issued.append(work)
+                self.idle = False
+                if push(*arguments) <= 0:
+                    self._issued.pop()
+                    return False
+            except BaseException:
+                if native.issued() < number:
+                    self._issued.pop()
+                else:
+                    self._number = number
+                raise
+            finally:
+                self._putting = 0
+            self._number = number
+        return True
+
+    def rests(self) -> bool:
+        """Return whether nothing waits or runs here, and note it in ``idle``."""
+        if not self.idle and not self.busy and self._is_native_done():
+            self._look()
+        return self.idle
+
+    def is_before(self, work: IssuedWork) -> bool:
+        """Return whether this thread is in a call that keeps an operation of the native queue from ending."""
+        assert self._native is not None
+        return self._native.ended() < work.number and self.is_inside()
+
+    def wait_for(self, work: IssuedWork, timeout_s: float | None) -> bool:
+        """Wait until an operation of the native queue has ended; False if it has not in time, or never will here."""
+        assert self._native is not None
+        if not self._native.wait(work.number, timeout_s):
+            return False
+        self._look()
+        return True
+
+    def notify(self, work: IssuedWork, callback: Callable[[BaseException | None], None]) -> bool:
+        """Have ``callback`` called when an operation of the native queue has ended; False if it has."""
+        assert self._native is not None
+        with self._changed:
+            if work._over or not self._native.notify(work.number):
+                return False
+            work._done = [*work._done, callback]
+        return True
+
+    def _is_native_done(self) -> bool:
+        return self._native is None or self._native.ended() == self._number
+
+    def _look(self) -> None:
+        """End, for Python, what the native queue has made."""
+        native = self._native
+        if native is None:
+            return
+        with self._changed:
+            ended = native.ended()
+            while self._issued and self._issued[0].number <= ended:
+                work = self._issued.popleft()
+                work.end()
+                if work._done:
+                    self._notified.append(work)
+            if self.idle or self.busy or self._closed or self._putting or self._notified or ended != self._number:
+                return
+            self.idle = True
+            if self.watch is not None:
+                self.watch(False)
+
+    def _notify_all(self) -> None:
+        """Call the done callbacks of what has ended, in the queue's thread, where a call in one of them is refused."""
+        while self._notified:
+            work = self._notified[0]
+            for callback in work._done:
+                _call(callback, work._error)
+            self._notified.popleft()
+
+    def _serve_native(self) -> None:
+        """Serve the native queue until it is closed."""
+        native, here = self._native, threading.get_ident()
+        assert native is not None
+        self._serving.add(here)
+        try:
+            while not self._closed or native.ended() != native.issued():
+                code = native.serve(True)
+                if code:
+                    with self._changed:
+                        number = native.ended() + 1
+                        failed = [work for work in self._issued if work.number == number]
+                    for work in failed:
+                        work.fail(code)
+                    continue
+                self._end_served()
+        finally:
+            self._end_served()
+            self._serving.discard(here)
+
+    def _end_served(self) -> None:
+        self._look()
+        if self._notified:
+            self._notify_all()
+            self._look()
+        with self._changed:
+            self._changed.notify_all()
 
     def _man(self) -> None:
         """See that somebody takes the next work, if it can be run; the lock is held."""
@@ -310,23 +573,38 @@ class OperationQueue:
         """Tell ``watch`` once more whether the workers have something to do."""
         with self._changed:
             if self.watch is not None:
-                self.watch(not self.idle)
+                self.watch(not self.rests())
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
         """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
+        native, deadline = self._native, time.monotonic() + timeout_s
         with self._changed:
             self._closed = True
             self.idle = False  # nothing goes past the queue any more
             cancelled = list(self._waiting)
             self._waiting.clear()
+            if native is not None:
+                first = native.close()
+                for issued in self._issued:
+                    if issued.number >= first:
+                        issued._error = error
+                native.cancel()
             self._changed.notify_all()
             idle = self._changed.wait_for(lambda: not self._turn.locked(), timeout_s)
+        if native is not None:
+            idle = native.wait(native.issued(), max(0.0, deadline - time.monotonic())) and idle
+            self._look()
+            if threading.get_ident() not in self._serving:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._notified, max(0.0, deadline - time.monotonic()))
         for work in cancelled:
             work._cancel(error)
         return idle
 
     def _next(self) -> int | None:
         """Return the place of the work that can be run beside the transfers that run; the lock is held."""
+        if not self._is_native_done():
+            return None
         for place, work in enumerate(self._waiting):
             if work.lane is None:
                 return place if not place and not self._lanes else None
@@ -339,6 +617,7 @@ class OperationQueue:
         place = self._next()
         if place is None or not (self._lanes or self._turn.acquire(False)):
             return None
+        self._look()  # what is before it has ended
         work = self._waiting[place]
         del self._waiting[place]
         if work.lane is not None:
@@ -385,9 +664,18 @@ class OperationQueue:
             if not self._lanes:
                 self._turn.release()
             self._changed.notify_all()
-            self.idle = not self._waiting and not self._lanes and not self._closed
+            self.busy = bool(self._waiting or self._lanes)
+            self.idle = not self.busy and not self._closed
             if self.idle and self.watch is not None:
                 self.watch(False)
+
+
+def _waits_inside(operation: str) -> GroupError:
+    """Return the error of who waits for an operation inside a call of the same thread and group."""
+    return GroupError(
+        f"{operation}: it cannot be waited for here, inside a call of the same thread and group that is before it "
+        "(from a signal's handler, a done callback or __del__); wait when that call has returned"
+    )
 
 
 def nested(operation: str, group_name: str) -> GroupError:

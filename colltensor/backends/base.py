@@ -309,6 +309,40 @@ class CarryingBackend(Backend, Protocol):
         """Combine into the buffers, as ``allreduce`` does, what all ranks contributed; sends nothing."""
 
 
+class IssueQueue(Protocol):
+    """A queue of calls that one thread makes without the interpreter lock; numbers count from 1."""
+
+    def issued(self) -> int:
+        """Return how many calls were put into it."""
+
+    def ended(self) -> int:
+        """Return how many of them have ended."""
+
+    def serve(self, patient: bool) -> int:
+        """Make calls until one ends with something other than success; in one thread at a time, which it blocks.
+
+        Returns:
+            What ``SigningBackend.settle`` is told of call ``ended() + 1``, which ends with the next ``serve``; or 0
+            when ``notify`` was told of the last call, and when no call is left: unless ``patient`` at once, else
+            after ``kick`` or ``close``.
+        """
+
+    def kick(self) -> None:
+        """Have ``serve`` return when no call is left."""
+
+    def wait(self, number: int, timeout_s: float | None) -> bool:
+        """Return True when the call has ended, and False after ``timeout_s``, or in a forked child."""
+
+    def notify(self, number: int) -> bool:
+        """Have ``serve`` return when the call has ended; return False if it has."""
+
+    def close(self) -> int:
+        """Take no more calls, drop those that are not begun and return the number of the first of them."""
+
+    def cancel(self) -> None:
+        """Let the calls that were dropped have ended, once the one that is made has."""
+
+
 @runtime_checkable
 class SigningBackend(Backend, Protocol):
     """A backend that compares the call's signature itself, on arrival: ``agrees`` is False.
@@ -319,9 +353,11 @@ class SigningBackend(Backend, Protocol):
 
     Attributes:
         number: The group's number in the native library.
+        queue: Of the asynchronous calls of ``issuing``.
     """
 
     number: int
+    queue: IssueQueue
 
     def set_timeout(self, timeout_s: float) -> None:
         """Let direct calls wait so long for other ranks: ``direct`` returns other functions afterwards."""
@@ -392,6 +428,16 @@ class SigningBackend(Backend, Protocol):
             stacked: Whether one tensor with all their elements is given instead of those of all ranks.
         """
 
+    def issuing(self, operation: int, op: int, root: int, source: int, stacked: bool) -> Callable[..., int]:
+        """Return a function that puts into ``queue`` what a function of ``direct`` does.
+
+        It is given the exports of the tensors (``colltensor.dlpack.export``), which must stay until the call has ended,
+        and returns the call's number, or no positive one if the call must go the general way.
+        """
+
+    def hand_over(self) -> int:
+        """Put a direct call of this thread that came to ``DIRECT_PENDING`` into ``queue``; return its number."""
+
     def claiming(self, op: int) -> Callable[..., int]:
         """Return a function that makes an allreduce of a contiguous host tensor that its framework never changes.
 
@@ -460,8 +506,14 @@ class SigningBackend(Backend, Protocol):
 DIRECT_DONE: Final = 0
 DIRECT_REFUSED: Final = 1
 DIRECT_MISMATCH: Final = 2
+DIRECT_PENDING: Final = 1
 DIRECT_LARGE: Final = 2
-"""Of a function of ``SigningBackend.direct``; the others are of ``settle``."""
+DIRECT_BUSY: Final = 9
+"""Of a function of ``SigningBackend.direct``, as is the one above; the others are of ``settle``.
+
+Begun, and waiting for others; nothing begun, because it would take long; nothing begun, because another thread has the
+turn.
+"""
 
 DIRECT: Final = {
     name: number

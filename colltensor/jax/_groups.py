@@ -50,7 +50,6 @@ def number_of(group: Group) -> int:
             _groups[number] = group
             defer = functools.partial(_defer, group.shared_memory())
             group.follow(_wait, defer)
-            defer(False)
             _watch_the_end(group)
     return number
 

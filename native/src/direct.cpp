@@ -172,8 +172,7 @@ class Tensors {
   std::vector<Range> ranges_;  // kept for its memory
 };
 
-bool is_plain_call(const DirectCall& call, Tensors& tensors, const Group& group) {
-  const int ranks = group.world_size(), rank = group.rank();
+bool is_plain_call(const DirectCall& call, Tensors& tensors, int rank, int ranks) {
   const bool is_root = call.root == rank, has_root = call.root >= 0 && call.root < ranks;
   switch (call.operation) {
     case Operation::kBarrier: return tensors.size() == 0;
@@ -243,7 +242,8 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
     }
     Tensors& tensors = *made;
     *returned = code(Outcome::kRefused);
-    if (!tensors.take(call, group->world_size(), arguments, number) || !is_plain_call(call, tensors, *group)) return;
+    if (!tensors.take(call, group->world_size(), arguments, number)) return;
+    if (!is_plain_call(call, tensors, group->rank(), group->world_size())) return;
     std::int64_t detail = 0;
     const Outcome outcome = run_direct(*group, call, tensors.from(0), tensors.count(), tensors.dtype(),
                                        brief ? Group::kBrief : now_ns() + timeout_ns, detail);
@@ -257,6 +257,93 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
       return;
     }
     *returned = result(*group, outcome) | detail << 8;
+  });
+}
+
+// Puts one operation on plain tensors into the queue, in the order of a request's views; their memory must stay until it
+// has ended. Returns its number, or less what is wrong.
+ffi::Function issue_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
+                             int source, bool stacked) {
+  const DirectCall call{static_cast<Operation>(operation), op, root, source, stacked};
+  const std::shared_ptr<Queue> queue = member_queue(handle);
+  const Guest group(handle);
+  const int rank = group ? group->rank() : 0, ranks = group ? group->world_size() : 0;
+  const bool reduces = call.operation == Operation::kAllReduce || call.operation == Operation::kReduce ||
+                       call.operation == Operation::kReduceScatter;
+  return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
+    *returned = -code(Outcome::kClosed);
+    if (queue == nullptr || queue->foreign()) return;
+    const auto tensors = std::make_shared<Tensors>();
+    *returned = -code(Outcome::kRefused);
+    if (!tensors->take(call, ranks, arguments, number) || !is_plain_call(call, *tensors, rank, ranks)) return;
+    if (reduces && find_reduction(tensors->dtype(), static_cast<ReduceOp>(op)) == nullptr) return;
+    const std::int64_t issued = queue->push([=] {
+      const std::int64_t deadline_ns = now_ns() + timeout_ns;
+      const Outcome held = hold_member(handle, deadline_ns);
+      if (held != Outcome::kDone) return code(held);
+      Group& group = *held_member(handle);
+      std::int64_t detail = 0;
+      const Outcome outcome =
+          run_direct(group, call, tensors->from(0), tensors->count(), tensors->dtype(), deadline_ns, detail);
+      release_member(handle);
+      return code(outcome) | detail << 8;
+    });
+    *returned = issued != 0 ? issued : -code(Outcome::kClosed);
+  });
+}
+
+// Puts what a brief call of this thread's left pending into the queue, and returns its number.
+ffi::Function hand_over_function(std::int64_t handle, std::int64_t timeout_ns) {
+  const std::shared_ptr<Queue> queue = member_queue(handle);
+  return ffi::Function::FromTyped([=]() -> std::int64_t {
+    if (queue == nullptr || queue->foreign()) return -code(Outcome::kClosed);
+    {
+      const Guest group(handle);
+      if (group) group->hand_over(queue.get());
+    }
+    const std::int64_t issued = queue->push([handle, timeout_ns, owner = queue.get()] {
+      Group* group = claim_member(handle, owner);
+      if (group == nullptr) return code(Outcome::kClosed);
+      std::int64_t detail = 0;
+      const Outcome outcome = group->resume(now_ns() + timeout_ns, detail);
+      release_member(handle);
+      return code(outcome) | detail << 8;
+    });
+    return issued != 0 ? issued : -code(Outcome::kClosed);
+  });
+}
+
+enum class Asked { kIssued, kEnded, kServe, kKick, kNotify, kClose, kCancel };
+
+// One of what Python asks of the queue, with the number of a call where it concerns one.
+ffi::Function queue_function(std::int64_t handle, std::int64_t asked) {
+  const std::shared_ptr<Queue> queue = member_queue(handle);
+  return ffi::Function::FromTyped([=](std::int64_t number) -> std::int64_t {
+    if (queue == nullptr || queue->foreign()) return 0;
+    switch (static_cast<Asked>(asked)) {
+      case Asked::kIssued: return queue->issued();
+      case Asked::kEnded: return queue->ended();
+      case Asked::kServe: return queue->serve(number != 0);
+      case Asked::kKick: queue->kick(); break;
+      case Asked::kNotify: return queue->notify(number) ? 1 : 0;
+      case Asked::kClose: return queue->close();
+      case Asked::kCancel: queue->cancel(); break;
+    }
+    return 0;
+  });
+}
+
+// Waits until a call has ended: true if it has.
+ffi::Function queue_wait_function(std::int64_t handle) {
+  const std::shared_ptr<Queue> queue = member_queue(handle);
+  return ffi::Function::FromTyped([=](std::int64_t number, std::int64_t timeout_ns) {
+    if (queue == nullptr || queue->foreign()) return false;
+    const std::int64_t now = now_ns();
+    const std::int64_t limit = timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns;
+    bool interrupted = false;
+    const bool ended = queue->wait(number, limit, signalled, interrupted);
+    if (interrupted) throw ffi::EnvErrorAlreadySet();
+    return ended;
   });
 }
 
@@ -285,3 +372,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_export_function, colltensor::export_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_direct_function, colltensor::direct_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_claiming_function, colltensor::claiming_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_issue_function, colltensor::issue_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hand_over_function, colltensor::hand_over_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_queue_function, colltensor::queue_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_queue_wait_function, colltensor::queue_wait_function)

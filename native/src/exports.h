@@ -2,6 +2,7 @@
 #pragma once
 
 #include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
 
 #include <cstdint>
 
@@ -19,6 +20,8 @@ class InsideXla {
 
   static inline thread_local bool inside = false;
 };
+
+inline bool signalled() { return !InsideXla::inside && TVMFFIEnvCheckSignals() != 0; }
 
 // The code of an outcome for Python. A signal's exception is thrown on; the group is broken by it.
 inline std::int64_t result(Group& group, Outcome outcome) {

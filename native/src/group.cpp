@@ -128,9 +128,8 @@ Outcome Group::agree(std::uint32_t arrival, const Signature& signature, std::int
   return Outcome::kDone;
 }
 
-bool Group::claim() {
-  const void* own = this_thread();
-  return pending_.compare_exchange_strong(own, nullptr, std::memory_order_acq_rel);
+bool Group::claim(const void* owner) {
+  return pending_.compare_exchange_strong(owner, nullptr, std::memory_order_acq_rel);
 }
 
 Outcome Group::resume(std::int64_t deadline_ns, std::int64_t& detail) {

@@ -122,9 +122,14 @@ Group* held_member(std::int64_t handle) {
   return (state & ~kClosed) == (use_of(handle) | kBusy) ? slot.member->group.get() : nullptr;
 }
 
-Group* claim_member(std::int64_t handle) {
+Group* claim_member(std::int64_t handle, const void* owner) {
   const Guest group(handle);  // until this thread has the turn again, which keeps the group
-  return group && group->claim() ? held_member(handle) : nullptr;
+  return group && group->claim(owner) ? held_member(handle) : nullptr;
+}
+
+std::shared_ptr<Queue> member_queue(std::int64_t handle) {
+  const Guest group(handle);
+  return group ? slot_of(handle).member->queue : nullptr;
 }
 
 Guest::Guest(std::int64_t handle) {

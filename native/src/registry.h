@@ -7,6 +7,7 @@
 
 #include "colltensor/group.h"
 #include "colltensor/segment.h"
+#include "queue.h"
 
 namespace colltensor {
 
@@ -15,6 +16,7 @@ struct Member {
   std::unique_ptr<Group> group;
   std::shared_ptr<void> context;  // of the group's hooks
   std::uint64_t nonce[2] = {};    // what other ranks try to read
+  std::shared_ptr<Queue> queue = std::make_shared<Queue>();  // of asynchronous calls
 };
 
 std::uint64_t* member_nonces(std::int64_t handle);
@@ -53,8 +55,12 @@ void release_member(std::int64_t handle);
 // Whether a thread has the turn.
 bool is_busy(std::int64_t handle);
 
-// The group, whose turn the calling thread has as long as its pending call is not resumed; null if it has none.
-Group* claim_member(std::int64_t handle);
+// The group, whose turn the calling thread has as long as its pending call is not resumed; null if it has none. With an
+// `owner` the call is one that was handed over to it.
+Group* claim_member(std::int64_t handle, const void* owner = this_thread());
+
+// The queue of the group's asynchronous calls, which may outlive it; null if there is no such group.
+std::shared_ptr<Queue> member_queue(std::int64_t handle);
 
 // The group, whose turn the calling thread holds; null if it does not.
 Group* held_member(std::int64_t handle);

@@ -297,6 +297,95 @@ void left_pending() {
   expect(remove_member(handles[1]), "the other rank cannot be closed");
 }
 
+// Calls of a queue: in order, one left pending and handed over among them; what fails, and what a close drops.
+void queued() {
+  const std::array<std::int64_t, 2> handles = both_handles();
+  const std::shared_ptr<Queue> queue = member_queue(handles[0]);
+  constexpr int kCalls = 300, kFails = 200;
+  float element = 1.0f;
+  const View view(&element, sizeof element);
+  const Signature signature;
+  const auto made = [&](Group& group, std::int64_t until) {
+    return group.allreduce(view, 1, DType::kFloat32, ReduceOp::kMax, signature, until);
+  };
+  std::atomic<int> ended_badly{0};
+  std::thread server([&] {
+    while (!queue->foreign()) {
+      const std::int64_t code = queue->serve(true);
+      if (code == Queue::kLookAround) return;
+      if (code == 7) ended_badly += queue->ended() + 1 == kFails;
+    }
+  });
+  std::thread peer([&] {
+    for (int i = 1; i <= kCalls; ++i) {
+      if (i == kFails) continue;
+      float theirs = static_cast<float>(i);
+      Turn turn(handles[1]);
+      expect(turn->allreduce(View(&theirs, sizeof theirs), 1, DType::kFloat32, ReduceOp::kMax, signature,
+                             in_ms(kLongMs)) == Outcome::kDone, "the other rank's call");
+    }
+  });
+  bool interrupted = false;
+  for (int i = 1; i <= kCalls; ++i) {
+    std::int64_t number = 0;
+    if (i == kFails) {
+      number = queue->push([] { return std::int64_t{7}; });
+    } else if (queue->ended() + 1 == i) {  // as in the caller's thread
+      Turn turn(handles[0]);
+      if (!expect(turn.outcome() == Outcome::kDone, "no turn of a queue at rest")) break;
+      Group& group = *turn;
+      const Outcome begun = made(group, Group::kBrief);
+      if (begun == Outcome::kPending) {
+        turn.keep();
+        group.postpone([&](std::int64_t until, std::int64_t&) { return made(group, until); });
+        expect(group.hand_over(queue.get()) && !group.pending(), "a pending call is not handed over");
+        number = queue->push([&] {
+          Group* const claimed = claim_member(handles[0], queue.get());
+          std::int64_t none = 0;
+          if (claimed == nullptr) return std::int64_t{1};
+          const Outcome outcome = claimed->resume(in_ms(kLongMs), none);
+          release_member(handles[0]);
+          return static_cast<std::int64_t>(outcome);
+        });
+      } else {
+        expect(begun == Outcome::kDone, "a brief call");
+        number = queue->push([] { return std::int64_t{0}; });
+      }
+    } else {
+      number = queue->push([&] {
+        if (hold_member(handles[0], in_ms(kLongMs)) != Outcome::kDone) return std::int64_t{1};
+        const Outcome outcome = made(*held_member(handles[0]), in_ms(kLongMs));
+        release_member(handles[0]);
+        return static_cast<std::int64_t>(outcome);
+      });
+    }
+    expect(number == i, "call %d has number %ld", i, static_cast<long>(number));
+    if (i % 50 == 0) expect(queue->wait(i, in_ms(kLongMs), nullptr, interrupted), "call %d does not end", i);
+  }
+  expect(queue->wait(kCalls, in_ms(kLongMs), nullptr, interrupted) && !interrupted, "the calls do not end");
+  expect(ended_badly == 1, "a failure is told %d times", ended_badly.load());
+  expect(element == kCalls, "the calls have another result");
+  peer.join();
+  std::atomic<bool> go{false}, begun{false};
+  queue->push([&] {
+    begun = true;
+    while (!go) std::this_thread::yield();
+    return std::int64_t{0};
+  });
+  while (!begun) std::this_thread::yield();
+  queue->push([&] {
+    expect(false, "a call that was dropped is made");
+    return std::int64_t{0};
+  });
+  expect(queue->close() == kCalls + 2 && queue->push([] { return std::int64_t{0}; }) == 0, "a closed queue");
+  queue->cancel();
+  expect(!queue->wait(kCalls + 2, in_ms(kShortMs), nullptr, interrupted), "what is dropped ends before what is made");
+  go = true;
+  expect(queue->wait(kCalls + 2, in_ms(kLongMs), nullptr, interrupted), "what is dropped does not end");
+  server.join();
+  for (const std::int64_t handle : handles) expect(remove_member(handle), "a queue keeps its group open");
+}
+
 void table_of_groups() {
   const std::array<std::int64_t, 2> handles = both_handles();
   std::vector<std::thread> threads;
@@ -406,6 +495,7 @@ void test_failures() {
   signalled();
   table_of_groups();
   left_pending();
+  queued();
 }
 
 }  // namespace tests

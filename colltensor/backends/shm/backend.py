@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from colltensor.backends.base import DIRECT_DONE, DIRECT_MISMATCH, DIRECT_REFUSED, require
 from colltensor.backends.shm import outcomes, requests
+from colltensor.backends.shm.issuing import IssueQueue
 from colltensor.backends.shm.outcomes import AgreeingControl, Outcomes, Signed
 from colltensor.backends.shm.segment import Segment
 from colltensor.errors import CollectiveError
@@ -33,6 +34,7 @@ class ShmBackend:
 
     Attributes:
         number: The group's number in the native library.
+        queue: Of asynchronous direct calls.
         details: Whether large messages are read from the peers' memory, and what stands against it, in words.
     """
 
@@ -61,6 +63,7 @@ class ShmBackend:
         self._outcomes = Outcomes(control, segment.library, segment.handle)
         segment.stop.append(self._outcomes.stop)
         self._crowded = segment.crowded
+        self.queue = IssueQueue(segment.library, segment.handle)
         self.set_timeout(timeout_s)
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -68,6 +71,8 @@ class ShmBackend:
         self._timeout_ns = int(timeout_s * 1e9)
         self._native.shm_set_timeout(self._handle, self._timeout_ns)
         self._resume = self._native.shm_resume_function(self._handle, self._timeout_ns)
+        self._hand_over = self._native.shm_hand_over_function(self._handle, self._timeout_ns)
+        self._hand_over.release_gil = False
 
     def direct(
         self, operation: int, op: int, root: int, source: int, stacked: bool
@@ -82,6 +87,19 @@ class ShmBackend:
         brief = make(*call, True)
         brief.release_gil = False
         return brief, patient
+
+    def issuing(self, operation: int, op: int, root: int, source: int, stacked: bool) -> Callable[..., int]:
+        """Return a function of the native library's: see ``SigningBackend``."""
+        function: Callable[..., int] = self._native.shm_issue_function(
+            self._handle, self._timeout_ns, operation, op, root, source, stacked
+        )
+        function.release_gil = False  # type: ignore[attr-defined]
+        return function
+
+    def hand_over(self) -> int:
+        """Put this thread's pending call into the queue: see ``SigningBackend``."""
+        number: int = self._hand_over()
+        return number
 
     def claiming(self, op: int) -> Callable[..., int]:
         """Return a function of the native library's: see ``SigningBackend``."""

@@ -130,8 +130,13 @@ class Group {
   // Whether this thread is in a call that asks the caller something: what the caller begins meanwhile (a signal's handler
   // may) cannot wait for the turn.
   bool asking() const { return asking_.load(std::memory_order_relaxed) == this_thread(); }
-  // Makes this thread's pending call its own again; false if there is none, or it was cancelled.
-  bool claim();
+  // Leaves this thread's pending call to whoever claims it as `owner`; false if there is none, or it was cancelled.
+  bool hand_over(const void* owner) {
+    const void* own = this_thread();
+    return pending_.compare_exchange_strong(own, owner, std::memory_order_acq_rel);
+  }
+  // Makes a pending call this thread's own again, or its own; false if there is none, or it was cancelled.
+  bool claim(const void* owner = this_thread());
   Outcome resume(std::int64_t deadline_ns, std::int64_t& detail);
   // Takes a pending call from its thread, in a group that is closed; true once, if there was one.
   bool cancel() { return pending_.exchange(nullptr, std::memory_order_acq_rel) != nullptr; }

@@ -16,7 +16,7 @@ namespace colltensor {
 
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free && std::atomic<std::uint64_t>::is_always_lock_free);
 
-constexpr std::uint64_t kMagic = 0x34726f736e65746c;  // "ltensor4"; another one with every change of this file
+constexpr std::uint64_t kMagic = 0x35726f736e65746c;  // "ltensor5"; another one with every change of this file
 
 // Where every count of steps begins: so short before it wraps around that every group soon has, and every test sees it.
 constexpr std::uint32_t kFirstStep = 0xffffffffu - 99;
