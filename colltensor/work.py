@@ -35,7 +35,7 @@ class _Always(threading.Event):
 
 FINISHED: Final = _Always()
 """Shared by what is done when it is first seen: making an event takes longer than queuing a call on a device."""
-_LOOK_EVERY: Final = 16
+_UNSEEN: Final = 15
 """So many operations of a native queue may have ended before the next one that is issued lets go of their tensors."""
 
 
@@ -138,7 +138,9 @@ def _call(callback: Callable[[BaseException | None], None], outcome: BaseExcepti
     """Call a done callback."""
     try:
         callback(outcome)
-    except Exception as error:  # noqa: BLE001 - told as what ends a thread, which has other operations to run
+    except BaseException as error:
+        if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+            raise  # it may be Ctrl-C, and no operation runs in this thread
         told = (type(error), error, error.__traceback__, threading.current_thread())
         threading.excepthook(threading.ExceptHookArgs(told))
 
@@ -291,6 +293,8 @@ class IssuedWork(Work):
     def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
         """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
         if self._over or not self._issuer.notify(self, callback):
+            if not self.done():
+                raise GroupError(f"{self._operation}: it was issued by the parent process of this one")
             _call(callback, self._error)
 
     def fail(self, code: int) -> None:
@@ -307,6 +311,25 @@ class IssuedWork(Work):
             self._note(self._written)
         self._held, self._written = None, ()
         self._over = True
+
+
+class _Holding:
+    """Has a queue's lock, and says so to a signal's handler or a finalizer that calls in this thread meanwhile."""
+
+    __slots__ = ("_queue", "outer")
+
+    def __init__(self, queue: OperationQueue) -> None:
+        self._queue = queue
+        self.outer = 0
+
+    def __enter__(self) -> _Holding:
+        self._queue._changed.acquire()
+        self.outer, self._queue._putting = self._queue._putting, threading.get_ident()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue._putting = self.outer
+        self._queue._changed.release()
 
 
 class OperationQueue:
@@ -370,7 +393,7 @@ class OperationQueue:
         self._owner = 0
         self._turn.release()
         if self._waiting or self._closed:
-            with self._changed:
+            with _Holding(self):
                 self._changed.notify_all()
 
     def is_busy(self) -> bool:
@@ -401,24 +424,20 @@ class OperationQueue:
             RuntimeError: No thread can be started; nothing is left behind.
         """
         work._queue = self
-        with self._changed:
-            outer, self._putting = self._putting, threading.get_ident()
+        with _Holding(self):
+            self._waiting.append(work)
             try:
-                self._waiting.append(work)
-                try:
-                    self._man()
-                except BaseException:
-                    self._waiting.remove(work)
-                    raise
-                self.busy = True
-                self.idle = False
-                if self.watch is not None:
-                    self.watch(True)
-                if self._native is not None and not self._is_native_done():
-                    self._native.kick()  # its thread tells the workers when it has nothing left
-                self._changed.notify_all()
-            finally:
-                self._putting = outer
+                self._man()
+            except BaseException:
+                self._waiting.remove(work)
+                raise
+            self.busy = True
+            self.idle = False
+            if self.watch is not None:
+                self.watch(True)
+            if self._native is not None and not self._is_native_done():
+                self._native.kick()  # its thread tells the workers when it has nothing left
+            self._changed.notify_all()
         return work
 
     def man_native(self) -> None:
@@ -429,7 +448,7 @@ class OperationQueue:
         """
         if self._has_server:
             return
-        with self._changed:
+        with _Holding(self):
             native = self._native
             if not (self._has_server or self._closed) and native is not None and native.wait(0, 0.0):  # not a fork's
                 threading.Thread(target=self._serve_native, name=f"colltensor {self._name}", daemon=True).start()
@@ -449,8 +468,11 @@ class OperationQueue:
         Returns:
             False if it put nothing.
         """
-        if len(self._issued) % _LOOK_EVERY == _LOOK_EVERY - 1:
-            self._look()
+        issued = self._issued
+        if len(issued) >= _UNSEEN:
+            assert self._native is not None
+            if self._native.ended() >= issued[0].number + _UNSEEN - 1:
+                self._look()
         here = threading.get_ident()
         with self._changed:
             # A signal's handler may come here inside of this.
@@ -471,12 +493,18 @@ class OperationQueue:
                 if native.issued() < number:
                     self._issued.pop()
                 else:
-                    self._number = number
+                    self._count(number)
                 raise
             finally:
                 self._putting = 0
-            self._number = number
+            self._count(number)
         return True
+
+    def _count(self, number: int) -> None:
+        """Note the number of what was put into the native queue last."""
+        self._number = number
+        if self.busy and self._native is not None:  # a signal's handler has put something, and saw it as empty
+            self._native.kick()
 
     def rests(self) -> bool:
         """Return whether nothing waits or runs here, and note it in ``idle``."""
@@ -500,7 +528,7 @@ class OperationQueue:
     def notify(self, work: IssuedWork, callback: Callable[[BaseException | None], None]) -> bool:
         """Have ``callback`` called when an operation of the native queue has ended; False if it has."""
         assert self._native is not None
-        with self._changed:
+        with _Holding(self):
             if work._over or not self._native.notify(work.number):
                 return False
             work._done = [*work._done, callback]
@@ -514,14 +542,14 @@ class OperationQueue:
         native = self._native
         if native is None:
             return
-        with self._changed:
+        with _Holding(self) as holding:
             ended = native.ended()
             while self._issued and self._issued[0].number <= ended:
                 work = self._issued.popleft()
                 work.end()
                 if work._done:
                     self._notified.append(work)
-            if self.idle or self.busy or self._closed or self._putting or self._notified or ended != self._number:
+            if self.idle or self.busy or self._closed or holding.outer or self._notified or ended != self._number:
                 return
             self.idle = True
             if self.watch is not None:
@@ -531,9 +559,11 @@ class OperationQueue:
         """Call the done callbacks of what has ended, in the queue's thread, where a call in one of them is refused."""
         while self._notified:
             work = self._notified[0]
-            for callback in work._done:
-                _call(callback, work._error)
-            self._notified.popleft()
+            try:
+                for callback in work._done:
+                    _call(callback, work._error)
+            finally:
+                self._notified.popleft()
 
     def _serve_native(self) -> None:
         """Serve the native queue until it is closed."""
@@ -549,6 +579,7 @@ class OperationQueue:
                         failed = [work for work in self._issued if work.number == number]
                     for work in failed:
                         work.fail(code)
+                    failed = work = None  # type: ignore[assignment]  # the operation's tensors and its error
                     continue
                 self._end_served()
         finally:
@@ -571,7 +602,7 @@ class OperationQueue:
 
     def tell_watch(self) -> None:
         """Tell ``watch`` once more whether the workers have something to do."""
-        with self._changed:
+        with _Holding(self):
             if self.watch is not None:
                 self.watch(not self.rests())
 

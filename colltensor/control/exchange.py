@@ -298,6 +298,8 @@ class Pairs:
 
         with self._changed:
             self._followers.add(me)
+            if self._led and self._has_come(me):  # after the leader's last look, who did not count this thread yet
+                self._lookout.board.wake()
             try:
                 came = self._changed.wait_for(turn_has_come, max(0.0, deadline - time.monotonic()))
                 self._led = self._led or came

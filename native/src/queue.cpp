@@ -9,6 +9,8 @@ namespace {
 constexpr std::int64_t kSliceNs = 50'000'000;    // between two questions for signals
 constexpr std::int64_t kIdleNs = 3'600'000'000'000;
 constexpr int kYields = 100;  // before a waiter sleeps, whom to wake takes longer
+constexpr std::int64_t kLongYieldNs = 1'000'000;  // others want the processor: whoever sleeps is preferred when woken
+constexpr std::int64_t kEndedUnseen = 15;         // calls whose tensors Python is not told of
 
 }  // namespace
 
@@ -53,7 +55,11 @@ std::int64_t Queue::serve(bool patient) {
   }
   for (;;) {
     while (jobs_.empty()) {
-      if (std::exchange(kicked_, false) || closed_ || !patient) return kLookAround;
+      const bool unseen = ended() - seen_ >= kEndedUnseen;
+      if (std::exchange(kicked_, false) || closed_ || !patient || unseen) {
+        seen_ = ended();
+        return kLookAround;
+      }
       const std::uint32_t seen = calls_.load(std::memory_order_relaxed);
       lock.unlock();
       idle_.store(1, std::memory_order_relaxed);
@@ -81,7 +87,13 @@ std::int64_t Queue::serve(bool patient) {
 }
 
 bool Queue::wait(std::int64_t number, std::int64_t deadline_ns, bool (*signalled)(), bool& interrupted) const {
-  for (int yields = kYields; yields > 0 && ended() < number; --yields) yield_processor();
+  std::int64_t last = now_ns();
+  for (int yields = kYields; yields > 0 && ended() < number && last < deadline_ns; --yields) {
+    const std::int64_t before = last;
+    yield_processor();
+    last = now_ns();
+    if (last - before > kLongYieldNs) break;
+  }
   while (ended() < number) {
     const std::int64_t now = now_ns();
     if (now >= deadline_ns) return false;

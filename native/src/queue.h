@@ -54,6 +54,7 @@ class Queue {
   bool kicked_ = false, closed_ = false, cancelled_ = false;
   bool running_ = false;  // or ended with a failure that nobody has dealt with yet
   bool failed_ = false;
+  std::int64_t seen_ = 0;  // how many calls had ended when serve() last had Python look around
   std::atomic<std::int64_t> issued_{0}, ended_{0};
   mutable std::atomic<std::uint32_t> endings_{0}, waiters_{0};  // endings_ and calls_ are futex words
   std::atomic<std::uint32_t> calls_{0}, idle_{0};

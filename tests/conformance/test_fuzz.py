@@ -105,13 +105,14 @@ def run_program(
     with ExitStack() as stack:
         if world.hosts:
             stack.enter_context(in_another_order())
+        # pygloo holds the interpreter lock in a call, so that two groups at once need one order on all ranks.
         groups = [
             group_of(size, world.backend, world.provider, timeout_s=timeout_s, hosts=world.hosts)
-            for timeout_s in (30.0, 31.0)
+            for timeout_s in ((30.0,) if world.provider == "pygloo" else (30.0, 31.0))
         ]
         runners = [Fuzzer(group, libraries, draw) for group in groups]
         for number in range(steps):
-            runner = runners[draw.random() < 0.2]
+            runner = runners[-1 if draw.random() < 0.2 else 0]
             step = drawn(draw)
             try:
                 runner.run(step)

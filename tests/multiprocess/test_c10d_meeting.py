@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from colltensor import net
-from colltensor.errors import CollectiveError, OptionError
+from colltensor.errors import CollectiveError, OptionError, PeerLostError
 
 pytestmark = pytest.mark.needs("torch")
 
@@ -93,3 +93,35 @@ def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
     assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
     assert all("participant 1: " in str(error) and "high_priority" in str(error) for error in errors.values())
     assert store.num_keys() == 0
+
+
+def test_what_one_rank_alone_met_with_leaves_nothing_for_the_next_meeting() -> None:
+    torch_distributed = pytest.importorskip("torch.distributed")
+    from colltensor.torch.c10d.meeting import meet
+
+    store = torch_distributed.HashStore()
+
+    def look() -> None:
+        raise PeerLostError("rank 1 has gone", (1,))
+
+    with pytest.raises(PeerLostError, match="has gone"):
+        meet(store, "again", 0, 2, name="g", meet_s=5.0, timeout_s=5.0, check=look)
+    assert not store.check(["again/1/0"])
+    groups: list[Any] = []
+    threads = [
+        threading.Thread(
+            target=lambda rank=rank: groups.append(meet(store, "again", rank, 2, name="g", meet_s=9.0, timeout_s=9.0))
+        )
+        for rank in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    closers = [threading.Thread(target=group.destroy) for group in groups]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join(20)
+    assert sorted(group.rank for group in groups) == [0, 1]
+    assert not store.check(["again/left"])

@@ -358,3 +358,83 @@ def test_a_work_that_has_ended() -> None:
     work, told = EndedWork("sum"), list[BaseException | None]()
     work.add_done_callback(told.append)
     assert (work.wait(), work.done(), work.result(), told) == (None, True, "sum", [None])
+
+
+def drop_what_nobody_asks_about(rank: int, size: int, name: str) -> int:
+    """Rank 0 issues a burst before rank 1 comes, and keeps nothing of it."""
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))
+        made: list[weakref.ref[np.ndarray]] = []
+        if rank == 1:
+            time.sleep(0.3)
+        for _ in range(500):
+            array = np.zeros(8)
+            made.append(weakref.ref(array))
+            group.allreduce(array, async_op=True)
+        del array
+        native = group._engine.queue._native
+        assert native.wait(native.issued(), 20.0)
+        deadline = time.monotonic() + 5
+        while (alive := sum(ref() is not None for ref in made)) > 15 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return alive
+
+
+def test_calls_that_nobody_asks_about_let_go_of_their_tensors(pool: RankPool) -> None:
+    assert max(pool.run(2, drop_what_nobody_asks_about, fresh())) <= 15
+
+
+def call_from_a_finalizer(rank: int, size: int, name: str) -> list[str]:
+    """A tensor that is let go of when its call is awaited calls the group."""
+    found: list[str] = []
+
+    def call(group: col.Group) -> None:
+        try:
+            group.barrier()
+        except col.CollectiveError as error:
+            found.append(str(error))
+
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))
+        if rank == 1:
+            time.sleep(0.2)
+        array = np.zeros(8)
+        if rank == 0:  # the late one's call ends at once
+            weakref.finalize(array, call, group)
+        group.allreduce(array, async_op=True)
+        del array
+        group.allreduce(np.zeros(8), async_op=True).wait(10)
+        group.allreduce(np.zeros(1))
+    return found
+
+
+@pytest.mark.timeout(60)
+def test_a_finalizer_that_calls_while_a_call_is_awaited_is_refused(pool: RankPool) -> None:
+    results = pool.run(2, call_from_a_finalizer, fresh(), timeout_s=30)
+    assert len(results[0]) == 1
+    assert "inside another call" in results[0][0]
+
+
+def leave_a_done_callback(rank: int, size: int, name: str) -> None:
+    """A callback raises what ends a thread; what comes after it in the queue is done all the same."""
+    def leave(_: object) -> None:
+        raise SystemExit(3)
+
+    with own_group(rank, size, name) as group:
+        group.allreduce(np.zeros(1))
+        if rank == 1:
+            time.sleep(0.2)
+        work = group.allreduce(np.zeros(8), async_op=True)
+        if rank == 0:  # the late one's call has ended, so that it would be called at once
+            work.add_done_callback(leave)
+        time.sleep(0.5 * (1 - rank))
+        group.barrier()
+        if rank == 1:
+            time.sleep(0.2)
+        for _ in range(3):
+            group.allreduce(np.zeros(8), async_op=True).wait(10)
+        group.allreduce(np.zeros(8))
+
+
+def test_a_done_callback_that_raises_systemexit_ends_no_queue(pool: RankPool) -> None:
+    pool.run(2, leave_a_done_callback, fresh(), timeout_s=30)

@@ -211,7 +211,11 @@ class TorchProvider:
             waiter = self._waiters.pop()
         except IndexError:  # in use, by other threads
             waiter = _Waiter(f"colltensor-gloo-{self._control.group_name}")
-        waiter.start_waiting(works, deadline)
+        try:
+            waiter.start_waiting(works, deadline)
+        except BaseException:
+            waiter.end()
+            raise
         return waiter
 
     def _abandon(self, works: list[Any], waiter: _Waiter | None) -> None:

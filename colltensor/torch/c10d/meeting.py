@@ -61,7 +61,8 @@ def meet(
                 backend=recipe.asked_of(world_size), refusal=refusal,
             )
         except CollectiveError as error:
-            everybody_hears = not isinstance(error, CollectiveTimeoutError)
+            # What this rank alone met with (a lost peer, say) is told to nobody through the keys.
+            everybody_hears = exchange.is_whole and not isinstance(error, CollectiveTimeoutError)
             raise
         group = connect(meeting, recipe, deadline)
         try:
@@ -79,7 +80,11 @@ def meet(
 
 
 class _Exchange:
-    """Hands this rank's bytes to all ranks through the store, round by round, and returns all ranks'."""
+    """Hands this rank's bytes to all ranks through the store, round by round, and returns all ranks'.
+
+    Attributes:
+        is_whole: Whether the last round was read to its end.
+    """
 
     def __init__(
         self, store: Any, prefix: str, rank: int, world_size: int, name: str, deadline: float,
@@ -93,14 +98,18 @@ class _Exchange:
         self._deadline = deadline
         self._check = check
         self._round = 0
+        self.is_whole = False
 
     def __call__(self, payload: bytes) -> list[bytes]:
         self._round += 1
+        self.is_whole = False
         self._store.set(self._key(self._round, self._rank), payload.hex())
-        return [
+        payloads = [
             payload if rank == self._rank else bytes.fromhex(self._get(self._key(self._round, rank), rank).decode())
             for rank in range(self._world_size)
         ]
+        self.is_whole = True
+        return payloads
 
     def withdraw(self) -> None:
         """Delete this rank's keys."""
