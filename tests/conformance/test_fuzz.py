@@ -42,10 +42,11 @@ BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 class Fuzzer(Runner):
     """A runner whose deferred calls are awaited by and by, and that does what a single call does not show."""
 
-    def __init__(self, group: Any, libraries: tuple[str, ...], draw: random.Random) -> None:
+    def __init__(self, group: Any, libraries: tuple[str, ...], draw: random.Random, one_at_a_time: bool) -> None:
         super().__init__(group, libraries)
         self.hash = blake2b(digest_size=8)
         self._draw = draw
+        self._one_at_a_time = one_at_a_time
 
     def run(self, step: Step) -> None:
         """Make one call; now and then wait for some of those that are under way, in any order."""
@@ -64,6 +65,8 @@ class Fuzzer(Runner):
         return lambda: None
 
     def _split(self, step: Step) -> Callable[[], None]:
+        while self._one_at_a_time and self._pending:
+            self._pending.pop()()
         colors = 1 + step.root % self.size
         part = self.group.split((self.rank + step.seed) % colors, key=-self.rank)
         try:
@@ -106,11 +109,12 @@ def run_program(
         if world.hosts:
             stack.enter_context(in_another_order())
         # pygloo holds the interpreter lock in a call, so that two groups at once need one order on all ranks.
+        one_at_a_time = world.provider == "pygloo"
         groups = [
             group_of(size, world.backend, world.provider, timeout_s=timeout_s, hosts=world.hosts)
-            for timeout_s in ((30.0,) if world.provider == "pygloo" else (30.0, 31.0))
+            for timeout_s in ((30.0,) if one_at_a_time else (30.0, 31.0))
         ]
-        runners = [Fuzzer(group, libraries, draw) for group in groups]
+        runners = [Fuzzer(group, libraries, draw, one_at_a_time) for group in groups]
         for number in range(steps):
             runner = runners[-1 if draw.random() < 0.2 else 0]
             step = drawn(draw)

@@ -294,6 +294,7 @@ def torch_versions(rank: int, size: int, name: str) -> None:
             assert x.tolist() == [size] * 5
 
 
+@pytest.mark.needs("torch")
 def test_torch_is_told_of_the_write(pool: RankPool) -> None:
     pool.run(2, torch_versions, fresh())
 
