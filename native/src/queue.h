@@ -28,7 +28,8 @@ class Queue {
 
   // Makes calls until one ends with something other than success: returns its code, and the call, which is number
   // ended() + 1, ends with the next serve(). kNotified after a call that notify() was told of. kLookAround when no call
-  // is left: unless `patient` at once, else after a kick() or a close(). One thread at a time.
+  // is left: unless `patient` at once, else after a kick(), a close(), or where many have ended since the last time. One
+  // thread at a time.
   std::int64_t serve(bool patient);
   void kick();
 
