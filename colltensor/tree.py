@@ -153,7 +153,7 @@ def _unordered_keys(tree: Any) -> str | None:
     for node in _dicts(tree):
         try:
             optree.tree_flatten(cast("Any", dict.fromkeys(node, 0)))
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # noqa: BLE001 - whatever a key's own __lt__ raises
             return " and ".join(sorted({f"{type(key).__module__}.{type(key).__qualname__}" for key in node}))
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,15 @@ class SlowStore:
         return getattr(self._store, name)
 
 
+def run_in_threads(function: Callable[[Any], None], arguments: Iterable[Any]) -> None:
+    """Call it on each argument, all at once, each in a thread."""
+    threads = [threading.Thread(target=function, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+
 def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_distributed = pytest.importorskip("torch.distributed")
     from colltensor.torch.c10d.meeting import meet
@@ -55,11 +65,7 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(monkeypatch: pytest
     monkeypatch.setattr(net, "interface_address", address)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     began = time.monotonic()
-    threads = [threading.Thread(target=make, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(make, range(3))
     assert time.monotonic() - began < 4
     assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
     assert all("no such interface here" in str(error) for error in errors.values())
@@ -84,11 +90,7 @@ def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
             errors[rank] = error
 
     began = time.monotonic()
-    threads = [threading.Thread(target=make, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(make, range(3))
     assert time.monotonic() - began < 5
     assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
     assert all("participant 1: " in str(error) and "high_priority" in str(error) for error in errors.values())
@@ -108,20 +110,11 @@ def test_what_one_rank_alone_met_with_leaves_nothing_for_the_next_meeting() -> N
         meet(store, "again", 0, 2, name="g", meet_s=5.0, timeout_s=5.0, check=look)
     assert not store.check(["again/1/0"])
     groups: list[Any] = []
-    threads = [
-        threading.Thread(
-            target=lambda rank=rank: groups.append(meet(store, "again", rank, 2, name="g", meet_s=9.0, timeout_s=9.0))
-        )
-        for rank in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    closers = [threading.Thread(target=group.destroy) for group in groups]
-    for closer in closers:
-        closer.start()
-    for closer in closers:
-        closer.join(20)
+
+    def make(rank: int) -> None:
+        groups.append(meet(store, "again", rank, 2, name="g", meet_s=9.0, timeout_s=9.0))
+
+    run_in_threads(make, range(2))
+    run_in_threads(lambda group: group.destroy(), groups)
     assert sorted(group.rank for group in groups) == [0, 1]
     assert not store.check(["again/left"])
