@@ -603,20 +603,30 @@ class Group:
         array on the default one.
 
         Raises:
-            CollectiveError: The object cannot be unpickled here; the group goes on.
+            CollectiveError: The object cannot be unpickled here, or may not (``allow_pickle=False``); the group goes
+                on.
         """
         root = self._arguments.rank("broadcast_object", "src_rank", src_rank)
         payload = objects.dumps(obj) if root == self.rank else b""
         found = self._exchange("broadcast_object", payload, root)
-        return obj if root == self.rank else objects.loads(found[root], "broadcast_object", self.rank, root)
+        theirs = self._unpickled(found[root] or payload, "broadcast_object", root)
+        return obj if root == self.rank else theirs
 
     def allgather_object(self, obj: Any) -> list[Any]:
         """Return the list of all ranks' ``obj`` on every rank, pickled on the way as in ``broadcast_object``."""
-        found = self._exchange("allgather_object", objects.dumps(obj), -1)
-        return [
-            obj if rank == self.rank else objects.loads(found[rank], "allgather_object", self.rank, rank)
-            for rank in range(self.world_size)
-        ]
+        payload = objects.dumps(obj)
+        found = self._exchange("allgather_object", payload, -1)
+        found[self.rank] = payload
+        everyone = [self._unpickled(theirs, "allgather_object", rank) for rank, theirs in enumerate(found)]
+        everyone[self.rank] = obj
+        return everyone
+
+    def _unpickled(self, payload: bytes, operation: str, of: int) -> Any:
+        """Return the object of rank ``of``; its own a rank looks at only where it might be refused."""
+        allowed = self._recipe.allow_pickle
+        if of == self.rank and allowed:
+            return None
+        return objects.loads(payload, operation, self.rank, of, allow_pickle=allowed)
 
     def split(self, color: Any, key: int | None = None, *, group_name: str | None = None) -> Group | None:
         """Make one new group of all ranks with the same ``color``, ranked by ``key``, then by rank here.

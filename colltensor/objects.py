@@ -1,16 +1,29 @@
 """Objects: how those of ``broadcast_object`` and ``allgather_object`` are pickled.
 
+Unpickling may call any function that the sender names. A group made with ``allow_pickle=False`` unpickles what needs
+none: numbers, strings, bytes, None, and tuples, lists, dicts and sets of them. So the package's own exchanges go on.
+
 Imports no framework.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
-from typing import Any
+from typing import Any, Final
 
 from colltensor.adapters import reduced
-from colltensor.errors import CollectiveError
+from colltensor.errors import CollectiveError, OptionError
+
+_VARIABLE: Final = "COLLTENSOR_ALLOW_PICKLE"
+_ANSWERS: Final = {"": True, "1": True, "0": False}
+
+_OWN: Final = {
+    ("colltensor.replicas", "Leaf"), ("colltensor.replicas", "Plain"), ("colltensor.types", "_named"),
+    ("colltensor.torch.agreement", "Report"),
+}
+"""What the package's own exchanges consist of beside plain data: what makes these and does nothing else."""
 
 
 class _Pickler(pickle.Pickler):
@@ -21,6 +34,33 @@ class _Pickler(pickle.Pickler):
         return NotImplemented if found is None else found
 
 
+class _NotPlainError(Exception):
+    """A class or function that is no plain data, by its name."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes plain data, and looks up no class or function but the package's own."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _OWN:
+            raise _NotPlainError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def pickle_allowed(given: bool | None) -> bool:
+    """Return whether a group unpickles objects: as asked, else as the environment says, else it does.
+
+    Raises:
+        OptionError: ``COLLTENSOR_ALLOW_PICKLE`` is neither 0 nor 1.
+    """
+    if given is not None:
+        return bool(given)
+    said = os.environ.get(_VARIABLE, "").strip()
+    if said not in _ANSWERS:
+        raise OptionError(f"{_VARIABLE}: expected 0 or 1, got {said!r}")
+    return _ANSWERS[said]
+
+
 def dumps(obj: Any) -> bytes:
     """Return an object pickled."""
     stream = io.BytesIO()
@@ -28,14 +68,20 @@ def dumps(obj: Any) -> bytes:
     return stream.getvalue()
 
 
-def loads(payload: bytes, operation: str, rank: int, of: int) -> Any:
-    """Return the object that rank ``of`` pickled, in rank ``rank``.
+def loads(payload: bytes, operation: str, rank: int, of: int, *, allow_pickle: bool) -> Any:
+    """Return the object that rank ``of`` pickled, in rank ``rank``; without ``allow_pickle`` plain data only.
 
     Raises:
-        CollectiveError: It cannot be made here, for want of a package or a device, say.
+        CollectiveError: It cannot be made here, for want of a package or a device, say, or is no plain data.
     """
     try:
-        return pickle.loads(payload)
+        return pickle.loads(payload) if allow_pickle else _PlainUnpickler(io.BytesIO(payload)).load()
+    except _NotPlainError as refused:
+        raise CollectiveError(
+            f"{operation} (rank {rank}): the object of rank {of} holds {refused}, which this rank does not unpickle "
+            f"(allow_pickle=False, or {_VARIABLE}=0); send numbers, strings, bytes, None and tuples, lists, dicts and "
+            "sets of them, and tensors by broadcast or allgather"
+        ) from None
     except Exception as error:
         raise CollectiveError(
             f"{operation} (rank {rank}): the object of rank {of} cannot be unpickled here ({type(error).__name__}: "

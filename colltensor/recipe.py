@@ -32,6 +32,7 @@ class Recipe:
     interface: str | None = None
     provider: str | None = None
     check: bool = False
+    allow_pickle: bool = True
 
     def backend_for(self, world_size: int) -> str:
         """Return the backend's name; ``"auto"`` where the hosts of the ranks decide, once they have met."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from colltensor import backends
+from colltensor import backends, objects
 from colltensor.errors import BackendUnavailableError, CollectiveError, GroupError, OptionError, RankError
 from colltensor.group import Group, connect, solitary
 from colltensor.observers import heed_environment
@@ -40,6 +40,7 @@ def init_collective_group(
     interface: str | None = None,
     provider: str | None = None,
     check: bool = False,
+    allow_pickle: bool | None = None,
 ) -> Group:
     """Meet the other ranks and make a group with them; every rank calls.
 
@@ -64,6 +65,9 @@ def init_collective_group(
             With ``"auto"`` it also means backend ``"gloo"``.
         check: Let the ranks agree before each call on CUDA tensors too, which makes the host wait for the others. Calls
             on CPU tensors are always checked.
+        allow_pickle: With False ``broadcast_object`` and ``allgather_object`` take plain data only: numbers, strings,
+            bytes, None, and tuples, lists, dicts and sets of them; this rank refuses all else by name. None is what
+            ``COLLTENSOR_ALLOW_PICKLE`` says (0 or 1), else True.
 
     Returns:
         The group, which is also found by its name until ``destroy_collective_group``.
@@ -78,7 +82,7 @@ def init_collective_group(
     recipe: Recipe | None = None
     try:
         seconds = timeout_s if gloo_timeout is None else _seconds(gloo_timeout)
-        recipe = _recipe(backend, seconds, interface, provider, check)
+        recipe = _recipe(backend, seconds, interface, provider, check, allow_pickle)
         if world_size is None or rank is None:
             _, rank, world_size = open_directory(init_method, rank, world_size)
         world_size, rank = _check(world_size, rank, recipe)
@@ -252,7 +256,8 @@ def _seconds(gloo_timeout: Any) -> float:
 
 
 def _recipe(
-    backend: str, timeout_s: Any, interface: str | None, provider: str | None, check: bool = False
+    backend: str, timeout_s: Any, interface: str | None, provider: str | None, check: bool = False,
+    allow_pickle: bool | None = None,
 ) -> Recipe:
     if not isinstance(backend, str):
         raise OptionError(f"backend: expected a name, got {backend!r}")
@@ -260,7 +265,8 @@ def _recipe(
     name, provider_of_name = _SPELLINGS.get(backend.lower(), (backend.lower(), None))
     if name != "auto":
         backends.get_backend(name)
-    return Recipe(name, seconds, interface, provider or provider_of_name, bool(check))
+    allowed = objects.pickle_allowed(allow_pickle)
+    return Recipe(name, seconds, interface, provider or provider_of_name, bool(check), allowed)
 
 
 def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:

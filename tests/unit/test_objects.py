@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
+import uuid
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pool import RankPool
 
-from colltensor import CollectiveError
-from colltensor.objects import dumps, loads
+import colltensor as col
+from colltensor import CollectiveError, OptionError, replicas
+from colltensor.objects import dumps, loads, pickle_allowed
+from colltensor.replicas import Leaf, Plain
+from colltensor.types import DTYPES
 
 
 def copied(obj: Any) -> Any:
-    return loads(dumps(obj), "broadcast_object", 1, 0)
+    return loads(dumps(obj), "broadcast_object", 1, 0, allow_pickle=True)
+
+
+def plain(obj: Any) -> Any:
+    return loads(dumps(obj), "broadcast_object", 1, 0, allow_pickle=False)
 
 
 def test_plain_objects() -> None:
@@ -38,6 +49,66 @@ def test_what_cannot_be_made_here_names_both_ranks() -> None:
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
+def test_plain_data_passes_without_pickles_that_call() -> None:
+    data = {"a": [1, -(2**70), 2.5, None, True], b"b": ("x", {3, "y"}, frozenset())}
+    assert plain(data) == data
+    leaf = Leaf("['w']", (2, 3), DTYPES["float32"], "abc")
+    assert plain((("average", True), leaf, Plain("", "3"))) == (("average", True), leaf, Plain("", "3"))
+
+
+@pytest.mark.parametrize(("obj", "name"), [
+    ([len], "builtins.len"), (np.arange(3), "numpy"), ({"e": CollectiveError("x")}, "colltensor.errors.Collective"),
+    (Path("x"), "pathlib"), (1j, "builtins.complex"), (Elsewhere(), "importlib.import_module"),
+])
+def test_objects_are_refused_by_name_where_none_are_wanted(obj: Any, name: str) -> None:
+    with pytest.raises(CollectiveError, match=rf"broadcast_object \(rank 1\): the object of rank 0 holds {name}"):
+        plain(obj)
+
+
+def test_the_variable_that_refuses_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, expected in (("0", False), ("1", True), ("", True), (" 0\n", False)):
+        monkeypatch.setenv("COLLTENSOR_ALLOW_PICKLE", said)
+        assert pickle_allowed(None) is expected
+        assert pickle_allowed(True) is True
+    monkeypatch.setenv("COLLTENSOR_ALLOW_PICKLE", "no")
+    with pytest.raises(OptionError, match="COLLTENSOR_ALLOW_PICKLE: expected 0 or 1, got 'no'"):
+        pickle_allowed(None)
+
+
+def refuse_on_one_rank(rank: int, size: int, name: str) -> list[Any]:
+    """Rank 1 wants no objects: it refuses those of others and its own, and the group goes on."""
+    group = col.init_collective_group(
+        size, rank, group_name=name, init_method=f"file://{Path(tempfile.gettempdir()) / name}", timeout_s=20.0,
+        allow_pickle=None if rank == 0 else False,
+    )
+    found: list[Any] = []
+    for call in (
+        lambda: group.broadcast_object(len, 0), lambda: group.broadcast_object(len, 1),
+        lambda: group.allgather_object(Path("x")), lambda: group.allgather_object({"rank": rank}),
+        lambda: group.split(0).broadcast_object(len, 0),
+        lambda: replicas.compare_tree({"w": np.ones(3)}, group, "compare", "make them equal"),
+        lambda: int(group.allreduce(np.ones(1))[0]),
+    ):
+        try:
+            found.append(call())
+        except CollectiveError as error:
+            found.append(str(error))
+    col.destroy_collective_group(name)
+    return found
+
+
+def test_a_rank_that_wants_no_objects(pool: RankPool) -> None:
+    zero, one = pool.run(2, refuse_on_one_rank, f"plain-{uuid.uuid4().hex}")
+    assert zero == [len, len, [Path("x")] * 2, [{"rank": 0}, {"rank": 1}], len, None, 2]
+    refused = [words for words in one if isinstance(words, str)]
+    assert [words.split(" does not ")[0].split("holds ")[1].split(",")[0] for words in refused] == [
+        "builtins.len", "builtins.len", "pathlib.PosixPath", "builtins.len",
+    ]
+    assert all("allow_pickle=False" in words for words in refused)
+    assert one[3] == [{"rank": 0}, {"rank": 1}]
+    assert one[5:] == [None, 2]
+
+
 @pytest.mark.needs("jax")
 @pytest.mark.parametrize("name", ["int64", "uint64", "float64", "complex128"])
 def test_wide_arrays_of_jax_stay_wide(name: str) -> None:
@@ -48,7 +119,7 @@ def test_wide_arrays_of_jax_stay_wide(name: str) -> None:
         weak = jax.jit(lambda value: value)(2.0)
         payload = dumps({"x": [array, array], "weak": weak})
     with x64(False):
-        found = loads(payload, "broadcast_object", 1, 0)
+        found = loads(payload, "broadcast_object", 1, 0, allow_pickle=True)
     assert found["x"][0] is found["x"][1]
     assert found["x"][0].dtype == name
     assert np.asarray(found["x"][0]).tolist() == [2**40 + 5, 7]
@@ -72,7 +143,7 @@ def test_a_view_of_torch_brings_its_elements_alone() -> None:
     given = [view, column, parameter, whole[:4].clone().requires_grad_(), torch.ones(1).expand(1000)]
     payload = dumps(given)
     assert len(payload) < 10_000
-    found = loads(payload, "broadcast_object", 1, 0)
+    found = loads(payload, "broadcast_object", 1, 0, allow_pickle=True)
     for tensor, before in zip(found, given, strict=True):
         assert type(tensor) is type(before)
         assert torch.equal(tensor, before)
