@@ -9,7 +9,7 @@
     nox -s gpu                      on a machine with a CUDA device
 
 All of it takes about 25 minutes on two cores, and may take 30. What no framework and no Python changes is tested once:
-see `slow`, `GLOO_SIZES`, `IN_FULL` and `LEFT_OUT` below.
+see `MARKED`, `ONLY_OF`, `GLOO_SIZES`, `IN_FULL` and `LEFT_OUT` below.
 
 Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
 installed from a wheel, as a user would: the tests run against that, never against the checkout. The frameworks that
@@ -54,6 +54,7 @@ PAIRS = [
     ("torch", "3.11"),
     ("cupy", "3.11"),
     ("mixed", "3.11"),
+    ("slow", "3.11"),
     ("ray", "3.11"),
     ("numpy", "3.12"),
     ("jax", "3.12"),
@@ -80,6 +81,7 @@ SELECTED = {
     "jax": ("jax",),
     "cupy": ("cupy",),
     "mixed": ("numpy", "torch", "jax"),
+    "slow": ("torch",),
     "ray": ("numpy", "torch", "jax", "ray"),
 }
 """The frameworks that a session's tests are run over."""
@@ -97,8 +99,14 @@ four of the sums that are compared bit by bit.
 SHM_SIZES = {"mixed": "2,4", "torch": "2,4"}
 """The worlds in shared memory of a session in full that has another size over Gloo."""
 
-WITH_SLOW = ("torch", "3.11")
-"""The session that runs the tests marked `slow`, which no framework and no version of Python changes."""
+MARKED = {"slow": "slow"}
+"""The session of the tests marked `slow`, which no framework and no Python changes; the others leave them out."""
+
+SIDE_BY_SIDE = {"slow": 4}
+"""How many tests run at the same time, where they mostly wait for timeouts and for processes to start."""
+
+ONLY_OF = {"torch": "torch"}
+"""Sessions that run what their framework changes; numpy's, on three Pythons, run all that no framework changes."""
 
 WITH_NATIVE_GLOO = ("numpy", "3.12")
 """The session of tests that runs over the wheel's Gloo, at world size 3; `wheel` has the conformance suite over it."""
@@ -113,6 +121,7 @@ SHARED = {
 FOLDERS = {
     "numpy": ("tests",),
     "torch": ("tests",),
+    "slow": ("tests",),
     "jax": (
         "tests/unit/test_no_dependencies.py", "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py",
         "tests/multiprocess/nccl/test_nccl_jax_target.py",
@@ -126,7 +135,7 @@ FOLDERS = {
     "ray": ("tests/ray",),
     "wheel": ("tests/unit/test_wheel.py", "tests/conformance"),
 }
-"""The folders that it runs: numpy's and torch's sessions have all that no framework changes, once for each Python."""
+"""The folders that it runs."""
 
 LEFT_OUT = {
     "jax": ("tests/conformance/test_between_hosts.py",),
@@ -301,6 +310,7 @@ def _pytest(
     shm_sizes: str = "",
     sequences: str = "",
     two_hosts: bool = False,
+    only_of: str = "",
 ) -> None:
     """Run pytest on the installed package; arguments after nox's ``--`` are passed on."""
     environment = {
@@ -310,6 +320,7 @@ def _pytest(
         "COLLTENSOR_TEST_SHM_SIZES": shm_sizes,
         "COLLTENSOR_TEST_SEQUENCES": sequences,
         "COLLTENSOR_TEST_TWO_HOSTS": str(int(two_hosts)),
+        "COLLTENSOR_TEST_OF": only_of,
         "COLLTENSOR_TEST_INSTALLED": "1",
     }
     given = [str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in session.posargs]
@@ -455,8 +466,11 @@ def tests(session: nox.Session, framework: str) -> None:
         "sequences": "" if in_full else "200",
     }
     arguments = [f"--ignore={ROOT / file}" for file in left_out]
-    arguments += [] if (framework, session.python) == WITH_SLOW else ["-m", "not slow"]
-    _pytest(session, FOLDERS[framework], *arguments, frameworks=frameworks, providers=providers, **conformance)
+    arguments += ["-m", MARKED.get(framework, "not slow")]
+    if framework in SIDE_BY_SIDE:
+        arguments += ["--numprocesses", str(SIDE_BY_SIDE[framework]), "--dist", "worksteal"]
+    selected = {"frameworks": frameworks, "providers": providers, "only_of": ONLY_OF.get(framework, "")}
+    _pytest(session, FOLDERS[framework], *arguments, **selected, **conformance)
 
 
 EXAMPLES = (

@@ -8,6 +8,7 @@ Options (each also by an environment variable, which is how nox's sessions pass 
     --shm-sizes, COLLTENSOR_TEST_SHM_SIZES  Those of its worlds in shared memory; 2,3,4 by default.
     --two-hosts, COLLTENSOR_TEST_TWO_HOSTS=1  The pool's ranks are in two network namespaces in turns, with a link
         between them; on this host, where namespaces are not permitted. Select `-m gloo` with it.
+    COLLTENSOR_TEST_OF  A framework: what it changes is run, and nothing else.
     COLLTENSOR_TEST_SEQUENCES  How many random sequences of calls the conformance suite has; 800 by default.
     COLLTENSOR_TEST_INSTALLED=1  The package must be the installed one, not the checkout, and have its native library.
 
@@ -207,10 +208,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("provider", config.stash[PROVIDERS_KEY])
 
 
+def _changes(framework: str, item: pytest.Item) -> bool:
+    """Whether a test's outcome may depend on a framework: by its marks, its parameters, or what it asks the session."""
+    if any(framework in mark.args for mark in item.iter_markers("needs")):
+        return True
+    if {"frameworks", "providers", "libraries", "worlds"} & set(getattr(item, "fixturenames", ())):
+        return True
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return any(framework in (value if isinstance(value, tuple) else (value,)) for value in parameters.values())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what needs a framework, a provider or a GPU that is not under test."""
     frameworks, providers = config.stash[FRAMEWORKS_KEY], config.stash[PROVIDERS_KEY]
     no_shm = config.stash[NO_SHM_KEY]
+    only_of = os.environ.get("COLLTENSOR_TEST_OF")
     asked_for_gpu = "gpu" in (config.getoption("markexpr") or "")
     kept, dropped = [], []
     for item in items:
@@ -221,6 +233,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         fits = needed <= set(frameworks) and (providers or not item.get_closest_marker("gloo"))
         fits = fits and (no_shm is None or not item.get_closest_marker("shm"))
         fits = fits and (asked_for_gpu or not item.get_closest_marker("gpu"))
+        fits = fits and (not only_of or _changes(only_of, item))
         # What is parametrised over nothing selected; pytest would show it as skipped.
         fits = fits and not any("empty parameter set" in str(mark.kwargs) for mark in item.iter_markers("skip"))
         (kept if fits else dropped).append(item)
