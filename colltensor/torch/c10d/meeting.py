@@ -51,6 +51,7 @@ def meet(
         if refusal is not None:
             raise refusal
         return solitary(name, recipe)
+    recipe.prepare(world_size)
     deadline = time.monotonic() + meet_s
     exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
     everybody_hears = False
