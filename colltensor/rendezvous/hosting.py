@@ -42,6 +42,7 @@ from colltensor.rendezvous.messages import (
 _LOG = logging.getLogger(__name__)
 _SLICE_S = 0.5
 _GRACE_S = 1.0
+_NOTICE_S = 2.0
 _PATIENCE_WITH_A_TAKEN_PORT_S = 3.0
 
 
@@ -65,7 +66,17 @@ def host(directory: Directory, hello: Hello, deadline: float,
     try:
         scope = str(getattr(directory, "scope", ""))
         hub, invitation = _open(directory, hello, Subscription(inbox, scope), deadline)
-        directory.publish(key, invitation.encode())
+        try:
+            directory.publish(key, invitation.encode())
+        except OptionError:
+            elsewhere = getattr(directory, "elsewhere", None)
+            if elsewhere is not None:
+                directory = elsewhere
+                assembly.hurry(_NOTICE_S)
+                with contextlib.suppress(CollectiveError):  # all are to see the first error
+                    directory.publish(key, invitation.encode())
+                    assembly.gather()
+            raise
         assembly.gather()
         with contextlib.ExitStack() as undo:
             table, listener = assembly.decide(properties)
@@ -175,6 +186,10 @@ class _Assembly:
                 if now >= self._limit():
                     raise self._did_not_come(missing)
             self._step(self._limit() if grace_ends is None else min(grace_ends, self._limit()))
+
+    def hurry(self, seconds: float) -> None:
+        """Give up so soon."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def decide(self, properties: dict[str, Any]) -> tuple[Table, socket.socket]:
         """Give every rank its address, and wait until all listen."""

@@ -95,6 +95,17 @@ def test_a_refused_option_is_heard_by_the_others(
             assert f"on rank {rank} of 3: rank {culprit}: {own}" in str(error)
 
 
+def test_a_file_that_rank_0_cannot_write_is_heard_of_by_the_others(pool: RankPool) -> None:
+    """Nobody may make files in /proc, and all ranks can look there."""
+    results = pool.run(3, ask, "file:///proc/colltensor-meeting", [[{}]] * 3, timeout_s=40)
+    own = results[0][0]
+    assert "rank 0 cannot write /proc/colltensor-meeting" in str(own)
+    for error, took_s in results:
+        assert type(error) is OptionError
+        assert str(error).endswith(str(own).partition(": ")[2])
+        assert took_s < 5
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_all_may_ask_for_another_backend_where_one_rank_lacks_the_first(
     pool: RankPool, init_method: str, culprit: int
