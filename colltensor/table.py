@@ -91,7 +91,11 @@ def init_collective_group(
     def make() -> Group:
         if alone:
             return solitary(group_name, recipe)
-        directory, found_rank, found_size = open_directory(init_method, rank, world_size)
+        try:
+            directory, found_rank, found_size = open_directory(init_method, rank, world_size)
+        except OptionError as error:  # its secret cannot be read, for one
+            _report(error, world_size, rank, init_method, group_name, backend, recipe)
+            raise
         return _meet(found_size, found_rank, directory, group_name, recipe)
 
     return _enter(group_name, make)
@@ -241,7 +245,10 @@ def _report(
 ) -> None:
     """Tell the other ranks, where they can be found, that this one was refused and why."""
     with contextlib.suppress(CollectiveError):  # the refusal itself is what the caller is to see
-        directory, rank, world_size = open_directory(init_method, rank, world_size)
+        try:
+            directory, rank, world_size = open_directory(init_method, rank, world_size)
+        except OptionError:  # the secret may be what was refused, and ranks of this user listen without
+            directory, rank, world_size = open_directory(init_method, rank, world_size, secret=b"")
         report_refusal(
             directory, error, group_name=group_name, world_size=world_size, rank=rank,
             backend=backend if recipe is None else recipe.asked_of(world_size),

@@ -18,7 +18,9 @@ class Directory(Protocol):
     place: with it, a process that an earlier meeting left out is kept out of the next one of the same name. It may
     have an attribute ``host_id``, which names this process's host in place of ``net.host_id()``, and an attribute
     ``elsewhere``, a directory in which ``locate`` looks as well: there rank 0 is found where it cannot leave an
-    invitation in this one, to say why.
+    invitation in this one, to say why. And it may have an attribute ``secret`` where strangers can read it: what the
+    user gave all ranks, from which and the invitation's the meeting's secret is derived, empty if nothing; and with it
+    ``host``, where the directory is.
     """
 
     def publish(self, key: str, invitation: bytes) -> None:

@@ -26,11 +26,13 @@ class StoreDirectory:
     Attributes:
         host: Where the store is served.
         port: Its port.
+        secret: What the user gave all ranks, since whoever reaches the store reads invitations; empty if nothing.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, secret: bytes) -> None:
         self.host = host
         self.port = port
+        self.secret = secret
         self._client: TCPStore | None = None
         self._published: dict[str, bytes] = {}
 
@@ -47,7 +49,7 @@ class StoreDirectory:
             store = self._store(time.monotonic() + _CONNECT_S)
             found = store.compare_set(name, "", text)
             if found.decode() != text:
-                if another_rank_0_lives(_decoded(found), key):
+                if another_rank_0_lives(_decoded(found), key, self.secret):
                     raise taken(0, [who_am_i(), f"another process that wrote the key {name}"])
                 store.set(name, text)
         except DistError as error:

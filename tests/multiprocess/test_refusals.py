@@ -106,6 +106,28 @@ def test_a_file_that_rank_0_cannot_write_is_heard_of_by_the_others(pool: RankPoo
         assert took_s < 5
 
 
+def ask_with_secrets(rank: int, world_size: int, init_method: str, files: Sequence[str]) -> list[Any]:
+    """Ask for a group; each rank has its secret in a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLLTENSOR_SECRET_FILE", files[rank])
+        return ask(rank, world_size, init_method, [[{}]] * 3)
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_secret_that_a_rank_cannot_read_is_heard_of_by_the_others(
+    pool: RankPool, tmp_path: Path, culprit: int
+) -> None:
+    with net.listen("127.0.0.1") as listener:
+        init_method = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    (tmp_path / "secret").write_text("hush")
+    files = [str(tmp_path / ("missing" if rank == culprit else "secret")) for rank in range(3)]
+    results = pool.run(3, ask_with_secrets, init_method, files, timeout_s=40)
+    for rank, (error, took_s) in enumerate(results):
+        assert type(error) is OptionError
+        assert "missing" in str(error) if culprit or rank == culprit else "another secret" in str(error)
+        assert took_s < 5
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_all_may_ask_for_another_backend_where_one_rank_lacks_the_first(
     pool: RankPool, init_method: str, culprit: int

@@ -495,16 +495,75 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
                 net.recv_frame(sock, time.monotonic() + 0.2)
 
 
-def test_ranks_with_different_secrets_do_not_meet(pool: RankPool, free_port: int) -> None:
-    plans = [
-        Plan(f"tcp://127.0.0.1:{free_port}", rank, 2, timeout_s=1.0, variables={"COLLTENSOR_SECRET": f"secret {rank}"})
-        for rank in range(2)
-    ]
-    outcomes = run(pool, plans)
-    assert [error.ranks for error in errors_of(outcomes, net_timeout())] == [(1,), (0,)]
-    assert "the secret is wrong" in str(outcomes[1].error)
+@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize("wrong", [{"COLLTENSOR_SECRET": "another"}, {}])
+def test_a_rank_with_another_secret_is_told_to_all(
+    pool: RankPool, free_port: int, wrong: dict[str, str], culprit: int
+) -> None:
+    """Within a second or so; and the port is free for the next meeting."""
     same = {"COLLTENSOR_SECRET": "the same"}
-    check_met(run(pool, [replace(plan, variables=same, timeout_s=10.0) for plan in plans]))
+    plans = [Plan(f"tcp://127.0.0.1:{free_port}", rank, 3, variables=same) for rank in range(3)]
+    outcomes = run(pool, [*plans[:culprit], replace(plans[culprit], variables=wrong), *plans[culprit + 1 :]])
+    for error in errors_of(outcomes, OptionError):
+        assert "another secret" in str(error)
+        assert "COLLTENSOR_SECRET" in str(error)
+    if culprit:
+        assert all(f"rank {culprit} (process " in str(outcomes[rank].error) for rank in range(2))
+    assert max(outcome.took_s for outcome in outcomes) < 3
+    check_met(run(pool, plans))
+
+
+def test_one_secret_spelt_in_several_ways(pool: RankPool, free_port: int, tmp_path: Path) -> None:
+    """In a file, with white space around it, of bytes that are no text."""
+    secret = b"\xff\xfe hush \xe9"
+    (tmp_path / "secret").write_bytes(b"\n " + secret + b"\r\n")
+    variables = [
+        {"COLLTENSOR_SECRET": os.fsdecode(secret)}, {"COLLTENSOR_SECRET": os.fsdecode(secret) + "\n"},
+        {"COLLTENSOR_SECRET_FILE": str(tmp_path / "secret")},
+    ]
+    method = f"tcp://127.0.0.1:{free_port}"
+    check_met(run(pool, [Plan(method, rank, 3, variables=variables[rank]) for rank in range(3)]))
+
+
+def come_with_another_secret(port: int) -> None:
+    """As rank 1, with a socket of another user's."""
+    deadline = time.monotonic() + 10
+    hello = Hello(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a stranger", 0.0, 9.0)
+    os.seteuid(65534)
+    try:
+        sock = socket.socket()
+    finally:
+        os.seteuid(0)
+    with sock:
+        sock.connect(("127.0.0.1", port))
+        with pytest.raises(net.WrongSecretError):
+            net.prove(sock, b"another", b"g", deadline)
+        net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
+        assert sock.recv(1) == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes a socket of another user, which root alone can make")
+def test_a_stranger_with_another_secret_does_not_end_a_meeting(
+    free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, deadline = FixedDirectory("127.0.0.1", free_port, b"the same"), time.monotonic() + 15
+    found: list[Meeting] = []
+
+    def be(rank: int) -> None:
+        found.append(meet(directory, group_name="g", world_size=2, rank=rank, deadline=deadline))
+
+    rank_0 = threading.Thread(target=be, args=(0,))
+    rank_0.start()
+    while rank_0.is_alive():
+        with contextlib.suppress(ConnectionRefusedError):
+            come_with_another_secret(free_port)
+            break
+    be(1)
+    rank_0.join()
+    for meeting in found:
+        meeting.listener.close()
+    assert len(found) == 2
+    assert sum("a stranger" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
