@@ -54,6 +54,11 @@ def derived(secret: bytes, public: bytes) -> bytes:
     return hmac.new(secret, b"colltensor meeting" + public, hashlib.sha256).digest() if secret else public
 
 
+def proof(secret: bytes, public: bytes) -> bytes:
+    """Return what shows to others with the same secret that one has it, and leads nobody else to it; empty without."""
+    return hmac.new(secret, b"colltensor proof" + public, hashlib.sha256).digest() if secret else b""
+
+
 def warn_of_strangers(host: str, group_name: str, rank: int) -> None:
     """Warn, once a process and as rank 0, that ranks meet without a secret where other hosts may come.
 

@@ -26,8 +26,8 @@ from pool import RankPool
 
 from colltensor import net
 from colltensor.errors import CollectiveError, MismatchError, OptionError, PeerLostError, RankError
-from colltensor.rendezvous import FixedDirectory, Meeting, meet, meet_through, open_directory
-from colltensor.rendezvous.messages import Hello, Message
+from colltensor.rendezvous import FileDirectory, FixedDirectory, Meeting, meet, meet_through, open_directory
+from colltensor.rendezvous.messages import Hello, Invitation, Message
 
 pytestmark = pytest.mark.slow
 
@@ -523,6 +523,32 @@ def test_one_secret_spelt_in_several_ways(pool: RankPool, free_port: int, tmp_pa
     ]
     method = f"tcp://127.0.0.1:{free_port}"
     check_met(run(pool, [Plan(method, rank, 3, variables=variables[rank]) for rank in range(3)]))
+
+
+class OpenDirectory(FileDirectory):
+    """A directory that strangers can read."""
+
+    secret = b"the same"
+    host = "localhost"
+
+
+def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path: Path) -> None:
+    directory, deadline = OpenDirectory(str(tmp_path)), time.monotonic() + 15
+    found: list[Meeting] = []
+
+    def be(rank: int) -> None:
+        found.append(meet(directory, group_name="g", world_size=2, rank=rank, deadline=deadline))
+
+    rank_0 = threading.Thread(target=be, args=(0,))
+    rank_0.start()
+    invitation = Invitation.decode(directory.locate("g", deadline))
+    with net.dial(("127.0.0.1", invitation.port), deadline) as sock, pytest.raises(net.WrongSecretError):
+        net.prove(sock, invitation.secret, b"g", deadline)
+    be(1)
+    rank_0.join()
+    for meeting in found:
+        meeting.listener.close()
+    assert found[0].secret == found[1].secret
 
 
 def come_with_another_secret(port: int) -> None:
