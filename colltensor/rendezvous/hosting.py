@@ -70,9 +70,9 @@ def host(directory: Directory, hello: Hello, deadline: float,
         hub, invitation, secret = _open(directory, hello, Subscription(inbox, scope), deadline)
         try:
             directory.publish(key, invitation.encode())
-        except OptionError:
+        except OptionError as error:
             elsewhere = getattr(directory, "elsewhere", None)
-            if elsewhere is not None:
+            if elsewhere is not None and isinstance(error.__cause__, OSError):  # what else is wrong all ranks see
                 directory = elsewhere
                 assembly.hurry(_NOTICE_S)
                 with contextlib.suppress(CollectiveError):  # all are to see the first error
