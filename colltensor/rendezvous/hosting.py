@@ -109,8 +109,9 @@ def _open(directory: Directory, hello: Hello, subscription: Subscription,
         return _open_fixed(directory, hello.group_name, subscription, deadline), directory.invitation, directory.secret
     secret = secrets.token_bytes(32)
     shared = derived(getattr(directory, "secret", b""), secret)
-    hub = open_hub(hello.address or "", 0, shared, hello.group_name, subscription)
-    addresses = (hello.address,) if hello.address else tuple(net.local_addresses())
+    address = hello.address or getattr(directory, "address", None)
+    hub = open_hub(address or "", 0, shared, hello.group_name, subscription)
+    addresses = (address,) if address else tuple(net.local_addresses())
     return hub, Invitation(hello.host_id, addresses, hub.port, secret), shared
 
 

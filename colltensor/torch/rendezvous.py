@@ -41,6 +41,12 @@ class StoreDirectory:
         """Say which place this is."""
         return f"store://{self.host}:{self.port}"
 
+    @property
+    def address(self) -> str | None:
+        """The loopback where the agent has started all ranks of the job, None where they are on several hosts."""
+        everybody, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+        return "127.0.0.1" if everybody and everybody == here else None
+
     def publish(self, key: str, invitation: bytes) -> None:
         """Set the key: see Directory."""
         text = invitation.hex()

@@ -525,10 +525,11 @@ def test_one_secret_spelt_in_several_ways(pool: RankPool, free_port: int, tmp_pa
 
 
 class OpenDirectory(FileDirectory):
-    """A directory that strangers can read."""
+    """A directory that strangers can read, and that knows where all ranks are."""
 
     secret = b"the same"
     host = "localhost"
+    address = "127.0.0.1"
 
 
 def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path: Path) -> None:
@@ -541,6 +542,10 @@ def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path:
     rank_0 = threading.Thread(target=be, args=(0,))
     rank_0.start()
     invitation = Invitation.decode(directory.locate("g", deadline))
+    assert invitation.addresses == ("127.0.0.1",)
+    for address in filter(lambda address: not net.is_loopback(address), net.local_addresses()):
+        with pytest.raises(ConnectionError):
+            net.dial((address, invitation.port), deadline)
     with net.dial(("127.0.0.1", invitation.port), deadline) as sock, pytest.raises(net.WrongSecretError):
         net.prove(sock, invitation.secret, b"g", deadline)
     be(1)
@@ -548,6 +553,17 @@ def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path:
     for meeting in found:
         meeting.listener.close()
     assert found[0].secret == found[1].secret
+
+
+@pytest.mark.needs("torch")
+def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from colltensor.torch.rendezvous import StoreDirectory
+
+    directory = StoreDirectory("head", 1, b"")
+    for everybody, here, address in (("4", "4", "127.0.0.1"), ("4", "2", None), ("", "", None)):
+        monkeypatch.setenv("WORLD_SIZE", everybody)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert directory.address == address
 
 
 def come_with_another_secret(port: int) -> None:
