@@ -49,6 +49,7 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
     Raises:
         CollectiveError: The ranks cannot be reached, or the backend cannot be made; nothing is left behind.
     """
+    deadline += recipe.prepare(meeting.world_size, meeting.host_ids)
     control = Control(meeting, deadline)
     try:
         backend, why = recipe.make(control, meeting)

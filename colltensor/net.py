@@ -41,6 +41,7 @@ _CHUNK_NBYTES = 1 << 20
 _JOINED_NBYTES = 1 << 16
 _BACKLOG = 1024
 
+_WRONG_SECRET = b"the secret is wrong"
 _OPENING, _CHALLENGE, _PROOF, _ACCEPTED, _REFUSED = 0xC1, 0xC2, 0xC3, 0xC4, 0xC5
 
 
@@ -50,6 +51,10 @@ class FrameError(ConnectionError):
 
 class AuthenticationError(ConnectionError):
     """The other side does not know the secret, or says that this one does not."""
+
+
+class WrongSecretError(AuthenticationError):
+    """The listening side says that this one's secret is not its own."""
 
 
 def send_frame(sock: socket.socket, kind: int, payload: bytes = b"", deadline: float | None = None) -> None:
@@ -186,8 +191,8 @@ def verify(sock: socket.socket, secret_of: Callable[[bytes], bytes | None], dead
     transcript = opening[len(_PROTOCOL) : start] + mine + context
     send_frame(sock, _CHALLENGE, mine, deadline)
     if not hmac.compare_digest(_recv_step(sock, _PROOF, deadline), _proof(secret, b"dial", transcript)):
-        _refuse(sock, b"the secret is wrong", deadline)
-        raise AuthenticationError("the side that dialled does not know the secret")
+        _refuse(sock, _WRONG_SECRET, deadline)
+        raise WrongSecretError("the side that dialled does not know the secret")
     send_frame(sock, _ACCEPTED, _proof(secret, b"accept", transcript), deadline)
     return context
 
@@ -195,6 +200,8 @@ def verify(sock: socket.socket, secret_of: Callable[[bytes], bytes | None], dead
 def _recv_step(sock: socket.socket, expected: int, deadline: float) -> bytes:
     kind, payload = recv_frame(sock, deadline, UNPROVEN_LIMIT)
     if kind == _REFUSED:
+        if payload == _WRONG_SECRET:
+            raise WrongSecretError("the listening side refuses: the secret is wrong")
         raise AuthenticationError(f"the listening side refuses: {payload[:200].decode(errors='replace')}")
     if kind != expected:
         raise FrameError(f"expected handshake step {expected:#x}, got {kind:#x}")

@@ -55,7 +55,8 @@ def init_collective_group(
             where they cannot share memory).
         group_name: The group's name, free in this process.
         gloo_timeout: ``ray.util.collective``'s spelling of the timeout, in milliseconds.
-        timeout_s: How long to wait for the other ranks, here and in every operation, in seconds.
+        timeout_s: How long to wait for the other ranks, here and in every operation, in seconds. What is imported for
+            the backend, torch for its Gloo, does not count.
         init_method: How the ranks meet: ``file:///path`` (a file or an existing folder all can
             reach), ``tcp://host:port`` (served by rank 0), ``env://`` (MASTER_ADDR, MASTER_PORT).
             None is Ray inside a Ray worker and ``env://`` elsewhere.
@@ -94,7 +95,11 @@ def init_collective_group(
     def make() -> Group:
         if alone:
             return solitary(group_name, recipe)
-        directory, found_rank, found_size = open_directory(init_method, rank, world_size)
+        try:
+            directory, found_rank, found_size = open_directory(init_method, rank, world_size)
+        except OptionError as error:  # its secret cannot be read, for one
+            _report(error, world_size, rank, init_method, group_name, backend, recipe)
+            raise
         return _meet(found_size, found_rank, directory, group_name, recipe)
 
     return _enter(group_name, make)
@@ -124,6 +129,7 @@ def make_group(
     def make() -> Group:
         if world_size == 1 and recipe.backend_for(1) == "loopback":
             return solitary(group_name, recipe)
+        recipe.prepare(world_size)
         return connect(meeting(), recipe, time.monotonic() + patience_s)
 
     return _enter(group_name, make)
@@ -228,6 +234,7 @@ def _check_name(group_name: Any) -> None:
 def _meet(world_size: int, rank: int, directory: Directory, group_name: str, recipe: Recipe) -> Group:
     if world_size == 1 and recipe.backend_for(1) == "loopback":
         return solitary(group_name, recipe)
+    recipe.prepare(world_size)
     deadline = time.monotonic() + recipe.timeout_s
     meeting = meet(
         directory, group_name=group_name, world_size=world_size, rank=rank, deadline=deadline,
@@ -242,7 +249,10 @@ def _report(
 ) -> None:
     """Tell the other ranks, where they can be found, that this one was refused and why."""
     with contextlib.suppress(CollectiveError):  # the refusal itself is what the caller is to see
-        directory, rank, world_size = open_directory(init_method, rank, world_size)
+        try:
+            directory, rank, world_size = open_directory(init_method, rank, world_size)
+        except OptionError:  # the secret may be what was refused, and ranks of this user listen without
+            directory, rank, world_size = open_directory(init_method, rank, world_size, secret=b"")
         report_refusal(
             directory, error, group_name=group_name, world_size=world_size, rank=rank,
             backend=backend if recipe is None else recipe.asked_of(world_size),

@@ -34,6 +34,14 @@ class AutoSpec:
         """Return None if there is a backend for CPU tensors here, else why there is none and what to do."""
         return backends.reason("auto")
 
+    def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
+        """Load what ``choose`` needs where ranks are on these hosts; before that is known what all on one host need."""
+        if len(set(host_ids)) > 1:
+            hierarchical.SPEC.prepare(provider, host_ids)
+            return
+        loads = "gloo" if backends.reason("shm") else "shm"
+        backends.get_backend(loads).prepare(provider, host_ids)  # type: ignore[attr-defined]  # ours have it
+
     def create(
         self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
     ) -> Backend:

@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import logging
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
@@ -160,13 +161,30 @@ def _jax_tvm_ffi() -> ModuleType:
         ) from error
 
 
+def _in_words(function: Callable[..., None]) -> Callable[..., str | None]:
+    """Return a function that returns the message of what ``function`` raises, for native code to raise.
+
+    Raised here, it would be given the trace of C++ on its way, for which tvm-ffi reads the symbols of the whole
+    process: half a second of the processor, and seconds under load (apache-tvm-ffi 0.1.15).
+    """
+
+    def told(*numbers: int) -> str | None:
+        try:
+            function(*numbers)
+        except BaseException as error:  # noqa: BLE001 - XLA raises its own, with this message, where it is asked
+            return str(error) or type(error).__name__
+        return None
+
+    return told
+
+
 def _register() -> None:
     bridge, native = _jax_tvm_ffi(), library.load()
     convert = dlpack.tvm_ffi().convert
-    _make_known(bridge, native, TARGET, native.shm_jax_target(convert(settle)), "cpu")
+    _make_known(bridge, native, TARGET, native.shm_jax_target(convert(_in_words(settle))), "cpu")
     add_adapter(_device.ADAPTER)
     # Kept by JAX until there is a CUDA device, if ever.
-    _make_known(bridge, native, TARGET, native.shm_jax_device_target(convert(queue)), "gpu", on_device=True)
+    _make_known(bridge, native, TARGET, native.shm_jax_device_target(convert(_in_words(queue))), "gpu", on_device=True)
 
 
 def _make_known(

@@ -20,8 +20,7 @@ from colltensor import net
 from colltensor.control import lifetime
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError
 from colltensor.group import Group, connect
-from colltensor.ray.rendezvous import node_host_id
-from colltensor.ray.seat import address_in_ray
+from colltensor.ray.rendezvous import address_in_ray, node_host_id
 from colltensor.recipe import Recipe
 from colltensor.rendezvous import Introduction
 from colltensor.rendezvous.messages import decode_error

@@ -10,7 +10,8 @@ import contextlib
 import os
 import sys
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -59,6 +60,11 @@ class RayDirectory:
     def host_id(self) -> str:
         """Name this process's host."""
         return node_host_id()
+
+    @property
+    def address(self) -> str | None:
+        """The address by which Ray's nodes reach this one."""
+        return address_in_ray()
 
     def publish(self, key: str, invitation: bytes) -> None:
         """Start the named actor that holds the invitation: see Directory.
@@ -134,6 +140,14 @@ def refuse_client(operation: str) -> None:
             "cluster: it has no address there and its actor handles are the server's. Run the driver on a node of the "
             "cluster, with ray.init(address='auto') or as a job (`ray job submit`), or make the group inside the actors"
         )
+
+
+def address_in_ray() -> str | None:
+    """Return the address by which Ray's nodes reach this one, where it is an address of this host."""
+    find = cast("Callable[[], str]", ray.util.get_node_ip_address)  # Ray gives it no type
+    address = find()
+    is_usable = address in net.local_addresses() and not net.is_loopback(address)
+    return address if is_usable else None
 
 
 def node_host_id() -> str:

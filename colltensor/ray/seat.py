@@ -9,16 +9,14 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
-
-import ray
+from typing import Any, Final
 
 from colltensor import net, table
 from colltensor.errors import GroupError
 from colltensor.group import Group
-from colltensor.ray.rendezvous import node_host_id
+from colltensor.ray.rendezvous import address_in_ray, node_host_id
 from colltensor.rendezvous import Introduction, Meeting
 
 _lock: Final = threading.Lock()
@@ -245,11 +243,3 @@ def _gone(group_name: str) -> GroupError:
         f"create_collective_group: group '{group_name}' is not being made here any more: the driver gave it up or "
         "makes it anew, or this actor was restarted meanwhile; create it again"
     )
-
-
-def address_in_ray() -> str | None:
-    """Return the address by which Ray's nodes reach this one, where it is an address of this host."""
-    find = cast("Callable[[], str]", ray.util.get_node_ip_address)  # Ray gives it no type
-    address = find()
-    is_usable = address in net.local_addresses() and not net.is_loopback(address)
-    return address if is_usable else None

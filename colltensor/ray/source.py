@@ -24,7 +24,7 @@ from colltensor.errors import CollectiveError, GroupError
 from colltensor.group import Group
 from colltensor.ray.arrays import views_of
 from colltensor.ray.link import CONTEXT, IDLE_S, TIMEOUT_S, Endpoint, Step, form_group, group_name
-from colltensor.ray.seat import address_in_ray
+from colltensor.ray.rendezvous import address_in_ray
 from colltensor.rendezvous.messages import encode_error
 
 _LOG: Final = logging.getLogger(__name__)

@@ -5,7 +5,7 @@
     meet_through(exchange, ...)                    the same where the ranks can exchange bytes already
     report_refusal(directory, error, ...)          tell the others why this rank will not come
 
-    messages <- hub, directory <- joining <- hosting, files <- meeting <- exchange, methods
+    secret, users, messages <- hub, directory <- joining <- hosting, files <- meeting <- exchange, methods
 
 Imports errors and net only, and no framework.
 """

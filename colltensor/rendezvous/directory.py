@@ -16,7 +16,12 @@ class Directory(Protocol):
 
     A directory may have an attribute ``scope``, a string equal for two directories exactly if they are the same
     place: with it, a process that an earlier meeting left out is kept out of the next one of the same name. It may
-    have an attribute ``host_id``, which names this process's host in place of ``net.host_id()``.
+    have an attribute ``host_id``, which names this process's host in place of ``net.host_id()``, and an attribute
+    ``elsewhere``, a directory in which ``locate`` looks as well: there rank 0 is found where it cannot leave an
+    invitation in this one, to say why. And it may have an attribute ``secret`` where strangers can read it: what the
+    user gave all ranks, from which and the invitation's the meeting's secret is derived, empty if nothing; and with it
+    ``host``, where the directory is. An attribute ``address`` says at which address of this host all ranks reach it,
+    where that is known; rank 0 listens on all of them else.
     """
 
     def publish(self, key: str, invitation: bytes) -> None:

@@ -6,6 +6,7 @@ Imports errors, net and the meeting's own modules only, and no framework.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from colltensor.rendezvous.messages import (
     pack,
     unpack,
 )
+from colltensor.rendezvous.secret import MISTAKE, derived, proof
 
 
 class Introduction:
@@ -34,13 +36,14 @@ class Introduction:
     meeting. An error of one rank travels in its bytes, so that every rank raises it, and none waits. Who gives up
     in between calls ``abandon()``.
 
-    The payloads carry the group's secret: the channel must be one that only the ranks can read.
+    The payloads carry the group's secret: the channel must be one that only the ranks can read, or the ranks must have
+    been given a secret that is not in it.
     """
 
     def __init__(self, *, group_name: str, world_size: int, rank: int, interface: str | None = None,
                  backend: str = "auto", properties: Mapping[str, Any] | None = None,
                  address: str | None = None, host_id: str | None = None,
-                 refusal: CollectiveError | None = None) -> None:
+                 refusal: CollectiveError | None = None, secret: bytes = b"") -> None:
         """Take this rank's part.
 
         Args:
@@ -54,7 +57,9 @@ class Introduction:
                 ``interface``; by default the address of the default route.
             host_id: Names this process's host in place of ``net.host_id()``.
             refusal: Why this rank will not be in the group, which every rank is to raise.
+            secret: What all ranks were given, where others can read the channel: the group's secret is derived from it.
         """
+        self._given = secret
         self._refusal = refusal
         self._arguments = (group_name, world_size, rank, interface, backend, host_id)
         self._external = address
@@ -75,8 +80,9 @@ class Introduction:
         except CollectiveError as error:
             return _wrapped(Message.FAILED, encode_error(error))
         fresh = Table.fresh((), (), told)
+        public = secrets.token_bytes(32)
         fields = {"hello": self._hello.encode().decode(), "table": fresh.encode().decode(),
-                  "secret": secrets.token_hex(32)}  # fmt: skip
+                  "secret": public.hex(), "proof": proof(self._given, public).hex()}  # fmt: skip
         return _wrapped(Message.HELLO, pack(fields))
 
     def second(self, payloads: Sequence[bytes]) -> bytes:
@@ -85,13 +91,15 @@ class Introduction:
         Raises:
             CollectiveError: A rank's own error, or what the ranks disagree about; the same on every rank.
         """
-        said = [unpack(data, hello=str, table=str, secret=str) for data in self._unwrapped(payloads, Message.HELLO)]
+        said = [unpack(data, hello=str, table=str, secret=str, proof=str)
+                for data in self._unwrapped(payloads, Message.HELLO)]  # fmt: skip
         self._hellos = [Hello.decode(fields["hello"].encode()) for fields in said]
-        problem = disagreement(in_rank_order(self._hellos)) or self._wrong_number()
+        problem = disagreement(in_rank_order(self._hellos)) or self._wrong_number() or self._wrong_secret(said)
         if problem is not None:
             raise self._here(problem)
         leader = said[next(index for index, hello in enumerate(self._hellos) if hello.rank == 0)]
-        self._table, self._secret = Table.decode(leader["table"].encode()), bytes.fromhex(leader["secret"])
+        self._table = Table.decode(leader["table"].encode())
+        self._secret = derived(self._given, _bytes(leader["secret"]))
         address = self._address()
         try:
             self._listener = net.listen(address)
@@ -140,6 +148,17 @@ class Introduction:
             error.args = (f"{location(self._hello)}: {error}",)
         return error
 
+    def _wrong_secret(self, said: Sequence[Mapping[str, str]]) -> CollectiveError | None:
+        """Return the error where ranks were given different secrets, as far as this one can tell."""
+        others = [
+            hello.rank for hello, fields in zip(self._hellos, said, strict=True)
+            if not hmac.compare_digest(proof(self._given, _bytes(fields["secret"])), _bytes(fields["proof"]))
+        ]
+        if not others:
+            return None
+        who = "this rank" if 0 in others else " and ".join(f"rank {rank}" for rank in sorted(others))
+        return OptionError(f"{who} came with another secret than rank 0; {MISTAKE}")
+
     def _wrong_number(self) -> CollectiveError | None:
         world_size = self._hellos[0].world_size
         if len(self._hellos) != world_size:
@@ -159,12 +178,12 @@ class Introduction:
 def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: str, world_size: int, rank: int,
                  interface: str | None = None, backend: str = "auto",
                  properties: Mapping[str, Any] | None = None, host_id: str | None = None,
-                 refusal: CollectiveError | None = None) -> Meeting:
+                 refusal: CollectiveError | None = None, secret: bytes = b"") -> Meeting:
     """Bring the ranks of a new group together through an exchange of bytes that they have already.
 
     Args:
         exchange: Hands over this rank's bytes and returns every rank's, in the same order on every rank. It is
-            called twice, bounds its own time, and must be one that only these ranks can read.
+            called twice, bounds its own time, and must be one that only these ranks can read, but with ``secret``.
         group_name: See ``meet``.
         world_size: See ``meet``.
         rank: See ``meet``.
@@ -173,6 +192,7 @@ def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: st
         properties: See ``meet``.
         host_id: Names this process's host in place of ``net.host_id()``.
         refusal: Why this rank will not be in the group, which every rank is to raise.
+        secret: See ``Introduction``.
 
     Returns:
         What every rank knows. The caller owns its listener.
@@ -181,7 +201,8 @@ def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: st
         CollectiveError: An argument of any rank cannot be used, or the ranks disagree; the same on every rank.
     """
     part = Introduction(group_name=group_name, world_size=world_size, rank=rank, interface=interface,
-                        backend=backend, properties=properties, host_id=host_id, refusal=refusal)  # fmt: skip
+                        backend=backend, properties=properties, host_id=host_id, refusal=refusal,
+                        secret=secret)  # fmt: skip
     said = exchange(part.first())
     try:
         place = part.second(said)
@@ -194,6 +215,13 @@ def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: st
     except BaseException:
         part.abandon()
         raise
+
+
+def _bytes(digits: str) -> bytes:
+    try:
+        return bytes.fromhex(digits)
+    except ValueError as error:
+        raise net.FrameError(f"expected hexadecimal digits, got {digits:.32}") from error
 
 
 def _wrapped(kind: Message, payload: bytes) -> bytes:

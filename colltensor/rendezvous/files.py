@@ -1,7 +1,8 @@
 """A file that all ranks can reach, in which rank 0 leaves its invitation.
 
 The file is complete whenever it can be seen (it is linked or renamed into place), only its owner can read it,
-because it holds the meeting's secret, and it is gone after the meeting. One that a killed rank 0 left behind is
+because it holds the meeting's secret, and it is gone after the meeting. Nobody else's file is believed, opened through
+a link, replaced or removed. One that a killed rank 0 left behind is
 recognised by nobody answering to it. Imports errors and the meeting's own modules only, and no framework.
 """
 
@@ -10,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import pwd
 import re
 import secrets
 import stat
+import tempfile
 import time
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 from colltensor import net
@@ -46,17 +50,24 @@ class FileDirectory:
         """Say which place this is."""
         return f"file://{os.path.abspath(self.path)}"
 
+    @property
+    def elsewhere(self) -> FileDirectory:
+        """This host's folder of temporary files, where ranks of one host hear why rank 0 cannot write its file."""
+        tag = hashlib.sha256(self.scope.encode()).hexdigest()[:16]
+        return FileDirectory(os.path.join(tempfile.gettempdir(), f"colltensor-{os.geteuid()}-{tag}"))
+
     def publish(self, key: str, invitation: bytes) -> None:
         """Write the file: see Directory."""
         target = self._file(key)
-        draft = target.with_name(f".{target.name[:_NAME_LIMIT]}.{_host_tag()}.{os.getpid()}.{secrets.token_hex(8)}")
+        draft = f".{target.name[:_NAME_LIMIT]}.{_host_tag()}.{os.getpid()}.{secrets.token_hex(8)}"
         try:
-            _remove_drafts(target)
-            try:
-                self._write(draft, invitation)
-                self._install(draft, target, key)
-            finally:
-                draft.unlink(missing_ok=True)
+            with _folder_of(target) as folder:
+                _remove_drafts(target, folder)
+                try:
+                    _write(draft, folder, invitation)
+                    _install(draft, target, folder, key)
+                finally:
+                    _remove(draft, folder)
         except OSError as error:
             raise OptionError(f"init_method: rank 0 cannot write {target}: {error.strerror}; {_REMEDY}") from error
         self._published[key] = invitation
@@ -66,7 +77,10 @@ class FileDirectory:
         target = self._file(key)
         pause = _FIRST_PAUSE_S
         while True:
-            data = _read(target)
+            data = _found(target)
+            if data is None:
+                with contextlib.suppress(OptionError):  # what others leave among temporary files is no concern of ours
+                    data = _found(self.elsewhere._file(key))
             if data is not None and _is_complete(data):
                 return data
             if time.monotonic() + pause >= deadline:
@@ -81,9 +95,12 @@ class FileDirectory:
     def withdraw(self, key: str) -> None:
         """Remove the file if it is still the one that was published here."""
         mine = self._published.pop(key, None)
+        if mine is None:
+            return
         target = self._file(key)
-        if mine is not None and _read(target) == mine:
-            target.unlink(missing_ok=True)
+        with contextlib.suppress(OptionError), _folder_of(target) as folder:  # what stands there now is not ours
+            if _read(target, folder) == mine:
+                _remove(target.name, folder)
 
     def _file(self, key: str) -> Path:
         path = Path(self.path)
@@ -96,39 +113,85 @@ class FileDirectory:
             raise OptionError(f"init_method: the folder {path.parent} does not exist on this host; {_REMEDY}")
         return path if key == "default" else path.with_name(f"{path.name}.{name}")
 
-    def _write(self, draft: Path, invitation: bytes) -> None:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(invitation)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _install(self, draft: Path, target: Path, key: str) -> None:
-        """Put the draft in its place, unless a living rank 0 is there already."""
-        try:
-            os.link(draft, target)
-            return
-        except FileExistsError:
-            pass
-        except OSError:
-            # No hard links on this file system: two rank 0 that start at once are not told apart here.
-            if not target.exists():
-                os.replace(draft, target)
-                return
-        data = _read(target)
-        if data and another_rank_0_lives(data, key):
-            raise taken(0, [who_am_i(), f"another process that wrote {target}"])
-        os.replace(draft, target)
-
 
 _REMEDY = "name a file or a folder that every rank can reach and write to, as in init_method='file:///shared/meeting'"
+_OWN = "name a file in a folder of your own"
+
+
+@contextlib.contextmanager
+def _folder_of(target: Path) -> Iterator[int]:
+    """Open the folder of a file; what is done there goes by the descriptor, so that nobody puts another in its place.
+
+    Others may be allowed to write there: every file is asked for its owner.
+
+    Raises:
+        OptionError: It is another user's.
+    """
+    folder = os.open(target.parent, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+    try:
+        owner = os.fstat(folder).st_uid
+        if not _is_trusted(owner):
+            raise OptionError(
+                f"init_method: the folder {target.parent} belongs to {_user(owner)}, who decides what is in it; {_OWN}"
+            )
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _is_trusted(user: int) -> bool:
+    return user in (os.geteuid(), 0)
+
+
+def _user(number: int) -> str:
+    with contextlib.suppress(KeyError):
+        return f"user {pwd.getpwuid(number).pw_name} ({number})"
+    return f"user {number}"
+
+
+def _write(draft: str, folder: int, invitation: bytes) -> None:
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(invitation)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _install(draft: str, target: Path, folder: int, key: str) -> None:
+    """Put the draft in its place, unless a living rank 0 is there already, or something that is no file of ours."""
+    try:
+        os.link(draft, target.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        return
+    except FileExistsError:
+        pass
+    except OSError:
+        # No hard links on this file system: two rank 0 that start at once are not told apart here.
+        if _status(target.name, folder) is None:
+            os.replace(draft, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+            return
+    data = _read(target, folder)
+    if data and another_rank_0_lives(data, key):
+        raise taken(0, [who_am_i(), f"another process that wrote {target}"])
+    os.replace(draft, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def _remove(name: str, folder: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _status(name: str, folder: int) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def _host_tag() -> str:
     return hashlib.sha256(net.host_id().encode()).hexdigest()[:12]
 
 
-def _remove_drafts(target: Path) -> None:
+def _remove_drafts(target: Path, folder: int) -> None:
     """Remove what a rank 0 that was killed while it wrote left beside the target: see FileDirectory.publish.
 
     A draft is there for seconds at most: one of a process of this host that is gone, or an old one.
@@ -141,13 +204,12 @@ def _remove_drafts(target: Path) -> None:
         match = pattern.fullmatch(name)
         if match is None:
             continue
-        draft = target.with_name(name)
         with contextlib.suppress(OSError):  # another rank 0 removes it too, or it is another user's
-            status = draft.lstat()
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
             is_gone = match[1] == _host_tag() and not _runs(int(match[2]))
             is_old = time.time() - status.st_mtime > _DRAFT_S
             if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and (is_gone or is_old):
-                draft.unlink()
+                _remove(name, folder)
 
 
 def _runs(pid: int) -> bool:
@@ -160,31 +222,43 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _read(target: Path) -> bytes | None:
-    """Return what the file holds, or None where there is no file.
-
-    Raises:
-        OptionError: It cannot be read, or is not for us to trust or to replace.
-    """
+def _found(target: Path) -> bytes | None:
+    """Return what the file holds, or None where there is no file; raises as ``_read``."""
     try:
-        # A named pipe would block whoever opens it, and never end.
-        with open(target, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            is_file = stat.S_ISREG(status.st_mode)
-            data = file.read(_READ_LIMIT) if is_file else b""
-    except FileNotFoundError:
-        return None
+        with _folder_of(target) as folder:
+            return _read(target, folder)
     except OSError as error:
         raise OptionError(f"init_method: cannot read {target}: {error.strerror}; {_REMEDY}") from error
-    if not is_file or not Invitation.may_be(data):
-        raise OptionError(f"init_method: {target} exists and is no rendezvous file; name another, or remove it")
-    with contextlib.suppress(OSError):
-        if status.st_uid != os.geteuid() and target.parent.stat().st_mode & stat.S_IWOTH:
-            raise OptionError(
-                f"init_method: {target} was written by user {status.st_uid} in a folder where everybody may write; "
-                f"name a file in a folder of your own"
-            )
+
+
+def _read(target: Path, folder: int) -> bytes | None:
+    """Return what the file holds, or None where there is no file. Only a file of ours is opened.
+
+    Raises:
+        OptionError: It is no file, or not for us to trust or to replace.
+        OSError: It cannot be read.
+    """
+    status = _status(target.name, folder)
+    if status is None:
+        return None
+    if not stat.S_ISREG(status.st_mode):  # opening a device or a named pipe may do something, or never end
+        raise _no_invitation(target)
+    try:
+        descriptor = os.open(target.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        data = file.read(_READ_LIMIT) if stat.S_ISREG(status.st_mode) else b"?"
+    if not Invitation.may_be(data):
+        raise _no_invitation(target)
+    if not _is_trusted(status.st_uid):
+        raise OptionError(f"init_method: {target} was written by {_user(status.st_uid)}; {_OWN}")
     return data
+
+
+def _no_invitation(target: Path) -> OptionError:
+    return OptionError(f"init_method: {target} exists and is no rendezvous file; name another, or remove it")
 
 
 def _is_complete(data: bytes) -> bool:

@@ -24,7 +24,7 @@ from colltensor.errors import (
     PeerLostError,
 )
 from colltensor.rendezvous.directory import Directory, FixedDirectory
-from colltensor.rendezvous.hub import Arrival, Hub, Inbox, Subscription, leave_hub, open_hub, remember
+from colltensor.rendezvous.hub import Arrival, Hub, Inbox, Stranger, Subscription, leave_hub, open_hub, remember
 from colltensor.rendezvous.joining import Found, probe, who_am_i
 from colltensor.rendezvous.messages import (
     Hello,
@@ -38,10 +38,13 @@ from colltensor.rendezvous.messages import (
     taken,
     unpack,
 )
+from colltensor.rendezvous.secret import MISTAKE, derived, warn_of_strangers
 
 _LOG = logging.getLogger(__name__)
 _SLICE_S = 0.5
 _GRACE_S = 1.0
+_NOTICE_S = 2.0
+_STRANGERS = 4
 _PATIENCE_WITH_A_TAKEN_PORT_S = 3.0
 
 
@@ -64,8 +67,18 @@ def host(directory: Directory, hello: Hello, deadline: float,
     hub: Hub | None = None
     try:
         scope = str(getattr(directory, "scope", ""))
-        hub, invitation = _open(directory, hello, Subscription(inbox, scope), deadline)
-        directory.publish(key, invitation.encode())
+        hub, invitation, secret = _open(directory, hello, Subscription(inbox, scope), deadline)
+        try:
+            directory.publish(key, invitation.encode())
+        except OptionError as error:
+            elsewhere = getattr(directory, "elsewhere", None)
+            if elsewhere is not None and isinstance(error.__cause__, OSError):  # what else is wrong all ranks see
+                directory = elsewhere
+                assembly.hurry(_NOTICE_S)
+                with contextlib.suppress(CollectiveError):  # all are to see the first error
+                    directory.publish(key, invitation.encode())
+                    assembly.gather()
+            raise
         assembly.gather()
         with contextlib.ExitStack() as undo:
             table, listener = assembly.decide(properties)
@@ -73,7 +86,7 @@ def host(directory: Directory, hello: Hello, deadline: float,
             remember(scope, key, hello.world_size)
             assembly.conclude(table)
             undo.pop_all()
-        return table, listener, invitation.secret
+        return table, listener, secret
     except BaseException as error:
         assembly.give_up(error)
         raise
@@ -88,13 +101,18 @@ def host(directory: Directory, hello: Hello, deadline: float,
 
 
 def _open(directory: Directory, hello: Hello, subscription: Subscription,
-          deadline: float) -> tuple[Hub, Invitation]:
+          deadline: float) -> tuple[Hub, Invitation, bytes]:
+    """Return the hub, how it is reached, and the meeting's secret."""
+    if getattr(directory, "secret", None) == b"":
+        warn_of_strangers(str(getattr(directory, "host", "")), hello.group_name, hello.rank)
     if isinstance(directory, FixedDirectory):
-        return _open_fixed(directory, hello.group_name, subscription, deadline), directory.invitation
+        return _open_fixed(directory, hello.group_name, subscription, deadline), directory.invitation, directory.secret
     secret = secrets.token_bytes(32)
-    hub = open_hub(hello.address or "", 0, secret, hello.group_name, subscription)
-    addresses = (hello.address,) if hello.address else tuple(net.local_addresses())
-    return hub, Invitation(hello.host_id, addresses, hub.port, secret)
+    shared = derived(getattr(directory, "secret", b""), secret)
+    address = hello.address or getattr(directory, "address", None)
+    hub = open_hub(address or "", 0, shared, hello.group_name, subscription)
+    addresses = (address,) if address else tuple(net.local_addresses())
+    return hub, Invitation(hello.host_id, addresses, hub.port, secret), shared
 
 
 def _open_fixed(directory: FixedDirectory, key: str, subscription: Subscription, deadline: float) -> Hub:
@@ -150,6 +168,7 @@ class _Assembly:
         self._arrivals: list[Arrival] = []
         self._error = hello.refuses()
         self._informed: set[tuple[int, str]] = set()
+        self._strangers: dict[int, str] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(inbox, selectors.EVENT_READ)
 
@@ -175,6 +194,10 @@ class _Assembly:
                 if now >= self._limit():
                     raise self._did_not_come(missing)
             self._step(self._limit() if grace_ends is None else min(grace_ends, self._limit()))
+
+    def hurry(self, seconds: float) -> None:
+        """Give up so soon."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     def decide(self, properties: dict[str, Any]) -> tuple[Table, socket.socket]:
         """Give every rank its address, and wait until all listen."""
@@ -242,12 +265,15 @@ class _Assembly:
     def _did_not_come(self, missing: tuple[int, ...]) -> CollectiveTimeoutError:
         return CollectiveTimeoutError(
             f"expected {self._hello.world_size} ranks to meet within the timeout, but {_listed(missing)} did not come; "
-            f"start every rank with the same group_name, world_size and init_method, or allow more time with timeout_s",
+            f"start every rank with the same group_name, world_size and init_method, or allow more time with timeout_s"
+            f"{''.join(f'; {words}' for words in self._strangers.values())}",
             missing,
         )
 
     def _missing(self) -> tuple[int, ...]:
         came = {0, *(arrival.hello.rank for arrival in self._arrivals)}
+        if self._error is not None:
+            came.update(self._strangers)
         return tuple(rank for rank in range(self._hello.world_size) if rank not in came)
 
     def _limit(self) -> float:
@@ -267,6 +293,9 @@ class _Assembly:
             if isinstance(item, str):
                 self._error = taken(0, [self._hello.who, item])
                 continue
+            if isinstance(item, Stranger):
+                self._meet_stranger(item)
+                continue
             if self._means_another_meeting(item.hello):
                 self._turn_away(item)
                 continue
@@ -277,6 +306,24 @@ class _Assembly:
                 self._error = self._error or refusal
                 self._informed.add((item.hello.rank, item.hello.who))
             self._send(item, Message.WELCOME)
+
+    def _meet_stranger(self, stranger: Stranger) -> None:
+        """Give up if one of the ranks has another secret; who is somebody else's process, or far away, may be lying."""
+        hello = stranger.hello
+        if hello.world_size != self._hello.world_size or not 0 < hello.rank < hello.world_size:
+            return
+        message = f"rank {hello.rank} ({hello.who}) has another secret than rank 0; {MISTAKE}"
+        if stranger.is_own:
+            self._error = self._error or hello.refuses() or OptionError(message)
+            self._strangers[hello.rank] = message
+        elif hello.rank not in self._strangers and len(self._strangers) < _STRANGERS:
+            self._strangers[hello.rank] = (
+                f"a process that calls itself rank {hello.rank} ({hello.who!r:.100}) came with another secret"
+            )
+            _LOG.warning(
+                "group %r (rank %d): a process that says it is rank %d (%.200r) has another secret; %s",
+                hello.group_name, 0, hello.rank, hello.who, MISTAKE,
+            )
 
     def _means_another_meeting(self, hello: Hello) -> bool:
         """Return whether a rank comes for the next attempt, or refuses another one than this.

@@ -17,14 +17,17 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from colltensor import net
 from colltensor.errors import CollectiveError, RankError
 from colltensor.rendezvous.messages import Hello, Message, encode_error, taken, unpack
+from colltensor.rendezvous.users import is_own
 
 _LOG = logging.getLogger(__name__)
 _GREETING_S = 10.0
 _GREETINGS = 512
+_STRANGER_S = 0.5
 _JOIN_S = 2.0
 _MEMORY_S = 3600.0
 
@@ -48,12 +51,29 @@ class Arrival:
     port: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A process with another secret.
+
+    Attributes:
+        hello: What it says.
+        is_own: Whether it is this user's, on this host: then it means no harm.
+    """
+
+    hello: Hello
+    is_own: bool
+
+
+Item: TypeAlias = Arrival | Stranger | str
+"""What comes to a meeting; the name of a process is one that claims rank 0."""
+
+
 class Inbox:
     """Carries arrivals from the hub's threads to the thread that meets; readable, for a selector."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._items: collections.deque[Arrival | str] = collections.deque()
+        self._items: collections.deque[Item] = collections.deque()
         self._open = True
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
@@ -63,8 +83,8 @@ class Inbox:
         """Return the descriptor that is readable while something may be there."""
         return self._reader.fileno()
 
-    def put(self, item: Arrival | str) -> bool:
-        """Leave an arrival, or the name of another process that claims rank 0; False once closed."""
+    def put(self, item: Item) -> bool:
+        """Leave what came; False once closed."""
         with self._lock:
             if self._open:
                 self._items.append(item)
@@ -72,7 +92,7 @@ class Inbox:
                     self._writer.send(b"\0")
             return self._open
 
-    def take(self) -> list[Arrival | str]:
+    def take(self) -> list[Item]:
         """Return what came since the last call."""
         with contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
@@ -81,7 +101,7 @@ class Inbox:
             self._items.clear()
         return items
 
-    def close(self) -> list[Arrival | str]:
+    def close(self) -> list[Item]:
         """Take nothing more; return what was left."""
         with self._lock:
             if self._open:
@@ -195,6 +215,9 @@ class Hub:
                 self._contest(sock, group_name, str(unpack(payload, who=str)["who"]), deadline)
             else:
                 raise net.FrameError(f"expected a hello, got a frame of kind {kind}")
+        except net.WrongSecretError as error:
+            self._note_dropped(error)
+            self._hear_stranger(sock)
         except OSError as error:
             self._note_dropped(error)
         finally:
@@ -217,6 +240,19 @@ class Hub:
                 return True
         net.send_frame(sock, Message.RETRY, b"", deadline)
         return False
+
+    def _hear_stranger(self, sock: socket.socket) -> None:
+        """Let a meeting know of a process with another secret: what it says may be true, and counts if it is ours."""
+        try:
+            kind, payload = net.recv_frame(sock, time.monotonic() + _STRANGER_S, net.UNPROVEN_LIMIT)
+            if kind == Message.HELLO:
+                hello = Hello.decode(payload)
+                with self._lock:
+                    meeting = self._meetings.get(hello.group_name)
+                if meeting is not None:
+                    meeting.inbox.put(Stranger(hello, is_own(sock)))
+        except OSError as error:
+            self._note_dropped(error)
 
     def _contest(self, sock: socket.socket, group_name: str, who: str, deadline: float) -> None:
         """Answer another process that wants to be rank 0: the two of them cannot both be right."""

@@ -6,20 +6,22 @@ Imports errors, net, messages and the directory protocol only, and no framework.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import os
 import socket
 import time
+from dataclasses import replace
 
 from colltensor import net
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, PeerLostError
-from colltensor.rendezvous.directory import Directory
+from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.messages import Hello, Invitation, Message, Table, decode_error, encode_error, pack, unpack
+from colltensor.rendezvous.secret import MISTAKE, derived
 
 _CONNECT_S = 3.0
 _HANDSHAKE_S = 5.0
 _STRANGER_S = 3.0
+_REFUSED_S = 0.3
 _VERDICT_SLACK_S = 1.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.25
 
@@ -55,10 +57,17 @@ def probe(invitation: Invitation, group_name: str) -> Found:
     return Found.RIVAL if kind == Message.FAILED else Found.OTHER_GROUPS
 
 
-def another_rank_0_lives(invitation: bytes, group_name: str) -> bool:
-    """Return whether an invitation, found where one's own was to go, is that of a rank 0 that is meeting now."""
+def another_rank_0_lives(invitation: bytes, group_name: str, secret: bytes = b"") -> bool:
+    """Return whether an invitation, found where one's own was to go, is that of a rank 0 that is meeting now.
+
+    Args:
+        invitation: As it was found.
+        group_name: The group's name.
+        secret: The directory's.
+    """
     try:
-        return probe(Invitation.decode(invitation), group_name) is Found.RIVAL
+        found = Invitation.decode(invitation)
+        return probe(replace(found, secret=derived(secret, found.secret)), group_name) is Found.RIVAL
     except net.FrameError:
         return False
 
@@ -78,11 +87,12 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
     pause = _FIRST_PAUSE_S
     reason = ""
     stranger_since: float | None = None
+    refused_since: float | None = None
     while True:
         invitation = _located(directory, hello.group_name, deadline, reason)
         try:
-            with _reach(invitation, hello.group_name, hello.host_id, deadline) as sock:
-                reason, stranger_since = "it answers, but this group is not meeting there", None
+            with _reach(invitation, hello.group_name, hello.host_id, deadline, hello) as sock:
+                reason, stranger_since, refused_since = "it answers, but this group is not meeting there", None, None
                 if _introduce(sock, hello, started, deadline):
                     table, listener = _attend(sock, deadline)
                     return table, listener, invitation.secret
@@ -99,6 +109,11 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
             reason = f"last, at {_spelt(invitation)}: {error}"
             if isinstance(error, ConnectionRefusedError):
                 stranger_since = None
+            if isinstance(error, net.WrongSecretError):
+                refused_since = refused_since or time.monotonic()
+        # Not at once: another job's rank 0 may meet at that port for a moment.
+        if refused_since and hasattr(directory, "secret") and time.monotonic() - refused_since > _REFUSED_S:
+            raise OptionError(f"rank 0 meets at {_spelt(invitation)} with another secret than this rank has; {MISTAKE}")
         if time.monotonic() + pause >= deadline:
             raise _nobody_came(reason)
         time.sleep(pause)
@@ -109,7 +124,10 @@ def _located(directory: Directory, key: str, deadline: float, reason: str) -> In
     if time.monotonic() >= deadline:
         raise _nobody_came(reason)
     try:
-        return Invitation.decode(directory.locate(key, deadline))
+        found = Invitation.decode(directory.locate(key, deadline))
+        if isinstance(directory, FixedDirectory):
+            return found
+        return replace(found, secret=derived(getattr(directory, "secret", b""), found.secret))
     except CollectiveTimeoutError as error:
         if reason:
             error.args = (f"{error}; {reason}",)
@@ -129,8 +147,13 @@ def _spelt(invitation: Invitation) -> str:
     return f"{', '.join(invitation.addresses)} port {invitation.port}"
 
 
-def _reach(invitation: Invitation, group_name: str, host_id: str, deadline: float) -> socket.socket:
-    """Return an authenticated connection to whoever can prove to have issued the invitation."""
+def _reach(
+    invitation: Invitation, group_name: str, host_id: str, deadline: float, hello: Hello | None = None
+) -> socket.socket:
+    """Return an authenticated connection to whoever can prove to have issued the invitation.
+
+    Whoever says that the secret is wrong is told by ``hello`` who tried.
+    """
     addresses = list(invitation.addresses)
     if invitation.host_id == host_id:
         addresses.insert(0, "127.0.0.1")
@@ -146,6 +169,8 @@ def _reach(invitation: Invitation, group_name: str, host_id: str, deadline: floa
             net.prove(sock, invitation.secret, group_name.encode(), min(deadline, now + _CONNECT_S + _HANDSHAKE_S))
             return sock
         except (ConnectionError, TimeoutError) as error:
+            if hello is not None and isinstance(error, net.WrongSecretError):
+                _own_up(sock, hello, deadline)
             sock.close()
             failure = error
         except BaseException:
@@ -154,11 +179,19 @@ def _reach(invitation: Invitation, group_name: str, host_id: str, deadline: floa
     raise failure
 
 
+def _own_up(sock: socket.socket, hello: Hello, deadline: float) -> None:
+    """Say who has another secret, and stay until rank 0 has seen whose process that is."""
+    with contextlib.suppress(OSError):
+        net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
+        sock.settimeout(_REFUSED_S)
+        sock.recv(1)
+
+
 def _introduce(sock: socket.socket, hello: Hello, started: float, deadline: float) -> bool:
     """Say who one is; return whether rank 0 is meeting this group now."""
     now = time.monotonic()
     seen_from = net.plain_address(sock.getsockname()[0])
-    hello = dataclasses.replace(hello, seen_from=seen_from, age_s=now - started, patience_s=deadline - now)
+    hello = replace(hello, seen_from=seen_from, age_s=now - started, patience_s=deadline - now)
     net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
     kind, payload = net.recv_frame(sock, min(deadline, now + 2 * _HANDSHAKE_S))
     if kind == Message.FAILED:

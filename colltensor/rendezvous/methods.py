@@ -16,24 +16,31 @@ from colltensor.errors import OptionError
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.files import FileDirectory
 from colltensor.rendezvous.meeting import checked_rank
+from colltensor.rendezvous.secret import given_secret
 
 _SPELLINGS = "'env://', 'tcp://host:port' or 'file:///path'"
 
 
-def open_directory(init_method: str | None, rank: int | None, world_size: int | None) -> tuple[Directory, int, int]:
+def open_directory(
+    init_method: str | None, rank: int | None, world_size: int | None, *, secret: bytes | None = None
+) -> tuple[Directory, int, int]:
     """Return the directory that ``init_method`` names, and this process's rank and the world size.
 
     Args:
         init_method: ``"env://"`` reads MASTER_ADDR and MASTER_PORT, as torchrun sets them; ``"tcp://host:port"``
             is where rank 0 listens; ``"file:///path"`` is a file or folder that all ranks can reach; None is Ray
             inside a Ray worker and ``"env://"`` elsewhere. With ``env://`` and ``tcp://`` anybody who reaches
-            rank 0's port can take a rank's place, unless the variable COLLTENSOR_SECRET holds a secret on all ranks.
-            A rank with another secret is a stranger, who cannot end the meeting: all wait for it until the timeout.
+            rank 0's port can take a rank's place, unless the variable COLLTENSOR_SECRET, or the file that
+            COLLTENSOR_SECRET_FILE names, holds a secret on all ranks; rank 0 warns of it where they meet on more than
+            the loopback. A rank with another secret hears so at once; the others do too if it is of their user and on
+            rank 0's host, and else, since a stranger may not end a meeting, with the timeout.
         rank: This process's rank; None reads RANK, with ``env://`` only.
         world_size: How many ranks there are; None reads WORLD_SIZE, with ``env://`` only.
+        secret: In place of the one that the environment gives.
 
     Raises:
-        OptionError: The method is misspelt, a variable of the environment is missing or contradicts an argument.
+        OptionError: The method is misspelt, the secret cannot be read, a variable of the environment is missing or
+            contradicts an argument.
         RankError: The rank is outside ``range(world_size)``.
     """
     if init_method is not None and not isinstance(init_method, str):
@@ -46,13 +53,13 @@ def open_directory(init_method: str | None, rank: int | None, world_size: int | 
         raise OptionError(f"{name} must be given with init_method={init_method!r}; only 'env://' reads it by itself")
     rank, world_size = checked_rank(rank, world_size)
     if from_environment:
-        return _environment_directory(world_size), rank, world_size
+        return _environment_directory(world_size, secret), rank, world_size
     if init_method is None:
         return _imported("colltensor.ray.rendezvous", "RayDirectory"), rank, world_size
-    return _spelt_directory(init_method), rank, world_size
+    return _spelt_directory(init_method, secret), rank, world_size
 
 
-def _spelt_directory(init_method: str) -> Directory:
+def _spelt_directory(init_method: str, secret: bytes | None) -> Directory:
     if init_method.startswith("file://"):
         path = init_method[len("file://") :]
         if not path.startswith("/") or not path.strip("/") or "\0" in path:
@@ -67,24 +74,25 @@ def _spelt_directory(init_method: str) -> Directory:
             raise OptionError(
                 f"init_method: expected 'tcp://host:port', got {init_method!r}; rank and world_size are arguments"
             )
-        return _fixed(match[1].strip("[]"), match[2], "init_method")
+        return _fixed(match[1].strip("[]"), match[2], "init_method", secret)
     raise OptionError(f"init_method must be {_SPELLINGS}, got {init_method!r}")
 
 
-def _fixed(host: str, port: str, origin: str) -> FixedDirectory:
+def _fixed(host: str, port: str, origin: str, secret: bytes | None) -> FixedDirectory:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise OptionError(f"{origin}: the port must be a number from 1 to 65535, got {port!r}")
-    return FixedDirectory(host, int(port), os.environ.get("COLLTENSOR_SECRET", "").encode())
+    return FixedDirectory(host, int(port), given_secret() if secret is None else secret)
 
 
-def _environment_directory(world_size: int) -> Directory:
+def _environment_directory(world_size: int, secret: bytes | None) -> Directory:
     if world_size == 1 and not os.environ.get("MASTER_ADDR"):
         return FixedDirectory("127.0.0.1", 0)
     host, port = _variable("MASTER_ADDR"), _variable("MASTER_PORT")
-    directory = _fixed(host, port, f"init_method='env://', variable MASTER_PORT={port!r}")
+    directory = _fixed(host, port, f"init_method='env://', variable MASTER_PORT={port!r}", secret)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's agent serves a store of torch's at that port: rank 0 cannot listen there.
-        return _imported("colltensor.torch.rendezvous", "StoreDirectory", directory.host, directory.port)
+        known = (directory.host, directory.port, directory.secret)
+        return _imported("colltensor.torch.rendezvous", "StoreDirectory", *known)
     return directory
 
 

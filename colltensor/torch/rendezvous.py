@@ -26,11 +26,13 @@ class StoreDirectory:
     Attributes:
         host: Where the store is served.
         port: Its port.
+        secret: What the user gave all ranks, since whoever reaches the store reads invitations; empty if nothing.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, secret: bytes) -> None:
         self.host = host
         self.port = port
+        self.secret = secret
         self._client: TCPStore | None = None
         self._published: dict[str, bytes] = {}
 
@@ -38,6 +40,12 @@ class StoreDirectory:
     def scope(self) -> str:
         """Say which place this is."""
         return f"store://{self.host}:{self.port}"
+
+    @property
+    def address(self) -> str | None:
+        """The loopback where the agent has started all ranks of the job, None where they are on several hosts."""
+        everybody, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+        return "127.0.0.1" if everybody and everybody == here else None
 
     def publish(self, key: str, invitation: bytes) -> None:
         """Set the key: see Directory."""
@@ -47,7 +55,7 @@ class StoreDirectory:
             store = self._store(time.monotonic() + _CONNECT_S)
             found = store.compare_set(name, "", text)
             if found.decode() != text:
-                if another_rank_0_lives(_decoded(found), key):
+                if another_rank_0_lives(_decoded(found), key, self.secret):
                     raise taken(0, [who_am_i(), f"another process that wrote the key {name}"])
                 store.set(name, text)
         except DistError as error:

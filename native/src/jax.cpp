@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -165,6 +166,11 @@ constexpr const char* kAttributeNames[kAttributes] = {"dtype", "handle",    "ite
 
 using Numbers = std::array<std::int64_t, kAttributes>;
 
+// An error for XLA, without the trace of C++ that TVM_FFI_THROW collects, and tvm-ffi for each exception of Python's that
+// passes through it: for the first one it reads the symbols of the whole process, which takes half a second of the
+// processor and seconds under load.
+ffi::Error told(const std::string& message) { return ffi::Error("RuntimeError", message, std::string()); }
+
 Numbers numbers_here() {
   const XlaAttributes* given = attributes_here;
   Numbers numbers{};
@@ -173,8 +179,8 @@ Numbers numbers_here() {
                        std::string_view(given->names[i]->data, given->names[i]->size) == kAttributeNames[i];
     const auto* scalar = there ? static_cast<const XlaScalar*>(given->values[i]) : nullptr;
     if (scalar == nullptr || scalar->dtype != kXlaInt64) {
-      TVM_FFI_THROW(RuntimeError) << "a collective was called without its attribute " << kAttributeNames[i]
-                                  << ": colltensor and this version of JAX do not fit each other";
+      throw told(std::string("a collective was called without its attribute ") + kAttributeNames[i] +
+                 ": colltensor and this version of JAX do not fit each other");
     }
     numbers[i] = *static_cast<const std::int64_t*>(scalar->value);
   }
@@ -185,8 +191,13 @@ std::size_t nbytes_of(const ffi::TensorView& tensor, const Numbers& numbers) {
   return static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(numbers[kItemSize]);
 }
 
+// Ends a call that Python was asked to end, which answers with the message of what it raised, or with nothing.
+void conclude(const ffi::Any& answer) {
+  if (const auto message = answer.as<ffi::String>()) throw told(*message);
+}
+
 // The target: (operand, result), which come as bytes, one an element, whatever their dtype (PlainBuffers). What is not
-// done here goes to `settle` in Python, which ends it or raises: (number, code, dtype, operation, op, root, source,
+// done here goes to `settle` in Python, which ends it or says why not: (number, code, dtype, operation, op, root, source,
 // address and bytes of the operand, address and bytes of the result).
 ffi::Function target(ffi::Function settle) {
   return ffi::Function::FromPacked([settle = std::move(settle)](const ffi::AnyView* arguments, std::int32_t,
@@ -202,9 +213,9 @@ ffi::Function target(ffi::Function settle) {
     }
     const std::int64_t code = run(call);
     if (code == 0) return;
-    settle(call.number, code, call.dtype, n[kOperation], call.call.op, n[kRoot], n[kSource],
-           reinterpret_cast<std::int64_t>(call.given), static_cast<std::int64_t>(call.given_nbytes),
-           reinterpret_cast<std::int64_t>(call.result), static_cast<std::int64_t>(call.result_nbytes));
+    conclude(settle(call.number, code, call.dtype, n[kOperation], call.call.op, n[kRoot], n[kSource],
+                    reinterpret_cast<std::int64_t>(call.given), static_cast<std::int64_t>(call.given_nbytes),
+                    reinterpret_cast<std::int64_t>(call.result), static_cast<std::int64_t>(call.result_nbytes)));
   });
 }
 
@@ -216,10 +227,11 @@ ffi::Function device_target(ffi::Function queue) {
     const Numbers n = numbers_here();
     const auto stream = arguments[0].cast<std::int64_t>();
     const auto given = arguments[1].cast<ffi::TensorView>(), result = arguments[2].cast<ffi::TensorView>();
-    queue(n[kNumber], n[kDType], n[kOperation], n[kOp], n[kRoot], n[kSource], stream,
-          static_cast<std::int64_t>(result.device().device_id), reinterpret_cast<std::int64_t>(address_of(given)),
-          static_cast<std::int64_t>(nbytes_of(given, n)), reinterpret_cast<std::int64_t>(address_of(result)),
-          static_cast<std::int64_t>(nbytes_of(result, n)));
+    conclude(queue(n[kNumber], n[kDType], n[kOperation], n[kOp], n[kRoot], n[kSource], stream,
+                   static_cast<std::int64_t>(result.device().device_id),
+                   reinterpret_cast<std::int64_t>(address_of(given)), static_cast<std::int64_t>(nbytes_of(given, n)),
+                   reinterpret_cast<std::int64_t>(address_of(result)),
+                   static_cast<std::int64_t>(nbytes_of(result, n))));
   });
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +15,8 @@ import pytest
 
 from colltensor import net
 from colltensor.errors import CollectiveError, OptionError, PeerLostError
+from colltensor.rendezvous import Meeting
+from colltensor.rendezvous.messages import Hello, Table
 
 pytestmark = pytest.mark.needs("torch")
 
@@ -118,3 +122,70 @@ def test_what_one_rank_alone_met_with_leaves_nothing_for_the_next_meeting() -> N
     run_in_threads(lambda group: group.destroy(), groups)
     assert sorted(group.rank for group in groups) == [0, 1]
     assert not store.check(["again/left"])
+
+
+class OpenStore:
+    """A store of which somebody keeps all that was ever written."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.seen: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.seen[key] = bytes.fromhex(value)
+        self._store.set(key, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("given", [b"hush", b""])
+def test_whoever_reads_the_store_knows_no_secret(monkeypatch: pytest.MonkeyPatch, given: bytes) -> None:
+    torch_distributed = pytest.importorskip("torch.distributed")
+    from colltensor.torch.c10d import meeting as c10d_meeting
+
+    monkeypatch.setenv("COLLTENSOR_SECRET", os.fsdecode(given))
+    store = OpenStore(torch_distributed.HashStore())
+    used: list[Meeting] = []
+    both = threading.Barrier(2, timeout=5)
+
+    def connect(meeting: Meeting, recipe: Any, deadline: float) -> Any:
+        meeting.listener.close()
+        used.append(meeting)
+        return SimpleNamespace(barrier=both.wait)
+
+    monkeypatch.setattr(c10d_meeting, "connect", connect)
+    run_in_threads(lambda rank: c10d_meeting.meet(store, "all", rank, 2, name="g", meet_s=5, timeout_s=5), range(2))
+    assert len(used) == 2
+    assert used[0].secret == used[1].secret
+    read = json.loads(store.seen["all/1/0"][1:])
+    table = Table.decode(read["table"].encode())
+    guess = Meeting.of(Hello.decode(read["hello"].encode()), table, used[0].listener, bytes.fromhex(read["secret"]))
+    assert (guess.secret == used[0].secret) == (not given)
+    assert all(given not in value for value in store.seen.values()) or not given
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_another_secret_of_one_rank_is_heard_by_all(monkeypatch: pytest.MonkeyPatch, culprit: int) -> None:
+    torch_distributed = pytest.importorskip("torch.distributed")
+    from colltensor.torch.c10d import meeting as c10d_meeting
+
+    store = torch_distributed.HashStore()
+    errors: dict[int, CollectiveError] = {}
+    secrets: dict[int, bytes] = {}
+
+    def make(rank: int) -> None:
+        secrets[threading.get_ident()] = b"another" if rank == culprit else b"hush"
+        try:
+            c10d_meeting.meet(store, "all", rank, 3, name="g", meet_s=5.0, timeout_s=5.0)
+        except CollectiveError as error:
+            errors[rank] = error
+
+    monkeypatch.setattr(c10d_meeting, "given_secret", lambda: secrets[threading.get_ident()])
+    began = time.monotonic()
+    run_in_threads(make, range(3))
+    assert time.monotonic() - began < 2
+    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
+    assert all("another secret than rank 0" in str(error) for error in errors.values())
+    assert "this rank" in str(errors[culprit or 1])
+    assert store.num_keys() == 0

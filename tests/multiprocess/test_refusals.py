@@ -95,6 +95,39 @@ def test_a_refused_option_is_heard_by_the_others(
             assert f"on rank {rank} of 3: rank {culprit}: {own}" in str(error)
 
 
+def test_a_file_that_rank_0_cannot_write_is_heard_of_by_the_others(pool: RankPool) -> None:
+    """Nobody may make files in /proc, and all ranks can look there."""
+    results = pool.run(3, ask, "file:///proc/colltensor-meeting", [[{}]] * 3, timeout_s=40)
+    own = results[0][0]
+    assert "rank 0 cannot write /proc/colltensor-meeting" in str(own)
+    for error, took_s in results:
+        assert type(error) is OptionError
+        assert str(error).endswith(str(own).partition(": ")[2])
+        assert took_s < 5
+
+
+def ask_with_secrets(rank: int, world_size: int, init_method: str, files: Sequence[str]) -> list[Any]:
+    """Ask for a group; each rank has its secret in a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLLTENSOR_SECRET_FILE", files[rank])
+        return ask(rank, world_size, init_method, [[{}]] * 3)
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_a_secret_that_a_rank_cannot_read_is_heard_of_by_the_others(
+    pool: RankPool, tmp_path: Path, culprit: int
+) -> None:
+    with net.listen("127.0.0.1") as listener:
+        init_method = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    (tmp_path / "secret").write_text("hush")
+    files = [str(tmp_path / ("missing" if rank == culprit else "secret")) for rank in range(3)]
+    results = pool.run(3, ask_with_secrets, init_method, files, timeout_s=40)
+    for rank, (error, took_s) in enumerate(results):
+        assert type(error) is OptionError
+        assert "missing" in str(error) if culprit or rank == culprit else "another secret" in str(error)
+        assert took_s < 5
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_all_may_ask_for_another_backend_where_one_rank_lacks_the_first(
     pool: RankPool, init_method: str, culprit: int

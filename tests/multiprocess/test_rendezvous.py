@@ -10,13 +10,12 @@ import os
 import random
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from pool import RankPool
 
 from colltensor import net
 from colltensor.errors import CollectiveError, MismatchError, OptionError, PeerLostError, RankError
-from colltensor.rendezvous import FixedDirectory, Meeting, meet, meet_through, open_directory
-from colltensor.rendezvous.messages import Hello, Message
+from colltensor.rendezvous import FileDirectory, FixedDirectory, Meeting, meet, meet_through, open_directory
+from colltensor.rendezvous.messages import Hello, Invitation, Message
 
 pytestmark = pytest.mark.slow
 
@@ -495,16 +494,117 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
                 net.recv_frame(sock, time.monotonic() + 0.2)
 
 
-def test_ranks_with_different_secrets_do_not_meet(pool: RankPool, free_port: int) -> None:
-    plans = [
-        Plan(f"tcp://127.0.0.1:{free_port}", rank, 2, timeout_s=1.0, variables={"COLLTENSOR_SECRET": f"secret {rank}"})
-        for rank in range(2)
-    ]
-    outcomes = run(pool, plans)
-    assert [error.ranks for error in errors_of(outcomes, net_timeout())] == [(1,), (0,)]
-    assert "the secret is wrong" in str(outcomes[1].error)
+@pytest.mark.parametrize("culprit", [0, 2])
+@pytest.mark.parametrize("wrong", [{"COLLTENSOR_SECRET": "another"}, {}])
+def test_a_rank_with_another_secret_is_told_to_all(
+    pool: RankPool, free_port: int, wrong: dict[str, str], culprit: int
+) -> None:
+    """Within a second or so; and the port is free for the next meeting."""
     same = {"COLLTENSOR_SECRET": "the same"}
-    check_met(run(pool, [replace(plan, variables=same, timeout_s=10.0) for plan in plans]))
+    plans = [Plan(f"tcp://127.0.0.1:{free_port}", rank, 3, variables=same) for rank in range(3)]
+    outcomes = run(pool, [*plans[:culprit], replace(plans[culprit], variables=wrong), *plans[culprit + 1 :]])
+    for error in errors_of(outcomes, OptionError):
+        assert "another secret" in str(error)
+        assert "COLLTENSOR_SECRET" in str(error)
+    if culprit:
+        assert all(f"rank {culprit} (process " in str(outcomes[rank].error) for rank in range(2))
+    assert max(outcome.took_s for outcome in outcomes) < 3
+    check_met(run(pool, plans))
+
+
+def test_one_secret_spelt_in_several_ways(pool: RankPool, free_port: int, tmp_path: Path) -> None:
+    """In a file, with white space around it, of bytes that are no text."""
+    secret = b"\xff\xfe hush \xe9"
+    (tmp_path / "secret").write_bytes(b"\n " + secret + b"\r\n")
+    variables = [
+        {"COLLTENSOR_SECRET": os.fsdecode(secret)}, {"COLLTENSOR_SECRET": os.fsdecode(secret) + "\n"},
+        {"COLLTENSOR_SECRET_FILE": str(tmp_path / "secret")},
+    ]
+    method = f"tcp://127.0.0.1:{free_port}"
+    check_met(run(pool, [Plan(method, rank, 3, variables=variables[rank]) for rank in range(3)]))
+
+
+class OpenDirectory(FileDirectory):
+    """A directory that strangers can read, and that knows where all ranks are."""
+
+    secret = b"the same"
+    host = "localhost"
+    address = "127.0.0.1"
+
+
+def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path: Path) -> None:
+    directory, deadline = OpenDirectory(str(tmp_path)), time.monotonic() + 15
+    found: list[Meeting] = []
+
+    def be(rank: int) -> None:
+        found.append(meet(directory, group_name="g", world_size=2, rank=rank, deadline=deadline))
+
+    rank_0 = threading.Thread(target=be, args=(0,))
+    rank_0.start()
+    invitation = Invitation.decode(directory.locate("g", deadline))
+    assert invitation.addresses == ("127.0.0.1",)
+    for address in filter(lambda address: not net.is_loopback(address), net.local_addresses()):
+        with pytest.raises(ConnectionError):
+            net.dial((address, invitation.port), deadline)
+    with net.dial(("127.0.0.1", invitation.port), deadline) as sock, pytest.raises(net.WrongSecretError):
+        net.prove(sock, invitation.secret, b"g", deadline)
+    be(1)
+    rank_0.join()
+    for meeting in found:
+        meeting.listener.close()
+    assert found[0].secret == found[1].secret
+
+
+@pytest.mark.needs("torch")
+def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from colltensor.torch.rendezvous import StoreDirectory
+
+    directory = StoreDirectory("head", 1, b"")
+    for everybody, here, address in (("4", "4", "127.0.0.1"), ("4", "2", None), ("", "", None)):
+        monkeypatch.setenv("WORLD_SIZE", everybody)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert directory.address == address
+
+
+def come_with_another_secret(port: int) -> None:
+    """As rank 1, with a socket of another user's."""
+    deadline = time.monotonic() + 10
+    hello = Hello(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a stranger", 0.0, 9.0)
+    os.seteuid(65534)
+    try:
+        sock = socket.socket()
+    finally:
+        os.seteuid(0)
+    with sock:
+        sock.connect(("127.0.0.1", port))
+        with pytest.raises(net.WrongSecretError):
+            net.prove(sock, b"another", b"g", deadline)
+        net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
+        assert sock.recv(1) == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes a socket of another user, which root alone can make")
+def test_a_stranger_with_another_secret_does_not_end_a_meeting(
+    free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, deadline = FixedDirectory("127.0.0.1", free_port, b"the same"), time.monotonic() + 15
+    found: list[Meeting] = []
+
+    def be(rank: int) -> None:
+        found.append(meet(directory, group_name="g", world_size=2, rank=rank, deadline=deadline))
+
+    rank_0 = threading.Thread(target=be, args=(0,))
+    rank_0.start()
+    while rank_0.is_alive():
+        with contextlib.suppress(ConnectionRefusedError):
+            come_with_another_secret(free_port)
+            break
+    be(1)
+    rank_0.join()
+    for meeting in found:
+        meeting.listener.close()
+    assert len(found) == 2
+    assert sum("a stranger" in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
@@ -563,18 +663,66 @@ def test_many_missing_ranks_are_counted(tmp_path: Path) -> None:
     assert caught.value.ranks == tuple(range(1, 1000))
 
 
+def bind_a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.fspath(path))
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "named pipe": os.mkfifo, "socket": bind_a_socket, "link to nothing": lambda path: path.symlink_to("nothing"),
+    "link to a file": lambda path: path.symlink_to("an empty file"),
+}
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_named_pipe_is_refused_at_once(tmp_path: Path, rank: int) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    directory, _, _ = open_directory(f"file://{tmp_path}/pipe", rank, 2)
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_refused_at_once_and_left_alone(tmp_path: Path, kind: str, rank: int) -> None:
+    (tmp_path / "an empty file").touch()
+    NO_FILES[kind](tmp_path / "x")
+    before = (tmp_path / "x").lstat()
+    directory, _, _ = open_directory(f"file://{tmp_path}/x", rank, 2)
+    began = time.monotonic()
     with pytest.raises(OptionError, match="is no rendezvous file"):
-        meet(directory, group_name="default", world_size=2, rank=rank, deadline=time.monotonic() + 5)
-    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+        meet(directory, group_name="default", world_size=2, rank=rank, deadline=began + 5)
+    assert time.monotonic() - began < 1
+    after = (tmp_path / "x").lstat()
+    assert (before.st_mode, before.st_ino) == (after.st_mode, after.st_ino)
+    assert (tmp_path / "an empty file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes files of another user, which root alone can make")
+def test_other_users_folders_and_files_are_refused_at_once(tmp_path: Path, rank: int) -> None:
+    """Whoever owns a folder decides what is in it, and in one for everybody anybody may leave an invitation."""
+    theirs, public = tmp_path / "theirs", tmp_path / "public"
+    (theirs / "ours").mkdir(parents=True)
+    public.mkdir()
+    public.chmod(0o1777)
+    (public / "x").write_bytes(Invitation(net.host_id(), ("127.0.0.1",), 1, b"").encode())
+    (public / "x").chmod(0o644)
+    for path in (theirs, public / "x"):
+        os.chown(path, 65534, 65534)
+    for path, named in ((theirs, f"the folder {theirs} "), (theirs / "x", f"the folder {theirs} "),
+                        (public / "x", f"{public / 'x'} was written ")):  # fmt: skip
+        directory, _, _ = open_directory(f"file://{path}", rank, 2)
+        began = time.monotonic()
+        with pytest.raises(OptionError, match=f"{named}.*65534"):
+            meet(directory, group_name="default", world_size=2, rank=rank, deadline=began + 5)
+        assert time.monotonic() - began < 1
+    assert [entry.name for entry in theirs.iterdir()] == ["ours"]
+    assert (public / "x").stat().st_uid == 65534
+
+
+def test_a_folder_of_ours_in_one_for_everybody_serves(pool: RankPool, tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "ours").mkdir(mode=0o777)
+    for path in (tmp_path / "ours", tmp_path / "meeting"):
+        check_met(run(pool, [Plan(f"file://{path}", rank, 2) for rank in range(2)]))
 
 
 def die_before_publishing(rank: int, world_size: int, path: str) -> None:
     """As rank 0, be killed when the invitation is written and not yet in its place."""
-    os.link = os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    os.link = os.replace = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     directory, _, _ = open_directory(f"file://{path}", 0, 2)
     meet(directory, group_name="default", world_size=2, rank=0, deadline=time.monotonic() + 10)
 
@@ -649,15 +797,6 @@ def test_file_is_private_while_it_lasts(tmp_path: Path) -> None:
     thread.join()
     assert modes == {"0o600"}
     assert not list(tmp_path.iterdir())
-
-
-def test_other_users_file_in_a_public_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tmp_path.chmod(0o1777)
-    (tmp_path / "x").touch()
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    directory, _, _ = open_directory(f"file://{tmp_path}/x", 1, 2)
-    with pytest.raises(OptionError, match="written by user"):
-        meet(directory, group_name="default", world_size=2, rank=1, deadline=time.monotonic() + 5)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import types
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from colltensor.errors import OptionError, RankError
-from colltensor.rendezvous import FileDirectory, FixedDirectory, open_directory
+from colltensor.rendezvous import FileDirectory, FixedDirectory, open_directory, secret
 
-VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "COLLTENSOR_SECRET")
+VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "COLLTENSOR_SECRET",
+             "COLLTENSOR_SECRET_FILE")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +26,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(VARIABLES, ("10.0.0.1", "29500", "2", "4"), strict=False):
         monkeypatch.setenv(name, value)
     monkeypatch.delitem(sys.modules, "ray", raising=False)
+    monkeypatch.setattr(secret, "_warned", threading.Event())
 
 
 @pytest.mark.parametrize("init_method", ["env://", None])
@@ -30,6 +36,46 @@ def test_environment(init_method: str | None, monkeypatch: pytest.MonkeyPatch) -
     directory, _, _ = open_directory(init_method, None, None)
     assert directory == FixedDirectory("10.0.0.1", 29500, b"hush")
     assert "hush" not in repr(directory)
+
+
+def test_secret_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(b"\thush \xff\n")
+    monkeypatch.setenv("COLLTENSOR_SECRET_FILE", str(file))
+    assert open_directory("tcp://host:1", 0, 3)[0] == FixedDirectory("host", 1, b"hush \xff")
+    monkeypatch.setenv("COLLTENSOR_SECRET", os.fsdecode(b" hush \xff"))
+    assert open_directory("tcp://host:1", 0, 3)[0] == FixedDirectory("host", 1, b"hush \xff")
+    monkeypatch.setenv("COLLTENSOR_SECRET", "another")
+    with pytest.raises(OptionError, match="different secrets"):
+        open_directory("tcp://host:1", 0, 3)
+    assert open_directory("tcp://host:1", 0, 3, secret=b"x")[0] == FixedDirectory("host", 1, b"x")
+
+
+@pytest.mark.parametrize(("make", "complaint"), [
+    (lambda path: None, "cannot be read: No such file"),
+    (lambda path: path.write_bytes(b" \n"), "is empty"),
+    (lambda path: path.write_bytes(b"x" * 70000), "at most"),
+    (lambda path: path.mkdir(), "cannot be read"),
+    (os.mkfifo, "is something else"),
+])  # fmt: skip
+def test_files_without_a_secret(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make: Callable[[Path], object], complaint: str
+) -> None:
+    make(tmp_path / "secret")
+    monkeypatch.setenv("COLLTENSOR_SECRET_FILE", str(tmp_path / "secret"))
+    with pytest.raises(OptionError, match=f"COLLTENSOR_SECRET_FILE.*{complaint}"):
+        open_directory("env://", None, None)
+
+
+def test_rank_0_warns_once_of_a_meeting_without_a_secret(caplog: pytest.LogCaptureFixture) -> None:
+    for host, rank in (("127.0.0.1", 0), ("localhost", 0), ("::1", 0), ("10.0.0.1", 1)):
+        secret.warn_of_strangers(host, "g", rank)
+    assert not caplog.records
+    secret.warn_of_strangers("10.0.0.1", "g", 0)
+    secret.warn_of_strangers("10.0.0.1", "g", 0)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "COLLTENSOR_SECRET " in record.getMessage()
 
 
 @pytest.mark.parametrize(

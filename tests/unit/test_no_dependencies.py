@@ -83,3 +83,40 @@ def test_the_installed_package_is_typed() -> None:
     assert spec is not None
     assert spec.loader is not None
     assert spec.loader.get_data(str(spec.origin).replace("__init__.py", "py.typed")) == b""  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("backend", "chosen"), [
+    pytest.param("shm", None, marks=pytest.mark.shm),
+    pytest.param("gloo", "native", marks=pytest.mark.shm),
+    pytest.param("gloo", "torch", marks=pytest.mark.needs("torch")),
+])  # fmt: skip
+def test_a_group_is_ready_for_its_backend_before_the_meeting_begins(backend: str, chosen: str | None) -> None:
+    """Its timeout is for the other ranks: torch alone took 30 seconds of it on a busy machine."""
+    program = (
+        "import sys, colltensor\n"
+        "from colltensor import backends, table\n"
+        "before = set()\n"
+        "def meet(*arguments, met=table.meet, **options):\n"
+        "    before.update(sys.modules)\n"
+        "    return met(*arguments, **options)\n"
+        "table.meet = meet\n"
+        f"options = dict(backend={backend!r}, provider={chosen!r}, init_method='tcp://127.0.0.1:1')\n"
+        "try: colltensor.init_collective_group(1, 0, **options).destroy()\n"
+        "except colltensor.BackendUnavailableError: assert options['provider'] == 'native'\n"
+        "late = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "assert before and not late & {'colltensor', 'torch', 'numpy', 'tvm_ffi'}, sorted(set(sys.modules) - before)"
+    )
+    _loaded_after(program)
+
+
+def test_what_ranks_of_several_hosts_need_is_loaded_when_the_hosts_are_known() -> None:
+    program = (
+        "import sys, colltensor.recipe\n"
+        "recipe = colltensor.recipe.Recipe()\n"
+        "recipe.prepare(3)\n"
+        "assert 'colltensor.backends.hierarchical.backend' not in sys.modules\n"
+        "assert recipe.prepare(3, ('a', 'a', 'b')) > 0\n"
+        "assert 'colltensor.backends.hierarchical.watch' in sys.modules\n"
+        "assert 'colltensor.backends.gloo.backend' in sys.modules"
+    )
+    _loaded_after(program)

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -55,6 +55,15 @@ class GlooSpec:
             return None
         return f"no Gloo: {why}; nor is torch or pygloo installed: {_INSTALL}"
 
+    def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
+        """Import the provider that was asked for, or else the first that this rank has; torch takes seconds."""
+        from colltensor.backends.gloo import backend  # noqa: F401 - for create()
+
+        usable = _usable()[0]
+        name = provider or next((choice for choice in _CHOICE if choice in usable), None)
+        if name in _PROVIDERS:
+            importlib.import_module(_PROVIDERS[name][0])
+
     def create(
         self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
     ) -> GlooBackend:
@@ -80,8 +89,12 @@ class GlooSpec:
         name, reason = _agree(control, provider, deadline)
         from colltensor.backends.gloo.backend import GlooBackend
 
+        # All import it now if some rank lacks the one that the others were prepared for.
+        began = time.monotonic()
+        make = _imported(name, control)
+        deadline += time.monotonic() - began
         details = f"Gloo's provider is {name!r}: {reason}"
-        backend = GlooBackend(_connect(name, control, address, timeout_s), control, details)
+        backend = GlooBackend(make(control, address=address, timeout_s=timeout_s), control, details)
         # A rank that closes while another still connects to it would end that one's process (pygloo 0.2.1: getpeername
         # fails in Gloo's own thread, where nothing can catch it).
         try:
@@ -183,15 +196,14 @@ def _by_rank(values: Sequence[str | None]) -> str:
     return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
 
 
-def _connect(name: str, control: ControlPlane, address: str, timeout_s: float) -> Provider:
-    """Import the provider and connect it."""
+def _imported(name: str, control: ControlPlane) -> Callable[..., Provider]:
+    """Import what connects a provider."""
     module, attribute = _PROVIDERS[name]
     try:
-        make = getattr(importlib.import_module(module), attribute)
+        make: Callable[..., Provider] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise BackendUnavailableError(
             f"group '{control.group_name}' (rank {control.rank}), backend 'gloo': provider {name!r} is installed but "
             f"cannot be used: {error}; repair it or choose another with provider="
         ) from error
-    provider: Provider = make(control, address=address, timeout_s=timeout_s)
-    return provider
+    return make

@@ -6,6 +6,7 @@ Imports no framework; numpy and a Gloo provider only when a group is made.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,15 @@ class HierarchicalSpec:
         """Return None if shared memory and Gloo can be used here, else what to do."""
         reasons = [why for why in (SHM.available(), GLOO.available()) if why is not None]
         return "; ".join(reasons) or None
+
+    def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
+        """Load what ``create`` needs, before or after the ranks have met."""
+        hosts = len(set(host_ids))
+        if hosts != len(host_ids) or not host_ids:
+            SHM.prepare(None, host_ids)
+        if hosts != 1:
+            GLOO.prepare(provider, host_ids)
+            from colltensor.backends.hierarchical import backend, watch  # noqa: F401 - for create()
 
     def create(
         self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None

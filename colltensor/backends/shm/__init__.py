@@ -6,6 +6,7 @@ Imports no framework; the library and what loads it only when a group is made.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from colltensor.errors import GroupError, OptionError
@@ -22,6 +23,12 @@ class ShmSpec:
         from colltensor.backends.shm import library
 
         return library.reason()
+
+    def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
+        """Load the native library, and what else ``create`` needs."""
+        from colltensor.backends.shm import backend, library, segment  # noqa: F401 - for create()
+
+        library.load()
 
     def create(
         self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None

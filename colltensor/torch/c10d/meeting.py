@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from torch.distributed import DistError
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch marks none exported
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError
 from colltensor.group import Group, connect, solitary
 from colltensor.recipe import Recipe
 from colltensor.rendezvous import meet_through
+from colltensor.rendezvous.secret import given_secret, warn_of_strangers
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.05
 _INTERFACE: Final = "GLOO_SOCKET_IFNAME"
@@ -31,7 +32,8 @@ def meet(
     The network interface is the one that the variable GLOO_SOCKET_IFNAME names, if it is set, as for torch's Gloo.
 
     Args:
-        store: A c10d store; its keys are deleted again, so that the next group can meet under the same prefix.
+        store: A c10d store; its keys are deleted again, so that the next group can meet under the same prefix. Whoever
+            reaches it reads them, which does not let him into the group where all ranks were given a secret.
         prefix: Of the keys.
         rank: This rank in the group.
         world_size: The number of ranks.
@@ -51,14 +53,22 @@ def meet(
         if refusal is not None:
             raise refusal
         return solitary(name, recipe)
+    recipe.prepare(world_size)
     deadline = time.monotonic() + meet_s
+    secret = b""
+    try:
+        secret = given_secret()
+    except OptionError as error:
+        refusal = refusal or error
+    if not secret and (host := _host_of(store)) is not None:
+        warn_of_strangers(host, name, rank)
     exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
     everybody_hears = False
     try:
         try:
             meeting = meet_through(
                 exchange, group_name=name, world_size=world_size, rank=rank, interface=interface,
-                backend=recipe.asked_of(world_size), refusal=refusal,
+                backend=recipe.asked_of(world_size), refusal=refusal, secret=secret,
             )
         except CollectiveError as error:
             # What this rank alone met with (a lost peer, say) is told to nobody through the keys.
@@ -77,6 +87,13 @@ def meet(
             exchange.leave() if everybody_hears else exchange.withdraw()
         raise
     return group
+
+
+def _host_of(store: Any) -> str | None:
+    """Return where a store is served, None for one that is not served to other hosts."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return str(store.host) if isinstance(store, TCPStore) else None
 
 
 class _Exchange:
