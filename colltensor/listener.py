@@ -100,13 +100,14 @@ class Listener:
             sock.close()
 
     def _run(self) -> None:
+        own = self._sock.fileno()
         try:
             while not self._closed:
                 left = self._expire()
                 for descriptor, _ in self._poller.poll(left):
                     if descriptor in self._silent:
                         self._hear(descriptor)
-                    elif not self._accept():
+                    elif descriptor == own and not self._accept():
                         return
         finally:
             for sock, _ in self._silent.values():
