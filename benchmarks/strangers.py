@@ -4,9 +4,9 @@
     python benchmarks/strangers.py --strangers 1000 --seconds 10 --rounds 7
 
 A process of its own keeps so many connections to the meeting's port open and makes a new one for each that is closed.
-Three ranks meet at ``tcp://`` with a secret, with and without it in turns: rank 0 first, and the others, which are timed,
-once the strangers are there. Then these are at every control port of a group over Gloo, whose ranks call collectives,
-send and split meanwhile.
+Three ranks meet at ``tcp://`` with a secret, with and without it in turns: rank 0 first, and the others, which are
+timed, once the strangers are there. Then these are at every control port of a group over Gloo, whose ranks call
+collectives, send and split meanwhile.
 """
 
 from __future__ import annotations
