@@ -218,7 +218,9 @@ def _proof(secret: bytes, direction: bytes, transcript: bytes) -> bytes:
 
 
 def tune(sock: socket.socket) -> None:
-    """Set the options of a connection between ranks: no delay of small frames, keep-alive."""
+    """Set the options of a TCP connection between ranks: no delay of small frames, keep-alive."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 

@@ -1,32 +1,27 @@
 """The thread that answers a group's listener: links from other ranks, questions about status, news of failures.
 
-It sleeps in ``accept``. Every connection is handled in a short-lived thread of its own, so that a stranger who
-connects and says nothing keeps nobody waiting; the handshake ends all of them within seconds.
+Every connection that speaks is handled in a short-lived thread of its own (``Listener``), so that strangers keep nobody
+waiting.
 
-Imports net, links and status of the package, and no framework.
+Imports net, listener, links and status of the package, and no framework.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import logging
 import socket
-import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from colltensor import net
 from colltensor.control.links import ANSWER, ASK, CALLER, CONFIRM, LINK, TELL, WELCOME, Link, context_of
 from colltensor.control.status import Failure, Status
+from colltensor.listener import HANDSHAKE_S, Listener
 
 if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
 
-HANDSHAKE_S = 5.0
-"""Longest time, in seconds, that one connection may take to say what it wants."""
-
-_AT_ONCE = 256
 _REQUEST_LIMIT = 1 << 20
 _log = logging.getLogger("colltensor")
 
@@ -53,40 +48,20 @@ class Reception:
         self._host = host
         self._context = context_of(meeting)
         self._closed = False
-        self._places = threading.Semaphore(_AT_ONCE)
-        self._thread = threading.Thread(target=self._run, name=f"colltensor-{meeting.group_name}", daemon=True)
-        self._thread.start()
+        name = f"colltensor-{meeting.group_name}"
+        self._listener = Listener(meeting.listener, self._receive, self._note, name)
+        self._listener.start()
 
     def close(self) -> None:
         """End the thread; afterwards the listener may be closed."""
         self._closed = True
-        # Closing a descriptor does not wake a thread that sleeps on it in accept; shutting it down does.
-        with contextlib.suppress(OSError):
-            self._meeting.listener.shutdown(socket.SHUT_RDWR)
-        if self._thread is not threading.current_thread():
-            self._thread.join(1.0)
+        self._listener.stop()
+        self._listener.join(1.0)
 
     def disown(self) -> None:
-        """In a forked child, which has no such thread: touch nothing, shutting down would end the parent's too."""
+        """In a forked child, which has no such thread: close copies only, shutting down would end the parent's too."""
         self._closed = True
-
-    def _run(self) -> None:
-        while not self._closed:
-            if not self._places.acquire(timeout=0.5):
-                continue
-            try:
-                sock, _ = self._meeting.listener.accept()
-                try:
-                    threading.Thread(target=self._receive, args=(sock,), daemon=True).start()
-                except RuntimeError:
-                    sock.close()
-                    raise
-            except (OSError, RuntimeError) as error:
-                # Out of descriptors or threads: what is open now will end soon.
-                self._places.release()
-                if not self._closed:
-                    self._note("cannot accept a connection", error)
-                    time.sleep(0.05)
+        self._listener.disown()
 
     def _note(self, what: str, error: Exception) -> None:
         meeting = self._meeting
@@ -97,6 +72,7 @@ class Reception:
         try:
             deadline = time.monotonic() + HANDSHAKE_S
             net.verify(sock, self._secret_of, deadline)
+            self._listener.proven(sock)
             wish, request = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
             kept = self._serve(sock, wish, request, deadline)
         except (OSError, ValueError) as error:
@@ -104,7 +80,6 @@ class Reception:
         finally:
             if not kept:
                 sock.close()
-            self._places.release()
 
     def _secret_of(self, context: bytes) -> bytes | None:
         return self._meeting.secret if hmac.compare_digest(context, self._context) else None

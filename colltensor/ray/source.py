@@ -22,13 +22,13 @@ from colltensor import net
 from colltensor.control import lifetime
 from colltensor.errors import CollectiveError, GroupError
 from colltensor.group import Group
+from colltensor.listener import HANDSHAKE_S, Listener
 from colltensor.ray.arrays import views_of
 from colltensor.ray.link import CONTEXT, IDLE_S, TIMEOUT_S, Endpoint, Step, form_group, group_name
 from colltensor.ray.rendezvous import address_in_ray
 from colltensor.rendezvous.messages import encode_error
 
 _LOG: Final = logging.getLogger(__name__)
-_HANDSHAKE_S: Final = 5.0
 _PATIENCE_S: Final = 2 * IDLE_S
 """How long a source waits for the next request: longer than a receiver keeps a link, which is the first to go."""
 
@@ -46,8 +46,9 @@ class Source:
         self._group_name = group_name(self.endpoint.who)
         self._is_closed = False
         lifetime.watch(self)
+        self._door = Listener(self._listener, self._serve, self._note_refused, "colltensor-source")
         try:
-            threading.Thread(target=self._accept, name="colltensor-source", daemon=True).start()
+            self._door.start()
         except RuntimeError:
             self.close()
             raise
@@ -69,7 +70,8 @@ class Source:
             self._objects.clear()
             serving = list(self._serving)
         lifetime.forget(self)
-        for sock in (self._listener, *serving):
+        self._door.stop()
+        for sock in serving:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
         self._listener.close()
@@ -77,26 +79,15 @@ class Source:
     def disown(self) -> None:
         """Close a forked child's copies of the sockets; the child's own source is made when it needs one."""
         global _lock
+        self._door.disown()
         for sock in (self._listener, *self._serving):
             sock.close()
         _sources.clear()
         _lock = threading.Lock()  # a thread that the child does not have may hold it
 
-    def _accept(self) -> None:
-        while not self._is_closed:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                if self._is_closed:
-                    return
-                _LOG.warning("group %r (rank %d): cannot accept a receiver: %s", self._group_name, 0, error)
-                time.sleep(0.1)  # no descriptors left, perhaps: some may be freed
-                continue
-            try:
-                threading.Thread(target=self._serve, args=(sock,), name="colltensor-sender", daemon=True).start()
-            except RuntimeError as error:  # that receiver fails; the next may find fewer threads
-                _LOG.warning("group %r (rank %d): cannot serve a receiver: %s", self._group_name, 0, error)
-                sock.close()
+    def _note_refused(self, what: str, error: Exception) -> None:
+        """A receiver fails; the next may find descriptors and threads."""
+        _LOG.warning("group %r (rank %d): %s: %s", self._group_name, 0, what, error)
 
     def _serve(self, sock: socket.socket) -> None:
         """Answer one receiver until it goes. What fails here fails there too; this process goes on."""
@@ -104,7 +95,8 @@ class Source:
             self._serving.add(sock)
         try:
             now = time.monotonic()
-            net.verify(sock, lambda context: self.endpoint.secret if context == CONTEXT else None, now + _HANDSHAKE_S)
+            net.verify(sock, lambda context: self.endpoint.secret if context == CONTEXT else None, now + HANDSHAKE_S)
+            self._door.proven(sock)
             group = form_group(sock, 0, self.endpoint.who, now + TIMEOUT_S)
             try:
                 while not self._is_closed:

@@ -1,16 +1,14 @@
 """The port at which rank 0 receives the others; several meetings of one process may share it.
 
-A hub listens, lets whoever comes authenticate in a thread of its own, so that nobody who connects and says
-nothing holds up the others, and hands the connection to the meeting of the group that was named. One who comes
-for a group that is not meeting (yet) is told to try again. Imports errors, net and messages only, and no
-framework.
+A hub listens, lets whoever speaks authenticate in a thread of its own (``Listener``), and hands the connection to the
+meeting of the group that was named. One who comes for a group that is not meeting (yet) is told to try again. Imports
+errors, net, listener and the meeting's own modules only, and no framework.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import logging
 import os
 import socket
@@ -21,12 +19,11 @@ from typing import TypeAlias
 
 from colltensor import net
 from colltensor.errors import CollectiveError, RankError
+from colltensor.listener import HANDSHAKE_S, Listener
 from colltensor.rendezvous.messages import Hello, Message, encode_error, taken, unpack
 from colltensor.rendezvous.users import is_own
 
 _LOG = logging.getLogger(__name__)
-_GREETING_S = 10.0
-_GREETINGS = 512
 _STRANGER_S = 0.5
 _JOIN_S = 2.0
 _MEMORY_S = 3600.0
@@ -136,13 +133,12 @@ class Hub:
         self._secret = secret
         self._lock = threading.Lock()
         self._meetings: dict[str, Subscription] = {}
-        self._greetings = threading.BoundedSemaphore(_GREETINGS)
-
-        self._thread = threading.Thread(target=self._accept, name=f"colltensor-rendezvous-{self.port}", daemon=True)
+        name = f"colltensor-rendezvous-{self.port}"
+        self._greeter = Listener(listener, self._greet, lambda _, error: self._note_dropped(error), name)
 
     def start(self) -> None:
         """Begin to accept connections."""
-        self._thread.start()
+        self._greeter.start()
 
     def add(self, group_name: str, meeting: Subscription) -> None:
         """Serve a meeting.
@@ -163,40 +159,19 @@ class Hub:
 
     def stop(self) -> None:
         """Stop listening; the port is free from here on, and the thread that waits in accept() ends."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        self._greeter.stop()
 
     def close(self) -> None:
         """Close the descriptor, once no thread can use its number any more, which may soon be another's."""
         try:
-            self._thread.join(_JOIN_S)
+            self._greeter.join(_JOIN_S)
         finally:
             self._listener.close()
 
     def disown(self) -> None:
-        """Close the descriptor only, in a forked child: the port is the parent's."""
+        """Close the descriptors only, in a forked child: the port is the parent's."""
+        self._greeter.disown()
         self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    time.sleep(0.05)
-                elif error.errno not in (errno.ECONNABORTED, errno.EPROTO, errno.EINTR):
-                    return
-                continue
-            if not self._greetings.acquire(blocking=False):
-                sock.close()
-                continue
-            thread = threading.Thread(target=self._greet, args=(sock,), name="colltensor-greeting", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                self._note_dropped(error)
-                self._greetings.release()
-                sock.close()
 
     def _note_dropped(self, error: Exception) -> None:
         names = ", ".join(list(self._meetings))  # several groups may meet at one port; whoever listens there is rank 0
@@ -206,8 +181,9 @@ class Hub:
         """Authenticate one connection and hand it on; whatever goes wrong is that connection's end only."""
         handed_on = False
         try:
-            deadline = time.monotonic() + _GREETING_S
+            deadline = time.monotonic() + HANDSHAKE_S
             group_name = net.verify(sock, lambda _: self._secret, deadline).decode(errors="replace")
+            self._greeter.proven(sock)
             kind, payload = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
             if kind == Message.HELLO:
                 handed_on = self._introduce(sock, group_name, Hello.decode(payload), deadline)
@@ -221,7 +197,6 @@ class Hub:
         except OSError as error:
             self._note_dropped(error)
         finally:
-            self._greetings.release()
             if not handed_on:
                 sock.close()
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import weakref
@@ -243,3 +244,28 @@ def kill_process_that_restarts(actor: Any) -> None:
             return
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def hold(where: tuple[str, int], number: int) -> list[int]:
+    """Hold connections to this process's source that say nothing; return how many threads and descriptors it takes."""
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    clients = [socket.create_connection(where) for _ in range(number)]
+    time.sleep(0.2)
+    after = threading.active_count(), len(os.listdir("/proc/self/fd")) - number  # without our own ends
+    for client in clients:
+        client.close()
+    return [now - then for now, then in zip(after, before, strict=True)]
+
+
+def source_of() -> tuple[str, int]:
+    endpoint = source.local_source().endpoint
+    return endpoint.address, endpoint.port
+
+
+def test_strangers_at_a_source_are_bounded(actors: SimpleNamespace) -> None:
+    ref = give(actors.first, "numpy", counted, "numpy", 10)
+    where = result(actors.first, source_of)
+    threads, descriptors = result(actors.first, hold, where, 300)
+    assert threads <= 2
+    assert descriptors <= 70
+    assert result(actors.second, total, ref) == 45.0

@@ -20,6 +20,7 @@ import os
 import secrets
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from colltensor import net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import cgroup, library
 from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
+from colltensor.listener import HANDSHAKE_S, Listener
 
 MAX_RANKS: Final = 256
 
@@ -36,7 +38,7 @@ _LOG: Final = logging.getLogger(__name__)
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _RANK: Final = struct.Struct("!I")
-_GREETING_S: Final = 5.0
+_OVERFLOW_UID: Final = 65534  # of a process whose user the user namespace does not know, user_namespaces(7)
 _SLICE_S: Final = 0.1
 _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
@@ -214,35 +216,57 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
     return fd, listener, None
 
 
-class _UnixSocket(socket.socket):
-    """A unix socket that takes TCP's options for granted, as ``net.verify`` sets them."""
-
-    def setsockopt(self, level: int, *arguments: Any) -> None:
-        """Set an option, unless it is one of TCP's."""
-        if level != socket.IPPROTO_TCP:
-            super().setsockopt(level, *arguments)
-
-
 def _hand_out(listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting, deadline: float) -> None:
-    """Give the descriptor to every other rank, once. Strangers are turned away."""
+    """Give the descriptor to every other rank, once. Strangers are turned away; nobody waits for another.
+
+    Raises:
+        OSError: There is no thread to do so.
+    """
     missing = set(range(1, control.world_size))
+    came, turn = threading.Event(), threading.Lock()
 
     def secret_of(context: bytes) -> bytes | None:
         named = context[len(meeting.generation) :]
         known = context.startswith(meeting.generation) and len(named) == _RANK.size
         return meeting.secret if known and _RANK.unpack(named)[0] in missing else None
 
-    while missing:
-        listener.settimeout(min(_SLICE_S, _left(deadline, missing, control)))
-        try:
-            accepted, _ = listener.accept()
-        except TimeoutError:
+    def serve(link: socket.socket) -> None:
+        with link, contextlib.suppress(OSError):
+            if not _may_be_a_rank(link):
+                return
+            context = net.verify(link, secret_of, min(deadline, time.monotonic() + HANDSHAKE_S))
+            doorway.proven(link)
+            [rank] = _RANK.unpack(context[-_RANK.size :])
+            with turn:  # the descriptor is this segment's as long as a rank is missing
+                if rank in missing:
+                    socket.send_fds(link, [b"\0"], [fd])
+                    missing.discard(rank)
+            came.set()
+
+    def note(what: str, error: Exception) -> None:
+        _LOG.debug("group %r (rank %d): shared memory: %s: %s", control.group_name, control.rank, what, error)
+
+    doorway = Listener(listener, serve, note, "colltensor-hand-out")
+    try:
+        doorway.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
+    try:
+        while missing:
             control.check()
-            continue
-        with _UnixSocket(fileno=accepted.detach()) as link, contextlib.suppress(ConnectionError, TimeoutError):
-            context = net.verify(link, secret_of, min(deadline, time.monotonic() + _GREETING_S))
-            socket.send_fds(link, [b"\0"], [fd])
-            missing.discard(_RANK.unpack(context[-_RANK.size :])[0])
+            came.wait(min(_SLICE_S, _left(deadline, missing, control)))
+            came.clear()
+    finally:
+        with turn:
+            missing.clear()
+        doorway.stop()
+        doorway.join(1.0)
+
+
+def _may_be_a_rank(link: socket.socket) -> bool:
+    """Whether the other side's user may be this one's; who is in another user namespace shows as nobody."""
+    _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return user in (os.geteuid(), 0, _OVERFLOW_UID)
 
 
 def _left(deadline: float, missing: set[int], control: ControlPlane) -> float:
@@ -257,7 +281,7 @@ def _left(deadline: float, missing: set[int], control: ControlPlane) -> float:
 
 def _reach(name: bytes, deadline: float) -> socket.socket:
     """Connect to rank 0's socket, which has a place for every rank before it is asked to accept."""
-    link = _UnixSocket(socket.AF_UNIX, socket.SOCK_STREAM)
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         link.settimeout(net.time_left(deadline))
         link.connect(name)

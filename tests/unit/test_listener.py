@@ -1,0 +1,168 @@
+"""Strangers at a listening socket: bounded, and no rank waits for them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from colltensor import listener as module
+from colltensor import net
+from colltensor.listener import Listener
+
+SECRET = b"x" * 32
+
+
+class Door:
+    """A listener that proves whoever comes, and holds who has until told to let go."""
+
+    def __init__(self) -> None:
+        self.sock = net.listen("127.0.0.1")
+        self.address = self.sock.getsockname()[:2]
+        self.proven = 0
+        self.notes: list[str] = []
+        self.hold = threading.Event()
+        self.listener = Listener(self.sock, self.serve, lambda what, error: self.notes.append(what), "test-door")
+        self.listener.start()
+
+    def serve(self, sock: socket.socket) -> None:
+        with sock:
+            try:
+                net.verify(sock, lambda _: SECRET, time.monotonic() + 5)
+            except OSError:
+                return
+            self.listener.proven(sock)
+            self.proven += 1
+            self.hold.wait(5)
+
+    def threads(self) -> int:
+        return sum(thread.name == "test-door-one" for thread in threading.enumerate())
+
+    def rank(self) -> socket.socket:
+        sock = net.dial(self.address, time.monotonic() + 5)
+        net.prove(sock, SECRET, b"", time.monotonic() + 5)
+        return sock
+
+    def stranger(self, words: bytes = b"") -> socket.socket:
+        sock = socket.create_connection(self.address)
+        sock.sendall(words)
+        return sock
+
+
+@contextmanager
+def door() -> Iterator[Door]:
+    """A door; afterwards nothing of it is left."""
+    before = len(os.listdir("/proc/self/fd"))
+    made = Door()
+    try:
+        yield made
+    finally:
+        made.hold.set()
+        made.listener.stop()
+        made.listener.join(2)
+        made.sock.close()
+        deadline = time.monotonic() + 5
+        while (made.threads() or len(os.listdir("/proc/self/fd")) > before) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert made.threads() == 0
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def eventually(condition: object, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_silent_strangers_have_no_thread_and_no_rank_waits_for_them() -> None:
+    with door() as made, ExitStack() as stack:
+        strangers = [stack.enter_context(made.stranger()) for _ in range(200)]
+        began = time.monotonic()
+        ranks = [stack.enter_context(made.rank()) for _ in range(5)]
+        assert time.monotonic() - began < 2
+        assert eventually(lambda: made.proven == 5)
+        assert made.threads() == 5
+        # The oldest were let go, the others may still speak.
+        assert strangers[0].recv(1) == b""
+        assert descriptors() < 200 + 5 + 5 + module._STRANGERS + 20
+        net.send_frame(strangers[-1], 1, b"no opening")
+        strangers[-1].settimeout(5)
+        with pytest.raises((ConnectionError, AssertionError)):
+            assert strangers[-1].recv(1)
+        del ranks
+
+
+def test_strangers_that_speak_and_prove_nothing_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STRANGERS", 8)
+    with door() as made, ExitStack() as stack:
+        for _ in range(24):
+            stack.enter_context(made.stranger(b"\xc1"))
+        began = time.monotonic()
+        ranks = [stack.enter_context(made.rank()) for _ in range(20)]  # more than there are places: they have proved
+        assert time.monotonic() - began < 10
+        assert eventually(lambda: made.proven == 20)
+        assert made.threads() <= 20 + 8
+        del ranks
+
+
+def test_who_says_nothing_is_let_go_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HANDSHAKE_S", 0.2)
+    with door() as made, made.stranger() as stranger:
+        stranger.settimeout(5)
+        began = time.monotonic()
+        assert stranger.recv(1) == b""
+        assert time.monotonic() - began > 0.1
+
+
+def test_a_process_with_few_descriptors_keeps_some_back() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    strangers: list[socket.socket] = []
+    with door():  # for what it imports
+        pass
+    try:
+        with ExitStack() as stack:
+            used = descriptors()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 120, hard))
+            made = stack.enter_context(door())
+            strangers += [made.stranger() for _ in range(60)]
+            assert eventually(lambda: made.listener._limit < 60)
+            with open(os.devnull):
+                pass
+            with made.rank():
+                assert eventually(lambda: made.proven == 1)
+            for stranger in strangers:
+                stranger.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_a_thread_the_next_one_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    refused: list[str] = []
+
+    def refuse_once(thread: threading.Thread) -> None:
+        if thread.name == "test-door-one" and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with door() as made:
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        with pytest.raises(ConnectionError):
+            made.rank()
+        with made.rank():
+            assert eventually(lambda: made.proven == 1)
+        assert made.notes == ["cannot serve a connection"]
