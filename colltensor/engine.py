@@ -19,7 +19,16 @@ from typing import Any, Final, NamedTuple, NoReturn
 from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
-from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError, is_from_handler
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    DeviceError,
+    GroupError,
+    MismatchError,
+    PeerLostError,
+    is_from_handler,
+    say_timed_out,
+)
 from colltensor.types import ReduceOp
 from colltensor.work import OperationQueue, QueuedWork, Work, consequence, nested
 
@@ -319,10 +328,20 @@ class Engine:
         if self.broken is None:
             self.broken = self._unraised = error
             _log.info("group %r (rank %d): broken: %s", self._name, self._rank, error)
+        self._tell_all(error)
+
+    def _tell_all(self, error: CollectiveError) -> None:
+        """Let the call of every rank that waits end with an error, and the group be broken for it."""
         if self._control is not None:
             self._control.fail(error)
         if self._signer is not None:
             self._signer.tell(error)
+
+    def _is_in_call(self) -> bool:
+        """Return whether a call of host tensors has begun and not ended, in whichever thread."""
+        if self._control is not None and self._control.is_in_call():
+            return True
+        return self._signer is not None and self._signer.progress() >= 0
 
     def progress(self) -> tuple[int, ...] | None:
         """Return None while no call of host tensors runs or waits, else what changes from call to call."""
@@ -335,9 +354,14 @@ class Engine:
         """Fail what waits and drop everything; a call that runs in another thread ends with an error that says how."""
         gone = GroupError(f"group '{self._name}' (rank {self._rank}) {how}")
         self._alone = False
+        leaves = self.broken is None and self._is_in_call()
         self.broken = self.broken or gone
         self._unraised = None
         if self._control is not None:
+            if leaves:  # the others do not all wait for this rank, and would not notice
+                self._tell_all(PeerLostError(
+                    f"group '{self._name}': rank {self._rank} left the group in the middle of a call", (self._rank,)
+                ))
             self._control.close()
         self.queue.close(gone, _CLOSE_TIMEOUT_S)
         self._kept.clear()
@@ -618,11 +642,11 @@ class Engine:
             return error
         if self.broken is not None:
             return self.broken
-        self.broken = verdict(control, name, error)
+        found = self.broken = verdict(control, name, error)
+        if isinstance(found, CollectiveTimeoutError):
+            say_timed_out(found, self.timeout_s)
         _log.info("group %r (rank %d): broken: %s", self._name, self._rank, self.broken)
-        control.fail(self.broken)
-        if self._signer is not None:
-            self._signer.tell(self.broken)
+        self._tell_all(found)
         interrupted = not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error)
         return error if interrupted else self.broken
 

@@ -27,7 +27,14 @@ from colltensor.devices import Devices
 from colltensor.direct import NO_OP, Direct
 from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
-from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError, is_from_handler
+from colltensor.errors import (
+    CollectiveError,
+    GroupError,
+    OptionError,
+    PeerLostError,
+    is_from_handler,
+    saying_timed_out,
+)
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
@@ -120,6 +127,8 @@ class Group:
         carrier = backend if isinstance(backend, CarryingBackend) else None
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer, carrier, backend.crosses)
         self._queue = self._engine.queue
+        if control is not None:
+            control.set_timeout(recipe.timeout_s)
         self._devices = Devices(name, rank, backend, control, self._engine, recipe, meeting)
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
@@ -664,6 +673,8 @@ class Group:
         """
         timeout_s = timeout_of(timeout_s)
         self._engine.timeout_s = timeout_s
+        if self._control is not None:
+            self._control.set_timeout(timeout_s)
         if self._engine.device is not None:
             self._engine.device.set_timeout(timeout_s)
         if self._signer is None:
@@ -705,7 +716,8 @@ class Group:
     def destroy(self) -> None:
         """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.
 
-        Each rank destroys for itself; the others get PeerLostError if they still call. Idempotent.
+        Each rank destroys for itself; the others get PeerLostError if they still call, and at once if this rank was in
+        a call. Idempotent.
         """
         if self.on_destroy is not None:
             self.on_destroy()
@@ -745,11 +757,12 @@ class Group:
             return None
         deadline = time.monotonic() + self.timeout_s
         rank = members.index(self.rank)
-        meeting = meet_through(
-            exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
-            backend=self._recipe.asked_of(len(members)), host_id=self._control.host_id,
-        )
-        return connect(meeting, self._recipe, deadline)
+        with saying_timed_out(self.timeout_s):
+            meeting = meet_through(
+                exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
+                backend=self._recipe.asked_of(len(members)), host_id=self._control.host_id,
+            )
+            return connect(meeting, self._recipe, deadline)
 
     def _sending(self, peer: int, buffers: Buffers) -> Transfer:
         wire = self._arguments.wire(buffers)
