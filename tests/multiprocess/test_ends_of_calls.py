@@ -178,11 +178,9 @@ def leave_in_a_call(rank: int, size: int, name: str, backend: str) -> tuple[floa
                     group._control.check()  # as a call does
                 time.sleep(0.01)
             return time.monotonic() - began, type(group.broken).__name__, group.broken.ranks
+        work = group.broadcast(np.ones(3), size - 1, async_op=True) if rank == 1 else None
         with pytest.raises(col.CollectiveError) as caught:
-            if rank == 1:
-                group.broadcast(np.ones(3), size - 1, async_op=True).wait()
-            else:
-                group.broadcast(np.ones(3), size - 1)
+            group.broadcast(np.ones(3), size - 1) if work is None else work.wait()
         return time.monotonic() - began, type(caught.value).__name__, getattr(caught.value, "ranks", ())
 
 
