@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
+from colltensor.control.status import REFUSED
 from colltensor.errors import (
     CollectiveError,
     CollectiveTimeoutError,
@@ -46,7 +47,7 @@ _CODES: Final = {
     for code, name in enumerate(
         ("allreduce", "reduce", "broadcast", "allgather", "reducescatter", "gather", "scatter", "alltoall", "barrier",
          "broadcast_object", "allgather_object", "split", "transfer", "allreduce_multigpu", "reduce_multigpu",
-         "broadcast_multigpu", "allgather_multigpu", "reducescatter_multigpu"),
+         "broadcast_multigpu", "allgather_multigpu", "reducescatter_multigpu", "refusal"),
         start=1,
     )
 }
@@ -137,6 +138,24 @@ class Call:
         return ", ".join(parts)
 
 
+class Refusal(Call):
+    """What a rank calls in the place of a call that it has refused: no other call agrees with it.
+
+    Attributes:
+        words: Which call it refused, and why.
+    """
+
+    __slots__ = ("words",)
+
+    def __init__(self, name: str, root: int, error: BaseException) -> None:
+        super().__init__("refusal", None, None, root, True, (), lambda deadline: None, (), lambda: None)
+        self.words = f"{REFUSED}{name}: {type(error).__name__}: {error}"
+
+    def describe(self, sequence: int) -> str:
+        """Return why, in words."""
+        return self.words
+
+
 class Engine:
     """Runs one group's calls. Any thread may submit; calls run one at a time in the order of issue.
 
@@ -215,6 +234,30 @@ class Engine:
         return self._submit(
             Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers), async_op
         )
+
+    def refuse(self, name: str, root: int, argument: Buffers | None, error: BaseException) -> None:
+        """Tell the other ranks that this one refuses its part of a call, over which theirs then end in MismatchError.
+
+        For what this rank alone can get wrong, by its role in the call. Waits for nobody: it is a call in the
+        background, and what this rank calls next comes after it.
+
+        Args:
+            name: The operation.
+            root: The call's root.
+            argument: What this rank has in common with the others, None where it is no tensor.
+            error: Why.
+        """
+        device = self.device
+        if self._control is None or self.broken is not None:
+            return
+        if device is not None and argument is not None and _is_on(device, argument):
+            return  # there the ranks need not agree
+        if self.before is not None:
+            self.before()
+        try:
+            self.queue.put(self._work(Refusal(name, root, error)))
+        except RuntimeError as no_thread:
+            _log.info("group %r (rank %d): the others do not hear of %s: %s", self._name, self._rank, error, no_thread)
 
     def _submit(self, call: Call, async_op: bool) -> Any:
         if self.broken is not None:
