@@ -480,6 +480,7 @@ EXAMPLES = (
     "ray_direct_transport.py --array torch",
     "put_get_vs_allreduce.py --workers 2 --bytes 1024,262144 --seconds 0.1 --peer",
     "ray_digits.py --array torch --workers 2",
+    "ray_train.py --workers 2",
     "ray_util_collective.py",
     "train_jax.py --workers 2",
     "train_mixed.py --workers 2",

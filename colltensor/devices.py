@@ -94,7 +94,7 @@ class Devices:
             raise
         except TimeoutError:
             raise CollectiveTimeoutError(
-                f"synchronize: group '{self._name}' (rank {self._rank}): not done after {timeout_s} s; it goes on"
+                f"synchronize: group '{self._name}' (rank {self._rank}): timed out after {timeout_s:g} s; it goes on"
             ) from None
 
     def close(self) -> None:

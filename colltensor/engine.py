@@ -19,7 +19,17 @@ from typing import Any, Final, NamedTuple, NoReturn
 from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
 from colltensor.buffers import Buffers
 from colltensor.control import Control
-from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError, is_from_handler
+from colltensor.control.status import REFUSED
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    DeviceError,
+    GroupError,
+    MismatchError,
+    PeerLostError,
+    is_from_handler,
+    say_timed_out,
+)
 from colltensor.types import ReduceOp
 from colltensor.work import OperationQueue, QueuedWork, Work, consequence, nested
 
@@ -37,7 +47,7 @@ _CODES: Final = {
     for code, name in enumerate(
         ("allreduce", "reduce", "broadcast", "allgather", "reducescatter", "gather", "scatter", "alltoall", "barrier",
          "broadcast_object", "allgather_object", "split", "transfer", "allreduce_multigpu", "reduce_multigpu",
-         "broadcast_multigpu", "allgather_multigpu", "reducescatter_multigpu"),
+         "broadcast_multigpu", "allgather_multigpu", "reducescatter_multigpu", "refusal"),
         start=1,
     )
 }
@@ -128,6 +138,24 @@ class Call:
         return ", ".join(parts)
 
 
+class Refusal(Call):
+    """What a rank calls in the place of a call that it has refused: no other call agrees with it.
+
+    Attributes:
+        words: Which call it refused, and why.
+    """
+
+    __slots__ = ("words",)
+
+    def __init__(self, name: str, root: int, error: BaseException) -> None:
+        super().__init__("refusal", None, None, root, True, (), lambda deadline: None, (), lambda: None)
+        self.words = f"{REFUSED}{name}: {type(error).__name__}: {error}"
+
+    def describe(self, sequence: int) -> str:
+        """Return why, in words."""
+        return self.words
+
+
 class Engine:
     """Runs one group's calls. Any thread may submit; calls run one at a time in the order of issue.
 
@@ -206,6 +234,30 @@ class Engine:
         return self._submit(
             Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers), async_op
         )
+
+    def refuse(self, name: str, root: int, argument: Buffers | None, error: BaseException) -> None:
+        """Tell the other ranks that this one refuses its part of a call, over which theirs then end in MismatchError.
+
+        For what this rank alone can get wrong, by its role in the call. Waits for nobody: it is a call in the
+        background, and what this rank calls next comes after it.
+
+        Args:
+            name: The operation.
+            root: The call's root.
+            argument: What this rank has in common with the others, None where it is no tensor.
+            error: Why.
+        """
+        device = self.device
+        if self._control is None or self.broken is not None:
+            return
+        if device is not None and argument is not None and _is_on(device, argument):
+            return  # there the ranks need not agree
+        if self.before is not None:
+            self.before()
+        try:
+            self.queue.put(self._work(Refusal(name, root, error)))
+        except RuntimeError as no_thread:
+            _log.info("group %r (rank %d): the others do not hear of %s: %s", self._name, self._rank, error, no_thread)
 
     def _submit(self, call: Call, async_op: bool) -> Any:
         if self.broken is not None:
@@ -319,10 +371,20 @@ class Engine:
         if self.broken is None:
             self.broken = self._unraised = error
             _log.info("group %r (rank %d): broken: %s", self._name, self._rank, error)
+        self._tell_all(error)
+
+    def _tell_all(self, error: CollectiveError) -> None:
+        """Let the call of every rank that waits end with an error, and the group be broken for it."""
         if self._control is not None:
             self._control.fail(error)
         if self._signer is not None:
             self._signer.tell(error)
+
+    def _is_in_call(self) -> bool:
+        """Return whether a call of host tensors has begun and not ended, in whichever thread."""
+        if self._control is not None and self._control.is_in_call():
+            return True
+        return self._signer is not None and self._signer.progress() >= 0
 
     def progress(self) -> tuple[int, ...] | None:
         """Return None while no call of host tensors runs or waits, else what changes from call to call."""
@@ -335,9 +397,14 @@ class Engine:
         """Fail what waits and drop everything; a call that runs in another thread ends with an error that says how."""
         gone = GroupError(f"group '{self._name}' (rank {self._rank}) {how}")
         self._alone = False
+        leaves = self.broken is None and self._is_in_call()
         self.broken = self.broken or gone
         self._unraised = None
         if self._control is not None:
+            if leaves:  # the others do not all wait for this rank, and would not notice
+                self._tell_all(PeerLostError(
+                    f"group '{self._name}': rank {self._rank} left the group in the middle of a call", (self._rank,)
+                ))
             self._control.close()
         self.queue.close(gone, _CLOSE_TIMEOUT_S)
         self._kept.clear()
@@ -618,11 +685,11 @@ class Engine:
             return error
         if self.broken is not None:
             return self.broken
-        self.broken = verdict(control, name, error)
+        found = self.broken = verdict(control, name, error)
+        if isinstance(found, CollectiveTimeoutError):
+            say_timed_out(found, self.timeout_s)
         _log.info("group %r (rank %d): broken: %s", self._name, self._rank, self.broken)
-        control.fail(self.broken)
-        if self._signer is not None:
-            self._signer.tell(self.broken)
+        self._tell_all(found)
         interrupted = not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error)
         return error if interrupted else self.broken
 

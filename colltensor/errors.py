@@ -21,8 +21,9 @@ Imports nothing of the package and no framework.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 
@@ -120,6 +121,22 @@ class ShapeError(TensorError, ValueError):
 
 class AliasError(TensorError, ValueError):
     """Two buffers of one call share memory, at least one of them to be written."""
+
+
+def say_timed_out(error: CollectiveTimeoutError, timeout_s: float) -> None:
+    """Add to a timeout's message the words that programs look for, and how long it was, unless it has them."""
+    if "timed out after" not in str(error):
+        error.args = f"{error} (timed out after {timeout_s:g} s)", *error.args[1:]
+
+
+@contextlib.contextmanager
+def saying_timed_out(timeout_s: float) -> Iterator[None]:
+    """Do as ``say_timed_out`` with the timeout of what is done inside."""
+    try:
+        yield
+    except CollectiveTimeoutError as error:
+        say_timed_out(error, timeout_s)
+        raise
 
 
 def is_from_handler(error: BaseException) -> bool:

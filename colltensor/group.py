@@ -5,6 +5,7 @@ Imports no framework.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -27,7 +28,15 @@ from colltensor.devices import Devices
 from colltensor.direct import NO_OP, Direct
 from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
-from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError, is_from_handler
+from colltensor.errors import (
+    CollectiveError,
+    GroupError,
+    OptionError,
+    PeerLostError,
+    TensorError,
+    is_from_handler,
+    saying_timed_out,
+)
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
@@ -91,8 +100,9 @@ class Group:
 
     Methods raise, beside what they name themselves: ``TensorError`` for a tensor that cannot be
     used (nothing was moved), ``MismatchError`` where the ranks disagree (on every rank, no data was
-    changed, the group goes on), ``PeerLostError`` and ``CollectiveTimeoutError`` for dead and late
-    ranks (the group is broken then), ``GroupError`` for a group that is broken or destroyed.
+    changed, the group goes on; also where one refuses what it alone brings, as the list of
+    ``scatter``), ``PeerLostError`` and ``CollectiveTimeoutError`` for dead and late ranks (the group
+    is broken then), ``GroupError`` for a group that is broken or destroyed.
 
     Attributes:
         name: The group's name.
@@ -121,6 +131,8 @@ class Group:
         carrier = backend if isinstance(backend, CarryingBackend) else None
         self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer, carrier, backend.crosses)
         self._queue = self._engine.queue
+        if control is not None:
+            control.set_timeout(recipe.timeout_s)
         self._devices = Devices(name, rank, backend, control, self._engine, recipe, meeting)
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
@@ -241,7 +253,7 @@ class Group:
             and self._trees.run("reduce", op, root, tensor, write) is not None
         ):
             return tensor
-        buffers = self._arguments.tensor("reduce", "tensor", tensor, op, write, donate, copy, True)
+        buffers = self._written_by_some("reduce", tensor, op, root, write, donate, copy)
         return self._engine.run(
             async_op, "reduce", buffers, op, root, copy is not False, (buffers,),
             self._arguments.wire(buffers).reduce, (buffers.transfers, root, op), buffers.result,
@@ -277,7 +289,7 @@ class Group:
             and self._trees.run("broadcast", NO_OP, root, tensor, write) is not None
         ):
             return tensor
-        buffers = self._arguments.tensor("broadcast", "tensor", tensor, None, write, donate, copy, True)
+        buffers = self._written_by_some("broadcast", tensor, None, root, write, donate, copy)
         return self._engine.run(
             async_op, "broadcast", buffers, None, root, copy is not False, (buffers,),
             self._arguments.wire(buffers).broadcast, (buffers.transfers, root), buffers.result,
@@ -353,9 +365,12 @@ class Group:
         source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
         targets = None
         if root == self.rank:
-            view = source.views[0]
-            targets = self._arguments.blocks("gather", "tensor_list", tensor_list, view, None, True, copy)
-            self._arguments.separate("gather", targets.named("tensor_list"), [(view, "tensor")], root, targets.whole)
+            with self._refusing("gather", root, source):
+                view = source.views[0]
+                targets = self._arguments.blocks("gather", "tensor_list", tensor_list, view, None, True, copy)
+                self._arguments.separate(
+                    "gather", targets.named("tensor_list"), [(view, "tensor")], root, targets.whole
+                )
         return self._engine.run(
             async_op, "gather", source, None, root, True, (source,) if targets is None else (source, targets),
             lambda deadline: self._arguments.wire(source).gather(
@@ -395,10 +410,11 @@ class Group:
         target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
         sources = None
         if root == self.rank:
-            view = target.views[0]
-            sources = self._arguments.blocks("scatter", "tensor_list", tensor_list, view, None, False, copy)
-            if not self._arguments.in_place("scatter", target, sources.views[root], copy):
-                self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
+            with self._refusing("scatter", root, target):
+                view = target.views[0]
+                sources = self._arguments.blocks("scatter", "tensor_list", tensor_list, view, None, False, copy)
+                if not self._arguments.in_place("scatter", target, sources.views[root], copy):
+                    self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
         return self._engine.run(
             async_op, "scatter", target, None, root, True, (target,) if sources is None else (target, sources),
             lambda deadline: self._arguments.wire(target).scatter(
@@ -608,7 +624,10 @@ class Group:
                 on.
         """
         root = self._arguments.rank("broadcast_object", "src_rank", src_rank)
-        payload = objects.dumps(obj) if root == self.rank else b""
+        payload = b""
+        if root == self.rank:
+            with self._refusing("broadcast_object", root, None):
+                payload = objects.dumps(obj)
         found = self._exchange("broadcast_object", payload, root)
         theirs = self._unpickled(found[root] or payload, "broadcast_object", root)
         return obj if root == self.rank else theirs
@@ -675,6 +694,8 @@ class Group:
         """
         timeout_s = timeout_of(timeout_s)
         self._engine.timeout_s = timeout_s
+        if self._control is not None:
+            self._control.set_timeout(timeout_s)
         if self._engine.device is not None:
             self._engine.device.set_timeout(timeout_s)
         if self._signer is None:
@@ -716,7 +737,8 @@ class Group:
     def destroy(self) -> None:
         """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.
 
-        Each rank destroys for itself; the others get PeerLostError if they still call. Idempotent.
+        Each rank destroys for itself; the others get PeerLostError if they still call, and at once if this rank was in
+        a call. Idempotent.
         """
         if self.on_destroy is not None:
             self.on_destroy()
@@ -756,11 +778,36 @@ class Group:
             return None
         deadline = time.monotonic() + self.timeout_s
         rank = members.index(self.rank)
-        meeting = meet_through(
-            exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
-            backend=self._recipe.asked_of(len(members)), host_id=self._control.host_id,
-        )
-        return connect(meeting, self._recipe, deadline)
+        with saying_timed_out(self.timeout_s):
+            meeting = meet_through(
+                exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
+                backend=self._recipe.asked_of(len(members)), host_id=self._control.host_id,
+            )
+            return connect(meeting, self._recipe, deadline)
+
+    @contextlib.contextmanager
+    def _refusing(self, name: str, root: int, argument: Buffers | None) -> Iterator[None]:
+        """Tell the other ranks what is raised over an argument that this one has alone."""
+        try:
+            yield
+        except Exception as error:
+            self._engine.refuse(name, root, argument, error)
+            raise
+
+    def _written_by_some(
+        self, name: str, tensor: Any, op: ReduceOp | None, root: int, write: bool, donate: bool, copy: bool | None
+    ) -> Buffers:
+        """Adapt a tensor that is written on some ranks alone, which tell the others if it cannot be."""
+        found: Buffers
+        try:
+            found = self._arguments.tensor(name, "tensor", tensor, op, write, donate, copy, True)
+        except TensorError as error:
+            if write:
+                with contextlib.suppress(CollectiveError):  # it could not be read either, as on the other ranks
+                    found = self._arguments.tensor(name, "tensor", tensor, op, False, False, copy, True)
+                    self._engine.refuse(name, root, found, error)
+            raise
+        return found
 
     def _sending(self, peer: int, buffers: Buffers) -> Transfer:
         wire = self._arguments.wire(buffers)

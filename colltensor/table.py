@@ -15,7 +15,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from colltensor import backends, objects
-from colltensor.errors import BackendUnavailableError, CollectiveError, GroupError, OptionError, RankError
+from colltensor.errors import (
+    BackendUnavailableError,
+    CollectiveError,
+    GroupError,
+    OptionError,
+    RankError,
+    saying_timed_out,
+)
 from colltensor.group import Group, connect, solitary
 from colltensor.observers import heed_environment
 from colltensor.recipe import Recipe, timeout_of
@@ -236,11 +243,12 @@ def _meet(world_size: int, rank: int, directory: Directory, group_name: str, rec
         return solitary(group_name, recipe)
     recipe.prepare(world_size)
     deadline = time.monotonic() + recipe.timeout_s
-    meeting = meet(
-        directory, group_name=group_name, world_size=world_size, rank=rank, deadline=deadline,
-        interface=recipe.interface, backend=recipe.asked_of(world_size),
-    )
-    return connect(meeting, recipe, deadline)
+    with saying_timed_out(recipe.timeout_s):
+        meeting = meet(
+            directory, group_name=group_name, world_size=world_size, rank=rank, deadline=deadline,
+            interface=recipe.interface, backend=recipe.asked_of(world_size),
+        )
+        return connect(meeting, recipe, deadline)
 
 
 def _report(

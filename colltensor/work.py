@@ -81,7 +81,7 @@ class Work:
             raise _waits_inside(self._operation)
         if not self._finished.wait(timeout_s):
             raise CollectiveTimeoutError(
-                f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
+                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
             )
         if self._error is not None:
             raise self._error
@@ -193,7 +193,7 @@ class QueuedWork(Work):
             raise
         except TimeoutError:
             raise CollectiveTimeoutError(
-                f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
+                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
             ) from None
 
     def done(self) -> bool:
@@ -281,7 +281,7 @@ class IssuedWork(Work):
             if timeout_s is None:
                 raise GroupError(f"{self._operation}: it was issued by the parent process of this one")
             raise CollectiveTimeoutError(
-                f"{self._operation}: not done after the {timeout_s} s that wait() was given; it goes on, wait again"
+                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
             )
         if self._error is not None:
             raise self._error
@@ -301,7 +301,7 @@ class IssuedWork(Work):
         """Deal with an operation that did not succeed, before it counts as ended."""
         try:
             if not self._settle(self._held[0], code):
-                self._error = CollectiveTimeoutError(f"{self._operation}: the call before it did not end in time")
+                self._error = CollectiveTimeoutError(f"{self._operation}: timed out: the call before it did not end")
         except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
             self._error = error
 

@@ -80,6 +80,10 @@ class Control:
         failure = self._board.failure
         return failure.exception(self.rank) if failure else None
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """Note how long calls wait from now on, for the messages of those that wait in vain."""
+        self._lookout.timeout_s = timeout_s
+
     def position(self, sequence: int, operation: str | None, peers: Sequence[int] | None = None) -> None:
         """Note what other ranks are told when they ask; call it when an operation begins, and with None at its end.
 
@@ -89,6 +93,10 @@ class Control:
             peers: The ranks on which its payload depends, where it depends on any.
         """
         self._lookout.begin(sequence, operation, peers)
+
+    def is_in_call(self) -> bool:
+        """Return whether an operation, or a transfer in a thread of its own, has begun and not ended."""
+        return self._lookout.operation is not None or bool(self._lookout.crossing)
 
     @property
     def others(self) -> Sequence[int]:

@@ -19,7 +19,7 @@ from colltensor.control import links
 from colltensor.control.links import Frame, Link
 from colltensor.control.status import REMEDY, Absence, Status, accuse, followed, gone_ranks, judge, pair_key
 from colltensor.control.switchboard import SILENCE_S, Switchboard
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError, say_timed_out
 
 if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
@@ -63,6 +63,7 @@ class Lookout:
         queued: How many calls it has queued on a device, with single other ranks and, under ALL_RANKS, with all.
         everyone: The suspects of an exchange of all ranks.
         board: The links.
+        timeout_s: How long calls wait, for messages; None while the group is made.
     """
 
     def __init__(self, meeting: Meeting) -> None:
@@ -78,6 +79,7 @@ class Lookout:
         others = [rank for rank in range(meeting.world_size) if rank != meeting.rank]
         self.everyone = Suspects(others, lambda status: status.exchange < self.exchange)
         self._waited: Suspects | None = None
+        self.timeout_s: float | None = None
         self.board = Switchboard(meeting, self)
         self.board.open()
 
@@ -220,7 +222,7 @@ class Lookout:
         elif isinstance(found, CollectiveTimeoutError) and self._others_decide(answers, suspects):
             patience_s = _VERDICT_S
         if not self.board.wait(ready, time.monotonic() + patience_s, needed, kind):
-            raise self.board.fail(found or self._unexplained())
+            raise self.board.fail(self._timed(found or self._unexplained()))
 
     def _awaited(self, answers: Mapping[int, Status | Absence]) -> dict[int, Status | Absence]:
         """Ask all ranks that were not asked yet, if one of those that were waits for others itself, or is gone.
@@ -292,13 +294,19 @@ class Lookout:
         if self.board.failure is not None:
             return self.board.failure.exception(self.meeting.rank)
         if found is not None:
-            return found
+            return self._timed(found)
         alive = f"{where}: every rank is alive and has arrived, but"
         if cause is not None:
             return GroupError(f"{alive} the provider failed: {cause}. {REMEDY}")
-        return CollectiveTimeoutError(
+        return self._timed(CollectiveTimeoutError(
             f"{alive} the data did not move in time. {REMEDY}, with a longer timeout_s if the network is slow"
-        )
+        ))
+
+    def _timed(self, error: CollectiveError) -> CollectiveError:
+        """Return an error, which says how long the timeout was if it is one."""
+        if isinstance(error, CollectiveTimeoutError) and self.timeout_s is not None:
+            say_timed_out(error, self.timeout_s)
+        return error
 
     def where_in(self, operation: str | None) -> str:
         """Return the beginning of a message about an operation."""

@@ -17,6 +17,8 @@ from colltensor import errors
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
 
 _LANE = 1 << 16
+REFUSED = "refused its part of "
+"""What a rank's description of its call begins with, if it refused its own call and the others have theirs."""
 REMEDY = "The group is broken: destroy it and create it again"
 
 
@@ -245,6 +247,13 @@ def mismatch(
         texts: The description of each.
         remedy: What to do, if it is not to make the same call.
     """
+    refusing = [rank for rank, text in zip(ranks, texts, strict=True) if text.startswith(REFUSED)]
+    if refusing:
+        words = next(text for text in texts if text.startswith(REFUSED))
+        return MismatchError(
+            f"{where}: {_several(refusing)} {words}. No data was changed and the group goes on: call again on every "
+            "rank", refusing,
+        )
     odd = differing_ranks(signatures)
     [reference] = {signatures[i] for i in range(len(ranks)) if i not in odd}
     said: dict[tuple[bytes, str], list[int]] = {}

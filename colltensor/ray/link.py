@@ -221,7 +221,8 @@ class Links:
             error.args = (f"{where}: {error}",)
             raise
         except TimeoutError as error:
-            raise CollectiveTimeoutError(f"{where}: it did not answer in {TIMEOUT_S:g} s", (0,)) from error
+            late = f"{where}: timed out after {TIMEOUT_S:g} s: it did not answer"
+            raise CollectiveTimeoutError(late, (0,)) from error
         except OSError as error:
             raise PeerLostError(f"{where}: it is dead, or cannot be reached: {error}", (0,)) from error
 

@@ -100,8 +100,8 @@ def _bundle(
 def _await(group: PlacementGroup, bundle: Mapping[str, float], timeout_s: float) -> None:
     if not group.wait(timeout_s):
         raise CollectiveTimeoutError(
-            f"placed_actors: the cluster has no room within {timeout_s:g} s for {group.bundle_count} actors with "
-            f"{bundle} each, with this strategy; see `ray status`, ask for less, or raise timeout_s", (),
+            f"placed_actors: timed out after {timeout_s:g} s: the cluster has no room for {group.bundle_count} actors "
+            f"with {bundle} each, with this strategy; see `ray status`, ask for less, or raise timeout_s", (),
         )
 
 

@@ -43,6 +43,7 @@ class Round:
         self._actors = actors
         self._called = called
         self.deadline = deadline
+        self._timeout_s = deadline - time.monotonic()
 
     def ask(
         self, question: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, dead_are_done: bool = False,
@@ -124,9 +125,10 @@ class Round:
 
     def _late(self, places: Sequence[int]) -> CollectiveTimeoutError:
         return CollectiveTimeoutError(
-            f"{self._operation}: expected every actor to answer in time, but {self._called}{'s' * (len(places) > 1)} "
-            f"{', '.join(map(str, places))} did not: busy in another call, or not started yet for lack of resources; "
-            "raise timeout_s, let them finish first, or see `ray status`", places,
+            f"{self._operation}: timed out after {self._timeout_s:.3g} s: expected every actor to answer, but "
+            f"{self._called}{'s' * (len(places) > 1)} {', '.join(map(str, places))} did not: busy in "
+            "another call, or not started yet for lack of resources; raise timeout_s, let them finish first, or see "
+            "`ray status`", places,
         )
 
 

@@ -718,6 +718,45 @@ def test_a_call_and_a_wait_have_timeouts_of_their_own(pool: RankPool, tmp_path: 
     assert 0.2 < pool.run(2, waiting, tmp_path / "store")[0] < 0.9
 
 
+def leaving(rank: int, world_size: int, path: Path, how: str, asynchronous: bool) -> tuple[float, str]:
+    """Rank 0 leaves in the middle of a call, which waits for rank 2, who does not come; or drops its group."""
+    with world(rank, world_size, path, timeout_s=20.0) as (torch, dist):
+        from colltensor.torch.c10d.process_group import ColltensorProcessGroup
+
+        store = dist.PrefixStore("leaving", dist.distributed_c10d._get_default_store())
+        group = ColltensorProcessGroup(store, rank, world_size, timedelta(seconds=20), "leaving")
+        options = importlib.import_module("torch._C._distributed_c10d").BroadcastOptions()
+        options.rootRank, options.asyncOp = 2, asynchronous
+        began = time.monotonic()
+        if rank == 2:
+            dist.barrier()
+            return 0.0, ""
+        if rank == 0 and how == "dropped":
+            time.sleep(0.2)
+            del group
+            error = ""
+        else:
+            if rank == 0:
+                threading.Timer(0.2, getattr(group, how)).start()
+            with pytest.raises(RuntimeError) as caught:
+                group.broadcast([torch.ones(3)], options).wait()
+            error = f"{type(caught.value).__name__}: {caught.value}"
+        took_s = time.monotonic() - began
+        dist.barrier()
+        return took_s, error
+
+
+@pytest.mark.parametrize(("how", "asynchronous"), [("abort", True), ("shutdown", False), ("dropped", False)])
+def test_a_rank_that_leaves_in_a_call_ends_it_at_once(
+    pool: RankPool, tmp_path: Path, how: str, asynchronous: bool
+) -> None:
+    found = pool.run(3, leaving, tmp_path / "store", how, asynchronous)
+    assert max(took_s for took_s, _ in found) < 4.0
+    assert re.match(r"PeerLostError: .*rank 0 .*Connection closed by peer", found[1][1]), found
+    words = "destroyed" if how == "shutdown" else "aborted"
+    assert how == "dropped" or re.match(rf"GroupError: .*process group .* was {words}", found[0][1]), found
+
+
 def again(rank: int, world_size: int, path: Path, port: int) -> list[float]:
     """Make and destroy groups through one store that stays, as torchrun's does."""
     torch = importlib.import_module("torch")

@@ -78,7 +78,7 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(monkeypatch: pytest
 
 def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
     torch_distributed = pytest.importorskip("torch.distributed")
-    from colltensor.torch.c10d.registration import _create
+    from colltensor.torch.c10d.registration import create
 
     store = torch_distributed.HashStore()
     errors: dict[int, CollectiveError] = {}
@@ -89,7 +89,7 @@ def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
             timeout=timedelta(seconds=10), group_id="g",
         )
         try:
-            _create(options, {"high_priority": True} if rank == 1 else None)
+            create(options, {"high_priority": True} if rank == 1 else None)
         except CollectiveError as error:
             errors[rank] = error
 

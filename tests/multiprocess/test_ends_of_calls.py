@@ -147,6 +147,7 @@ def queue_behind_a_loss(rank: int, size: int, name: str, backend: str, how: str)
         for call in (*(work.wait for work in reversed(works)), works[0].result):
             with pytest.raises(col.CollectiveError) as caught:
                 call()
+            assert how != "late" or "timed out after 1.5 s" in str(caught.value)
             found.append((type(caught.value).__name__, getattr(caught.value, "ranks", ())))
         with pytest.raises(col.GroupError, match="cannot be used any more"):
             group.barrier()  # issued when all was lost
@@ -162,6 +163,33 @@ def test_calls_behind_a_lost_one_name_the_same_ranks(pool: RankPool, backend: st
     )
     name = "CollectiveTimeoutError" if how == "late" else "PeerLostError"
     assert found[0] == [(name, (size - 1,))] * 4
+
+
+def leave_in_a_call(rank: int, size: int, name: str, backend: str) -> tuple[float, str, tuple[int, ...]]:
+    """The first rank destroys its group while the others wait for the last, which does not come."""
+    with made(backend, rank, size, name, timeout_s=20.0) as group:
+        group.allreduce(np.ones(3))
+        if rank == 0:
+            threading.Timer(0.2, group.destroy).start()
+        began = time.monotonic()
+        if rank == size - 1:
+            while group.broken is None and time.monotonic() < began + 5.0:
+                with contextlib.suppress(col.CollectiveError):
+                    group._control.check()  # as a call does
+                time.sleep(0.01)
+            return time.monotonic() - began, type(group.broken).__name__, group.broken.ranks
+        work = group.broadcast(np.ones(3), size - 1, async_op=True) if rank == 1 else None
+        with pytest.raises(col.CollectiveError) as caught:
+            group.broadcast(np.ones(3), size - 1) if work is None else work.wait()
+        return time.monotonic() - began, type(caught.value).__name__, getattr(caught.value, "ranks", ())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_leaves_in_a_call_ends_it_everywhere(pool: RankPool, backend: str) -> None:
+    found = pool.run(max(3, size_of(backend)), leave_in_a_call, fresh(), backend)
+    assert max(took_s for took_s, _, _ in found) < 4.0
+    assert found[0][1:] == ("GroupError", ())
+    assert [entry[1:] for entry in found[1:]] == [("PeerLostError", (0,))] * (len(found) - 1)
 
 
 def queue_in_torch(rank: int, size: int, path: Path) -> list[tuple[str, tuple[int, ...]]]:

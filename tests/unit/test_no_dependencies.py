@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +73,32 @@ def test_an_object_without_an_adapter_loads_nothing() -> None:
         "group.destroy()"
     )
     assert _loaded_after(program) <= {"tvm_ffi"}
+
+
+@pytest.mark.needs("torch")
+def test_torch_knows_the_backend_without_an_import_of_ours(tmp_path: Path) -> None:
+    """``import torch`` calls the entry point, which loads nothing; in a checkout it is one that is made here."""
+    if not metadata.entry_points(group="torch.backends", name="colltensor"):
+        information = tmp_path / "colltensor-0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: colltensor\nVersion: 0\n")
+        project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+        [line] = re.findall(r'^\[project\.entry-points\."torch\.backends"\]\n(.*)$', project, re.MULTILINE)
+        (information / "entry_points.txt").write_text("[torch.backends]\n" + line.replace('"', ""))
+    program = (
+        f"sys.path.append({str(tmp_path)!r})\n"
+        "import torch\n"
+        "assert 'colltensor' not in sys.modules\n"
+        "dist = torch.distributed\n"
+        "dist.init_process_group('cpu:colltensor', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "dist.all_reduce(torch.ones(3))\n"
+        "assert type(dist.group.WORLD).__name__ == 'ColltensorProcessGroup'\n"
+        "dist.destroy_process_group()\n"
+        "import colltensor_autoload\n"
+        "dist.Backend.register_backend = None\n"
+        "colltensor_autoload.register()  # which fails, and import torch does not\n"
+    )
+    assert "torch" in _loaded_after(program)
 
 
 @pytest.mark.parametrize("missing", ["torch", "jax", "cupy", "ray", "pygloo"])

@@ -214,4 +214,4 @@ class Watcher:
             return found
         if cause is not None:
             return GroupError(f"{flight.name}: NCCL failed: {cause}; destroy the group and make it again")
-        return CollectiveTimeoutError(f"{flight.name}: not done after {flight.timeout_s} s; destroy the group")
+        return CollectiveTimeoutError(f"{flight.name}: timed out after {flight.timeout_s:g} s; destroy the group")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final
@@ -15,16 +17,16 @@ from typing import Any, Final
 import torch
 from torch.distributed import distributed_c10d
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, RankError, is_from_handler
+from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError, is_from_handler
 from colltensor.group import Group
 from colltensor.recipe import timeout_of
 from colltensor.torch.c10d.identity import Identity
-from colltensor.torch.c10d.inbox import translated
+from colltensor.torch.c10d.inbox import CLOSED, translated
 from colltensor.torch.c10d.line import Line
 from colltensor.torch.c10d.meeting import meet
 from colltensor.torch.c10d.others import Others
 from colltensor.torch.c10d.tensors import apart, bare, only
-from colltensor.torch.c10d.transfers import PATIENCE_S, Transfers
+from colltensor.torch.c10d.transfers import PATIENCE_S, Connect, Transfers
 from colltensor.torch.c10d.work import FinishedWork, Operation, PendingWork
 from colltensor.work import consequence, nested
 
@@ -62,10 +64,14 @@ class BaseProcessGroup(Identity):
             self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds, refusal=refusal
         )
         self._line = Line(self._group.name)
-        self._transfers = Transfers(self._group.name, rank, size, self._connect)
+        self._transfers = Transfers(self._group.name, rank, size, _weakly(self._connect))
         self._others = Others(store, rank, size, timeout)
         self._parts = itertools.count()
         self._issued = 0
+        self._ended: str | None = None
+        # Whoever drops a process group has left it, as with torch's own, so that no other rank waits for this one.
+        self._dropped = weakref.finalize(self, _leave_beside, self._line, self._transfers, self._group, name)
+        self._dropped.atexit = False
 
     @property
     def _device_types(self) -> list[torch.device]:
@@ -172,7 +178,10 @@ class BaseProcessGroup(Identity):
         return made
 
     def shutdown(self) -> None:
-        """Leave the group, after what was issued has run for at most 5 s; the others get PeerLostError if they call."""
+        """Leave the group, after what was issued has run for at most 5 s; the others get PeerLostError if they call.
+
+        A call without ``async_op`` that another thread is in ends at once, on all ranks.
+        """
         deadline = time.monotonic() + _DRAIN_S
         self._line.drain(deadline)
         self._transfers.drain(deadline)
@@ -180,15 +189,14 @@ class BaseProcessGroup(Identity):
         self._end("destroyed")
 
     def abort(self) -> None:
-        """Leave the group at once; what was issued fails."""
+        """Leave the group at once; what was issued fails, here and on the ranks that are in a call."""
         self._others.abort()
         self._end("aborted")
 
     def _end(self, how: str) -> None:
-        error = GroupError(f"process group '{self._label}' (rank {self.rank()}) was {how}")
-        self._transfers.close(error)
-        self._group.destroy()
-        self._line.close(error)
+        self._dropped.detach()
+        self._ended = self._ended or f"process group '{self._label}' (rank {self.rank()}) was {how}"
+        _leave(self._line, self._transfers, self._group, self._ended)
         self._store = self._given_store = None  # a FileStore's file goes when the last of these does
 
     def _run(
@@ -202,15 +210,13 @@ class BaseProcessGroup(Identity):
     ) -> Any:
         """Make a call in its turn: here if no handle is asked for and none is before it, else in the line's thread."""
         self._issued += 1
-        timeout = self._timeout
         if opts.timeout != _UNSET:
-            timeout = opts.timeout
             call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
         if not opts.asyncOp and self._line.enter():
             try:
                 call(*arguments)
-            except CollectiveTimeoutError as error:
-                _say_how_long(error, timeout)
+            except (PeerLostError, GroupError) as error:
+                self._reword(error)
                 raise
             finally:
                 self._line.leave()
@@ -226,11 +232,19 @@ class BaseProcessGroup(Identity):
                 self._check(name)
             try:
                 _call(inference, call, arguments)
-            except CollectiveTimeoutError as error:
-                _say_how_long(error, timeout)
+            except (PeerLostError, GroupError) as error:
+                self._reword(error)
                 raise
 
         return self._line_up(Operation(name, run), tensors)
+
+    def _reword(self, error: PeerLostError | GroupError) -> None:
+        """Say that this rank has left if that is why; else say of lost ranks what programs for torch look for."""
+        if is_from_handler(error):
+            return
+        words = self._ended if isinstance(error, GroupError) else CLOSED
+        if words is not None and words not in str(error):
+            error.args = f"{error} ({words})", *error.args[1:]
 
     def _check(self, name: str) -> None:
         """Raise what an operation fails with that was issued before ranks were lost."""
@@ -313,7 +327,29 @@ def _call(inference: bool, call: Callable[..., Any], arguments: tuple[Any, ...])
         call(*arguments)
 
 
-def _say_how_long(error: CollectiveTimeoutError, timeout: timedelta) -> None:
-    """Add the words that programs for torch look for in the message of a timeout, and how long it was."""
-    if "timed out" not in str(error) and not is_from_handler(error):
-        error.args = f"{error} (timed out after {timeout.total_seconds():g} s)", *error.args[1:]
+def _weakly(connect: Connect) -> Connect:
+    """Return what calls a method whose object it does not keep: threads of the transfers have it."""
+    method = weakref.WeakMethod(connect)
+
+    def connected(source: int, destination: int, check: Callable[[], None]) -> Group:
+        found = method()
+        if found is None:
+            raise GroupError(f"the transfers from rank {source} to rank {destination}: the process group was dropped")
+        return found(source, destination, check)
+
+    return connected
+
+
+def _leave(line: Line, transfers: Transfers, group: Group, why: str) -> None:
+    error = GroupError(why)
+    transfers.close(error)
+    group.destroy()
+    line.close(error)
+
+
+def _leave_beside(line: Line, transfers: Transfers, group: Group, name: str) -> None:
+    """Leave a group in a thread of its own: this one may have any lock, because it collects garbage."""
+    why = f"process group '{name}' was dropped"
+    with contextlib.suppress(RuntimeError):  # no thread can be started: the interpreter ends, and its groups with it
+        leaving = threading.Thread(target=_leave, args=(line, transfers, group, why), daemon=True)
+        leaving.start()

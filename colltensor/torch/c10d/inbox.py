@@ -18,6 +18,8 @@ from colltensor.group import Group
 from colltensor.torch.c10d.header import Header
 from colltensor.torch.c10d.work import Operation
 
+CLOSED: Final = "Connection closed by peer"
+"""The words in which torch's Gloo says that a rank is lost, which programs look for."""
 SENDER: Final = 0
 """The rank of the one that sends, in the group of one direction; the other is 1."""
 
@@ -37,9 +39,10 @@ def translated(error: CollectiveError, name: str, source: int, destination: int)
     ranks = [(source, destination)[rank] for rank in getattr(error, "ranks", ())]
     named = " and ".join(f"rank {rank}" for rank in ranks) or "a rank"
     what = "died or left" if kind is PeerLostError else "did not come in time"
+    closed = f" ({CLOSED})" if kind is PeerLostError else ""
     found: CollectiveError = kind(
-        f"the transfers from rank {source} to rank {destination}: {name}: {named} {what}; make the process group again "
-        "on all ranks", ranks,
+        f"the transfers from rank {source} to rank {destination}: {name}: {named} {what}{closed}; make the process "
+        "group again on all ranks", ranks,
     )
     found.__cause__ = error
     return found

@@ -81,11 +81,15 @@ class Line:
         operation.tell()
 
     def drain(self, deadline: float) -> None:
-        """Wait until everything that was put has run, or until ``deadline``, a value of ``time.monotonic()``."""
+        """Wait until everything that was put has run, or until ``deadline``, a value of ``time.monotonic()``.
+
+        Not for an operation that runs in a thread of the caller's own.
+        """
         with self._changed:
             self._watched = True
             self._changed.wait_for(
-                lambda: not self._waiting and not self._turn.locked(), max(0.0, deadline - time.monotonic())
+                lambda: (not self._waiting and not self._turn.locked()) or self._is_callers(),
+                max(0.0, deadline - time.monotonic()),
             )
 
     def close(self, error: CollectiveError) -> None:
@@ -99,6 +103,10 @@ class Line:
         for operation in cancelled:
             operation.end(error)
             operation.tell()
+
+    def _is_callers(self) -> bool:
+        """Return whether the operation that runs does so between ``enter`` and ``leave``."""
+        return self._turn.locked() and not self._running
 
     def _man(self) -> None:
         """See that somebody takes the next operation; the lock is held."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch marks none exported
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, say_timed_out
 from colltensor.group import Group, connect, solitary
 from colltensor.recipe import Recipe
 from colltensor.rendezvous import meet_through
@@ -82,7 +82,9 @@ def meet(
         except BaseException:
             group.destroy()
             raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, CollectiveTimeoutError):
+            say_timed_out(error, meet_s)
         with contextlib.suppress(DistError):  # the store may be what failed
             exchange.leave() if everybody_hears else exchange.withdraw()
         raise

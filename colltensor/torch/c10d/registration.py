@@ -20,7 +20,7 @@ _operators: list[Any] = []  # torch forgets an operator whose library is gone
 def register() -> None:
     """Let ``dist.init_process_group`` and ``dist.new_group`` know the backend; nothing where there is no c10d."""
     if dist.is_available():
-        dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
         if hasattr(torch.ops._c10d_functional, "all_gather_into_tensor_out"):
             library = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]  # torch's
             _operators.append(library)
@@ -37,7 +37,7 @@ def _gather_into(source: torch.Tensor, size: int, group: Any, *, out: torch.Tens
     return out
 
 
-def _create(options: Any, backend_options: Any) -> ColltensorProcessGroup:
+def create(options: Any, backend_options: Any) -> ColltensorProcessGroup:
     """Make the process group of the ranks that torch names; all of them call.
 
     Args:

@@ -1,0 +1,29 @@
+"""What ``import torch`` runs of this package, by the entry point ``torch.backends``: it names the backend, no more.
+
+So ``dist.init_process_group("cpu:colltensor")`` works in processes that nobody had import ``colltensor.torch``, as the
+workers of Ray Train. It stands beside ``colltensor``, of which an ``import torch`` would else load all.
+TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns such entry points off.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+
+def register() -> None:
+    """Let torch.distributed know the backend ``colltensor``. Never raises: that would fail ``import torch``."""
+    try:
+        import torch.distributed as dist
+
+        if dist.is_available():
+            dist.Backend.register_backend("colltensor", _create, extended_api=True, devices=["cpu"])
+    except Exception:
+        logging.getLogger(__name__).debug("torch.distributed does not take the backend 'colltensor'", exc_info=True)
+
+
+def _create(options: Any, backend_options: Any) -> Any:
+    """Make a process group: import what makes it, which registers itself in place of this function."""
+    from colltensor.torch.c10d import registration
+
+    return registration.create(options, backend_options)
