@@ -21,6 +21,12 @@ _WITH_INDICES: Final = {
     "torch.nn.utils.rnn.PackedSequence": "pass x.data",
 }
 """Nodes that hold indices beside values, by the name of a base; and what can be reduced instead."""
+_CONSTANT_MODULES: Final = frozenset({"datetime", "decimal", "fractions", "pathlib", "uuid"})
+_CONSTANTS: Final = frozenset({
+    "builtins.str", "builtins.bytes", "builtins.range", "enum.Enum", "numpy.dtype", "numpy.generic", "torch.dtype",
+    "torch.device", "torch.layout", "torch.memory_format", "torch.Size",
+})
+"""Modules of which all types, and names of types of which all values are the same on ranks that write them alike."""
 _remedies: Final[dict[type, str | None]] = {}
 """That of a type that has been seen; None where all leaves are values."""
 
@@ -39,8 +45,8 @@ def flatten(tree: Any, reduced: bool = False) -> tuple[list[Any], list[str], Cal
     empty subtree. Nodes known to jax alone (flax structures, say) are flattened by ``jax.tree_util``.
 
     Raises:
-        UnsupportedTensorError: A dict's keys cannot be ordered, or mean nothing on other ranks. With ``reduced``, a node
-            that holds indices, which must not be combined.
+        UnsupportedTensorError: A dict's keys cannot be ordered, or mean nothing on other ranks. With ``reduced``, a
+            node that holds indices, which must not be combined.
     """
     outer, spec = _flattened(tree, _is_tensor_to_reduce if reduced else _is_tensor)
     entries = spec.paths()
@@ -49,6 +55,22 @@ def flatten(tree: Any, reduced: bool = False) -> tuple[list[Any], list[str], Cal
     if not any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in outer):
         return outer, outer_paths, lambda leaves: optree.tree_unflatten(spec, list(leaves))
     return _flatten_jax_nodes(outer, outer_paths, spec, refuse_indices if reduced else None)
+
+
+def constant(leaf: Any) -> str | None:
+    """Return what a leaf without numbers is, in words that are the same in every process; None if it may have some.
+
+    Functions and classes go by their names, text, options, paths and dates by their repr.
+    """
+    if callable(leaf):
+        name = getattr(leaf, "__qualname__", None) or getattr(leaf, "__name__", None)
+        return f"{getattr(leaf, '__module__', None)}.{name}" if isinstance(name, str) else None
+    kind = type(leaf)
+    if kind.__module__.partition(".")[0] in _CONSTANT_MODULES or any(
+        f"{base.__module__}.{base.__qualname__}" in _CONSTANTS for base in kind.__mro__
+    ):
+        return repr(leaf)
+    return None
 
 
 def refuse_indices(node: Any) -> bool:

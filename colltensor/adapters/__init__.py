@@ -34,6 +34,9 @@ class Adapter(Protocol):
     the host, once what computes them is done; ``claim_together(tensors, donate)`` what ``claim`` does with each, as
     row-major results without their views.
 
+    It may have a function ``restored(result, given)``: what the caller gets for what ``claim`` made of the tensor
+    ``given``, once it was written.
+
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
     device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it
     that is the legacy default stream, as for DLPack's consumers.
@@ -106,6 +109,7 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 LEGACY_STREAM: Final = 1
 """``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
+_NUMBERS: Final = frozenset({bool, int, float, complex})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
 """Adapters by tensor type, as far as they were found: a short cut for the path of every call."""
@@ -166,16 +170,25 @@ def find_adapter(kind: type) -> Adapter | None:
     return found
 
 
+def number_adapter(kind: type) -> Adapter | None:
+    """Return the adapter for numbers of this type, which are no tensors to ``find_adapter``; None for what is none."""
+    if kind in _NUMBERS or any(base.__name__ == "generic" and base.__module__ == "numpy" for base in kind.__mro__):
+        adapter: Adapter = importlib.import_module("colltensor.adapters.numbers").ADAPTER
+        return adapter if adapter.claims(kind) else None
+    return None
+
+
 def adapter_of(tensor: Any) -> Adapter:
-    """Return the adapter for this tensor.
+    """Return the adapter for this tensor, or number.
 
     Raises:
         UnsupportedTensorError: No adapter takes it; says what to do.
     """
-    found = find_adapter(type(tensor))
+    kind = type(tensor)
+    found = find_adapter(kind) or number_adapter(kind)
     if found is None:
         raise UnsupportedTensorError(
-            f"expected a numpy, torch, JAX or CuPy array or an object with __dlpack__, got {_name(type(tensor))}; "
+            f"expected a numpy, torch, JAX or CuPy array or an object with __dlpack__, got {_name(kind)}; "
             f"{_remedy(tensor)}"
         )
     return found
@@ -297,8 +310,6 @@ def _dense(kind: type) -> str:
 def _remedy(tensor: Any) -> str:
     kind = type(tensor)
     names = [_name(base) for base in kind.__mro__]
-    if isinstance(tensor, (bool, int, float, complex)) or "numpy.generic" in names:
-        return "a scalar cannot be changed in place: pass a 0-d array, numpy.array(value)"
     if "jax._src.core.Tracer" in names:
         return "inside jax.jit, jax.grad or jax.vmap arrays have no memory: call it outside the traced function"
     if "tensorflow.python.framework.ops.SymbolicTensor" in names:

@@ -547,12 +547,22 @@ def test_read_only_views_of_a_registered_adapter_are_not_written(alone: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "thing", [None, 1, 1.5, True, "x", b"x", [], {}, object(), np.float32(1), np.dtype("f4"), Custom]
+    "thing", [None, "x", b"x", [], {}, object(), np.longdouble(1), np.dtype("f4"), Custom, np.str_("x")]
 )
 def test_what_is_no_tensor(thing: Any) -> None:
     assert find_adapter(type(thing)) is None
     with pytest.raises(UnsupportedTensorError, match="expected a numpy, torch, JAX or CuPy array"):
         adapter_of(thing)
+
+
+@pytest.mark.parametrize("number", [1, 1.5, True, 1j, np.float32(1), np.bool_(True), np.float16(1)])
+def test_numbers_are_no_tensors_but_have_an_adapter(number: Any) -> None:
+    assert find_adapter(type(number)) is None
+    adapter = adapter_of(number)
+    result, view = adapter.claim(number, donate=False)
+    assert (view.count, view.shape, view.readonly, adapter.source(number).readonly) == (1, (), False, True)
+    result[()] = 0
+    assert repr(adapter.restored(result, number)) == repr(type(number)(0))
 
 
 def test_a_framework_imported_later_is_found() -> None:
