@@ -249,7 +249,7 @@ def _choose(site: Site, odd: Call, others: Call, culprit: int = 1) -> Any:
 R = col.ReduceOp
 
 _TENSORS = {
-    "a string": Row(col.UnsupportedTensorError, ("allreduce", "tensor", "got str", "numpy.asarray"),
+    "a string": Row(col.UnsupportedTensorError, ("allreduce", "tensor", "got str", "broadcast_object"),
                     lambda s: s.group.allreduce("abc")),
     "a large Python int": Row(col.UnsupportedDTypeError, ("allreduce", "tensor", "int64", "broadcast_object"),
                               lambda s: s.group.allreduce(1 << 64)),
