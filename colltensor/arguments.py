@@ -300,9 +300,10 @@ def first_elements(operation: str, tensor: Any, count: Any) -> Any:
         raise OptionError(f"{operation}: n_elements: expected a number of elements, or 0 for all, got {count!r}")
     if count == 0:
         return tensor
-    view = adapter_of(tensor).source(tensor)
+    adapter = adapter_of(tensor)
+    view = adapter.source(tensor)
     if count > view.count or view.strides is not None:
         raise OptionError(
             f"{operation}: n_elements={count}: expected a contiguous tensor of at least as many, got {view!r}"
         )
-    return tensor.reshape(-1)[:count]
+    return tensor if hasattr(adapter, "restored") else tensor.reshape(-1)[:count]

@@ -5,12 +5,13 @@ Adapts tensors, decides which are staged or fused, and moves staged elements. Im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any, Final, Protocol
 
 from colltensor import tree
-from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, stream_of, target_of
+from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, number_adapter, stream_of, target_of
 from colltensor.errors import AliasError, OptionError, TensorError
 from colltensor.types import UINT8, DType
 from colltensor.view import BufferView, JoinedView
@@ -21,6 +22,8 @@ whatever its size, for which both staging copies of 1 MiB can be made."""
 BUCKET_NBYTES: Final = 16 << 20
 """A bucket of fused leaves is closed when the next leaf would take it past this size."""
 _LEAVES_SHOWN: Final = 6
+_CONSTANTS_SHOWN: Final = 30
+_CONSTANT_WIDTH: Final = 100
 
 
 class Buffers(Protocol):
@@ -104,7 +107,9 @@ def adapt(tensor: Any, write: bool, donate: bool, containers: bool, reduced: boo
         return TensorBuffers(tensor, adapter, write, donate)
     if containers and tree.is_container(tensor):
         return TreeBuffers(tensor, write, donate, reduced)
-    return TensorBuffers(tensor, adapter_of(tensor), write, donate)
+    adapter = adapter_of(tensor)
+    kind = NumberBuffers if hasattr(adapter, "restored") else TensorBuffers
+    return kind(tensor, adapter, write, donate)
 
 
 class _Alike:
@@ -194,12 +199,29 @@ class TensorBuffers(_Alike):
         return {stream_of(self._adapter, self.views[0].device.index)}
 
 
+class NumberBuffers(TensorBuffers):
+    """One number, of which the result is another."""
+
+    __slots__ = ("_given",)
+
+    def __init__(self, tensor: Any, adapter: Adapter, write: bool, donate: bool) -> None:
+        super().__init__(tensor, adapter, write, donate)
+        self._given = tensor
+
+    def result(self) -> Any:
+        return _restored(self._adapter, self._tensor, self._given) if self._write else self._given
+
+
 class TreeBuffers:
-    """A pytree of tensors; small leaves are fused."""
+    """A pytree of tensors and numbers; small leaves are fused.
+
+    Where nothing is ``reduced`` it may have other leaves too, which stay as they are and have to be the same on all
+    ranks: constants.
+    """
 
     __slots__ = (
-        "_adapters", "_donate", "_original", "_paths", "_rebuild", "_results", "_staged", "_write",
-        "transfers", "views",
+        "_adapters", "_constants", "_donate", "_given", "_original", "_paths", "_rebuild", "_results", "_staged",
+        "_write", "transfers", "views",
     )
 
     def __init__(self, tree_of_tensors: Any, write: bool, donate: bool, reduced: bool = False) -> None:
@@ -207,7 +229,11 @@ class TreeBuffers:
         self._write = write
         self._donate = donate
         self._staged: list[tuple[int, BufferView]] = []
-        self._results, self._paths, self._rebuild = tree.flatten(tree_of_tensors, reduced)
+        self._given, self._paths, self._rebuild = tree.flatten(tree_of_tensors, reduced)
+        self._constants: list[str] = []
+        if not reduced:
+            self._set_constants_aside()
+        self._results = list(self._given)
         self._adapters: list[Adapter] = []
         self.views: list[BufferView] = []
         for leaf, path in zip(self._results, self._paths, strict=True):
@@ -221,6 +247,28 @@ class TreeBuffers:
         if write:
             named = zip(self.views, self._paths, strict=True)
             _refuse_shared([(view, f"leaf {path}") for view, path in named if donate or not view.readonly])
+
+    def _set_constants_aside(self) -> None:
+        """Leave what is no tensor and no number out of the leaves, and put it back into results."""
+        leaves, paths, rebuild = self._given, self._paths, self._rebuild
+        found = {
+            index: text for index, leaf in enumerate(leaves)
+            if find_adapter(type(leaf)) is None and number_adapter(type(leaf)) is None
+            and (text := tree.constant(leaf)) is not None
+        }
+        if not found:
+            return
+        moved = [index for index in range(len(leaves)) if index not in found]
+        self._constants = [f"{paths[index]} {text}" for index, text in found.items()]
+        self._given, self._paths = [leaves[index] for index in moved], [paths[index] for index in moved]
+
+        def rebuild_with_constants(results: Iterable[Any]) -> Any:
+            all_of_them = list(leaves)
+            for index, result in zip(moved, results, strict=True):
+                all_of_them[index] = result
+            return rebuild(all_of_them)
+
+        self._rebuild = rebuild_with_constants
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         views = self.views
@@ -283,7 +331,9 @@ class TreeBuffers:
                 adapter.written(result)
 
     def result(self) -> Any:
-        return self._rebuild(self._results) if self.claims else self._original
+        if not self.claims:
+            return self._original
+        return self._rebuild(map(_restored, self._adapters, self._results, self._given))
 
     def streams(self) -> set[int | None]:
         pairs = zip(self._adapters, self.views, strict=True)
@@ -296,12 +346,15 @@ class TreeBuffers:
         text = ";".join(
             f"{path}:{view.dtype.code}:{view.count}" for path, view in zip(self._paths, self.views, strict=True)
         )
+        if self._constants:
+            text = ";".join([text, *self._constants])
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def describe(self) -> str:
         leaves = [f"{path} {view.dtype}[{view.count}]" for path, view in zip(self._paths, self.views, strict=True)]
         more = f", and {len(leaves) - _LEAVES_SHOWN} more leaves" if len(leaves) > _LEAVES_SHOWN else ""
-        return "{" + ", ".join(leaves[:_LEAVES_SHOWN]) + more + "}"
+        constants = [textwrap.shorten(constant, _CONSTANT_WIDTH) for constant in self._constants[:_CONSTANTS_SHOWN]]
+        return "{" + ", ".join([*constants, *leaves[:_LEAVES_SHOWN]]) + more + "}"
 
 
 class Blocks(_Alike):
@@ -378,6 +431,12 @@ class Blocks(_Alike):
 
     def streams(self) -> set[int | None]:
         return set().union(*(buffers.streams() for buffers in self._members))
+
+
+def _restored(adapter: Adapter, result: Any, given: Any) -> Any:
+    """Return what the caller gets in the place of a leaf."""
+    restored = getattr(adapter, "restored", None)
+    return result if restored is None else restored(result, given)
 
 
 def _copy_refused(view: BufferView, leaf: str = "") -> OptionError:

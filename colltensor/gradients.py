@@ -102,7 +102,7 @@ class Synchronizer:
         """
         self.group = _group(group)
         self._op = _op(average)
-        tensors, paths, _ = tree.flatten(like, True)
+        tensors, paths = self._leaves_of(like)
         self._structure = tree.structure_of(like)
         self._names = [f"leaf {path}" if path else "the tensor" for path in paths]
         views = self._views(tensors, write=False)
@@ -152,6 +152,12 @@ class Synchronizer:
         leaves = None if self._match is None else self._match(gradients)
         return leaves is not None and self._seen is not None and _looks(leaves) == self._seen
 
+    def _leaves_of(self, tensors: Any) -> tuple[list[Any], list[str]]:
+        try:
+            return tree.flatten(tensors, True)[:2]
+        except TensorError as error:
+            raise type(error)(f"{self._where()}: {error}") from error
+
     def _views(self, tensors: Sequence[Any], write: bool) -> list[BufferView]:
         views = []
         for tensor, name in zip(tensors, self._names, strict=True):
@@ -185,7 +191,7 @@ class Synchronizer:
 
     def _flatten(self, gradients: Any) -> list[Any]:
         """Return the leaves of a tree that has another form at first sight: nodes of JAX's own, or a mistake."""
-        tensors, found, _ = tree.flatten(gradients, True)
+        tensors, found = self._leaves_of(gradients)
         expected = [leaf.path for leaf in self._leaves]
         if found != expected:
             wrong = [f"leaf {path} is missing" for path in expected if path not in found]

@@ -91,6 +91,11 @@ class Group:
     ranks, as MPI, ``jax.lax.all_gather`` and torch's ``all_gather_into_tensor`` have it: of any shape,
     usually ``(world_size, ...)``; a strided one is cut along its first axis.
 
+    A number of Python's or numpy's is a tensor of one element, alone or in a tree. Python's travel as int64, float64,
+    complex128 and bool; the result has the type of what was given. AVERAGE takes no int and no bool, as of arrays.
+    In what only moves (``broadcast``, ``send`` and ``recv``) trees may have functions, classes, strings, dtypes and
+    other constants as well, which stay as they are and have to be the same on all ranks.
+
     Tensors that can be written (numpy, torch, CuPy) are changed in place and returned; JAX arrays
     are left alone and the result is a new array, or with ``donate=True`` the same memory under a
     new array. Results are ready on return, or with ``async_op=True`` (the call returns a ``Work``)
@@ -177,7 +182,7 @@ class Group:
             copy: False refuses staging copies (strided tensors, fused leaves, emulated dtypes).
 
         Returns:
-            ``tensor`` itself, with JAX arrays replaced by new ones.
+            ``tensor`` itself, with JAX arrays and numbers replaced by new ones.
         """
         if op.__class__ is not ReduceOp:
             op = self._arguments.op("allreduce", op)
@@ -272,7 +277,7 @@ class Group:
             copy: False refuses staging copies.
 
         Returns:
-            ``tensor`` itself, with JAX arrays replaced by new ones where they were written.
+            ``tensor`` itself, with JAX arrays and numbers replaced by new ones where they were written.
         """
         if self._direct is not None and copy is None and src_rank.__class__ is int:
             call = self._direct.broadcast[src_rank]
@@ -537,7 +542,7 @@ class Group:
         """Receive into a tensor or a pytree of tensors what rank ``src_rank`` sends; see ``send``.
 
         Returns:
-            ``tensor`` itself, with JAX arrays replaced by new ones.
+            ``tensor`` itself, with JAX arrays and numbers replaced by new ones.
         """
         if (
             self._direct is not None and copy is None and not async_op and src_rank.__class__ is int

@@ -89,7 +89,11 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
         MismatchError: They differ.
     """
     leaves: list[Leaf | Plain] = []
-    for leaf, path in zip(*flatten(parameters)[:2], strict=True):
+    try:
+        tensors, paths, _ = flatten(parameters)
+    except TensorError as error:
+        raise type(error)(f"{where} of group '{group.name}' (rank {group.rank}): {error}") from error
+    for leaf, path in zip(tensors, paths, strict=True):
         if isinstance(leaf, (bool, int, float, complex, str, bytes)):
             leaves.append(Plain(path, repr(leaf)))
             continue

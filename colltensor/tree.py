@@ -21,6 +21,12 @@ _WITH_INDICES: Final = {
     "torch.nn.utils.rnn.PackedSequence": "pass x.data",
 }
 """Nodes that hold indices beside values, by the name of a base; and what can be reduced instead."""
+_CONSTANT_MODULES: Final = frozenset({"datetime", "decimal", "fractions", "pathlib", "uuid"})
+_CONSTANTS: Final = frozenset({
+    "builtins.str", "builtins.bytes", "builtins.range", "enum.Enum", "numpy.dtype", "numpy.generic", "torch.dtype",
+    "torch.device", "torch.layout", "torch.memory_format", "torch.Size",
+})
+"""Modules of which all types, and names of types of which all values are the same on ranks that write them alike."""
 _remedies: Final[dict[type, str | None]] = {}
 """That of a type that has been seen; None where all leaves are values."""
 
@@ -39,13 +45,32 @@ def flatten(tree: Any, reduced: bool = False) -> tuple[list[Any], list[str], Cal
     empty subtree. Nodes known to jax alone (flax structures, say) are flattened by ``jax.tree_util``.
 
     Raises:
-        UnsupportedTensorError: With ``reduced``, a node that holds indices, which must not be combined.
+        UnsupportedTensorError: A dict's keys cannot be ordered, or mean nothing on other ranks. With ``reduced``, a
+            node that holds indices, which must not be combined.
     """
     outer, spec = _flattened(tree, _is_tensor_to_reduce if reduced else _is_tensor)
-    outer_paths = ["".join(f"[{entry!r}]" for entry in path) for path in spec.paths()]
+    entries = spec.paths()
+    _refuse_keys_of_this_process(entries)
+    outer_paths = ["".join(f"[{entry!r}]" for entry in path) for path in entries]
     if not any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in outer):
         return outer, outer_paths, lambda leaves: optree.tree_unflatten(spec, list(leaves))
     return _flatten_jax_nodes(outer, outer_paths, spec, refuse_indices if reduced else None)
+
+
+def constant(leaf: Any) -> str | None:
+    """Return what a leaf without numbers is, in words that are the same in every process; None if it may have some.
+
+    Functions and classes go by their names, text, options, paths and dates by their repr.
+    """
+    if callable(leaf):
+        name = getattr(leaf, "__qualname__", None) or getattr(leaf, "__name__", None)
+        return f"{getattr(leaf, '__module__', None)}.{name}" if isinstance(name, str) else None
+    kind = type(leaf)
+    if kind.__module__.partition(".")[0] in _CONSTANT_MODULES or any(
+        f"{base.__module__}.{base.__qualname__}" in _CONSTANTS for base in kind.__mro__
+    ):
+        return repr(leaf)
+    return None
 
 
 def refuse_indices(node: Any) -> bool:
@@ -139,23 +164,45 @@ def _flattened(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple
     except CollectiveError:
         raise
     except Exception as error:  # whatever a key's own __lt__ raises
-        keys = _unordered_keys(tree)
-        if keys is None:
-            raise
-        raise UnsupportedTensorError(
-            f"a dict has keys of type {keys}, which have no order that all ranks share ({error}); name them "
-            "(by named_parameters(), say), or pass list(tree.values()), in the same order on every rank"
-        ) from error
+        refuse_unordered_keys(tree, error, lambda node: optree.tree_flatten(cast("Any", dict.fromkeys(node, 0))))
+        raise
 
 
-def _unordered_keys(tree: Any) -> str | None:
-    """Return the types of the keys of a dict that cannot be sorted, None where all can."""
+def refuse_unordered_keys(tree: Any, error: Exception, sort: Callable[[Any], object] = sorted) -> None:
+    """Return if a tree could not be flattened for another reason than a dict whose keys have no order.
+
+    Args:
+        tree: The tree.
+        error: What flattening it raised.
+        sort: Raises for a dict with such keys.
+
+    Raises:
+        UnsupportedTensorError: Names the keys' types.
+    """
     for node in _dicts(tree):
         try:
-            optree.tree_flatten(cast("Any", dict.fromkeys(node, 0)))
+            sort(node)
         except Exception:  # noqa: BLE001 - whatever a key's own __lt__ raises
-            return " and ".join(sorted({f"{type(key).__module__}.{type(key).__qualname__}" for key in node}))
-    return None
+            raise _unordered(node, f"have no order that all ranks share ({error})") from error
+
+
+def _unordered(keys: Iterable[Any], why: str) -> UnsupportedTensorError:
+    kinds = " and ".join(sorted({f"{type(key).__module__}.{type(key).__qualname__}" for key in keys}))
+    return UnsupportedTensorError(
+        f"a dict has keys of type {kinds}, which {why}; name them (by named_parameters(), say), or pass "
+        "list(tree.values()), in the same order on every rank"
+    )
+
+
+def _refuse_keys_of_this_process(paths: Iterable[tuple[Any, ...]]) -> None:
+    """Check that keys mean the same on all ranks.
+
+    Raises:
+        UnsupportedTensorError: A key is a tensor, or known by its address alone.
+    """
+    for key in [entry for path in paths for entry in path if not isinstance(entry, (str, int))]:
+        if any(map(_is_tensor, key if isinstance(key, tuple) else (key,))) or " at 0x" in repr(key):
+            raise _unordered([key], "mean nothing in other processes")
 
 
 def _dicts(tree: Any) -> Iterable[dict[Any, Any]]:
@@ -164,6 +211,10 @@ def _dicts(tree: Any) -> Iterable[dict[Any, Any]]:
     if isinstance(tree, (dict, list, tuple)):
         for child in tree.values() if isinstance(tree, dict) else tree:
             yield from _dicts(child)
+    elif not _is_tensor(tree) and _is_jax_node(tree):
+        flatten_one_level = sys.modules["jax"].tree_util.default_registry.flatten_one_level
+        children = flatten_one_level(tree)
+        yield from _dicts(list(children[0]) if children else [])
 
 
 def _flatten_jax_nodes(
@@ -177,7 +228,12 @@ def _flatten_jax_nodes(
         if _is_tensor(leaf) or not _is_jax_node(leaf):
             found, definition = [((), leaf)], None
         else:
-            found, definition = tree_util.tree_flatten_with_path(leaf, is_leaf=look)
+            try:
+                found, definition = tree_util.tree_flatten_with_path(leaf, is_leaf=look)
+            except ValueError as error:  # of JAX's sorting
+                refuse_unordered_keys(leaf, error)
+                raise
+            _refuse_keys_of_this_process([tuple(getattr(key, "key", "") for key in keys) for keys, _ in found])
             if any(map(_is_sparse, tree_util.tree_leaves(leaf, is_leaf=_is_sparse))):
                 path += f" of {definition}: "  # shapes and sorted indices are no leaves, and must be the same
         leaves += [tensor for _, tensor in found]

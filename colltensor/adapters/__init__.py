@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
+from colltensor.adapters._remedies import name_of, remedy_for
 from colltensor.errors import OptionError, ReadOnlyError, UnsupportedTensorError
 from colltensor.view import BufferView
 
@@ -33,6 +34,9 @@ class Adapter(Protocol):
     returns for each what is equal where shape, dtype, device and layout are; ``addresses(tensors)`` where they lie on
     the host, once what computes them is done; ``claim_together(tensors, donate)`` what ``claim`` does with each, as
     row-major results without their views.
+
+    It may have a function ``restored(result, given)``: what the caller gets for what ``claim`` made of the tensor
+    ``given``, once it was written.
 
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
     device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it
@@ -106,6 +110,7 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 LEGACY_STREAM: Final = 1
 """``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
+_NUMBERS: Final = frozenset({bool, int, float, complex})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
 """Adapters by tensor type, as far as they were found: a short cut for the path of every call."""
@@ -166,17 +171,26 @@ def find_adapter(kind: type) -> Adapter | None:
     return found
 
 
+def number_adapter(kind: type) -> Adapter | None:
+    """Return the adapter for numbers of this type, which are no tensors to ``find_adapter``; None for what is none."""
+    if kind in _NUMBERS or any(base.__name__ == "generic" and base.__module__ == "numpy" for base in kind.__mro__):
+        adapter: Adapter = importlib.import_module("colltensor.adapters.numbers").ADAPTER
+        return adapter if adapter.claims(kind) else None
+    return None
+
+
 def adapter_of(tensor: Any) -> Adapter:
-    """Return the adapter for this tensor.
+    """Return the adapter for this tensor, or number.
 
     Raises:
         UnsupportedTensorError: No adapter takes it; says what to do.
     """
-    found = find_adapter(type(tensor))
+    kind = type(tensor)
+    found = find_adapter(kind) or number_adapter(kind)
     if found is None:
         raise UnsupportedTensorError(
-            f"expected a numpy, torch, JAX or CuPy array or an object with __dlpack__, got {_name(type(tensor))}; "
-            f"{_remedy(tensor)}"
+            f"expected a numpy, torch, JAX or CuPy array or an object with __dlpack__, got {name_of(kind)}; "
+            f"{remedy_for(tensor)}"
         )
     return found
 
@@ -190,7 +204,7 @@ def target_of(adapter: Adapter, tensor: Any) -> BufferView:
     view = adapter.target(tensor)
     if view.readonly and not adapter.immutable:
         raise ReadOnlyError(
-            f"the memory of {_name(type(tensor))} is read-only and the call would write to it; pass a copy"
+            f"the memory of {name_of(type(tensor))} is read-only and the call would write to it; pass a copy"
         )
     return view
 
@@ -284,36 +298,3 @@ def _search(kind: type) -> Adapter | None:
         other: Adapter = importlib.import_module("colltensor.adapters.dlpack").ADAPTER
         return other if other.claims(kind) else None
     return None
-
-
-def _name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _dense(kind: type) -> str:
-    return "toarray" if hasattr(kind, "toarray") else "todense"  # SciPy's todense makes a matrix
-
-
-def _remedy(tensor: Any) -> str:
-    kind = type(tensor)
-    names = [_name(base) for base in kind.__mro__]
-    if isinstance(tensor, (bool, int, float, complex)) or "numpy.generic" in names:
-        return "a scalar cannot be changed in place: pass a 0-d array, numpy.array(value)"
-    if "jax._src.core.Tracer" in names:
-        return "inside jax.jit, jax.grad or jax.vmap arrays have no memory: call it outside the traced function"
-    if "tensorflow.python.framework.ops.SymbolicTensor" in names:
-        return "inside tf.function tensors have no memory: call it outside, or from tf.py_function"
-    if any(name.endswith("variables.Variable") for name in names):  # TensorFlow's and Keras's
-        return "a variable is no tensor: pass its value, x = tf.convert_to_tensor(v), and v.assign(col.allreduce(x))"
-    if "tensorflow.python.framework.composite_tensor.CompositeTensor" in names:
-        return "it is no array but several: pass a dense one, tf.convert_to_tensor(x), or what it is made of"
-    if hasattr(kind, "todense"):  # SciPy's, JAX's, CuPy's and pydata's
-        return f"it is sparse, several arrays of any length: pass a dense one, x.{_dense(kind)}()"
-    if hasattr(kind, "__dlpack__") and not hasattr(kind, "__dlpack_device__"):
-        return "it has __dlpack__ but not __dlpack_device__, which the protocol asks for: register_adapter() for it"
-    if hasattr(kind, "__dlpack__"):
-        return (
-            "subclasses are refused because their memory may mean something else: pass the plain tensor, or register "
-            "the type with colltensor.register_adapter()"
-        )
-    return "convert it with numpy.asarray(), or register_adapter() for its type"

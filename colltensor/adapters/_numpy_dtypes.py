@@ -41,6 +41,12 @@ def unsupported_dtype(dtype: Any) -> UnsupportedDTypeError:
     """Return the error for a data type without a counterpart, with the remedy that fits it."""
     if getattr(dtype, "names", None):
         remedy = "structured dtypes have no arithmetic: pass each field, x['name'], or a view of plain numbers"
+    elif getattr(dtype, "str", "") in ("|V1", "|V2") and dtype.type.__name__ == "void":
+        name = "bfloat16" if dtype.itemsize == 2 else "float8_e4m3fn"
+        remedy = (
+            "numpy.load and others, which do not know the types of ml_dtypes, make such arrays of them: pass "
+            f"x.view(ml_dtypes.{name}), or what it was"
+        )
     elif getattr(dtype, "byteorder", "=") in "<>" and getattr(dtype, "isnative", True) is False:
         remedy = "its byte order is not this machine's: use x.astype(x.dtype.newbyteorder('='))"
     elif getattr(dtype, "kind", "") == "O":

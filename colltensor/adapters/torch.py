@@ -22,6 +22,7 @@ _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
 _raw_stream: Final = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The number of a device's current stream, without the object that ``torch.cuda.current_stream`` makes at five times
 the cost; what torch's own compiled code asks. None in builds without CUDA."""
+_is_functional: Final = getattr(torch, "_is_functional_tensor", lambda tensor: False)
 _DTYPE_OF: Final = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
 _REAL: Final = frozenset(name for name, dtype in _DTYPE_OF.items() if dtype.kind != "c")
 
@@ -120,6 +121,11 @@ def _view(tensor: Any) -> BufferView:
             "tensor.to_dense(), outside torch.func's transforms"
         ) from error
     if not pointer and count:
+        if _is_functional(tensor):
+            raise UnsupportedTensorError(
+                "the torch tensor stands for others inside torch.func.functionalize, torch.export or a compiler, and "
+                "has no memory: call it outside the traced function"
+            )
         raise UnsupportedTensorError(
             "the torch tensor has no memory: its storage was freed (resize_(0), as FSDP does with parameters that are "
             "not gathered), or it is one of autograd's zeros; pass a tensor with memory, such as tensor.clone() of the "

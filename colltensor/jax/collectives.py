@@ -25,7 +25,7 @@ from colltensor.group import Group
 from colltensor.jax import _groups, _primitives, _targets
 from colltensor.jax._primitives import NO_OP, NO_RANK
 from colltensor.table import find_group
-from colltensor.tree import refuse_indices
+from colltensor.tree import refuse_indices, refuse_unordered_keys
 from colltensor.types import ReduceOp
 
 
@@ -160,7 +160,11 @@ def _call(
     if not isinstance(found, Group):
         raise GroupError(f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}")
     look = None if op is None and name != "allgather" else refuse_indices
-    leaves, structure = jax.tree_util.tree_flatten(x, is_leaf=look)
+    try:
+        leaves, structure = jax.tree_util.tree_flatten(x, is_leaf=look)
+    except ValueError as error:  # of JAX's sorting
+        refuse_unordered_keys(x, error)
+        raise
     leaves = [leaf if _is_float0(leaf) else _array(name, leaf) for leaf in leaves]
     by_dtype: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):

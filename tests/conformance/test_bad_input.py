@@ -249,18 +249,18 @@ def _choose(site: Site, odd: Call, others: Call, culprit: int = 1) -> Any:
 R = col.ReduceOp
 
 _TENSORS = {
-    "a string": Row(col.UnsupportedTensorError, ("allreduce", "tensor", "got str", "numpy.asarray"),
+    "a string": Row(col.UnsupportedTensorError, ("allreduce", "tensor", "got str", "broadcast_object"),
                     lambda s: s.group.allreduce("abc")),
-    "a Python scalar": Row(col.UnsupportedTensorError, ("allreduce", "tensor", "got float", r"numpy\.array\(value\)"),
-                           lambda s: s.group.allreduce(1.5)),
-    "a numpy scalar": Row(col.UnsupportedTensorError, ("reduce", "numpy.float32", r"0-d array"),
-                          lambda s: s.group.reduce(np.float32(1))),
+    "a large Python int": Row(col.UnsupportedDTypeError, ("allreduce", "tensor", "int64", "broadcast_object"),
+                              lambda s: s.group.allreduce(1 << 64)),
+    "a numpy scalar without a type of ours": Row(
+        col.UnsupportedTensorError, ("reduce", "numpy.longdouble"), lambda s: s.group.reduce(np.longdouble(1))),
     "a generator": Row(col.UnsupportedTensorError, ("allreduce", "got generator"),
                        lambda s: s.group.allreduce(x for x in [s.array()])),
     "a set": Row(col.UnsupportedTensorError, ("broadcast", "got set"), lambda s: s.group.broadcast({1})),
     "a class": Row(col.UnsupportedTensorError, ("allreduce", "got type"), lambda s: s.group.allreduce(np.ndarray)),
-    "a bad leaf": Row(col.UnsupportedTensorError, ("allreduce", r"leaf \['a'\]\[1\]", "got float"),
-                      lambda s: s.group.allreduce({"a": [s.array(), 2.0]})),
+    "a bad leaf": Row(col.UnsupportedTensorError, ("allreduce", r"leaf \['a'\]\[1\]", "got str"),
+                      lambda s: s.group.allreduce({"a": [s.array(), "b"]})),
     "object dtype": Row(col.UnsupportedDTypeError, ("allreduce", "object", "broadcast_object"),
                         lambda s: s.group.allreduce(np.array([1, None], object))),
     "structured dtype": Row(col.UnsupportedDTypeError, ("allgather", "structured", "field"),

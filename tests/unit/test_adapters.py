@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -547,12 +548,93 @@ def test_read_only_views_of_a_registered_adapter_are_not_written(alone: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "thing", [None, 1, 1.5, True, "x", b"x", [], {}, object(), np.float32(1), np.dtype("f4"), Custom]
+    "thing", [None, "x", b"x", [], {}, object(), np.longdouble(1), np.dtype("f4"), Custom, np.str_("x")]
 )
 def test_what_is_no_tensor(thing: Any) -> None:
     assert find_adapter(type(thing)) is None
     with pytest.raises(UnsupportedTensorError, match="expected a numpy, torch, JAX or CuPy array"):
         adapter_of(thing)
+
+
+@pytest.mark.parametrize("number", [1, 1.5, True, 1j, np.float32(1), np.bool_(True), np.float16(1)])
+def test_numbers_are_no_tensors_but_have_an_adapter(number: Any) -> None:
+    assert find_adapter(type(number)) is None
+    adapter = adapter_of(number)
+    result, view = adapter.claim(number, donate=False)
+    assert (view.count, view.shape, view.readonly, adapter.source(number).readonly) == (1, (), False, True)
+    result[()] = 0
+    assert repr(adapter.restored(result, number)) == repr(type(number)(0))
+
+
+def named(name: str) -> Any:
+    """Return an object of a type that is called so, as a package's that need not be installed."""
+    module, _, kind = name.rpartition(".")
+    return type(kind, (), {"__module__": module, "__array__": None, "__qualname__": kind})()
+
+
+@pytest.mark.parametrize(
+    ("thing", "advice"),
+    [
+        ("abc", "broadcast_object"), (b"abc", "broadcast_object"), (None, "pass a tensor"), ({1}, "pass a list"),
+        (frozenset({1}), "pass a list"), ((x for x in [1]), r"list\(x\)"), (map(int, []), r"list\(x\)"),
+        ({}.values(), r"list\(x\)"), (bytearray(2), r"numpy\.frombuffer\(x, numpy\.uint8\)"),
+        (memoryview(b""), r"numpy\.asarray\(x\), which shares"), (len, "register_adapter"), (int, "leave it out"),
+        (named("h5py._hl.dataset.Dataset"), r"x\[\.\.\.\] = a"),
+        (named("zarr.core.array.Array"), r"x\[\.\.\.\] = a"),
+        (named("h5py._hl.group.Group"), r"x\[name\]\[\.\.\.\]"),
+        (named("xarray.core.dataarray.DataArray"), r"x\.values"),
+        (named("xarray.core.dataset.Dataset"), r"x\[name\]\.values"),
+        (named("dask.array.core.Array"), r"x\.compute\(\)"),
+        (named("pandas.Series"), r"copy=True\).*x\[:\] = a"),
+        (named("pandas.core.frame.DataFrame"), r"x\[:\]"),
+        (named("pandas.Index"), r"pandas\.Index\(a\)"),
+        (named("tensordict.base.TensorDictBase"), "flatten_keys"),
+        (named("jax._src.random.prng.PRNGKeyArray"), "key_data"), (named("some.Table"), r"numpy\.array\(x\), a copy"),
+    ],
+    ids=lambda thing: thing if isinstance(thing, str) else type(thing).__name__,
+)
+def test_what_is_no_tensor_says_what_is(thing: Any, advice: str) -> None:
+    with pytest.raises(UnsupportedTensorError, match=advice):
+        adapter_of(thing)
+
+
+@pytest.mark.needs("torch")
+def test_advice_for_what_holds_tensors_of_torch_can_be_followed(alone: Any) -> None:
+    torch = importlib.import_module("torch")
+    module, tensors = torch.nn.Linear(2, 2), torch.nn.ParameterList([torch.zeros(2)])
+    for thing, advice in ((module, r"x\.state_dict\(\)"), (tensors, r"list\(x\), under torch\.no_grad")):
+        for given in (thing, {"a": thing}):
+            with pytest.raises(UnsupportedTensorError, match=advice):
+                alone.broadcast(given)
+    result = alone.allreduce(module.state_dict())
+    assert result["weight"].data_ptr() == module.weight.data_ptr()
+    with torch.no_grad():
+        assert alone.allreduce(list(tensors))[0] is tensors[0]
+
+
+@pytest.mark.needs("torch")
+def test_a_functional_tensor_is_called_so(alone: Any) -> None:
+    """It has no address either, and was told of freed storage."""
+    torch = importlib.import_module("torch")
+    with pytest.raises(UnsupportedTensorError, match=r"stands for others inside.*outside the traced function"):
+        torch.func.functionalize(alone.allreduce)(torch.zeros(2))
+
+
+def test_advice_for_types_of_ml_dtypes_that_were_lost(alone: Any, tmp_path: Path) -> None:
+    for name, lost in (("bfloat16", "V2"), ("float8_e4m3fn", "V1")):
+        kind = getattr(importlib.import_module("ml_dtypes"), name)
+        np.save(tmp_path / "x.npy", np.ones(3, kind))
+        array = np.load(tmp_path / "x.npy")
+        with pytest.raises(UnsupportedDTypeError, match=rf"dtype \|{lost} .*x\.view\(ml_dtypes\.{name}\)"):
+            alone.broadcast(array)
+        assert alone.broadcast(array.view(kind)).tolist() == [1.0] * 3
+
+
+def test_an_export_without_a_device_number(alone: Any) -> None:
+    """As Paddle's tensors on the host have it."""
+    tensor = Exporter(np.arange(3.0), (1, None))
+    assert alone.allreduce({"a": tensor})["a"] is tensor
+    assert alone.broadcast(tensor) is tensor
 
 
 def test_a_framework_imported_later_is_found() -> None:

@@ -147,7 +147,7 @@ def test_descriptions_name_leaves() -> None:
 
 def test_an_error_in_a_leaf_has_its_path() -> None:
     with pytest.raises(UnsupportedTensorError, match=r"^leaf \['x'\]\[0\]: .*got str"):
-        adapt({"x": ["abc"]}, True, False, True)
+        adapt({"x": ["abc"]}, True, False, True, reduced=True)
     with pytest.raises(UnsupportedTensorError, match="got list"):
         adapt([np.ones(1)], True, False, False)
 

@@ -66,6 +66,7 @@ Others may name their classes in annotations, and find them by name when they ar
 FRAMEWORKS_OF = {
     "adapters._numpy_dtypes": {"numpy", "ml_dtypes"},
     "adapters.numpy": {"numpy", "ml_dtypes"},
+    "adapters.numbers": {"numpy", "ml_dtypes"},
     "adapters.cupy": {"cupy", "numpy", "ml_dtypes"},
     "adapters.torch": {"torch"},
     "adapters.jax": {"jax", "jaxlib", "numpy", "ml_dtypes"},

@@ -136,3 +136,30 @@ def test_parameters_as_keys_are_named() -> None:
     gradients = {parameter: torch.zeros(2) for parameter in parameters}
     with pytest.raises(UnsupportedTensorError, match=r"keys of type torch\.nn\.parameter\.Parameter"):
         tree.flatten(gradients)
+
+
+@pytest.mark.needs("torch")
+def test_keys_that_mean_nothing_elsewhere_are_named() -> None:
+    """Parameters of one element can be sorted, by their values; objects keep the order in which they came."""
+    torch = importlib.import_module("torch")
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    scalars = [torch.nn.Parameter(torch.tensor(value)) for value in (2.0, 1.0)]
+    for keys, kind in (
+        ([parameter], "Parameter"), (scalars, "Parameter"), ([(0, parameter)], "tuple"), ([object()], "object"),
+    ):
+        with pytest.raises(UnsupportedTensorError, match=rf"keys of type .*\.{kind}, which mean nothing in other"):
+            tree.flatten([{key: np.zeros(1) for key in keys}])
+    assert tree.flatten({(1, "a"): 1.0, None: 2.0, 1.5: 3.0})[0] == [2.0, 3.0, 1.0]
+
+
+@pytest.mark.needs("jax")
+def test_keys_that_jax_cannot_order_are_named() -> None:
+    """They ended in an error of JAX, which did not say which."""
+    jax = importlib.import_module("jax")
+    for keys, kinds in (((1, "a"), "int and builtins.str"), ((object(), object()), "object")):
+        node = jax.tree_util.Partial(max, {"a": dict.fromkeys(keys, np.zeros(1))})
+        with pytest.raises(UnsupportedTensorError, match=rf"keys of type builtins\.{kinds}, which have no order"):
+            tree.flatten([node])
+    node = jax.tree_util.Partial(max, {object(): np.zeros(1)})
+    with pytest.raises(UnsupportedTensorError, match=r"keys of type builtins\.object, which mean nothing"):
+        tree.flatten([node])
