@@ -48,6 +48,24 @@ def connect(rank: int, world_size: int, device: int, folder: str) -> tuple[Any, 
     return col.init_collective_group(world_size, rank, "nccl", "measured", init_method=f"file://{folder}/ours"), dist
 
 
+def alternate(
+    functions: dict[str, Callable[[], object]], rounds: int, calls: int, settle: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Return the seconds of every call by function, in rounds in which they take turns, once the device is idle."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 3):
+        for name, call in functions.items():
+            settle()
+            for _ in range(calls):
+                start = time.perf_counter()
+                call()
+                end = time.perf_counter()
+                if turn >= 3:  # the first rounds warm up
+                    times[name].append(end - start)
+    settle()
+    return times
+
+
 def host_times(folder: str, rounds: int, calls: int) -> dict[str, list[float]]:
     """Return the seconds of every call of one rank, by library."""
     import cupy
@@ -61,17 +79,7 @@ def host_times(folder: str, rounds: int, calls: int) -> dict[str, list[float]]:
         OURS_CUPY: lambda: group.allreduce(array),
         THEIRS: lambda: dist.all_reduce(tensor),
     }
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 3):
-        for name, call in functions.items():
-            torch.cuda.synchronize()
-            for _ in range(calls):
-                start = time.perf_counter()
-                call()
-                end = time.perf_counter()
-                if turn >= 3:  # the first rounds warm up
-                    times[name].append(end - start)
-    torch.cuda.synchronize()
+    times = alternate(functions, rounds, calls, torch.cuda.synchronize)
     group.destroy()
     dist.destroy_process_group()
     return times

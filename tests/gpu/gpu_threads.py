@@ -35,7 +35,9 @@ def own_streams() -> contextlib.ExitStack:
     return stack
 
 
-def run(size: int, folder: Path, function: Callable[[Any], Any], timeout_s: float = 60.0) -> list[Any]:
+def run(
+    size: int, folder: Path, function: Callable[[Any], Any], timeout_s: float = 60.0, *, check: bool = False
+) -> list[Any]:
     """Return what ``function(group)`` returns on every rank of a new group, each a thread of this process."""
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
@@ -48,7 +50,7 @@ def run(size: int, folder: Path, function: Callable[[Any], Any], timeout_s: floa
                 directory, group_name=f"threads-{size}", world_size=size, rank=rank, deadline=deadline, interface=None,
                 backend="nccl",
             )
-            group = connect(meeting, Recipe("nccl", timeout_s), deadline)
+            group = connect(meeting, Recipe("nccl", timeout_s, check=check), deadline)
             try:
                 with own_streams():
                     results[rank] = function(group)
