@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 from stages import Check, stages_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FOLDERS = ("tests", "tests/gpu", "tests/conformance", "tests/multiprocess/nccl", "benchmarks")
+FOLDERS = ("tests", "tests/gpu", "tests/conformance", "tests/multiprocess/nccl")
 
 
 class SkippedError(Exception):

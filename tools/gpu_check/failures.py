@@ -203,28 +203,34 @@ def two_ranks(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str
 
 def illegal_address(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str:
     """A kernel of somebody else's breaks the device: who calls next, or waits, is told why."""
-    with contextlib.suppress(RuntimeError), gpu_streams.Queue(library) as queue:  # the end of a broken stream raises
-        group = col.init_collective_group(1, 0, gpu_streams.BACKEND, "broken")
-        tensor = queue.full(1.0)
-        group.allreduce(tensor, async_op=True).wait()
-        queue.synchronize()
-        queue.sleep(0.2)
-        seams.write_to_nowhere()
-        error: BaseException | None = None
-        where = "the call"
-        try:
-            work = group.allreduce(tensor, async_op=True)
-            where = "wait()"
-            until = time.monotonic() + LIMIT_S
-            while not work.done() and time.monotonic() < until:
-                time.sleep(0.01)
-            work.wait()
-        except (col.CollectiveError, RuntimeError) as found:
-            error = found
-        said = f"{type(error).__name__}: {error}"
-    assert error is not None, "nobody was told"
+    queue = gpu_streams.Queue(library).__enter__()
+    where, error = _broken(queue)
+    with contextlib.suppress(RuntimeError):  # what the end of a broken stream may raise
+        queue.__exit__()
+    said = f"{type(error).__name__}: {error}"
     assert "illegal" in said.lower(), said
     return f"{where} raised {said}"
+
+
+def _broken(queue: Any) -> tuple[str, BaseException | None]:
+    """Break the device before a call; returns who raised what."""
+    group = col.init_collective_group(1, 0, gpu_streams.BACKEND, "broken")
+    tensor = queue.full(1.0)
+    group.allreduce(tensor, async_op=True).wait()
+    queue.synchronize()
+    queue.sleep(0.2)
+    seams.write_to_nowhere()
+    where = "the call"
+    try:
+        work = group.allreduce(tensor, async_op=True)
+        where = "wait()"
+        until = time.monotonic() + LIMIT_S
+        while not work.done() and time.monotonic() < until:
+            time.sleep(0.01)
+        work.wait()
+    except RuntimeError as error:  # a CollectiveError, or what CUDA says at once
+        return where, error
+    return where, None
 
 
 def _refused(group: Any, library: str, kind: type[col.CollectiveError], ranks: tuple[int, ...] = (1,)) -> str:

@@ -175,10 +175,12 @@ def _tests(cpu: bool) -> Iterator[Check]:
     if cpu:
         yield tests("test_broadcast", False)
         return
-    yield tests("1_rank and not threads", False)
+    yield tests("1_rank and mixed", False)
+    yield tests("1_rank and not mixed and not threads", False)
+    yield tests("1_rank and threads", False)
     yield tests("not 1_rank and not 4_ranks and not threads", True)
     yield tests("4_ranks and not threads", True)
-    yield tests("threads", True)
+    yield tests("not 1_rank and threads", True)
 
 
 def _case(name: str, library: str) -> Check:
