@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +22,10 @@ SAID = {
     "is left out": "left out on purpose",
 }
 """A part of the error: of a check that hangs, where it did."""
-NO_CARD = {"which libnccl", "1 GiB on one rank, beside torch.distributed"}
+WITHOUT_TORCH = {
+    "host time of 4 KiB, beside torch.distributed", "1 GiB on one rank, beside torch.distributed",
+    "bandwidth of two ranks",
+}
 
 
 def checked(out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
@@ -89,7 +93,18 @@ def test_every_check_passes_on_a_fake_device(tmp_path: Path) -> None:
     code, report, lines = checked(tmp_path, "--seconds", "100")
     outcomes = {check["name"]: check["outcome"] for check in report["checks"]}
     assert code == 0, lines
-    assert {name for name, outcome in outcomes.items() if outcome == "skip"} == NO_CARD
+    skipped = {"which libnccl"} | (set() if importlib.util.find_spec("torch") else WITHOUT_TORCH)
+    assert {name for name, outcome in outcomes.items() if outcome == "skip"} == skipped
     assert [stage["name"][0] for stage in report["stages"]] == list("abcdefg")
-    assert report["versions"]["colltensor"]
+    assert report["versions"]["numpy"]
     assert report["nccl_warnings"] == []
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.slow
+def test_it_measures_beside_torch(tmp_path: Path) -> None:
+    code, report, lines = checked(tmp_path, "--stages", "e")
+    assert code == 0, lines
+    assert [check["outcome"] for check in report["checks"]] == ["ok", "ok"]
+    assert len(report["versions"]["host_time"]) == 2
+    assert len(report["versions"]["large_call"]) == 2

@@ -61,7 +61,7 @@ def check(options: argparse.Namespace) -> int:
     """Run the stages; returns 1 if a check failed."""
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    report = Report(options.out / "gpu_check.json", _facts())
+    report = Report(options.out / "gpu_check.json", {"fake": options.cpu, **_facts()})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -81,6 +81,8 @@ def check(options: argparse.Namespace) -> int:
         finally:
             report.content["nccl_warnings"] = _nccl_warnings(folder)
             report.write()
+    if options.cpu:
+        print("a fake device: what was measured means nothing")
     count, failed = len(report.content["checks"]), report.failed()
     print(f"{count} lines, {failed} failed, {report.seconds():.0f} s; see {options.out / 'gpu_check.json'}")
     return 1 if failed or not report.content["complete"] else 0
@@ -97,7 +99,7 @@ def _facts() -> dict[str, Any]:
             card = (done.stdout or done.stderr).strip()
         except subprocess.TimeoutExpired:
             card = "nvidia-smi does not answer"
-    print(f"card: {card}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')}  card: {card}", flush=True)
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
         "when": time.strftime("%Y-%m-%d %H:%M:%S %z"),

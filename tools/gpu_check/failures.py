@@ -92,7 +92,7 @@ def never_connects(library: str, *, channel: Channel, folder: Path, cpu: bool) -
     _one_rank_works(library)
     try:
         with seams.replaced_connect(connect):
-            said, _ = gpu_threads.run(2, folder / "never-connects", function, TIMEOUT_S)
+            said, _ = gpu_threads.run(2, folder / "never-connects", function, TIMEOUT_S, libraries=(library,))
             _one_rank_works(library)
     finally:
         over.set()
@@ -257,7 +257,7 @@ def _together(
 ) -> list[Any]:
     """Run two ranks in threads, once everything is loaded that takes longer to load than they have time."""
     _one_rank_works(library)
-    return gpu_threads.run(2, folder, function, timeout_s, **options)
+    return gpu_threads.run(2, folder, function, timeout_s, libraries=(library,), **options)
 
 
 def _one_rank_works(library: str) -> None:

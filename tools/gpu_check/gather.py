@@ -15,7 +15,8 @@ PACKAGES: Final = ("apache-tvm-ffi", "optree", "jax-tvm-ffi", "pytest-timeout")
 """What is not where torch, CuPy, JAX and pytest are. The rest of what these need comes with those."""
 _PLATFORMS: Final = tuple(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17))
 _SUMS: Final = "SHA256SUMS"
-_NCCL: Final = "nvidia-nccl-cu13>=2.30"
+_NCCL: Final = "nvidia-nccl-cu13==2.30.*"
+"""The first that lets ranks share a device, and the smallest."""
 _PART: Final = "part"
 
 

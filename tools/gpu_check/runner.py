@@ -227,4 +227,5 @@ class _Process:
         """End the process and what it started."""
         with contextlib.suppress(ProcessLookupError):  # an empty group is no longer there
             os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it; the others go on
+            self._child.wait(_EXIT_S)

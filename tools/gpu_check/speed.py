@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_streams
-import numpy as np
 from child import ROOT, Channel, SkippedError
 
 # First on the path, because there are packages with its name; by its name, because its ranks import it.
@@ -19,53 +17,43 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 benchmark: Any = importlib.import_module("nccl")
 ROUNDS, CALLS = 10, 50
 LARGE_ROUNDS = 5
-FIGURE_NBYTES = 64 << 20
-_GIB = 1 << 30
+WAYS_NBYTES, FAKE_NBYTES = 64 << 20, 1 << 20
 
 
 def host_time(*, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Measure what a call of 4 KiB takes the host; the targets are no condition of the check."""
-    where = str(_made(folder / "host-time"))
-    times = _fake_host_times() if cpu else benchmark.host_times(where, ROUNDS, CALLS)
+    """Measure what a call of 4 KiB takes the host; the target is no condition of the check."""
+    times = benchmark.host_times(_made(folder / "host-time"), ROUNDS, CALLS, None if cpu else 0)
     lines, holds = benchmark.small_lines(times)
     channel.facts(host_time=lines)
     median = {name: statistics.median(values) * 1e6 for name, values in times.items()}
     said = ", ".join(f"{name} {value:.1f} us" for name, value in median.items())
-    return said if cpu else f"{said}: {'holds' if holds else 'does NOT hold'}"
+    return f"{said}: {'holds' if holds else 'does NOT hold'}"
 
 
 def large_call(*, channel: Channel, folder: Path, cpu: bool) -> str:
     """Measure 1 GiB on one rank: an allreduce in place, which should cost nothing, and an allgather, which copies."""
-    if cpu:
-        raise SkippedError("the fake device has no bandwidth")
-    import torch
-
-    group, dist = benchmark.connect(0, 1, 0, str(_made(folder / "large")))
-    tensor = torch.ones(_GIB // 4, device="cuda:0")
-    row = torch.empty(1, _GIB // 4, device="cuda:0")
-    pairs: dict[str, dict[str, Callable[[], object]]] = {
+    torch = importlib.import_module("torch")
+    device, nbytes = (None, FAKE_NBYTES) if cpu else (0, benchmark.LARGE_NBYTES)
+    where, settle = benchmark.place_of(device)
+    group, dist = benchmark.connect(0, 1, device, _made(folder / "large"))
+    tensor, row = torch.ones(nbytes // 4, device=where), torch.empty(1, nbytes // 4, device=where)
+    calls: dict[str, dict[str, Callable[[], object]]] = {
         "allreduce in place": {
-            "ours": lambda: group.allreduce(tensor), "theirs": lambda: dist.all_reduce(tensor),
+            "ours": lambda: group.allreduce(tensor),
+            "theirs": lambda: dist.all_reduce(tensor),
         },
         "allgather": {
-            "ours": lambda: group.allgather(row, tensor), "theirs": lambda: dist.all_gather_into_tensor(row[0], tensor),
+            "ours": lambda: group.allgather(row, tensor),
+            "theirs": lambda: dist.all_gather_into_tensor(row[0], tensor),
         },
-    }  # fmt: skip
+    }
     said = []
-    for name, functions in pairs.items():
-        times: dict[str, list[float]] = {who: [] for who in functions}
-        for _ in range(LARGE_ROUNDS):
-            for who, call in functions.items():
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                call()
-                torch.cuda.synchronize()
-                times[who].append(time.perf_counter() - start)
-        median = {who: statistics.median(values[1:]) for who, values in times.items()}
-        rates = {who: _GIB / seconds / 1e9 for who, seconds in median.items()}
+    for name, functions in calls.items():
+        median = _medians(functions, settle, settle)
+        rates = {who: nbytes / seconds / 1e9 for who, seconds in median.items()}
         said.append(
-            f"{name} {median['ours'] * 1e3:.3f} ms ({rates['ours']:.0f} GB/s), theirs {median['theirs'] * 1e3:.3f} ms: "
-            f"{rates['ours'] / rates['theirs']:.3f} of its bandwidth"
+            f"{name}: ours {median['ours'] * 1e3:.3f} ms, {rates['ours']:.0f} GB/s, "
+            f"{rates['ours'] / rates['theirs']:.3f} of torch.distributed's"
         )
     channel.facts(large_call=said)
     group.destroy()
@@ -74,54 +62,58 @@ def large_call(*, channel: Channel, folder: Path, cpu: bool) -> str:
 
 
 def two_ranks(*, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Measure 1 GiB between two ranks on one device, beside torch.distributed."""
-    where = str(_made(folder / "two"))
-    _needs_two()
-    times = benchmark.in_processes(
-        benchmark.large_times, [(rank, 0, where, 3, 1) for rank in range(2)], benchmark.SHARED
-    )
-    (line,), _ = benchmark.large_lines(times, "one device")
-    channel.facts(two_ranks=line)
-    return line
+    """Measure two ranks on one device: 1 GiB beside torch.distributed, 64 MiB beside copies through the host."""
+    if not cpu:
+        _needs_two()
+    calls = [(rank, None if cpu else 0, _made(folder / "two")) for rank in range(2)]
+    found = benchmark.in_processes(measured, calls, benchmark.SHARED)
+    (line,), _ = benchmark.large_lines(found["large"], "one device")
+    channel.facts(two_ranks=line, through_the_host=found["ways"])
+    return f"{line} {', '.join(f'{name} {seconds * 1e3:.1f} ms' for name, seconds in found['ways'].items())}"
 
 
-def through_the_host(*, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Measure an allreduce of two ranks on one device beside copies to the host, shared memory there, and back."""
-    where = str(_made(folder / "host"))
-    _needs_two()
-    times = benchmark.in_processes(both_ways, [(rank, where) for rank in range(2)], benchmark.SHARED)
-    median = {name: statistics.median(values[1:]) * 1e3 for name, values in times.items()}
-    channel.facts(through_the_host=median)
-    return ", ".join(f"{name} {value:.1f} ms" for name, value in median.items())
+def measured(rank: int, device: int | None, folder: str) -> dict[str, dict[str, Any]]:
+    """Measure in one rank what ``two_ranks`` reports."""
+    nbytes = FAKE_NBYTES if device is None else benchmark.LARGE_NBYTES
+    large = benchmark.large_times(rank, device, folder, 3, 1, nbytes)
+    return {"large": large, "ways": _both_ways(rank, device, folder)}
 
 
-def both_ways(rank: int, folder: str) -> dict[str, list[float]]:
-    """Sum 64 MiB of two ranks by NCCL and by way of the host, in turns; the seconds of each."""
-    import torch
-
-    import colltensor as col
-
-    group = col.init_collective_group(2, rank, "auto", "both ways", init_method=f"file://{folder}/ours")
-    tensor = torch.ones(FIGURE_NBYTES // 4, device="cuda:0")
+def _both_ways(rank: int, device: int | None, folder: str) -> dict[str, float]:
+    """Sum an array of two ranks on the device, and by copies to the host, shared memory there, and copies back."""
+    torch, col = importlib.import_module("torch"), importlib.import_module("colltensor")
+    where, settle = benchmark.place_of(device)
+    group = col.init_collective_group(2, rank, "auto", "both ways", init_method=f"file://{folder}/ways")
+    tensor = torch.ones((FAKE_NBYTES if device is None else WAYS_NBYTES) // 4, device=where)
 
     def by_host() -> None:
         host = tensor.cpu()
         group.allreduce(host)
         tensor.copy_(host)
 
-    ways: dict[str, Callable[[], object]] = {"NCCL": lambda: group.allreduce(tensor), "host": by_host}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(LARGE_ROUNDS):
-        for name, call in ways.items():
-            torch.cuda.synchronize()
-            group.barrier()
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+    def begin() -> None:
+        settle()
+        group.barrier()
+
+    median = _medians({"on the device": lambda: group.allreduce(tensor), "by the host": by_host}, begin, settle)
     group.barrier()
     group.destroy()
-    return times
+    return median
+
+
+def _medians(
+    functions: dict[str, Callable[[], object]], begin: Callable[[], object], end: Callable[[], object]
+) -> dict[str, float]:
+    """Return the seconds of each function, which take turns; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(LARGE_ROUNDS + 1):
+        for name, call in functions.items():
+            begin()
+            start = time.perf_counter()
+            call()
+            end()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def _needs_two() -> None:
@@ -130,25 +122,6 @@ def _needs_two() -> None:
         raise SkippedError(f"two ranks on one device need libnccl 2.30 or later, this is {version}")
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def _fake_host_times() -> dict[str, list[float]]:
-    """Return times of the fake device, under the names of the card's, so that what is made of them is run as well."""
-    import colltensor as col
-
-    group = col.init_collective_group(1, 0, gpu_streams.BACKEND, "measured")
-    with gpu_streams.Queue("device") as queue:
-        tensor, other = queue.full(1.0), np.ones(1000)
-        functions: dict[str, Callable[[], Any]] = {
-            benchmark.OURS_TORCH: lambda: group.allreduce(tensor),
-            benchmark.OURS_CUPY: lambda: group.allreduce(tensor),
-            benchmark.THEIRS: lambda: np.add(other, other, out=other),
-        }
-        times = benchmark.alternate(functions, 2, 5, queue.synchronize)
-    group.destroy()
-    return times
-
-
+def _made(folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    return str(folder)

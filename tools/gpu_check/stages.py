@@ -69,7 +69,7 @@ def stages_for(*, cpu: bool, inject: bool = False) -> list[Stage]:
         Stage("a-calls", 60, tuple(_calls(streams, cpu))),
         Stage("b-streams", 90, tuple(_streams(streams, cpu))),
         Stage("c-jit", 60, tuple(_jitted(streams, cpu))),
-        Stage("d-failures", 60, tuple(_failures(streams[0], cpu))),
+        Stage("d-failures", 60, tuple(_failures(streams[-1], cpu))),
         Stage("e-speed", 60, tuple(_speed())),
         Stage("f-two-ranks", 150, tuple(_two_ranks(cpu)), prepared=False, shares=True),
         Stage("g-tests", REST, tuple(_tests(cpu)), prepared=False, shares=True),
@@ -138,6 +138,7 @@ def _jitted(streams: tuple[str, ...], cpu: bool) -> Iterator[Check]:
 
 
 def _failures(library: str, cpu: bool) -> Iterator[Check]:
+    # CuPy's: half of these need a process of their own, and torch takes the longest to import.
     def failure(name: str, function: str, *, alone: bool = False) -> Check:
         return Check(name, f"failures:{function}", (library,), alone=alone and not cpu, informed=True)
 
@@ -152,35 +153,31 @@ def _failures(library: str, cpu: bool) -> Iterator[Check]:
 
 
 def _speed() -> Iterator[Check]:
-    yield Check("host time of 4 KiB, beside torch.distributed", "speed:host_time", limit_s=30, informed=True)
-    yield Check("1 GiB on one rank, beside torch.distributed", "speed:large_call", limit_s=30, informed=True)
+    needs = ("torch",)
+    yield Check("host time of 4 KiB, beside torch.distributed", "speed:host_time", (), 30, needs, informed=True)
+    yield Check("1 GiB on one rank, beside torch.distributed", "speed:large_call", (), 30, needs, informed=True)
 
 
 def _two_ranks(cpu: bool) -> Iterator[Check]:
-    def tests(name: str, words: str, limit_s: float) -> Check:
-        return Check(name, "suite:run", (words, True), limit_s, alone=True, informed=True)
-
-    if cpu:
-        return
-    yield tests("an allreduce of two ranks", "2_ranks and reductions and torch", 50)
-    yield Check("bandwidth of two ranks", "speed:two_ranks", limit_s=60, informed=True, alone=True)
-    yield Check("beside copies through the host", "speed:through_the_host", limit_s=40, informed=True, alone=True)
-    yield tests("failures of two ranks", "failures and (torch or cupy) and not mixed", 60)
+    if not cpu:
+        yield _part("an allreduce of two ranks", "2_ranks and reductions and torch", limit_s=50, shares=True)
+    yield Check("bandwidth of two ranks", "speed:two_ranks", (), 80, ("torch",), alone=True, informed=True)
+    if not cpu:
+        yield _part("failures of two ranks", "test_gpu_failures and (torch or cupy)", limit_s=60, shares=True)
 
 
 def _tests(cpu: bool) -> Iterator[Check]:
-    def tests(words: str, shares: bool) -> Check:
-        return Check(f"tests: {words}", "suite:run", (words, shares), REST, alone=True, informed=True)
-
     if cpu:
-        yield tests("test_broadcast", False)
+        yield _part("some tests", "test_broadcast", shares=False)
         return
-    yield tests("1_rank and mixed", False)
-    yield tests("1_rank and not mixed and not threads", False)
-    yield tests("1_rank and threads", False)
-    yield tests("not 1_rank and not 4_ranks and not threads", True)
-    yield tests("4_ranks and not threads", True)
-    yield tests("not 1_rank and threads", True)
+    for words in ("1_rank and mixed", "1_rank and not mixed and not threads", "1_rank and threads"):
+        yield _part(f"tests: {words}", words, shares=False)
+    for words in ("not 1_rank and not 4_ranks and not threads", "4_ranks and not threads", "not 1_rank and threads"):
+        yield _part(f"tests: {words}", words, shares=True)
+
+
+def _part(name: str, words: str, *, shares: bool, limit_s: float = REST) -> Check:
+    return Check(name, "suite:run", (words, shares), limit_s, alone=True, informed=True)
 
 
 def _case(name: str, library: str) -> Check:

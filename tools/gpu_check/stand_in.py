@@ -162,8 +162,8 @@ def _supports(others: Callable[[str, str, Layout], bool]) -> Callable[[str, str,
     return supports
 
 
-def _own_streams(machine: Machine) -> Callable[[], contextlib.ExitStack]:
-    def own_streams() -> contextlib.ExitStack:
+def _own_streams(machine: Machine) -> Callable[[tuple[str, ...]], contextlib.ExitStack]:
+    def own_streams(libraries: tuple[str, ...]) -> contextlib.ExitStack:
         device.enter(machine)
         stack = contextlib.ExitStack()
         stack.enter_context(device.use(device.new_stream(machine)))
