@@ -33,7 +33,9 @@ def gather(folder: Path, python: str, *, nccl: bool) -> int:
         old.unlink(missing_ok=True)
     _download(folder, python, *PACKAGES)
     wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(wheel, check=True)
+    # The system's libgloo would be missed there.
+    without_gloo = "--config-settings=cmake.define.CMAKE_DISABLE_FIND_PACKAGE_Gloo=ON"
+    subprocess.run([*wheel, without_gloo], check=True)
     wheels = sorted(folder.glob("*.whl"))
     (folder / _SUMS).write_text("".join(f"{_sum(path)}  {path.name}\n" for path in wheels))
     total = sum(path.stat().st_size for path in wheels)
