@@ -71,7 +71,7 @@ def stages_for(*, cpu: bool, inject: bool = False) -> list[Stage]:
         Stage("c-jit", 60, tuple(_jitted(streams, cpu))),
         Stage("d-failures", 60, tuple(_failures(streams[-1], cpu))),
         Stage("e-speed", 60, tuple(_speed())),
-        Stage("f-two-ranks", 150, tuple(_two_ranks(cpu)), prepared=False, shares=True),
+        Stage("f-two-ranks", 240, tuple(_two_ranks(cpu)), prepared=False, shares=True),
         Stage("g-tests", REST, tuple(_tests(cpu)), prepared=False, shares=True),
     ]
     if inject:
@@ -159,11 +159,10 @@ def _speed() -> Iterator[Check]:
 
 
 def _two_ranks(cpu: bool) -> Iterator[Check]:
-    if not cpu:
-        yield _part("an allreduce of two ranks", "2_ranks and reductions and torch", limit_s=50, shares=True)
     yield Check("bandwidth of two ranks", "speed:two_ranks", (), 80, ("torch",), alone=True, informed=True)
-    if not cpu:
-        yield _part("failures of two ranks", "test_gpu_failures and (torch or cupy)", limit_s=60, shares=True)
+    if not cpu:  # together, because their ranks take long to start
+        words = "2_ranks and reductions and torch or test_gpu_failures and (torch or cupy)"
+        yield _part("two ranks: values and failures", words, limit_s=160, shares=True)
 
 
 def _tests(cpu: bool) -> Iterator[Check]:
