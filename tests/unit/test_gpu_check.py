@@ -16,9 +16,13 @@ from typing import Any
 import pytest
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "gpu_check"
-INJECTED = {"fails": "FAIL", "hangs": "FAIL", "dies": "FAIL", "leaves": "FAIL", "goes on": "ok", "is left out": "skip"}
+INJECTED = {
+    "fails": "FAIL", "hangs": "FAIL", "dies": "FAIL", "leaves": "FAIL", "spoils": "FAIL", "goes on": "ok",
+    "is left out": "skip",
+}
 SAID = {
     "fails": "it failed on purpose", "hangs": "injected.py", "dies": "SIGKILL", "leaves": "SystemExit",
+    "spoils": "it spoilt its process",
     "is left out": "left out on purpose",
 }
 """A part of the error: of a check that hangs, where it did."""

@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = ("tests", "tests/gpu", "tests/conformance", "tests/multiprocess/nccl")
 
 
+NO_DEVICE = (35, 100)
+"""cudaErrorInsufficientDriver and cudaErrorNoDevice."""
+spoilt: list[str] = []
+"""Why no other check can be made in this process; for those that know."""
+
+
 class SkippedError(Exception):
     """The check cannot be made here; says why."""
 
@@ -71,6 +77,18 @@ def run(check: Check, channel: Channel, folder: Path, *, cpu: bool) -> bool:
     return found["outcome"] != "FAIL"
 
 
+def device_is_lost() -> bool:
+    """Return whether CUDA answers this process with an error that stays, though there is a device."""
+    runtime = sys.modules.get("cupy.cuda.runtime")
+    if runtime is None:
+        return False
+    try:
+        runtime.deviceSynchronize()
+    except runtime.CUDARuntimeError as error:
+        return error.status not in NO_DEVICE
+    return False
+
+
 def main() -> None:
     """Run the checks that are named."""
     stage_name, names, descriptor, folder, *options = sys.argv[1:]
@@ -93,8 +111,15 @@ def main() -> None:
         if stage.prepared and cpu:  # JAX's arrays are on the host there
             backend = "auto" if "jax" in checks[name].needs else "nccl"
             importlib.import_module("gpu_streams").BACKEND = backend
-        if not run(checks[name], channel, own, cpu=cpu) and stage.prepared:
-            importlib.import_module("pool_rank").leave()  # the groups may be broken: the next check makes new ones
+        if run(checks[name], channel, own, cpu=cpu):
+            continue
+        if stage.prepared:  # the groups may be broken: the next check makes new ones
+            importlib.import_module("pool_rank").leave()
+            for group in importlib.import_module("colltensor.table").all_groups():
+                group.destroy()
+        if spoilt or device_is_lost():
+            channel.tell("again")
+            break
     if stage.prepared:
         importlib.import_module("pool_rank").leave()
 

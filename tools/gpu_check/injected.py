@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from child import SkippedError
+from child import SkippedError, spoilt
 
 
 def fails() -> None:
@@ -30,8 +30,15 @@ def leaves() -> None:
     sys.exit("it left on purpose")
 
 
+def spoils() -> None:
+    """Fail, and leave a process in which nothing works."""
+    spoilt.append("on purpose")
+    raise AssertionError("it spoilt its process")
+
+
 def goes_on() -> str:
-    """Return a figure."""
+    """Return a figure, in a process that is not spoilt."""
+    assert not spoilt
     return "42 us"
 
 

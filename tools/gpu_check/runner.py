@@ -22,6 +22,8 @@ from stages import Check, Stage
 START_S: Final = 45.0
 """How long a process may take until its first check begins."""
 _EXIT_S: Final = 10.0
+_BETWEEN_S: Final = 15.0
+"""How long it may take after a check: to destroy groups, and to end."""
 _STACKS_S: Final = 0.5
 _LOG_TAIL: Final = 3000
 _SHOWN: Final = 200
@@ -108,7 +110,7 @@ class _Process:
     def __init__(self, runner: Runner, stage: Stage, checks: list[Check], until: float) -> None:
         self._report, self._stage, self._checks, self._until = runner._report, stage, checks, until
         self._done = 0
-        self._last: dict[str, Any] = {}
+        self._again = False
         self._log = runner._folder / f"{stage.name}-{time.monotonic_ns()}.log"
         self._read, write = os.pipe()
         script = str(Path(__file__).parent / "child.py")
@@ -150,12 +152,14 @@ class _Process:
         return max(self._done, 1)
 
     def _limit_after(self, running: bool) -> float:
-        return self._checks[self._done].limit_s if running else _EXIT_S
+        return self._checks[self._done].limit_s if running else _BETWEEN_S
 
     def _take(self, event: dict[str, Any], running: bool) -> bool:
         """Note what the process says; returns whether a check is running now."""
-        kind = event.pop("event")
-        event["event"] = kind
+        kind = event["event"]
+        if kind == "again":
+            self._again = True
+            return False
         if kind == "facts":
             self._report.content.setdefault("versions", {}).update(event["facts"])
             return running
@@ -177,21 +181,10 @@ class _Process:
         for number in (signal.SIGUSR1, signal.SIGCONT):
             self._signal(number)
         time.sleep(_STACKS_S)
-        if self._done == len(self._checks):
-            self._report.add(
-                self._stage.name, "end of the process", "FAIL", seconds,
-                error=f"{self._tail()}\nit did not end within {_EXIT_S:.0f} s",
-            )  # fmt: skip
-            return
-        check = self._checks[self._done]
-        what = "its time is over" if running else "no check began"
+        why = "its time is over"
         if time.monotonic() >= self._until:
-            what = "the time of the stage, or of all, is over"
-        self._report.add(
-            self._stage.name, check.name, "FAIL", seconds, limit_s=check.limit_s,
-            error=f"{self._tail()}\nkilled after {seconds:.1f} s: {what}",
-        )  # fmt: skip
-        self._done += 1
+            why = "the time of the stage, or of all, is over"
+        self._fail(seconds, running, f"killed after {seconds:.1f} s: {why}")
 
     def _ended(self, seconds: float, running: bool) -> None:
         """Note how a process ended that has closed its end of the pipe."""
@@ -200,20 +193,19 @@ class _Process:
         except subprocess.TimeoutExpired:
             self._overran(seconds + _EXIT_S, running)
             return
-        if self._done == len(self._checks) and code == 0:
+        if code == 0 and (self._again or self._done == len(self._checks)):
             return
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        if self._done == len(self._checks):
-            self._report.add(
-                self._stage.name, "end of the process", "FAIL", seconds, error=f"{self._tail()}\nit ended with {how}"
-            )
+        self._fail(seconds, running, f"its process ended: {how}")
+
+    def _fail(self, seconds: float, running: bool, why: str) -> None:
+        """Note what ended the process: in a check, before the first one, or after one, which that is not blamed for."""
+        error = f"{self._tail()}\n{why}"
+        if not running and self._done:
+            self._report.add(self._stage.name, "after a check", "FAIL", seconds, error=error)
             return
         check = self._checks[self._done]
-        what = "in" if running else "before"
-        self._report.add(
-            self._stage.name, check.name, "FAIL", seconds, limit_s=check.limit_s,
-            error=f"{self._tail()}\nits process ended {what} the check: {how}",
-        )  # fmt: skip
+        self._report.add(self._stage.name, check.name, "FAIL", seconds, limit_s=check.limit_s, error=error)
         self._done += 1
 
     def _tail(self) -> str:

@@ -192,6 +192,7 @@ _INJECTED: Final = (
     Check("hangs", "injected:hangs", limit_s=0.3),
     Check("dies", "injected:dies"),
     Check("leaves", "injected:leaves"),
+    Check("spoils", "injected:spoils"),
     Check("goes on", "injected:goes_on"),
     Check("is left out", "injected:is_left_out"),
 )
