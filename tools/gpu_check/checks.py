@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import re
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from child import Channel, SkippedError
+from child import ROOT, Channel, SkippedError
 from gpu_arrays import DeviceSample, expected_of
 from gpu_streams import shared_group
 from oracle import reduced
@@ -67,6 +68,16 @@ def native() -> None:
     """Check that this C library can load the native one, which jitted collectives need."""
     reason = importlib.import_module("colltensor.backends").reason("shm")
     assert reason is None, reason
+
+
+def same_sources() -> str:
+    """Check that the package which is used, a wheel's say, is that of the checkout, whose tests are run."""
+    used = Path(importlib.import_module("colltensor").__file__ or "").parent
+    ours = {path.relative_to(ROOT / "colltensor"): path for path in ROOT.glob("colltensor/**/*.py")}
+    same = {name for name, path in ours.items() if (used / name).is_file() and filecmp.cmp(path, used / name, False)}
+    other = ", ".join(sorted(map(str, set(ours) - same)))
+    assert not other, f"gather the wheels again: in {used} these are missing, or others: {other}"
+    return f"{len(ours)} files in {used}"
 
 
 def in_place(library: str) -> str:

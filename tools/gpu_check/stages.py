@@ -83,6 +83,7 @@ def _calls(streams: tuple[str, ...], cpu: bool) -> Iterator[Check]:
     yield Check("imports", "checks:imports", limit_s=50, informed=True)
     yield Check("backend_unavailable_reason", "checks:available")
     yield Check("the native library can be loaded", "checks:native")
+    yield Check("the package is the checkout's", "checks:same_sources")
     for library in (*streams, "jax"):
         yield Check(f"allreduce in place, {library}", "checks:in_place", (library,), 30, _needs(library))
     yield Check("an allreduce of donated memory, jax", "checks:donated", needs=("jax",))
