@@ -123,7 +123,8 @@ FOLDERS = {
     "torch": ("tests",),
     "slow": ("tests",),
     "jax": (
-        "tests/unit/test_no_dependencies.py", "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py",
+        "tests/unit/test_no_dependencies.py", "tests/unit/test_gpu_check.py::test_every_check_passes_on_a_fake_device",
+        "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py",
         "tests/multiprocess/nccl/test_nccl_jax_target.py",
         "tests/multiprocess/test_process_ends.py::test_the_end_with_a_computation_that_waits",
         "tests/multiprocess/test_process_ends.py::test_a_computation_that_the_others_join_is_done",

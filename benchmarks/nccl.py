@@ -16,6 +16,7 @@ not Ray.
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import re
@@ -35,54 +36,81 @@ OURS_TORCH, OURS_CUPY, THEIRS = "colltensor, torch", "colltensor, CuPy", "torch.
 RANK_TIMEOUT_S = 500.0
 
 
-def connect(rank: int, world_size: int, device: int, folder: str) -> tuple[Any, Any]:
-    """Make both libraries' groups; returns ours and torch.distributed."""
+def connect(rank: int, world_size: int, device: int | None, folder: str) -> tuple[Any, Any]:
+    """Make both libraries' groups; returns ours and torch.distributed.
+
+    Args:
+        rank: This process's.
+        world_size: How many there are.
+        device: The CUDA device; None for host memory and Gloo, which shows no more than that the program works.
+        folder: Where the ranks meet.
+    """
     import torch
     import torch.distributed as dist
 
     import colltensor as col
 
-    torch.cuda.set_device(device)
+    ours, theirs = ("auto", "gloo") if device is None else ("nccl", "nccl")
+    if device is not None:
+        torch.cuda.set_device(device)
     store = dist.FileStore(f"{folder}/torch", world_size)
-    dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size)
-    return col.init_collective_group(world_size, rank, "nccl", "measured", init_method=f"file://{folder}/ours"), dist
+    dist.init_process_group(theirs, store=store, rank=rank, world_size=world_size)
+    return col.init_collective_group(world_size, rank, ours, "measured", init_method=f"file://{folder}/ours"), dist
 
 
-def host_times(folder: str, rounds: int, calls: int) -> dict[str, list[float]]:
-    """Return the seconds of every call of one rank, by library."""
-    import cupy
+def place_of(device: int | None) -> tuple[str, Callable[[], object]]:
+    """Return torch's name of a device, or of the host for None, and what waits for it."""
     import torch
 
-    group, dist = connect(0, 1, 0, folder)
-    tensor = torch.ones(SMALL_NBYTES // 4, device="cuda:0")
-    array = cupy.ones(SMALL_NBYTES // 4, cupy.float32)
-    functions: dict[str, Callable[[], object]] = {
-        OURS_TORCH: lambda: group.allreduce(tensor),
-        OURS_CUPY: lambda: group.allreduce(array),
-        THEIRS: lambda: dist.all_reduce(tensor),
-    }
+    return ("cpu", lambda: None) if device is None else (f"cuda:{device}", torch.cuda.synchronize)
+
+
+def alternate(
+    functions: dict[str, Callable[[], object]], rounds: int, calls: int, settle: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Return the seconds of every call by function, in rounds in which they take turns, once the device is idle."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 3):
         for name, call in functions.items():
-            torch.cuda.synchronize()
+            settle()
             for _ in range(calls):
                 start = time.perf_counter()
                 call()
                 end = time.perf_counter()
                 if turn >= 3:  # the first rounds warm up
                     times[name].append(end - start)
-    torch.cuda.synchronize()
+    settle()
+    return times
+
+
+def host_times(folder: str, rounds: int, calls: int, device: int | None = 0) -> dict[str, list[float]]:
+    """Return the seconds of every call of one rank, by library; on the host numpy is in CuPy's place."""
+    import torch
+
+    where, settle = place_of(device)
+    group, dist = connect(0, 1, device, folder)
+    tensor = torch.ones(SMALL_NBYTES // 4, device=where)
+    array = importlib.import_module("numpy" if device is None else "cupy").ones(SMALL_NBYTES // 4, "float32")
+    functions: dict[str, Callable[[], object]] = {
+        OURS_TORCH: lambda: group.allreduce(tensor),
+        OURS_CUPY: lambda: group.allreduce(array),
+        THEIRS: lambda: dist.all_reduce(tensor),
+    }
+    times = alternate(functions, rounds, calls, settle)
     group.destroy()
     dist.destroy_process_group()
     return times
 
 
-def large_times(rank: int, device: int, folder: str, rounds: int, calls: int) -> dict[str, list[float]]:
+def large_times(
+    rank: int, device: int | None, folder: str, rounds: int, calls: int, nbytes: int = LARGE_NBYTES
+) -> dict[str, list[float]]:
     """Return the seconds that one call of two ranks takes on the device, by library, one number for each round."""
     import torch
 
+    where, settle = place_of(device)
     group, dist = connect(rank, 2, device, folder)
-    tensor = torch.zeros(LARGE_NBYTES // 4, device=f"cuda:{device}")
+    tensor = torch.zeros(nbytes // 4, device=where)
     functions: dict[str, Callable[[], object]] = {
         OURS_TORCH: lambda: group.allreduce(tensor),
         THEIRS: lambda: dist.all_reduce(tensor),
@@ -90,12 +118,12 @@ def large_times(rank: int, device: int, folder: str, rounds: int, calls: int) ->
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, call in functions.items():
-            torch.cuda.synchronize()
+            settle()
             group.barrier()
             start = time.perf_counter()
             for _ in range(calls):
                 call()
-            torch.cuda.synchronize()
+            settle()
             if turn:  # the first round warms up
                 times[name].append((time.perf_counter() - start) / calls)
     group.barrier()

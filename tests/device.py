@@ -486,6 +486,21 @@ class DeviceArray:
         source = np.array(values, self.memory.dtype)
         _machine().queue(current(), lambda: self.memory.__setitem__(..., source))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.memory.shape
+
+    def data_ptr(self) -> int:
+        return int(self.memory.ctypes.data)
+
+    def __iadd__(self, number: float) -> DeviceArray:
+        _machine().queue(current(), lambda: np.add(self.memory, number, out=self.memory))
+        return self
+
+    def __imul__(self, number: float) -> DeviceArray:
+        _machine().queue(current(), lambda: np.multiply(self.memory, number, out=self.memory))
+        return self
+
     def read(self) -> np.ndarray:
         """Return the elements as they are after what is on the current stream."""
         found: list[np.ndarray] = []

@@ -74,6 +74,17 @@ _state: _State | None = None
 _groups: dict[tuple[Any, ...], Any] = {}
 
 
+def alone(folder: Path) -> None:
+    """Make this process the only rank of a run, for a program that calls tests' functions without a pool."""
+    global _state
+    _state = _State(folder, rank=0)
+
+
+def leave() -> None:
+    """Destroy the groups that are kept, where there is no pool to ask for it."""
+    _discard_groups()
+
+
 @contextlib.contextmanager
 def on_host(name: str | None) -> Iterator[None]:
     """Simulate a host for the groups that are made meanwhile; nothing is simulated where there is no name."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+import gpu_streams
 import numpy as np
 from oracle import FLOATS, INTEGERS, Array, assert_values, combined, numpy_dtype
 from samples import GUARD, Layout, host_memory, host_view
@@ -73,7 +74,7 @@ class DeviceSample:
         view[...] = values.reshape(layout.shape)
         self._given = values.copy()
         self._memory: Any = None
-        self.tensor: Any = {"torch": self._torch, "cupy": self._cupy, "jax": self._jax}[library](view)
+        self.tensor: Any = getattr(self, f"_{library}")(view)
         self._address = address(self.tensor)
 
     def _torch(self, view: Array) -> Any:
@@ -95,7 +96,7 @@ class DeviceSample:
     def _jax(self, view: Array) -> Any:
         jax = importlib.import_module("jax")
         jax.config.update("jax_enable_x64", True)
-        return jax.device_put(view, jax.devices("gpu")[0])
+        return jax.device_put(view, jax.devices(gpu_streams.PLATFORM)[0])
 
     def check_result(self, result: Any, expected: Array, tolerance: Array | None = None) -> Array:
         """Check a result: values, object, address, shape, gaps; return its flat values."""

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpu_streams
 import numpy as np
 import pytest
 from gpu_arrays import REFUSED, DeviceSample, Refused, expected_of, library_for, supports
@@ -287,7 +288,8 @@ def donations(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
     jax = importlib.import_module("jax")
     with report.case("donated"):
         inputs = [reduced("float32", LARGE, rank) for rank in range(group.world_size)]
-        array = jax.device_put(inputs[group.rank], jax.devices("gpu")[0])
+        # A copy, because on the host an array that was put there may be numpy's memory, which is not given away.
+        array = jax.numpy.copy(jax.device_put(inputs[group.rank], jax.devices(gpu_streams.PLATFORM)[0]))
         before = array.unsafe_buffer_pointer()
         result = group.allreduce(array, donate=True)
         assert array.is_deleted()

@@ -10,6 +10,8 @@ from typing import Any
 from pool import group_of
 
 COUNT = 1 << 20
+PLATFORM, BACKEND = "gpu", "nccl"
+"""What JAX calls the device, and who carries its arrays; a program without a GPU puts others in their place."""
 PATIENCE_S = 60.0
 """The timeout of groups that are not to fail: a rank may be new, and import, load and compile while the others wait."""
 
@@ -22,9 +24,9 @@ extern "C" __global__ void spin(long long nanoseconds) {
 """
 
 
-def shared_group(world_size: int, backend: str = "nccl") -> Any:
+def shared_group(world_size: int, backend: str | None = None) -> Any:
     """Return the group of ranks 0 to ``world_size - 1`` that tests share; see ``group_of``."""
-    return group_of(world_size, backend, timeout_s=PATIENCE_S)
+    return group_of(world_size, backend or BACKEND, timeout_s=PATIENCE_S)
 
 
 def warm_up(rank: int, world_size: int, libraries: tuple[str, ...]) -> None:

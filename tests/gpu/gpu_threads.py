@@ -25,17 +25,22 @@ from colltensor.rendezvous import meet, open_directory
 JOIN_S = 400.0
 
 
-def own_streams() -> contextlib.ExitStack:
-    """Make new streams of torch and CuPy this thread's current ones until it is closed."""
+def own_streams(libraries: tuple[str, ...]) -> contextlib.ExitStack:
+    """Make new streams of CuPy, and of torch if it is used, this thread's current ones until it is closed."""
     stack = contextlib.ExitStack()
-    torch, cupy = importlib.import_module("torch"), importlib.import_module("cupy")
+    cupy = importlib.import_module("cupy")
     stack.enter_context(cupy.cuda.Device(0))
-    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(0)))
+    if "torch" in libraries:
+        torch = importlib.import_module("torch")
+        stack.enter_context(torch.cuda.stream(torch.cuda.Stream(0)))
     stack.enter_context(cupy.cuda.Stream(non_blocking=True))
     return stack
 
 
-def run(size: int, folder: Path, function: Callable[[Any], Any], timeout_s: float = 60.0) -> list[Any]:
+def run(
+    size: int, folder: Path, function: Callable[[Any], Any], timeout_s: float = 60.0, *, check: bool = False,
+    libraries: tuple[str, ...] = ("torch", "cupy"),
+) -> list[Any]:
     """Return what ``function(group)`` returns on every rank of a new group, each a thread of this process."""
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
@@ -48,9 +53,9 @@ def run(size: int, folder: Path, function: Callable[[Any], Any], timeout_s: floa
                 directory, group_name=f"threads-{size}", world_size=size, rank=rank, deadline=deadline, interface=None,
                 backend="nccl",
             )
-            group = connect(meeting, Recipe("nccl", timeout_s), deadline)
+            group = connect(meeting, Recipe("nccl", timeout_s, check=check), deadline)
             try:
-                with own_streams():
+                with own_streams(libraries):
                     results[rank] = function(group)
             finally:
                 group.destroy()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_streams
 import numpy as np
 import pytest
 from gpu_streams import Queue, shared_group
@@ -33,7 +34,7 @@ TURNS = 20
 def _jax() -> tuple[Any, Any, Any]:
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
-    assert jax.devices()[0].platform == "gpu"
+    assert jax.devices()[0].platform == gpu_streams.PLATFORM
     return jax, jax.numpy, importlib.import_module("colltensor.jax")
 
 
