@@ -202,7 +202,8 @@ class Engine:
                     buffer.store()
                 return result()
             finally:
-                queue.leave()
+                queue.turn.release()
+                queue.pass_on()
         return self._submit(
             Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers), async_op
         )
@@ -218,7 +219,8 @@ class Engine:
         try:
             return self._execute(call)
         finally:
-            queue.leave()
+            queue.turn.release()
+            queue.pass_on()
 
     def _work(self, call: Call) -> Work:
         """Return the handle of a call that waits for its turn, which transfers with other peers or directions share."""
@@ -237,7 +239,8 @@ class Engine:
             try:
                 flight = self._launch(call, device, False)
             finally:
-                self.queue.leave()
+                self.queue.turn.release()
+                self.queue.pass_on()
             flight.order(call.streams())
             return call.result()
         work = QueuedWork(call.name, lambda: self._launch_queued(call, device, async_op), call.streams, call.result)
@@ -247,7 +250,8 @@ class Engine:
         try:
             work.queue_here()
         finally:
-            self.queue.leave()
+            self.queue.turn.release()
+            self.queue.pass_on()
         return work
 
     def _launch_queued(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
@@ -295,7 +299,8 @@ class Engine:
             self._break("allreduce", error)
             raise
         finally:
-            self.queue.leave()
+            self.queue.turn.release()
+            self.queue.pass_on()
         if flight is None:
             return False
         flight.order(buffers.streams())

@@ -15,6 +15,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from hashlib import blake2b
@@ -118,10 +119,13 @@ def run_program(
         for number in range(steps):
             runner = runners[-1 if draw.random() < 0.2 else 0]
             step = drawn(draw)
+            began = time.monotonic()
             try:
                 runner.run(step)
             except Exception as error:
-                raise AssertionError(f"COLLTENSOR_FUZZ_SEED={seed}, step {number}, {step}: {error}") from error
+                took_s = time.monotonic() - began
+                what = f"COLLTENSOR_FUZZ_SEED={seed}, step {number}, {step}, {runner.group.name}, after {took_s:.2f} s"
+                raise AssertionError(f"{what}: {error}") from error
         for runner in runners:
             runner.finish()
     return {str(number): runner.hash.hexdigest() for number, runner in enumerate(runners)}

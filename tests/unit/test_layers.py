@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine", "work", "multigpu", "devices", "recipe", "objects", "untraced",
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
-    "table": {"errors", "backends", "rendezvous", "group", "observers", "recipe"},
+    "table": {"errors", "backends", "control", "rendezvous", "group", "observers", "recipe"},
     "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
     "replicas": {*VALUES, "adapters", "tree", "group"},
     "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table", "replicas"},

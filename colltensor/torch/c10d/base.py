@@ -213,7 +213,8 @@ class BaseProcessGroup(Identity):
                 _say_how_long(error, timeout)
                 raise
             finally:
-                self._line.leave()
+                self._line.turn.release()
+                self._line.pass_on()
             return FinishedWork(tensors)
         if not opts.asyncOp and self._line.is_inside():
             raise nested(name, self._group.name)
