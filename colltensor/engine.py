@@ -153,7 +153,7 @@ class Engine:
         self._crosses = crosses
         self._alone = control is None
         self.timeout_s = timeout_s
-        self.queue = OperationQueue(name, None if signer is None else signer.queue)
+        self.queue = OperationQueue(name, None if signer is None else signer.queue, rank)
         if signer is not None:
             self.queue.is_in_direct_call = self._is_in_direct_call
         self._sequence = 0

@@ -110,7 +110,8 @@ class Work:
 
     def _finish(self) -> None:
         run = self._run
-        assert run is not None
+        if run is None:  # it was ended before its turn came
+            return
         try:
             self._result = run()
         except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
@@ -377,8 +378,9 @@ class OperationQueue:
         is_in_direct_call: Whether this thread is in a call that took no turn here; or None.
     """
 
-    def __init__(self, name: str, native: IssueQueue | None = None) -> None:
+    def __init__(self, name: str, native: IssueQueue | None = None, rank: int = 0) -> None:
         self._name = name
+        self._rank = rank
         self._native = native
         self._renew()
         self._closed = False
@@ -442,10 +444,10 @@ class OperationQueue:
         if not self._warned:
             self._warned = True
             _log.warning(
-                "group %r: thread %r calls while %s does: ranks match calls by their order, which is chance then, and "
-                "calls of equal shapes can meet those of the other thread on another rank, in silence; let one thread "
-                "call at a time, in an order that is the same on all ranks, or give each its own group (group.split)",
-                self._name, threading.current_thread().name, others,
+                "group %r (rank %d): thread %r calls while %s does: ranks match calls by their order, which is chance "
+                "then, and calls of equal shapes can meet those of the other thread on another rank, in silence; let "
+                "one call at a time, in an order that is the same on all ranks, or give each its own group (group.split)",
+                self._name, self._rank, threading.current_thread().name, others,
             )
 
     def put(self, work: Work) -> Work:

@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from colltensor import net
-from colltensor.control.links import ANSWER, ASK, CALLER, CONFIRM, LINK, TELL, WELCOME, Link, context_of
+from colltensor.control.links import ANSWER, ASK, CALLER, CONFIRM, INQUIRE, LINK, TELL, WELCOME, Link, context_of
 from colltensor.control.status import Failure, Status
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ class Host(Protocol):
 
     def arrive(self, link: Link) -> None:
         """Take over a link that another rank has opened."""
+
+    def answer(self, caller: int, question: bytes) -> bytes:
+        """Return the answer to another rank's question."""
 
     def hear(self, failure: Failure) -> None:
         """Note that another rank says the group is broken."""
@@ -77,7 +80,9 @@ class Reception:
             try:
                 sock, _ = self._meeting.listener.accept()
                 try:
-                    threading.Thread(target=self._receive, args=(sock,), daemon=True).start()
+                    threading.Thread(
+                        target=self._receive, args=(sock,), name=f"{self._thread.name}-answer", daemon=True
+                    ).start()
                 except RuntimeError:
                     sock.close()
                     raise
@@ -116,6 +121,8 @@ class Reception:
         [caller] = CALLER.unpack_from(request)
         if wish == ASK:
             net.send_frame(sock, ANSWER, self._host.status().encode(), deadline)
+        elif wish == INQUIRE and caller < self._meeting.world_size:
+            net.send_frame(sock, ANSWER, self._host.answer(caller, request[CALLER.size :]), deadline)
         elif wish == TELL:
             self._host.hear(Failure.decode(request[CALLER.size :]))
         elif wish == LINK and self._meeting.rank < caller < self._meeting.world_size:

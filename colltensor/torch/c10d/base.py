@@ -62,7 +62,8 @@ class BaseProcessGroup(Identity):
             self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds, refusal=refusal
         )
         self._line = Line(self._group.name)
-        self._transfers = Transfers(self._group.name, rank, size, self._connect)
+        self._transfers = Transfers(self._group.name, rank, size, self._connect, self._group.ask)
+        self._group.answer_with(self._transfers.standoffs.answer)
         self._others = Others(store, rank, size, timeout)
         self._parts = itertools.count()
         self._issued = 0
