@@ -446,7 +446,7 @@ class OperationQueue:
             _log.warning(
                 "group %r (rank %d): thread %r calls while %s does: ranks match calls by their order, which is chance "
                 "then, and calls of equal shapes can meet those of the other thread on another rank, in silence; let "
-                "one call at a time, in an order that is the same on all ranks, or give each its own group (group.split)",
+                "one call at a time, in one order on all ranks, or give each a group of its own (group.split)",
                 self._name, self._rank, threading.current_thread().name, others,
             )
 
