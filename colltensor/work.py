@@ -363,7 +363,7 @@ def lock_of_handlers() -> tuple[threading.RLock, Callable[[], bool]]:
 class OperationQueue:
     """Runs the operations of one group one at a time, in the order in which they were issued; but transfers that cross.
 
-    A synchronous call runs in its own thread when nothing is before it (``enter`` and ``leave``);
+    A synchronous call runs in its own thread when nothing is before it (``enter``);
     everything else runs in worker threads, made on first use. Works with a lane that follow one another
     share the turn: those of one lane run in their order, of different lanes at the same time, each in a thread.
 

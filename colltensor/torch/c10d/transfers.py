@@ -73,13 +73,7 @@ class Transfers:
         operation = Operation(
             f"send to rank {destination}, tag {tag}", lambda: self._deliver(tensor, destination, number, tag)
         )
-        operation.watch = functools.partial(
-            self.standoffs.wait_for, operation, True, destination,
-            functools.partial(self._send_progress, operation, destination, number),
-            functools.partial(self._held.__setitem__, (destination, number), threading.Event()),
-            functools.partial(self._release, destination, number),
-            functools.partial(self._refuse_send, operation, destination, number),
-        )
+        operation.watch = functools.partial(self._watch_send, operation, destination, number)
         self._deadlines.add(operation, timeout_s, (destination,))
         try:
             outbox.put(operation)
@@ -94,12 +88,7 @@ class Transfers:
         whom = "any rank" if source is None else f"rank {source}"
         receive = Receive(source, tag, tensor, Operation(f"recv from {whom}, tag {tag}"))
         if source is not None:
-            receive.operation.watch = functools.partial(
-                self.standoffs.wait_for, receive.operation, False, source,
-                functools.partial(self._receive_progress, receive, source),
-                functools.partial(self._inbox.hold, receive), functools.partial(self._inbox.add, receive),
-                lambda error, _: self._inbox.refuse(receive, error),
-            )
+            receive.operation.watch = functools.partial(self._watch_receive, receive, source)
         with self._guard:
             if self._failure is not None:
                 raise self._refusal("recv")
@@ -157,6 +146,25 @@ class Transfers:
             found.destroy()
             self._check()
         return found
+
+    def _watch_send(self, operation: Operation, destination: int, number: int) -> None:
+        """Wait for a send."""
+        self.standoffs.wait_for(
+            operation, True, destination,
+            functools.partial(self._send_progress, operation, destination, number),
+            functools.partial(self._held.__setitem__, (destination, number), threading.Event()),
+            functools.partial(self._release, destination, number),
+            functools.partial(self._refuse_send, operation, destination, number),
+        )
+
+    def _watch_receive(self, receive: Receive, source: int) -> None:
+        """Wait for a receive."""
+        inbox = self._inbox
+        self.standoffs.wait_for(
+            receive.operation, False, source, functools.partial(self._receive_progress, receive, source),
+            functools.partial(inbox.hold, receive), functools.partial(inbox.add, receive),
+            lambda error, _: inbox.refuse(receive, error),
+        )
 
     def _send_progress(self, operation: Operation, destination: int, number: int) -> Progress | None:
         """Return how far this rank and ``destination`` are, if a send waits for its recv and none is issued here."""
