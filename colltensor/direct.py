@@ -276,6 +276,8 @@ class DirectCall:
         if self._engine.broken is not None:
             self._backend.drop()
             self._engine.check(self._operation)
+        if code == DIRECT_BUSY and not self._queue.is_inside():
+            self._queue.warn_of_threads("another")
         try:
             if code == DIRECT_LARGE:
                 code = self._patient(*tensors)

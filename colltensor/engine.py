@@ -181,7 +181,7 @@ class Engine:
         self._crosses = crosses
         self._alone = control is None
         self.timeout_s = timeout_s
-        self.queue = OperationQueue(name, None if signer is None else signer.queue)
+        self.queue = OperationQueue(name, None if signer is None else signer.queue, rank)
         if signer is not None:
             self.queue.is_in_direct_call = self._is_in_direct_call
         self._sequence = 0
@@ -230,7 +230,8 @@ class Engine:
                     buffer.store()
                 return result()
             finally:
-                queue.leave()
+                queue.turn.release()
+                queue.pass_on()
         return self._submit(
             Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers), async_op
         )
@@ -270,7 +271,8 @@ class Engine:
         try:
             return self._execute(call)
         finally:
-            queue.leave()
+            queue.turn.release()
+            queue.pass_on()
 
     def _work(self, call: Call) -> Work:
         """Return the handle of a call that waits for its turn, which transfers with other peers or directions share."""
@@ -289,7 +291,8 @@ class Engine:
             try:
                 flight = self._launch(call, device, False)
             finally:
-                self.queue.leave()
+                self.queue.turn.release()
+                self.queue.pass_on()
             flight.order(call.streams())
             return call.result()
         work = QueuedWork(call.name, lambda: self._launch_queued(call, device, async_op), call.streams, call.result)
@@ -299,7 +302,8 @@ class Engine:
         try:
             work.queue_here()
         finally:
-            self.queue.leave()
+            self.queue.turn.release()
+            self.queue.pass_on()
         return work
 
     def _launch_queued(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
@@ -347,7 +351,8 @@ class Engine:
             self._break("allreduce", error)
             raise
         finally:
-            self.queue.leave()
+            self.queue.turn.release()
+            self.queue.pass_on()
         if flight is None:
             return False
         flight.order(buffers.streams())

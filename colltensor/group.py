@@ -715,6 +715,15 @@ class Group:
         """Ask whether ``rank`` is still there, in any thread and whatever it does; return the error if it is not."""
         return None if self._control is None else self._control.gone("asking", [rank])
 
+    def ask(self, rank: int, question: bytes) -> bytes | None:
+        """Ask what ``answer_with`` has there, in any thread; None if no answer comes within a second."""
+        return None if self._control is None else self._control.inquire(rank, question)
+
+    def answer_with(self, answer: Callable[[int, bytes], bytes]) -> None:
+        """Have ``answer`` called, in another thread, with the rank that asks and its question; it must not wait."""
+        if self._control is not None:
+            self._control.answer_with(answer)
+
     def progress(self) -> tuple[int, ...] | None:
         """Return None while no call of host tensors runs or waits, else what changes from call to call."""
         return self._engine.progress()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from colltensor import backends, objects
+from colltensor.control import lifetime
 from colltensor.errors import (
     BackendUnavailableError,
     CollectiveError,
@@ -87,6 +88,7 @@ def init_collective_group(
         CollectiveTimeoutError, PeerLostError: Ranks did not come, or died; names them.
         MismatchError: The ranks disagree about the group.
     """
+    _check_process(group_name)
     recipe: Recipe | None = None
     try:
         seconds = timeout_s if gloo_timeout is None else _seconds(gloo_timeout)
@@ -130,6 +132,7 @@ def make_group(
         provider: As for ``init_collective_group``.
         check: As for ``init_collective_group``.
     """
+    _check_process(group_name)
     recipe = _recipe(backend, timeout_s, interface, provider, check)
     world_size, rank = _check(world_size, rank, recipe)
 
@@ -203,6 +206,15 @@ def destroy_collective_group(group_name: str = "default") -> None:
     group = _groups.get(group_name)
     if group is not None:
         group.destroy()
+
+
+def _check_process(group_name: str) -> None:
+    """Refuse to make a group while the process ends, when Python imports nothing and starts no thread any more."""
+    if lifetime.is_over():
+        raise GroupError(
+            f"init_collective_group: group '{group_name}': this process ends and makes no groups any more (this call "
+            "came from __del__ or an exit handler)"
+        )
 
 
 def _enter(group_name: str, make: Callable[[], Group]) -> Group:

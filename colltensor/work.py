@@ -6,7 +6,7 @@ Imports no framework.
 from __future__ import annotations
 
 import collections
-import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from colltensor.backends.base import Flight, IssueQueue
 
 
+_log: Final = logging.getLogger(__name__)
 Lane = tuple[int, int]
 _SPARE_WORKERS: Final = 2
 """Threads that may wait for work: a rank that sends and receives has two."""
+_LOOK_S: Final = 0.1
+_WORKERS: Final = -1
+"""Who has the turn while works run: not one thread, since those of several lanes share it."""
 
 
 class _Always(threading.Event):
@@ -106,7 +110,8 @@ class Work:
 
     def _finish(self) -> None:
         run = self._run
-        assert run is not None
+        if run is None:  # it was ended before its turn came
+            return
         try:
             self._result = run()
         except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
@@ -313,33 +318,54 @@ class IssuedWork(Work):
         self._over = True
 
 
-class _Holding:
-    """Has a queue's lock, and says so to a signal's handler or a finalizer that calls in this thread meanwhile."""
+class Turn:
+    """Who may run an operation: one thread, known from the instant in which it takes the turn.
 
-    __slots__ = ("_queue", "outer")
+    A signal's handler may raise at any moment. What would be left behind then is undone by the thread itself.
 
-    def __init__(self, queue: OperationQueue) -> None:
-        self._queue = queue
-        self.outer = 0
+    Attributes:
+        release: Gives the turn back. It is no function of Python's, at whose beginning a handler could raise.
+    """
 
-    def __enter__(self) -> _Holding:
-        self._queue._changed.acquire()
-        self.outer, self._queue._putting = self._queue._putting, threading.get_ident()
-        return self
+    __slots__ = ("_holder", "release")
 
-    def __exit__(self, *_: object) -> None:
-        self._queue._putting = self.outer
-        self._queue._changed.release()
+    def __init__(self) -> None:
+        self._holder: dict[None, int] = {}
+        self.release: Callable[[], None] = self._holder.clear
+
+    def take(self, owner: int = 0) -> bool:
+        """Take the turn for this thread, or in another name, if nobody has it; nobody blocks on it."""
+        holder, owner = self._holder, owner or threading.get_ident()
+        if holder:
+            return False
+        try:
+            return holder.setdefault(None, owner) == owner
+        except BaseException:
+            if self.owner() == owner:
+                holder.clear()
+            raise
+
+    def owner(self) -> int:
+        """Return who has it; 0 if nobody."""
+        return self._holder.get(None, 0)
+
+
+def lock_of_handlers() -> tuple[threading.RLock, Callable[[], bool]]:
+    """Return a lock for data that a signal's handler may use in the thread that has it, and what tells if this one has.
+
+    ``with`` takes it in one step. That of a Condition is a function of Python's, in which a handler could raise once
+    the lock is taken, for ever.
+    """
+    lock = threading.RLock()
+    return lock, lock._is_owned  # type: ignore[attr-defined]  # private; threading.Condition uses it
 
 
 class OperationQueue:
     """Runs the operations of one group one at a time, in the order in which they were issued; but transfers that cross.
 
-    A synchronous call runs in its own thread when nothing is before it (``enter`` and ``leave``);
-    everything else runs in worker threads, made on first use. The turn is a lock used as an
-    atomic flag: it is only ever tried, so nobody blocks on it while an operation runs. Works with a
-    lane that follow one another share it: those of one lane run in their order, of different lanes at
-    the same time, each in a thread.
+    A synchronous call runs in its own thread when nothing is before it (``enter``);
+    everything else runs in worker threads, made on first use. Works with a lane that follow one another
+    share the turn: those of one lane run in their order, of different lanes at the same time, each in a thread.
 
     A native queue has a thread of its own, which serves it without the interpreter lock and sleeps there. Nothing is
     put into it while an operation of Python's waits or runs in a worker, so that it has only what comes before those.
@@ -352,22 +378,23 @@ class OperationQueue:
         is_in_direct_call: Whether this thread is in a call that took no turn here; or None.
     """
 
-    def __init__(self, name: str, native: IssueQueue | None = None) -> None:
+    def __init__(self, name: str, native: IssueQueue | None = None, rank: int = 0) -> None:
         self._name = name
+        self._rank = rank
         self._native = native
         self._renew()
         self._closed = False
+        self._warned = False
         self.watch: Callable[[bool], None] | None = None
         self.is_in_direct_call: Callable[[], bool] | None = None
 
     def _renew(self) -> None:
-        self._turn = threading.Lock()
-        self._owner = 0  # the thread that has the turn, if it is the caller's
-        # A signal's handler may come back here at any moment, in the thread that has the lock.
-        self._changed = threading.Condition(threading.RLock())
-        self._putting = 0  # the thread that has the lock
+        self.turn = Turn()
+        self._lock, self._is_locked_here = lock_of_handlers()
+        self._changed = threading.Condition(self._lock)
         self._waiting: collections.deque[Work] = collections.deque()
         self._lanes: set[Lane] = set()  # in which a work runs
+        self._due: collections.Counter[Lane] = collections.Counter()  # works that wait or run, by lane
         self._workers = self._spare = 0
         self._serving: set[int] = set()  # the workers' threads
         self._issued: collections.deque[IssuedWork] = collections.deque()
@@ -382,28 +409,23 @@ class OperationQueue:
         self._renew()
 
     def enter(self) -> bool:
-        """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
-        if self._waiting or not (self.idle or self.busy or self.rests()) or not self._turn.acquire(False):
-            return False
-        self._owner = threading.get_ident()
-        return True
+        """Take the turn if nobody has it or waits for it; then ``turn.release`` and ``pass_on`` must follow."""
+        return not self._waiting and (self.idle or self.busy or self.rests()) and self.turn.take()
 
-    def leave(self) -> None:
-        """Give the turn back."""
-        self._owner = 0
-        self._turn.release()
+    def pass_on(self) -> None:
+        """Let who waits for the turn know that it was given back."""
         if self._waiting or self._closed:
-            with _Holding(self):
+            with self._lock:
                 self._changed.notify_all()
 
     def is_busy(self) -> bool:
         """Return whether an operation runs or waits."""
-        return bool(self._waiting) or self._turn.locked() or not self._is_native_done()
+        return bool(self._waiting or self.turn.owner()) or not self._is_native_done()
 
     def is_inside(self) -> bool:
         """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
         here = threading.get_ident()
-        if here in (self._owner, self._putting) or here in self._serving:
+        if here == self.turn.owner() or here in self._serving or self._is_locked_here():
             return True
         return self.is_in_direct_call is not None and self.is_in_direct_call()
 
@@ -417,6 +439,17 @@ class OperationQueue:
             raise nested(work._operation, self._name)
         return self.put(work).result()
 
+    def warn_of_threads(self, others: str) -> None:
+        """Log, once, that two threads call at the same time, which ranks may take in different orders."""
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "group %r (rank %d): thread %r calls while %s does: ranks match calls by their order, which is chance "
+                "then, and calls of equal shapes can meet those of the other thread on another rank, in silence; let "
+                "one call at a time, in one order on all ranks, or give each a group of its own (group.split)",
+                self._name, self._rank, threading.current_thread().name, others,
+            )
+
     def put(self, work: Work) -> Work:
         """Run ``work`` in a worker thread when its turn comes.
 
@@ -424,20 +457,30 @@ class OperationQueue:
             RuntimeError: No thread can be started; nothing is left behind.
         """
         work._queue = self
-        with _Holding(self):
-            self._waiting.append(work)
+        owner = self.turn.owner()
+        if owner not in (0, _WORKERS, threading.get_ident()):
+            self.warn_of_threads(_name_of(owner))
+        with self._lock:
+            was_idle = self.idle
             try:
+                self._waiting.append(work)
+                if work.lane is not None:
+                    self._due[work.lane] += 1
                 self._man()
+                self.busy = True
+                self.idle = False
+                if self.watch is not None:
+                    self.watch(True)
+                if self._native is not None and not self._is_native_done():
+                    self._native.kick()  # its thread tells the workers when it has nothing left
+                self._changed.notify_all()
             except BaseException:
-                self._waiting.remove(work)
+                if work in self._waiting:
+                    self._waiting.remove(work)
+                    self._forget(work)
+                self.busy = bool(self._waiting or self._lanes)
+                self.idle = was_idle and not self.busy
                 raise
-            self.busy = True
-            self.idle = False
-            if self.watch is not None:
-                self.watch(True)
-            if self._native is not None and not self._is_native_done():
-                self._native.kick()  # its thread tells the workers when it has nothing left
-            self._changed.notify_all()
         return work
 
     def man_native(self) -> None:
@@ -448,7 +491,7 @@ class OperationQueue:
         """
         if self._has_server:
             return
-        with _Holding(self):
+        with self._lock:
             native = self._native
             if not (self._has_server or self._closed) and native is not None and native.wait(0, 0.0):  # not a fork's
                 threading.Thread(target=self._serve_native, name=f"colltensor {self._name}", daemon=True).start()
@@ -473,12 +516,10 @@ class OperationQueue:
             assert self._native is not None
             if self._native.ended() >= issued[0].number + _UNSEEN - 1:
                 self._look()
-        here = threading.get_ident()
-        with self._changed:
-            # A signal's handler may come here inside of this.
-            if self._closed or self.busy or self._putting == here or (first and not self._is_native_done()):
+        inside = self._is_locked_here()  # in a signal's handler
+        with self._lock:
+            if self._closed or self.busy or inside or (first and not self._is_native_done()):
                 return False
-            self._putting = here
             native = self._native
             assert native is not None
             number = self._number + 1
@@ -490,13 +531,11 @@ class OperationQueue:
                     self._issued.pop()
                     return False
             except BaseException:
-                if native.issued() < number:
-                    self._issued.pop()
-                else:
+                if native.issued() >= number:
                     self._count(number)
+                elif self._issued and self._issued[-1] is work:
+                    self._issued.pop()
                 raise
-            finally:
-                self._putting = 0
             self._count(number)
         return True
 
@@ -528,7 +567,7 @@ class OperationQueue:
     def notify(self, work: IssuedWork, callback: Callable[[BaseException | None], None]) -> bool:
         """Have ``callback`` called when an operation of the native queue has ended; False if it has."""
         assert self._native is not None
-        with _Holding(self):
+        with self._lock:
             if work._over or not self._native.notify(work.number):
                 return False
             work._done = [*work._done, callback]
@@ -542,14 +581,15 @@ class OperationQueue:
         native = self._native
         if native is None:
             return
-        with _Holding(self) as holding:
+        inside = self._is_locked_here()
+        with self._lock:
             ended = native.ended()
             while self._issued and self._issued[0].number <= ended:
                 work = self._issued.popleft()
                 work.end()
                 if work._done:
                     self._notified.append(work)
-            if self.idle or self.busy or self._closed or holding.outer or self._notified or ended != self._number:
+            if self.idle or self.busy or self._closed or inside or self._notified or ended != self._number:
                 return
             self.idle = True
             if self.watch is not None:
@@ -574,7 +614,7 @@ class OperationQueue:
             while not self._closed or native.ended() != native.issued():
                 code = native.serve(True)
                 if code:
-                    with self._changed:
+                    with self._lock:
                         number = native.ended() + 1
                         failed = [work for work in self._issued if work.number == number]
                     for work in failed:
@@ -591,29 +631,34 @@ class OperationQueue:
         if self._notified:
             self._notify_all()
             self._look()
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def _man(self) -> None:
-        """See that somebody takes the next work, if it can be run; the lock is held."""
-        if not self._workers or (self._lanes and not self._spare and self._next() is not None):
+        """See that there is a thread for every lane that has something to do, or one; the lock is held.
+
+        It is started before the lane's turn comes, while the caller can still be told that there is none to be had.
+        """
+        if self._workers < max(1, len(self._due)):
             threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
             self._workers += 1
 
     def tell_watch(self) -> None:
         """Tell ``watch`` once more whether the workers have something to do."""
-        with _Holding(self):
+        with self._lock:
             if self.watch is not None:
                 self.watch(not self.rests())
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
         """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
         native, deadline = self._native, time.monotonic() + timeout_s
-        with self._changed:
+        with self._lock:
             self._closed = True
             self.idle = False  # nothing goes past the queue any more
             cancelled = list(self._waiting)
             self._waiting.clear()
+            for work in cancelled:
+                self._forget(work)
             if native is not None:
                 first = native.close()
                 for issued in self._issued:
@@ -621,12 +666,12 @@ class OperationQueue:
                         issued._error = error
                 native.cancel()
             self._changed.notify_all()
-            idle = self._changed.wait_for(lambda: not self._turn.locked(), timeout_s)
+            idle = self._changed.wait_for(lambda: not self.turn.owner(), timeout_s)
         if native is not None:
             idle = native.wait(native.issued(), max(0.0, deadline - time.monotonic())) and idle
             self._look()
             if threading.get_ident() not in self._serving:
-                with self._changed:
+                with self._lock:
                     self._changed.wait_for(lambda: not self._notified, max(0.0, deadline - time.monotonic()))
         for work in cancelled:
             work._cancel(error)
@@ -646,7 +691,7 @@ class OperationQueue:
     def _take(self) -> Work | None:
         """Take the next work that can be run, and the turn for it; the lock is held."""
         place = self._next()
-        if place is None or not (self._lanes or self._turn.acquire(False)):
+        if place is None or not (self._lanes or self.turn.take(_WORKERS)):
             return None
         self._look()  # what is before it has ended
         work = self._waiting[place]
@@ -672,33 +717,45 @@ class OperationQueue:
             return work is not None or self._closed
 
         while True:
-            with self._changed:
-                if self._spare >= _SPARE_WORKERS and self._next() is None:
+            with self._lock:
+                if self._spare >= _SPARE_WORKERS and self._workers > len(self._due) and self._next() is None:
                     self._workers -= 1
                     return
                 self._spare += 1
-                self._changed.wait_for(taken)
+                while not taken():
+                    # A signal's handler may have raised in who gave the turn back, before it told.
+                    self._changed.wait(_LOOK_S if self._waiting else None)
                 self._spare -= 1
                 if work is None:  # closed
                     return
-                with contextlib.suppress(RuntimeError):  # no thread can be started: what is next waits for one of these
-                    self._man()
             work._finish()
             self._end(work)
             work = None
 
+    def _forget(self, work: Work) -> None:
+        """Count a work no more that waited or ran; the lock is held."""
+        if work.lane is not None:
+            self._due[work.lane] -= 1
+            if self._due[work.lane] <= 0:
+                del self._due[work.lane]
+
     def _end(self, work: Work) -> None:
         """Give back the turn that was taken for a work."""
-        with self._changed:
+        with self._lock:
             if work.lane is not None:
                 self._lanes.discard(work.lane)
+                self._forget(work)
             if not self._lanes:
-                self._turn.release()
+                self.turn.release()
             self._changed.notify_all()
             self.busy = bool(self._waiting or self._lanes)
             self.idle = not self.busy and not self._closed
             if self.idle and self.watch is not None:
                 self.watch(False)
+
+
+def _name_of(thread: int) -> str:
+    return next((f"thread {found.name!r}" for found in threading.enumerate() if found.ident == thread), "another")
 
 
 def _waits_inside(operation: str) -> GroupError:

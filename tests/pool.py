@@ -41,7 +41,7 @@ ONE_THREAD = {
 """The environment of a rank: one thread each, JAX on the CPU."""
 
 STACKS_WAIT_S = 1.0
-EXIT_WAIT_S = 15.0
+EXIT_WAIT_S = 30.0
 LOG_TAIL = 6000
 
 

@@ -16,7 +16,7 @@ Imports exchange, lookout and the errors of the package, and no framework.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -299,6 +299,14 @@ class Control:
         Does not break the group: pass the result to ``fail``. Takes a second at most.
         """
         return self._lookout.gone(operation, peers)
+
+    def inquire(self, peer: int, question: bytes) -> bytes | None:
+        """Return what ``answer_with`` has on rank ``peer`` for a question; None if it does not come within a second."""
+        return self._lookout.inquire(peer, question)
+
+    def answer_with(self, answer: Callable[[int, bytes], bytes]) -> None:
+        """Have other ranks' questions answered, which a thread of its own does; ``answer`` must not wait."""
+        self._board.answers = answer
 
     def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
         """Return the payload of rank ``peer``, which must call this with this rank as its peer.

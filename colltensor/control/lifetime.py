@@ -26,6 +26,8 @@ _open: set[Mortal] = set()
 _first: set[Mortal] = set()
 """Those of them that are told before the others."""
 _ends: list[Callable[[], None]] = []
+_over: set[int] = set()
+"""The process, by number, once all were told that it ends."""
 _finalized: set[int] = set()
 
 
@@ -52,7 +54,13 @@ def forget(mortal: Mortal) -> None:
     _first.discard(mortal)
 
 
+def is_over() -> bool:
+    """Return whether the process ends, and all were told: what is made now would be told nothing any more."""
+    return os.getpid() in _over
+
+
 def _close_all() -> None:
+    _over.add(os.getpid())
     for call in _ends:
         call()
     for mortal in [*_first, *(_open - _first)]:

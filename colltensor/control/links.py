@@ -48,7 +48,7 @@ BOUND: Final = 2
 NO_LANE: Final = -1
 """The lane of exchanges between two ranks that are no transfers; those have the rank that sends."""
 
-LINK, WELCOME, CONFIRM, ASK, ANSWER, TELL = range(6)
+LINK, WELCOME, CONFIRM, ASK, ANSWER, TELL, INQUIRE = range(7)
 """Kinds of ``net`` frames with which a connection begins: what the caller wants, and the replies."""
 
 CALLER: Final = struct.Struct("!I")
@@ -247,6 +247,17 @@ def ask(meeting: Meeting, peer: int, deadline: float) -> Status:
         return Status.decode(_reply(sock, ANSWER, deadline))
 
 
+def inquire(meeting: Meeting, peer: int, question: bytes, deadline: float) -> bytes:
+    """Ask a rank something of which the control plane knows nothing; its listener's thread has it answered.
+
+    Raises:
+        ConnectionError: The rank is gone, or nobody answers there.
+        TimeoutError: It did not answer in time.
+    """
+    with _call(meeting, peer, INQUIRE, question, deadline) as sock:
+        return _reply(sock, ANSWER, deadline)
+
+
 def tell(meeting: Meeting, peer: int, failure: Failure, deadline: float) -> None:
     """Tell a rank's listener that the group is broken; return when it has noted that.
 
@@ -272,7 +283,8 @@ def in_parallel(peers: Iterable[int], call: Callable[[int], None], until: float,
             with contextlib.suppress(IndexError, OSError):
                 call(waiting.popleft())
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(width, len(waiting)))]
+    count = min(width, len(waiting))
+    threads = [threading.Thread(target=work, name="colltensor-call", daemon=True) for _ in range(count)]
     try:
         for thread in threads:
             thread.start()

@@ -259,6 +259,13 @@ class Lookout:
                 self.board.hear(answer.failure)
         return answers
 
+    def inquire(self, peer: int, question: bytes) -> bytes | None:
+        """Return a rank's answer to a question; see ``Control.inquire``."""
+        try:
+            return links.inquire(self.meeting, peer, question, time.monotonic() + SILENCE_S)
+        except OSError:
+            return None
+
     def lost(self, peer: int, how: str) -> PeerLostError:
         """Return the error for a rank that is gone; looks who died with it, so that all ranks name the same ones."""
         time.sleep(_SETTLE_S)

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from colltensor import net
-from colltensor.control.links import ANSWER, ASK, CALLER, CONFIRM, LINK, TELL, WELCOME, Link, context_of
+from colltensor.control.links import ANSWER, ASK, CALLER, CONFIRM, INQUIRE, LINK, TELL, WELCOME, Link, context_of
 from colltensor.control.status import Failure, Status
 from colltensor.listener import HANDSHAKE_S, Listener
 
@@ -34,6 +34,9 @@ class Host(Protocol):
 
     def arrive(self, link: Link) -> None:
         """Take over a link that another rank has opened."""
+
+    def answer(self, caller: int, question: bytes) -> bytes:
+        """Return the answer to another rank's question."""
 
     def hear(self, failure: Failure) -> None:
         """Note that another rank says the group is broken."""
@@ -91,6 +94,8 @@ class Reception:
         [caller] = CALLER.unpack_from(request)
         if wish == ASK:
             net.send_frame(sock, ANSWER, self._host.status().encode(), deadline)
+        elif wish == INQUIRE and caller < self._meeting.world_size:
+            net.send_frame(sock, ANSWER, self._host.answer(caller, request[CALLER.size :]), deadline)
         elif wish == TELL:
             self._host.hear(Failure.decode(request[CALLER.size :]))
         elif wish == LINK and self._meeting.rank < caller < self._meeting.world_size:

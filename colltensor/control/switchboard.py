@@ -55,6 +55,7 @@ class Switchboard:
     Attributes:
         links: The link to each rank that has one. Only the thread that has entered may use it.
         until: When the present wait times out, None while nobody waits.
+        answers: What answers other ranks' questions, or None.
         usable: False once the group is closed, broken or another process's.
     """
 
@@ -62,6 +63,7 @@ class Switchboard:
         """Prepare to work for ``host``; ``open`` begins."""
         self.links: dict[int, Link] = {}
         self.until: float | None = None
+        self.answers: Callable[[int, bytes], bytes] | None = None
         self.usable = True
         self._host = host
         self._meeting = meeting
@@ -173,6 +175,12 @@ class Switchboard:
     def status(self) -> Status:
         """Return what this rank does at the moment."""
         return self._host.status()
+
+    def answer(self, caller: int, question: bytes) -> bytes:
+        """Return the answer to another rank's question; a connection without one says that nobody answers."""
+        if self.answers is None:
+            raise ValueError("nobody answers questions here")
+        return self.answers(caller, question)
 
     def arrive(self, link: Link) -> None:
         """Take over a link that another rank has opened."""

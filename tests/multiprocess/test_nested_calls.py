@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -254,7 +255,7 @@ def test_a_done_callback_that_calls_while_other_transfers_run(pool: RankPool, ba
     assert "inside a call" in found[-1]
 
 
-def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str) -> list[str]:
+def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str, inner: str) -> list[str]:
     import jax
     import jax.numpy as jnp
 
@@ -266,8 +267,8 @@ def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str) ->
         refused: list[str] = []
 
         def handle(*_: Any) -> None:
-            with pytest.raises(col.GroupError) as caught:
-                group.allreduce(np.ones(3))
+            with pytest.raises((col.GroupError, jax.errors.JaxRuntimeError)) as caught:
+                summed(jnp.ones(3)).block_until_ready() if inner == "jitted" else group.allreduce(np.ones(3))
             refused.append(str(caught.value))
 
         if rank == 0:
@@ -285,10 +286,11 @@ def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str) ->
 
 @pytest.mark.needs("jax")
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10")
+@pytest.mark.parametrize("inner", ["eager", "jitted"])
 @pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_a_handler_that_calls_while_a_computation_waits(pool: RankPool, backend: str) -> None:
+def test_a_handler_that_calls_while_a_computation_waits(pool: RankPool, backend: str, inner: str) -> None:
     """Where XLA computes in the caller's thread, which it does as long as there is little to compute."""
-    [words], nothing = pool.run(2, call_from_a_handler_in_jit, fresh(), backend)
+    [words], nothing = pool.run(2, call_from_a_handler_in_jit, fresh(), backend, inner)
     assert "inside another call" in words
     assert nothing == []
 
@@ -330,3 +332,44 @@ def test_a_handler_that_calls_torch_distributed(pool: RankPool, tmp_path: Path) 
     assert len(words) == 3
     assert all("inside" in said for said in words)
     assert total == other == 4
+
+
+def call_in_two_threads(rank: int, size: int, name: str, backend: str, at_once: bool) -> list[str]:
+    """Two threads of rank 0 call, while the other ranks come late or in between; what the log has."""
+    words: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            words.append(record.getMessage())
+
+    handler = Kept(logging.WARNING)
+    logger = logging.getLogger("colltensor")
+    with made(backend, rank, size, name) as group:
+        group.barrier()
+        logger.addHandler(handler)
+        try:
+            for _ in range(2):
+                if rank:
+                    time.sleep(0.3)
+                    group.allreduce(np.ones(3))
+                    group.allreduce(np.ones(3))
+                    continue
+                threads = [threading.Thread(target=group.allreduce, args=(np.ones(3),)) for _ in range(2)]
+                for thread in threads:
+                    thread.start()
+                    if not at_once:
+                        thread.join()
+                for thread in threads:
+                    thread.join()
+        finally:
+            logger.removeHandler(handler)
+    return words
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_threads_that_call_at_once_are_warned_of(pool: RankPool, backend: str) -> None:
+    size = 4 if backend == "hierarchical" else 2
+    found = pool.run(size, call_in_two_threads, fresh(), backend, True)
+    assert ["thread" in words for words in found[0]] == [True]  # once
+    assert found[1:] == [[]] * (size - 1)
+    assert pool.run(size, call_in_two_threads, fresh(), backend, False) == [[]] * size

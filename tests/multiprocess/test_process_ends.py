@@ -269,6 +269,8 @@ sys.modules["late"] = [
     Late(lambda group=group, x=x: group.allreduce(x)), Late(lambda group=group, x=x: group.broadcast([x, x], 0)),
     Late(lambda group=group, x=x: group.allreduce(x[::2], async_op=True)), Late(lambda group=group: group.barrier()),
     Late(lambda group=group: group.allgather_object(1)), Late(lambda col=col, x=x: col.allreduce(x, "g")),
+    Late(lambda group=group: group.split(0)), Late(lambda col=col: col.init_collective_group(1, 0, group_name="one")),
+    Late(lambda col=col, rank=rank: col.init_collective_group(2, rank, group_name="two", init_method="tcp://[::1]:9")),
 ]
 gc.disable()
 end()
@@ -279,4 +281,4 @@ end()
 def test_calls_of_what_is_freed_last_are_refused(tmp_path: Path, backend: str) -> None:
     """Nothing can be imported any more then."""
     for code, _, errors, _ in run(tmp_path, backend, _LATE, _LATE):
-        assert (code, errors) == (_CODE, "refused\n" * 6)
+        assert (code, errors) == (_CODE, "refused\n" * 9)

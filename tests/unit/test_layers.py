@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine", "work", "multigpu", "devices", "recipe", "objects", "untraced",
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
-    "table": {"errors", "objects", "backends", "rendezvous", "group", "observers", "recipe"},
+    "table": {"errors", "objects", "backends", "control", "rendezvous", "group", "observers", "recipe"},
     "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
     "replicas": {*VALUES, "adapters", "tree", "group"},
     "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table", "replicas"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -11,12 +12,13 @@ from colltensor.control import links
 from colltensor.work import OperationQueue, Work
 
 
+def _refuse(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading.Thread, "start", _refuse)
     return monkeypatch
 
 
@@ -28,9 +30,32 @@ def test_a_queue_without_a_thread_keeps_nothing(no_threads: pytest.MonkeyPatch) 
     assert queue.idle
     assert seen == []
     assert queue.enter()
-    queue.leave()
+    queue.turn.release()
     no_threads.undo()
     assert queue.put(Work("later", lambda: 5)).result() == 5
+
+
+def test_a_lane_has_its_thread_before_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else transfers that must pass each other would wait for one another, and nobody could be told why."""
+    queue, go, went = OperationQueue("queue"), threading.Event(), threading.Event()
+
+    def transfer(lane: tuple[int, int], run: Callable[[], object]) -> Work:
+        work = Work("transfer", run)
+        work.lane = lane
+        return queue.put(work)
+
+    first = queue.put(Work("before", lambda: go.wait(10.0)))
+    waits = transfer((0, 1), lambda: went.wait(10.0))
+    passes = transfer((1, 0), went.set)
+    monkeypatch.setattr(threading.Thread, "start", _refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        transfer((0, 2), go.set)
+    go.set()
+    for work in (first, waits, passes):
+        work.wait(2.0)
+    assert waits.result()
+    monkeypatch.undo()
+    assert transfer((0, 2), lambda: 5).result() == 5
 
 
 def test_peers_are_called_without_threads(no_threads: pytest.MonkeyPatch) -> None:
@@ -44,5 +69,5 @@ def test_a_call_from_inside_another_is_known(no_threads: pytest.MonkeyPatch) -> 
     assert not queue.is_inside()
     assert queue.enter()
     assert queue.is_inside()
-    queue.leave()
+    queue.turn.release()
     assert not queue.is_inside()

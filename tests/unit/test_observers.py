@@ -218,6 +218,7 @@ def test_every_collective_of_a_group_can_be_observed() -> None:
     others = {
         "broadcast_object", "allgather_object",  # seen in _exchange
         "follow", "shared_memory", "settle", "destroy", "end", "progress", "synchronize", "set_timeout", "lost",
+        "ask", "answer_with",
     }
     methods = {name for name, value in vars(col.Group).items() if callable(value) and not name.startswith("_")}
     assert methods - others == set(observers._OPERATIONS)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -17,6 +21,12 @@ def queue() -> Iterator[OperationQueue]:
     made = OperationQueue("tested")
     yield made
     made.close(GroupError("over"), 5.0)
+
+
+def leave(queue: OperationQueue) -> None:
+    """Give the turn back as the engine does."""
+    queue.turn.release()
+    queue.pass_on()
 
 
 def test_result_and_done(queue: OperationQueue) -> None:
@@ -58,7 +68,7 @@ def test_operations_run_in_order_and_one_at_a_time(queue: OperationQueue) -> Non
         running.release()
 
     works = [queue.put(Work("op", lambda number=number: run(number))) for number in range(20)]
-    assert not queue.enter() or (queue.leave() or all(work.done() for work in works))
+    assert not queue.enter() or (leave(queue) or all(work.done() for work in works))
     for work in works:
         work.wait(10)
     assert order == list(range(20))
@@ -71,7 +81,7 @@ def test_a_synchronous_call_takes_the_turn_when_nobody_waits(queue: OperationQue
     work = queue.put(Work("op", ran.set))
     assert not ran.wait(0.05)
     assert not work.done()
-    queue.leave()
+    leave(queue)
     work.wait(10)
     assert ran.is_set()
 
@@ -86,7 +96,7 @@ def test_closing_fails_what_waits() -> None:
         with pytest.raises(GroupError) as caught:
             work.wait(5)
         assert caught.value is gone
-    queue.leave()
+    leave(queue)
 
 
 def test_closing_waits_for_the_operation_that_runs() -> None:
@@ -100,7 +110,7 @@ def test_an_idle_queue_has_no_thread() -> None:
     before = threading.active_count()
     queue = OperationQueue("tested")
     assert queue.enter()
-    queue.leave()
+    leave(queue)
     assert queue.close(GroupError("over"), 1.0)
     assert threading.active_count() == before
 
@@ -131,3 +141,67 @@ def test_a_work_lets_go_of_its_operation(queue: OperationQueue) -> None:
     queue.put(Work("op", lambda: None)).wait(5)
     assert alive() is None
     assert work.done()
+
+
+class Interruption(BaseException):
+    """What a signal's handler raises."""
+
+
+@contextlib.contextmanager
+def interruptions(seed: int) -> Iterator[Callable[[], None]]:
+    """Have a handler raise a few microseconds after each call of what this gives; in vain where nobody can catch it."""
+    def handle(*_: object) -> None:
+        raise Interruption
+
+    chance, previous = random.Random(seed), signal.signal(signal.SIGALRM, handle)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield lambda: signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 60e-6)) and None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        sys.unraisablehook = hook
+
+
+before_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="a handler may come between any two instructions")
+
+
+@before_3_11
+def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) -> None:
+    with interruptions(1) as interrupt:
+        for _ in range(1500):
+            with contextlib.suppress(Interruption):
+                interrupt()
+                for _ in range(1000):
+                    if queue.enter():
+                        try:
+                            pass
+                        finally:
+                            queue.turn.release()
+                            queue.pass_on()
+            assert not queue.is_busy()
+
+
+@before_3_11
+def test_an_interrupt_at_any_moment_leaves_no_lock_taken(queue: OperationQueue) -> None:
+    queue.put(Work("first", lambda: None)).wait(5.0)  # with which the thread begins
+    with interruptions(2) as interrupt:
+        for _ in range(400):
+            with contextlib.suppress(Interruption):
+                interrupt()
+                for _ in range(20):
+                    queue.put(Work("op", lambda: None))
+                interrupt()
+                time.sleep(0.001)
+            assert queue.put(Work("next", lambda: 5)).wait(5.0) is None
+    deadline = time.monotonic() + 5.0
+    while not queue.idle and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not queue.is_busy()
+
+
+def test_a_worker_sees_a_turn_that_was_given_back_without_a_word(queue: OperationQueue) -> None:
+    assert queue.enter()
+    work = queue.put(Work("op", lambda: 5))
+    queue.turn.release()  # and a handler raised
+    assert work.wait(2.0) is None

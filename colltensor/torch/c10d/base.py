@@ -64,7 +64,8 @@ class BaseProcessGroup(Identity):
             self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds, refusal=refusal
         )
         self._line = Line(self._group.name)
-        self._transfers = Transfers(self._group.name, rank, size, _weakly(self._connect))
+        self._transfers = Transfers(self._group.name, rank, size, _weakly(self._connect), self._group.ask)
+        self._group.answer_with(self._transfers.standoffs.answer)
         self._others = Others(store, rank, size, timeout)
         self._parts = itertools.count()
         self._issued = 0
@@ -219,7 +220,8 @@ class BaseProcessGroup(Identity):
                 self._reword(error)
                 raise
             finally:
-                self._line.leave()
+                self._line.turn.release()
+                self._line.pass_on()
             return FinishedWork(tensors)
         if not opts.asyncOp and self._line.is_inside():
             raise nested(name, self._group.name)

@@ -5,6 +5,7 @@ Imports torch, and of the package errors and group.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -111,6 +112,9 @@ class Inbox:
         self._receives: list[Receive] = []
         self._messages: list[Message] = []
         self._readers: set[int] = set()
+        self._reading: set[int] = set()  # sources whose next message is being read
+        self._taken: collections.Counter[int] = collections.Counter()  # the number of the last that was, by source
+        self._withdrawn: set[tuple[int, int]] = set()  # sources and numbers of messages that count for nothing
         self._lost: dict[int, BaseException] = {}
         self._closed: CollectiveError | None = None
 
@@ -134,6 +138,32 @@ class Inbox:
                 return
         if found is not None:
             error = _store(receive, found.source, found.dtype, found.data)
+        _end(receive, error)
+
+    def taken(self, source: int) -> int | None:
+        """Return the number of the last message of ``source``'s that came; None while one may come without a call."""
+        with self._changed:
+            return None if source in self._reading or self._any_from(source) else self._taken[source]
+
+    def taken_before(self, receive: Receive) -> int | None:
+        """Return the number of the last message that came of its source; None if ``receive`` has taken one."""
+        with self._changed:
+            return self._taken[receive.source] if receive.source is not None and receive in self._receives else None
+
+    def withdraw(self, source: int, number: int) -> None:
+        """Discard a message that is still to come, by its number."""
+        with self._changed:
+            self._withdrawn.add((source, number))
+
+    def hold(self, receive: Receive) -> None:
+        """Let no message be taken for a receive, until it is added again."""
+        with self._changed:
+            if receive in self._receives:
+                self._receives.remove(receive)
+
+    def refuse(self, receive: Receive, error: CollectiveError) -> None:
+        """End a receive for which no message was taken."""
+        self.hold(receive)
         _end(receive, error)
 
     def close(self, error: CollectiveError) -> None:
@@ -172,7 +202,9 @@ class Inbox:
     def _wanted(self, source: int) -> bool:
         """Wait until a receive may take a message of ``source``'s; False at the end."""
         with self._changed:
+            self._reading.discard(source)
             self._changed.wait_for(lambda: self._closed is not None or self._any_from(source))
+            self._reading.add(source)
             return self._closed is None
 
     def _any_from(self, source: int) -> bool:
@@ -182,8 +214,11 @@ class Inbox:
         """Read one message: into the receive that takes it, or beside, so that the next message can come."""
         with translating(self._where, source, self._rank):
             group.recv(header.tensor, SENDER)
-        tag, nbytes, dtype, is_inline = header.read()
+        number, tag, nbytes, dtype, is_inline = header.read()
         with self._changed:
+            self._taken[source] = number
+            if (source, number) in self._withdrawn:
+                return
             receive: Receive | None = None
 
             def settled() -> bool:

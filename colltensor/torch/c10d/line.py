@@ -3,7 +3,7 @@
 ``colltensor.work.OperationQueue`` does the same with one thread; here a callback may wait for a later operation, as
 torch's PowerSGD hook does, so another thread goes on meanwhile.
 
-Imports nothing but the operations and errors.
+Imports of the package the operations, errors and work.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ from typing import Final
 
 from colltensor.errors import CollectiveError
 from colltensor.torch.c10d.work import Operation
+from colltensor.work import Turn, lock_of_handlers
 
 _CLOSE_TIMEOUT_S: Final = 5.0
+_LOOK_S: Final = 0.1
 
 
 class Line:
-    """Runs operations in their order: in the caller's thread between ``enter`` and ``leave``, else in one of its own.
-
-    The turn is a lock that is only ever tried: nobody blocks on it while an operation runs.
-    """
+    """Runs operations in their order: in the caller's thread after ``enter``, else in one of its own."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._turn = threading.Lock()
-        self._owner = 0  # the thread that has the turn
-        # A signal's handler may come back here at any moment, in the thread that has the lock.
-        self._changed = threading.Condition(threading.RLock())
-        self._putting = 0  # the thread that has the lock
+        self.turn = Turn()
+        self._lock, self._is_locked_here = lock_of_handlers()
+        self._changed = threading.Condition(self._lock)
         self._waiting: collections.deque[Operation] = collections.deque()
         self._closed: CollectiveError | None = None
         self._watched = False  # somebody waits for the turn to be free
@@ -40,22 +37,17 @@ class Line:
         self._running = False  # a thread runs one, and takes the next unless it has somebody to tell
 
     def enter(self) -> bool:
-        """Take the turn if nobody has it or waits for it; then ``leave`` must follow."""
-        if self._waiting or not self._turn.acquire(False):
-            return False
-        self._owner = threading.get_ident()
-        return True
+        """Take the turn if nobody has it or waits for it; then ``turn.release`` and ``pass_on`` must follow."""
+        return not self._waiting and self.turn.take()
 
     def is_inside(self) -> bool:
         """Return whether this thread runs an operation, so that what it begins meanwhile cannot be waited for."""
-        return threading.get_ident() in (self._owner, self._putting)
+        return self.turn.owner() == threading.get_ident() or self._is_locked_here()
 
-    def leave(self) -> None:
-        """Give the turn back."""
-        self._owner = 0
-        self._turn.release()
+    def pass_on(self) -> None:
+        """Let who waits for the turn know that it was given back."""
         if self._waiting or self._watched:
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def put(self, operation: Operation) -> None:
@@ -65,17 +57,15 @@ class Line:
             RuntimeError: No thread can be started; nothing is left behind.
         """
         operation._queue = self
-        with self._changed:
+        with self._lock:
             if self._closed is None:
-                outer, self._putting = self._putting, threading.get_ident()
-                self._waiting.append(operation)
                 try:
+                    self._waiting.append(operation)
                     self._man()
                 except BaseException:
-                    self._waiting.remove(operation)
+                    if operation in self._waiting:
+                        self._waiting.remove(operation)
                     raise
-                finally:
-                    self._putting = outer
                 return
         operation.end(self._closed)
         operation.tell()
@@ -85,28 +75,28 @@ class Line:
 
         Not for an operation that runs in a thread of the caller's own.
         """
-        with self._changed:
+        with self._lock:
             self._watched = True
             self._changed.wait_for(
-                lambda: (not self._waiting and not self._turn.locked()) or self._is_callers(),
+                lambda: (not self._waiting and not self.turn.owner()) or self._is_callers(),
                 max(0.0, deadline - time.monotonic()),
             )
 
     def close(self, error: CollectiveError) -> None:
         """Fail what waits, and wait a while for the operation that runs."""
-        with self._changed:
+        with self._lock:
             self._closed, self._watched = error, True
             cancelled = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._turn.locked(), _CLOSE_TIMEOUT_S)
+            self._changed.wait_for(lambda: not self.turn.owner(), _CLOSE_TIMEOUT_S)
         for operation in cancelled:
             operation.end(error)
             operation.tell()
 
     def _is_callers(self) -> bool:
-        """Return whether the operation that runs does so between ``enter`` and ``leave``."""
-        return self._turn.locked() and not self._running
+        """Return whether the operation that runs does so after ``enter``."""
+        return bool(self.turn.owner()) and not self._running
 
     def _man(self) -> None:
         """See that somebody takes the next operation; the lock is held."""
@@ -123,24 +113,24 @@ class Line:
                 raise
 
     def _serve(self) -> None:
-        with self._changed:
+        with self._lock:
             self._idle -= 1
         while True:
-            with self._changed:
+            with self._lock:
                 if self._idle and not self._waiting:  # one that waits is enough
                     return
                 self._idle += 1
-                self._changed.wait_for(self._may_go_on)
+                while not self._may_go_on():
+                    # A signal's handler may have raised in who gave the turn back, before it told.
+                    self._changed.wait(_LOOK_S if self._waiting else None)
                 self._idle -= 1
                 if not self._waiting:  # closed, with the turn never taken
                     return
-                self._owner = threading.get_ident()
                 operation = self._waiting.popleft()
                 self._running = True
             operation.execute()
-            self._owner = 0
-            self._turn.release()
-            with self._changed:
+            self.turn.release()
+            with self._lock:
                 self._running = False
                 if self._watched:
                     self._changed.notify_all()
@@ -151,5 +141,5 @@ class Line:
 
     def _may_go_on(self) -> bool:
         return (self._closed is not None and not self._waiting) or bool(
-            self._waiting and self._turn.acquire(False)
+            self._waiting and self.turn.take()
         )

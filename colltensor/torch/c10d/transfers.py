@@ -10,6 +10,8 @@ Imports torch, and of the package errors and group.
 
 from __future__ import annotations
 
+import collections
+import functools
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -22,6 +24,7 @@ from colltensor.torch.c10d.deadlines import Deadline, Deadlines
 from colltensor.torch.c10d.header import Header
 from colltensor.torch.c10d.inbox import Inbox, Receive, bytes_of, translating
 from colltensor.torch.c10d.line import Line
+from colltensor.torch.c10d.standoffs import Progress, Standoffs
 from colltensor.torch.c10d.work import Operation
 
 PATIENCE_S: Final = 7 * 86400.0
@@ -35,7 +38,10 @@ Connect = Callable[[int, int, Callable[[], None]], Group]
 class Transfers:
     """All transfers of one rank of a process group."""
 
-    def __init__(self, name: str, rank: int, size: int, connect: Connect) -> None:
+    def __init__(
+        self, name: str, rank: int, size: int, connect: Connect, ask: Callable[[int, bytes], bytes | None]
+    ) -> None:
+        """Begin with none; ``ask`` has the answer of another rank's ``standoffs`` to a question."""
         self._name = name
         self._rank = rank
         self._connect = connect
@@ -46,10 +52,15 @@ class Transfers:
         self._groups: dict[tuple[int, int], Group] = {}
         self._deadlines = Deadlines(self._expire)
         self._inbox = Inbox(name, rank, size, self._group)
+        self.standoffs = Standoffs(name, rank, ask, self.close)
+        self._issued: collections.Counter[int] = collections.Counter()  # the number of the last message, by destination
+        self._sent: collections.Counter[int] = collections.Counter()  # and of the last that was sent, or is
+        self._open: collections.defaultdict[int, set[int]] = collections.defaultdict(set)  # those that are not done
+        self._withdrawn: set[tuple[int, int]] = set()  # destinations and numbers of messages that count for nothing
+        self._held: dict[tuple[int, int], threading.Event] = {}  # of those that may soon
 
     def send(self, tensor: torch.Tensor, destination: int, tag: int, timeout_s: float) -> Operation:
         """Send to ``destination``; ends when a receive there has taken the message, or that rank has a short one."""
-        operation = Operation(f"send to rank {destination}, tag {tag}", lambda: self._deliver(tensor, destination, tag))
         with self._guard:
             if self._failure is not None:
                 raise self._refusal("send")
@@ -57,10 +68,17 @@ class Transfers:
             if outbox is None:
                 outbox = self._outboxes[destination] = Line(f"{self._name} to {destination}")
                 self._headers[destination] = Header()
+            number = self._issued[destination] = self._issued[destination] + 1
+            self._open[destination].add(number)
+        operation = Operation(
+            f"send to rank {destination}, tag {tag}", lambda: self._deliver(tensor, destination, number, tag)
+        )
+        operation.watch = functools.partial(self._watch_send, operation, destination, number)
         self._deadlines.add(operation, timeout_s, (destination,))
         try:
             outbox.put(operation)
         except RuntimeError as error:  # no thread can be started
+            self._open[destination].discard(number)
             operation.end(error)  # it does not expire
             raise
         return operation
@@ -69,6 +87,8 @@ class Transfers:
         """Receive the next message of ``source``, or of any rank, with such a tag."""
         whom = "any rank" if source is None else f"rank {source}"
         receive = Receive(source, tag, tensor, Operation(f"recv from {whom}, tag {tag}"))
+        if source is not None:
+            receive.operation.watch = functools.partial(self._watch_receive, receive, source)
         with self._guard:
             if self._failure is not None:
                 raise self._refusal("recv")
@@ -83,9 +103,10 @@ class Transfers:
     def drain(self, deadline: float) -> None:
         """Wait until everything was sent, or until ``deadline``, a value of ``time.monotonic()``."""
         with self._guard:
-            outboxes = list(self._outboxes.values())
-        for outbox in outboxes:
-            outbox.drain(deadline)
+            outboxes = dict(self._outboxes)
+        for destination, outbox in outboxes.items():
+            if (destination, self._issued[destination]) not in self._withdrawn:
+                outbox.drain(deadline)
 
     def close(self, error: CollectiveError) -> None:
         """End everything with ``error``; idempotent."""
@@ -126,15 +147,72 @@ class Transfers:
             self._check()
         return found
 
-    def _deliver(self, tensor: torch.Tensor, destination: int, tag: int) -> None:
+    def _watch_send(self, operation: Operation, destination: int, number: int) -> None:
+        """Wait for a send."""
+        self.standoffs.wait_for(
+            operation, True, destination,
+            functools.partial(self._send_progress, operation, destination, number),
+            functools.partial(self._held.__setitem__, (destination, number), threading.Event()),
+            functools.partial(self._release, destination, number),
+            functools.partial(self._refuse_send, operation, destination, number),
+        )
+
+    def _watch_receive(self, receive: Receive, source: int) -> None:
+        """Wait for a receive."""
+        inbox = self._inbox
+        self.standoffs.wait_for(
+            receive.operation, False, source, functools.partial(self._receive_progress, receive, source),
+            functools.partial(inbox.hold, receive), functools.partial(inbox.add, receive),
+            lambda error, _: inbox.refuse(receive, error),
+        )
+
+    def _send_progress(self, operation: Operation, destination: int, number: int) -> Progress | None:
+        """Return how far this rank and ``destination`` are, if a send waits for its recv and none is issued here."""
+        taken, left = self._inbox.taken(destination), self._open[destination]
+        if taken is None or operation.done() or number != min(left, default=0):
+            return None
+        return Progress(number, taken)
+
+    def _receive_progress(self, receive: Receive, source: int) -> Progress | None:
+        """Return how far this rank and ``source`` are, if a recv waits for its send and none is issued here."""
+        taken = self._inbox.taken_before(receive)
+        return None if taken is None or self._open[source] else Progress(self._sent[source], taken)
+
+    def _refuse_send(
+        self, operation: Operation, destination: int, number: int, error: CollectiveError, other: Progress
+    ) -> None:
+        """End a send that both ranks count for nothing, as they do the other rank's."""
+        self._withdrawn.add((destination, number))
+        self._inbox.withdraw(destination, other.sent)
+        self._open[destination].discard(number)
+        operation.end(error)
+        self._release(destination, number)
+
+    def _release(self, destination: int, number: int) -> None:
+        held = self._held.pop((destination, number), None)
+        if held is not None:
+            held.set()
+
+    def _counts(self, destination: int, number: int) -> bool:
+        """Return whether a message is to be delivered, once it is decided."""
+        held = self._held.get((destination, number))
+        if held is not None:
+            held.wait()
+        return (destination, number) not in self._withdrawn
+
+    def _deliver(self, tensor: torch.Tensor, destination: int, number: int, tag: int) -> None:
         try:
             group = self._group(self._rank, destination)
+            if not self._counts(destination, number):
+                return
             message, header = tensor.resolve_conj().resolve_neg().contiguous(), self._headers[destination]
-            is_inline = header.write(message, tag)
+            is_inline = header.write(message, number, tag)
+            self._sent[destination] = number
             with translating(f"group '{self._name}' (rank {self._rank})", self._rank, destination):
                 group.send(header.tensor, _RECEIVER)
-                if not is_inline:
+                if self._counts(destination, number) and not is_inline:
                     group.send(bytes_of(message), _RECEIVER)
+            self._open[destination].discard(number)
         except CollectiveError as error:
             if self._failure is not None and error is not self._failure:
                 raise self._failure from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from colltensor.torch.c10d.inbox import Receive
 
 _NO_TIMEOUT: Final = timedelta(0)
+_followed: Final[weakref.WeakSet[Operation]] = weakref.WeakSet()
+"""Operations whose end a future tells, and with it whoever calls us then."""
 
 
 class Operation(Work):
@@ -27,7 +30,10 @@ class Operation(Work):
 
     Attributes:
         name: The operation, for messages.
+        watch: What looks after a thread that waits for the operation without a timeout, until it is done; or None.
     """
+
+    watch: Callable[[], None] | None = None
 
     def __init__(self, name: str, run: Callable[[], Any] | None = None) -> None:
         super().__init__(name, run or _nothing)
@@ -44,6 +50,14 @@ class Operation(Work):
     def awaited(self) -> bool:
         """Whether ``tell`` has somebody to call."""
         return bool(self._listeners)
+
+    def is_done_within(self, seconds: float | None) -> bool:
+        """Wait so long at most, or for ever; return whether the operation succeeded or failed."""
+        return self._finished.wait(seconds)
+
+    def is_inside(self) -> bool:
+        """Return whether this thread is in a call that is before the operation, which cannot be waited for then."""
+        return self._queue is not None and self._queue.is_inside()
 
     def execute(self) -> None:
         """Run the operation; ``tell`` must follow."""
@@ -92,7 +106,10 @@ class PendingWork(dist.Work):
             CollectiveTimeoutError: It is not done after ``timeout``, where one is given; it goes on.
             CollectiveError: It failed.
         """
-        self._operation.wait(timeout.total_seconds() if timeout > _NO_TIMEOUT else None)
+        operation = self._operation
+        if operation.watch is not None and timeout <= _NO_TIMEOUT and not operation.is_inside():
+            operation.watch()
+        operation.wait(timeout.total_seconds() if timeout > _NO_TIMEOUT else None)
         return True
 
     def is_completed(self) -> bool:
@@ -126,6 +143,7 @@ class PendingWork(dist.Work):
         """Return the ``torch.futures.Future`` of the tensors; its error is a RuntimeError with ours in its text."""
         if self._future is None:
             operation, tensors = self._operation, self._tensors
+            _followed.add(operation)
             done: Any = torch.futures.Future()
             half = bool(tensors) and tensors[0].dtype is torch.float16
 
@@ -194,6 +212,11 @@ def _script() -> Any:
             return torch.jit._fork(wait_and_return, ended, tensors)
         """
     )
+
+
+def is_followed() -> bool:
+    """Return whether a future will tell of an operation that is not done."""
+    return any(not operation.done() for operation in list(_followed))
 
 
 def _nothing() -> None:

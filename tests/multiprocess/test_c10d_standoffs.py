@@ -1,0 +1,118 @@
+"""Two ranks of torch.distributed that wait in sends to each other, or in receives from each other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from c10d_ranks import world
+from pool import RankPool
+
+import colltensor as col
+
+pytestmark = [pytest.mark.shm, pytest.mark.needs("torch")]
+
+
+def refused(call: Callable[[], object]) -> tuple[float, str]:
+    """Return how long a call takes to be refused, and the words."""
+    began = time.monotonic()
+    with pytest.raises(col.MismatchError) as caught:
+        call()
+    assert caught.value.ranks == (0, 1)
+    return time.monotonic() - began, str(caught.value)
+
+
+def block_each_other(rank: int, size: int, path: Path, calls: str) -> list[tuple[float, str]]:
+    """Make calls that cannot end, in which a rank comes late or both at once; then what each has left goes through."""
+    with world(rank, size, path) as (torch, dist):
+        found = []
+        if rank == 2:
+            dist.barrier()
+            return []
+        for count in (3, 100_000):
+            for letter in calls:
+                mine = torch.full((count,), 100.0 + rank)
+                pending = {
+                    "s": lambda mine=mine: dist.send(mine, 1 - rank), "r": lambda mine=mine: dist.recv(mine, 1 - rank),
+                    "w": lambda mine=mine: dist.isend(mine, 1 - rank).wait(),
+                }
+                found.append(refused(pending[letter]))
+                assert (mine == 100.0 + rank).all()
+                time.sleep(0.1 * rank)
+            for _ in range(2):  # nothing of what was refused comes later
+                mine = torch.full((count,), float(rank))
+                dist.recv(mine, 1) if rank == 0 else dist.send(mine, 0)
+                assert (mine == 1).all()
+                mine = torch.full((count,), 7.0 + rank)
+                dist.send(mine, 1) if rank == 0 else dist.recv(mine, 0)
+                assert (mine == 7).all()
+        dist.barrier()
+        return found
+
+
+@pytest.mark.parametrize("calls", ["ss", "rr", "wsr"])
+def test_two_that_block_each_other_are_told_at_once(pool: RankPool, tmp_path: Path, calls: str) -> None:
+    for found in pool.run(3, block_each_other, tmp_path / "meet", calls)[:2]:
+        assert len(found) == 2 * len(calls)
+        for took, words in found:
+            assert took < 2.0  # the timeout is 20
+            assert "batch_isend_irecv" in words
+
+
+def leave_behind_a_refused_send(rank: int, size: int, path: Path) -> float:
+    """Leave the group: what was refused does not keep it."""
+    with world(rank, size, path) as (torch, dist):
+        refused(lambda: dist.send(torch.ones(3), 1 - rank))
+        began = time.monotonic()
+        dist.destroy_process_group()
+        return time.monotonic() - began
+
+
+def test_a_refused_send_does_not_hold_up_the_end(pool: RankPool, tmp_path: Path) -> None:
+    assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet")) < 3.0
+
+
+def pass_in_the_end(rank: int, size: int, path: Path, how: str) -> list[str]:
+    """Both wait in a send for longer than it takes to look; what ends it comes from elsewhere."""
+    words: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            words.append(record.getMessage())
+
+    handler = Kept(logging.WARNING)
+    with world(rank, size, path) as (torch, dist):
+        logging.getLogger("colltensor").addHandler(handler)
+        mine, theirs = torch.full((3,), float(rank)), torch.zeros(3)
+        receive: Any = None
+        if how == "thread":
+            receive = threading.Timer(0.5, dist.recv, (theirs, 1 - rank))
+            receive.start()
+        elif how == "issued":
+            receive = dist.irecv(theirs, 1 - rank)
+        elif rank:  # the other rank is late, that is all
+            time.sleep(0.5)
+            receive = dist.irecv(theirs, 0)
+        try:
+            dist.send(mine, 1 - rank)
+            if receive is None:
+                dist.recv(theirs, 1)
+            else:
+                receive.join() if how == "thread" else receive.wait()
+        finally:
+            logging.getLogger("colltensor").removeHandler(handler)
+        assert (theirs == 1 - rank).all()
+        dist.barrier()
+    return words
+
+
+@pytest.mark.parametrize("how", ["thread", "issued", "late"])
+def test_what_another_call_ends_is_not_refused(pool: RankPool, tmp_path: Path, how: str) -> None:
+    for words in pool.run(2, pass_in_the_end, tmp_path / "meet", how):
+        assert ["another thread" in said for said in words] in ([], [True])
+        assert words == [] or how == "thread"
