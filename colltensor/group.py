@@ -31,7 +31,7 @@ from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLost
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
-from colltensor.types import CPU, ReduceOp
+from colltensor.types import ReduceOp
 from colltensor.untraced import keep_compilers_out
 
 _log: Final = logging.getLogger(__name__)
@@ -196,13 +196,6 @@ class Group:
             and self._engine.allreduce_at_once(buffers, op)
         ):
             return tensor
-        if (
-            calls is not None and copy is None and not async_op and self._queue.idle
-            and buffers.__class__ is TensorBuffers and buffers.claims and buffers.views[0].device is CPU
-            and buffers.views[0].strides is None and calls[op].claim(tensor, buffers.views[0], buffers.claim)
-        ):
-            buffers.store()
-            return buffers.result()
         return self._engine.run(
             async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
             self._arguments.wire(buffers).allreduce, (buffers.transfers, op), buffers.result,

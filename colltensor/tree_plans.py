@@ -13,10 +13,11 @@ from colltensor.adapters import are_plain
 from colltensor.buffers import Buffers, adapt
 from colltensor.errors import CollectiveError
 from colltensor.tree import flat_tree, matcher_of, structure_of
+from colltensor.types import CPU
 from colltensor.view import BufferView
 
-_STRUCTURES: Final = 256
-"""Structures of trees that are kept in mind."""
+_KEPT: Final = 256
+"""How many plans a group keeps."""
 
 
 class Plan:
@@ -58,11 +59,13 @@ class Plans:
     def __init__(self, fits: Callable[[Sequence[Any]], bool] = are_plain) -> None:
         self._fits = fits
         self._plans: dict[Any, Plan] = {}
+        self._arrays: dict[Any, Plan | None] = {}
         self._latest: Plan | None = None
 
     def forget(self) -> None:
         """Drop all plans, and with them what was made for them."""
         self._plans.clear()
+        self._arrays.clear()
         self._latest = None
 
     def find(self, tree: Any) -> tuple[Plan | None, Sequence[Any]]:
@@ -90,6 +93,27 @@ class Plans:
         self._latest = found
         return found
 
+    def of_array(self, tensor: Any, kind: Any) -> Plan | None:
+        """Return the plan of a tensor by itself, which is a tree of one leaf; None unless it is row-major on the host.
+
+        All of one ``kind``, as its adapter says, have the same.
+        """
+        try:
+            return self._arrays[kind]
+        except KeyError:
+            pass
+        try:
+            buffers = adapt(tensor, False, False, False)
+        except CollectiveError:  # which the slow path says in its own words
+            return None
+        view = buffers.views[0]
+        fits = view.strides is None and view.device is CPU and not view.dtype.moves_only
+        plan = Plan(flat_tree(tensor)[1], buffers) if fits else None
+        if len(self._arrays) >= _KEPT:
+            self._arrays.clear()
+        self._arrays[kind] = plan
+        return plan
+
     def _learn(self, tree: Any, structure: Any) -> Plan | None:
         try:
             buffers = adapt(tree, False, False, True, reduced=True)
@@ -101,7 +125,7 @@ class Plans:
         there = self._plans.get(structure)
         if there is not None and there.words() == made.words():
             return there
-        if len(self._plans) >= _STRUCTURES:
+        if len(self._plans) >= _KEPT:
             self._plans.clear()
         self._plans[structure] = made
         return made

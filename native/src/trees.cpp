@@ -79,7 +79,17 @@ class Leaves {
     return !written || !share_memory();
   }
 
-  // Contiguous leaves at these addresses.
+  // Contiguous leaves at these addresses; false if they are not as many as the plan says.
+  bool take_addresses(const ffi::AnyView* addresses, int number) {
+    if (number != static_cast<int>(plan_.leaves.size())) return false;
+    views_.clear();
+    for (const Plan::Leaf& leaf : plan_.leaves) {
+      views_.emplace_back(reinterpret_cast<void*>((addresses++)->cast<std::int64_t>()), item_size(leaf.dtype));
+    }
+    return true;
+  }
+
+  // The same, of addresses that lie in a row.
   void take(const std::int64_t* addresses) {
     views_.clear();
     for (const Plan::Leaf& leaf : plan_.leaves) {
@@ -203,23 +213,28 @@ ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int op
   });
 }
 
-// The allreduce of contiguous leaves that are only read, at the addresses that lie at the first argument: the results
-// lie at those whose address the second one returns, which makes that memory, with the same contents, once the ranks
-// agree.
+// The allreduce of contiguous leaves at the addresses that it is given. Its first argument is None where it may write to
+// them. Else they are only read, and it is a function that makes the results' memory, with the same contents, once the
+// ranks agree, and returns the address of its addresses.
 ffi::Function claiming_tree_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op, std::int64_t plan) {
   const DirectCall call{Operation::kAllReduce, op, -1, -1};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
-  const Plan planned(words);
-  return ffi::Function::FromTyped([=](std::int64_t addresses, ffi::Function claim) -> std::int64_t {
+  const auto made = std::make_shared<Leaves>(Plan(words));
+  return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
-    if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
-    Leaves leaves(planned);
-    if (!leaves.reducible(static_cast<ReduceOp>(op))) return static_cast<std::int64_t>(Outcome::kRefused);
-    leaves.take(reinterpret_cast<const std::int64_t*>(addresses));
-    const std::function<const std::int64_t*()> moved = [&] {
-      return reinterpret_cast<const std::int64_t*>(claim().cast<std::int64_t>());
-    };
-    return result(*group, leaves.run(*group, call, now_ns() + timeout_ns, moved));
+    if (group.outcome() != Outcome::kDone) {
+      *returned = static_cast<std::int64_t>(group.outcome());
+      return;
+    }
+    *returned = static_cast<std::int64_t>(Outcome::kRefused);
+    if (!made->reducible(static_cast<ReduceOp>(op)) || !made->take_addresses(arguments + 1, number - 1)) return;
+    std::function<const std::int64_t*()> moved;
+    if (arguments[0].type_index() != ffi::TypeIndex::kTVMFFINone) {
+      moved = [claim = arguments[0].cast<ffi::Function>()] {
+        return reinterpret_cast<const std::int64_t*>(claim().cast<std::int64_t>());
+      };
+    }
+    *returned = result(*group, made->run(*group, call, now_ns() + timeout_ns, moved));
   });
 }
 
