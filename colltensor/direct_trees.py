@@ -26,12 +26,17 @@ class DirectTrees:
     def __init__(self, direct: Direct) -> None:
         self._direct = direct
         self._plans = Plans(_fit)
+        self._epoch = 0
 
     def renew(self) -> None:
         """Forget the functions, whose timeout was the backend's."""
         self._plans.forget()
+        self._epoch += 1
 
-    def run(self, operation: str, op: int, root: int, tree: Any, written: bool, donate: bool = False) -> Any:
+    def run(
+        self, operation: str, op: int, root: int, tree: Any, written: bool, donate: bool = False,
+        fixed: Plan | None = None,
+    ) -> Any:
         """Run an operation on a tree; return its result, None if it must go the general way.
 
         Args:
@@ -41,6 +46,7 @@ class DirectTrees:
             tree: The tree, or a tensor, which is refused here but for one that its framework never changes.
             written: Whether the call writes to it on this rank.
             donate: Use the memory of immutable tensors again.
+            fixed: The plan that the tree must be of to go the fast path.
 
         Raises:
             CollectiveError: As every collective.
@@ -53,7 +59,9 @@ class DirectTrees:
         adapter = known.get(tree.__class__)
         if adapter is not None:
             return self._array(op, tree, adapter, donate) if operation == "allreduce" and adapter.immutable else None
-        plan, leaves = self._plans.find(tree)
+        plan, leaves = self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _fit))
+        if leaves is None:
+            return None
         while plan is not None:
             call = self._call(operation, op, root, plan)
             adapter = known.get(leaves[0].__class__)
@@ -68,13 +76,14 @@ class DirectTrees:
                 results = call.claim_leaves(leaves, adapter, donate)
                 # The plan's structure has its dicts in another order of insertion.
                 return None if results is None else flat_tree(tree)[1].unflatten(results)
-            plan = self._plans.renewed(tree, plan)
+            plan = self._plans.renewed(tree, plan) if fixed is None else None
         return None
 
     def _call(self, operation: str, op: int, root: int, plan: Plan) -> TreeCall:
-        call: TreeCall | None = plan.made.get((operation, op, root))
+        key = operation, op, root, self._epoch
+        call: TreeCall | None = plan.made.get(key)
         if call is None:
-            call = plan.made[operation, op, root] = TreeCall(self._direct, operation, op, root, plan)
+            call = plan.made[key] = TreeCall(self._direct, operation, op, root, plan)
         return call
 
     def _array(self, op: int, tensor: Any, adapter: Any, donate: bool) -> Any:
@@ -143,10 +152,10 @@ class TreeCall(DirectCall):
             views = list(map(adapter.source, tensors))
         except CollectiveError:  # which the general way says in its own words
             return False
-        for view, planned in zip(views, self._plan.views, strict=True):
+        for view, planned, shape in zip(views, self._plan.views, self._plan.shapes, strict=True):
             if (
                 view.dtype is not planned.dtype or view.count != planned.count or view.strides is not None
-                or view.device is not CPU
+                or view.device is not CPU or shape not in (None, view.shape)
             ):
                 return False
         self._plan.made["kinds"] = kinds

@@ -152,7 +152,7 @@ class Group:
 
     def allreduce(
         self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,
-        copy: bool | None = None,
+        copy: bool | None = None, _like: Any = None,
     ) -> Any:
         """Combine the tensors of all ranks elementwise; every rank gets the result, with the same bits.
 
@@ -187,9 +187,11 @@ class Group:
             if work is not None:
                 return work
         if self._trees is not None and copy is None and not async_op:
-            done = self._trees.run("allreduce", op, -1, tensor, True, donate)
+            done = self._trees.run("allreduce", op, -1, tensor, True, donate, None if _like is None else _like.plan)
             if done is not None:
                 return done
+        if _like is not None:  # a Synchronizer, whose plan a tree on the fast path is of
+            _like.check(tensor)
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         if (
             self._engine.device is not None and copy is None and not async_op and buffers.__class__ is TensorBuffers

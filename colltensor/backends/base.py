@@ -449,7 +449,8 @@ class SigningBackend(Backend, Protocol):
             op: The reduce op, 255 for none.
             root: The root, -1 for none.
             plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.leaves_hash``), then of each
-                leaf the number of its dtype and its count. Copied.
+                leaf the number of its dtype, its count, and its shape: the number of axes, -1 for any, and their
+                extents. Copied.
         """
 
     def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:

@@ -22,13 +22,16 @@ namespace {
 namespace ffi = tvm::ffi;
 
 // What a tree's leaves must be. Packed by colltensor.tree_plans: the number of leaves, of all elements, the hash of the
-// leaves, then of each leaf its dtype and its number of elements.
+// leaves, then of each leaf its dtype, its number of elements, and its shape: how many axes, -1 for any, and extents.
 struct Plan {
   explicit Plan(const std::int64_t*& words) : count(static_cast<std::size_t>(words[1])), hash(words[2]) {
     const std::int64_t* next = words + 3;
-    for (std::int64_t i = 0; i < words[0]; ++i, next += 2) {
+    for (std::int64_t i = 0; i < words[0]; ++i) {
       const auto dtype = static_cast<DType>(next[0]);
-      leaves.push_back({dtype, static_cast<std::size_t>(next[1])});
+      const std::int64_t axes = next[2];
+      const std::int64_t* extents = next + 3;
+      next = extents + std::max(axes, std::int64_t{0});
+      leaves.push_back({dtype, static_cast<std::size_t>(extents[-2]), axes >= 0, {extents, next}});
       auto same = std::find_if(transfers.begin(), transfers.end(),
                                [&](const std::vector<int>& members) { return leaves[members[0]].dtype == dtype; });
       if (same == transfers.end()) same = transfers.insert(same, std::vector<int>{});
@@ -40,6 +43,8 @@ struct Plan {
   struct Leaf {
     DType dtype;
     std::size_t count;
+    bool shaped;
+    std::vector<std::int64_t> shape;
   };
   std::vector<Leaf> leaves;
   std::vector<std::vector<int>> transfers;  // the leaves of each dtype, in the order in which the dtypes first come
@@ -141,6 +146,8 @@ class Leaves {
     if (leaf.dtype >= DType::kMovesOnly || dtype_of(tensor.dtype()) != leaf.dtype) return false;
     if (tensor.device().device_type != kDLCPU) return false;
     if (static_cast<std::size_t>(tensor.numel()) != leaf.count) return false;
+    const auto shape = tensor.shape();
+    if (leaf.shaped && !std::equal(shape.begin(), shape.end(), leaf.shape.begin(), leaf.shape.end())) return false;
     char* data = static_cast<char*>(tensor.data_ptr());
     if (data == nullptr && leaf.count != 0) return false;  // freed, as torch may while the tensor stays
     data += tensor.byte_offset();

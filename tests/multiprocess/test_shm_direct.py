@@ -18,6 +18,7 @@ from shm_ranks import own_group, values
 
 import colltensor as col
 from colltensor.backends.shm.outcomes import PENDING
+from colltensor.gradients import Synchronizer
 
 COUNTS = (0, 1, 6, 7, 1024, 1025, 5000, 20_001, 300_007, 1_200_001)
 """Elements of four bytes: in the signature's line, inline, direct, in blocks, and read from the other's memory."""
@@ -619,6 +620,37 @@ def counted_frames(rank: int, size: int, name: str) -> int:
 @pytest.mark.needs("jax")
 def test_an_eager_call_of_jax_enters_few_functions(pool: RankPool) -> None:
     assert max(pool.run(2, counted_frames, fresh())) <= 20  # 37 and more when it was viewed twice in Python
+
+
+def steps(rank: int, size: int, name: str, library: str) -> float:
+    """What a Synchronizer compares is compared by native code, and its calls wait as long as the group's."""
+    made: Any = pytest.importorskip("jax.numpy" if library == "jax" else library)
+    with own_group(rank, size, name) as group:
+        tree = {"a": made.ones((2, 6)), "b": [made.ones(3)]}
+        kept = Synchronizer(tree, group=group, average=False)
+        kept.check = _never  # type: ignore[method-assign]
+        for _ in range(2):
+            assert kept.sync(tree)["a"].shape == (2, 6)
+        del kept.check
+        for wrong in ({"a": made.ones((3, 4)), "b": [made.ones(3)]}, {"a": made.ones(12), "b": [made.ones(3)]}):
+            with pytest.raises(col.ShapeError, match=r"leaf \['a'\]"):
+                kept.sync(wrong)
+        with pytest.raises(col.ShapeError):
+            kept.sync(tree["a"])
+        group.set_timeout(0.2)
+        group.barrier()
+        began = time.monotonic()
+        if rank == 0:
+            with pytest.raises(col.CollectiveTimeoutError):
+                kept.sync(tree)
+        else:
+            time.sleep(0.5)
+        return time.monotonic() - began
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("jax", marks=pytest.mark.needs("jax"))])
+def test_steps_of_a_synchronizer_go_the_short_way(pool: RankPool, library: str) -> None:
+    assert max(pool.run(2, steps, fresh(), library)) < 5
 
 
 def interrupted_claim(rank: int, size: int, name: str) -> str:
