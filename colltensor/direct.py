@@ -25,7 +25,6 @@ from colltensor.dlpack import export
 from colltensor.engine import Call, Engine, Transfer
 from colltensor.errors import CollectiveError, MismatchError
 from colltensor.types import ReduceOp
-from colltensor.view import BufferView
 from colltensor.work import EndedWork, IssuedWork, Work, failed_work
 
 NO_OP: Final = 255
@@ -117,7 +116,7 @@ class DirectCall:
     """One operation of one group, with its op and its ranks."""
 
     __slots__ = (
-        "_backend", "_call", "_claiming", "_engine", "_group", "_issue", "_operation", "_patient", "_queue",
+        "_backend", "_call", "_engine", "_group", "_issue", "_operation", "_patient", "_queue",
         "_stacked", "function",
     )
 
@@ -129,7 +128,6 @@ class DirectCall:
         self._operation = operation
         self._call = op, root, source
         self._stacked = stacked
-        self._claiming: Callable[..., int] | None = None
         self._issue: Callable[..., int] | None = None
         self.function, self._patient = self._functions()
 
@@ -247,29 +245,6 @@ class DirectCall:
     def _issuing(self) -> Callable[..., int]:
         self._issue = self._backend.issuing(DIRECT[self._operation], *self._call, self._stacked)
         return self._issue
-
-    def claim(self, tensor: Any, view: BufferView, claim: Callable[[], None]) -> bool:
-        """Run it on a tensor that its framework never changes; False as ``run``.
-
-        Args:
-            tensor: The tensor.
-            view: Of the tensor, contiguous and in host memory; of the result once ``claim`` was called.
-            claim: Called when the ranks agree: makes the result's memory, with the same contents.
-
-        Raises:
-            CollectiveError: As every collective.
-        """
-        def claimed() -> int:
-            claim()
-            return view.pointer
-
-        if self._claiming is None:
-            self._claiming = self._backend.claiming(self._call[0])
-        try:
-            code = self._claiming(view.pointer, view.count, view.dtype.code, claimed)
-        except BaseException as error:  # noqa: BLE001 - abort() raises
-            self._engine.abort(self._operation, error)
-        return not code or self.finish((tensor,), code)
 
     def finish(self, tensors: Sequence[Any], code: int) -> bool:
         """End a call that was not done at once; False if it must go the general way."""

@@ -26,21 +26,27 @@ class DirectTrees:
     def __init__(self, direct: Direct) -> None:
         self._direct = direct
         self._plans = Plans(_fit)
+        self._epoch = 0
 
     def renew(self) -> None:
         """Forget the functions, whose timeout was the backend's."""
         self._plans.forget()
+        self._epoch += 1
 
-    def run(self, operation: str, op: int, root: int, tree: Any, written: bool, donate: bool = False) -> Any:
+    def run(
+        self, operation: str, op: int, root: int, tree: Any, written: bool, donate: bool = False,
+        fixed: Plan | None = None,
+    ) -> Any:
         """Run an operation on a tree; return its result, None if it must go the general way.
 
         Args:
             operation: allreduce, reduce or broadcast.
             op: The reduce op, ``NO_OP`` for none.
             root: The root, ``NO_RANK`` for none.
-            tree: The tree, or a tensor, which is refused here.
+            tree: The tree, or a tensor, which is refused here but for one that its framework never changes.
             written: Whether the call writes to it on this rank.
             donate: Use the memory of immutable tensors again.
+            fixed: The plan that the tree must be of to go the fast path.
 
         Raises:
             CollectiveError: As every collective.
@@ -48,13 +54,16 @@ class DirectTrees:
         if self._direct.before is not None:
             self._direct.before()
         queue = self._direct.engine.queue
-        if tree.__class__ in known or not (queue.idle or queue.rests()):
+        if not (queue.idle or queue.rests()):
             return None
-        plan, leaves = self._plans.find(tree)
+        adapter = known.get(tree.__class__)
+        if adapter is not None:
+            return self._array(op, tree, adapter, donate) if operation == "allreduce" and adapter.immutable else None
+        plan, leaves = self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _fit))
+        if leaves is None:
+            return None
         while plan is not None:
-            call = plan.made.get((operation, op, root))
-            if call is None:
-                call = plan.made[operation, op, root] = TreeCall(self._direct, operation, op, root, plan)
+            call = self._call(operation, op, root, plan)
             adapter = known.get(leaves[0].__class__)
             if adapter is None:  # another thread has just registered one
                 return None
@@ -64,9 +73,32 @@ class DirectTrees:
             elif operation != "allreduce":
                 return None
             elif call.fits(leaves, adapter):
-                return call.claim_leaves(tree, leaves, adapter, donate)
-            plan = self._plans.renewed(tree, plan)
+                results = call.claim_leaves(leaves, adapter, donate)
+                # The plan's structure has its dicts in another order of insertion.
+                return None if results is None else flat_tree(tree)[1].unflatten(results)
+            plan = self._plans.renewed(tree, plan) if fixed is None else None
         return None
+
+    def _call(self, operation: str, op: int, root: int, plan: Plan) -> TreeCall:
+        key = operation, op, root, self._epoch
+        call: TreeCall | None = plan.made.get(key)
+        if call is None:
+            call = plan.made[key] = TreeCall(self._direct, operation, op, root, plan)
+        return call
+
+    def _array(self, op: int, tensor: Any, adapter: Any, donate: bool) -> Any:
+        """Run an allreduce of an immutable tensor, which is a tree of one leaf; return a new one, None as ``run``."""
+        if not hasattr(adapter, "claim_together"):
+            return None
+        try:
+            (kind,) = adapter.kinds((tensor,))
+        except RuntimeError:  # deleted: the general way says so
+            return None
+        plan = self._plans.of_array(tensor, kind)
+        if plan is None:
+            return None
+        results = self._call("allreduce", op, NO_RANK, plan).claim_leaves((tensor,), adapter, donate)
+        return None if results is None else results[0]
 
 
 def _fit(leaves: Sequence[Any]) -> bool:
@@ -79,10 +111,11 @@ def _fit(leaves: Sequence[Any]) -> bool:
 class TreeCall(DirectCall):
     """One operation on trees of one plan."""
 
-    __slots__ = ("_plan",)
+    __slots__ = ("_claiming", "_plan")
 
     def __init__(self, group: Direct, operation: str, op: int, root: int, plan: Plan) -> None:
         self._plan = plan
+        self._claiming: Callable[..., int] | None = None
         super().__init__(group, operation, op, root, NO_RANK, False)
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
@@ -119,17 +152,19 @@ class TreeCall(DirectCall):
             views = list(map(adapter.source, tensors))
         except CollectiveError:  # which the general way says in its own words
             return False
-        for view, planned in zip(views, self._plan.views, strict=True):
+        for view, planned, shape in zip(views, self._plan.views, self._plan.shapes, strict=True):
             if (
                 view.dtype is not planned.dtype or view.count != planned.count or view.strides is not None
-                or view.device is not CPU
+                or view.device is not CPU or shape not in (None, view.shape)
             ):
                 return False
         self._plan.made["kinds"] = kinds
         return True
 
-    def claim_leaves(self, tree: Any, tensors: Sequence[Any], adapter: Any, donate: bool) -> Any:
-        """Run it on the immutable leaves of a tree, which fit; return a tree of new ones, None as ``run``.
+    def claim_leaves(self, tensors: Sequence[Any], adapter: Any, donate: bool) -> list[Any] | None:
+        """Run it on immutable leaves, which fit; return new ones, None as ``run``.
+
+        The results are copies made before the ranks meet, unless they take the leaves' own memory.
 
         Raises:
             CollectiveError: As every collective.
@@ -143,7 +178,9 @@ class TreeCall(DirectCall):
             return kept[-1].buffer_info()[0]
 
         try:
-            given = array.array("q", adapter.addresses(tensors))
+            if not donate:
+                results = adapter.claim_together(tensors, False)
+            given = adapter.addresses(tensors if donate else results)
         except RuntimeError:  # deleted, or its computation failed: the general way says so
             return None
         if donate and len(set(given)) < len(given):  # one memory twice: likewise
@@ -151,12 +188,12 @@ class TreeCall(DirectCall):
         if self._claiming is None:
             self._claiming = self._backend.claiming_tree(self._call[0], self._plan.words())
         try:
-            code = self._claiming(given.buffer_info()[0], claimed)
+            code = self._claiming(claimed if donate else None, *given)
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(self._operation, error)
         if code and not self.finish(tensors, code):
             return None
-        return flat_tree(tree)[1].unflatten(results)  # the plan's has its dicts in another order of insertion
+        return results
 
     def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
         name, (op, root, _), arguments = self._operation, self._call, self._group.arguments

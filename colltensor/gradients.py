@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from colltensor import replicas, tree
-from colltensor.adapters import adapter_of, target_of
-from colltensor.buffers import refuse_overlaps
+from colltensor.adapters import adapter_of, known, target_of
+from colltensor.buffers import adapt, refuse_overlaps
 from colltensor.errors import (
     DeviceError,
     ShapeError,
@@ -22,7 +22,8 @@ from colltensor.errors import (
 from colltensor.group import Group
 from colltensor.replicas import Leaf
 from colltensor.table import find_group
-from colltensor.types import Device, ReduceOp
+from colltensor.tree_plans import Plan
+from colltensor.types import CPU, Device, ReduceOp
 from colltensor.view import BufferView
 
 
@@ -82,6 +83,7 @@ class Synchronizer:
 
     Attributes:
         group: The group.
+        plan: What the group compares trees with by itself; None where ``check`` must.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Synchronizer:
             f"{replicas.REMEDY}, or pass compare=False where it was given no parameters but what has their shapes",
         )
         self._match = None if self._structure is None else tree.matcher_of(self._structure)
+        self.plan = self._plan(like)
         self._seen: list[Any] | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -139,13 +142,24 @@ class Synchronizer:
             MismatchError: The ranks' calls differ.
             PeerLostError, CollectiveTimeoutError: A rank died or did not come; the gradients are undefined.
         """
-        if not self._is_as_seen(gradients):
-            tensors = None if self._structure is None else tree.leaves_like(gradients, self._structure)
-            if tensors is None:
-                tensors = self._flatten(gradients)
-            self._check(self._views(tensors, write=True))
-            self._seen = _looks(tensors)
-        return self.group.allreduce(gradients, self._op)
+        if self.plan is None or gradients.__class__ in known:
+            self.check(gradients)
+            return self.group.allreduce(gradients, self._op)
+        return self.group.allreduce(gradients, self._op, _like=self)
+
+    def check(self, gradients: Any) -> None:
+        """Compare the leaves' paths, shapes and data types with those that it was made for; moves nothing.
+
+        Raises:
+            ShapeError, UnsupportedDTypeError, TensorError: As ``sync``.
+        """
+        if self._is_as_seen(gradients):
+            return
+        tensors = None if self._structure is None else tree.leaves_like(gradients, self._structure)
+        if tensors is None:
+            tensors = self._flatten(gradients)
+        self._check(self._views(tensors, write=True))
+        self._seen = _looks(tensors)
 
     def _is_as_seen(self, gradients: Any) -> bool:
         """Return True if the leaves have the shapes and the frameworks' dtypes of leaves that were checked before."""
@@ -157,6 +171,12 @@ class Synchronizer:
             return tree.flatten(tensors, True)[:2]
         except TensorError as error:
             raise type(error)(f"{self._where()}: {error}") from error
+
+    def _plan(self, like: Any) -> Plan | None:
+        """Return the plan of such trees, with their shapes, where a group looks at those itself."""
+        if self._match is None or not self._leaves or self._device is not CPU or like.__class__ in known:
+            return None
+        return Plan(self._structure, adapt(like, False, False, True), shaped=True)
 
     def _views(self, tensors: Sequence[Any], write: bool) -> list[BufferView]:
         views = []

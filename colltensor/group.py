@@ -40,7 +40,7 @@ from colltensor.errors import (
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
-from colltensor.types import CPU, ReduceOp
+from colltensor.types import ReduceOp
 from colltensor.untraced import keep_compilers_out
 
 _log: Final = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Group:
 
     def allreduce(
         self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,
-        copy: bool | None = None,
+        copy: bool | None = None, _like: Any = None,
     ) -> Any:
         """Combine the tensors of all ranks elementwise; every rank gets the result, with the same bits.
 
@@ -205,22 +205,17 @@ class Group:
             if work is not None:
                 return work
         if self._trees is not None and copy is None and not async_op:
-            done = self._trees.run("allreduce", op, -1, tensor, True, donate)
+            done = self._trees.run("allreduce", op, -1, tensor, True, donate, None if _like is None else _like.plan)
             if done is not None:
                 return done
+        if _like is not None:  # a Synchronizer, whose plan a tree on the fast path is of
+            _like.check(tensor)
         buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
         if (
             self._engine.device is not None and copy is None and not async_op and buffers.__class__ is TensorBuffers
             and self._engine.allreduce_at_once(buffers, op)
         ):
             return tensor
-        if (
-            calls is not None and copy is None and not async_op and self._queue.idle
-            and buffers.__class__ is TensorBuffers and buffers.claims and buffers.views[0].device is CPU
-            and buffers.views[0].strides is None and calls[op].claim(tensor, buffers.views[0], buffers.claim)
-        ):
-            buffers.store()
-            return buffers.result()
         return self._engine.run(
             async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
             self._arguments.wire(buffers).allreduce, (buffers.transfers, op), buffers.result,

@@ -13,39 +13,51 @@ from colltensor.adapters import are_plain
 from colltensor.buffers import Buffers, adapt
 from colltensor.errors import CollectiveError
 from colltensor.tree import flat_tree, matcher_of, structure_of
+from colltensor.types import CPU
 from colltensor.view import BufferView
 
-_STRUCTURES: Final = 256
-"""Structures of trees that are kept in mind."""
+_KEPT: Final = 256
+"""How many plans a group keeps."""
+
+_ANY: Final = 2**64 - 1
+"""As many axes as it may have: -1, which the hash's type has no room for."""
 
 
 class Plan:
-    """What is known of trees of one structure whose leaves have the same dtypes and counts.
+    """What is known of trees of one structure whose leaves have the same dtypes and counts, or ``shaped`` also shapes.
 
     Attributes:
         structure: Builds a tree of leaves.
         views: One view a leaf, of the first such tree: of its dtype and count alone.
+        shapes: One a leaf, None for any.
         count: The number of elements of all leaves.
         leaves_hash: What the ranks compare of the leaves.
         match: Gives a tree's leaves at once, where the structure allows it: see ``tree.matcher_of``.
         made: What was made for such trees, by whatever its maker chooses.
     """
 
-    def __init__(self, structure: Any, buffers: Buffers) -> None:
+    def __init__(self, structure: Any, buffers: Buffers, shaped: bool = False) -> None:
         self.structure = structure
         self.views = [
             BufferView(0, view.count, view.dtype, view.device, None, None, False, None, None) for view in buffers.views
         ]
+        self.shapes = [view.shape if shaped else None for view in buffers.views]
         self.count = buffers.count()
         self.leaves_hash = buffers.leaves_hash()
         self.match = matcher_of(structure)
         self.made: dict[Any, Any] = {}
 
+    def leaves(self, tree: Any, fits: Callable[[Sequence[Any]], bool]) -> Sequence[Any] | None:
+        """Return the leaves of a tree of this structure that ``match`` knows, if they are such; None else."""
+        found = None if self.match is None else self.match(tree)
+        return found if found is not None and fits(found) else None
+
     def words(self, *more: int) -> array.array[int]:
-        """Return what native code is told: the number of leaves, of elements, the hash, then each dtype and count."""
+        """Return what native code is told: the numbers of leaves and elements, the hash, then each leaf."""
         words = [len(self.views), self.count, self.leaves_hash]
-        for view in self.views:
+        for view, shape in zip(self.views, self.shapes, strict=True):
             words += [view.dtype.code, view.count]
+            words += [_ANY] if shape is None else [len(shape), *shape]
         return array.array("Q", [*words, *more])
 
 
@@ -58,11 +70,13 @@ class Plans:
     def __init__(self, fits: Callable[[Sequence[Any]], bool] = are_plain) -> None:
         self._fits = fits
         self._plans: dict[Any, Plan] = {}
+        self._arrays: dict[Any, Plan | None] = {}
         self._latest: Plan | None = None
 
     def forget(self) -> None:
         """Drop all plans, and with them what was made for them."""
         self._plans.clear()
+        self._arrays.clear()
         self._latest = None
 
     def find(self, tree: Any) -> tuple[Plan | None, Sequence[Any]]:
@@ -71,10 +85,9 @@ class Plans:
         Their dtypes and counts may be others than the plan's: who uses it looks at them, and calls ``renewed``.
         """
         latest = self._latest
-        if latest is not None and latest.match is not None:
-            leaves = latest.match(tree)
-            if leaves is not None and self._fits(leaves):
-                return latest, leaves
+        known = None if latest is None else latest.leaves(tree, self._fits)
+        if known is not None:
+            return latest, known
         leaves, structure = flat_tree(tree)
         plan = self._plans.get(structure) or self._learn(tree, structure)
         if plan is None or not self._fits(leaves):
@@ -90,6 +103,27 @@ class Plans:
         self._latest = found
         return found
 
+    def of_array(self, tensor: Any, kind: Any) -> Plan | None:
+        """Return the plan of a tensor by itself, which is a tree of one leaf; None unless it is row-major on the host.
+
+        All of one ``kind``, as its adapter says, have the same.
+        """
+        try:
+            return self._arrays[kind]
+        except KeyError:
+            pass
+        try:
+            buffers = adapt(tensor, False, False, False)
+        except CollectiveError:  # which the slow path says in its own words
+            return None
+        view = buffers.views[0]
+        fits = view.strides is None and view.device is CPU and not view.dtype.moves_only
+        plan = Plan(flat_tree(tensor)[1], buffers) if fits else None
+        if len(self._arrays) >= _KEPT:
+            self._arrays.clear()
+        self._arrays[kind] = plan
+        return plan
+
     def _learn(self, tree: Any, structure: Any) -> Plan | None:
         try:
             buffers = adapt(tree, False, False, True, reduced=True)
@@ -101,7 +135,7 @@ class Plans:
         there = self._plans.get(structure)
         if there is not None and there.words() == made.words():
             return there
-        if len(self._plans) >= _STRUCTURES:
+        if len(self._plans) >= _KEPT:
             self._plans.clear()
         self._plans[structure] = made
         return made

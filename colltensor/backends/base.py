@@ -438,14 +438,6 @@ class SigningBackend(Backend, Protocol):
     def hand_over(self) -> int:
         """Put a direct call of this thread that came to ``DIRECT_PENDING`` into ``queue``; return its number."""
 
-    def claiming(self, op: int) -> Callable[..., int]:
-        """Return a function that makes an allreduce of a contiguous host tensor that its framework never changes.
-
-        It is given the address, the count, the number of the dtype, and a function to call once the ranks agree, which
-        makes the result's memory, with the same contents, and returns its address. It returns what ``settle`` is told,
-        or 0, and raises what that function does.
-        """
-
     def tree(self, operation: int, op: int, root: int, plan: array.array[int]) -> Callable[..., int]:
         """Return a function that runs an operation on the leaves of a tree, given one after the other.
 
@@ -457,15 +449,17 @@ class SigningBackend(Backend, Protocol):
             op: The reduce op, 255 for none.
             root: The root, -1 for none.
             plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.leaves_hash``), then of each
-                leaf the number of its dtype and its count. Copied.
+                leaf the number of its dtype, its count, and its shape: the number of axes, -1 for any, and their
+                extents. Copied.
         """
 
     def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
         """Return a function that makes an allreduce of the leaves of a tree that their framework never changes.
 
-        It is given the address of their addresses, and a function to call once the ranks agree, which makes the
-        results' memory, with the same contents, and returns the address of its addresses. All are contiguous host
-        memory. It returns and raises what that of ``claiming`` does.
+        It is given None and the addresses of copies of them, which become the results. Or it is given a function and
+        their own addresses. It calls the function once the ranks agree; the function makes the results' memory, with
+        the same contents, and returns the address of its addresses. All are contiguous host memory. It returns what
+        ``settle`` is told, or 0, and raises what that function does.
 
         Args:
             op: The reduce op.

@@ -347,31 +347,12 @@ ffi::Function queue_wait_function(std::int64_t handle) {
   });
 }
 
-// The allreduce of contiguous memory that is only read, and of the dtype with that number: the result lies where
-// `claim` says, a function that makes that memory, with the same contents, once the ranks agree.
-ffi::Function claiming_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op) {
-  const DirectCall call{Operation::kAllReduce, op, -1, -1};
-  return ffi::Function::FromTyped([=](std::int64_t address, std::int64_t count, std::int64_t number,
-                                      ffi::Function claim) -> std::int64_t {
-    Turn group(handle);
-    if (group.outcome() != Outcome::kDone) return code(group.outcome());
-    const auto dtype = static_cast<DType>(number);
-    View view(reinterpret_cast<void*>(address), item_size(dtype));
-    const std::function<void()> moved = [&] { view.rebase(reinterpret_cast<void*>(claim().cast<std::int64_t>())); };
-    const WhenAgreed notice(*group, moved);
-    std::int64_t detail = 0;
-    return result(*group, run_direct(*group, call, &view, static_cast<std::size_t>(count), dtype,
-                                     now_ns() + timeout_ns, detail));
-  });
-}
-
 }  // namespace
 }  // namespace colltensor
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_export_function, colltensor::export_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_direct_function, colltensor::direct_function)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_claiming_function, colltensor::claiming_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_issue_function, colltensor::issue_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hand_over_function, colltensor::hand_over_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_queue_function, colltensor::queue_function)

@@ -22,13 +22,16 @@ namespace {
 namespace ffi = tvm::ffi;
 
 // What a tree's leaves must be. Packed by colltensor.tree_plans: the number of leaves, of all elements, the hash of the
-// leaves, then of each leaf its dtype and its number of elements.
+// leaves, then of each leaf its dtype, its number of elements, and its shape: how many axes, -1 for any, and extents.
 struct Plan {
   explicit Plan(const std::int64_t*& words) : count(static_cast<std::size_t>(words[1])), hash(words[2]) {
     const std::int64_t* next = words + 3;
-    for (std::int64_t i = 0; i < words[0]; ++i, next += 2) {
+    for (std::int64_t i = 0; i < words[0]; ++i) {
       const auto dtype = static_cast<DType>(next[0]);
-      leaves.push_back({dtype, static_cast<std::size_t>(next[1])});
+      const std::int64_t axes = next[2];
+      const std::int64_t* extents = next + 3;
+      next = extents + std::max(axes, std::int64_t{0});
+      leaves.push_back({dtype, static_cast<std::size_t>(extents[-2]), axes >= 0, {extents, next}});
       auto same = std::find_if(transfers.begin(), transfers.end(),
                                [&](const std::vector<int>& members) { return leaves[members[0]].dtype == dtype; });
       if (same == transfers.end()) same = transfers.insert(same, std::vector<int>{});
@@ -40,6 +43,8 @@ struct Plan {
   struct Leaf {
     DType dtype;
     std::size_t count;
+    bool shaped;
+    std::vector<std::int64_t> shape;
   };
   std::vector<Leaf> leaves;
   std::vector<std::vector<int>> transfers;  // the leaves of each dtype, in the order in which the dtypes first come
@@ -79,7 +84,17 @@ class Leaves {
     return !written || !share_memory();
   }
 
-  // Contiguous leaves at these addresses.
+  // Contiguous leaves at these addresses; false if they are not as many as the plan says.
+  bool take_addresses(const ffi::AnyView* addresses, int number) {
+    if (number != static_cast<int>(plan_.leaves.size())) return false;
+    views_.clear();
+    for (const Plan::Leaf& leaf : plan_.leaves) {
+      views_.emplace_back(reinterpret_cast<void*>((addresses++)->cast<std::int64_t>()), item_size(leaf.dtype));
+    }
+    return true;
+  }
+
+  // The same, of addresses that lie in a row.
   void take(const std::int64_t* addresses) {
     views_.clear();
     for (const Plan::Leaf& leaf : plan_.leaves) {
@@ -131,6 +146,8 @@ class Leaves {
     if (leaf.dtype >= DType::kMovesOnly || dtype_of(tensor.dtype()) != leaf.dtype) return false;
     if (tensor.device().device_type != kDLCPU) return false;
     if (static_cast<std::size_t>(tensor.numel()) != leaf.count) return false;
+    const auto shape = tensor.shape();
+    if (leaf.shaped && !std::equal(shape.begin(), shape.end(), leaf.shape.begin(), leaf.shape.end())) return false;
     char* data = static_cast<char*>(tensor.data_ptr());
     if (data == nullptr && leaf.count != 0) return false;  // freed, as torch may while the tensor stays
     data += tensor.byte_offset();
@@ -203,23 +220,28 @@ ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int op
   });
 }
 
-// The allreduce of contiguous leaves that are only read, at the addresses that lie at the first argument: the results
-// lie at those whose address the second one returns, which makes that memory, with the same contents, once the ranks
-// agree.
+// The allreduce of contiguous leaves at the addresses that it is given. Its first argument is None where it may write to
+// them. Else they are only read, and it is a function that makes the results' memory, with the same contents, once the
+// ranks agree, and returns the address of its addresses.
 ffi::Function claiming_tree_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op, std::int64_t plan) {
   const DirectCall call{Operation::kAllReduce, op, -1, -1};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
-  const Plan planned(words);
-  return ffi::Function::FromTyped([=](std::int64_t addresses, ffi::Function claim) -> std::int64_t {
+  const auto made = std::make_shared<Leaves>(Plan(words));
+  return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
-    if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
-    Leaves leaves(planned);
-    if (!leaves.reducible(static_cast<ReduceOp>(op))) return static_cast<std::int64_t>(Outcome::kRefused);
-    leaves.take(reinterpret_cast<const std::int64_t*>(addresses));
-    const std::function<const std::int64_t*()> moved = [&] {
-      return reinterpret_cast<const std::int64_t*>(claim().cast<std::int64_t>());
-    };
-    return result(*group, leaves.run(*group, call, now_ns() + timeout_ns, moved));
+    if (group.outcome() != Outcome::kDone) {
+      *returned = static_cast<std::int64_t>(group.outcome());
+      return;
+    }
+    *returned = static_cast<std::int64_t>(Outcome::kRefused);
+    if (!made->reducible(static_cast<ReduceOp>(op)) || !made->take_addresses(arguments + 1, number - 1)) return;
+    std::function<const std::int64_t*()> moved;
+    if (arguments[0].type_index() != ffi::TypeIndex::kTVMFFINone) {
+      moved = [claim = arguments[0].cast<ffi::Function>()] {
+        return reinterpret_cast<const std::int64_t*>(claim().cast<std::int64_t>());
+      };
+    }
+    *returned = result(*group, made->run(*group, call, now_ns() + timeout_ns, moved));
   });
 }
 

@@ -243,6 +243,27 @@ def test_leaves_of_jax_are_donated_together(pool: RankPool, ranks: World) -> Non
     pool.run(ranks.size, donated, ranks)
 
 
+def many_of_jax(rank: int, size: int, world: World) -> None:
+    jax = importlib.import_module("jax")
+    group = world.group()
+    for donate in (False, True):
+        foreign = np.full(5, rank, np.float32)
+        tree = [jax.numpy.full(number % 4, rank + number, "float32") for number in range(19)]
+        tree += [jax.dlpack.from_dlpack(foreign), jax.numpy.arange(3)]
+        result = group.allreduce(tree, donate=donate)
+        for number in range(19):
+            assert np.asarray(result[number]).tolist() == [sum(range(size)) + number * size] * (number % 4)
+        assert np.asarray(result[19]).tolist() == [sum(range(size))] * 5
+        assert np.asarray(result[20]).tolist() == [0, size, 2 * size]
+        assert [leaf.is_deleted() for leaf in tree] == [donate] * 21
+        assert (foreign == rank).all()
+
+
+@pytest.mark.needs("jax")
+def test_more_leaves_of_jax_than_are_copied_at_once(pool: RankPool, ranks: World) -> None:
+    pool.run(ranks.size, many_of_jax, ranks)
+
+
 def moved_only(rank: int, size: int, world: World) -> None:
     """Types that have no name on the wire: torch on one rank, numpy on another."""
     torch, ml_dtypes = importlib.import_module("torch"), importlib.import_module("ml_dtypes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from shm_ranks import own_group, values
 
 import colltensor as col
 from colltensor.backends.shm.outcomes import PENDING
+from colltensor.gradients import Synchronizer
 
 COUNTS = (0, 1, 6, 7, 1024, 1025, 5000, 20_001, 300_007, 1_200_001)
 """Elements of four bytes: in the signature's line, inline, direct, in blocks, and read from the other's memory."""
@@ -587,6 +589,68 @@ def _never(*arguments: Any) -> None:
 @pytest.mark.needs("jax")
 def test_arrays_that_their_framework_never_changes_go_a_short_way(pool: RankPool) -> None:
     pool.run(2, immutable_beside_others, fresh())
+
+
+def frames_of(function: Callable[[], Any]) -> int:
+    """Return how many Python functions a call enters."""
+    entered = 0
+
+    def hook(frame: Any, event: str, argument: Any) -> None:
+        nonlocal entered
+        entered += event == "call"
+
+    sys.setprofile(hook)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def counted_frames(rank: int, size: int, name: str) -> int:
+    import jax
+
+    array = jax.numpy.ones(256)
+    with own_group(rank, size, name) as group:
+        for _ in range(3):  # compiled, and by way of XLA's own fast path
+            group.allreduce(array)
+        return min(frames_of(lambda: group.allreduce(array)) for _ in range(5))  # else a collection may run in it
+
+
+@pytest.mark.needs("jax")
+def test_an_eager_call_of_jax_enters_few_functions(pool: RankPool) -> None:
+    assert max(pool.run(2, counted_frames, fresh())) <= 20  # 37 and more when it was viewed twice in Python
+
+
+def steps(rank: int, size: int, name: str, library: str) -> float:
+    """What a Synchronizer compares is compared by native code, and its calls wait as long as the group's."""
+    made: Any = pytest.importorskip("jax.numpy" if library == "jax" else library)
+    with own_group(rank, size, name) as group:
+        tree = {"a": made.ones((2, 6)), "b": [made.ones(3)]}
+        kept = Synchronizer(tree, group=group, average=False)
+        kept.check = _never  # type: ignore[method-assign]
+        for _ in range(2):
+            assert kept.sync(tree)["a"].shape == (2, 6)
+        del kept.check
+        for wrong in ({"a": made.ones((3, 4)), "b": [made.ones(3)]}, {"a": made.ones(12), "b": [made.ones(3)]}):
+            with pytest.raises(col.ShapeError, match=r"leaf \['a'\]"):
+                kept.sync(wrong)
+        with pytest.raises(col.ShapeError):
+            kept.sync(tree["a"])
+        group.set_timeout(0.2)
+        group.barrier()
+        began = time.monotonic()
+        if rank == 0:
+            with pytest.raises(col.CollectiveTimeoutError):
+                kept.sync(tree)
+        else:
+            time.sleep(0.5)
+        return time.monotonic() - began
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("jax", marks=pytest.mark.needs("jax"))])
+def test_steps_of_a_synchronizer_go_the_short_way(pool: RankPool, library: str) -> None:
+    assert max(pool.run(2, steps, fresh(), library)) < 5
 
 
 def interrupted_claim(rank: int, size: int, name: str) -> str:

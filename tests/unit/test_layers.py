@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "table": {"errors", "objects", "backends", "control", "rendezvous", "group", "observers", "recipe"},
     "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
     "replicas": {*VALUES, "adapters", "tree", "group"},
-    "gradients": {*VALUES, "adapters", "tree", "buffers", "work", "group", "table", "replicas"},
+    "gradients": {*VALUES, "adapters", "tree", "tree_plans", "buffers", "work", "group", "table", "replicas"},
     "": {*VALUES, "adapters", "backends", "tree", "work", "group", "observers", "table", "collectives",
          "gradients"},
 }

@@ -101,11 +101,6 @@ class ShmBackend:
         number: int = self._hand_over()
         return number
 
-    def claiming(self, op: int) -> Callable[..., int]:
-        """Return a function of the native library's: see ``SigningBackend``."""
-        function: Callable[..., int] = self._native.shm_claiming_function(self._handle, self._timeout_ns, op)
-        return function
-
     def tree(self, operation: int, op: int, root: int, plan: array.array[int]) -> Callable[..., int]:
         """Return a function of the native library's: see ``SigningBackend``."""
         function: Callable[..., int] = self._native.shm_tree_function(
