@@ -36,6 +36,15 @@ def test_the_survivors_of_a_rank_killed_in_gloo(pool: RankPool, trial: Trial) ->
     run_trial(pool, trial)
 
 
+@pytest.mark.slow
+@pytest.mark.shm
+@pytest.mark.gloo
+@needs_native
+@pytest.mark.parametrize("trial", trials(9, 7, "hierarchical")[4::2], ids=NAMED)
+def test_the_survivors_of_a_rank_killed_on_one_of_several_hosts(pool: RankPool, trial: Trial) -> None:
+    run_trial(pool, trial)
+
+
 def die_while_connecting(rank: int, size: int, name: str) -> tuple[tuple[int, ...], float, list[str]]:
     """The last rank dies when all know its address and nobody has reached it; return what the others saw, and when."""
     death = Path(tempfile.gettempdir()) / f"{name}.died"
