@@ -62,7 +62,7 @@ class GlooSpec:
 
         Args:
             control: The group's ControlPlane.
-            meeting: The group's Placement; the default is to use the address the others know of this rank.
+            meeting: The group's Meeting; the default is to use the address the others know of this rank.
             timeout_s: How long connecting may take.
             interface: The interface to use, by name or address; each rank may have its own.
             provider: ``"native"``, ``"torch"`` or ``"pygloo"``, None for the first that all ranks have; ``"ibverbs"``
@@ -81,7 +81,7 @@ class GlooSpec:
         from colltensor.backends.gloo.backend import GlooBackend
 
         details = f"Gloo's provider is {name!r}: {reason}"
-        backend = GlooBackend(_connect(name, control, address, timeout_s), control, details)
+        backend = GlooBackend(_connect(name, control, meeting, address, timeout_s), control, details)
         # A rank that closes while another still connects to it would end that one's process (pygloo 0.2.1: getpeername
         # fails in Gloo's own thread, where nothing can catch it).
         try:
@@ -183,7 +183,7 @@ def _by_rank(values: Sequence[str | None]) -> str:
     return ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
 
 
-def _connect(name: str, control: ControlPlane, address: str, timeout_s: float) -> Provider:
+def _connect(name: str, control: ControlPlane, meeting: Any, address: str, timeout_s: float) -> Provider:
     """Import the provider and connect it."""
     module, attribute = _PROVIDERS[name]
     try:
@@ -193,5 +193,5 @@ def _connect(name: str, control: ControlPlane, address: str, timeout_s: float) -
             f"group '{control.group_name}' (rank {control.rank}), backend 'gloo': provider {name!r} is installed but "
             f"cannot be used: {error}; repair it or choose another with provider="
         ) from error
-    provider: Provider = make(control, address=address, timeout_s=timeout_s)
+    provider: Provider = make(control, meeting, address=address, timeout_s=timeout_s)
     return provider
