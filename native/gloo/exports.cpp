@@ -11,6 +11,7 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/string.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <map>
@@ -22,7 +23,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 3;  // grows with every change of these functions, and of what the ranks send
+constexpr std::int64_t kInterface = 4;  // grows with every change of these functions, and of what the ranks send
 
 // How a call ended, if not by an exception.
 enum Outcome : std::int64_t { kDone = 0, kStopped = 1, kClosed = 2 };
@@ -136,7 +137,13 @@ ffi::String ibverbs_names() {
   return names;
 }
 
-// Where this rank waits for `peer`.
+// Takes a socket, connected to `peer` over TCP; on failure too.
+std::int64_t link(std::int64_t handle, std::int64_t peer, std::int64_t fd) {
+  if (find(handle) == nullptr) ::close(static_cast<int>(fd));
+  return guarded(handle, [&](Mesh& mesh) { mesh.link(static_cast<int>(peer), static_cast<int>(fd)); });
+}
+
+// Not over TCP: where this rank waits for `peer`.
 ffi::Bytes address(std::int64_t handle, std::int64_t peer) {
   const std::shared_ptr<Mesh> mesh = find(handle);
   if (mesh == nullptr) return {};
@@ -144,7 +151,7 @@ ffi::Bytes address(std::int64_t handle, std::int64_t peer) {
   return ffi::Bytes(bytes.data(), bytes.size());
 }
 
-// Connects to all ranks; `addresses` are theirs for this one, each with its size in 4 bytes before it.
+// Not over TCP: connects to all ranks; `addresses` are theirs for this one, each with its size in 4 bytes before it.
 std::int64_t connect(std::int64_t handle, ffi::Bytes addresses, ffi::Function check) {
   return guarded(handle, [&](Mesh& mesh) {
     std::vector<std::vector<char>> all;
@@ -249,6 +256,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_interface, colltensor::interface_version)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_version, colltensor::gloo_version)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_ibverbs_names, colltensor::ibverbs_names)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_open, colltensor::open)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_link, colltensor::link)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_address, colltensor::address)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_connect, colltensor::connect)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gloo_limit, colltensor::limit)

@@ -1,8 +1,11 @@
 #include "mesh.h"
 
 #include <gloo/common/error.h>
+#include <unistd.h>
 
 #include <algorithm>
+
+#include "links.h"
 
 namespace colltensor {
 namespace {
@@ -65,8 +68,13 @@ void Ticker::run() {
 }
 
 Mesh::Mesh(std::shared_ptr<gloo::transport::Device> device, int rank, int size, std::chrono::milliseconds timeout)
-    : rank_(rank), size_(size), device_(std::move(device)), context_(device_->createContext(rank, size)),
-      sentinels_(static_cast<std::size_t>(size)), ticker_(new Ticker) {
+    : rank_(rank), size_(size), device_(std::move(device)), sentinels_(static_cast<std::size_t>(size)),
+      ticker_(new Ticker) {
+  if (const auto tcp = std::dynamic_pointer_cast<gloo::transport::tcp::Device>(device_)) {
+    context_ = create_links(tcp, rank, size, timeout);
+    return;
+  }
+  context_ = device_->createContext(rank, size);
   context_->setTimeout(timeout);
   for (int peer = 0; peer < size; ++peer) {
     if (peer != rank) context_->createPair(peer);
@@ -74,6 +82,23 @@ Mesh::Mesh(std::shared_ptr<gloo::transport::Device> device, int rank, int size, 
 }
 
 Mesh::~Mesh() = default;
+
+void Mesh::link(int peer, int fd) {
+  const std::lock_guard<std::shared_mutex> turn(turn_);
+  if (closing_) {
+    ::close(fd);
+    throw Closed();
+  }
+  colltensor::link(*context_->getPair(peer), fd);
+  watch(peer);
+}
+
+// From now on one tells of the connection's failure that hears of it in any case, see probe().
+void Mesh::watch(int peer) {
+  auto& sentinel = sentinels_[static_cast<std::size_t>(peer)];
+  sentinel = context_->createUnboundBuffer(&never_written_, sizeof never_written_);
+  sentinel->recv(peer, kSilence);
+}
 
 std::vector<char> Mesh::address(int peer) const {
   return peer == rank_ ? std::vector<char>() : context_->getPair(peer)->address().bytes();
@@ -92,10 +117,8 @@ void Mesh::connect(const std::vector<std::vector<char>>& addresses, const Check&
     try {
       for (int peer = 0; peer < size_ && !stop; ++peer) {
         if (peer == rank_) continue;
-        const auto index = static_cast<std::size_t>(peer);
-        context_->getPair(peer)->connect(addresses[index]);
-        sentinels_[index] = context_->createUnboundBuffer(&never_written_, sizeof never_written_);
-        sentinels_[index]->recv(peer, kSilence);
+        context_->getPair(peer)->connect(addresses[static_cast<std::size_t>(peer)]);
+        watch(peer);
       }
     } catch (...) {
       failure = std::current_exception();

@@ -91,7 +91,7 @@ class Message {
 
 class Mesh {
  public:
-  // Throws what Gloo throws where the device cannot be used.
+  // Not connected yet. Throws what Gloo throws where the device cannot be used.
   Mesh(std::shared_ptr<gloo::transport::Device> device, int rank, int size, std::chrono::milliseconds timeout);
   ~Mesh();
 
@@ -99,10 +99,14 @@ class Mesh {
   int size() const { return size_; }
   Limits limits;
 
-  // Where this rank waits for `peer`, for that rank's connect().
+  // Over TCP: takes the socket that is connected to `peer`, on failure too. Once for each peer.
+  void link(int peer, int fd);
+
+  // Over other transports: where this rank waits for `peer`, for that rank's connect().
   std::vector<char> address(int peer) const;
 
-  // Connects to all ranks, whose addresses are those that they have for this rank; empty for this one.
+  // Over other transports: connects to all ranks, whose addresses are those that they have for this rank; empty for this
+  // one.
   void connect(const std::vector<std::vector<char>>& addresses, const Check& check);
 
   // Runs `body`, one call at a time; or those that are `beside` others at the same time, each with messages of its own
@@ -125,6 +129,7 @@ class Mesh {
  private:
   bool ended(Message& message);
   bool ended_before_the_connection(Message& message);
+  void watch(int peer);
   void shut();
   void probe(int peer);
 

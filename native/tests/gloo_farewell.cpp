@@ -1,22 +1,19 @@
 // A rank that closes as soon as what it sent has left its memory, over a link that needs longer than a tick for it: the
 // other one must get all of it, though it looks whether the connection has failed meanwhile.
 //
-// The link is a relay on the loopback interface with a small receive window. The sender's address is the highest, so
-// that it is the one that dials (gloo/transport/tcp/pair.cc), and the relay is what it is told to dial.
+// The link is a relay on the loopback interface with a small receive window.
 #include "gloo_farewell.h"
 
-#include <arpa/inet.h>
 #include <gloo/transport/tcp/device.h>
-#include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
-#include <cstring>
+#include <thread>
 
 #include "collectives.h"
+#include "tcp_link.h"
 
 namespace colltensor {
 namespace tests {
@@ -27,47 +24,25 @@ constexpr int kWindow = 64 << 10;
 constexpr useconds_t kPieceUs = 15'000;    // a piece of kWindow takes as long: all of it half a second
 constexpr std::chrono::seconds kPatience{20};
 
-const char* const kReceiver = "127.0.0.1";
-const char* const kRelay = "127.0.0.2";
-const char* const kSender = "127.0.0.3";
-
 class Relay {
  public:
-  explicit Relay(const std::vector<char>& target) : listener_(::socket(AF_INET, SOCK_STREAM, 0)), address_(target) {
-    std::memcpy(&target_, target.data(), sizeof target_);
-    sockaddr_in own{};
-    own.sin_family = AF_INET;
-    ::inet_pton(AF_INET, kRelay, &own.sin_addr);
-    socklen_t size = sizeof own;
-    ::setsockopt(listener_, SOL_SOCKET, SO_RCVBUF, &kWindow, sizeof kWindow);
-    usable_ = ::bind(listener_, reinterpret_cast<sockaddr*>(&own), sizeof own) == 0 && ::listen(listener_, 1) == 0 &&
-              ::getsockname(listener_, reinterpret_cast<sockaddr*>(&own), &size) == 0;
-    std::memcpy(address_.data(), &own, sizeof own);
-    thread_ = std::thread([this] { run(); });
-  }
-  ~Relay() {
-    ::shutdown(listener_, SHUT_RDWR);
-    thread_.join();
-    ::close(listener_);
-  }
+  Relay() : to_sender_(tcp_link(kWindow)), to_receiver_(tcp_link()), thread_([this] { run(); }) {}
+  ~Relay() { thread_.join(); }
   Relay(const Relay&) = delete;
 
-  bool usable() const { return usable_; }
-  const std::vector<char>& address() const { return address_; }
+  // The ends for the two ranks.
+  int sender() const { return to_sender_.dialled; }
+  int receiver() const { return to_receiver_.dialled; }
 
  private:
   void run() {
-    const int sender = ::accept(listener_, nullptr, nullptr);
-    if (sender < 0) return;
-    const int receiver = ::socket(AF_INET, SOCK_STREAM, 0);
-    if (::connect(receiver, reinterpret_cast<sockaddr*>(&target_), sizeof target_) == 0) {
-      pollfd ends[] = {{sender, POLLIN, 0}, {receiver, POLLIN, 0}};
-      while (::poll(ends, 2, static_cast<int>(std::chrono::milliseconds(kPatience).count())) > 0) {
-        if (ends[1].revents != 0 && !pass(receiver, sender)) break;
-        if (ends[0].revents == 0) continue;
-        if (!pass(sender, receiver)) break;
-        ::usleep(kPieceUs);
-      }
+    const int sender = to_sender_.accepted, receiver = to_receiver_.accepted;
+    pollfd ends[] = {{sender, POLLIN, 0}, {receiver, POLLIN, 0}};
+    while (::poll(ends, 2, static_cast<int>(std::chrono::milliseconds(kPatience).count())) > 0) {
+      if (ends[1].revents != 0 && !pass(receiver, sender)) break;
+      if (ends[0].revents == 0) continue;
+      if (!pass(sender, receiver)) break;
+      ::usleep(kPieceUs);
     }
     ::close(sender);
     ::close(receiver);
@@ -81,23 +56,16 @@ class Relay {
     return true;
   }
 
-  const int listener_;
-  std::vector<char> address_;
-  sockaddr_in target_;
-  bool usable_;
+  const TcpLink to_sender_, to_receiver_;
   std::thread thread_;
 };
 
 // Whether all arrives at a rank whose looks around, in between, take some time.
 bool arrives(std::chrono::milliseconds look) {
   namespace tcp = gloo::transport::tcp;
-  const auto device = [](const char* address) { return tcp::CreateDevice(tcp::attr(address)); };
-  Mesh receiver(device(kReceiver), 0, 2, kPatience), sender(device(kSender), 1, 2, kPatience);
-  Relay relay(receiver.address(1));
-  if (!relay.usable()) {
-    std::fprintf(stderr, "FAILED: no relay at %s\n", kRelay);
-    return false;
-  }
+  Mesh receiver(tcp::CreateDevice(tcp::attr("127.0.0.1")), 0, 2, kPatience);
+  Mesh sender(tcp::CreateDevice(tcp::attr("127.0.0.1")), 1, 2, kPatience);
+  Relay relay;
   const auto began = std::chrono::steady_clock::now();
   const Check patient = [began] { return std::chrono::steady_clock::now() - began > kPatience; };
   const Check slow = [&] {
@@ -109,7 +77,7 @@ bool arrives(std::chrono::milliseconds look) {
 
   std::thread leaver([&] {
     try {
-      sender.connect({relay.address(), {}}, patient);
+      sender.link(0, relay.sender());
       sender.run(patient, [&] {
         Message message = sender.send(0, sent.data(), sent.size());
         sender.finish(message);
@@ -121,7 +89,7 @@ bool arrives(std::chrono::milliseconds look) {
   });
   std::string why;
   try {
-    receiver.connect({{}, sender.address(0)}, patient);
+    receiver.link(1, relay.receiver());
     receiver.run(slow, [&] {
       Message message = receiver.receive(1, received.data(), received.size());
       receiver.finish(message);

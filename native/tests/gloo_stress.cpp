@@ -21,6 +21,7 @@
 #include "gloo_farewell.h"
 #include "gloo_resets.h"
 #include "reference.h"
+#include "tcp_link.h"
 
 namespace colltensor {
 namespace tests {
@@ -158,9 +159,8 @@ class Rank {
 
   Mesh mesh;
 
-  void live(const std::vector<std::vector<char>>& addresses) {
+  void live() {
     try {
-      mesh.connect(addresses, patient());
       // Who survives goes on until a call has to do with the victim.
       const int calls = fate_.end == End::kNone ? kCalls : 10'000;
       for (int number = 0; number < calls && failures == 0; ++number) {
@@ -261,14 +261,15 @@ void stress(unsigned seed) {
     ranks.push_back(std::make_unique<Rank>(seed, rank, size, fate));
     ranks.back()->mesh.limits = limits;
   }
-  std::vector<std::vector<std::vector<char>>> addresses(ranks.size());
-  for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
-    for (const auto& other : ranks) addresses[rank].push_back(other->mesh.address(static_cast<int>(rank)));
+  for (int low = 0; low < size; ++low) {
+    for (int high = low + 1; high < size; ++high) {
+      const TcpLink ends = tcp_link();
+      ranks[static_cast<std::size_t>(low)]->mesh.link(high, ends.accepted);
+      ranks[static_cast<std::size_t>(high)]->mesh.link(low, ends.dialled);
+    }
   }
   std::vector<std::thread> threads;
-  for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
-    threads.emplace_back([&, rank] { ranks[rank]->live(addresses[rank]); });
-  }
+  for (const auto& rank : ranks) threads.emplace_back([&rank] { rank->live(); });
   for (std::thread& thread : threads) thread.join();
 }
 

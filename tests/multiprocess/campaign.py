@@ -2,7 +2,7 @@
 
     python tests/multiprocess/campaign.py --collectives 20000 --ranks 8 --seed 1
     python tests/multiprocess/campaign.py --kills 50 --seed 1
-    python tests/multiprocess/campaign.py --kills 50 --seed 7 --backend gloo    over the native Gloo
+    python tests/multiprocess/campaign.py --kills 50 --seed 7 --backend gloo    over the native Gloo; also hierarchical
 
 Random collectives run over 2 to ``--ranks`` ranks in turn, every second time on two groups in two threads. A failure
 ends the run with a traceback that names the seed and the step.
@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--backend", choices=("shm", "gloo"), default="shm", help="whose ranks are killed")
+    parser.add_argument("--backend", choices=("shm", "gloo", "hierarchical"), default="shm",
+                        help="whose ranks are killed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ct-") as name:
         folder = Path(name)

@@ -17,6 +17,7 @@ class FakeControl:
         self.world_size = world_size
         self.group_name = group_name
         self.addresses = [("127.0.0.1", 1)] * world_size
+        self.secret, self.generation = b"of the test", b"1"
         self.failure: BaseException | None = None
         self.exchanges = 0
         self.checks = 0

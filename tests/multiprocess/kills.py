@@ -12,9 +12,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
+from host_ranks import group_on
 from pool import RankPool
 from shm_ranks import Held, fresh, own_group
 
@@ -26,13 +28,29 @@ CREATION_TIMEOUT_S = 1.7
 
 
 class Trial(NamedTuple):
-    """Who is killed, when, and what all ranks do meanwhile."""
+    """Who is killed, when, and what all ranks do meanwhile.
+
+    Attributes:
+        hosts: A letter for each rank's simulated host; "" for this one.
+        parted: Whether they do it in a group that was split off, in the opposite order.
+    """
 
     backend: str
     size: int
     victim: int
     phase: str
     delay_s: float
+    hosts: str = ""
+    parted: bool = False
+
+    def group(self, rank: int, name: str, timeout_s: float = 20.0) -> AbstractContextManager[Any]:
+        if self.hosts:
+            return group_on(self.hosts, rank, name, self.backend, timeout_s)
+        return own_group(rank, self.size, name, timeout_s, self.backend)
+
+    def named(self) -> int:
+        """Return the victim's rank where it dies."""
+        return self.size - 1 - self.victim if self.parted else self.victim
 
 
 class Seen(NamedTuple):
@@ -99,6 +117,25 @@ def objects(group: Any, draw: random.Random) -> None:
     group.barrier()
 
 
+def programme(group: Any, draw: random.Random) -> None:
+    """Some ranks have transfers, and the others are ahead of them, in another call."""
+    size, count = group.world_size, draw.choice((3, 20_000, 400_000))
+    chosen = draw.sample(range(size), draw.randint(2, size))
+    root = draw.randrange(size)
+    if group.rank in chosen:
+        at, ones, zeros = chosen.index(group.rank), np.ones(count), np.zeros(count)
+        group.sendrecv(ones, chosen[(at + 1) % len(chosen)], zeros, chosen[at - 1])
+        if group.rank == chosen[0]:
+            group.send(ones, chosen[1])
+        elif group.rank == chosen[1]:
+            group.recv(zeros, chosen[0])
+    if draw.random() < 0.5:
+        outputs = [np.zeros(count) for _ in range(size)] if group.rank == root else None
+        group.gather(outputs, np.ones(count), root)
+    else:
+        group.broadcast(np.ones(count), root)
+
+
 PHASES: dict[str, tuple[Callable[[Any, random.Random], None], float]] = {
     "creation": (small, 0.06),
     "small": (small, 0.2),
@@ -108,6 +145,7 @@ PHASES: dict[str, tuple[Callable[[Any, random.Random], None], float]] = {
     "asynchronous": (asynchronous, 0.3),
     "others": (others, 0.3),
     "objects": (objects, 0.2),
+    "programme": (programme, 0.3),
 }
 """What is repeated until the rank dies, and how long it may live at most."""
 
@@ -127,12 +165,16 @@ def survive(rank: int, size: int, name: str, trial: Trial, pids: tuple[int, ...]
     try:
         if killer is not None and creating:
             killer.start()
-        with own_group(rank, size, name, CREATION_TIMEOUT_S if creating else 20.0, trial.backend) as group:
-            group.barrier()
+        with ExitStack() as stack:
+            at_work = stack.enter_context(trial.group(rank, name, CREATION_TIMEOUT_S if creating else 20.0))
+            if trial.parted:
+                at_work = at_work.split(0, key=-rank)
+                stack.callback(at_work.destroy)
+            at_work.barrier()
             if killer is not None and not creating:
                 killer.start()
             while True:
-                PHASES[trial.phase][0](group, draw)
+                PHASES[trial.phase][0](at_work, draw)
     except col.CollectiveError as caught:
         at, error = time.monotonic(), caught
     if killer is not None:
@@ -170,23 +212,28 @@ def run_trial(pool: RankPool, trial: Trial) -> float:
         told = f"{trial}: rank {rank} saw {seen.at - killed_at:.2f} s after the death: {seen}"
         allowed = {"PeerLostError", "CollectiveTimeoutError"} if trial.phase == "creation" else {"PeerLostError"}
         assert seen.kind in allowed, told
-        assert seen.ranks == (victim,), told
+        assert seen.ranks == (trial.named(),), told
         assert seen.at - killed_at < LIMIT_S, told
         assert not seen.left_behind, told
         slowest = max(slowest, seen.at - killed_at)
-    again = pool.run(size - 1, make_again, name, trial.backend)
+    again = pool.run(size - 1, make_again, name, "gloo" if trial.hosts else trial.backend)
     assert again == [size * (size - 1) / 2] * (size - 1), f"{trial}: {again}"
     return slowest
 
 
 def trials(number: int, seed: int, backend: str) -> list[Trial]:
-    """Return so many trials; all phases come in turn."""
+    """Return so many trials; all phases come in turn. Of the hierarchical backend six ranks, on two or three hosts."""
     random_ = random.Random(seed)
     made = []
     for turn in range(number):
         phase = list(PHASES)[turn % len(PHASES)]
-        size = random_.randint(2, 4)
-        made.append(Trial(backend, size, random_.randrange(size), phase, random_.random() * PHASES[phase][1]))
+        hosts, parted = "", False
+        if backend == "hierarchical":
+            hosts = random_.choice(("aaabbb", "ababab", "aabbcc", "abccca"))
+            parted = phase != "creation" and random_.random() < 0.5
+        size = len(hosts) or random_.randint(2, 4)
+        victim, delay_s = random_.randrange(size), random_.random() * PHASES[phase][1]
+        made.append(Trial(backend, size, victim, phase, delay_s, hosts, parted))
     return made
 
 

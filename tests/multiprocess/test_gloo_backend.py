@@ -282,8 +282,9 @@ def count_exchanges(rank: int, size: int, path: str, provider: str) -> int:
 
 def test_setting_up_takes_a_fixed_number_of_exchanges(pool: RankPool, path: str, provider: str) -> None:
     counts = {tuple(pool.run(size, count_exchanges, f"{path}{size}", provider)) for size in (2, 4, 8)}
-    keys = {"native": 1, "torch": 1, "pygloo": 2}[provider]
-    # The choice of the provider, its keys, and the news that all are connected.
+    keys = {"native": 2, "torch": 1, "pygloo": 2}[provider]
+    # The choice of the provider, its keys (of the native one the addresses, and that all are taken), and the news that
+    # all are connected.
     assert {number for ranks in counts for number in ranks} == {1 + keys + 1}
 
 

@@ -47,6 +47,7 @@ class Lonely:
 
     rank, world_size, group_name = 0, 1, "alone"
     addresses = (("127.0.0.1", 1),)
+    secret, generation = b"", b""
 
     def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
         return [payload]

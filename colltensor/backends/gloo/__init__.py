@@ -71,7 +71,7 @@ class GlooSpec:
 
         Args:
             control: The group's ControlPlane.
-            meeting: The group's Placement; the default is to use the address the others know of this rank.
+            meeting: The group's Meeting; the default is to use the address the others know of this rank.
             timeout_s: How long connecting may take.
             interface: The interface to use, by name or address; each rank may have its own.
             provider: ``"native"``, ``"torch"`` or ``"pygloo"``, None for the first that all ranks have; ``"ibverbs"``
@@ -94,7 +94,7 @@ class GlooSpec:
         make = _imported(name, control)
         deadline += time.monotonic() - began
         details = f"Gloo's provider is {name!r}: {reason}"
-        backend = GlooBackend(make(control, address=address, timeout_s=timeout_s), control, details)
+        backend = GlooBackend(make(control, meeting, address=address, timeout_s=timeout_s), control, details)
         # A rank that closes while another still connects to it would end that one's process (pygloo 0.2.1: getpeername
         # fails in Gloo's own thread, where nothing can catch it).
         try:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from colltensor.backends.shm import library
 from colltensor.errors import BackendUnavailableError
 
-INTERFACE: Final = 3
+INTERFACE: Final = 4
 """What the library's ``gloo_interface()`` must say: it counts the changes of its functions, and of what ranks send."""
 
 _loaded: list[Any] = []

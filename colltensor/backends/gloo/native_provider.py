@@ -1,8 +1,8 @@
 """Gloo through colltensor's own native library: needs no torch and no pygloo, on every version of Python.
 
-Connections, messages with bounded waits and all reductions are in native/gloo. Waiting holds no GIL and looks at the
-control plane ten times a second. When a call fails, its connections are shut before the error is raised, so that Gloo
-touches its memory no more. Imports no framework.
+Connections are made by ``meshing``; messages with bounded waits and all reductions are in native/gloo. Waiting holds no
+GIL and looks at the control plane ten times a second. When a call fails, its connections are shut before the error is
+raised, so that Gloo touches its memory no more. Imports no framework.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from colltensor import dlpack
 from colltensor.backends.base import ControlPlane
-from colltensor.backends.gloo import library
+from colltensor.backends.gloo import library, meshing
+from colltensor.backends.gloo.meshing import Meeting
 from colltensor.backends.gloo.provider import Pair, Transfer, expired, track
 from colltensor.backends.gloo.scheduling import SocketThreads
 from colltensor.errors import BackendUnavailableError
@@ -33,11 +34,12 @@ class NativeProvider:
     crosses = True
     natives: Mapping[Pair, Pair] = {}
 
-    def __init__(self, control: ControlPlane, *, address: str, timeout_s: float) -> None:
+    def __init__(self, control: ControlPlane, meeting: Meeting, *, address: str, timeout_s: float) -> None:
         """Connect. All ranks call.
 
         Args:
             control: The group's control plane, through which the ranks learn each other's addresses.
+            meeting: Where the ranks met; its secret is what each end of a connection must know.
             address: The address of this host to bind, by which the other ranks reach it.
             timeout_s: How long connecting may take.
 
@@ -64,7 +66,7 @@ class NativeProvider:
         self._everyone = NativeReductions(self, range(self._size))
         track(self)
         try:
-            self._connect(deadline)
+            self._connect(meeting, address, deadline)
         except BaseException:
             self.close()
             raise
@@ -72,12 +74,15 @@ class NativeProvider:
     def _place(self, address: str) -> tuple[str, int]:
         return address, 0
 
-    def _connect(self, deadline: float) -> None:
-        own = [bytes(self._library.gloo_address(self._handle, peer)).hex() for peer in range(self._size)]
-        frames = self._control.allgather(json.dumps(own).encode(), deadline)
-        addresses = [bytes.fromhex(json.loads(frame)[self._control.rank]) for frame in frames]
-        blob = b"".join(struct.pack("=I", len(address)) + address for address in addresses)
-        self._call("connecting", self._library.gloo_connect, blob, deadline=deadline)
+    def _connect(self, meeting: Meeting, address: str, deadline: float) -> None:
+        connections = meshing.connect(self._control, meeting, address, deadline)
+        try:
+            for peer, sock in connections.items():
+                if self._library.gloo_link(self._handle, peer, sock.detach()) == _CLOSED:
+                    raise RuntimeError("gloo: the connection is closed")
+        finally:
+            for sock in connections.values():
+                sock.close()
 
     def allreduce(self, pointer: int, nbytes: int, pair: Pair, deadline: float) -> None:
         """Raise RuntimeError: what combines is ``reductions``."""
@@ -168,6 +173,14 @@ class IbverbsProvider(NativeProvider):
 
     def _place(self, address: str) -> tuple[str, int]:
         return str(self._library.gloo_ibverbs_names()).partition(",")[0], 1
+
+    def _connect(self, meeting: Meeting, address: str, deadline: float) -> None:
+        """Connect queue pairs, which the adapter accepts from nobody but the peer that each is told."""
+        own = [bytes(self._library.gloo_address(self._handle, peer)).hex() for peer in range(self._size)]
+        frames = self._control.allgather(json.dumps(own).encode(), deadline)
+        addresses = [bytes.fromhex(json.loads(frame)[self._control.rank]) for frame in frames]
+        blob = b"".join(struct.pack("=I", len(address)) + address for address in addresses)
+        self._call("connecting", self._library.gloo_connect, blob, deadline=deadline)
 
 
 class NativeReductions:

@@ -46,11 +46,12 @@ class PyglooProvider:
     crosses = False
     natives: Mapping[Pair, Pair] = native_pairs(tuple(_TYPES), bitwise=False)
 
-    def __init__(self, control: ControlPlane, *, address: str, timeout_s: float) -> None:
+    def __init__(self, control: ControlPlane, meeting: object, *, address: str, timeout_s: float) -> None:
         """Connect. All ranks call.
 
         Args:
             control: The group's control plane, through which the ranks learn each other's addresses.
+            meeting: Not used: this Gloo makes its connections by itself, and asks for no secret.
             address: The address of this host to bind, by which the other ranks reach it.
             timeout_s: How long the ranks' addresses are waited for; connecting has pygloo's own 30 s.
         """
