@@ -51,10 +51,12 @@ class FileDirectory:
         return f"file://{os.path.abspath(self.path)}"
 
     @property
-    def elsewhere(self) -> FileDirectory:
+    def elsewhere(self) -> FileDirectory | None:
         """This host's folder of temporary files, where ranks of one host hear why rank 0 cannot write its file."""
-        tag = hashlib.sha256(self.scope.encode()).hexdigest()[:16]
-        return FileDirectory(os.path.join(tempfile.gettempdir(), f"colltensor-{os.geteuid()}-{tag}"))
+        tag = hashlib.sha256(os.fsencode(self.scope)).hexdigest()[:16]
+        with contextlib.suppress(FileNotFoundError):  # a host may have no such folder
+            return FileDirectory(os.path.join(tempfile.gettempdir(), f"colltensor-{os.geteuid()}-{tag}"))
+        return None
 
     def publish(self, key: str, invitation: bytes) -> None:
         """Write the file: see Directory."""
@@ -74,13 +76,13 @@ class FileDirectory:
 
     def locate(self, key: str, deadline: float) -> bytes:
         """Read the file once it is there: see Directory."""
-        target = self._file(key)
+        target, elsewhere = self._file(key), self.elsewhere
         pause = _FIRST_PAUSE_S
         while True:
             data = _found(target)
-            if data is None:
+            if data is None and elsewhere is not None:
                 with contextlib.suppress(OptionError):  # what others leave among temporary files is no concern of ours
-                    data = _found(self.elsewhere._file(key))
+                    data = _found(elsewhere._file(key))
             if data is not None and _is_complete(data):
                 return data
             if time.monotonic() + pause >= deadline:
