@@ -10,6 +10,7 @@ Imports torch, and of the package errors, group, table and types.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -115,7 +116,8 @@ def scatter(
     found = _group(group)
     entries = [tensor] * found.world_size
     if found.rank == src_rank:
-        entries = _entries(found, "scatter", tensor_list)
+        with found._refusing("scatter", src_rank, None) if tensor.is_cpu else contextlib.nullcontext():
+            entries = _entries(found, "scatter", tensor_list)
     return apply(Scatter(found, src_rank), _recorded(found, "scatter", None, entries))[0]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,26 @@ def closures(rank: int, size: int, world: World) -> None:
 
 def test_an_ordered_function_may_close_over_what_is_traced(pool: RankPool) -> None:
     pool.run(2, closures, SHARED)
+
+
+def replicated(rank: int, size: int, world: World) -> None:
+    group = world.group()
+    jax, jnp, cj = _jax()
+    page = (Path(__file__).parents[2] / "docs" / "jax.md").read_text()
+    [recipe] = re.findall(r"```python\n(@functools.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"functools": functools, "jax": jax, "cj": cj}
+    exec(recipe, names)
+    x = jnp.arange(3.0) + rank
+    summed = sum(np.arange(3.0) + other for other in range(size))
+    for function, factor in ((names["replicated_sum"], 1), (cj.allreduce, size)):
+        for wrap in (lambda f: f, jax.jit):
+            value, gradient = wrap(jax.value_and_grad(lambda y, f=function: (f(y, group) ** 2).sum()))(x)
+            assert np.allclose(value, (summed**2).sum())
+            assert np.allclose(gradient, factor * 2 * summed)
+
+
+def test_the_documented_recipe_for_the_gradients_of_mpi4jax(pool: RankPool) -> None:
+    pool.run(2, replicated, SHARED)
 
 
 def sparse_operands(rank: int, size: int, world: World) -> None:

@@ -67,6 +67,25 @@ def test_the_others_hear_of_a_refusal(pool: RankPool, backend: str) -> None:
     pool.run(4 if backend == "hierarchical" else 3, refuse, fresh(), backend)
 
 
+def refuse_under_autograd(rank: int, size: int, name: str) -> None:
+    import torch
+
+    import colltensor.torch as ct
+
+    with made("shm", rank, size, name) as group:
+        for number in (1, size):
+            entries = [torch.ones(3 - place, requires_grad=True) for place in range(number)]
+            with pytest.raises(col.MismatchError if rank else col.ShapeError, match=r"refused its part|expected"):
+                ct.scatter(torch.ones(3), None if rank else entries, 0, group)
+            assert group.allreduce(np.ones(3)).tolist() == [size] * 3
+
+
+@pytest.mark.shm
+@pytest.mark.needs("torch")
+def test_the_others_hear_of_a_refusal_under_autograd(pool: RankPool) -> None:
+    pool.run(2, refuse_under_autograd, fresh())
+
+
 def refuse_in_torch(rank: int, size: int, path: Path) -> None:
     with world(rank, size, path, timeout_s=20.0) as (torch, dist):
         for asynchronous in (False, True):
