@@ -93,6 +93,12 @@ class Listener:
         if self._thread is not threading.current_thread() and self._thread.ident is not None:
             self._thread.join(seconds)
 
+    def end_strangers(self) -> None:
+        """After ``join``: let those go as well who are at their proof."""
+        with self._place:
+            for sock in self._speaking:
+                _end(sock)
+
     def disown(self) -> None:
         """In a forked child, which has no such thread: close its copies of the connections that say nothing."""
         self._closed = True
@@ -162,8 +168,7 @@ class Listener:
                     self._place.wait(left)
                     continue
                 del self._speaking[oldest]
-                with contextlib.suppress(OSError):  # closed meanwhile
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+                _end(oldest)
             self._speaking[sock] = time.monotonic()
         try:
             threading.Thread(target=self._answer, args=(sock,), name=f"{self._thread.name}-one", daemon=True).start()
@@ -177,6 +182,12 @@ class Listener:
             self._serve(sock)
         finally:
             self.proven(sock)
+
+
+def _end(sock: socket.socket) -> None:
+    """End a connection that its thread closes, or has closed."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _descriptors() -> int:

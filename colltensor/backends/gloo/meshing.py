@@ -17,19 +17,18 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Final, Protocol
 
 from colltensor import net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo.provider import expired
+from colltensor.listener import Listener
 
 _HANDSHAKE_S: Final = 4.0
 """How long one connection may take until it is taken; then its rank dials again."""
-_UNPROVEN: Final = 64
-"""How many accepted connections may be open that have proved nothing so far; the oldest goes first."""
 _DIALLERS: Final = 8
 _PAUSE_S: Final = 0.05
+_JOIN_S: Final = 2.0
 _LOOK_S: Final = 0.1
 
 _JOIN, _TAKEN = range(2)
@@ -88,9 +87,9 @@ class _Mesh:
         self._addresses: list[tuple[str, int]] = []
         self._to_dial = deque(range(self._rank))
         self._taken: dict[int, tuple[int, socket.socket]] = {}
-        self._accepted: dict[socket.socket, None] = {}  # and not taken, the oldest first
         self._dialled: set[socket.socket] = set()  # and not taken
-        self._accepting: threading.Thread | None = None
+        name = f"colltensor-{control.group_name}-accepting"
+        self._door = Listener(listener, self._receive, self._note, name)
         self._changed = threading.Condition()
         self._over = False
 
@@ -98,9 +97,10 @@ class _Mesh:
         """Return once there is a connection to each other rank."""
         own = json.dumps(self._listener.getsockname()[:2]).encode()
         self._addresses = [(host, port) for host, port in map(json.loads, self._control.allgather(own, deadline))]
-        self._accepting = self._start(self._accept)
+        self._door.start()
         for _ in range(min(self._rank, _DIALLERS)):
-            self._start(self._dial)
+            name = f"colltensor-{self._control.group_name}-connecting"
+            threading.Thread(target=self._dial, name=name, daemon=True).start()
         while True:
             with self._changed:
                 if self._changed.wait_for(self._is_complete, _LOOK_S):
@@ -112,12 +112,13 @@ class _Mesh:
     def end(self, kept: bool) -> dict[int, socket.socket]:
         """Accept and dial no more; return what there is, or close that too."""
         self._over = True
-        _shut(self._listener)
-        if self._accepting is not None:
-            self._accepting.join()  # before the listener's number may be another's
+        self._door.stop()
+        self._door.join(_JOIN_S)  # before the listener's number may be another's
+        self._door.end_strangers()
         with self._changed:
-            for sock in (*self._accepted, *self._dialled):
-                _shut(sock)
+            for sock in self._dialled:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)  # its thread waits for it, and closes it
             taken = {peer: sock for peer, (_, sock) in self._taken.items()}
         if kept:
             return taken
@@ -128,37 +129,12 @@ class _Mesh:
     def _is_complete(self) -> bool:
         return len(self._taken) == self._size - 1
 
-    def _start(self, work: Callable[..., None], *arguments: socket.socket) -> threading.Thread:
-        name = f"colltensor-{self._control.group_name}-connecting"
-        thread = threading.Thread(target=work, args=arguments, name=name, daemon=True)
-        thread.start()
-        return thread
-
-    def _accept(self) -> None:
-        while not self._over:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:  # at the end, or there are no descriptors at the moment
-                self._note("cannot accept a connection", error)
-                time.sleep(0.0 if self._over else _PAUSE_S)
-                continue
-            with self._changed:
-                self._accepted[sock] = None
-                if len(self._accepted) > _UNPROVEN:
-                    oldest = next(iter(self._accepted))
-                    del self._accepted[oldest]
-                    _shut(oldest)
-            try:
-                self._start(self._receive, sock)
-            except RuntimeError as error:  # no thread can be started
-                self._note("cannot serve a connection", error)
-                self._drop(sock)
-
     def _receive(self, sock: socket.socket) -> None:
         """Take a connection that a higher rank has dialled, or close it."""
         until = time.monotonic() + _HANDSHAKE_S
         try:
             caller, _ = _ENDS.unpack(net.verify(sock, self._key_of, until))
+            self._door.proven(sock)
             kind, attempt = net.recv_frame(sock, until, net.UNPROVEN_LIMIT)
             if kind != _JOIN:
                 raise net.FrameError(f"expected a request to join, got {kind}")
@@ -218,26 +194,16 @@ class _Mesh:
             last, replaced = self._taken.get(peer, (0, None))
             if self._over or attempt <= last:
                 raise ConnectionAbortedError(f"rank {peer} has another connection, or needs none any more")
-            self._let_go(sock)
+            self._dialled.discard(sock)
             self._taken[peer] = attempt, sock
             self._changed.notify_all()
             if replaced is not None:
                 replaced.close()
 
-    def _let_go(self, sock: socket.socket) -> None:
-        self._accepted.pop(sock, None)
-        self._dialled.discard(sock)
-
     def _drop(self, sock: socket.socket) -> None:
         with self._changed:
-            self._let_go(sock)
+            self._dialled.discard(sock)
             sock.close()  # inside, so that nobody shuts a number that is another's by now
 
     def _note(self, what: str, error: Exception) -> None:
         _log.debug("group %r (rank %d): %s: %s", self._control.group_name, self._rank, what, error)
-
-
-def _shut(sock: socket.socket) -> None:
-    """End a connection, or a listener, of which another thread may be waiting; that thread closes it."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
