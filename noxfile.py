@@ -1,11 +1,12 @@
 """The matrix: every framework on every Python where the pair exists, and the checks of the sources.
 
-    nox                             everything but `gpu`
+    nox                             everything but `security` and `gpu`
     nox -s "tests(jax-3.12)"        one pair
     nox -t torch                    every session of one framework
     nox -s "tests(torch-3.11)" -- -k allreduce -x    arguments for pytest
     nox -s native                   the native library's own tests, under sanitizers
     nox -s wheel                    the wheel with Gloo inside, on every Python, between two network namespaces
+    nox -s security                 strangers at every port: the tests, and what they cost (docs/security.md)
     nox -s gpu                      on a machine with a CUDA device
 
 All of it takes about 25 minutes on two cores, and may take 30. What no framework and no Python changes is tested once:
@@ -518,6 +519,24 @@ def demo(session: nox.Session) -> None:
             if done.returncode:
                 two.shutdown(cancel_futures=True)
                 session.error(f"{line} ended with exit code {done.returncode}")
+
+
+STRANGERS = (
+    "tests/unit/test_listener.py", "tests/unit/test_net.py", "tests/unit/test_objects.py", "tests/unit/test_users.py",
+    "tests/multiprocess/test_strangers.py", "tests/multiprocess/test_gloo_strangers.py",
+    "tests/multiprocess/test_refusals.py", "tests/multiprocess/test_rendezvous.py",
+)
+
+
+@nox.session(python=MAIN_PYTHON)
+@_timed
+def security(session: nox.Session) -> None:
+    """Run the tests of strangers, other users and secrets, which the other sessions have too, and measure floods."""
+    _install(session)
+    providers = () if _build(session)[1] else ("native",)
+    _pytest(session, STRANGERS, frameworks=("numpy",), providers=providers)
+    with session.chdir(_elsewhere(session)):
+        session.run("python", str(ROOT / "benchmarks" / "strangers.py"))
 
 
 @nox.session(python=MAIN_PYTHON)
