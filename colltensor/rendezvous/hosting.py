@@ -308,9 +308,12 @@ class _Assembly:
             self._send(item, Message.WELCOME)
 
     def _meet_stranger(self, stranger: Stranger) -> None:
-        """Give up if one of the ranks has another secret; who is somebody else's process, or far away, may be lying."""
+        """Give up if one of the ranks has another secret; who is somebody else's process, or far away, may be lying.
+
+        It may also be of another job at this port: then the rank that it gives has come, or will not be missing long.
+        """
         hello = stranger.hello
-        if hello.world_size != self._hello.world_size or not 0 < hello.rank < hello.world_size:
+        if hello.world_size != self._hello.world_size or hello.rank not in self._missing():
             return
         message = f"rank {hello.rank} ({hello.who}) has another secret than rank 0; {MISTAKE}"
         if stranger.is_own:

@@ -28,13 +28,17 @@ def open_directory(
 
     Args:
         init_method: ``"env://"`` reads MASTER_ADDR and MASTER_PORT, as torchrun sets them; ``"tcp://host:port"``
-            is where rank 0 listens; ``"file:///path"`` is a file or folder that all ranks can reach, in a folder of this
-            user's or root's (if rank 0 cannot write it, the ranks of its host hear so at once, and those of other hosts,
-            which share nothing else with it, wait until the timeout); None is Ray inside a Ray worker and ``"env://"`` elsewhere. With ``env://`` and ``tcp://`` anybody who reaches
-            rank 0's port can take a rank's place, unless the variable COLLTENSOR_SECRET, or the file that
-            COLLTENSOR_SECRET_FILE names, holds a secret on all ranks; rank 0 warns of it where they meet on more than
-            the loopback. A rank with another secret hears so at once; the others do too if it is of their user and on
-            rank 0's host, and else, since a stranger may not end a meeting, with the timeout.
+            is where rank 0 listens; ``"file:///path"`` is a file or folder that all ranks can reach, in a folder of
+            this user's or root's; None is Ray inside a Ray worker and ``"env://"`` elsewhere.
+
+            With ``env://`` and ``tcp://`` anybody who reaches rank 0's port can take a rank's place, unless the
+            variable COLLTENSOR_SECRET, or the file that COLLTENSOR_SECRET_FILE names, holds a secret on all ranks;
+            rank 0 warns of it where they meet on more than the loopback. A rank with another secret hears so at once;
+            the others do too if it is of their user and on rank 0's host, and else, since a stranger may not end a
+            meeting, with the timeout.
+
+            Where rank 0 cannot write its file the ranks of its host hear so at once; those of other hosts, which share
+            nothing else with it, wait until the timeout.
         rank: This process's rank; None reads RANK, with ``env://`` only.
         world_size: How many ranks there are; None reads WORLD_SIZE, with ``env://`` only.
         secret: In place of the one that the environment gives.

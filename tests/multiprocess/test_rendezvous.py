@@ -26,6 +26,8 @@ from pool import RankPool
 from colltensor import net
 from colltensor.errors import CollectiveError, MismatchError, OptionError, PeerLostError, RankError
 from colltensor.rendezvous import FileDirectory, FixedDirectory, Meeting, meet, meet_through, open_directory
+from colltensor.rendezvous.hosting import _Assembly
+from colltensor.rendezvous.hub import Arrival, Inbox, Stranger
 from colltensor.rendezvous.messages import Hello, Invitation, Message
 
 pytestmark = pytest.mark.slow
@@ -605,6 +607,24 @@ def test_a_stranger_with_another_secret_does_not_end_a_meeting(
         meeting.listener.close()
     assert len(found) == 2
     assert sum("a stranger" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_has_come() -> None:
+    """As where two jobs of one user are given one port."""
+    hellos = [Hello(rank, 3, "g", "auto", "", None, "127.0.0.1", f"process {rank}", 0.0, 9.0) for rank in range(3)]
+    near, far = socket.socketpair()
+    with near, far:
+        inbox = Inbox()
+        assembly = _Assembly(hellos[0], inbox, time.monotonic() + 0.3)
+        inbox.put(Arrival(far, hellos[1], time.monotonic() + 9))
+        inbox.put(Stranger(hellos[1], is_own=True))
+        with pytest.raises(net_timeout(), match="rank 2 did not come"):
+            assembly.gather()
+        assembly._deadline += 5
+        inbox.put(Stranger(hellos[2], is_own=True))
+        with pytest.raises(OptionError, match=r"rank 2 .*has another secret than rank 0"):
+            assembly.gather()
+        assembly.dismiss()
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
