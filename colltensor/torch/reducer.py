@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from colltensor.errors import GroupError, MismatchError, OptionError
+from colltensor.errors import GroupError, MismatchError, OptionError, TensorError
 from colltensor.group import Group
 from colltensor.torch.agreement import Named, compare, described, telling
 from colltensor.torch.buckets import Bucket, Member, plan
@@ -194,7 +194,13 @@ class Reducer:
         if self._sums:
             for member in bucket.members:
                 self._share(member.parameter())
-        wire = bucket.collect()
+        try:
+            wire = bucket.collect()
+        except TensorError as error:  # of this rank, perhaps: the others are about to reduce the bucket, or wait there
+            if bucket.members[0].device.type != "cpu":
+                raise
+            with self._group._refusing("sync_gradients", -1, None):
+                raise error
         if bucket.missing:
             self._missing += [(bucket, member) for member in bucket.missing]
         if bucket.tail is not None:

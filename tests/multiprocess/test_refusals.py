@@ -204,5 +204,6 @@ def test_rank_0_that_stops_is_named_by_all_within_two_seconds_of_the_timeout(
         resumed.join()
     for error, took_s in results[1:]:
         assert isinstance(error, CollectiveTimeoutError)
+        assert "timed out after" in str(error)
         assert error.ranks == (0,)
         assert took_s < 4

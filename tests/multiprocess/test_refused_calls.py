@@ -78,6 +78,13 @@ def refuse_under_autograd(rank: int, size: int, name: str) -> None:
             with pytest.raises(col.MismatchError if rank else col.ShapeError, match=r"refused its part|expected"):
                 ct.scatter(torch.ones(3), None if rank else entries, 0, group)
             assert group.allreduce(np.ones(3)).tolist() == [size] * 3
+        for sparse in ((0,), (0, 1)):
+            model = torch.nn.Embedding(4, 2, sparse=rank in sparse)
+            ct.sync_gradients(model, group)
+            error = col.UnsupportedTensorError if rank in sparse else col.MismatchError
+            with pytest.raises(error, match="the gradient of weight is sparse"):
+                model(torch.arange(3)).sum().backward()
+            assert group.allreduce(np.ones(3)).tolist() == [size] * 3
 
 
 @pytest.mark.shm
