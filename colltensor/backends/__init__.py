@@ -9,6 +9,7 @@ import importlib
 from typing import Final, cast
 
 from colltensor.backends.base import BackendSpec
+from colltensor.environment import did_you_mean
 from colltensor.errors import OptionError
 
 _MODULES: Final = {
@@ -58,7 +59,10 @@ def get_backend(name: object) -> BackendSpec:
     if isinstance(name, str) and name in _registered:
         return _registered[name]
     if not isinstance(name, str) or name not in _MODULES:
-        raise OptionError(f"backend: expected 'auto' or one of {', '.join(backend_names())}, got {name!r}")
+        raise OptionError(
+            f"backend: expected 'auto' or one of {', '.join(backend_names())}, got {name!r}"
+            f"{did_you_mean(str(name), ['auto', *backend_names()])}"
+        )
     return cast("BackendSpec", importlib.import_module(_MODULES[name]).SPEC)
 
 
