@@ -9,15 +9,12 @@ Imports no framework.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from typing import Any, Final
 
 from colltensor.adapters import reduced
-from colltensor.errors import CollectiveError, OptionError
-
-_VARIABLE: Final = "COLLTENSOR_ALLOW_PICKLE"
-_ANSWERS: Final = {"": True, "1": True, "0": False}
+from colltensor.environment import ALLOW_PICKLE, is_on
+from colltensor.errors import CollectiveError
 
 _OWN: Final = {
     ("colltensor.replicas", "Leaf"), ("colltensor.replicas", "Plain"), ("colltensor.types", "_named"),
@@ -53,12 +50,7 @@ def pickle_allowed(given: bool | None) -> bool:
     Raises:
         OptionError: ``COLLTENSOR_ALLOW_PICKLE`` is neither 0 nor 1.
     """
-    if given is not None:
-        return bool(given)
-    said = os.environ.get(_VARIABLE, "").strip()
-    if said not in _ANSWERS:
-        raise OptionError(f"{_VARIABLE}: expected 0 or 1, got {said!r}")
-    return _ANSWERS[said]
+    return is_on(ALLOW_PICKLE) if given is None else bool(given)
 
 
 def dumps(obj: Any) -> bytes:
@@ -79,7 +71,7 @@ def loads(payload: bytes, operation: str, rank: int, of: int, *, allow_pickle: b
     except _NotPlainError as refused:
         raise CollectiveError(
             f"{operation} (rank {rank}): the object of rank {of} holds {refused}, which this rank does not unpickle "
-            f"(allow_pickle=False, or {_VARIABLE}=0); send numbers, strings, bytes, None and tuples, lists, dicts and "
+            f"(allow_pickle=False, or {ALLOW_PICKLE}=0); send numbers, strings, bytes, None and tuples, lists, dicts and "
             "sets of them, and tensors by broadcast or allgather"
         ) from None
     except Exception as error:

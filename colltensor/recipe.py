@@ -85,7 +85,7 @@ class Recipe:
         if name == "auto":
             backend, why = auto.SPEC.choose(control, meeting, **options)
         else:
-            backend = backends.get_backend(name).create(control, meeting, **options)
+            backend = backends.check_backend(name, backends.get_backend(name).create(control, meeting, **options))
             why = self._asked(name, backend.name, meeting)
         details = getattr(backend, "details", "")
         return backend, f"{why}; {details}" if details else why

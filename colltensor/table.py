@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from colltensor import backends, objects
+from colltensor import backends, environment, objects
 from colltensor.control import lifetime
 from colltensor.errors import (
     BackendUnavailableError,
@@ -91,6 +91,7 @@ def init_collective_group(
     _check_process(group_name)
     recipe: Recipe | None = None
     try:
+        environment.check()
         seconds = timeout_s if gloo_timeout is None else _seconds(gloo_timeout)
         recipe = _recipe(backend, seconds, interface, provider, check, allow_pickle)
         if world_size is None or rank is None:
@@ -220,6 +221,7 @@ def _check_process(group_name: str) -> None:
 def _enter(group_name: str, make: Callable[[], Group]) -> Group:
     """Make a group while its name is reserved, and enter it in the table."""
     _check_name(group_name)
+    environment.check()
     heed_environment()
     with _lock:
         if group_name in _groups:
@@ -280,9 +282,10 @@ def _report(
 
 
 def _seconds(gloo_timeout: Any) -> float:
-    if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
-        raise OptionError(f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s")
-    return gloo_timeout / 1000
+    try:
+        return timeout_of(gloo_timeout) / 1000
+    except OptionError:
+        raise OptionError(f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s") from None
 
 
 def _recipe(
@@ -307,6 +310,7 @@ def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:
     if providers and recipe.provider is not None and recipe.provider not in providers:
         raise OptionError(
             f"provider: expected one of {', '.join(providers)} or None for backend {name!r}, got {recipe.provider!r}"
+            f"{environment.did_you_mean(str(recipe.provider), providers)}"
         )
     reason = spec.available()
     if reason is not None:

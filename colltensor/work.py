@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
+import numbers
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError, TensorError
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    GroupError,
+    OptionError,
+    PeerLostError,
+    TensorError,
+)
 
 if TYPE_CHECKING:
     from colltensor.backends.base import Flight, IssueQueue
@@ -39,8 +48,22 @@ class _Always(threading.Event):
 
 FINISHED: Final = _Always()
 """Shared by what is done when it is first seen: making an event takes longer than queuing a call on a device."""
+_LONGEST_S: Final = 1e9
 _UNSEEN: Final = 15
 """So many operations of a native queue may have ended before the next one that is issued lets go of their tensors."""
+
+
+def _seconds(timeout_s: Any) -> float:
+    """Return how long to wait, at most about as long as clocks can count.
+
+    Raises:
+        OptionError: It is no number of seconds.
+    """
+    if isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool):
+        seconds = float(min(timeout_s, _LONGEST_S))  # type: ignore[arg-type]  # numbers.Real has no types
+        if not math.isnan(seconds):
+            return seconds
+    raise OptionError(f"wait: timeout_s: expected seconds or None, got {timeout_s!r}")
 
 
 class Queue(Protocol):
@@ -83,7 +106,7 @@ class Work:
         """
         if self._queue is not None and not self._finished.is_set() and self._queue.is_inside():
             raise _waits_inside(self._operation)
-        if not self._finished.wait(timeout_s):
+        if not self._finished.wait(None if timeout_s is None else _seconds(timeout_s)):
             raise CollectiveTimeoutError(
                 f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
             )
@@ -191,7 +214,7 @@ class QueuedWork(Work):
         began = time.monotonic()
         super().wait(timeout_s)
         assert self._flight is not None
-        left_s = None if timeout_s is None else max(0.0, timeout_s - (time.monotonic() - began))
+        left_s = None if timeout_s is None else max(0.0, _seconds(timeout_s) - (time.monotonic() - began))
         try:
             self._flight.order(self._streams(), left_s)
         except CollectiveError:
@@ -282,7 +305,7 @@ class IssuedWork(Work):
         queue = self._issuer
         if not self._over and queue.is_before(self):
             raise _waits_inside(self._operation)
-        if not self._over and not queue.wait_for(self, timeout_s):
+        if not self._over and not queue.wait_for(self, None if timeout_s is None else _seconds(timeout_s)):
             if timeout_s is None:
                 raise GroupError(f"{self._operation}: it was issued by the parent process of this one")
             raise CollectiveTimeoutError(

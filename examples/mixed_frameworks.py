@@ -77,7 +77,7 @@ def main() -> int:
     """Start the three ranks; return 0 where each of them succeeds."""
     for framework in FRAMEWORKS:
         if importlib.util.find_spec(framework) is None:
-            sys.exit(f"this example needs {framework}: pip install 'colltensor[torch,jax]'")
+            sys.exit(f"this example needs {framework}: pip install '.[torch,jax]'")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ try:
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as missing:
     sys.exit(f"this example needs Ray and scikit-learn ({missing.name} is missing): "
-             "pip install 'colltensor[ray]' scikit-learn")
+             "pip install '.[ray]' scikit-learn")
 
 CLASSES = 10
 BATCH = 64

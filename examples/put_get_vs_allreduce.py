@@ -28,7 +28,7 @@ import colltensor as col
 try:
     import ray
 except ModuleNotFoundError:
-    sys.exit("this example needs Ray: pip install 'colltensor[ray]'")
+    sys.exit("this example needs Ray: pip install '.[ray]'")
 
 STORE, OURS, PEER = "ray.put and ray.get", "colltensor", "ray.util.collective"
 

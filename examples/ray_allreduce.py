@@ -25,7 +25,7 @@ import colltensor as col
 try:
     import ray
 except ModuleNotFoundError:
-    sys.exit("this example needs Ray: pip install 'colltensor[ray]'")
+    sys.exit("this example needs Ray: pip install '.[ray]'")
 
 LENGTH = 10
 TURNS = 5
@@ -139,7 +139,7 @@ def main() -> int:
     try:
         importlib.import_module(options.array)
     except ModuleNotFoundError:
-        sys.exit(f"--array {options.array} needs it installed: pip install 'colltensor[{options.array}]'")
+        sys.exit(f"--array {options.array} needs it installed: pip install '.[{options.array}]'")
     gpu = share(options)
 
     if gpu:

@@ -26,7 +26,7 @@ try:
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as missing:
     sys.exit(f"this example needs Ray and scikit-learn ({missing.name} is missing): "
-             "pip install 'colltensor[ray]' scikit-learn")
+             "pip install '.[ray]' scikit-learn")
 
 CLASSES = 10
 STEP_SIZE = 1.0
@@ -144,7 +144,7 @@ def main() -> int:
     try:
         importlib.import_module(options.array)
     except ModuleNotFoundError:
-        sys.exit(f"--array {options.array} needs it installed: pip install 'colltensor[{options.array}]'")
+        sys.exit(f"--array {options.array} needs it installed: pip install '.[{options.array}]'")
     gpus = 1 if options.array == "cupy" else 0
     if gpus and importlib.import_module("cupy").cuda.is_available() is False:
         sys.exit("--array cupy needs a GPU for each worker, and CuPy finds none here")

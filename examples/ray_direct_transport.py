@@ -21,7 +21,7 @@ import numpy as np
 try:
     import ray
 except ModuleNotFoundError:
-    sys.exit("this example needs Ray: pip install 'colltensor[ray]'")
+    sys.exit("this example needs Ray: pip install '.[ray]'")
 
 from colltensor.ray import NumpyArray, register_tensor_transports
 
@@ -77,7 +77,7 @@ def main() -> int:
     try:
         importlib.import_module(options.array)
     except ModuleNotFoundError:
-        sys.exit(f"--array {options.array} needs it installed: pip install 'colltensor[{options.array}]'")
+        sys.exit(f"--array {options.array} needs it installed: pip install '.[{options.array}]'")
 
     register_tensor_transports([options.array])
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")

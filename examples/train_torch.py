@@ -18,7 +18,7 @@ import digits
 try:
     import torch
 except ModuleNotFoundError:
-    sys.exit("this example needs torch: pip install 'colltensor[ray,torch]' scikit-learn")
+    sys.exit("this example needs torch: pip install '.[ray,torch]' scikit-learn")
 
 from colltensor.torch import sync_gradients
 

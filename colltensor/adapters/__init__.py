@@ -133,12 +133,24 @@ def register_adapter(adapter: Adapter) -> None:
     It is asked before the built-in ones, the one registered last first, in this process only.
 
     Raises:
-        OptionError: ``adapter`` lacks a method of ``Adapter``.
+        OptionError: ``adapter`` is no ``Adapter``: it is a class, or lacks an attribute or a method.
     """
+    if isinstance(adapter, type):
+        raise OptionError(f"register_adapter: adapter: expected an object, got a class; pass {adapter.__name__}()")
     methods = ("claims", "source", "target", "claim", "written")
     missing = [name for name in methods if not callable(getattr(adapter, name, None))]
     if missing:
         raise OptionError(f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}")
+    for name, kind in (("name", str), ("immutable", bool)):
+        if not isinstance(getattr(adapter, name, None), kind):
+            raise OptionError(
+                f"register_adapter: adapter {adapter!r}: expected an attribute {name} of type {kind.__name__}, "
+                f"got {getattr(adapter, name, 'none')!r}"
+            )
+    for name in ("plain", "reduced", "stream", "kinds", "addresses", "claim_together", "written_together", "restored"):
+        function = getattr(adapter, name, None)
+        if function is not None and not callable(function):
+            raise OptionError(f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}")
     add_adapter(adapter)
     known.clear()
     direct.clear()

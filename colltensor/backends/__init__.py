@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Final, cast
 
-from colltensor.backends.base import BackendSpec
+from colltensor.backends.base import Backend, BackendSpec
+from colltensor.environment import did_you_mean
 from colltensor.errors import OptionError
 
 _MODULES: Final = {
@@ -44,6 +45,25 @@ def register_backend(name: object, spec: BackendSpec) -> None:
     _registered[name] = spec
 
 
+def check_backend(name: str, backend: Backend) -> Backend:
+    """Return what a backend's ``create`` made.
+
+    Raises:
+        OptionError: It lacks an attribute or a method of ``Backend``.
+    """
+    attributes = [attribute for attribute in Backend.__annotations__ if not hasattr(backend, attribute)]
+    methods = [
+        f"{method}()" for method, function in vars(Backend).items()
+        if not method.startswith("_") and callable(function) and not callable(getattr(backend, method, None))
+    ]
+    if attributes or methods:
+        raise OptionError(
+            f"backend {name!r}: its create() must return a colltensor.backends.base.Backend, got {backend!r} without "
+            f"{', '.join(attributes + methods)}"
+        )
+    return backend
+
+
 def backend_names() -> list[str]:
     """Return the names in the table, sorted."""
     return sorted({*_MODULES, *_registered})
@@ -58,7 +78,10 @@ def get_backend(name: object) -> BackendSpec:
     if isinstance(name, str) and name in _registered:
         return _registered[name]
     if not isinstance(name, str) or name not in _MODULES:
-        raise OptionError(f"backend: expected 'auto' or one of {', '.join(backend_names())}, got {name!r}")
+        raise OptionError(
+            f"backend: expected 'auto' or one of {', '.join(backend_names())}, got {name!r}"
+            f"{did_you_mean(str(name), ['auto', *backend_names()])}"
+        )
     return cast("BackendSpec", importlib.import_module(_MODULES[name]).SPEC)
 
 

@@ -29,6 +29,8 @@ from colltensor.rendezvous.messages import Invitation, taken
 
 _READ_LIMIT = 1 << 20
 _NAME_LIMIT = 100
+_FILE_NAME_LIMIT, _PATH_LIMIT = 255, 4095
+"""NAME_MAX and PATH_MAX of Linux, in bytes."""
 _DRAFT_S = 3600.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.1
 
@@ -105,13 +107,22 @@ class FileDirectory:
                 _remove(target.name, folder)
 
     def _file(self, key: str) -> Path:
+        target = self._path_of(key)
+        if len(os.fsencode(target.name)) > _FILE_NAME_LIMIT or len(os.fsencode(target)) > _PATH_LIMIT:
+            raise OptionError(
+                f"init_method: the file name is too long, {target!s:.60}...: expected a name of at most "
+                f"{_FILE_NAME_LIMIT} bytes, with the group's name after it, in a path of {_PATH_LIMIT}; choose another"
+            )
+        return target
+
+    def _path_of(self, key: str) -> Path:
         path = Path(self.path)
         name = urllib.parse.quote(key, safe="")
         if len(name) > _NAME_LIMIT:
             name = hashlib.sha256(key.encode()).hexdigest()
-        if path.is_dir():
+        if os.path.isdir(path):  # False for a name that is too long, on every Python
             return path / f"colltensor-{name}"
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise OptionError(f"init_method: the folder {path.parent} does not exist on this host; {_REMEDY}")
         return path if key == "default" else path.with_name(f"{path.name}.{name}")
 

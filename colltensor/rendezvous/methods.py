@@ -6,6 +6,7 @@ frameworks and are imported by name when they are needed.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -80,7 +81,21 @@ def _spelt_directory(init_method: str, secret: bytes | None) -> Directory:
                 f"init_method: expected 'tcp://host:port', got {init_method!r}; rank and world_size are arguments"
             )
         return _fixed(match[1].strip("[]"), match[2], "init_method", secret)
-    raise OptionError(f"init_method must be {_SPELLINGS}, got {init_method!r}")
+    raise OptionError(f"init_method must be {_SPELLINGS}, got {init_method!r}{_meant(init_method)}")
+
+
+def _meant(init_method: str) -> str:
+    """Return a question about an ``init_method`` that is like one of the spellings, else ""."""
+    scheme, colon, rest = init_method.partition(":")
+    if init_method.startswith("/"):
+        meant = f"file://{init_method}"
+    elif colon and rest.isdecimal():
+        meant = f"tcp://{init_method}"
+    else:
+        found = difflib.get_close_matches(scheme, ("env", "tcp", "file"), 1)
+        rest = rest.lstrip("/")
+        meant = f"{found[0]}://{'/' if found[0] == 'file' else ''}{rest}" if found else ""
+    return f" (did you mean {meant!r}?)" if meant else ""
 
 
 def _fixed(host: str, port: str, origin: str, secret: bytes | None) -> FixedDirectory:

@@ -528,6 +528,15 @@ def test_register_adapter() -> None:
     assert adapter_of(Custom()) is last
     with pytest.raises(OptionError, match="no method claims, source"):
         register_adapter(object())  # type: ignore[arg-type]
+    for attributes, words in (
+        ({"name": None}, "attribute name of type str, got None"),
+        ({"immutable": 1}, "attribute immutable of type bool"),
+        ({"plain": True}, "plain: expected a function, got True"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            register_adapter(type("Wrong", (CustomAdapter,), attributes)())
+    with pytest.raises(OptionError, match=r"got a class; pass CustomAdapter\(\)"):
+        register_adapter(CustomAdapter)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("own_adapters")

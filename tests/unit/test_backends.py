@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import colltensor as col
 from colltensor import backends
 from colltensor.backends import base, get_backend, is_available, reason, register_backend
 from colltensor.backends.gloo import GlooSpec, arithmetic, provider, scheduling, sockets
@@ -89,6 +91,23 @@ class TestTable:
         assert reason("pigeon") == "wants a licence"
         assert not is_available("pigeon")
         assert backends.backend_names() == ["gloo", "hierarchical", "loopback", "nccl", "pigeon", "shm"]
+
+    def test_what_lacks_an_attribute_makes_no_group(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """It ended in an AttributeError, and the group's listener stayed."""
+        class Spec:
+            def available(self) -> str | None:
+                return None
+
+            def create(self, control: Any, meeting: Any, **options: Any) -> Any:
+                return types.SimpleNamespace(name="pigeon", device_types=frozenset({"cpu"}), allreduce=1)
+
+        monkeypatch.setattr(backends, "_registered", {})
+        register_backend("pigeon", Spec())
+        before = threading.active_count()
+        with pytest.raises(OptionError, match=r"backend 'pigeon': .* without takes_strided.*, agrees.*allreduce\(\)"):
+            col.init_collective_group(1, 0, "pigeon", init_method=f"file://{tmp_path}/x")
+        assert threading.active_count() == before
+        assert not col.is_group_initialized()
 
     @pytest.mark.parametrize("name", ["", "auto", None])
     def test_registering_under_no_name(self, name: object) -> None:

@@ -200,3 +200,23 @@ def test_ray_worker_meets_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         open_directory(None, None, 2)
     ray.is_initialized = lambda: False  # type: ignore[attr-defined]
     assert isinstance(open_directory(None, None, None)[0], FixedDirectory)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("/tmp/x", "file:///tmp/x"), ("file:/tmp/x", "file:///tmp/x"), ("localhost:1234", "tcp://localhost:1234"),
+        ("tpc://host:12", "tcp://host:12"), ("env", "env://"),
+    ],
+)
+def test_a_likely_spelling_is_asked_for(given: str, meant: str) -> None:
+    with pytest.raises(OptionError, match=rf"got '{given}' \(did you mean '{meant}'\?\)"):
+        open_directory(given, 0, 2)
+
+
+@pytest.mark.parametrize("path", ["/tmp/" + "x" * 300, "/tmp/" + "x" * 200, "/tmp/" + "x/" * 3000])
+def test_a_name_that_is_too_long(path: str) -> None:
+    """It was told that the ranks do not reach each other."""
+    directory, _, _ = open_directory(f"file://{path}", 0, 2)
+    with pytest.raises(OptionError, match=r"too long|does not exist"):
+        directory.publish("y" * 90, b"")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import colltensor as col
+from colltensor import backends
 
 
 @pytest.fixture
@@ -74,3 +75,19 @@ def test_errors_about_ops_and_numbers_name_the_call(group: col.Group) -> None:
     with pytest.raises(col.OptionError, match=r"split: color \(rank 0\): expected a whole number"):
         group.split("red")
     assert not col.is_backend_available(5)  # type: ignore[arg-type]
+
+
+def test_timeouts_of_any_number(group: col.Group) -> None:
+    for timeout in (10**400, np.float32(2), np.int64(1)):
+        group.set_timeout(timeout)
+        group.allreduce(np.ones(1), async_op=True).wait(timeout)
+        col.init_collective_group(1, 0, group_name="timed", gloo_timeout=timeout).destroy()
+    for timeout in (float("nan"), "1", True):
+        with pytest.raises(col.OptionError, match=r"wait: timeout_s: expected seconds"):
+            col.Work("never", lambda: None).wait(timeout)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "meant"), [("smh", "shm"), ("gloom", "gloo"), ("autoo", "auto")])
+def test_a_likely_backend_is_asked_for(name: str, meant: str) -> None:
+    with pytest.raises(col.OptionError, match=rf"got '{name}' \(did you mean '{meant}'\?\)"):
+        backends.get_backend(name)

@@ -34,7 +34,7 @@ _PROVIDERS: Final = {
 _CHOICE: Final = ("native", "torch", "pygloo")
 """Providers in the order of preference: the first that every rank has is used. Others only serve who asks."""
 
-_INSTALL: Final = "pip install 'colltensor[torch]' (or, on CPython 3.10, pip install pygloo==0.2.1)"
+_INSTALL: Final = "pip install torch (or, on CPython 3.10, pip install pygloo==0.2.1)"
 
 _LOG = logging.getLogger(__name__)
 

@@ -33,8 +33,7 @@ def reason() -> str | None:
         return None
     return (
         f"{path()} is missing: this colltensor was built where Gloo's headers were not found (install them, "
-        "apt-get install libgloo-dev, and build again: pip install --force-reinstall --no-deps --no-binary colltensor "
-        "colltensor or, in a checkout, pip install -e .)"
+        f"apt-get install libgloo-dev, and build again: {library.REINSTALL} or, in a checkout, pip install -e .)"
     )
 
 

@@ -22,7 +22,7 @@ from colltensor.errors import BackendUnavailableError
 if TYPE_CHECKING:
     from colltensor.backends.nccl.backend import NcclBackend
 
-_INSTALL: Final = "pip install 'colltensor[cupy]', which needs CUDA 13 (for CUDA 12: pip install cupy-cuda12x)"
+_INSTALL: Final = "pip install 'cupy-cuda13x>=14', which needs CUDA 13 (for CUDA 12: pip install cupy-cuda12x)"
 
 
 class NcclSpec:

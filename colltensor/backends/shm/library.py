@@ -26,6 +26,8 @@ It uses their C ABI alone, and "bumps in X [of 0.X.Y] indicate C ABI-breaking ch
 _VARIABLE: Final = "COLLTENSOR_LIBRARY"
 _NAME: Final = Path("lib", "libcolltensor.so")
 
+REINSTALL: Final = "pip install --force-reinstall --no-deps . in the folder of colltensor's sources"
+"""Nothing of the package's name is published."""
 _loaded: list[Any] = []
 
 
@@ -53,9 +55,8 @@ def reason() -> str | None:
         if os.environ.get(_VARIABLE):
             return f"there is no file {place}, which the variable {_VARIABLE} names: build it, or unset the variable"
         return (
-            f"the native library is missing ({place}): install colltensor for this platform (pip install "
-            "--force-reinstall --no-deps colltensor; without a wheel for it this builds the library, for which it "
-            "needs a C++17 compiler: apt-get install g++), or, in a checkout, pip install -e ."
+            f"the native library is missing ({place}): {REINSTALL}, which builds it and needs a C++17 compiler "
+            "(apt-get install g++), or install a wheel made for this platform; in a checkout, pip install -e ."
         )
     return None
 
@@ -96,8 +97,7 @@ def open_library(place: Path, where: str, function: str, interface: int) -> Any:
             f"{where}: {place} is built for apache-tvm-ffi {TVM_FFI_SERIES}, and {tvm_ffi.__version__} is "
             f"installed: pip install 'apache-tvm-ffi=={TVM_FFI_SERIES}.*'"
         )
-    reinstall = "pip install --force-reinstall --no-deps colltensor"
-    remedy = f"build {place} again" if os.environ.get(_VARIABLE) else reinstall
+    remedy = f"build {place} again" if os.environ.get(_VARIABLE) else REINSTALL
     try:
         module = tvm_ffi.load_module(str(place))
         version = getattr(module, function)()

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
-from colltensor import net
+from colltensor import environment, net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import cgroup, library
 from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
@@ -44,7 +44,6 @@ _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
 _CHUNK_NBYTES: Final = 512 << 10
 _READ_NBYTES: Final = 256 << 10
-_READ_VARIABLE: Final = "COLLTENSOR_READ_PEERS"
 
 
 class Meeting(Protocol):
@@ -376,8 +375,8 @@ def _prove(
 
 def _obstacle_to_reading(segment: Segment, own: int, ballots: list[_Ballot]) -> str | None:
     """Return None if this rank can read the memory of all other ranks' processes and wants to, else why not."""
-    if os.environ.get(_READ_VARIABLE, "1") == "0":
-        return f"{_READ_VARIABLE}=0"
+    if not environment.is_on(environment.READ_PEERS):
+        return f"{environment.READ_PEERS}={os.environ[environment.READ_PEERS]}"
     namespace = ballots[own].pid_namespace
     pids = array.array("i", [ballot.pid if ballot.pid_namespace == namespace else 0 for ballot in ballots])
     if segment.library.shm_try_reading(segment.handle, pids.buffer_info()[0]):
