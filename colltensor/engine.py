@@ -20,8 +20,9 @@ from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, S
 from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.errors import CollectiveError, DeviceError, GroupError, MismatchError, is_from_handler
+from colltensor.operation_queue import OperationQueue
 from colltensor.types import ReduceOp
-from colltensor.work import OperationQueue, QueuedWork, Work, consequence, nested
+from colltensor.work import QueuedWork, Work, consequence, nested
 
 _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""
