@@ -30,8 +30,9 @@ from colltensor.errors import (
     is_from_handler,
     say_timed_out,
 )
+from colltensor.operation_queue import OperationQueue
 from colltensor.types import ReduceOp
-from colltensor.work import OperationQueue, QueuedWork, Work, consequence, nested
+from colltensor.work import QueuedWork, Work, consequence, nested
 
 _SIGNATURE: Final = struct.Struct("<QBBhBQQ")
 """Sequence number, operation, reduce op, root, whether leaves are fused, count, leaves."""

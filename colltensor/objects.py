@@ -71,8 +71,8 @@ def loads(payload: bytes, operation: str, rank: int, of: int, *, allow_pickle: b
     except _NotPlainError as refused:
         raise CollectiveError(
             f"{operation} (rank {rank}): the object of rank {of} holds {refused}, which this rank does not unpickle "
-            f"(allow_pickle=False, or {ALLOW_PICKLE}=0); send numbers, strings, bytes, None and tuples, lists, dicts and "
-            "sets of them, and tensors by broadcast or allgather"
+            f"(allow_pickle=False, or {ALLOW_PICKLE}=0); send numbers, strings, bytes, None and tuples, lists, dicts "
+            "and sets of them, and tensors by broadcast or allgather"
         ) from None
     except Exception as error:
         raise CollectiveError(

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from colltensor.control import links
-from colltensor.work import OperationQueue, Work
+from colltensor.operation_queue import OperationQueue
+from colltensor.work import Work
 
 
 def _refuse(_: threading.Thread) -> None:

@@ -71,7 +71,7 @@ def test_the_variable_that_refuses_objects(monkeypatch: pytest.MonkeyPatch) -> N
         assert pickle_allowed(None) is expected
         assert pickle_allowed(True) is True
     monkeypatch.setenv("COLLTENSOR_ALLOW_PICKLE", "never")
-    with pytest.raises(OptionError, match="COLLTENSOR_ALLOW_PICKLE: expected 0 .*, got 'never'"):
+    with pytest.raises(OptionError, match=r"COLLTENSOR_ALLOW_PICKLE: expected 0 .*, got 'never'"):
         pickle_allowed(None)
 
 

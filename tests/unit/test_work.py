@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from colltensor.errors import CollectiveTimeoutError, GroupError, MismatchError
-from colltensor.work import OperationQueue, Work
+from colltensor.operation_queue import OperationQueue
+from colltensor.work import Work
 
 
 @pytest.fixture
@@ -147,17 +150,32 @@ class Interruption(BaseException):
     """What a signal's handler raises."""
 
 
-@contextlib.contextmanager
-def interruptions(seed: int) -> Iterator[Callable[[], None]]:
-    """Have a handler raise a few microseconds after each call of what this gives; in vain where nobody can catch it."""
-    def handle(*_: object) -> None:
-        raise Interruption
+class Interrupter:
+    """Has a handler raise a few microseconds after each ``arm``, until ``armed`` is False; a statement sets it."""
 
-    chance, previous = random.Random(seed), signal.signal(signal.SIGALRM, handle)
+    def __init__(self, seed: int) -> None:
+        self.armed = False
+        self._chance = random.Random(seed)
+
+    def handle(self, *_: object) -> None:
+        if self.armed:
+            raise Interruption
+
+    def arm(self) -> None:
+        self.armed = True
+        signal.setitimer(signal.ITIMER_REAL, self._chance.uniform(1e-6, 60e-6))
+
+
+@contextlib.contextmanager
+def interrupter(seed: int) -> Iterator[Interrupter]:
+    """Give one whose handler is in place; what it raises where nobody can catch it is not shown."""
+    made = Interrupter(seed)
+    previous = signal.signal(signal.SIGALRM, made.handle)
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        yield lambda: signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 60e-6)) and None
+        yield made
     finally:
+        made.armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         sys.unraisablehook = hook
@@ -166,12 +184,11 @@ def interruptions(seed: int) -> Iterator[Callable[[], None]]:
 before_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="a handler may come between any two instructions")
 
 
-@before_3_11
-def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) -> None:
-    with interruptions(1) as interrupt:
+def interrupt_turns(queue: Any) -> None:
+    with interrupter(1) as interrupts:
         for _ in range(1500):
-            with contextlib.suppress(Interruption):
-                interrupt()
+            try:
+                interrupts.arm()
                 for _ in range(1000):
                     if queue.enter():
                         try:
@@ -179,20 +196,37 @@ def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) 
                         finally:
                             queue.turn.release()
                             queue.pass_on()
-            assert not queue.is_busy()
+            except Interruption:
+                pass
+            interrupts.armed = False
+            assert queue.turn.owner() == 0
+
+
+@before_3_11
+def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) -> None:
+    interrupt_turns(queue)
+
+
+@before_3_11
+@pytest.mark.needs("torch")
+def test_an_interrupt_at_any_moment_leaves_no_turn_of_torch_distributed_taken() -> None:
+    line = importlib.import_module("colltensor.torch.c10d.line").Line("tested")
+    interrupt_turns(line)
+    line.close(GroupError("over"))
 
 
 @before_3_11
 def test_an_interrupt_at_any_moment_leaves_no_lock_taken(queue: OperationQueue) -> None:
     queue.put(Work("first", lambda: None)).wait(5.0)  # with which the thread begins
-    with interruptions(2) as interrupt:
+    with interrupter(2) as interrupts:
         for _ in range(400):
-            with contextlib.suppress(Interruption):
-                interrupt()
+            try:
+                interrupts.arm()
                 for _ in range(20):
                     queue.put(Work("op", lambda: None))
-                interrupt()
-                time.sleep(0.001)
+            except Interruption:
+                pass
+            interrupts.armed = False
             assert queue.put(Work("next", lambda: 5)).wait(5.0) is None
     deadline = time.monotonic() + 5.0
     while not queue.idle and time.monotonic() < deadline:

@@ -1,9 +1,9 @@
 """Line: the operations of one process group, one at a time, in the order in which they were issued.
 
-``colltensor.work.OperationQueue`` does the same with one thread; here a callback may wait for a later operation, as
-torch's PowerSGD hook does, so another thread goes on meanwhile.
+``colltensor.operation_queue`` does the same with one thread; here a callback may wait for a later operation, as torch's
+PowerSGD hook does, so another thread goes on meanwhile.
 
-Imports of the package the operations, errors and work.
+Imports of the package the operations, errors and turn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 
 from colltensor.errors import CollectiveError
 from colltensor.torch.c10d.work import Operation
-from colltensor.work import Turn, lock_of_handlers
+from colltensor.turn import Turn, lock_of_handlers
 
 _CLOSE_TIMEOUT_S: Final = 5.0
 _LOOK_S: Final = 0.1
