@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "untraced": set(),
     "work": {"errors", "backends"},
     "engine": {*VALUES, "backends", "control", "buffers", "work"},
-    "direct": {*VALUES, "adapters", "backends", "arguments", "dlpack", "engine", "work"},
+    "direct": {*VALUES, "adapters", "backends", "arguments", "buffers", "dlpack", "engine", "work"},
     "tree_plans": {*VALUES, "adapters", "buffers", "tree"},
     "gathered": {*VALUES, "adapters", "backends", "buffers", "tree_plans"},
     "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree", "tree_plans"},
