@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -567,6 +568,19 @@ def test_a_framework_imported_later_is_found() -> None:
         timeout=60, check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.needs("jax")
+def test_the_adapter_for_jax_may_be_loaded_while_jax_traces() -> None:
+    jax, loaded = importlib.import_module("jax"), []
+
+    def traced(x: Any) -> Any:
+        loaded.append(runpy.run_module("colltensor.adapters.jax")["ADAPTER"])
+        return x
+
+    x = jax.numpy.ones(2)
+    jax.jit(traced)(x)
+    assert loaded[0].claims(type(x))
 
 
 @pytest.mark.shm
