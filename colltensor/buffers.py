@@ -272,7 +272,7 @@ class TreeBuffers:
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         views = self.views
-        if strided and fuse and copy is None:
+        if strided and fuse and copy is not False:
             self.transfers = joined(views)
             return
         alone = copy is False or not fuse

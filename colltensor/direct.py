@@ -21,6 +21,7 @@ from colltensor.backends.base import (
     DIRECT_PENDING,
     SigningBackend,
 )
+from colltensor.buffers import Buffers
 from colltensor.dlpack import export
 from colltensor.engine import Call, Engine, Transfer
 from colltensor.errors import CollectiveError, MismatchError
@@ -279,23 +280,28 @@ class DirectCall:
 
     def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
         """Raise the MismatchError of a call on which the ranks disagree, in the words of the general way."""
-        name, (op, root, source), group = self._operation, self._call, self._group
+        name, (op, root, _), group = self._operation, self._call, self._group
         reduce_op = None if op == NO_OP else ReduceOp(op)
         buffers = [
             group.arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False) for tensor in tensors
         ]
         if name == "transfer":
-            pairs = []
-            if code & _SENDS:
-                pairs.append(Transfer(group.rank, root, buffers[0], moves_nothing))
-            if code & _RECEIVES:
-                pairs.append(Transfer(source, group.rank, buffers[-1], moves_nothing))
-            signed = self._engine.signed(pairs)
-            self._raise_mismatch(lambda deadline: self._backend.explain_transfer(signed, deadline))
+            self.explain_transfers(buffers[0], buffers[-1], code)
         argument = (buffers[-1] if name in _COMPARED_LAST else buffers[0]) if buffers else None
         if self._stacked and name == "alltoall":
             argument = group.arguments.blocks(name, "input_list", tensors[-1], None, None, False, None)
         self.explain_collective(Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing))
+
+    def explain_transfers(self, sent: Buffers, received: Buffers, code: int) -> NoReturn:
+        """Raise the MismatchError of the transfers that differ."""
+        rank, (_, to, source) = self._group.rank, self._call
+        pairs = []
+        if code & _SENDS:
+            pairs.append(Transfer(rank, to, sent, moves_nothing))
+        if code & _RECEIVES:
+            pairs.append(Transfer(source, rank, received, moves_nothing))
+        signed = self._engine.signed(pairs)
+        self._raise_mismatch(lambda deadline: self._backend.explain_transfer(signed, deadline))
 
     def explain_collective(self, call: Call) -> NoReturn:
         """Raise the MismatchError of a collective."""

@@ -35,18 +35,19 @@ class DirectTrees:
 
     def run(
         self, operation: str, op: int, root: int, tree: Any, written: bool, donate: bool = False,
-        fixed: Plan | None = None,
+        fixed: Plan | None = None, source: int = NO_RANK,
     ) -> Any:
         """Run an operation on a tree; return its result, None if it must go the general way.
 
         Args:
-            operation: allreduce, reduce or broadcast.
+            operation: allreduce, reduce, broadcast or transfer.
             op: The reduce op, ``NO_OP`` for none.
-            root: The root, ``NO_RANK`` for none.
+            root: The root, or the rank to send to; ``NO_RANK`` for none.
             tree: The tree, or a tensor, which is refused here but for one that its framework never changes.
             written: Whether the call writes to it on this rank.
             donate: Use the memory of immutable tensors again.
             fixed: The plan that the tree must be of to go the fast path.
+            source: The rank to receive from.
 
         Raises:
             CollectiveError: As every collective.
@@ -63,7 +64,7 @@ class DirectTrees:
         if leaves is None:
             return None
         while plan is not None:
-            call = self._call(operation, op, root, plan)
+            call = self._call(operation, op, root, source, plan)
             adapter = known.get(leaves[0].__class__)
             if adapter is None:  # another thread has just registered one
                 return None
@@ -79,11 +80,11 @@ class DirectTrees:
             plan = self._plans.renewed(tree, plan) if fixed is None else None
         return None
 
-    def _call(self, operation: str, op: int, root: int, plan: Plan) -> TreeCall:
-        key = operation, op, root, self._epoch
+    def _call(self, operation: str, op: int, root: int, source: int, plan: Plan) -> TreeCall:
+        key = operation, op, root, source, self._epoch
         call: TreeCall | None = plan.made.get(key)
         if call is None:
-            call = plan.made[key] = TreeCall(self._direct, operation, op, root, plan)
+            call = plan.made[key] = TreeCall(self._direct, operation, op, root, source, plan)
         return call
 
     def _array(self, op: int, tensor: Any, adapter: Any, donate: bool) -> Any:
@@ -97,7 +98,7 @@ class DirectTrees:
         plan = self._plans.of_array(tensor, kind)
         if plan is None:
             return None
-        results = self._call("allreduce", op, NO_RANK, plan).claim_leaves((tensor,), adapter, donate)
+        results = self._call("allreduce", op, NO_RANK, NO_RANK, plan).claim_leaves((tensor,), adapter, donate)
         return None if results is None else results[0]
 
 
@@ -113,14 +114,13 @@ class TreeCall(DirectCall):
 
     __slots__ = ("_claiming", "_plan")
 
-    def __init__(self, group: Direct, operation: str, op: int, root: int, plan: Plan) -> None:
+    def __init__(self, group: Direct, operation: str, op: int, root: int, source: int, plan: Plan) -> None:
         self._plan = plan
         self._claiming: Callable[..., int] | None = None
-        super().__init__(group, operation, op, root, NO_RANK, False)
+        super().__init__(group, operation, op, root, source, False)
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
-        op, root, _ = self._call
-        function = self._backend.tree(DIRECT[self._operation], op, root, self._plan.words())
+        function = self._backend.tree(DIRECT[self._operation], *self._call, self._plan.words())
         return function, function
 
     def run(self, tensors: Sequence[Any], written: int, written_end: int = 0) -> bool:
@@ -200,4 +200,6 @@ class TreeCall(DirectCall):
         reduce_op = None if op == NO_OP else ReduceOp(op)
         tree = self._plan.structure.unflatten(tensors)
         argument = arguments.tensor(name, "tensor", tree, reduce_op, False, False, None, True)
+        if name == "transfer":
+            self.explain_transfers(argument, argument, code)
         self.explain_collective(Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from colltensor.adapters import host_memory, known, note_all
+from colltensor.adapters import host_memory, known, native_copies, note_all
 from colltensor.backends.shm import library
 from colltensor.buffers import adapt
 from colltensor.buffers import plan as transfers_of
@@ -73,6 +73,14 @@ class Gatherer:
                 self._spare.setdefault(bucket.nbytes, []).append(bucket)
 
 
+def _native_copy() -> Callable[[int], object] | None:
+    """Return native code's copy between layouts."""
+    return library.load().shm_copy if _is_loaded() else None
+
+
+native_copies.append(_native_copy)
+
+
 @functools.lru_cache
 def _is_loaded() -> bool:
     """Return whether there is native code; without it all trees take ``TreeBuffers``."""
@@ -89,12 +97,14 @@ class Layout:
     Attributes:
         bytewise: Whether leaves of different dtypes share a transfer, which is one of bytes then.
         transfers: The leaves of each; those of one leaf, not smaller than a bucket's, travel by themselves.
+        nbytes: The bytes of each.
         take: Given whether they are written, and the leaves, returns what copies them, or None.
     """
 
     def __init__(self, plan: Plan, bytewise: bool) -> None:
         self.bytewise = bytewise
         self.transfers = transfers_of(plan.views, bytewise)
+        self.nbytes = [sum(plan.views[member].nbytes for member in members) for members in self.transfers]
         words = [len(self.transfers)]
         for members in self.transfers:
             words += [len(members), *members]
@@ -130,7 +140,7 @@ class GatheredBuffers:
                 leaf = leaves[members[0]]
                 self.transfers.append(BufferView.from_address(pointer, (first.count,), first.dtype, owner=leaf))
                 continue
-            bucket = gatherer.take(sum([plan.views[member].nbytes for member in members]))
+            bucket = gatherer.take(layout.nbytes[number])
             self._buckets.append((number, bucket))
             self.transfers.append(bucket.cast(UINT8 if layout.bytewise and len(members) > 1 else first.dtype))
         self.staged = bool(self._buckets)

@@ -524,6 +524,11 @@ class Group:
         ):
             return tensor
         peer = self._arguments.peer("send", "dst_rank", dst_rank)
+        if (
+            self._trees is not None and copy is None and not async_op
+            and self._trees.run("transfer", NO_OP, peer, tensor, False) is not None
+        ):
+            return tensor
         buffers = self._arguments.tensor("send", "tensor", tensor, None, False, False, copy, True)
         return self._engine.run(
             async_op, "send", buffers, None, -1, copy is not False, (buffers,),
@@ -545,6 +550,11 @@ class Group:
         ):
             return tensor
         peer = self._arguments.peer("recv", "src_rank", src_rank)
+        if (
+            self._trees is not None and copy is None and not async_op
+            and self._trees.run("transfer", NO_OP, -1, tensor, True, source=peer) is not None
+        ):
+            return tensor
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
         return self._engine.run(
             async_op, "recv", buffers, None, -1, copy is not False, (buffers,),

@@ -127,6 +127,11 @@ unnoted: Final[set[type]] = set()
 """Those of them of which every tensor is plain and nothing is to be told after a write."""
 
 
+native_copies: Final[list[Callable[[], Callable[[int], object] | None]]] = []
+"""What returns native code's copy between a strided and a contiguous view on the host, None if there is none. Whoever
+may load native code puts it here. The copy takes the address of numbers of 64 bits: see native/src/exports.cpp."""
+
+
 def register_adapter(adapter: Adapter) -> None:
     """Add an adapter for tensors of another framework, or for a subclass that ours refuse.
 

@@ -19,7 +19,8 @@ from colltensor.errors import DeviceError, UnsupportedTensorError
 from colltensor.types import CPU, Device
 from colltensor.view import BufferView, are_row_major
 
-_ARRAY: Final = type(jax.device_put(0))
+with jax.ensure_compile_time_eval():  # the first array that is met may be one inside jax.jit
+    _ARRAY: Final = type(jax.device_put(0))
 _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""

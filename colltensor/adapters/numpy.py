@@ -5,18 +5,22 @@ Imports numpy and ml_dtypes; no other framework.
 
 from __future__ import annotations
 
+import array
 import ctypes
 from typing import Any, Final
 
 import numpy as np
 
 from colltensor import dlpack
+from colltensor.adapters import native_copies
 from colltensor.adapters._numpy_dtypes import CARRIER_OF, DTYPE_OF, host_dtype, unsupported_dtype
 from colltensor.errors import ReadOnlyError, UnsupportedTensorError
 from colltensor.types import CPU, UINT8
 from colltensor.view import BufferView
 
 _ALIGNMENT: Final = 64
+_NATIVE_FROM_NBYTES: Final = 4096
+"""Below, what native code must be told takes longer than what it saves."""
 _OVERLAP_WORK: Final[Any] = 1 << 16
 """Bound on the search for a common address of two strided arrays (numpy.shares_memory)."""
 
@@ -80,7 +84,7 @@ def _element_strides(array: Any) -> tuple[int, ...]:
 
 
 class HostMemory:
-    """Staging buffers on the host, and copies between layouts through numpy's strided loops."""
+    """Staging buffers on the host, and copies between layouts: native code's if they are large, else numpy's."""
 
     def allocate(self, nbytes: int, like: BufferView | None = None) -> BufferView:
         raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
@@ -93,6 +97,13 @@ class HostMemory:
         if target.strides is None and source.strides is None and target.dtype == source.dtype:
             ctypes.memmove(target.pointer, source.pointer, target.nbytes)  # numpy's arrays over it take 3 us to make
             return
+        if target.nbytes >= _NATIVE_FROM_NBYTES and (target.strides is None) != (source.strides is None):
+            for found in native_copies:
+                native = found()
+                if native is not None and target.dtype == source.dtype:
+                    words = _copy_words(target, source)
+                    native(words.buffer_info()[0])
+                    return
         to, of = host_array(target), host_array(source)
         if source.strides is None:
             to[...] = of.reshape(target.shape)
@@ -120,6 +131,18 @@ class HostMemory:
             return bool(np.shares_memory(host_array(first), host_array(second), _OVERLAP_WORK))
         except RuntimeError:  # numpy's TooHardError, whose place changed with numpy 2
             return True
+
+
+def _copy_words(target: BufferView, source: BufferView) -> array.array[int]:
+    """Return what native code is told of a copy, one of whose views is strided."""
+    scatters = target.strides is not None
+    strided, contiguous = (target, source) if scatters else (source, target)
+    assert strided.strides is not None
+    shape = strided.shape
+    return array.array("q", (
+        scatters, contiguous.pointer, strided.pointer, strided.dtype.itemsize, strided.count, len(shape), *shape,
+        *strided.strides,
+    ))
 
 
 def host_array(view: BufferView) -> np.ndarray[Any, Any]:

@@ -438,16 +438,17 @@ class SigningBackend(Backend, Protocol):
     def hand_over(self) -> int:
         """Put a direct call of this thread that came to ``DIRECT_PENDING`` into ``queue``; return its number."""
 
-    def tree(self, operation: int, op: int, root: int, plan: array.array[int]) -> Callable[..., int]:
+    def tree(self, operation: int, op: int, root: int, source: int, plan: array.array[int]) -> Callable[..., int]:
         """Return a function that runs an operation on the leaves of a tree, given one after the other.
 
         It returns and raises what the second function of ``direct`` does, and refuses leaves that are not as planned,
         or share memory that is written.
 
         Args:
-            operation: A number of ``DIRECT``: allreduce, reduce or broadcast.
+            operation: A number of ``DIRECT``: allreduce, reduce, broadcast or a transfer.
             op: The reduce op, 255 for none.
-            root: The root, -1 for none.
+            root: The root, or the rank to send to; -1 for none.
+            source: The rank to receive from, -1 for none.
             plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.leaves_hash``), then of each
                 leaf the number of its dtype, its count, and its shape: the number of axes, -1 for any, and their
                 extents. Copied.

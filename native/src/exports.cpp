@@ -180,6 +180,20 @@ void fail(std::int64_t handle, std::int64_t kind, std::int64_t ranks) {
   group->fail(static_cast<Failure>(kind), set);
 }
 
+// Copies all elements of a strided view to contiguous memory, or from there. At `words`: whether from there, the address
+// of the contiguous memory, that of the view, bytes of an element, their number, the number of axes, shape, strides.
+void copy_elements(std::int64_t words) {
+  const auto* word = reinterpret_cast<const std::int64_t*>(words);
+  const View view(reinterpret_cast<void*>(word[2]), static_cast<std::size_t>(word[3]), static_cast<int>(word[5]),
+                  word + 6, word + 6 + word[5]);
+  const auto count = static_cast<std::size_t>(word[4]);
+  if (word[0] == 0) {
+    view.read(0, count, reinterpret_cast<void*>(word[1]));
+  } else {
+    view.write(0, count, reinterpret_cast<const void*>(word[1]));
+  }
+}
+
 ffi::String instructions() { return instruction_set(); }
 bool limit_instructions(ffi::String name) { return limit_instruction_set(name.c_str()); }
 std::int64_t interface_version() { return kInterface; }
@@ -208,5 +222,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_transfers, colltensor::transfers)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_progress, colltensor::progress)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_failure, colltensor::failure)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_fail, colltensor::fail)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_copy, colltensor::copy_elements)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_instructions, colltensor::instructions)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_limit_instructions, colltensor::limit_instructions)

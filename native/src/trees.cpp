@@ -70,25 +70,25 @@ bool overlaps_itself(const ffi::TensorView& tensor) {
 // The memory of a tree's leaves, from call to call the same object.
 class Leaves {
  public:
-  explicit Leaves(Plan plan) : plan_(std::move(plan)) {}
+  explicit Leaves(std::shared_ptr<const Plan> plan) : plan_(std::move(plan)) {}
 
   // False if they are not what the plan says, or cannot be taken as they are: not on the host, without memory, or of
   // memory that they share and that is `written`.
   bool take(const ffi::AnyView* arguments, int number, bool written) {
-    if (number != static_cast<int>(plan_.leaves.size())) return false;
+    if (number != static_cast<int>(plan_->leaves.size())) return false;
     views_.clear();
     spans_.clear();
     for (int i = 0; i < number; ++i) {
-      if (!take_one(arguments[i].cast<ffi::TensorView>(), plan_.leaves[i], written)) return false;
+      if (!take_one(arguments[i].cast<ffi::TensorView>(), plan_->leaves[i], written)) return false;
     }
     return !written || !share_memory();
   }
 
   // Contiguous leaves at these addresses; false if they are not as many as the plan says.
   bool take_addresses(const ffi::AnyView* addresses, int number) {
-    if (number != static_cast<int>(plan_.leaves.size())) return false;
+    if (number != static_cast<int>(plan_->leaves.size())) return false;
     views_.clear();
-    for (const Plan::Leaf& leaf : plan_.leaves) {
+    for (const Plan::Leaf& leaf : plan_->leaves) {
       views_.emplace_back(reinterpret_cast<void*>((addresses++)->cast<std::int64_t>()), item_size(leaf.dtype));
     }
     return true;
@@ -97,7 +97,7 @@ class Leaves {
   // The same, of addresses that lie in a row.
   void take(const std::int64_t* addresses) {
     views_.clear();
-    for (const Plan::Leaf& leaf : plan_.leaves) {
+    for (const Plan::Leaf& leaf : plan_->leaves) {
       views_.emplace_back(reinterpret_cast<void*>(*addresses++), item_size(leaf.dtype));
     }
   }
@@ -106,11 +106,11 @@ class Leaves {
   Outcome run(Group& group, const DirectCall& call, std::int64_t deadline_ns,
               const std::function<const std::int64_t*()>& moved = {}) {
     Signature signature = call_signature(call.operation, static_cast<std::uint8_t>(call.op),
-                                         static_cast<std::int16_t>(call.root), plan_.count,
-                                         static_cast<std::uint64_t>(plan_.hash));
-    for (std::size_t index = 0; index < plan_.transfers.size(); ++index) {
-      const std::vector<int>& members = plan_.transfers[index];
-      const DType dtype = plan_.leaves[members[0]].dtype;
+                                         static_cast<std::int16_t>(call.root), plan_->count,
+                                         static_cast<std::uint64_t>(plan_->hash));
+    for (std::size_t index = 0; index < plan_->transfers.size(); ++index) {
+      const std::vector<int>& members = plan_->transfers[index];
+      const DType dtype = plan_->leaves[members[0]].dtype;
       std::size_t count = 0;
       View view = joined(members, count);
       signature.words[3] = index;
@@ -131,12 +131,30 @@ class Leaves {
     return Outcome::kDone;
   }
 
+  // The leaves of each dtype are a transfer; `detail` is what run_direct() says of it.
+  Outcome run_transfers(Group& group, const DirectCall& call, std::int64_t deadline_ns, std::int64_t& detail) {
+    const bool sends = call.root >= 0;
+    const int source = sends ? group.rank() : call.source, peer = sends ? call.root : call.source;
+    Signature signature = call_signature(Operation::kTransfer, 255, static_cast<std::int16_t>(source), plan_->count,
+                                         static_cast<std::uint64_t>(plan_->hash));
+    for (std::size_t index = 0; index < plan_->transfers.size(); ++index) {
+      std::size_t count = 0;
+      const View view = joined(plan_->transfers[index], count);
+      signature.words[3] = index;
+      Group::Transfer side{&view, count, view.item_nbytes(), peer, signature};
+      const Outcome outcome = group.transfer(sends ? &side : nullptr, sends ? nullptr : &side, deadline_ns);
+      if (side.mismatch) detail = sends ? 1 : 2;
+      if (outcome != Outcome::kDone) return outcome;
+    }
+    return Outcome::kDone;
+  }
+
   const View& operator[](int leaf) const { return views_[leaf]; }
-  const std::vector<Plan::Leaf>& planned() const { return plan_.leaves; }
+  const std::vector<Plan::Leaf>& planned() const { return plan_->leaves; }
 
   bool reducible(ReduceOp op) const {
-    return std::all_of(plan_.transfers.begin(), plan_.transfers.end(), [&](const std::vector<int>& members) {
-      return find_reduction(plan_.leaves[members[0]].dtype, op) != nullptr;
+    return std::all_of(plan_->transfers.begin(), plan_->transfers.end(), [&](const std::vector<int>& members) {
+      return find_reduction(plan_->leaves[members[0]].dtype, op) != nullptr;
     });
   }
 
@@ -184,39 +202,53 @@ class Leaves {
   View joined(const std::vector<int>& members, std::size_t& count) const {
     std::vector<View> parts;
     std::vector<std::size_t> counts;
+    parts.reserve(members.size());
+    counts.reserve(members.size());
     for (int member : members) {
       parts.push_back(views_[member]);
-      counts.push_back(plan_.leaves[member].count);
+      counts.push_back(plan_->leaves[member].count);
       count += counts.back();
     }
     return members.size() == 1 ? parts[0] : View(std::move(parts), counts);
   }
 
-  const Plan plan_;
+  const std::shared_ptr<const Plan> plan_;
   std::vector<View> views_;
   std::vector<std::pair<const char*, const char*>> spans_;
 };
 
+// True if the ranks of a call, of which a transfer has one, may be called so.
+bool has_ranks(const DirectCall& call, int rank, int ranks) {
+  if (call.operation == Operation::kAllReduce) return true;
+  if (call.operation != Operation::kTransfer) return call.root >= 0 && call.root < ranks;
+  const int peer = call.root >= 0 ? call.root : call.source;
+  return (call.root < 0 || call.source < 0) && peer >= 0 && peer < ranks && peer != rank;
+}
+
 // One operation on the leaves of trees of one plan, which lies at `plan`.
 ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
-                            std::int64_t plan) {
-  const DirectCall call{static_cast<Operation>(operation), op, root, -1};
+                            int source, std::int64_t plan) {
+  const DirectCall call{static_cast<Operation>(operation), op, root, source};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
-  const auto made = std::make_shared<Leaves>(Plan(words));
+  const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
     if (group.outcome() != Outcome::kDone) {
       *returned = static_cast<std::int64_t>(group.outcome());
       return;
     }
-    const bool reduces = call.operation != Operation::kBroadcast, rooted = call.operation != Operation::kAllReduce;
+    const bool transfers = call.operation == Operation::kTransfer;
+    const bool reduces = !transfers && call.operation != Operation::kBroadcast;
     const bool is_root = call.root == group->rank();
-    const bool written = !rooted || is_root == reduces;
+    const bool written = transfers ? call.root < 0 : call.operation == Operation::kAllReduce || is_root == reduces;
     *returned = static_cast<std::int64_t>(Outcome::kRefused);
-    if (rooted && (call.root < 0 || call.root >= group->world_size())) return;
+    if (!has_ranks(call, group->rank(), group->world_size())) return;
     if (reduces && !made->reducible(static_cast<ReduceOp>(call.op))) return;
     if (!made->take(arguments, number, written)) return;
-    *returned = result(*group, made->run(*group, call, now_ns() + timeout_ns));
+    std::int64_t detail = 0;
+    const Outcome outcome = transfers ? made->run_transfers(*group, call, now_ns() + timeout_ns, detail)
+                                      : made->run(*group, call, now_ns() + timeout_ns);
+    *returned = result(*group, outcome) | detail << 8;
   });
 }
 
@@ -226,7 +258,7 @@ ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int op
 ffi::Function claiming_tree_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op, std::int64_t plan) {
   const DirectCall call{Operation::kAllReduce, op, -1, -1};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
-  const auto made = std::make_shared<Leaves>(Plan(words));
+  const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
     if (group.outcome() != Outcome::kDone) {
@@ -252,7 +284,7 @@ ffi::Function claiming_tree_function(std::int64_t handle, std::int64_t timeout_n
 // buckets, then of each its number of leaves and these.
 ffi::Function gather_function(std::int64_t plan) {
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
-  const Plan planned(words);
+  const auto planned = std::make_shared<const Plan>(words);
   auto buckets = std::make_shared<std::vector<std::vector<int>>>(static_cast<std::size_t>(*words++));
   for (std::vector<int>& members : *buckets) {
     for (std::int64_t left = *words++; left != 0; --left) members.push_back(static_cast<int>(*words++));

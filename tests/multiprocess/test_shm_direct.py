@@ -622,6 +622,54 @@ def test_an_eager_call_of_jax_enters_few_functions(pool: RankPool) -> None:
     assert max(pool.run(2, counted_frames, fresh())) <= 20  # 37 and more when it was viewed twice in Python
 
 
+def trees_sent(rank: int, size: int, name: str) -> str:
+    """Trees go the short way in both directions, meet the slow path, and are compared leaf by leaf."""
+    def tree(scale: float) -> Any:
+        grid = np.arange(24, dtype=np.float32).reshape(4, 6) * scale
+        return {"a": grid.T, "b": [np.full(300, scale), np.full(3, scale, np.int32)], "c": grid[:, ::2].copy()}
+
+    to, source = (rank + 1) % size, (rank - 1) % size
+    with own_group(rank, size, name) as group:
+        general = group._engine.run
+        for slow in ((), (0,), (1,), range(size)):
+            group._engine.run = general if rank in slow else _never
+            way = True if rank in slow else None
+            sent, received = tree(rank + 1.0), tree(0.0)
+            if rank % 2:
+                assert group.recv(received, source, copy=way) is received
+                assert group.send(sent, to, copy=way) is sent
+            else:
+                group.send(sent, to, copy=way)
+                group.recv(received, source, copy=way)
+            wanted = tree(source + 1.0)
+            for key in ("a", "c"):
+                np.testing.assert_array_equal(received[key], wanted[key])
+            for one, other in zip(received["b"], wanted["b"], strict=True):
+                np.testing.assert_array_equal(one, other)
+        group._engine.run = general
+        overlapping = np.zeros(4, np.float32)
+        if rank == 0:
+            with pytest.raises(col.MismatchError) as caught:
+                group.send({"x": np.ones(3)}, 1)
+            group.send([overlapping, overlapping], 1)
+        elif rank == 1:
+            with pytest.raises(col.MismatchError) as caught:
+                group.recv({"x": np.ones(4)}, 0)
+            with pytest.raises(col.AliasError):
+                group.recv([overlapping, overlapping], 0)
+            group.recv([np.ones(4, np.float32), np.ones(4, np.float32)], 0)
+        group.barrier()
+        return str(caught.value) if rank < 2 else ""
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_trees_are_sent_the_short_way(pool: RankPool, world_size: int) -> None:
+    sent, received, *_ = pool.run(world_size, trees_sent, fresh())
+    for message in (sent, received):
+        assert "['x'] float64[3]" in message
+        assert "['x'] float64[4]" in message
+
+
 def steps(rank: int, size: int, name: str, library: str) -> float:
     """What a Synchronizer compares is compared by native code, and its calls wait as long as the group's."""
     made: Any = pytest.importorskip("jax.numpy" if library == "jax" else library)

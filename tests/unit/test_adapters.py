@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -658,3 +659,45 @@ def test_a_framework_imported_later_is_found() -> None:
         timeout=60, check=False,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.needs("jax")
+def test_the_adapter_for_jax_may_be_loaded_while_jax_traces() -> None:
+    jax, loaded = importlib.import_module("jax"), []
+
+    def traced(x: Any) -> Any:
+        loaded.append(runpy.run_module("colltensor.adapters.jax")["ADAPTER"])
+        return x
+
+    x = jax.numpy.ones(2)
+    jax.jit(traced)(x)
+    assert loaded[0].claims(type(x))
+
+
+@pytest.mark.shm
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "complex64", "complex128"])
+def test_native_copies_between_layouts(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    importlib.import_module("colltensor.gathered")
+    calls = []
+
+    def counted() -> Any:
+        return lambda address: calls.append(address) or native(address)
+
+    native = adapters_module.native_copies[0]()
+    assert native is not None
+    monkeypatch.setattr("colltensor.adapters.numpy.native_copies", [counted])
+    memory = memory_of("cpu")
+    grid = (np.arange(96 * 80 * 5) % 251 + 1).astype(dtype).reshape(96, 80, 5)
+    layouts: tuple[Callable[[Any], Any], ...] = (
+        lambda a: a.T, lambda a: a[:, ::2], lambda a: a[::-1], lambda a: a[:, :, ::-3],
+        lambda a: a.transpose(1, 0, 2), lambda a: a[5:, 3:-3, 1],
+    )
+    for layout in layouts:
+        wanted, whole = layout(grid), np.zeros_like(grid)
+        flat, scattered = np.zeros(wanted.size, dtype), layout(whole)
+        memory.copy(adapter_of(flat).target(flat), adapter_of(wanted).source(wanted))
+        assert (flat == wanted.reshape(-1)).all()
+        memory.copy(adapter_of(scattered).target(scattered), adapter_of(flat).source(flat))
+        assert (scattered == wanted).all()
+        assert np.count_nonzero(whole) == wanted.size
+    assert len(calls) == 12

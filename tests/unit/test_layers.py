@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "native_queue": {"backends", "turn", "work"},
     "operation_queue": {"errors", "backends", "native_queue", "turn", "work"},
     "engine": {*VALUES, "backends", "control", "buffers", "operation_queue", "work"},
-    "direct": {*VALUES, "adapters", "backends", "arguments", "dlpack", "engine", "work"},
+    "direct": {*VALUES, "adapters", "backends", "arguments", "buffers", "dlpack", "engine", "work"},
     "tree_plans": {*VALUES, "adapters", "buffers", "tree"},
     "gathered": {*VALUES, "adapters", "backends", "buffers", "tree_plans"},
     "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree", "tree_plans"},

@@ -101,10 +101,10 @@ class ShmBackend:
         number: int = self._hand_over()
         return number
 
-    def tree(self, operation: int, op: int, root: int, plan: array.array[int]) -> Callable[..., int]:
+    def tree(self, operation: int, op: int, root: int, source: int, plan: array.array[int]) -> Callable[..., int]:
         """Return a function of the native library's: see ``SigningBackend``."""
         function: Callable[..., int] = self._native.shm_tree_function(
-            self._handle, self._timeout_ns, operation, op, root, plan.buffer_info()[0]
+            self._handle, self._timeout_ns, operation, op, root, source, plan.buffer_info()[0]
         )
         return function
 
