@@ -38,7 +38,7 @@ _named: Final[set[str]] = set()
 
 
 def check() -> None:
-    """Check all variables of the package; of one that nobody knows, warn once a process.
+    """Check all variables of the package.
 
     Raises:
         OptionError: A variable has a value that means nothing.
@@ -49,13 +49,22 @@ def check() -> None:
         raise OptionError(
             f"{HOST_ID}: expected a host's name of at most {_HOST_ID_LIMIT} bytes, got {len(os.environ[HOST_ID])}"
         )
+
+
+def warn_of_unknown(group_name: str, rank: int) -> None:
+    """Warn, once a process, of each variable that has the package's prefix and that nobody knows.
+
+    Args:
+        group_name: The group that is being made, for the log.
+        rank: This process's rank in it.
+    """
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in _KNOWN and name not in _named:
             _named.add(name)
             if not name.startswith(_OF_DEVELOPERS):
                 _log.warning(
-                    "the environment variable %s means nothing to colltensor%s; it knows %s", name,
-                    did_you_mean(name, _KNOWN, _LIKENESS_OF_VARIABLES), ", ".join(_KNOWN),
+                    "group %r (rank %d): the environment variable %s means nothing to colltensor%s; it knows %s",
+                    group_name, rank, name, did_you_mean(name, _KNOWN, _LIKENESS_OF_VARIABLES), ", ".join(_KNOWN),
                 )
 
 
