@@ -1,8 +1,8 @@
 #!/bin/sh
-# Programs cannot derive from Gloo's TCP transport: the headers of its pairs are installed, one that they include is not.
+# Programs cannot derive from Gloo's TCP transport: its pairs' headers are installed, and one that they include is not.
 #
-# gloo/transport/tcp/pair.h and context.h include gloo/common/memory.h, which is not among the headers to install in Gloo's
-# gloo/common/CMakeLists.txt; the other TCP headers compile. Looked at here: Debian 12's package, for which nobody has to
+# gloo/transport/tcp/pair.h and context.h include gloo/common/memory.h, which is not among the headers to install in
+# Gloo's gloo/common/CMakeLists.txt; the other TCP headers compile. Looked at here: Debian 12's package. Nobody has to
 # be root.
 set -eu
 folder=$(mktemp -d)
