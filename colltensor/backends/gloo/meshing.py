@@ -27,7 +27,7 @@ from colltensor.backends.gloo.provider import expired
 _HANDSHAKE_S: Final = 4.0
 """How long one connection may take until it is taken; then its rank dials again."""
 _UNPROVEN: Final = 64
-"""How many accepted connections may be open that have proved nothing so far; the oldest goes first."""
+"""How many connections of strangers may be open, beside the ranks' own; the oldest that has proved nothing goes first."""
 _DIALLERS: Final = 8
 _PAUSE_S: Final = 0.05
 _LOOK_S: Final = 0.1
@@ -144,7 +144,7 @@ class _Mesh:
                 continue
             with self._changed:
                 self._accepted[sock] = None
-                if len(self._accepted) > _UNPROVEN:
+                if len(self._accepted) > _UNPROVEN + self._size:
                     oldest = next(iter(self._accepted))
                     del self._accepted[oldest]
                     _shut(oldest)
