@@ -44,7 +44,7 @@ class Listener:
 
     def __init__(
         self, sock: socket.socket, serve: Callable[[socket.socket], None], note: Callable[[str, Exception], None],
-        name: str,
+        name: str, ranks: int = 0,
     ) -> None:
         """Prepare to listen; ``start`` begins.
 
@@ -53,12 +53,14 @@ class Listener:
             serve: Answers one connection; raises nothing.
             note: Hears of what could not be accepted or served, in words.
             name: The thread's name.
+            ranks: How many ranks may come at the same time, who are no strangers.
         """
         self._sock = sock
         self._serve = serve
         self._note = note
         self._closed = False
         self._limit = max(_FEWEST, min(_STRANGERS, _descriptors() // _SHARE_OF_DESCRIPTORS))
+        self._most_speaking = self._limit + ranks
         self._silent: dict[int, tuple[socket.socket, float]] = {}  # by descriptor, the oldest first
         self._speaking: dict[socket.socket, float] = {}  # likewise; those who are at their proof
         self._place = threading.Condition()
@@ -161,7 +163,7 @@ class Listener:
         """Give a connection that speaks, or has ended, to a thread of its own."""
         sock = self._take(descriptor)
         with self._place:
-            while len(self._speaking) >= self._limit:
+            while len(self._speaking) >= self._most_speaking:
                 oldest, since = next(iter(self._speaking.items()))
                 left = since + _PROOF_S - time.monotonic()
                 if left > 0:

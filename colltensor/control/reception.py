@@ -52,7 +52,7 @@ class Reception:
         self._context = context_of(meeting)
         self._closed = False
         name = f"colltensor-{meeting.group_name}"
-        self._listener = Listener(meeting.listener, self._receive, self._note, name)
+        self._listener = Listener(meeting.listener, self._receive, self._note, name, meeting.world_size)
         self._listener.start()
 
     def close(self) -> None:

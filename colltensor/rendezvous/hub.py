@@ -24,6 +24,7 @@ from colltensor.rendezvous.messages import Hello, Message, encode_error, taken, 
 from colltensor.rendezvous.users import is_own
 
 _LOG = logging.getLogger(__name__)
+_RANKS_AT_ONCE = 256
 _STRANGER_S = 0.5
 _JOIN_S = 2.0
 _MEMORY_S = 3600.0
@@ -134,7 +135,9 @@ class Hub:
         self._lock = threading.Lock()
         self._meetings: dict[str, Subscription] = {}
         name = f"colltensor-rendezvous-{self.port}"
-        self._greeter = Listener(listener, self._greet, lambda _, error: self._note_dropped(error), name)
+        self._greeter = Listener(
+            listener, self._greet, lambda _, error: self._note_dropped(error), name, _RANKS_AT_ONCE
+        )
 
     def start(self) -> None:
         """Begin to accept connections."""

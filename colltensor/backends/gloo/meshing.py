@@ -89,7 +89,7 @@ class _Mesh:
         self._taken: dict[int, tuple[int, socket.socket]] = {}
         self._dialled: set[socket.socket] = set()  # and not taken
         name = f"colltensor-{control.group_name}-accepting"
-        self._door = Listener(listener, self._receive, self._note, name)
+        self._door = Listener(listener, self._receive, self._note, name, self._size)
         self._changed = threading.Condition()
         self._over = False
 

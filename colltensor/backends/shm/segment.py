@@ -245,7 +245,7 @@ def _hand_out(listener: socket.socket, fd: int, control: ControlPlane, meeting: 
     def note(what: str, error: Exception) -> None:
         _LOG.debug("group %r (rank %d): shared memory: %s: %s", control.group_name, control.rank, what, error)
 
-    doorway = Listener(listener, serve, note, "colltensor-hand-out")
+    doorway = Listener(listener, serve, note, "colltensor-hand-out", control.world_size)
     try:
         doorway.start()
     except RuntimeError as error:
