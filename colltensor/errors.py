@@ -21,6 +21,7 @@ Imports nothing of the package and no framework.
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Iterable
 from types import FrameType
@@ -120,6 +121,18 @@ class ShapeError(TensorError, ValueError):
 
 class AliasError(TensorError, ValueError):
     """Two buffers of one call share memory, at least one of them to be written."""
+
+
+def remedy_for_system(error: BaseException, otherwise: str) -> str:
+    """Return what to do about what the system refused this process, for the end of a message."""
+    code = getattr(error, "errno", None)
+    if code in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    if code in (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP):
+        return "the system does not permit it: a seccomp filter, a security module or an old kernel"
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return "raise the limit of threads (ulimit -u, or the container's limit of pids)"
+    return otherwise
 
 
 def is_from_handler(error: BaseException) -> bool:

@@ -27,7 +27,14 @@ from colltensor.devices import Devices
 from colltensor.direct import NO_OP, Direct
 from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
-from colltensor.errors import CollectiveError, GroupError, OptionError, PeerLostError, is_from_handler
+from colltensor.errors import (
+    CollectiveError,
+    GroupError,
+    OptionError,
+    PeerLostError,
+    is_from_handler,
+    remedy_for_system,
+)
 from colltensor.multigpu import MultiGpu
 from colltensor.recipe import Recipe, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
@@ -49,7 +56,17 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
     Raises:
         CollectiveError: The ranks cannot be reached, or the backend cannot be made; nothing is left behind.
     """
-    control = Control(meeting, deadline)
+    try:
+        control = Control(meeting, deadline)
+    except CollectiveError:
+        raise
+    except (RuntimeError, OSError) as error:  # no thread, no descriptor
+        if is_from_handler(error):
+            raise
+        raise GroupError(
+            f"group '{meeting.group_name}' (rank {meeting.rank}): it cannot be made: {error}; "
+            + remedy_for_system(error, "see that the ranks reach each other")
+        ) from error
     try:
         backend, why = recipe.make(control, meeting)
     except BaseException as error:

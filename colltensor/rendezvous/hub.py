@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 
 from colltensor import net
-from colltensor.errors import CollectiveError, RankError
+from colltensor.errors import CollectiveError, RankError, remedy_for_system
 from colltensor.rendezvous.messages import Hello, Message, encode_error, taken, unpack
 
 _LOG = logging.getLogger(__name__)
@@ -107,11 +107,13 @@ class Hub:
     Attributes:
         port: The port.
         endpoint: What it was opened for; None where only one meeting knows of it.
+        obstacle: What the system last refused this process while somebody came, and what to do; "" for nothing.
     """
 
     def __init__(self, listener: socket.socket, secret: bytes, endpoint: Endpoint | None) -> None:
         self.port: int = listener.getsockname()[1]
         self.endpoint = endpoint
+        self.obstacle = ""
         self._listener = listener
         self._secret = secret
         self._lock = threading.Lock()
@@ -163,6 +165,7 @@ class Hub:
                 sock, _ = self._listener.accept()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.obstacle = f"{error}; {remedy_for_system(error, 'free memory')}"
                     time.sleep(0.05)
                 elif error.errno not in (errno.ECONNABORTED, errno.EPROTO, errno.EINTR):
                     return
@@ -174,6 +177,7 @@ class Hub:
             try:
                 thread.start()
             except RuntimeError as error:
+                self.obstacle = f"{error}; {remedy_for_system(error, 'see why')}"
                 self._note_dropped(error)
                 self._greetings.release()
                 sock.close()
