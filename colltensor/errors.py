@@ -22,6 +22,7 @@ Imports nothing of the package and no framework.
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -137,6 +138,18 @@ def saying_timed_out(timeout_s: float) -> Iterator[None]:
     except CollectiveTimeoutError as error:
         say_timed_out(error, timeout_s)
         raise
+
+
+def remedy_for_system(error: BaseException, otherwise: str) -> str:
+    """Return what to do about what the system refused this process, for the end of a message."""
+    code = getattr(error, "errno", None)
+    if code in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    if code in (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP):
+        return "the system does not permit it: a seccomp filter, a security module or an old kernel"
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return "raise the limit of threads (ulimit -u, or the container's limit of pids)"
+    return otherwise
 
 
 def is_from_handler(error: BaseException) -> bool:

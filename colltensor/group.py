@@ -35,6 +35,7 @@ from colltensor.errors import (
     PeerLostError,
     TensorError,
     is_from_handler,
+    remedy_for_system,
     saying_timed_out,
 )
 from colltensor.multigpu import MultiGpu
@@ -59,7 +60,17 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
         CollectiveError: The ranks cannot be reached, or the backend cannot be made; nothing is left behind.
     """
     deadline += recipe.prepare(meeting.world_size, meeting.host_ids)
-    control = Control(meeting, deadline)
+    try:
+        control = Control(meeting, deadline)
+    except CollectiveError:
+        raise
+    except (RuntimeError, OSError) as error:  # no thread, no descriptor
+        if is_from_handler(error):
+            raise
+        raise GroupError(
+            f"group '{meeting.group_name}' (rank {meeting.rank}): it cannot be made: {error}; "
+            + remedy_for_system(error, "see that the ranks reach each other")
+        ) from error
     try:
         backend, why = recipe.make(control, meeting)
     except BaseException as error:

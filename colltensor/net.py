@@ -267,6 +267,7 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
     Raises:
         ConnectionError: Nobody listens there, the network says no, or the name cannot be resolved.
         TimeoutError: Nobody answered in time.
+        OSError: This process can open no more files.
     """
     host, port = address
     try:
@@ -276,6 +277,8 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
     except (socket.gaierror, UnicodeError) as error:
         raise ConnectionError(f"cannot resolve the host name {host!r}: {error}") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # of this process, and nothing is known of the other side
         raise ConnectionError(error.errno, f"cannot reach {host}:{port}: {error.strerror}") from error
     if sock.getsockname()[:2] == sock.getpeername()[:2]:
         # Dialling a free port of the ephemeral range on one's own host can connect a socket to itself.
@@ -303,7 +306,9 @@ def _found_host_id() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # the same process would be called otherwise later
         return f"{uuid.getnode():x}/{socket.gethostname()}"
 
 

@@ -9,6 +9,7 @@ Imports net, links, status, switchboard and the errors of the package, and no fr
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,6 +252,9 @@ class Lookout:
                 answers[rank] = links.ask(self.meeting, rank, until)
             except _GONE:
                 answers[rank] = Absence.GONE
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    answers[rank] = Absence.UNASKED
 
         links.in_parallel(ranks, ask_one, until)
         answers = dict(answers)

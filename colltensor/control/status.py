@@ -147,6 +147,7 @@ class Absence(enum.Enum):
 
     GONE = "has died or left: nobody answers at its address"
     SILENT = "does not answer: stopped, unreachable, or busy without releasing the interpreter lock"
+    UNASKED = "cannot be asked, because the rank that asks can open no more files: raise their limit (ulimit -n)"
 
 
 Answers = Mapping[int, "Status | Absence"]
@@ -162,7 +163,7 @@ def late_ranks(answers: Answers, is_late: Callable[[Status], bool]) -> tuple[int
     return tuple(
         rank
         for rank, answer in sorted(answers.items())
-        if answer is Absence.SILENT or (isinstance(answer, Status) and is_late(answer))
+        if answer in (Absence.SILENT, Absence.UNASKED) or (isinstance(answer, Status) and is_late(answer))
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from colltensor import net
-from colltensor.errors import CollectiveError, OptionError, RankError
+from colltensor.errors import CollectiveError, OptionError, RankError, remedy_for_system
 from colltensor.rendezvous.meeting import Meeting, introduction, json_object, location
 from colltensor.rendezvous.messages import (
     Hello,
@@ -104,7 +104,8 @@ class Introduction:
         try:
             self._listener = net.listen(address)
         except OSError as error:
-            problem = OptionError(f"cannot listen on {address}: {error}; choose with interface=")
+            remedy = remedy_for_system(error, "choose with interface=")
+            problem = OptionError(f"cannot listen on {address}: {error}; {remedy}")
             return _wrapped(Message.FAILED, encode_error(problem))
         return _wrapped(Message.BOUND, pack({"host": address, "port": self._listener.getsockname()[1]}))
 

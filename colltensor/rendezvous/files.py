@@ -9,6 +9,7 @@ recognised by nobody answering to it. Imports errors and the meeting's own modul
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pwd
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from colltensor import net
-from colltensor.errors import CollectiveTimeoutError, OptionError
+from colltensor.errors import CollectiveTimeoutError, OptionError, remedy_for_system
 from colltensor.net import FrameError
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
 from colltensor.rendezvous.messages import Invitation, taken
@@ -73,7 +74,7 @@ class FileDirectory:
                 finally:
                     _remove(draft, folder)
         except OSError as error:
-            raise OptionError(f"init_method: rank 0 cannot write {target}: {error.strerror}; {_REMEDY}") from error
+            raise OptionError(f"init_method: rank 0 cannot write {target}: {_why(error)}") from error
         self._published[key] = invitation
 
     def locate(self, key: str, deadline: float) -> bytes:
@@ -128,6 +129,14 @@ class FileDirectory:
 
 
 _REMEDY = "name a file or a folder that every rank can reach and write to, as in init_method='file:///shared/meeting'"
+
+
+def _why(error: OSError) -> str:
+    """Return in words what the system said, and what to do about it."""
+    of_process = error.errno in (errno.EMFILE, errno.ENFILE)
+    return f"{error.strerror}; {remedy_for_system(error, _REMEDY) if of_process else _REMEDY}"
+
+
 _OWN = "name a file in a folder of your own"
 
 
@@ -241,7 +250,7 @@ def _found(target: Path) -> bytes | None:
         with _folder_of(target) as folder:
             return _read(target, folder)
     except OSError as error:
-        raise OptionError(f"init_method: cannot read {target}: {error.strerror}; {_REMEDY}") from error
+        raise OptionError(f"init_method: cannot read {target}: {_why(error)}") from error
 
 
 def _read(target: Path, folder: int) -> bytes | None:

@@ -22,6 +22,7 @@ from colltensor.errors import (
     CollectiveTimeoutError,
     OptionError,
     PeerLostError,
+    remedy_for_system,
 )
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.hub import Arrival, Hub, Inbox, Stranger, Subscription, leave_hub, open_hub, remember
@@ -88,6 +89,8 @@ def host(directory: Directory, hello: Hello, deadline: float,
             undo.pop_all()
         return table, listener, secret
     except BaseException as error:
+        if isinstance(error, CollectiveTimeoutError) and hub is not None and hub.obstacle:
+            error.args = (f"{error}; rank 0 could not hear who came: {hub.obstacle}",)
         assembly.give_up(error)
         raise
     finally:
@@ -207,7 +210,8 @@ class _Assembly:
         try:
             listener = net.listen(hosts[0])
         except OSError as error:
-            raise OptionError(f"rank 0 cannot listen on {hosts[0]}: {error}; choose with interface=") from error
+            remedy = remedy_for_system(error, "choose with interface=")
+            raise OptionError(f"rank 0 cannot listen on {hosts[0]}: {error}; {remedy}") from error
         try:
             while self._error is None and not all(arrival.port for arrival in self._arrivals):
                 late = tuple(sorted(arrival.hello.rank for arrival in self._arrivals if not arrival.port))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from colltensor import net
-from colltensor.errors import CollectiveError, RankError
+from colltensor.errors import CollectiveError, RankError, remedy_for_system
 from colltensor.listener import HANDSHAKE_S, Listener
 from colltensor.rendezvous.messages import Hello, Message, encode_error, taken, unpack
 from colltensor.rendezvous.users import is_own
@@ -125,19 +125,19 @@ class Hub:
     Attributes:
         port: The port.
         endpoint: What it was opened for; None where only one meeting knows of it.
+        obstacle: What the system last refused this process while somebody came, and what to do; "" for nothing.
     """
 
     def __init__(self, listener: socket.socket, secret: bytes, endpoint: Endpoint | None) -> None:
         self.port: int = listener.getsockname()[1]
         self.endpoint = endpoint
+        self.obstacle = ""
         self._listener = listener
         self._secret = secret
         self._lock = threading.Lock()
         self._meetings: dict[str, Subscription] = {}
         name = f"colltensor-rendezvous-{self.port}"
-        self._greeter = Listener(
-            listener, self._greet, lambda _, error: self._note_dropped(error), name, _RANKS_AT_ONCE
-        )
+        self._greeter = Listener(listener, self._greet, self._note_obstacle, name, _RANKS_AT_ONCE)
 
     def start(self) -> None:
         """Begin to accept connections."""
@@ -175,6 +175,10 @@ class Hub:
         """Close the descriptors only, in a forked child: the port is the parent's."""
         self._greeter.disown()
         self._listener.close()
+
+    def _note_obstacle(self, _: str, error: Exception) -> None:
+        self.obstacle = f"{error}; {remedy_for_system(error, 'free memory')}"
+        self._note_dropped(error)
 
     def _note_dropped(self, error: Exception) -> None:
         names = ", ".join(list(self._meetings))  # several groups may meet at one port; whoever listens there is rank 0

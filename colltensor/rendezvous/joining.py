@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 
 from colltensor import net
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, PeerLostError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, PeerLostError, remedy_for_system
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.messages import Hello, Invitation, Message, Table, decode_error, encode_error, pack, unpack
 from colltensor.rendezvous.secret import MISTAKE, derived
@@ -209,7 +209,8 @@ def _attend(sock: socket.socket, deadline: float) -> tuple[Table, socket.socket]
             try:
                 listener = undo.enter_context(net.listen(place["host"]))
             except OSError as error:
-                message = f"cannot listen on {place['host']} of {who_am_i()}: {error}; choose with interface="
+                remedy = remedy_for_system(error, "choose with interface=")
+                message = f"cannot listen on {place['host']} of {who_am_i()}: {error}; {remedy}"
                 net.send_frame(sock, Message.FAILED, encode_error(OptionError(message)), deadline)
                 _next(sock, Message.TABLE, deadline)
                 raise OptionError(message) from error

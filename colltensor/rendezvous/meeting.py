@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from colltensor import net
-from colltensor.errors import CollectiveError, GroupError, OptionError, RankError
+from colltensor.errors import (
+    CollectiveError,
+    GroupError,
+    OptionError,
+    RankError,
+    is_from_handler,
+    remedy_for_system,
+)
 from colltensor.rendezvous.directory import Directory
 from colltensor.rendezvous.hosting import host
 from colltensor.rendezvous.joining import join, who_am_i
@@ -99,6 +106,11 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
     except CollectiveError as error:
         report_refusal(directory, error, group_name=group_name, world_size=world_size, rank=rank, backend=backend)
         raise
+    except OSError as error:
+        raise GroupError(
+            f"init_collective_group(group_name={group_name!r}) on rank {rank} of {world_size}: {error}; "
+            + remedy_for_system(error, "see that the network can be used")
+        ) from error
     try:
         if hello.world_size == 1:
             return _alone(hello, told)
@@ -108,9 +120,11 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
     except CollectiveError as error:
         error.args = (f"{location(hello)}: {error}",)
         raise
-    except OSError as error:
-        message = f"{location(hello)}: the rendezvous failed: {error}; see that the ranks reach each other"
-        raise GroupError(message) from error
+    except (OSError, RuntimeError) as error:
+        remedy = remedy_for_system(error, "see that the ranks reach each other")
+        if is_from_handler(error) or (isinstance(error, RuntimeError) and "new thread" not in str(error)):
+            raise
+        raise GroupError(f"{location(hello)}: the rendezvous failed: {error}; {remedy}") from error
 
 
 def report_refusal(directory: Directory, error: CollectiveError, *, group_name: str, world_size: int, rank: int,

@@ -192,7 +192,7 @@ def refused(name: str, flags: int) -> int:
     ("trouble", "words"),
     [
         ("library", f"there is no file {MISSING}, which the variable COLLTENSOR_LIBRARY names: build it"),
-        ("filter", "shared memory cannot be reserved: [Errno 1] Operation not permitted; free memory or raise"),
+        ("filter", "shared memory cannot be reserved: [Errno 1] Operation not permitted; the system does not"),
         ("memory", "its control group has 1.0 MiB left; free memory or raise the container's limit"),
     ],
 )

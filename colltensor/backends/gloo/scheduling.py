@@ -37,7 +37,10 @@ class SocketThreads:
         """
         if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
             return make(), cls([])
-        before = _threads()
+        try:
+            before = _threads()
+        except OSError:  # no /proc
+            return make(), cls([])
         try:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         except PermissionError:

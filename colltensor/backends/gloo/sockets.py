@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterable
 from typing import Final
+
+_MOST_DESCRIPTORS: Final = 1 << 16
 
 Endpoint = tuple[str, int]
 """An address, as text, and a port."""
@@ -33,6 +36,14 @@ def listeners(published: Iterable[bytes]) -> frozenset[Endpoint]:
     return frozenset(found)
 
 
+def _descriptors() -> Iterable[int]:
+    """Return the numbers of this process's descriptors; all that there may be where there is no /proc."""
+    try:
+        return map(int, os.listdir("/proc/self/fd"))
+    except OSError:
+        return range(min(os.sysconf("SC_OPEN_MAX"), _MOST_DESCRIPTORS))
+
+
 def shut_connections(endpoints: frozenset[Endpoint]) -> int:
     """Shut this process's connections that have one of ``endpoints`` at either end; return how many.
 
@@ -40,11 +51,11 @@ def shut_connections(endpoints: frozenset[Endpoint]) -> int:
     listeners themselves stay: Gloo ends the process when accepting fails.
     """
     shut = 0
-    for entry in os.listdir("/proc/self/fd"):
+    for descriptor in _descriptors():
         try:
-            if not os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 continue
-            connection = socket.socket(fileno=os.dup(int(entry)))
+            connection = socket.socket(fileno=os.dup(descriptor))
         except OSError:
             continue  # closed meanwhile
         with connection:

@@ -29,7 +29,7 @@ from typing import Any, Final, Protocol
 from colltensor import environment, net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import cgroup, library
-from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError
+from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError, remedy_for_system
 from colltensor.listener import HANDSHAKE_S, Listener
 
 MAX_RANKS: Final = 256
@@ -209,8 +209,8 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
         if fd >= 0:
             os.close(fd)
         return -1, None, (
-            f"{nbytes >> 20} MiB of shared memory cannot be reserved: {error}; free memory or raise the container's "
-            "limit"
+            f"{nbytes >> 20} MiB of shared memory cannot be reserved: {error}; "
+            + remedy_for_system(error, "free memory or raise the container's limit")
         )
     return fd, listener, None
 
