@@ -33,14 +33,23 @@ BACKENDS = [
 
 @contextlib.contextmanager
 def made(backend: str, rank: int, size: int, name: str, timeout_s: float = 20.0) -> Iterator[Any]:
-    """A group of a backend; two hosts where it is hierarchical."""
+    """A group of a backend; two hosts where it is hierarchical. A short timeout begins when all have come."""
+    with _made(backend, rank, size, name) as group:
+        if timeout_s != 20.0:
+            group.barrier()
+            group.set_timeout(timeout_s)
+        yield group
+
+
+@contextlib.contextmanager
+def _made(backend: str, rank: int, size: int, name: str) -> Iterator[Any]:
     if backend in ("shm", "native"):
-        with own_group(rank, size, name, timeout_s, "gloo" if backend == "native" else "shm") as group:
+        with own_group(rank, size, name, 20.0, "gloo" if backend == "native" else "shm") as group:
             yield group
         return
     options = {"provider": "torch", "interface": "lo"} if backend == "torch" else {}
     hosts = "aabb"[:size] if backend == "hierarchical" else "a" * size
-    with group_on(hosts, rank, name, "gloo" if backend == "torch" else backend, timeout_s, **options) as group:
+    with group_on(hosts, rank, name, "gloo" if backend == "torch" else backend, 20.0, **options) as group:
         yield group
 
 
