@@ -27,7 +27,7 @@ from colltensor.backends.gloo.provider import expired
 _HANDSHAKE_S: Final = 4.0
 """How long one connection may take until it is taken; then its rank dials again."""
 _UNPROVEN: Final = 64
-"""How many connections of strangers may be open, beside the ranks' own; the oldest that has proved nothing goes first."""
+"""How many strangers may be connected, beside the ranks; the oldest that has proved nothing goes first."""
 _DIALLERS: Final = 8
 _PAUSE_S: Final = 0.05
 _LOOK_S: Final = 0.1
