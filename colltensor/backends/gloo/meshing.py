@@ -96,9 +96,9 @@ class _Mesh:
 
     def make(self, deadline: float) -> None:
         """Return once there is a connection to each other rank."""
+        self._accepting = self._start(self._accept)  # before strangers can fill the kernel's queue
         own = json.dumps(self._listener.getsockname()[:2]).encode()
         self._addresses = [(host, port) for host, port in map(json.loads, self._control.allgather(own, deadline))]
-        self._accepting = self._start(self._accept)
         for _ in range(min(self._rank, _DIALLERS)):
             self._start(self._dial)
         while True:
