@@ -53,7 +53,7 @@ def die_while_connecting(rank: int, size: int, name: str, victim: int) -> tuple[
             death.write_text(str(time.monotonic()))
             os._exit(1)
 
-        meshing._Mesh._accept = die  # type: ignore[method-assign]
+        meshing._Mesh._is_complete = die  # type: ignore[method-assign]
     before = Held.now()
     with pytest.raises(col.PeerLostError) as caught, own_group(rank, size, name, backend="gloo"):
         pass

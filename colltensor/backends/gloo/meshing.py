@@ -95,9 +95,9 @@ class _Mesh:
 
     def make(self, deadline: float) -> None:
         """Return once there is a connection to each other rank."""
+        self._door.start()  # before strangers can fill the kernel's queue
         own = json.dumps(self._listener.getsockname()[:2]).encode()
         self._addresses = [(host, port) for host, port in map(json.loads, self._control.allgather(own, deadline))]
-        self._door.start()
         for _ in range(min(self._rank, _DIALLERS)):
             name = f"colltensor-{self._control.group_name}-connecting"
             threading.Thread(target=self._dial, name=name, daemon=True).start()
