@@ -99,7 +99,8 @@ class Line:
             cancelled = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._turn.locked(), _CLOSE_TIMEOUT_S)
+            if not self.is_inside():  # else in a signal's handler: the operation ends when that returns
+                self._changed.wait_for(lambda: not self._turn.locked(), _CLOSE_TIMEOUT_S)
         for operation in cancelled:
             operation.end(error)
             operation.tell()
