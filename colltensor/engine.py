@@ -404,6 +404,7 @@ class Engine:
         gone = GroupError(f"group '{self._name}' (rank {self._rank}) {how}")
         self._alone = False
         leaves = self.broken is None and self._is_in_call()
+        inside = self.queue.is_inside()  # in a signal's handler: the call goes on, and ends, when this returns
         self.broken = self.broken or gone
         self._unraised = None
         if self._control is not None:
@@ -411,8 +412,8 @@ class Engine:
                 self._tell_all(PeerLostError(
                     f"group '{self._name}': rank {self._rank} left the group in the middle of a call", (self._rank,)
                 ))
-            self._control.close()
-        self.queue.close(gone, _CLOSE_TIMEOUT_S)
+            self._control.close(waits=not inside)
+        self.queue.close(gone, 0.0 if inside else _CLOSE_TIMEOUT_S)
         self._kept.clear()
 
     def _execute_queued(self, call: Call) -> Any:

@@ -781,8 +781,22 @@ class Group:
 
     def _close(self, how: str) -> None:
         _groups.discard(self)
+        inside = self._queue.is_inside()
         self._devices.close()
         self._engine.close(how)
+        if not inside:
+            self._backend.close()
+            return
+        try:  # no daemon, because it runs native code
+            threading.Thread(target=self._close_behind, name="colltensor leaving").start()
+        except RuntimeError:  # no thread can be started: the backend waits for the call, in vain
+            self._backend.close()
+
+    def _close_behind(self) -> None:
+        """Close the backend when the call has ended in which a signal's handler has closed the group."""
+        deadline = time.monotonic() + _LEAVING_S
+        while self.progress() is not None and time.monotonic() < deadline:
+            time.sleep(0.005)
         self._backend.close()
 
     def synchronize(self, gpu_id: int | None = None) -> None:

@@ -324,9 +324,13 @@ class Control:
         """
         self._board.fail(error)
 
-    def close(self) -> None:
-        """Say goodbye to the other ranks and close everything; a thread that waits here raises. May be repeated."""
-        self._board.close()
+    def close(self, waits: bool = True) -> None:
+        """Say goodbye to the other ranks and close everything; a thread that waits here raises. May be repeated.
+
+        Args:
+            waits: Wait for that thread, a second at most; not where it is this one, in a signal's handler.
+        """
+        self._board.close(waits)
 
 
 class _Working:

@@ -213,7 +213,7 @@ class Switchboard:
         self._serve()
         return error
 
-    def close(self) -> None:
+    def close(self, waits: bool = True) -> None:
         """Say goodbye and close everything; a thread that waits meanwhile raises. In a forked child say nothing."""
         self._closed = True
         self.usable = False
@@ -223,7 +223,8 @@ class Switchboard:
         if self._spreading is not None:  # whoever hears of it late asks this rank, and would find it gone as well
             self._spreading.join(_TELLING_S)
         self._serve()
-        self._done.wait(SILENCE_S)
+        if waits:
+            self._done.wait(SILENCE_S)
 
     def disown(self) -> None:
         """In a forked child: close the copies of all sockets, so that the parent's end is still an end."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -165,12 +167,20 @@ def test_calls_behind_a_lost_one_name_the_same_ranks(pool: RankPool, backend: st
     assert found[0] == [(name, (size - 1,))] * 4
 
 
-def leave_in_a_call(rank: int, size: int, name: str, backend: str) -> tuple[float, str, tuple[int, ...]]:
-    """The first rank destroys its group while the others wait for the last, which does not come."""
+def leave_in_a_call(
+    rank: int, size: int, name: str, backend: str, by_signal: bool
+) -> tuple[float, str, tuple[int, ...]]:
+    """The first rank destroys its group while the others wait for the last, which does not come.
+
+    In another thread, or in a signal's handler of the thread that is in the call.
+    """
     with made(backend, rank, size, name, timeout_s=20.0) as group:
         group.allreduce(np.ones(3))
+        previous = signal.getsignal(signal.SIGUSR2)
         if rank == 0:
-            threading.Timer(0.2, group.destroy).start()
+            signal.signal(signal.SIGUSR2, lambda *_: group.destroy())
+            leave = functools.partial(os.kill, os.getpid(), signal.SIGUSR2) if by_signal else group.destroy
+            threading.Timer(0.2, leave).start()
         began = time.monotonic()
         if rank == size - 1:
             while group.broken is None and time.monotonic() < began + 5.0:
@@ -181,13 +191,15 @@ def leave_in_a_call(rank: int, size: int, name: str, backend: str) -> tuple[floa
         work = group.broadcast(np.ones(3), size - 1, async_op=True) if rank == 1 else None
         with pytest.raises(col.CollectiveError) as caught:
             group.broadcast(np.ones(3), size - 1) if work is None else work.wait()
+        signal.signal(signal.SIGUSR2, previous)
         return time.monotonic() - began, type(caught.value).__name__, getattr(caught.value, "ranks", ())
 
 
+@pytest.mark.parametrize("by_signal", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rank_that_leaves_in_a_call_ends_it_everywhere(pool: RankPool, backend: str) -> None:
-    found = pool.run(max(3, size_of(backend)), leave_in_a_call, fresh(), backend)
-    assert max(took_s for took_s, _, _ in found) < 4.0
+def test_a_rank_that_leaves_in_a_call_ends_it_everywhere(pool: RankPool, backend: str, by_signal: bool) -> None:
+    found = pool.run(max(3, size_of(backend)), leave_in_a_call, fresh(), backend, by_signal)
+    assert max(took_s for took_s, _, _ in found) < 3.0
     assert found[0][1:] == ("GroupError", ())
     assert [entry[1:] for entry in found[1:]] == [("PeerLostError", (0,))] * (len(found) - 1)
 

@@ -89,7 +89,8 @@ class Line:
             cancelled = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self.turn.owner(), _CLOSE_TIMEOUT_S)
+            if self.turn.owner() != threading.get_ident():  # else in a signal's handler: it ends when that returns
+                self._changed.wait_for(lambda: not self.turn.owner(), _CLOSE_TIMEOUT_S)
         for operation in cancelled:
             operation.end(error)
             operation.tell()
