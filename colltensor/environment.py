@@ -35,7 +35,7 @@ _named: Final[set[str]] = set()
 
 
 def check() -> None:
-    """Check all variables of the package; of one that nobody knows, warn once a process.
+    """Check the values of the package's variables.
 
     Raises:
         OptionError: A variable has a value that means nothing.
@@ -45,13 +45,17 @@ def check() -> None:
         raise OptionError(
             f"{HOST_ID}: expected a host's name of at most {_HOST_ID_LIMIT} bytes, got {len(os.environ[HOST_ID])}"
         )
+
+
+def name_unknown(group_name: str, rank: int) -> None:
+    """Warn of variables that nobody knows, each once a process, in the name of the group that is made."""
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in _KNOWN and name not in _named:
             _named.add(name)
             if not name.startswith(_OF_DEVELOPERS):
                 _log.warning(
-                    "the environment variable %s means nothing to colltensor%s; it knows %s", name,
-                    did_you_mean(name, _KNOWN, _LIKENESS_OF_VARIABLES), ", ".join(_KNOWN),
+                    "group %r (rank %d): the environment variable %s means nothing to colltensor%s; it knows %s",
+                    group_name, rank, name, did_you_mean(name, _KNOWN, _LIKENESS_OF_VARIABLES), ", ".join(_KNOWN),
                 )
 
 
