@@ -38,7 +38,7 @@ _named: Final[set[str]] = set()
 
 
 def check() -> None:
-    """Check all variables of the package.
+    """Check the values of the package's variables.
 
     Raises:
         OptionError: A variable has a value that means nothing.
@@ -51,13 +51,8 @@ def check() -> None:
         )
 
 
-def warn_of_unknown(group_name: str, rank: int) -> None:
-    """Warn, once a process, of each variable that has the package's prefix and that nobody knows.
-
-    Args:
-        group_name: The group that is being made, for the log.
-        rank: This process's rank in it.
-    """
+def name_unknown(group_name: str, rank: int) -> None:
+    """Warn of variables that nobody knows, each once a process, in the name of the group that is made."""
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in _KNOWN and name not in _named:
             _named.add(name)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from colltensor import backends, objects
+from colltensor import backends, environment, objects
 from colltensor.adapters import is_plain, note, unnoted
 from colltensor.arguments import Arguments
 from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
@@ -134,6 +134,7 @@ class Group:
         meeting: Meeting | None = None, why: str = "",
     ) -> None:
         keep_compilers_out()
+        environment.name_unknown(name, rank)
         self.name = name
         self.rank = rank
         self.world_size = world_size

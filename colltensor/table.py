@@ -97,7 +97,6 @@ def init_collective_group(
         if world_size is None or rank is None:
             _, rank, world_size = open_directory(init_method, rank, world_size)
         world_size, rank = _check(world_size, rank, recipe)
-        environment.warn_of_unknown(group_name, rank)
     except (BackendUnavailableError, OptionError) as error:
         _report(error, world_size, rank, init_method, group_name, backend, recipe)
         raise
@@ -137,7 +136,6 @@ def make_group(
     _check_process(group_name)
     recipe = _recipe(backend, timeout_s, interface, provider, check)
     world_size, rank = _check(world_size, rank, recipe)
-    environment.warn_of_unknown(group_name, rank)
 
     def make() -> Group:
         if world_size == 1 and recipe.backend_for(1) == "loopback":

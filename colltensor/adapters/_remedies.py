@@ -34,7 +34,8 @@ _BY_NAME: Final = {
     "memoryview": _SHARES,
     "array.array": _SHARES,
     "jax._src.core.Tracer": (
-        "inside jax.jit, jax.grad or jax.vmap arrays have no memory: call it outside the traced function"
+        "inside jax.jit, jax.grad or jax.vmap arrays have no memory: use colltensor.jax, as in "
+        "colltensor.jax.allreduce(x), or call it outside the traced function"
     ),
     "jax._src.random.prng.PRNGKeyArray": (
         "a typed key is no array of numbers: pass jax.random.key_data(x), and make a key of the result with "

@@ -19,7 +19,7 @@ from colltensor.errors import DeviceError, UnsupportedTensorError
 from colltensor.types import CPU, Device
 from colltensor.view import BufferView, are_row_major
 
-with jax.ensure_compile_time_eval():  # the first array that is met may be one inside jax.jit
+with jax.ensure_compile_time_eval():  # the first call of a program may be inside jax.jit
     _ARRAY: Final = type(jax.device_put(0))
 _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
@@ -192,6 +192,12 @@ def _device_of(where: Any, tensor: Any) -> Device:
 
 
 def _sharded(tensor: Any) -> UnsupportedTensorError:
+    if tensor.is_fully_replicated:
+        return UnsupportedTensorError(
+            f"the JAX array is replicated over {len(tensor.sharding.device_set)} devices; a collective works on one of "
+            "this process: pass one copy, x.addressable_data(0), and put the result on all, "
+            "jax.device_put(result, x.sharding)"
+        )
     return UnsupportedTensorError(
         f"the JAX array is sharded over {len(tensor.sharding.device_set)} devices; a collective works on one device of "
         "this process: pass its addressable shards, x.addressable_shards[i].data, one by one"

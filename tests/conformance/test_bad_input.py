@@ -363,8 +363,9 @@ _TORCH = {
 _JAX = {
     "a deleted JAX array": Row(col.UnsupportedTensorError, ("allreduce", "deleted or donated", "use the array"),
                                lambda s: s.group.allreduce(_deleted(s)), "jax"),
-    "a JAX array in jit": Row(col.UnsupportedTensorError, ("allreduce", "Tracer", "outside"), lambda s: importlib
-                              .import_module("jax").jit(lambda x: s.group.allreduce(x))(_jnp().ones(3)), "jax"),
+    "a JAX array in jit": Row(
+        col.UnsupportedTensorError, ("allreduce", "Tracer", r"colltensor\.jax\.allreduce", "outside"),
+        lambda s: importlib.import_module("jax").jit(lambda x: s.group.allreduce(x))(_jnp().ones(3)), "jax"),
     "a JAX array in grad": Row(
         col.UnsupportedTensorError, ("allreduce", "Tracer", "jax.grad"),
         lambda s: importlib.import_module("jax").grad(lambda x: s.group.allreduce(x).sum())(_jnp().ones(3)), "jax"),
@@ -730,6 +731,10 @@ def sharded(rank: int, world_size: int) -> list[Any]:
             call(spread)
         messages.append(str(caught.value))
     assert spread.tolist() == [0.0, 1.0, 2.0, 3.0]
+    everywhere = jax.device_put(jax.numpy.arange(4.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    with pytest.raises(col.UnsupportedTensorError, match=r"replicated over 2 devices.*x\.addressable_data\(0\)"):
+        group.allreduce(everywhere)
+    assert jax.device_put(group.allreduce(everywhere.addressable_data(0)), everywhere.sharding).is_fully_replicated
     there = jax.device_put(jax.numpy.arange(3.0), second)
     result = group.allreduce(there)
     assert result.devices() == {second}

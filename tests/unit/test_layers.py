@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",
-        "engine", "work", "multigpu", "devices", "recipe", "objects", "untraced",
+        "engine", "environment", "work", "multigpu", "devices", "recipe", "objects", "untraced",
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
     "table": {"errors", "environment", "objects", "backends", "control", "rendezvous", "group", "observers", "recipe"},
