@@ -85,9 +85,10 @@ class Plans:
         Their dtypes and counts may be others than the plan's: who uses it looks at them, and calls ``renewed``.
         """
         latest = self._latest
-        known = None if latest is None else latest.leaves(tree, self._fits)
-        if known is not None:
-            return latest, known
+        if latest is not None and latest.match is not None:  # as Plan.leaves(), without another call
+            known = latest.match(tree)
+            if known is not None and self._fits(known):
+                return latest, known
         leaves, structure = flat_tree(tree)
         plan = self._plans.get(structure) or self._learn(tree, structure)
         if plan is None or not self._fits(leaves):
