@@ -49,9 +49,9 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
     Raises:
         CollectiveError: The ranks cannot be reached, or the backend cannot be made; nothing is left behind.
     """
-    deadline += recipe.prepare(meeting.world_size, meeting.host_ids)
     control = Control(meeting, deadline)
     try:
+        recipe.prepare(meeting.world_size, meeting.host_ids)
         backend, why = recipe.make(control, meeting)
     except BaseException as error:
         try:
