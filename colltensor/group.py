@@ -59,7 +59,6 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
     Raises:
         CollectiveError: The ranks cannot be reached, or the backend cannot be made; nothing is left behind.
     """
-    deadline += recipe.prepare(meeting.world_size, meeting.host_ids)
     try:
         control = Control(meeting, deadline)
     except CollectiveError:
@@ -72,6 +71,7 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
             + remedy_for_system(error, "see that the ranks reach each other")
         ) from error
     try:
+        recipe.prepare(meeting.world_size, meeting.host_ids)
         backend, why = recipe.make(control, meeting)
     except BaseException as error:
         try:

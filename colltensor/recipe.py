@@ -9,7 +9,6 @@ import contextlib
 import logging
 import numbers
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -54,23 +53,20 @@ class Recipe:
         name = self.backend_for(world_size)
         return auto.SPEC if name == "auto" else backends.get_backend(name)
 
-    def prepare(self, world_size: int, host_ids: Sequence[str] = ()) -> float:
-        """Import and load what making the backend will need, so that it is no other rank's waiting time.
+    def prepare(self, world_size: int, host_ids: Sequence[str]) -> None:
+        """Import and load what making the backend will need, before the time that connecting it may take begins.
+
+        The ranks have met by then: one that imports longer than the others is not late to the meeting as well.
 
         Args:
             world_size: The number of ranks.
-            host_ids: The host of each rank; empty before they have met, when the backend may not be known yet.
-
-        Returns:
-            How long it took, in seconds: what a deadline that runs already should be put off by.
+            host_ids: The host of each rank.
         """
-        began = time.monotonic()
         prepare = getattr(self.spec_for(world_size), "prepare", None)  # a backend from elsewhere may have none
         if prepare is not None:
             # What is broken comes up again in ``make``, where the other ranks are told of it.
             with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
                 prepare(self.provider, host_ids)
-        return time.monotonic() - began
 
     def make(self, control: Any, meeting: Any) -> tuple[Backend, str]:
         """Make the backend of the ranks that met, and say in words why it is this one. All ranks call.

@@ -63,8 +63,8 @@ def init_collective_group(
             where they cannot share memory).
         group_name: The group's name, free in this process.
         gloo_timeout: ``ray.util.collective``'s spelling of the timeout, in milliseconds.
-        timeout_s: How long to wait for the other ranks, here and in every operation, in seconds. What is imported for
-            the backend, torch for its Gloo, does not count.
+        timeout_s: How long to wait for the other ranks, here and in every operation, in seconds. What this rank imports
+            for the backend, torch for its Gloo, does not count.
         init_method: How the ranks meet: ``file:///path`` (a file or an existing folder all can
             reach), ``tcp://host:port`` (served by rank 0), ``env://`` (MASTER_ADDR, MASTER_PORT).
             None is Ray inside a Ray worker and ``env://`` elsewhere.
@@ -140,7 +140,6 @@ def make_group(
     def make() -> Group:
         if world_size == 1 and recipe.backend_for(1) == "loopback":
             return solitary(group_name, recipe)
-        recipe.prepare(world_size)
         return connect(meeting(), recipe, time.monotonic() + patience_s)
 
     return _enter(group_name, make)
@@ -255,7 +254,6 @@ def _check_name(group_name: Any) -> None:
 def _meet(world_size: int, rank: int, directory: Directory, group_name: str, recipe: Recipe) -> Group:
     if world_size == 1 and recipe.backend_for(1) == "loopback":
         return solitary(group_name, recipe)
-    recipe.prepare(world_size)
     deadline = time.monotonic() + recipe.timeout_s
     with saying_timed_out(recipe.timeout_s):
         meeting = meet(

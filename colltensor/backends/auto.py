@@ -35,7 +35,7 @@ class AutoSpec:
         return backends.reason("auto")
 
     def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
-        """Load what ``choose`` needs where ranks are on these hosts; before that is known what all on one host need."""
+        """Load what ``choose`` needs where ranks are on these hosts."""
         if len(set(host_ids)) > 1:
             hierarchical.SPEC.prepare(provider, host_ids)
             return

@@ -30,9 +30,9 @@ class HierarchicalSpec:
         return "; ".join(reasons) or None
 
     def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
-        """Load what ``create`` needs, before or after the ranks have met."""
+        """Load what ``create`` needs."""
         hosts = len(set(host_ids))
-        if hosts != len(host_ids) or not host_ids:
+        if hosts != len(host_ids):
             SHM.prepare(None, host_ids)
         if hosts != 1:
             GLOO.prepare(provider, host_ids)

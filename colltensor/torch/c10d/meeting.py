@@ -53,7 +53,6 @@ def meet(
         if refusal is not None:
             raise refusal
         return solitary(name, recipe)
-    recipe.prepare(world_size)
     deadline = time.monotonic() + meet_s
     secret = b""
     try:
