@@ -8,6 +8,7 @@ recognised by nobody answering to it. Imports errors and the meeting's own modul
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -18,7 +19,7 @@ import urllib.parse
 from pathlib import Path
 
 from colltensor import net
-from colltensor.errors import CollectiveTimeoutError, OptionError
+from colltensor.errors import CollectiveTimeoutError, OptionError, remedy_for_system
 from colltensor.net import FrameError
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
 from colltensor.rendezvous.messages import Invitation, taken
@@ -60,7 +61,8 @@ class FileDirectory:
             finally:
                 draft.unlink(missing_ok=True)
         except OSError as error:
-            raise OptionError(f"init_method: rank 0 cannot write {target}: {error.strerror}; {_REMEDY}") from error
+            message = f"init_method: rank 0 cannot write {target}: {error.strerror}; {_remedy(error)}"
+            raise OptionError(message) from error
         self._published[key] = invitation
 
     def locate(self, key: str, deadline: float) -> bytes:
@@ -132,6 +134,10 @@ class FileDirectory:
         os.replace(draft, target)
 
 
+def _remedy(error: OSError) -> str:
+    return remedy_for_system(error, _REMEDY) if error.errno in (errno.EMFILE, errno.ENFILE) else _REMEDY
+
+
 _REMEDY = "name a file or a folder that every rank can reach and write to, as in init_method='file:///shared/meeting'"
 
 
@@ -186,7 +192,7 @@ def _read(target: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise OptionError(f"init_method: cannot read {target}: {error.strerror}; {_REMEDY}") from error
+        raise OptionError(f"init_method: cannot read {target}: {error.strerror}; {_remedy(error)}") from error
     if not is_file or not Invitation.may_be(data):
         raise OptionError(f"init_method: {target} exists and is no rendezvous file; name another, or remove it")
     with contextlib.suppress(OSError):
