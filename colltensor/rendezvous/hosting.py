@@ -310,6 +310,8 @@ class _Assembly:
                 self._error = self._error or refusal
                 self._informed.add((item.hello.rank, item.hello.who))
             self._send(item, Message.WELCOME)
+            for words in self._strangers.values():
+                self._send(item, Message.NOTE, pack({"note": words}))
 
     def _meet_stranger(self, stranger: Stranger) -> None:
         """Give up if one of the ranks has another secret; who is somebody else's process, or far away, may be lying.
@@ -324,13 +326,11 @@ class _Assembly:
             self._error = self._error or hello.refuses() or OptionError(message)
             self._strangers[hello.rank] = message
         elif hello.rank not in self._strangers and len(self._strangers) < _STRANGERS:
-            self._strangers[hello.rank] = (
-                f"a process that calls itself rank {hello.rank} ({hello.who!r:.100}) came with another secret"
-            )
-            _LOG.warning(
-                "group %r (rank %d): a process that says it is rank %d (%.200r) has another secret; %s",
-                hello.group_name, 0, hello.rank, hello.who, MISTAKE,
-            )
+            words = f"a process that calls itself rank {hello.rank} ({hello.who!r:.100}) came with another secret"
+            self._strangers[hello.rank] = words
+            _LOG.warning("group %r (rank %d): %s; %s", hello.group_name, 0, words, MISTAKE)
+            for arrival in list(self._arrivals):
+                self._send(arrival, Message.NOTE, pack({"note": words}))
 
     def _means_another_meeting(self, hello: Hello) -> bool:
         """Return whether a rank comes for the next attempt, or refuses another one than this.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import os
 import socket
 import time
@@ -18,6 +19,7 @@ from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.messages import Hello, Invitation, Message, Table, decode_error, encode_error, pack, unpack
 from colltensor.rendezvous.secret import MISTAKE, derived
 
+_LOG = logging.getLogger(__name__)
 _CONNECT_S = 3.0
 _HANDSHAKE_S = 5.0
 _STRANGER_S = 3.0
@@ -94,7 +96,7 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
             with _reach(invitation, hello.group_name, hello.host_id, deadline, hello) as sock:
                 reason, stranger_since, refused_since = "it answers, but this group is not meeting there", None, None
                 if _introduce(sock, hello, started, deadline):
-                    table, listener = _attend(sock, deadline)
+                    table, listener = _attend(sock, deadline, hello)
                     return table, listener, invitation.secret
         except CollectiveError:
             raise
@@ -201,21 +203,21 @@ def _introduce(sock: socket.socket, hello: Hello, started: float, deadline: floa
     return kind == Message.WELCOME
 
 
-def _attend(sock: socket.socket, deadline: float) -> tuple[Table, socket.socket]:
+def _attend(sock: socket.socket, deadline: float, hello: Hello) -> tuple[Table, socket.socket]:
     """Wait for rank 0's decisions; from here on, losing it is an error."""
     with contextlib.ExitStack() as undo:
         try:
-            place = unpack(_next(sock, Message.PLACE, deadline), host=str)
+            place = unpack(_next(sock, Message.PLACE, deadline, hello), host=str)
             try:
                 listener = undo.enter_context(net.listen(place["host"]))
             except OSError as error:
                 remedy = remedy_for_system(error, "choose with interface=")
                 message = f"cannot listen on {place['host']} of {who_am_i()}: {error}; {remedy}"
                 net.send_frame(sock, Message.FAILED, encode_error(OptionError(message)), deadline)
-                _next(sock, Message.TABLE, deadline)
+                _next(sock, Message.TABLE, deadline, hello)
                 raise OptionError(message) from error
             net.send_frame(sock, Message.BOUND, pack({"port": listener.getsockname()[1]}), deadline)
-            table = Table.decode(_next(sock, Message.TABLE, deadline))
+            table = Table.decode(_next(sock, Message.TABLE, deadline, hello))
         except CollectiveError:
             raise
         except TimeoutError as error:
@@ -232,9 +234,13 @@ def _attend(sock: socket.socket, deadline: float) -> tuple[Table, socket.socket]
         return table, listener
 
 
-def _next(sock: socket.socket, expected: Message, deadline: float) -> bytes:
+def _next(sock: socket.socket, expected: Message, deadline: float, hello: Hello) -> bytes:
     """Return the payload of the next frame; rank 0 announces the timeout itself, so it gets a little longer."""
     kind, payload = net.recv_frame(sock, deadline + _VERDICT_SLACK_S)
+    while kind == Message.NOTE:
+        note = str(unpack(payload, note=str)["note"])
+        _LOG.warning("group %r (rank %d): rank 0 says: %s; %s", hello.group_name, hello.rank, note, MISTAKE)
+        kind, payload = net.recv_frame(sock, deadline + _VERDICT_SLACK_S)
     if kind == Message.FAILED:
         raise decode_error(payload)
     if kind != expected:

@@ -45,6 +45,7 @@ class Message(enum.IntEnum):
     PLACE = 6
     BOUND = 7
     TABLE = 8
+    NOTE = 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ def test_a_group_among_strangers(pool: RankPool, backend: str) -> None:
 
 
 def share_among_strangers(rank: int, size: int, name: str) -> float:
-    """Rank 1 holds the hand-over socket of the memory with silent clients, before it fetches the memory itself."""
+    """Rank 1 takes all places of the memory's hand-over socket with silent clients, before it fetches the memory."""
     if rank == 1:
         fetch = segment._fetch
 
@@ -140,7 +140,7 @@ def share_among_strangers(rank: int, size: int, name: str) -> float:
             [place] = {found for found in re.findall(r"@(colltensor-\w+)", Path("/proc/net/unix").read_text())
                        if found in offered}
             clients = []
-            for _ in range(5):
+            for _ in range(STRANGERS):
                 clients.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 clients[-1].connect(b"\0" + place.encode())
             try:
@@ -174,6 +174,32 @@ def share_among_strangers(rank: int, size: int, name: str) -> float:
 @pytest.mark.shm
 def test_shared_memory_is_handed_out_side_by_side(pool: RankPool) -> None:
     assert max(pool.run(3, share_among_strangers, fresh())) < 3.0
+
+
+def go_without_memory(rank: int, size: int, name: str) -> str:
+    """Rank 1 does not get the memory: all take Gloo, in the half of the time that is left for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+
+            def fail(*arguments: Any) -> int:
+                time.sleep(max(0.0, arguments[-1] - time.monotonic()) + 0.05)
+                raise TimeoutError("it did not come")
+
+            patch.setattr(segment, "_fetch", fail)
+        group = col.init_collective_group(
+            size, rank, "auto", name, init_method=f"file://{Path(tempfile.gettempdir()) / name}", timeout_s=2.5
+        )
+    assert int(group.allreduce(np.ones(3))[0]) == size
+    group.destroy()
+    return f"{group.backend}: {group.why}"
+
+
+@pytest.mark.shm
+@pytest.mark.gloo
+def test_without_the_memory_of_one_rank_all_take_gloo(pool: RankPool) -> None:
+    for words in pool.run(2, go_without_memory, fresh()):
+        assert words.startswith("gloo: ")
+        assert "ranks [1] did not fetch it in time" in words
 
 
 class Link:

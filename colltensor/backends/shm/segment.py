@@ -29,7 +29,7 @@ from typing import Any, Final, Protocol
 from colltensor import environment, net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import cgroup, library
-from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError, remedy_for_system
+from colltensor.errors import BackendUnavailableError, CollectiveError, remedy_for_system
 from colltensor.listener import HANDSHAKE_S, Listener
 
 MAX_RANKS: Final = 256
@@ -40,6 +40,8 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _RANK: Final = struct.Struct("!I")
 _OVERFLOW_UID: Final = 65534  # of a process whose user the user namespace does not know, user_namespaces(7)
 _SLICE_S: Final = 0.1
+_PAUSE_S: Final = 0.02
+_HAND_OUT_S: Final = 10.0
 _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
 _CHUNK_NBYTES: Final = 512 << 10
@@ -104,8 +106,12 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
     cores = _cores(ballots)
     fd, listener, trouble = _make(control, cores) if control.rank == 0 else (-1, None, None)
     link: socket.socket | None = None
+    handing: _HandOut | None = None
     try:
         name = b"" if listener is None else listener.getsockname()
+        if listener is not None:
+            handing = _HandOut(listener, fd, control, meeting)
+            trouble = handing.start()
         opening = control.allgather(json.dumps([trouble, name.hex()]).encode(), deadline)
         trouble, name = json.loads(opening[0])
         _refuse(control, [trouble])
@@ -115,20 +121,23 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
                 link = _reach(bytes.fromhex(name), deadline)
         except OSError as error:
             trouble = f"the shared memory could not be handed over: {error} (another network namespace than rank 0's?)"
-        # Rank 0 waits for nobody who cannot reach it.
+        # Rank 0 waits for nobody who cannot reach it; and for the others not so long that no time is left for Gloo.
         _refuse(control, [json.loads(vote) for vote in control.allgather(json.dumps(trouble).encode(), deadline)])
+        until = time.monotonic() + min(_HAND_OUT_S, (deadline - time.monotonic()) / 2)
         try:
-            if listener is not None:
-                _hand_out(listener, fd, control, meeting, deadline)
+            if handing is not None:
+                handing.wait(until)
             else:
                 assert link is not None
-                fd = _fetch(link, control, meeting, deadline)
+                fd = _fetch(bytes.fromhex(name), link, control, meeting, until)
             segment, trouble = _map(fd, control, ballots, cores)
         except CollectiveError:  # a lost or late rank is an OSError, too
             raise
         except OSError as error:
             segment, trouble = None, f"the shared memory could not be handed over: {error}"
     finally:
+        if handing is not None:
+            handing.end()
         for sock in filter(None, (link, listener)):
             sock.close()
         if fd >= 0:
@@ -215,51 +224,68 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
     return fd, listener, None
 
 
-def _hand_out(listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting, deadline: float) -> None:
-    """Give the descriptor to every other rank, once. Strangers are turned away; nobody waits for another.
+class _HandOut:
+    """Gives the segment's descriptor to every other rank, once. Strangers are turned away; nobody waits for another."""
 
-    Raises:
-        OSError: There is no thread to do so.
-    """
-    missing = set(range(1, control.world_size))
-    came, turn = threading.Event(), threading.Lock()
+    def __init__(self, listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting) -> None:
+        self._fd = fd
+        self._control = control
+        self._meeting = meeting
+        self._missing = set(range(1, control.world_size))
+        self._came, self._turn = threading.Event(), threading.Lock()
+        self._listener = Listener(listener, self._serve, self._note, "colltensor-hand-out", control.world_size)
 
-    def secret_of(context: bytes) -> bytes | None:
-        named = context[len(meeting.generation) :]
-        known = context.startswith(meeting.generation) and len(named) == _RANK.size
-        return meeting.secret if known and _RANK.unpack(named)[0] in missing else None
+    def start(self) -> str | None:
+        """Begin, before anybody knows of the socket; return why not where no thread can be started."""
+        try:
+            self._listener.start()
+        except RuntimeError as error:
+            return f"the shared memory cannot be handed out: {error}; {remedy_for_system(error, 'end some threads')}"
+        return None
 
-    def serve(link: socket.socket) -> None:
+    def wait(self, until: float) -> None:
+        """Return once every rank has it.
+
+        Raises:
+            TimeoutError: Some have not by then.
+            CollectiveError: A rank died.
+        """
+        while self._missing:
+            self._control.check()
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"ranks {sorted(self._missing)} did not fetch it in time")
+            self._came.wait(min(_SLICE_S, left))
+            self._came.clear()
+
+    def end(self) -> None:
+        """Give it to nobody any more; its number may be another descriptor's soon."""
+        with self._turn:
+            self._missing.clear()
+        self._listener.stop()
+        self._listener.join(1.0)
+
+    def _serve(self, link: socket.socket) -> None:
         with link, contextlib.suppress(OSError):
             if not _may_be_a_rank(link):
                 return
-            context = net.verify(link, secret_of, min(deadline, time.monotonic() + HANDSHAKE_S))
-            doorway.proven(link)
+            context = net.verify(link, self._secret_of, time.monotonic() + HANDSHAKE_S)
+            self._listener.proven(link)
             [rank] = _RANK.unpack(context[-_RANK.size :])
-            with turn:  # the descriptor is this segment's as long as a rank is missing
-                if rank in missing:
-                    socket.send_fds(link, [b"\0"], [fd])
-                    missing.discard(rank)
-            came.set()
+            with self._turn:
+                if rank in self._missing:
+                    socket.send_fds(link, [b"\0"], [self._fd])
+                    self._missing.discard(rank)
+            self._came.set()
 
-    def note(what: str, error: Exception) -> None:
+    def _secret_of(self, context: bytes) -> bytes | None:
+        named = context[len(self._meeting.generation) :]
+        known = context.startswith(self._meeting.generation) and len(named) == _RANK.size
+        return self._meeting.secret if known and _RANK.unpack(named)[0] in self._missing else None
+
+    def _note(self, what: str, error: Exception) -> None:
+        control = self._control
         _LOG.debug("group %r (rank %d): shared memory: %s: %s", control.group_name, control.rank, what, error)
-
-    doorway = Listener(listener, serve, note, "colltensor-hand-out", control.world_size)
-    try:
-        doorway.start()
-    except RuntimeError as error:
-        raise OSError(errno.EAGAIN, str(error)) from error
-    try:
-        while missing:
-            control.check()
-            came.wait(min(_SLICE_S, _left(deadline, missing, control)))
-            came.clear()
-    finally:
-        with turn:
-            missing.clear()
-        doorway.stop()
-        doorway.join(1.0)
 
 
 def _may_be_a_rank(link: socket.socket) -> bool:
@@ -268,18 +294,8 @@ def _may_be_a_rank(link: socket.socket) -> bool:
     return user in (os.geteuid(), 0, _OVERFLOW_UID)
 
 
-def _left(deadline: float, missing: set[int], control: ControlPlane) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise CollectiveTimeoutError(
-            f"group '{control.group_name}' (rank {control.rank}): ranks {sorted(missing)} did not fetch the shared "
-            "memory in time", sorted(missing),
-        )
-    return left
-
-
 def _reach(name: bytes, deadline: float) -> socket.socket:
-    """Connect to rank 0's socket, which has a place for every rank before it is asked to accept."""
+    """Connect to rank 0's socket."""
     link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         link.settimeout(net.time_left(deadline))
@@ -290,14 +306,29 @@ def _reach(name: bytes, deadline: float) -> socket.socket:
     return link
 
 
-def _fetch(link: socket.socket, control: ControlPlane, meeting: Meeting, deadline: float) -> int:
-    net.prove(link, meeting.secret, meeting.generation + _RANK.pack(control.rank), deadline)
-    link.settimeout(net.time_left(deadline))
-    _, descriptors, _, _ = socket.recv_fds(link, 1, 1)
-    if not descriptors:
-        raise OSError("rank 0 sent no descriptor")
-    os.set_inheritable(descriptors[0], False)
-    return descriptors[0]
+def _fetch(name: bytes, link: socket.socket, control: ControlPlane, meeting: Meeting, until: float) -> int:
+    """Return the segment's descriptor, over a connection to rank 0, or over others where strangers took its place.
+
+    Raises:
+        OSError: Rank 0 did not give it by then.
+    """
+    while True:
+        try:
+            net.prove(link, meeting.secret, meeting.generation + _RANK.pack(control.rank), until)
+            link.settimeout(net.time_left(until))
+            _, descriptors, _, _ = socket.recv_fds(link, 1, 1)
+            if descriptors:
+                os.set_inheritable(descriptors[0], False)
+                return descriptors[0]
+            raise ConnectionResetError("rank 0 sent no descriptor")
+        except net.AuthenticationError:
+            raise
+        except ConnectionError:
+            control.check()
+            time.sleep(min(_PAUSE_S, net.time_left(until)))
+        finally:
+            link.close()
+        link = _reach(name, until)
 
 
 def _map(
