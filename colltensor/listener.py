@@ -1,10 +1,10 @@
 """Whoever connects to a listening socket, until it has proved who it is: bounded in number, the oldest goes first.
 
-A connection has a thread once it has said something, so that those who connect and say nothing cost a descriptor each
-and no thread. Ranks speak at once and prove themselves within milliseconds. So where there are too many who have not,
-the oldest silent one is closed, and else the oldest that speaks, once it had time for its proof.
+A connection has a thread once the opening of its proof has come, so that those who connect and say nothing, or little,
+cost a descriptor each and no thread. Ranks send it at once and prove themselves within milliseconds. So where there are
+too many who have not, the oldest is closed; the ranks dial again (``net.reach``).
 
-Imports no framework.
+Imports net of the package, and no framework.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from colltensor import net
+
 HANDSHAKE_S: Final = 5.0
 """Longest time, in seconds, that a connection may take to prove itself."""
 
 _STRANGERS: Final = 64
-"""How many connections may say nothing at a time, and how many may be at their proof; fewer where a process may have
-few descriptors."""
+"""How many connections may be silent at a time, and how many at their proof, beside as many ranks as there are."""
 
 _FEWEST: Final = 4
 _SHARE_OF_DESCRIPTORS: Final = 16
-_PROOF_S: Final = 0.25
-"""How long a connection has for its proof where others wait for its place."""
+"""All listeners of a process together have this part of its descriptors for silent strangers."""
 
 _RETRY_S: Final = 0.05
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_OF_ONE_CONNECTION: Final = (errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EAGAIN)
+_OF_THE_LISTENER: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP)
+
+_lock: Final = threading.Lock()
+_listening = 0
 
 
 class Listener:
@@ -59,11 +62,10 @@ class Listener:
         self._serve = serve
         self._note = note
         self._closed = False
-        self._limit = max(_FEWEST, min(_STRANGERS, _descriptors() // _SHARE_OF_DESCRIPTORS))
-        self._most_speaking = self._limit + ranks
+        self._ranks = ranks
         self._silent: dict[int, tuple[socket.socket, float]] = {}  # by descriptor, the oldest first
-        self._speaking: dict[socket.socket, float] = {}  # likewise; those who are at their proof
-        self._place = threading.Condition()
+        self._speaking: dict[socket.socket, None] = {}  # likewise; those who are at their proof
+        self._lock = threading.Lock()
         self._poller = select.poll()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -79,9 +81,8 @@ class Listener:
 
     def proven(self, sock: socket.socket) -> None:
         """Count a connection among the strangers no more."""
-        with self._place:
+        with self._lock:
             self._speaking.pop(sock, None)
-            self._place.notify()
 
     def stop(self) -> None:
         """Accept no more and let those go who have said nothing; the thread ends within a moment."""
@@ -97,27 +98,32 @@ class Listener:
 
     def end_strangers(self) -> None:
         """After ``join``: let those go as well who are at their proof."""
-        with self._place:
+        with self._lock:
             for sock in self._speaking:
                 _end(sock)
 
     def disown(self) -> None:
-        """In a forked child, which has no such thread: close its copies of the connections that say nothing."""
+        """In a forked child, which has no such thread: close its copies of the connections that are not proved."""
         self._closed = True
-        for sock, _ in list(self._silent.values()):
+        for sock in [*self._speaking, *(sock for sock, _ in self._silent.values())]:
             sock.close()
 
     def _run(self) -> None:
+        global _listening
         own = self._sock.fileno()
+        with _lock:
+            _listening += 1
         try:
             while not self._closed:
-                left = self._expire()
-                for descriptor, _ in self._poller.poll(left):
+                found = self._poller.poll(self._expire())
+                for descriptor, _ in found:  # before one that comes takes a place
                     if descriptor in self._silent:
                         self._hear(descriptor)
-                    elif descriptor == own and not self._accept():
-                        return
+                if any(descriptor == own for descriptor, _ in found) and not self._accept():
+                    return
         finally:
+            with _lock:
+                _listening -= 1
             for sock, _ in self._silent.values():
                 sock.close()
 
@@ -136,7 +142,7 @@ class Listener:
         try:
             sock, _ = self._sock.accept()
         except OSError as error:
-            if self._closed or error.errno not in (*_NO_ROOM, *_OF_ONE_CONNECTION):
+            if self._closed or error.errno in _OF_THE_LISTENER:
                 return False
             if error.errno in _NO_ROOM:
                 self._note("cannot accept a connection", error)
@@ -144,9 +150,14 @@ class Listener:
                     self._drop_silent()
                 else:
                     time.sleep(_RETRY_S)  # what is open now will end soon
+            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
+                self._note("cannot accept a connection", error)
+                time.sleep(_RETRY_S)
             return True
-        if len(self._silent) >= self._limit:
+        if len(self._silent) >= _places() + self._ranks:
             self._drop_silent()
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, net.OPENING_NBYTES)
         self._silent[sock.fileno()] = sock, time.monotonic()
         self._poller.register(sock, select.POLLIN)
         return True
@@ -162,17 +173,15 @@ class Listener:
     def _hear(self, descriptor: int) -> None:
         """Give a connection that speaks, or has ended, to a thread of its own."""
         sock = self._take(descriptor)
-        with self._place:
-            while len(self._speaking) >= self._most_speaking:
-                oldest, since = next(iter(self._speaking.items()))
-                left = since + _PROOF_S - time.monotonic()
-                if left > 0:
-                    self._place.wait(left)
-                    continue
+        with self._lock:
+            if len(self._speaking) >= _STRANGERS + self._ranks:
+                oldest = next(iter(self._speaking))
                 del self._speaking[oldest]
                 _end(oldest)
-            self._speaking[sock] = time.monotonic()
+            self._speaking[sock] = None
         try:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             threading.Thread(target=self._answer, args=(sock,), name=f"{self._thread.name}-one", daemon=True).start()
         except RuntimeError as error:
             self._note("cannot serve a connection", error)
@@ -192,11 +201,13 @@ def _end(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _descriptors() -> int:
-    """Return how many descriptors this process may have."""
+def _places() -> int:
+    """Return how many silent strangers one listener may hold: its part of what this process may spare."""
     try:
         import resource
     except ImportError:  # not a Unix
-        return 512
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _STRANGERS * _SHARE_OF_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+        return _STRANGERS
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return _STRANGERS
+    return max(_FEWEST, min(_STRANGERS, descriptors // _SHARE_OF_DESCRIPTORS // max(1, _listening)))

@@ -38,8 +38,12 @@ _PROTOCOL = b"colltensor/1"
 _HEADER = struct.Struct("!BQ")
 _NONCE_NBYTES = 32
 _CHUNK_NBYTES = 1 << 20
+OPENING_NBYTES = _HEADER.size + len(_PROTOCOL) + _NONCE_NBYTES
+"""How many bytes who dials sends at least, at once, before it hears anything."""
+
 _JOINED_NBYTES = 1 << 16
 _BACKLOG = 1024
+_ATTEMPTS, _PAUSE_S = 5, 0.02
 
 _WRONG_SECRET = b"the secret is wrong"
 _OPENING, _CHALLENGE, _PROOF, _ACCEPTED, _REFUSED = 0xC1, 0xC2, 0xC3, 0xC4, 0xC5
@@ -185,13 +189,13 @@ def verify(sock: socket.socket, secret_of: Callable[[bytes], bytes | None], dead
     context = opening[start:]
     secret = secret_of(context)
     if secret is None:
-        _refuse(sock, b"it does not know the group that was named", deadline)
+        refuse(sock, b"it does not know the group that was named", deadline)
         raise AuthenticationError(f"the other side named {context[:64]!r}, which nobody here knows")
     mine = secrets.token_bytes(_NONCE_NBYTES)
     transcript = opening[len(_PROTOCOL) : start] + mine + context
     send_frame(sock, _CHALLENGE, mine, deadline)
     if not hmac.compare_digest(_recv_step(sock, _PROOF, deadline), _proof(secret, b"dial", transcript)):
-        _refuse(sock, _WRONG_SECRET, deadline)
+        refuse(sock, _WRONG_SECRET, deadline)
         raise WrongSecretError("the side that dialled does not know the secret")
     send_frame(sock, _ACCEPTED, _proof(secret, b"accept", transcript), deadline)
     return context
@@ -208,7 +212,8 @@ def _recv_step(sock: socket.socket, expected: int, deadline: float) -> bytes:
     return payload
 
 
-def _refuse(sock: socket.socket, reason: bytes, deadline: float) -> None:
+def refuse(sock: socket.socket, reason: bytes, deadline: float) -> None:
+    """Let the side that dialled know, in place of a challenge, why it is turned away."""
     with contextlib.suppress(OSError):
         send_frame(sock, _REFUSED, reason, deadline)
 
@@ -286,6 +291,30 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens at {host}:{port}")
     tune(sock)
     return sock
+
+
+def reach(address: tuple[str, int], secret: bytes, context: bytes, deadline: float) -> socket.socket:
+    """Dial and ``prove``; again, a few times, where the connection is lost before it is proved.
+
+    Strangers may have taken its place among those who have proved nothing yet (``Listener``).
+
+    Raises:
+        ConnectionError, TimeoutError: As ``dial`` and ``prove``.
+    """
+    for left in reversed(range(_ATTEMPTS)):
+        sock = dial(address, deadline)
+        try:
+            prove(sock, secret, context, deadline)
+            return sock
+        except (ConnectionResetError, BrokenPipeError):
+            sock.close()
+            if not left:
+                raise
+            time.sleep(min(_PAUSE_S, time_left(deadline)))
+        except BaseException:
+            sock.close()
+            raise
+    raise AssertionError
 
 
 def plain_address(address: str) -> str:

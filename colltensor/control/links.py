@@ -202,9 +202,8 @@ def context_of(meeting: Meeting) -> bytes:
 
 
 def _call(meeting: Meeting, peer: int, wish: int, payload: bytes, deadline: float) -> socket.socket:
-    sock = net.dial(meeting.addresses[peer], deadline)
+    sock = net.reach(meeting.addresses[peer], meeting.secret, context_of(meeting), deadline)
     try:
-        net.prove(sock, meeting.secret, context_of(meeting), deadline)
         net.send_frame(sock, wish, CALLER.pack(meeting.rank) + payload, deadline)
     except BaseException:
         sock.close()

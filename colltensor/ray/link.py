@@ -125,8 +125,7 @@ class Link:
             OSError: Nobody answers, or somebody else.
         """
         endpoint = self.endpoint
-        sock = self._own(net.dial((endpoint.address, endpoint.port), deadline))
-        net.prove(sock, endpoint.secret, CONTEXT, deadline)
+        sock = self._own(net.reach((endpoint.address, endpoint.port), endpoint.secret, CONTEXT, deadline))
         self._group = self._own(form_group(sock, 1, endpoint.who, deadline))
 
     def request(self, obj_id: str, deadline: float) -> None:

@@ -67,7 +67,8 @@ class Introduction:
         self._hello: Hello | None = None
         self._hellos: list[Hello] = []
         self._table: Table | None = None
-        self._secret = b""
+        self._public = b""
+        self._said: list[bytes] = []
         self._listener: socket.socket | None = None
 
     def first(self) -> bytes:
@@ -99,7 +100,7 @@ class Introduction:
             raise self._here(problem)
         leader = said[next(index for index, hello in enumerate(self._hellos) if hello.rank == 0)]
         self._table = Table.decode(leader["table"].encode())
-        self._secret = derived(self._given, _bytes(leader["secret"]))
+        self._public, self._said = _bytes(leader["secret"]), list(payloads)
         address = self._address()
         try:
             self._listener = net.listen(address)
@@ -126,7 +127,8 @@ class Introduction:
             host_ids = tuple(hello.host_id for hello in in_rank_order(self._hellos))
             table = Table(self._table.generation, self._table.salt, addresses, host_ids, self._table.properties)
             undo.pop_all()
-        return Meeting.of(self._hello, table, self._listener, self._secret)
+        said = b"".join(len(payload).to_bytes(8, "big") + payload for payload in (*self._said, *payloads))
+        return Meeting.of(self._hello, table, self._listener, derived(self._given, self._public, said))
 
     def abandon(self) -> None:
         """Close what was opened; for one who will not call ``finish``."""

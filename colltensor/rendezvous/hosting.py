@@ -26,7 +26,7 @@ from colltensor.errors import (
 )
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.hub import Arrival, Hub, Inbox, Stranger, Subscription, leave_hub, open_hub, remember
-from colltensor.rendezvous.joining import Found, probe, who_am_i
+from colltensor.rendezvous.joining import Found, probe, secret_of, who_am_i
 from colltensor.rendezvous.messages import (
     Hello,
     Invitation,
@@ -39,7 +39,7 @@ from colltensor.rendezvous.messages import (
     taken,
     unpack,
 )
-from colltensor.rendezvous.secret import MISTAKE, derived, warn_of_strangers
+from colltensor.rendezvous.secret import MISTAKE, warn_of_strangers
 
 _LOG = logging.getLogger(__name__)
 _SLICE_S = 0.5
@@ -110,12 +110,12 @@ def _open(directory: Directory, hello: Hello, subscription: Subscription,
         warn_of_strangers(str(getattr(directory, "host", "")), hello.group_name, hello.rank)
     if isinstance(directory, FixedDirectory):
         return _open_fixed(directory, hello.group_name, subscription, deadline), directory.invitation, directory.secret
-    secret = secrets.token_bytes(32)
-    shared = derived(getattr(directory, "secret", b""), secret)
     address = hello.address or getattr(directory, "address", None)
-    hub = open_hub(address or "", 0, shared, hello.group_name, subscription)
+    hub = open_hub(address or "", 0, secrets.token_bytes(32), hello.group_name, subscription)
     addresses = (address,) if address else tuple(net.local_addresses())
-    return hub, Invitation(hello.host_id, addresses, hub.port, secret), shared
+    invitation = Invitation(hello.host_id, addresses, hub.port, secrets.token_bytes(32))
+    hub.secret = secret_of(invitation, getattr(directory, "secret", b""))  # nobody knows of its port so far
+    return hub, invitation, hub.secret
 
 
 def _open_fixed(directory: FixedDirectory, key: str, subscription: Subscription, deadline: float) -> Hub:
@@ -311,7 +311,7 @@ class _Assembly:
                 self._informed.add((item.hello.rank, item.hello.who))
             self._send(item, Message.WELCOME)
             for words in self._strangers.values():
-                self._send(item, Message.NOTE, pack({"note": words}))
+                self._note(item, words)
 
     def _meet_stranger(self, stranger: Stranger) -> None:
         """Give up if one of the ranks has another secret; who is somebody else's process, or far away, may be lying.
@@ -330,7 +330,7 @@ class _Assembly:
             self._strangers[hello.rank] = words
             _LOG.warning("group %r (rank %d): %s; %s", hello.group_name, 0, words, MISTAKE)
             for arrival in list(self._arrivals):
-                self._send(arrival, Message.NOTE, pack({"note": words}))
+                self._note(arrival, words)
 
     def _means_another_meeting(self, hello: Hello) -> bool:
         """Return whether a rank comes for the next attempt, or refuses another one than this.
@@ -367,6 +367,11 @@ class _Assembly:
             net.send_frame(arrival.sock, kind, payload, max(self._limit(), time.monotonic() + _GRACE_S))
         except (ConnectionError, TimeoutError) as error:
             self._lose(arrival, error)
+
+    def _note(self, arrival: Arrival, words: str) -> None:
+        """Let a rank know what may concern it; whether it is gone is found out elsewhere."""
+        with contextlib.suppress(OSError):
+            net.send_frame(arrival.sock, Message.NOTE, pack({"note": words}), time.monotonic() + _GRACE_S)
 
     def _lose(self, arrival: Arrival, error: OSError) -> None:
         with contextlib.suppress(KeyError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -125,6 +126,7 @@ class Hub:
     Attributes:
         port: The port.
         endpoint: What it was opened for; None where only one meeting knows of it.
+        secret: What those who come must know.
         obstacle: What the system last refused this process while somebody came, and what to do; "" for nothing.
     """
 
@@ -133,7 +135,7 @@ class Hub:
         self.endpoint = endpoint
         self.obstacle = ""
         self._listener = listener
-        self._secret = secret
+        self.secret = secret
         self._lock = threading.Lock()
         self._meetings: dict[str, Subscription] = {}
         name = f"colltensor-rendezvous-{self.port}"
@@ -189,7 +191,7 @@ class Hub:
         handed_on = False
         try:
             deadline = time.monotonic() + HANDSHAKE_S
-            group_name = net.verify(sock, lambda _: self._secret, deadline).decode(errors="replace")
+            group_name = net.verify(sock, lambda _: self.secret, deadline).decode(errors="replace")
             self._greeter.proven(sock)
             kind, payload = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
             if kind == Message.HELLO:
@@ -269,6 +271,8 @@ def open_hub(host: str, port: int, secret: bytes, group_name: str, meeting: Subs
     """
     with _LOCK:
         hub = _HUBS.get((host, port))
+        if hub is not None and hub.secret != secret:
+            raise OSError(errno.EADDRINUSE, "another meeting of this process has the port, with another secret")
         if hub is not None:
             hub.add(group_name, meeting)
             return hub

@@ -69,9 +69,14 @@ def another_rank_0_lives(invitation: bytes, group_name: str, secret: bytes = b""
     """
     try:
         found = Invitation.decode(invitation)
-        return probe(replace(found, secret=derived(secret, found.secret)), group_name) is Found.RIVAL
+        return probe(replace(found, secret=secret_of(found, secret)), group_name) is Found.RIVAL
     except net.FrameError:
         return False
+
+
+def secret_of(invitation: Invitation, given: bytes) -> bytes:
+    """Return the secret of the meeting that an invitation leads to, of which the directory may be read by anybody."""
+    return derived(given, invitation.secret, invitation.encode())
 
 
 def join(directory: Directory, hello: Hello, started: float, deadline: float) -> tuple[Table, socket.socket, bytes]:
@@ -102,7 +107,7 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
             raise
         except net.FrameError as error:
             reason = f"something else listens at its address ({error})"
-            stranger_since = stranger_since or time.monotonic()
+            stranger_since, refused_since = stranger_since or time.monotonic(), None
             if not invitation.host_id and time.monotonic() - stranger_since > _STRANGER_S:
                 raise OptionError(
                     f"rank 0 was looked for at {_spelt(invitation)}, but {reason}; choose another port or file"
@@ -111,8 +116,7 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
             reason = f"last, at {_spelt(invitation)}: {error}"
             if isinstance(error, ConnectionRefusedError):
                 stranger_since = None
-            if isinstance(error, net.WrongSecretError):
-                refused_since = refused_since or time.monotonic()
+            refused_since = (refused_since or time.monotonic()) if isinstance(error, net.WrongSecretError) else None
         # Not at once: another job's rank 0 may meet at that port for a moment.
         if refused_since and hasattr(directory, "secret") and time.monotonic() - refused_since > _REFUSED_S:
             raise OptionError(f"rank 0 meets at {_spelt(invitation)} with another secret than this rank has; {MISTAKE}")
@@ -129,7 +133,7 @@ def _located(directory: Directory, key: str, deadline: float, reason: str) -> In
         found = Invitation.decode(directory.locate(key, deadline))
         if isinstance(directory, FixedDirectory):
             return found
-        return replace(found, secret=derived(getattr(directory, "secret", b""), found.secret))
+        return replace(found, secret=secret_of(found, getattr(directory, "secret", b"")))
     except CollectiveTimeoutError as error:
         if reason:
             error.args = (f"{error}; {reason}",)
@@ -157,7 +161,8 @@ def _reach(
     Whoever says that the secret is wrong is told by ``hello`` who tried.
     """
     addresses = list(invitation.addresses)
-    if invitation.host_id == host_id:
+    # Where rank 0 listens at one address alone, another user may have the port on the loopback.
+    if invitation.host_id == host_id and "127.0.0.1" in addresses:
         addresses.insert(0, "127.0.0.1")
     failure: OSError = ConnectionError("the invitation names no address")
     for address in dict.fromkeys(addresses):

@@ -46,12 +46,19 @@ def given_secret() -> bytes:
     return in_file
 
 
-def derived(secret: bytes, public: bytes) -> bytes:
+def derived(secret: bytes, public: bytes, said: bytes) -> bytes:
     """Return the secret of one meeting, from what its ranks were given and what anybody may have read.
 
-    Without the former the latter is all there is.
+    Args:
+        secret: What the ranks were given; without it the second is all there is.
+        public: Random bytes that one of them has written.
+        said: All else that was written: for ranks who read something else there, it is another secret. So nobody can
+            lead them elsewhere and pass their proofs on.
     """
-    return hmac.new(secret, b"colltensor meeting" + public, hashlib.sha256).digest() if secret else public
+    if not secret:
+        return public
+    whole = len(public).to_bytes(8, "big") + public + said
+    return hmac.new(secret, b"colltensor meeting" + whole, hashlib.sha256).digest()
 
 
 def proof(secret: bytes, public: bytes) -> bytes:

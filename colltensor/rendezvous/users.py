@@ -24,6 +24,8 @@ def is_own(sock: socket.socket) -> bool:
     False also where that cannot be found out.
     """
     with contextlib.suppress(OSError, ValueError):
+        if sock.getpeername()[0] != sock.getsockname()[0]:  # from another host; or by another of this one's addresses
+            return False
         user = _user_at(sock.getpeername(), sock.getsockname())
         return user in (os.geteuid(), 0)
     return False

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": {*VALUES, "dlpack"},
     "environment": {"errors"},
     "net": {"errors"},
-    "listener": set(),
+    "listener": {"net"},
     "rendezvous": {"errors", "net", "listener"},
     "control": {"errors", "net", "listener", "rendezvous"},
     "backends": {*VALUES, "dlpack", "environment", "net", "listener", "rendezvous", "control"},
