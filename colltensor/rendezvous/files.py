@@ -33,6 +33,8 @@ _NAME_LIMIT = 100
 _FILE_NAME_LIMIT, _PATH_LIMIT = 255, 4095
 """NAME_MAX and PATH_MAX of Linux, in bytes."""
 _DRAFT_S = 3600.0
+_OVERFLOW_UID = 65534
+_USERS = (1 << 32) - 1
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.1
 
 
@@ -151,14 +153,26 @@ def _folder_of(target: Path) -> Iterator[int]:
     """
     folder = os.open(target.parent, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
     try:
-        owner = os.fstat(folder).st_uid
-        if not _is_trusted(owner):
+        status = os.fstat(folder)
+        owner = status.st_uid
+        # In a user namespace without root, as a rootless container's, /tmp belongs to a user whom it does not know.
+        shared = status.st_mode & stat.S_ISVTX and owner == _OVERFLOW_UID and not _knows_all_users()
+        if not _is_trusted(owner) and not shared:
             raise OptionError(
                 f"init_method: the folder {target.parent} belongs to {_user(owner)}, who decides what is in it; {_OWN}"
             )
         yield folder
     finally:
         os.close(folder)
+
+
+def _knows_all_users() -> bool:
+    """Return whether every user has a number here, user_namespaces(7)."""
+    try:
+        words = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+    except OSError:
+        return True
+    return sum(map(int, words[2::3])) >= _USERS
 
 
 def _is_trusted(user: int) -> bool:

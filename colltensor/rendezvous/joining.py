@@ -107,7 +107,7 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
             raise
         except net.FrameError as error:
             reason = f"something else listens at its address ({error})"
-            stranger_since, refused_since = stranger_since or time.monotonic(), None
+            stranger_since = stranger_since or time.monotonic()
             if not invitation.host_id and time.monotonic() - stranger_since > _STRANGER_S:
                 raise OptionError(
                     f"rank 0 was looked for at {_spelt(invitation)}, but {reason}; choose another port or file"
@@ -116,7 +116,8 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
             reason = f"last, at {_spelt(invitation)}: {error}"
             if isinstance(error, ConnectionRefusedError):
                 stranger_since = None
-            refused_since = (refused_since or time.monotonic()) if isinstance(error, net.WrongSecretError) else None
+            if isinstance(error, net.WrongSecretError):
+                refused_since = refused_since or time.monotonic()
         # Not at once: another job's rank 0 may meet at that port for a moment.
         if refused_since and hasattr(directory, "secret") and time.monotonic() - refused_since > _REFUSED_S:
             raise OptionError(f"rank 0 meets at {_spelt(invitation)} with another secret than this rank has; {MISTAKE}")

@@ -25,7 +25,7 @@ from pool import RankPool
 
 from colltensor import net
 from colltensor.errors import CollectiveError, MismatchError, OptionError, PeerLostError, RankError
-from colltensor.rendezvous import FileDirectory, FixedDirectory, Meeting, meet, meet_through, open_directory
+from colltensor.rendezvous import FileDirectory, FixedDirectory, Meeting, files, meet, meet_through, open_directory
 from colltensor.rendezvous.hosting import _Assembly
 from colltensor.rendezvous.hub import Arrival, Inbox, Stranger
 from colltensor.rendezvous.messages import Hello, Invitation, Message
@@ -734,6 +734,22 @@ def test_other_users_folders_and_files_are_refused_at_once(tmp_path: Path, rank:
         assert time.monotonic() - began < 1
     assert [entry.name for entry in theirs.iterdir()] == ["ours"]
     assert (public / "x").stat().st_uid == 65534
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives folders away, which root alone can")
+def test_a_folder_for_everybody_of_a_user_who_has_no_number_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /tmp has in a rootless container; one that is not for everybody may be anybody's."""
+    for mode, knows_all, expected in ((0o1777, False, None), (0o755, False, OptionError), (0o1777, True, OptionError)):
+        folder = tmp_path / f"{mode:o}{knows_all}"
+        folder.mkdir()
+        folder.chmod(mode)
+        os.chown(folder, 65534, 65534)
+        monkeypatch.setattr(files, "_knows_all_users", lambda knows_all=knows_all: knows_all)
+        directory = FileDirectory(str(folder / "x"))
+        with pytest.raises(expected) if expected else contextlib.nullcontext():
+            directory.publish("default", Invitation("", ("127.0.0.1",), 1, b"").encode())
 
 
 def test_a_folder_of_ours_in_one_for_everybody_serves(pool: RankPool, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ _RANK: Final = struct.Struct("!I")
 _OVERFLOW_UID: Final = 65534  # of a process whose user the user namespace does not know, user_namespaces(7)
 _SLICE_S: Final = 0.1
 _PAUSE_S: Final = 0.02
+_BACKLOG: Final = 1024
 _HAND_OUT_S: Final = 10.0
 _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
@@ -211,7 +212,7 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
             raise OSError(code, os.strerror(code))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(b"\0colltensor-" + secrets.token_hex(16).encode())
-        listener.listen(size)
+        listener.listen(_BACKLOG)
     except OSError as error:
         if listener is not None:
             listener.close()
@@ -268,6 +269,7 @@ class _HandOut:
     def _serve(self, link: socket.socket) -> None:
         with link, contextlib.suppress(OSError):
             if not _may_be_a_rank(link):
+                net.refuse(link, b"it belongs to another user than rank 0", time.monotonic() + HANDSHAKE_S)
                 return
             context = net.verify(link, self._secret_of, time.monotonic() + HANDSHAKE_S)
             self._listener.proven(link)
@@ -295,15 +297,19 @@ def _may_be_a_rank(link: socket.socket) -> bool:
 
 
 def _reach(name: bytes, deadline: float) -> socket.socket:
-    """Connect to rank 0's socket."""
-    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        link.settimeout(net.time_left(deadline))
-        link.connect(name)
-    except BaseException:
-        link.close()
-        raise
-    return link
+    """Connect to rank 0's socket, as soon as its queue has a place."""
+    while True:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            link.settimeout(net.time_left(deadline))
+            link.connect(name)
+            return link
+        except BlockingIOError:  # unlike TCP, a unix socket does not wait for a place
+            link.close()
+            time.sleep(min(_PAUSE_S, net.time_left(deadline)))
+        except BaseException:
+            link.close()
+            raise
 
 
 def _fetch(name: bytes, link: socket.socket, control: ControlPlane, meeting: Meeting, until: float) -> int:
