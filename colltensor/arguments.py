@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.adapters import adapter_of, find_adapter, known
+from colltensor.adapters import adapter_of, find_adapter, known, number_adapter
 from colltensor.backends.base import Backend
 from colltensor.buffers import Blocks, Buffers, TensorBuffers, adapt, refuse_overlaps
 from colltensor.errors import DeviceError, OptionError, RankError, ShapeError, TensorError
@@ -306,4 +306,4 @@ def first_elements(operation: str, tensor: Any, count: Any) -> Any:
         raise OptionError(
             f"{operation}: n_elements={count}: expected a contiguous tensor of at least as many, got {view!r}"
         )
-    return tensor if hasattr(adapter, "restored") else tensor.reshape(-1)[:count]
+    return tensor if number_adapter(type(tensor)) is adapter else tensor.reshape(-1)[:count]

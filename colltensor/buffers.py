@@ -103,11 +103,10 @@ def adapt(tensor: Any, write: bool, donate: bool, containers: bool, reduced: boo
         TensorError: A leaf that cannot be used so; the message has its path.
     """
     adapter = find_adapter(type(tensor))
-    if adapter is not None:
-        return TensorBuffers(tensor, adapter, write, donate)
-    if containers and tree.is_container(tensor):
-        return TreeBuffers(tensor, write, donate, reduced)
-    adapter = adapter_of(tensor)
+    if adapter is None:
+        if containers and tree.is_container(tensor):
+            return TreeBuffers(tensor, write, donate, reduced)
+        adapter = adapter_of(tensor)
     kind = NumberBuffers if hasattr(adapter, "restored") else TensorBuffers
     return kind(tensor, adapter, write, donate)
 

@@ -178,7 +178,9 @@ class TreeCall(DirectCall):
             return kept[-1].buffer_info()[0]
 
         try:
-            if not donate:
+            if donate:
+                adapter.source(tensors[0])  # raises what must not come up once the ranks have met
+            else:
                 results = adapter.claim_together(tensors, False)
             given = adapter.addresses(tensors if donate else results)
         except RuntimeError:  # deleted, or its computation failed: the general way says so

@@ -15,12 +15,16 @@ from typing import Any, Final
 from colltensor.adapters import reduced
 from colltensor.environment import ALLOW_PICKLE, is_on
 from colltensor.errors import CollectiveError
+from colltensor.types import DTYPES
 
-_OWN: Final = {
-    ("colltensor.replicas", "Leaf"), ("colltensor.replicas", "Plain"), ("colltensor.types", "_named"),
+_PLAIN: Final = {
+    ("builtins", "complex"), ("colltensor.replicas", "Leaf"), ("colltensor.replicas", "Plain"),
     ("colltensor.torch.agreement", "Report"),
 }
-"""What the package's own exchanges consist of beside plain data: what makes these and does nothing else."""
+"""Classes that plain data and the package's own exchanges take: making one does nothing else, nor does changing it."""
+
+_DTYPE: Final = ("colltensor.types", "_named")
+"""Likewise, but for a function, whose attributes a pickle could change."""
 
 
 class _Pickler(pickle.Pickler):
@@ -39,7 +43,9 @@ class _PlainUnpickler(pickle.Unpickler):
     """Makes plain data, and looks up no class or function but the package's own."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _OWN:
+        if (module, name) == _DTYPE:
+            return DTYPES.__getitem__
+        if (module, name) not in _PLAIN:
             raise _NotPlainError(f"{module}.{name}")
         return super().find_class(module, name)
 

@@ -10,10 +10,10 @@ import logging
 import numbers
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from colltensor import backends
+from colltensor import backends, objects
 from colltensor.backends import auto
 from colltensor.backends.base import Backend, BackendSpec
 from colltensor.errors import OptionError
@@ -34,7 +34,7 @@ class Recipe:
     interface: str | None = None
     provider: str | None = None
     check: bool = False
-    allow_pickle: bool = True
+    allow_pickle: bool = field(default_factory=lambda: objects.pickle_allowed(None))
 
     def backend_for(self, world_size: int) -> str:
         """Return the backend's name; ``"auto"`` where the hosts of the ranks decide, once they have met."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
 
-from colltensor.adapters import adapter_of, memory_of
+from colltensor.adapters import adapter_of, memory_of, number_adapter
 from colltensor.errors import MismatchError, TensorError
 from colltensor.group import Group
 from colltensor.tree import flatten
@@ -94,12 +94,17 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
     except TensorError as error:
         raise type(error)(f"{where} of group '{group.name}' (rank {group.rank}): {error}") from error
     for leaf, path in zip(tensors, paths, strict=True):
-        if isinstance(leaf, (bool, int, float, complex, str, bytes)):
+        adapter = number_adapter(type(leaf))
+        if isinstance(leaf, (str, bytes)):
             leaves.append(Plain(path, repr(leaf)))
             continue
         try:
-            leaves.append(Leaf.of(path, adapter_of(leaf).source(leaf), contents=group.world_size > 1))
+            source = (adapter or adapter_of(leaf)).source(leaf)
+            leaves.append(Leaf.of(path, source, contents=group.world_size > 1))
         except TensorError as error:
+            if adapter is not None:  # an int that no data type holds
+                leaves.append(Plain(path, repr(leaf)))
+                continue
             place = f"leaf {path}" if path else "the tensor"
             raise type(error)(f"{where} of group '{group.name}' (rank {group.rank}): {place}: {error}") from error
     compare(group, where, {}, leaves, remedy)

@@ -6,7 +6,7 @@ Imports nothing of the package but the errors, and no framework.
 from __future__ import annotations
 
 import enum
-from typing import Final
+from typing import Final, NoReturn
 
 from colltensor.errors import OptionError
 
@@ -36,6 +36,9 @@ class DType:
 
     def __reduce__(self) -> str | tuple[object, ...]:
         return _named, (self.name,)
+
+    def __setstate__(self, state: object) -> NoReturn:
+        raise TypeError("data types are shared by the whole process, and no pickle changes them")
 
 
 def _named(name: str) -> DType:

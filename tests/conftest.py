@@ -215,7 +215,8 @@ def _changes(framework: str, item: pytest.Item) -> bool:
     if {"frameworks", "providers", "libraries", "worlds"} & set(getattr(item, "fixturenames", ())):
         return True
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    return any(framework in (value if isinstance(value, tuple) else (value,)) for value in parameters.values())
+    values = [part for value in parameters.values() for part in (value if isinstance(value, tuple) else (value,))]
+    return any(isinstance(value, str) and value == framework for value in values)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -177,7 +177,7 @@ def find_adapter(kind: type) -> Adapter | None:
     if found is None and kind not in _no_tensors:
         found = _search(kind)
         if found is None:
-            if kind.__module__ == "builtins":  # others may be tensors of a framework that is being imported
+            if kind.__module__ in ("builtins", "numpy"):  # others may be tensors of a framework that is being imported
                 _no_tensors.add(kind)
         else:
             known[kind] = found

@@ -21,6 +21,12 @@ from colltensor.view import BufferView, are_row_major
 
 with jax.ensure_compile_time_eval():  # the first call of a program may be inside jax.jit
     _ARRAY: Final = type(jax.device_put(0))
+try:
+    from jax._src.core import trace_state_clean as _traces_nothing  # private; without it the copies tell
+except ImportError:
+    def _traces_nothing() -> bool:
+        return True
+
 _copy: Final = jax.jit(jnp.copy)
 _claim: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
@@ -54,6 +60,8 @@ class JaxAdapter:
         return kind is _ARRAY
 
     def source(self, tensor: Any) -> BufferView:
+        if not _traces_nothing():
+            raise _traced()
         if tensor.is_deleted():
             raise UnsupportedTensorError(
                 "the JAX array was deleted or donated before; use the array that call returned"
@@ -75,6 +83,8 @@ class JaxAdapter:
             results = []
             for start in range(0, len(tensors), _SOME):
                 results += (_claim_some if reuse else _copy_some)(list(tensors[start : start + _SOME]))
+        if results and results[0].__class__ is not _ARRAY:
+            raise _traced()
         if donate:
             for tensor in tensors:
                 if not tensor.is_deleted():  # XLA had nothing to reuse (an empty array): the promise is kept here
@@ -89,6 +99,9 @@ class JaxAdapter:
         return [tensor.unsafe_buffer_pointer() for tensor in tensors]
 
     def kinds(self, tensors: Sequence[Any]) -> list[Any]:
+        for tensor in tensors:
+            if tensor.is_deleted():  # JAX may not survive the question that follows
+                raise RuntimeError("deleted")
         return list(map(_kind_of, tensors))
 
     def written(self, tensor: Any) -> None:
@@ -102,6 +115,13 @@ class JaxAdapter:
 
     def stream(self, index: int) -> None:
         return None  # XLA queues what reads an array as soon as it has it, on streams of its own
+
+
+def _traced() -> UnsupportedTensorError:
+    return UnsupportedTensorError(
+        "this call would run once, while jax.jit and the like trace the function around it, and not each time that "
+        "that runs; use the collectives of colltensor.jax there, or call it outside"
+    )
 
 
 def _view(tensor: Any, *, readonly: bool) -> BufferView:

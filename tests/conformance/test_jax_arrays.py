@@ -246,6 +246,37 @@ def test_a_mismatch_does_not_consume_a_donated_array(pool: RankPool, ranks: Worl
     pool.run(ranks.size, a_mismatch_leaves_a_donated_array, ranks)
 
 
+def arrays_that_cannot_be_used(rank: int, world_size: int, world: World) -> None:
+    """What was deleted, or is met while JAX traces, is refused before the ranks meet; the group goes on."""
+    group = world.group()
+    jax = _jax()
+    deleted = _fresh(1.0)
+    deleted.delete()
+    given = jax.dlpack.from_dlpack(np.ones(64, "float32"))
+    group.allreduce(given, donate=True)
+    for gone in (deleted, given):
+        for tree in (gone, {"a": gone, "b": _fresh(1.0)}):
+            for donate in (False, True):
+                with pytest.raises(col.UnsupportedTensorError, match="deleted or donated before"):
+                    group.allreduce(tree, donate=donate)
+    concrete = _fresh(1.0)
+    for tree in (concrete, {"a": concrete}):
+        for donate in (False, True):
+
+            def call(v: Any, tree: Any = tree, donate: bool = donate) -> Any:
+                group.allreduce(tree, donate=donate)
+                return v
+
+            with pytest.raises(col.UnsupportedTensorError, match=r"use the collectives of colltensor\.jax"):
+                jax.jit(call)(1.0)
+    assert not concrete.is_deleted()
+    assert (np.asarray(group.allreduce(concrete)) == world_size).all()
+
+
+def test_arrays_that_cannot_be_used(pool: RankPool, world: World) -> None:
+    pool.run(world.size, arrays_that_cannot_be_used, world)
+
+
 def wide_objects(rank: int, world_size: int, world: World) -> None:
     """What is 64 bits wide on one rank is so on all, whether or not they make such arrays themselves."""
     group = world.group()

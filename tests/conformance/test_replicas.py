@@ -111,6 +111,8 @@ def bits(rank: int, world_size: int, world: World) -> None:
     with pytest.raises(col.UnsupportedTensorError, match=r"compare_parameters of group '.*: leaf \['f'\]: expected a"):
         compare_parameters({"a": np.ones(3), "f": print}, group=group)
     compare_parameters({}, group=group)
+    step, rate = (np.int64(3), np.float64(0.5)) if last else (3, 0.5)  # as a checkpoint has them
+    compare_parameters({"step": step, "rate": rate, "big": 2**70}, group=group)
 
 
 def test_what_is_equal(pool: RankPool, ranks: World) -> None:

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tree": {"errors", "adapters"},
     "buffers": {*VALUES, "adapters", "tree"},
     "arguments": {*VALUES, "adapters", "backends", "buffers", "gathered"},
-    "objects": {"errors", "environment", "adapters"},
+    "objects": {"errors", "environment", "types", "adapters"},
     "untraced": set(),
     "turn": set(),
     "work": {"errors", "backends"},
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gathered": {*VALUES, "adapters", "backends", "buffers", "tree_plans"},
     "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree", "tree_plans"},
     "multigpu": {*VALUES, "backends", "buffers", "arguments", "engine"},
-    "recipe": {"errors", "backends"},
+    "recipe": {"errors", "backends", "objects"},
     "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
     "group": {
         *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",

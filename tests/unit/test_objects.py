@@ -50,7 +50,7 @@ def test_what_cannot_be_made_here_names_both_ranks() -> None:
 
 
 def test_plain_data_passes_without_pickles_that_call() -> None:
-    data = {"a": [1, -(2**70), 2.5, None, True], b"b": ("x", {3, "y"}, frozenset())}
+    data = {"a": [1, -(2**70), 2.5, 1j, None, True], b"b": ("x", {3, "y"}, frozenset())}
     assert plain(data) == data
     leaf = Leaf("['w']", (2, 3), DTYPES["float32"], "abc")
     assert plain((("average", True), leaf, Plain("", "3"))) == (("average", True), leaf, Plain("", "3"))
@@ -58,11 +58,20 @@ def test_plain_data_passes_without_pickles_that_call() -> None:
 
 @pytest.mark.parametrize(("obj", "name"), [
     ([len], "builtins.len"), (np.arange(3), "numpy"), ({"e": CollectiveError("x")}, "colltensor.errors.Collective"),
-    (Path("x"), "pathlib"), (1j, "builtins.complex"), (Elsewhere(), "importlib.import_module"),
+    (Path("x"), "pathlib"), (range(3), "builtins.range"), (Elsewhere(), "importlib.import_module"),
 ])
 def test_objects_are_refused_by_name_where_none_are_wanted(obj: Any, name: str) -> None:
     with pytest.raises(CollectiveError, match=rf"broadcast_object \(rank 1\): the object of rank 0 holds {name}"):
         plain(obj)
+
+
+def test_no_pickle_changes_what_the_process_shares() -> None:
+    """Opcodes may set the attributes of what was made before."""
+    named = b"\x80\x04\x8c\x10colltensor.types\x8c\x06_named\x93"
+    for payload in (named + b"\x8c\x07float32\x85R}\x8c\x08itemsizeK@sb.", named + b"}\x8c\x0c__defaults__)sb."):
+        with pytest.raises(CollectiveError, match="cannot be unpickled here"):
+            loads(payload, "broadcast_object", 1, 0, allow_pickle=False)
+    assert DTYPES["float32"].itemsize == 4
 
 
 def test_the_variable_that_refuses_objects(monkeypatch: pytest.MonkeyPatch) -> None:
