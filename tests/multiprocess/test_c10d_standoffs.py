@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import threading
 import time
@@ -75,6 +77,42 @@ def leave_behind_a_refused_send(rank: int, size: int, path: Path) -> float:
 
 def test_a_refused_send_does_not_hold_up_the_end(pool: RankPool, tmp_path: Path) -> None:
     assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet")) < 3.0
+
+
+def unanswered(peer: int, question: bytes) -> bytes | None:
+    """Ask nobody."""
+    return None
+
+
+def waiting(made: Any, peer: int, operation: Any, release: Callable[[], None]) -> threading.Thread:
+    """Begin to wait in a send to ``peer``, of which nothing is taken."""
+    progress = importlib.import_module("colltensor.torch.c10d.standoffs").Progress(1, 0)
+    arguments = operation, True, peer, lambda: progress, lambda: None, release, lambda *_: None
+    thread = threading.Thread(target=made.wait_for, args=arguments)
+    thread.start()
+    return thread
+
+
+def test_two_that_something_else_may_end_ask_each_other_now_and_then() -> None:
+    """Here it is another thread; each question used to have the other rank ask back at once."""
+    standoffs = importlib.import_module("colltensor.torch.c10d.standoffs")
+    operations = [importlib.import_module("colltensor.torch.c10d.work").Operation("send") for _ in range(2)]
+    ranks: list[Any] = []
+    questions: list[int] = []
+
+    def ask(asker: int, peer: int, question: bytes) -> bytes:
+        questions.append(asker)
+        answer: bytes = ranks[peer].answer(asker, question)
+        return answer
+
+    ranks += [standoffs.Standoffs("tested", rank, functools.partial(ask, rank), print) for rank in range(2)]
+    threads = [waiting(ranks[rank], 1 - rank, operations[rank], lambda: None) for rank in range(2)]
+    time.sleep(0.3)
+    for operation, thread in zip(operations, threads, strict=True):
+        operation.end()
+        thread.join(5.0)
+    assert sorted(set(questions)) == [0, 1]
+    assert len(questions) < 20
 
 
 def pass_in_the_end(rank: int, size: int, path: Path, how: str) -> list[str]:

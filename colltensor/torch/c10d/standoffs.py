@@ -24,7 +24,7 @@ from colltensor.errors import CollectiveError, GroupError, MismatchError
 from colltensor.torch.c10d.work import Operation, is_followed
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
-"""Whoever comes later has both look at once, so that they look again only in case a message was lost."""
+"""Whoever comes later has the lower one look at once, so that they look again only in case a message was lost."""
 _ANSWER_S: Final = 30.0
 """How long an end that was agreed on is asked for."""
 _INTERRUPTED_S: Final = 2.0
@@ -129,7 +129,8 @@ class Standoffs:
                 return json.dumps(end in self._refused).encode()
             if wait is None or progress is None:
                 return b"null"
-            wait.nudged.set()
+            if self._rank < asker:  # it decides; a question back would only be asked back again
+                wait.nudged.set()
             return json.dumps([wait.number, wait.sends, _is_alone(), *progress]).encode()
 
     def _watch(self, wait: Wait) -> None:
