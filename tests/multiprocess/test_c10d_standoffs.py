@@ -79,11 +79,6 @@ def test_a_refused_send_does_not_hold_up_the_end(pool: RankPool, tmp_path: Path)
     assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet")) < 3.0
 
 
-def unanswered(peer: int, question: bytes) -> bytes | None:
-    """Ask nobody."""
-    return None
-
-
 def waiting(made: Any, peer: int, operation: Any, release: Callable[[], None]) -> threading.Thread:
     """Begin to wait in a send to ``peer``, of which nothing is taken."""
     progress = importlib.import_module("colltensor.torch.c10d.standoffs").Progress(1, 0)
@@ -105,7 +100,7 @@ def test_two_that_something_else_may_end_ask_each_other_now_and_then() -> None:
         answer: bytes = ranks[peer].answer(asker, question)
         return answer
 
-    ranks += [standoffs.Standoffs("tested", rank, functools.partial(ask, rank), print) for rank in range(2)]
+    ranks += [standoffs.Standoffs("tested", rank, functools.partial(ask, rank), print, print) for rank in range(2)]
     threads = [waiting(ranks[rank], 1 - rank, operations[rank], lambda: None) for rank in range(2)]
     time.sleep(0.3)
     for operation, thread in zip(operations, threads, strict=True):
@@ -113,6 +108,29 @@ def test_two_that_something_else_may_end_ask_each_other_now_and_then() -> None:
         thread.join(5.0)
     assert sorted(set(questions)) == [0, 1]
     assert len(questions) < 20
+
+
+def test_one_that_dies_when_it_was_asked_is_not_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited for it goes on, and fails as any other does; it was asked without a pause for 30 s, and not named."""
+    standoffs = importlib.import_module("colltensor.torch.c10d.standoffs")
+    monkeypatch.setattr(standoffs, "_is_alone", lambda: True)
+    operation = importlib.import_module("colltensor.torch.c10d.work").Operation("send")
+    answers = [b"[1, true, true, 1, 0]", None, None, None]
+    asked: list[int] = []
+    failures: list[Exception] = []
+
+    def ask(peer: int, question: bytes) -> bytes | None:
+        asked.append(peer)
+        return answers[len(asked) - 1]
+
+    def lost(peer: int) -> col.PeerLostError | None:
+        return col.PeerLostError("it died", (peer,)) if len(asked) == 3 else None
+
+    made = standoffs.Standoffs("tested", 0, ask, lost, failures.append)
+    waiting(made, 1, operation, operation.end).join(5.0)
+    assert operation.done()
+    assert asked == [1, 1, 1]
+    assert failures == []
 
 
 def pass_in_the_end(rank: int, size: int, path: Path, how: str) -> list[str]:

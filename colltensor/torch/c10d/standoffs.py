@@ -77,7 +77,8 @@ class Standoffs:
     """Finds the standoffs of one rank of a process group."""
 
     def __init__(
-        self, name: str, rank: int, ask: Callable[[int, bytes], bytes | None], fail: Callable[[CollectiveError], None]
+        self, name: str, rank: int, ask: Callable[[int, bytes], bytes | None],
+        lost: Callable[[int], CollectiveError | None], fail: Callable[[CollectiveError], None],
     ) -> None:
         """Begin with none.
 
@@ -85,11 +86,13 @@ class Standoffs:
             name: The process group's name.
             rank: This rank.
             ask: Returns what ``answer`` of another rank says to a question, None if no answer comes.
+            lost: Returns an error if another rank is gone.
             fail: Ends all transfers.
         """
         self._name = name
         self._rank = rank
         self._ask = ask
+        self._lost = lost
         self._fail = fail
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -179,6 +182,9 @@ class Standoffs:
             ended = self._question(wait.peer, number, mine)
             if ended is not None:
                 return bool(ended)
+            if self._lost(wait.peer) is not None:
+                return False  # so the operation goes on, and ends over that
+            time.sleep(_FIRST_PAUSE_S)
         if not wait.operation.done():
             self._fail(GroupError(f"{self._error(wait)}; rank {wait.peer} does not answer any more"))
         return False
