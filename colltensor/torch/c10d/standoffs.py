@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -218,6 +219,9 @@ def _blocks(sends: bool, mine: Progress, theirs: Progress) -> bool:
 
 
 def _is_alone() -> bool:
-    """Return whether one thread of this process makes calls: there is no other but the package's, and no callback."""
-    others = [thread for thread in threading.enumerate() if not thread.name.startswith("colltensor")]
-    return len(others) == 1 and not is_followed()
+    """Return whether one thread of this process makes calls: there is no other but the package's, and no callback.
+
+    Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
+    """
+    ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")}
+    return len(sys._current_frames().keys() - ours) == 1 and not is_followed()
