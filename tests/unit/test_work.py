@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import importlib
 import random
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,8 +137,6 @@ def test_a_work_lets_go_of_its_operation(queue: OperationQueue) -> None:
     class Held:
         pass
 
-    import weakref
-
     held = Held()
     alive = weakref.ref(held)
     work = queue.put(Work("op", lambda held=held: None))
@@ -210,8 +211,36 @@ def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) 
 @before_3_11
 @pytest.mark.needs("torch")
 def test_an_interrupt_at_any_moment_leaves_no_turn_of_torch_distributed_taken() -> None:
-    line = importlib.import_module("colltensor.torch.c10d.line").Line("tested")
+    line = c10d("line").Line("tested")
     interrupt_turns(line)
+    line.close(GroupError("over"))
+
+
+def c10d(name: str) -> Any:
+    """Return a module of the process group's."""
+    return importlib.import_module(f"colltensor.torch.c10d.{name}")
+
+
+@pytest.mark.needs("torch")
+def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
+    """Its error has the frames of what has failed, and those the process group, which could never be collected."""
+    line = c10d("line").Line("tested")
+
+    def fail(held: object) -> None:
+        raise GroupError("broken")
+
+    held = Interrupter(0)
+    alive = weakref.ref(held)
+    operation = c10d("work").Operation("op", functools.partial(fail, held))
+    del held
+    line.put(operation)
+    with pytest.raises(GroupError):
+        operation.wait(5.0)
+    del operation
+    deadline = time.monotonic() + 2.0
+    while gc.collect() >= 0 and alive() is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert alive() is None
     line.close(GroupError("over"))
 
 

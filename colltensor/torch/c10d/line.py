@@ -139,6 +139,7 @@ class Line:
                     with contextlib.suppress(RuntimeError):  # no new thread: this one goes on when it has told
                         self._man()
             operation.tell()
+            del operation  # not kept while this waits: its error has the caller's frames
 
     def _may_go_on(self) -> bool:
         return (self._closed is not None and not self._waiting) or bool(
