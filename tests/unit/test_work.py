@@ -244,6 +244,23 @@ def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
     line.close(GroupError("over"))
 
 
+@pytest.mark.needs("torch")
+def test_a_deadline_keeps_no_operation() -> None:
+    deadlines, expired = c10d("deadlines"), []
+    made = deadlines.Deadlines(lambda entry: expired.append(entry.operation()))
+    done, late = (c10d("work").Operation("op") for _ in range(2))
+    alive = weakref.ref(done)
+    made.add(done, 60.0, ())
+    del done
+    assert alive() is None
+    made.add(late, 0.001, ())
+    deadline = time.monotonic() + 2.0
+    while not expired and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert expired == [late]
+    made.close()
+
+
 @before_3_11
 def test_an_interrupt_at_any_moment_leaves_no_lock_taken(queue: OperationQueue) -> None:
     queue.put(Work("first", lambda: None)).wait(5.0)  # with which the thread begins

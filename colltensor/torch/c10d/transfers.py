@@ -220,7 +220,9 @@ class Transfers:
             raise
 
     def _expire(self, deadline: Deadline) -> None:
-        operation, ranks = deadline.operation, deadline.ranks
+        operation, ranks = deadline.operation(), deadline.ranks
+        if operation is None:
+            return
         whom = f"rank {ranks[0]} did not come" if ranks else "no rank came"
         error = CollectiveTimeoutError(
             f"{operation.name}: group '{self._name}' (rank {self._rank}): timed out after {deadline.timeout_s:g} s: "
