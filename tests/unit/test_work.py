@@ -245,6 +245,25 @@ def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
 
 
 @pytest.mark.needs("torch")
+def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    line, work, start = c10d("line").Line("tested"), c10d("work"), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise Interruption
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(Interruption):
+        line.put(work.Operation("lost"))
+    monkeypatch.undo()
+    time.sleep(0.01)
+    operation = work.Operation("op")
+    line.put(operation)
+    assert operation.is_done_within(2.0)
+    line.close(GroupError("over"))
+
+
+@pytest.mark.needs("torch")
 def test_a_deadline_keeps_no_operation() -> None:
     deadlines, expired = c10d("deadlines"), []
     made = deadlines.Deadlines(lambda entry: expired.append(entry.operation()))
