@@ -105,6 +105,13 @@ def test_closing_fails_what_waits() -> None:
     leave(queue)
 
 
+def test_nothing_waits_in_a_queue_that_was_closed(queue: OperationQueue) -> None:
+    queue.close(GroupError("group 'tested' was destroyed"), 5.0)
+    with pytest.raises(GroupError, match=r"^allreduce: group 'tested' was destroyed$"):
+        queue.put(Work("allreduce", lambda: None))
+    assert not queue.is_busy()
+
+
 def test_closing_waits_for_the_operation_that_runs() -> None:
     queue = OperationQueue("tested")
     work = queue.put(Work("op", lambda: time.sleep(0.1)))
