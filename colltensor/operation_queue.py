@@ -131,7 +131,7 @@ class OperationQueue(NativeQueue):
                 if work in self._waiting:
                     self._waiting.remove(work)
                     self._forget(work)
-                self.busy = bool(self._waiting or self._lanes)
+                self.busy = bool(self._waiting or self._lanes or self.turn.owner() == _WORKERS)
                 self.idle = was_idle and not self.busy
                 raise
         return work

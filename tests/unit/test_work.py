@@ -105,6 +105,25 @@ def test_closing_fails_what_waits() -> None:
     leave(queue)
 
 
+def test_a_queue_is_busy_while_a_work_runs_although_the_next_could_not_be_put(queue: OperationQueue) -> None:
+    began, go = threading.Event(), threading.Event()
+    runs = queue.put(Work("op", lambda: began.set() or go.wait(10.0)))
+    assert began.wait(5.0)
+
+    def fail(_: bool) -> None:
+        raise MemoryError
+
+    queue.watch = fail
+    with pytest.raises(MemoryError):
+        queue.put(Work("lost", lambda: None))
+    queue.watch = None
+    assert queue.busy
+    assert not queue.idle
+    go.set()
+    assert runs.result()
+    assert queue.put(Work("next", lambda: 5)).result() == 5
+
+
 def test_nothing_waits_in_a_queue_that_was_closed(queue: OperationQueue) -> None:
     queue.close(GroupError("group 'tested' was destroyed"), 5.0)
     with pytest.raises(GroupError, match=r"^allreduce: group 'tested' was destroyed$"):
