@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from colltensor.errors import CollectiveError
+from colltensor.errors import CollectiveError, GroupError
 from colltensor.native_queue import NativeQueue
 from colltensor.turn import Turn
 from colltensor.work import Lane, Work, nested
@@ -43,6 +43,7 @@ class OperationQueue(NativeQueue):
     def __init__(self, name: str, native: IssueQueue | None = None, rank: int = 0) -> None:
         self._rank = rank
         self._warned = False
+        self._why = ""  # it is closed
         self.is_in_direct_call: Callable[[], bool] | None = None
         super().__init__(name, native)
 
@@ -103,6 +104,7 @@ class OperationQueue(NativeQueue):
         """Run ``work`` in a worker thread when its turn comes.
 
         Raises:
+            GroupError: The queue is closed.
             RuntimeError: No thread can be started; nothing is left behind.
         """
         work._queue = self
@@ -110,6 +112,8 @@ class OperationQueue(NativeQueue):
         if owner not in (0, _WORKERS, threading.get_ident()):
             self.warn_of_threads(_name_of(owner))
         with self._lock:
+            if self._closed:
+                raise GroupError(f"{work._operation}: {self._why}")
             was_idle = self.idle
             try:
                 self._waiting.append(work)
@@ -127,7 +131,7 @@ class OperationQueue(NativeQueue):
                 if work in self._waiting:
                     self._waiting.remove(work)
                     self._forget(work)
-                self.busy = bool(self._waiting or self._lanes)
+                self.busy = bool(self._waiting or self._lanes or self.turn.owner() == _WORKERS)
                 self.idle = was_idle and not self.busy
                 raise
         return work
@@ -145,7 +149,7 @@ class OperationQueue(NativeQueue):
         """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
         native, deadline = self._native, time.monotonic() + timeout_s
         with self._lock:
-            self._closed = True
+            self._closed, self._why = True, str(error)
             self.idle = False  # nothing goes past the queue any more
             cancelled = list(self._waiting)
             self._waiting.clear()

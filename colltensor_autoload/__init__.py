@@ -23,7 +23,7 @@ def register() -> None:
 
 
 def _create(options: Any, backend_options: Any) -> Any:
-    """Make a process group: import what makes it, which registers itself in place of this function."""
+    """Make a process group: import what makes it."""
     from colltensor.torch.c10d import registration
 
     return registration.create(options, backend_options)

@@ -24,7 +24,7 @@ try:
     from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 except ModuleNotFoundError as missing:
     sys.exit(f"this example needs torch and Ray Train ({missing.name} is missing): "
-             "pip install 'colltensor[ray,torch]' 'ray[train]'")
+             "pip install '.[ray,torch]' 'ray[train]'")
 
 ROWS, FEATURES, STEPS = 64, 8, 20
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -443,6 +444,28 @@ def received_over(rank: int, world_size: int, path: Path, count: int) -> None:
 @pytest.mark.parametrize("count", [4, 4000])
 def test_autograd_hears_of_what_was_received(pool: RankPool, tmp_path: Path, count: int) -> None:
     pool.run(2, received_over, tmp_path / "store", count)
+
+
+def forgetful(rank: int, world_size: int, path: Path) -> int:
+    """Return how many tensors are kept that were sent and received, and dropped."""
+    with world(rank, world_size, path) as (torch, dist):
+        alive = []
+        for count in (3, 100_000) * 3:
+            tensor = torch.ones(count)
+            alive.append(weakref.ref(tensor))
+            dist.recv(tensor, 1 - rank) if rank else dist.send(tensor, 1 - rank)
+            work = dist.irecv(tensor, 1 - rank) if rank else dist.isend(tensor, 1 - rank)
+            work.wait()
+            del tensor, work
+        until = time.monotonic() + 2.0  # the threads may still return from what they did
+        while any(tensor() is not None for tensor in alive) and time.monotonic() < until:
+            time.sleep(0.001)
+        dist.barrier()
+        return sum(tensor() is not None for tensor in alive)
+
+
+def test_what_was_sent_and_received_is_not_kept(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(2, forgetful, tmp_path / "store") == [0, 0]
 
 
 def disagreeing(rank: int, world_size: int, path: Path) -> list[float]:

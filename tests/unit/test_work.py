@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import importlib
 import random
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +105,32 @@ def test_closing_fails_what_waits() -> None:
     leave(queue)
 
 
+def test_a_queue_is_busy_while_a_work_runs_although_the_next_could_not_be_put(queue: OperationQueue) -> None:
+    began, go = threading.Event(), threading.Event()
+    runs = queue.put(Work("op", lambda: began.set() or go.wait(10.0)))
+    assert began.wait(5.0)
+
+    def fail(_: bool) -> None:
+        raise MemoryError
+
+    queue.watch = fail
+    with pytest.raises(MemoryError):
+        queue.put(Work("lost", lambda: None))
+    queue.watch = None
+    assert queue.busy
+    assert not queue.idle
+    go.set()
+    assert runs.result()
+    assert queue.put(Work("next", lambda: 5)).result() == 5
+
+
+def test_nothing_waits_in_a_queue_that_was_closed(queue: OperationQueue) -> None:
+    queue.close(GroupError("group 'tested' was destroyed"), 5.0)
+    with pytest.raises(GroupError, match=r"^allreduce: group 'tested' was destroyed$"):
+        queue.put(Work("allreduce", lambda: None))
+    assert not queue.is_busy()
+
+
 def test_closing_waits_for_the_operation_that_runs() -> None:
     queue = OperationQueue("tested")
     work = queue.put(Work("op", lambda: time.sleep(0.1)))
@@ -133,8 +162,6 @@ def test_the_worker_ends_when_the_queue_is_closed() -> None:
 def test_a_work_lets_go_of_its_operation(queue: OperationQueue) -> None:
     class Held:
         pass
-
-    import weakref
 
     held = Held()
     alive = weakref.ref(held)
@@ -210,9 +237,73 @@ def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) 
 @before_3_11
 @pytest.mark.needs("torch")
 def test_an_interrupt_at_any_moment_leaves_no_turn_of_torch_distributed_taken() -> None:
-    line = importlib.import_module("colltensor.torch.c10d.line").Line("tested")
+    line = c10d("line").Line("tested")
     interrupt_turns(line)
     line.close(GroupError("over"))
+
+
+def c10d(name: str) -> Any:
+    """Return a module of the process group's."""
+    return importlib.import_module(f"colltensor.torch.c10d.{name}")
+
+
+@pytest.mark.needs("torch")
+def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
+    """Its error has the frames of what has failed, and those the process group, which could never be collected."""
+    line = c10d("line").Line("tested")
+
+    def fail(held: object) -> None:
+        raise GroupError("broken")
+
+    held = Interrupter(0)
+    alive = weakref.ref(held)
+    operation = c10d("work").Operation("op", functools.partial(fail, held))
+    del held
+    line.put(operation)
+    with pytest.raises(GroupError):
+        operation.wait(5.0)
+    del operation
+    deadline = time.monotonic() + 2.0
+    while gc.collect() >= 0 and alive() is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert alive() is None
+    line.close(GroupError("over"))
+
+
+@pytest.mark.needs("torch")
+def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    line, work, start = c10d("line").Line("tested"), c10d("work"), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise Interruption
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(Interruption):
+        line.put(work.Operation("lost"))
+    monkeypatch.undo()
+    time.sleep(0.01)
+    operation = work.Operation("op")
+    line.put(operation)
+    assert operation.is_done_within(2.0)
+    line.close(GroupError("over"))
+
+
+@pytest.mark.needs("torch")
+def test_a_deadline_keeps_no_operation() -> None:
+    deadlines, expired = c10d("deadlines"), []
+    made = deadlines.Deadlines(lambda entry: expired.append(entry.operation()))
+    done, late = (c10d("work").Operation("op") for _ in range(2))
+    alive = weakref.ref(done)
+    made.add(done, 60.0, ())
+    del done
+    assert alive() is None
+    made.add(late, 0.001, ())
+    deadline = time.monotonic() + 2.0
+    while not expired and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert expired == [late]
+    made.close()
 
 
 @before_3_11

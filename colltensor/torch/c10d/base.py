@@ -64,7 +64,9 @@ class BaseProcessGroup(Identity):
             self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds, refusal=refusal
         )
         self._line = Line(self._group.name)
-        self._transfers = Transfers(self._group.name, rank, size, _weakly(self._connect), self._group.ask)
+        self._transfers = Transfers(
+            self._group.name, rank, size, _weakly(self._connect), self._group.ask, self._group.lost
+        )
         self._group.answer_with(self._transfers.standoffs.answer)
         self._others = Others(store, rank, size, timeout)
         self._parts = itertools.count()

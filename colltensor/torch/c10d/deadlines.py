@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,9 +21,14 @@ class Deadline(NamedTuple):
     """When an operation expires, and what is said then."""
 
     at: float
-    operation: Operation
+    operation: weakref.ref[Operation]
     timeout_s: float
     ranks: tuple[int, ...]
+
+    def is_over(self) -> bool:
+        """Return whether the operation is done; nothing else keeps one that is."""
+        operation = self.operation()
+        return operation is None or operation.done()
 
 
 class Deadlines:
@@ -42,10 +48,10 @@ class Deadlines:
         Raises:
             RuntimeError: No thread can be started; nothing is left behind.
         """
-        deadline = Deadline(time.monotonic() + timeout_s, operation, timeout_s, ranks)
+        deadline = Deadline(time.monotonic() + timeout_s, weakref.ref(operation), timeout_s, ranks)
         with self._changed:
             if len(self._pending) >= self._prune_at:
-                self._pending = [entry for entry in self._pending if not entry.operation.done()]
+                self._pending = [entry for entry in self._pending if not entry.is_over()]
                 self._prune_at = 2 * len(self._pending) + _PRUNE_FROM
             if not self._started:
                 threading.Thread(target=self._serve, name="colltensor deadlines", daemon=True).start()
@@ -74,5 +80,5 @@ class Deadlines:
                 late = [entry for entry in self._pending if entry.at <= now]
                 self._pending = [entry for entry in self._pending if entry.at > now]
             for entry in late:
-                if not entry.operation.done():
+                if not entry.is_over():
                     self._expire(entry)

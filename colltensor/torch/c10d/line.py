@@ -103,7 +103,7 @@ class Line:
         """See that somebody takes the next operation; the lock is held."""
         if self._running:
             return
-        if self._idle:
+        if self._idle > 0:
             self._changed.notify()
         else:
             self._idle += 1
@@ -115,7 +115,7 @@ class Line:
 
     def _serve(self) -> None:
         with self._lock:
-            self._idle -= 1
+            self._idle = max(0, self._idle - 1)  # 0 if a signal's handler raised in who started it
         while True:
             with self._lock:
                 if self._idle and not self._waiting:  # one that waits is enough
@@ -139,6 +139,7 @@ class Line:
                     with contextlib.suppress(RuntimeError):  # no new thread: this one goes on when it has told
                         self._man()
             operation.tell()
+            del operation  # not kept while this waits: its error has the caller's frames
 
     def _may_go_on(self) -> bool:
         return (self._closed is not None and not self._waiting) or bool(

@@ -20,7 +20,8 @@ _operators: list[Any] = []  # torch forgets an operator whose library is gone
 def register() -> None:
     """Let ``dist.init_process_group`` and ``dist.new_group`` know the backend; nothing where there is no c10d."""
     if dist.is_available():
-        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
+        if NAME.upper() not in getattr(dist.Backend, "_plugins", {}):  # torch 2.6 takes a name once, by any function
+            dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
         if hasattr(torch.ops._c10d_functional, "all_gather_into_tensor_out"):
             library = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]  # torch's
             _operators.append(library)

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from colltensor.errors import CollectiveError, GroupError, MismatchError
 from colltensor.torch.c10d.work import Operation, is_followed
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
-"""Whoever comes later has both look at once, so that they look again only in case a message was lost."""
+"""Whoever comes later has the lower one look at once, so that they look again only in case a message was lost."""
 _ANSWER_S: Final = 30.0
 """How long an end that was agreed on is asked for."""
 _INTERRUPTED_S: Final = 2.0
@@ -77,7 +78,8 @@ class Standoffs:
     """Finds the standoffs of one rank of a process group."""
 
     def __init__(
-        self, name: str, rank: int, ask: Callable[[int, bytes], bytes | None], fail: Callable[[CollectiveError], None]
+        self, name: str, rank: int, ask: Callable[[int, bytes], bytes | None],
+        lost: Callable[[int], CollectiveError | None], fail: Callable[[CollectiveError], None],
     ) -> None:
         """Begin with none.
 
@@ -85,11 +87,13 @@ class Standoffs:
             name: The process group's name.
             rank: This rank.
             ask: Returns what ``answer`` of another rank says to a question, None if no answer comes.
+            lost: Returns an error if another rank is gone.
             fail: Ends all transfers.
         """
         self._name = name
         self._rank = rank
         self._ask = ask
+        self._lost = lost
         self._fail = fail
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -129,7 +133,8 @@ class Standoffs:
                 return json.dumps(end in self._refused).encode()
             if wait is None or progress is None:
                 return b"null"
-            wait.nudged.set()
+            if self._rank < asker:  # it decides; a question back would only be asked back again
+                wait.nudged.set()
             return json.dumps([wait.number, wait.sends, _is_alone(), *progress]).encode()
 
     def _watch(self, wait: Wait) -> None:
@@ -178,6 +183,9 @@ class Standoffs:
             ended = self._question(wait.peer, number, mine)
             if ended is not None:
                 return bool(ended)
+            if self._lost(wait.peer) is not None:
+                return False  # so the operation goes on, and ends over that
+            time.sleep(_FIRST_PAUSE_S)
         if not wait.operation.done():
             self._fail(GroupError(f"{self._error(wait)}; rank {wait.peer} does not answer any more"))
         return False
@@ -211,6 +219,9 @@ def _blocks(sends: bool, mine: Progress, theirs: Progress) -> bool:
 
 
 def _is_alone() -> bool:
-    """Return whether one thread of this process makes calls: there is no other but the package's, and no callback."""
-    others = [thread for thread in threading.enumerate() if not thread.name.startswith("colltensor")]
-    return len(others) == 1 and not is_followed()
+    """Return whether one thread of this process makes calls: there is no other but the package's, and no callback.
+
+    Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
+    """
+    ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")}
+    return len(sys._current_frames().keys() - ours) == 1 and not is_followed()

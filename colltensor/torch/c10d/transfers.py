@@ -39,9 +39,10 @@ class Transfers:
     """All transfers of one rank of a process group."""
 
     def __init__(
-        self, name: str, rank: int, size: int, connect: Connect, ask: Callable[[int, bytes], bytes | None]
+        self, name: str, rank: int, size: int, connect: Connect, ask: Callable[[int, bytes], bytes | None],
+        lost: Callable[[int], CollectiveError | None],
     ) -> None:
-        """Begin with none; ``ask`` has the answer of another rank's ``standoffs`` to a question."""
+        """Begin with none; ``ask`` and ``lost`` are those of ``Group``, for the ``standoffs``."""
         self._name = name
         self._rank = rank
         self._connect = connect
@@ -52,7 +53,7 @@ class Transfers:
         self._groups: dict[tuple[int, int], Group] = {}
         self._deadlines = Deadlines(self._expire)
         self._inbox = Inbox(name, rank, size, self._group)
-        self.standoffs = Standoffs(name, rank, ask, self.close)
+        self.standoffs = Standoffs(name, rank, ask, lost, self.close)
         self._issued: collections.Counter[int] = collections.Counter()  # the number of the last message, by destination
         self._sent: collections.Counter[int] = collections.Counter()  # and of the last that was sent, or is
         self._open: collections.defaultdict[int, set[int]] = collections.defaultdict(set)  # those that are not done
@@ -219,7 +220,9 @@ class Transfers:
             raise
 
     def _expire(self, deadline: Deadline) -> None:
-        operation, ranks = deadline.operation, deadline.ranks
+        operation, ranks = deadline.operation(), deadline.ranks
+        if operation is None:
+            return
         whom = f"rank {ranks[0]} did not come" if ranks else "no rank came"
         error = CollectiveTimeoutError(
             f"{operation.name}: group '{self._name}' (rank {self._rank}): timed out after {deadline.timeout_s:g} s: "

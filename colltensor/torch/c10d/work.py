@@ -63,13 +63,17 @@ class Operation(Work):
         """Run the operation; ``tell`` must follow."""
         self._finish()
 
+    def _end(self) -> None:
+        self.watch = None  # which has the operation and its tensor
+        super()._end()
+
     def end(self, error: BaseException | None = None) -> bool:
         """End an operation that others did, unless it has ended; True if it had not."""
         with self._guard:
             if self._finished.is_set():
                 return False
             self._error = error
-            self._run = None
+            self._run = self.watch = None
             self._finished.set()
         return True
 
@@ -107,8 +111,9 @@ class PendingWork(dist.Work):
             CollectiveError: It failed.
         """
         operation = self._operation
-        if operation.watch is not None and timeout <= _NO_TIMEOUT and not operation.is_inside():
-            operation.watch()
+        watch = operation.watch  # None as soon as it is done
+        if watch is not None and timeout <= _NO_TIMEOUT and not operation.is_inside():
+            watch()
         operation.wait(timeout.total_seconds() if timeout > _NO_TIMEOUT else None)
         return True
 
