@@ -29,6 +29,7 @@ from colltensor.errors import (
     PeerLostError,
     is_from_handler,
     say_timed_out,
+    without_frames,
 )
 from colltensor.operation_queue import OperationQueue
 from colltensor.types import ReduceOp
@@ -375,7 +376,7 @@ class Engine:
     def device_failed(self, error: CollectiveError) -> None:
         """Break the group over what went wrong on a device after a call had returned; the next call raises it."""
         if self.broken is None:
-            self.broken = self._unraised = error
+            self.broken, self._unraised = without_frames(error), error
             _log.info("group %r (rank %d): broken: %s", self._name, self._rank, error)
         self._tell_all(error)
 
@@ -691,14 +692,15 @@ class Engine:
         if control is None:
             return error
         if self.broken is not None:
-            return self.broken
-        found = self.broken = verdict(control, name, error)
+            return without_frames(self.broken)
+        found = verdict(control, name, error)
         if isinstance(found, CollectiveTimeoutError):
             say_timed_out(found, self.timeout_s)
+        self.broken = without_frames(found)
         _log.info("group %r (rank %d): broken: %s", self._name, self._rank, self.broken)
         self._tell_all(found)
         interrupted = not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error)
-        return error if interrupted else self.broken
+        return error if interrupted else found
 
 
 def verdict(control: Control, operation: str, error: BaseException) -> CollectiveError:

@@ -22,6 +22,7 @@ Imports nothing of the package and no framework.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import inspect
 from collections.abc import Iterable, Iterator
@@ -122,6 +123,14 @@ class ShapeError(TensorError, ValueError):
 
 class AliasError(TensorError, ValueError):
     """Two buffers of one call share memory, at least one of them to be written."""
+
+
+def without_frames(error: CollectiveError) -> CollectiveError:
+    """Return a copy to keep where the error itself is raised.
+
+    Else it would keep the frames that it passes, and with them what the caller drops: tensors, and the group.
+    """
+    return copy.copy(error)
 
 
 def say_timed_out(error: CollectiveTimeoutError, timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -778,6 +779,44 @@ def test_a_rank_that_leaves_in_a_call_ends_it_at_once(
     assert re.match(r"PeerLostError: .*rank 0 .*Connection closed by peer", found[1][1]), found
     words = "destroyed" if how == "shutdown" else "aborted"
     assert how == "dropped" or re.match(rf"GroupError: .*process group .* was {words}", found[0][1]), found
+
+
+def broken_and_dropped(rank: int, world_size: int, path: Path) -> list[str]:
+    """Drop process groups whose other rank has left in calls of several kinds; return which of them stay."""
+    torch = importlib.import_module("torch")
+    made = importlib.import_module("colltensor.torch.c10d.process_group").ColltensorProcessGroup
+    dist, kept = torch.distributed, []
+    store = dist.FileStore(str(path), world_size)
+
+    def fail(group: Any, how: str) -> None:
+        opts = dist.AllreduceOptions()
+        opts.asyncOp = how == "asynchronous"
+        tensor = torch.ones(3)
+        with pytest.raises(col.PeerLostError):
+            (group.recv([tensor], 1) if how == "recv" else group.allreduce([tensor], opts)).wait()
+        if how == "synchronous":
+            with pytest.raises(col.GroupError, match="Connection closed by peer"):
+                group.allreduce([torch.ones(3)], opts)
+
+    for how in ("synchronous", "asynchronous", "recv"):
+        group = made(dist.PrefixStore(how, store), rank, world_size, timedelta(seconds=10), how)
+        group.barrier().wait()
+        if rank:
+            group.abort()
+            continue
+        fail(group, how)
+        alive = weakref.ref(group)
+        del group
+        until = time.monotonic() + 2.0  # a thread may still return from what it did
+        while gc.collect() >= 0 and alive() is not None and time.monotonic() < until:
+            time.sleep(0.01)
+        kept += [how] * (alive() is not None)
+    return kept
+
+
+def test_a_broken_process_group_that_is_dropped_is_gone(pool: RankPool, tmp_path: Path) -> None:
+    """Its threads and its end keep what broke it, but no frames, in which it is itself."""
+    assert pool.run(2, broken_and_dropped, tmp_path / "store") == [[], []]
 
 
 def again(rank: int, world_size: int, path: Path, port: int) -> list[float]:

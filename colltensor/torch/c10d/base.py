@@ -247,6 +247,8 @@ class BaseProcessGroup(Identity):
         if is_from_handler(error):
             return
         words = self._ended if isinstance(error, GroupError) else CLOSED
+        if words is None and isinstance(error.__cause__, PeerLostError):
+            words = CLOSED
         if words is not None and words not in str(error):
             error.args = f"{error} ({words})", *error.args[1:]
 

@@ -14,7 +14,13 @@ from typing import Final
 
 import torch
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, MismatchError, PeerLostError
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    MismatchError,
+    PeerLostError,
+    without_frames,
+)
 from colltensor.group import Group
 from colltensor.torch.c10d.header import Header
 from colltensor.torch.c10d.work import Operation
@@ -270,7 +276,7 @@ class Inbox:
         with self._changed:
             if self._closed is not None:
                 return
-            self._lost[source] = error
+            self._lost[source] = without_frames(error) if isinstance(error, CollectiveError) else error
             hopeless = [receive for receive in self._receives if self._hopeless(receive) is not None]
             self._receives = [receive for receive in self._receives if receive not in hopeless]
         for receive in hopeless:

@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, without_frames
 from colltensor.group import Group
 from colltensor.torch.c10d.deadlines import Deadline, Deadlines
 from colltensor.torch.c10d.header import Header
@@ -133,7 +133,7 @@ class Transfers:
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise without_frames(self._failure)
 
     def _group(self, source: int, destination: int) -> Group:
         """Return the group of one direction; only one thread asks for it."""
@@ -215,8 +215,8 @@ class Transfers:
                     group.send(bytes_of(message), _RECEIVER)
             self._open[destination].discard(number)
         except CollectiveError as error:
-            if self._failure is not None and error is not self._failure:
-                raise self._failure from error
+            if self._failure is not None:
+                raise without_frames(self._failure) from error
             raise
 
     def _expire(self, deadline: Deadline) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import torch.distributed as dist
 
+from colltensor.errors import CollectiveError, without_frames
 from colltensor.work import Work
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Operation(Work):
         with self._guard:
             if self._finished.is_set():
                 return False
-            self._error = error
+            self._error = without_frames(error) if isinstance(error, CollectiveError) else error
             self._run = self.watch = None
             self._finished.set()
         return True
