@@ -9,7 +9,7 @@
     nox -s security                 strangers at every port: the tests, and what they cost (docs/security.md)
     nox -s gpu                      on a machine with a CUDA device
 
-All of it takes about 25 minutes on two cores, and may take 30. What no framework and no Python changes is tested once:
+All of it takes about 35 minutes on two cores. What no framework and no Python changes is tested once:
 see `MARKED`, `ONLY_OF`, `GLOO_SIZES`, `IN_FULL` and `LEFT_OUT` below.
 
 Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
@@ -103,8 +103,10 @@ SHM_SIZES = {"mixed": "2,4", "torch": "2,4"}
 MARKED = {"slow": "slow"}
 """The session of the tests marked `slow`, which no framework and no Python changes; the others leave them out."""
 
-SIDE_BY_SIDE = {"slow": 4}
-"""How many tests run at the same time, where they mostly wait for timeouts and for processes to start."""
+SIDE_BY_SIDE = {"slow": 4, "numpy": 3, "torch": 3}
+"""How many tests of `WAITING` run at the same time: they mostly wait for timeouts and for processes to start."""
+
+WAITING = "tests/multiprocess"
 
 ONLY_OF = {"torch": "torch"}
 """Sessions that run what their framework changes; numpy's, on three Pythons, run all that no framework changes."""
@@ -120,9 +122,9 @@ SHARED = {
 """Frameworks that several sessions of one Python need, and that take long to install: see `_share`."""
 
 FOLDERS = {
-    "numpy": ("tests",),
-    "torch": ("tests",),
-    "slow": ("tests",),
+    "numpy": ("tests/unit", "tests/conformance", WAITING),
+    "torch": ("tests/unit", "tests/conformance", WAITING),
+    "slow": ("tests/unit", "tests/conformance", WAITING),
     "jax": (
         "tests/unit/test_no_dependencies.py", "tests/unit/test_gpu_check.py::test_every_check_passes_on_a_fake_device",
         "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py",
@@ -469,10 +471,13 @@ def tests(session: nox.Session, framework: str) -> None:
     }
     arguments = [f"--ignore={ROOT / file}" for file in left_out]
     arguments += ["-m", MARKED.get(framework, "not slow")]
-    if framework in SIDE_BY_SIDE:
-        arguments += ["--numprocesses", str(SIDE_BY_SIDE[framework]), "--dist", "worksteal"]
     selected = {"frameworks": frameworks, "providers": providers, "only_of": ONLY_OF.get(framework, "")}
-    _pytest(session, FOLDERS[framework], *arguments, **selected, **conformance)
+    folders = FOLDERS[framework]
+    if framework in SIDE_BY_SIDE and not session.posargs:
+        waiting = ["--numprocesses", str(SIDE_BY_SIDE[framework]), "--dist", "worksteal"]
+        _pytest(session, (WAITING,), *arguments, *waiting, **selected, **conformance)
+        folders = tuple(folder for folder in folders if folder != WAITING)
+    _pytest(session, folders, *arguments, **selected, **conformance)
 
 
 EXAMPLES = (
