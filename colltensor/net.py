@@ -293,10 +293,20 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
     return sock
 
 
-def reach(address: tuple[str, int], secret: bytes, context: bytes, deadline: float) -> socket.socket:
+def reach(
+    address: tuple[str, int], secret: bytes, context: bytes, deadline: float,
+    keep: Callable[[socket.socket], object] | None = None,
+) -> socket.socket:
     """Dial and ``prove``; again, a few times, where the connection is lost before it is proved.
 
     Strangers may have taken its place among those who have proved nothing yet (``Listener``).
+
+    Args:
+        address: As for ``dial``.
+        secret: As for ``prove``.
+        context: As for ``prove``.
+        deadline: When to give up.
+        keep: Hears of each connection before it is proved, so that another thread can end it; may raise.
 
     Raises:
         ConnectionError, TimeoutError: As ``dial`` and ``prove``.
@@ -304,6 +314,8 @@ def reach(address: tuple[str, int], secret: bytes, context: bytes, deadline: flo
     for left in reversed(range(_ATTEMPTS)):
         sock = dial(address, deadline)
         try:
+            if keep is not None:
+                keep(sock)
             prove(sock, secret, context, deadline)
             return sock
         except (ConnectionResetError, BrokenPipeError):

@@ -125,7 +125,8 @@ class Link:
             OSError: Nobody answers, or somebody else.
         """
         endpoint = self.endpoint
-        sock = self._own(net.reach((endpoint.address, endpoint.port), endpoint.secret, CONTEXT, deadline))
+        where = endpoint.address, endpoint.port
+        sock = net.reach(where, endpoint.secret, CONTEXT, deadline, self._own)
         self._group = self._own(form_group(sock, 1, endpoint.who, deadline))
 
     def request(self, obj_id: str, deadline: float) -> None:
