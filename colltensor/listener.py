@@ -119,7 +119,7 @@ class Listener:
                 for descriptor, _ in found:  # before one that comes takes a place
                     if descriptor in self._silent:
                         self._hear(descriptor)
-                if any(descriptor == own for descriptor, _ in found) and not self._accept():
+                if any(descriptor == own for descriptor, _ in found) and not self._accept_all():
                     return
         finally:
             with _lock:
@@ -137,12 +137,17 @@ class Listener:
             self._drop_silent()
         return None
 
-    def _accept(self) -> bool:
-        """Take one connection; False once there is nothing to listen at."""
+    def _accept_all(self) -> bool:
+        """Take what has come, so many at a time; False once there is nothing to listen at."""
+        places = _places()
+        came: list[socket.socket] = []
         try:
-            sock, _ = self._sock.accept()
+            while len(came) < places:
+                came.append(self._sock.accept()[0])
         except OSError as error:
             if self._closed or error.errno in _OF_THE_LISTENER:
+                for sock in came:
+                    sock.close()
                 return False
             if error.errno in _NO_ROOM:
                 self._note("cannot accept a connection", error)
@@ -153,13 +158,18 @@ class Listener:
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
                 self._note("cannot accept a connection", error)
                 time.sleep(_RETRY_S)
-            return True
-        if len(self._silent) >= _places() + self._ranks:
+        now = time.monotonic()
+        for sock in came:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, net.OPENING_NBYTES)
+            self._silent[sock.fileno()] = sock, now
+            self._poller.register(sock, select.POLLIN)
+        if len(self._silent) > places + self._ranks:
+            for descriptor, _ in self._poller.poll(0):  # who speaks already needs no place
+                if descriptor in self._silent:
+                    self._hear(descriptor)
+        while len(self._silent) > places + self._ranks:
             self._drop_silent()
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, net.OPENING_NBYTES)
-        self._silent[sock.fileno()] = sock, time.monotonic()
-        self._poller.register(sock, select.POLLIN)
         return True
 
     def _drop_silent(self) -> None:

@@ -48,6 +48,7 @@ class NativeQueue:
         self._notified: collections.deque[IssuedWork] = collections.deque()  # whose callbacks are not called yet
         self._number = 0  # of the last one
         self._has_server = False
+        self._server: threading.Thread | None = None
         self.busy = False
         self.idle = True
 
@@ -66,7 +67,9 @@ class NativeQueue:
         with self._lock:
             native = self._native
             if not (self._has_server or self._closed) and native is not None and native.wait(0, 0.0):  # not a fork's
-                threading.Thread(target=self._serve_native, name=f"colltensor {self._name}", daemon=True).start()
+                server = threading.Thread(target=self._serve_native, name=f"colltensor {self._name}", daemon=True)
+                server.start()
+                self._server = server
                 self._has_server = True
 
     def issue(
@@ -197,6 +200,15 @@ class NativeQueue:
         finally:
             self._end_served()
             self._serving.discard(here)
+
+    def _await_server(self, seconds: float) -> None:
+        """After the native queue was closed: wait until its thread has left native code.
+
+        The interpreter's end would end the thread there, in frames of C++, which the process does not survive.
+        """
+        server = self._server
+        if server is not None and server is not threading.current_thread() and not self._is_locked_here():
+            server.join(max(0.0, seconds))
 
     def _end_served(self) -> None:
         self._look()

@@ -169,6 +169,7 @@ class OperationQueue(NativeQueue):
             if threading.get_ident() not in self._serving:
                 with self._lock:
                     self._changed.wait_for(lambda: not self._notified, max(0.0, deadline - time.monotonic()))
+            self._await_server(deadline - time.monotonic())
         for work in cancelled:
             work._cancel(error)
         return idle
