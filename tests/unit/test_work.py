@@ -124,6 +124,40 @@ def test_a_queue_is_busy_while_a_work_runs_although_the_next_could_not_be_put(qu
     assert queue.put(Work("next", lambda: 5)).result() == 5
 
 
+def test_the_thread_of_the_native_queue_is_gone_when_the_queue_is_closed() -> None:
+    """The interpreter's end would end it in native code, and the process with it."""
+
+    class Native:
+        def __init__(self) -> None:
+            self.closed = threading.Event()
+
+        def wait(self, number: int, timeout_s: float | None) -> bool:
+            return True
+
+        def serve(self, patient: bool) -> int:
+            self.closed.wait()
+            time.sleep(0.2)  # until it has the interpreter lock
+            return 0
+
+        def close(self) -> int:
+            self.closed.set()
+            return 1
+
+        def issued(self) -> int:
+            return 0
+
+        ended = issued
+
+        def cancel(self) -> None:
+            pass
+
+    queue = OperationQueue("tested", Native())  # type: ignore[arg-type]
+    queue.man_native()
+    assert any(thread.name == "colltensor tested" for thread in threading.enumerate())
+    queue.close(GroupError("the group was destroyed"), 5.0)
+    assert not any(thread.name == "colltensor tested" for thread in threading.enumerate())
+
+
 def test_nothing_waits_in_a_queue_that_was_closed(queue: OperationQueue) -> None:
     queue.close(GroupError("group 'tested' was destroyed"), 5.0)
     with pytest.raises(GroupError, match=r"^allreduce: group 'tested' was destroyed$"):
