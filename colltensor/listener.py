@@ -1,8 +1,8 @@
 """Whoever connects to a listening socket, until it has proved who it is: bounded in number, the oldest goes first.
 
 A connection has a thread once the opening of its proof has come, so that those who connect and say nothing, or little,
-cost a descriptor each and no thread. Ranks send it at once and prove themselves within milliseconds. So where there are
-too many who have not, the oldest is closed; the ranks dial again (``net.reach``).
+or leave again, cost a descriptor each and no thread. Ranks send it at once and prove themselves within milliseconds. So
+where there are too many who have not, the oldest is closed; the ranks dial again (``net.reach``).
 
 Imports net of the package, and no framework.
 """
@@ -181,8 +181,11 @@ class Listener:
         return self._silent.pop(descriptor)[0]
 
     def _hear(self, descriptor: int) -> None:
-        """Give a connection that speaks, or has ended, to a thread of its own."""
+        """Give a connection that speaks to a thread of its own."""
         sock = self._take(descriptor)
+        if _has_ended(sock):
+            sock.close()
+            return
         with self._lock:
             if len(self._speaking) >= _STRANGERS + self._ranks:
                 oldest = next(iter(self._speaking))
@@ -209,6 +212,16 @@ def _end(sock: socket.socket) -> None:
     """End a connection that its thread closes, or has closed."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Say whether a connection that woke its listener has nothing to read and never will."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _places() -> int:

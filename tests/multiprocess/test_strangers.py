@@ -92,12 +92,17 @@ def test_a_meeting_among_strangers(pool: RankPool) -> None:
 
 
 def work_among_strangers(rank: int, size: int, name: str, backend: str) -> int:
-    """Every control port has strangers while the group calls, sends and splits; descriptors come back."""
+    """Every control port has strangers while the group calls, sends and splits; descriptors come back.
+
+    Returns:
+        How many threads there were more than before the strangers came.
+    """
     group = col.init_collective_group(
         size, rank, backend, name, init_method=f"file://{Path(tempfile.gettempdir()) / name}", timeout_s=15.0
     )
     group.allreduce(np.ones(3))
     before = len(os.listdir("/proc/self/fd"))
+    threads_before = threading.active_count()  # the pool keeps groups of earlier tests
     addresses = group._meeting.addresses
 
     def connect() -> socket.socket:
@@ -114,7 +119,7 @@ def work_among_strangers(rank: int, size: int, name: str, backend: str) -> int:
                 part = group.split(0)
                 assert part.world_size == size
                 part.destroy()
-        threads = threading.active_count()
+        threads = threading.active_count() - threads_before
         group.barrier()
     deadline = time.monotonic() + 5
     while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:

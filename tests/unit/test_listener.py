@@ -109,6 +109,25 @@ def test_silent_strangers_have_no_thread_and_no_rank_waits_for_them() -> None:
         del ranks
 
 
+def test_strangers_who_leave_again_have_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    with door() as made:
+        served: list[socket.socket] = []
+
+        def serve(sock: socket.socket) -> None:
+            served.append(sock)
+            made.serve(sock)
+
+        monkeypatch.setattr(made.listener, "_serve", serve)
+        for _ in range(50):
+            made.stranger().close()
+        reset = made.stranger()
+        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset.close()
+        with made.rank():  # comes after them
+            assert eventually(lambda: made.proven == 1 and not made.listener._silent)
+            assert len(served) == 1
+
+
 def test_strangers_that_speak_and_prove_nothing_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_STRANGERS", 8)
     with door() as made, ExitStack() as stack:
