@@ -1,4 +1,4 @@
-"""The layers of DESIGN.md, read off the sources: no import points the wrong way.
+"""The layers of ARCHITECTURE.md, read off the sources: no import points the wrong way.
 
 Reads every module's syntax tree, so that it needs no framework and also sees imports inside functions.
 """

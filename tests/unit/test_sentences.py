@@ -27,8 +27,8 @@ def tool() -> ModuleType:
 def test_what_a_sentence_is(tool: ModuleType) -> None:
     text = (
         "# A heading\nOne `np.ones(3)` here, e.g. this.\nTwo [words](https://example.org/a.b?c)! Three?\n\n"
-        "| a table. | is none. |\n| --- | --- |\n```python\nx = 1. # Not this.\n```\n- an item\n  goes on\n- **Bold.** More\n"
-        "<!-- a comment. -->\n"
+        "| a table. | is none. |\n| --- | --- |\n```python\nx = 1. # Not this.\n```\n- an item\n  goes on\n"
+        "- **Bold.** More\n<!-- a comment. -->\n"
     )
     assert tool.sentences(text) == [
         "A heading", "One np.ones(3) here, e.g. this.", "Two words!", "Three?", "an item goes on", "**Bold.", "More",
