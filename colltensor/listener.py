@@ -2,7 +2,8 @@
 
 A connection has a thread once the opening of its proof has come, so that those who connect and say nothing, or little,
 or leave again, cost a descriptor each and no thread. Ranks send it at once and prove themselves within milliseconds. So
-where there are too many who have not, the oldest is closed; the ranks dial again (``net.reach``).
+where there are too many who have not, the oldest is closed; the ranks dial again (``net.reach``). Linux itself keeps
+those who say nothing at all for the first seconds, so that no rank queues behind them.
 
 Imports net of the package, and no framework.
 """
@@ -76,6 +77,7 @@ class Listener:
             RuntimeError: No thread can be started.
         """
         self._sock.setblocking(False)
+        net.defer_silent(self._sock, HANDSHAKE_S)
         self._poller.register(self._sock, select.POLLIN)
         self._thread.start()
 
