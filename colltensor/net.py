@@ -290,7 +290,7 @@ def _has_syn_cookies() -> bool:
 
 
 def dial(address: tuple[str, int], deadline: float) -> socket.socket:
-    """Connect once to a listening socket; retries nothing.
+    """Connect once to a listening socket; retries nothing. All addresses of a name share the time that there is.
 
     Args:
         address: A host name or literal address, and a port.
@@ -303,7 +303,7 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
     """
     host, port = address
     try:
-        sock = socket.create_connection((host, port), timeout=time_left(deadline))
+        sock = _connected(host, port, deadline)
     except (ConnectionError, TimeoutError):
         raise
     except (socket.gaierror, UnicodeError) as error:
@@ -318,6 +318,25 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens at {host}:{port}")
     tune(sock)
     return sock
+
+
+def _connected(host: str, port: int, deadline: float) -> socket.socket:
+    """Connect to the first address of a host that answers; ``socket.create_connection`` gives each all of the time."""
+    failure: OSError = ConnectionError(f"the host name {host!r} has no address")
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, address) in enumerate(places):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(time_left(deadline) / (len(places) - number))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+    raise failure
 
 
 def reach(

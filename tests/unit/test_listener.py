@@ -27,13 +27,13 @@ WORD = b"?"
 class Door:
     """A listener that proves whoever comes, and holds who has until told to let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 0) -> None:
         self.sock = net.listen("127.0.0.1")
         self.address = self.sock.getsockname()[:2]
         self.proven = 0
         self.notes: list[str] = []
         self.hold = threading.Event()
-        self.listener = Listener(self.sock, self.serve, lambda what, error: self.notes.append(what), "test-door")
+        self.listener = Listener(self.sock, self.serve, lambda what, error: self.notes.append(what), "test-door", ranks)
         self.listener.start()
 
     def serve(self, sock: socket.socket) -> None:
@@ -61,10 +61,10 @@ class Door:
 
 
 @contextmanager
-def door() -> Iterator[Door]:
-    """A door; afterwards nothing of it is left."""
+def door(ranks: int = 0) -> Iterator[Door]:
+    """A door for so many ranks; afterwards nothing of it is left."""
     before = len(os.listdir("/proc/self/fd"))
-    made = Door()
+    made = Door(ranks)
     try:
         yield made
     finally:
@@ -198,6 +198,29 @@ def test_a_process_with_few_descriptors_keeps_some_back() -> None:
                 stranger.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("words", [WORD, OPENING], ids=["silent", "at their proof"])
+def test_places_for_many_ranks_leave_a_process_its_descriptors(words: bytes) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.enter_context(door())  # for what it imports
+        made = stack.enter_context(door(ranks=256))  # as a meeting's
+        strangers = [socket.socket() for _ in range(80)]
+        for stranger in strangers:
+            stack.enter_context(stranger)
+        limit = descriptors() + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for stranger in strangers:
+            stranger.connect(made.address)
+            stranger.send(words)
+        listener = made.listener
+        assert eventually(lambda: len(listener._silent) + len(listener._speaking) > 10)
+        with made.rank():
+            assert eventually(lambda: made.proven == 1)
+            assert len(listener._silent) + len(listener._speaking) <= limit // 4
+            assert made.notes == []  # there was always a descriptor for it
 
 
 def test_without_a_thread_the_next_one_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
