@@ -325,7 +325,11 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
     failure: OSError = ConnectionError(f"the host name {host!r} has no address")
     places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for number, (family, kind, protocol, _, address) in enumerate(places):
-        sock = socket.socket(family, kind, protocol)
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # this host may have no such family
+            failure = error
+            continue
         try:
             sock.settimeout(time_left(deadline) / (len(places) - number))
             sock.connect(address)

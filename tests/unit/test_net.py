@@ -233,6 +233,9 @@ def test_dialling_a_name_with_addresses_that_are_silent_ends_in_time(monkeypatch
         assert time.monotonic() - began < 0.6
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent, good])  # the first leaves it some time
         net.dial(("several", 1), time.monotonic() + 0.3).close()
+        unknown = (max(socket.AddressFamily) + 1000, *silent[1:])  # as IPv6 is to a host that has none
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [unknown, good])
+        net.dial(("several", 1), time.monotonic() + 0.3).close()
 
 
 def test_dialling_never_connects_a_socket_to_itself() -> None:
