@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,27 @@ def leave_behind_a_refused_send(rank: int, size: int, path: Path, number: int) -
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_refused_send_does_not_hold_up_the_end(pool: RankPool, tmp_path: Path, number: int) -> None:
     assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet", number)) < 3.0
+
+
+def wait_for_another_tag(rank: int, size: int, path: Path, count: int) -> str:
+    """Rank 0 sends with one tag, rank 1 waits for another one, in vain: rank 0 does something else meanwhile."""
+    with world(rank, size, path) as (torch, dist):
+        dist.barrier()
+        if rank == 0:
+            dist.send(torch.ones(count), 1, tag=5)
+            time.sleep(0.6)
+            return ""
+        torch.distributed.group.WORLD._get_backend(torch.device("cpu")).set_timeout(timedelta(seconds=0.3))
+        with pytest.raises(col.CollectiveTimeoutError) as caught:
+            dist.recv(torch.zeros(count), 0, tag=7)
+        assert caught.value.ranks == (0,)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("count", [3, 100_000])
+def test_a_timeout_says_which_tags_came(pool: RankPool, tmp_path: Path, count: int) -> None:
+    assert "rank 0 did not come with that tag, only with 5" in pool.run(
+        2, wait_for_another_tag, tmp_path / "meet", count)[1]
 
 
 def waiting(made: Any, peer: int, operation: Any, release: Callable[[], None]) -> threading.Thread:

@@ -227,6 +227,9 @@ class Transfers:
         if operation is None:
             return
         whom = f"rank {ranks[0]} did not come" if ranks else "no rank came"
+        tags = self._inbox.tags_beside(operation)
+        if tags:
+            whom += f" with that tag, only with {', '.join(map(str, tags))}, for which no recv waits"
         error = CollectiveTimeoutError(
             f"{operation.name}: group '{self._name}' (rank {self._rank}): timed out after {deadline.timeout_s:g} s: "
             f"{whom}; make the process group again on all ranks, with a longer timeout if that is how long it takes",
