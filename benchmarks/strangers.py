@@ -1,9 +1,11 @@
-"""What strangers who connect and say nothing do to a meeting and to a group: time, memory, threads, descriptors.
+"""What strangers who connect and say nothing, or little, do to a meeting and to a group: time, memory, descriptors.
 
     python benchmarks/strangers.py
     python benchmarks/strangers.py --strangers 1000 --seconds 10 --rounds 7
+    python benchmarks/strangers.py --bytes 1
 
 A process of its own keeps so many connections to the meeting's port open and makes a new one for each that is closed.
+Linux keeps those who say nothing from the listener for the first seconds; with --bytes 1 they all get there.
 Three ranks meet at ``tcp://`` with a secret, with and without it in turns: rank 0 first, and the others, which are
 timed, once the strangers are there. Then these are at every control port of a group over Gloo, whose ranks call
 collectives, send and split meanwhile.
@@ -12,6 +14,7 @@ collectives, send and split meanwhile.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import selectors
@@ -32,8 +35,8 @@ RANKS = 3
 SECRET = "COLLTENSOR_SECRET"
 
 
-def flood(addresses: list[tuple[str, int]], strangers: int, pipe: Connection) -> None:
-    """Hold so many connections to each address until told to end; answers with how many were made."""
+def flood(addresses: list[tuple[str, int]], strangers: int, words: bytes, pipe: Connection) -> None:
+    """Hold so many connections to each address, on which that is said, until told to end; answer with how many."""
     selector = selectors.DefaultSelector()
     made = 0
 
@@ -46,6 +49,8 @@ def flood(addresses: list[tuple[str, int]], strangers: int, pipe: Connection) ->
             return
         made += 1
         sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.send(words)
         selector.register(sock, selectors.EVENT_READ, address)
 
     waiting: list[tuple[str, int]] = [address for address in addresses for _ in range(strangers)]
@@ -73,10 +78,10 @@ class Flood:
         made: How many connections were made, once it is over.
     """
 
-    def __init__(self, addresses: list[tuple[str, int]], strangers: int) -> None:
+    def __init__(self, addresses: list[tuple[str, int]], strangers: int, words: bytes) -> None:
         self._ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=flood, args=(addresses, strangers, theirs), daemon=True)
+        self._process = context.Process(target=flood, args=(addresses, strangers, words, theirs), daemon=True)
         self.made = 0
 
     def __enter__(self) -> Flood:
@@ -167,9 +172,11 @@ def main() -> int:
     """Measure, and print a table; 1 where a rank saw an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strangers", type=int, default=1000, help="connections at each port")
+    parser.add_argument("--bytes", type=int, default=0, help="how many bytes each of them says")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long the group is tried")
     parser.add_argument("--rounds", type=int, default=7, help="meetings of each kind")
     arguments = parser.parse_args()
+    words = b"?" * arguments.bytes
     os.environ[SECRET] = uuid.uuid4().hex
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
@@ -187,7 +194,7 @@ def main() -> int:
         if kind == "alone":
             found = meet(pipes, port)
         else:
-            with Flood([("127.0.0.1", port)], arguments.strangers) as strangers:
+            with Flood([("127.0.0.1", port)], arguments.strangers, words) as strangers:
                 found = meet(pipes, port)
             made += strangers.made
         failed |= any(answer is not None for _, answer, _ in found)
@@ -205,7 +212,7 @@ def main() -> int:
     addresses = [(str(host), int(port)) for _, (host, port), _ in ask(pipes, "address")]
     [(_, calm, _), *_] = ask(pipes, "step", arguments.seconds / 2)
     before = [found for _, _, found in ask(pipes, "address")]
-    with Flood(addresses, arguments.strangers) as strangers:
+    with Flood(addresses, arguments.strangers, words) as strangers:
         found = ask(pipes, "step", arguments.seconds)
         during = [counted for _, _, counted in found]
     time.sleep(0.5)

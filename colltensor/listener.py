@@ -2,7 +2,8 @@
 
 A connection has a thread once the opening of its proof has come, so that those who connect and say nothing, or little,
 or leave again, cost a descriptor each and no thread. Ranks send it at once and prove themselves within milliseconds. So
-where there are too many who have not, the oldest is closed; the ranks dial again (``net.reach``).
+where there are too many who have not, the oldest is closed; the ranks dial again (``net.reach``). Linux itself keeps
+those who say nothing at all for the first seconds, so that no rank queues behind them.
 
 Imports net of the package, and no framework.
 """
@@ -27,8 +28,11 @@ _STRANGERS: Final = 64
 """How many connections may be silent at a time, and how many at their proof, beside as many ranks as there are."""
 
 _FEWEST: Final = 4
+_MANY: Final = 1 << 20
 _SHARE_OF_DESCRIPTORS: Final = 16
 """All listeners of a process together have this part of its descriptors for silent strangers."""
+_LARGEST_SHARE: Final = 4
+"""And this part at most, where many ranks may come; one listener for those at their proof."""
 
 _RETRY_S: Final = 0.05
 _NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -76,6 +80,7 @@ class Listener:
             RuntimeError: No thread can be started.
         """
         self._sock.setblocking(False)
+        net.defer_silent(self._sock, HANDSHAKE_S)
         self._poller.register(self._sock, select.POLLIN)
         self._thread.start()
 
@@ -139,7 +144,7 @@ class Listener:
 
     def _accept_all(self) -> bool:
         """Take what has come, so many at a time; False once there is nothing to listen at."""
-        places = _places()
+        places, most = _places(self._ranks)
         came: list[socket.socket] = []
         try:
             while len(came) < places:
@@ -164,11 +169,11 @@ class Listener:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, net.OPENING_NBYTES)
             self._silent[sock.fileno()] = sock, now
             self._poller.register(sock, select.POLLIN)
-        if len(self._silent) > places + self._ranks:
+        if len(self._silent) > most:
             for descriptor, _ in self._poller.poll(0):  # who speaks already needs no place
                 if descriptor in self._silent:
                     self._hear(descriptor)
-        while len(self._silent) > places + self._ranks:
+        while len(self._silent) > most:
             self._drop_silent()
         return True
 
@@ -187,7 +192,7 @@ class Listener:
             sock.close()
             return
         with self._lock:
-            if len(self._speaking) >= _STRANGERS + self._ranks:
+            if len(self._speaking) >= min(_STRANGERS + self._ranks, _share(_LARGEST_SHARE)):
                 oldest = next(iter(self._speaking))
                 del self._speaking[oldest]
                 _end(oldest)
@@ -224,13 +229,18 @@ def _has_ended(sock: socket.socket) -> bool:
         return True
 
 
-def _places() -> int:
-    """Return how many silent strangers one listener may hold: its part of what this process may spare."""
+def _places(ranks: int) -> tuple[int, int]:
+    """Return how many silent strangers one listener may hold, and how many with so many ranks that may be silent."""
+    listening = max(1, _listening)
+    places = min(_STRANGERS, max(_FEWEST, _share(_SHARE_OF_DESCRIPTORS) // listening))
+    return places, min(places + ranks, max(_FEWEST, _share(_LARGEST_SHARE) // listening))
+
+
+def _share(part: int) -> int:
+    """Return how many descriptors such a part of all is that this process may have."""
     try:
         import resource
     except ImportError:  # not a Unix
-        return _STRANGERS
+        return _MANY
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors == resource.RLIM_INFINITY:
-        return _STRANGERS
-    return max(_FEWEST, min(_STRANGERS, descriptors // _SHARE_OF_DESCRIPTORS // max(1, _listening)))
+    return _MANY if descriptors == resource.RLIM_INFINITY else descriptors // part

@@ -42,7 +42,7 @@ OPENING_NBYTES = _HEADER.size + len(_PROTOCOL) + _NONCE_NBYTES
 """How many bytes who dials sends at least, at once, before it hears anything."""
 
 _JOINED_NBYTES = 1 << 16
-_BACKLOG = 1024
+_BACKLOG = 4096
 _ATTEMPTS, _PAUSE_S = 5, 0.02
 
 _WRONG_SECRET = b"the secret is wrong"
@@ -262,8 +262,35 @@ def _bound(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
     return sock
 
 
+def defer_silent(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel keep those who connect to a listening socket and say nothing for so long, where it can.
+
+    Linux then hands over a connection once it has data. A silent one takes a few hundred bytes of the kernel's memory
+    and no place in the queue of those to be accepted (tcp(7), TCP_DEFER_ACCEPT). The seconds become a number of
+    retransmissions: 5 are 7.
+
+    Args:
+        sock: A listening socket of any family; only one of TCP is changed.
+        seconds: At least 1.
+    """
+    option = getattr(socket, "TCP_DEFER_ACCEPT", None)
+    if option is None or sock.family not in (socket.AF_INET, socket.AF_INET6) or not _has_syn_cookies():
+        return
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds))
+
+
+@functools.lru_cache(maxsize=1)
+def _has_syn_cookies() -> bool:
+    """Return whether the kernel still takes connections when it holds as many silent ones as it may."""
+    try:
+        return Path("/proc/sys/net/ipv4/tcp_syncookies").read_text(encoding="ascii").strip() != "0"
+    except OSError:
+        return False
+
+
 def dial(address: tuple[str, int], deadline: float) -> socket.socket:
-    """Connect once to a listening socket; retries nothing.
+    """Connect once to a listening socket; retries nothing. All addresses of a name share the time that there is.
 
     Args:
         address: A host name or literal address, and a port.
@@ -276,7 +303,7 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
     """
     host, port = address
     try:
-        sock = socket.create_connection((host, port), timeout=time_left(deadline))
+        sock = _connected(host, port, deadline)
     except (ConnectionError, TimeoutError):
         raise
     except (socket.gaierror, UnicodeError) as error:
@@ -291,6 +318,29 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens at {host}:{port}")
     tune(sock)
     return sock
+
+
+def _connected(host: str, port: int, deadline: float) -> socket.socket:
+    """Connect to the first address of a host that answers; ``socket.create_connection`` gives each all of the time."""
+    failure: OSError = ConnectionError(f"the host name {host!r} has no address")
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, address) in enumerate(places):
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # this host may have no such family
+            failure = error
+            continue
+        try:
+            sock.settimeout(time_left(deadline) / (len(places) - number))
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+    raise failure
 
 
 def reach(

@@ -57,7 +57,10 @@ class FileDirectory:
 
     @property
     def elsewhere(self) -> FileDirectory | None:
-        """This host's folder of temporary files, where ranks of one host hear why rank 0 cannot write its file."""
+        """This host's folder of temporary files, where ranks of one host hear why rank 0 cannot write its file.
+
+        Those of other hosts have nothing in common with it but the folder, and wait.
+        """
         tag = hashlib.sha256(os.fsencode(self.scope)).hexdigest()[:16]
         with contextlib.suppress(FileNotFoundError):  # a host may have no such folder
             return FileDirectory(os.path.join(tempfile.gettempdir(), f"colltensor-{os.geteuid()}-{tag}"))
@@ -92,8 +95,8 @@ class FileDirectory:
                 return data
             if time.monotonic() + pause >= deadline:
                 raise CollectiveTimeoutError(
-                    f"expected rank 0 to write {target} within the timeout, but it did not; start rank 0, with the "
-                    f"same group_name, and see that all ranks reach the same file",
+                    f"rank 0 has not written {target} within the timeout; start rank 0, with the same group_name, "
+                    f"and see that all ranks reach the same file and that rank 0 can write it{_doubt(target)}",
                     (0,),
                 )
             time.sleep(pause)
@@ -137,6 +140,13 @@ def _why(error: OSError) -> str:
     """Return in words what the system said, and what to do about it."""
     of_process = error.errno in (errno.EMFILE, errno.ENFILE)
     return f"{error.strerror}; {remedy_for_system(error, _REMEDY) if of_process else _REMEDY}"
+
+
+def _doubt(target: Path) -> str:
+    """Return what this rank knows of whether rank 0 can write a file; on another host it cannot hear of it."""
+    if os.access(target.parent, os.W_OK | os.X_OK):
+        return ""
+    return f" (this rank may not write to {target.parent}; a rank 0 that may not either raises the reason on its host)"
 
 
 _OWN = "name a file in a folder of your own"

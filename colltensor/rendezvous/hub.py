@@ -277,7 +277,11 @@ def open_hub(host: str, port: int, secret: bytes, group_name: str, meeting: Subs
             hub.add(group_name, meeting)
             return hub
         hub = Hub(net.listen(host, port), secret, (host, port) if port else None)
-        hub.start()
+        try:
+            hub.start()
+        except RuntimeError:  # no thread can be started; whoever keeps the error would keep the port
+            hub.close()
+            raise
         hub.add(group_name, meeting)
         if hub.endpoint:
             _HUBS[hub.endpoint] = hub

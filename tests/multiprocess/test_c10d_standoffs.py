@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,82 @@ def test_two_that_block_each_other_are_told_at_once(pool: RankPool, tmp_path: Pa
             assert "batch_isend_irecv" in words
 
 
-def leave_behind_a_refused_send(rank: int, size: int, path: Path) -> float:
-    """Leave the group: what was refused does not keep it."""
+def block_behind(rank: int, size: int, path: Path, senders: tuple[int, ...]) -> list[tuple[float, str]]:
+    """Make blocking sends that cannot end, behind others that are not done: those remain, and go through."""
     with world(rank, size, path) as (torch, dist):
+        found = []
+        for count in (3, 100_000):
+            for waits in (False, True):
+                before = [torch.full((count,), 10.0 + number) for number in range(2 if rank in senders else 0)]
+                works = [dist.isend(tensor, 1 - rank) for tensor in before]
+                mine = torch.full((count,), 100.0)
+                found.append(refused(lambda mine=mine, waits=waits:
+                    dist.isend(mine, 1 - rank).wait() if waits else dist.send(mine, 1 - rank)))
+                theirs = [torch.zeros(count) for _ in range(2 if 1 - rank in senders else 0)]
+                for number, tensor in enumerate(theirs):
+                    dist.recv(tensor, 1 - rank)
+                    assert (tensor == 10.0 + number).all()
+                for work in works:
+                    work.wait()
+                mine = torch.full((count,), float(rank))  # nothing of what was refused comes later
+                dist.recv(mine, 1) if rank == 0 else dist.send(mine, 0)
+                assert (mine == 1).all()
+                mine = torch.full((count,), 7.0 + rank)
+                dist.send(mine, 1) if rank == 0 else dist.recv(mine, 0)
+                assert (mine == 7).all()
+        dist.barrier()
+        return found
+
+
+@pytest.mark.parametrize("senders", [(0, 1), (0,), (1,)])
+def test_two_that_block_each_other_behind_other_sends(pool: RankPool, tmp_path: Path, senders: tuple[int, ...]) -> None:
+    for found in pool.run(2, block_behind, tmp_path / "meet", senders):
+        assert len(found) == 4
+        for took, words in found:
+            assert took < 2.0  # the timeout is 20
+            assert "batch_isend_irecv" in words
+
+
+def leave_behind_a_refused_send(rank: int, size: int, path: Path, number: int) -> float:
+    """Leave the group: what was refused does not keep it, but what rank 0 sent before does until it is received."""
+    with world(rank, size, path) as (torch, dist):
+        works = [dist.isend(torch.ones(3), 1) for _ in range(number if rank == 0 else 0)]
         refused(lambda: dist.send(torch.ones(3), 1 - rank))
+        for _ in range(number if rank == 1 else 0):
+            time.sleep(0.1)
+            dist.recv(torch.zeros(3), 0)
         began = time.monotonic()
         dist.destroy_process_group()
-        return time.monotonic() - began
+        took = time.monotonic() - began
+        for work in works:
+            work.wait()
+        return took
 
 
-def test_a_refused_send_does_not_hold_up_the_end(pool: RankPool, tmp_path: Path) -> None:
-    assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet")) < 3.0
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_refused_send_does_not_hold_up_the_end(pool: RankPool, tmp_path: Path, number: int) -> None:
+    assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet", number)) < 3.0
+
+
+def wait_for_another_tag(rank: int, size: int, path: Path, count: int) -> str:
+    """Rank 0 sends with one tag, rank 1 waits for another one, in vain: rank 0 does something else meanwhile."""
+    with world(rank, size, path) as (torch, dist):
+        dist.barrier()
+        if rank == 0:
+            dist.send(torch.ones(count), 1, tag=5)
+            time.sleep(0.6)
+            return ""
+        torch.distributed.group.WORLD._get_backend(torch.device("cpu")).set_timeout(timedelta(seconds=0.3))
+        with pytest.raises(col.CollectiveTimeoutError) as caught:
+            dist.recv(torch.zeros(count), 0, tag=7)
+        assert caught.value.ranks == (0,)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("count", [3, 100_000])
+def test_a_timeout_says_which_tags_came(pool: RankPool, tmp_path: Path, count: int) -> None:
+    assert "rank 0 did not come with that tag, only with 5" in pool.run(
+        2, wait_for_another_tag, tmp_path / "meet", count)[1]
 
 
 def waiting(made: Any, peer: int, operation: Any, release: Callable[[], None]) -> threading.Thread:

@@ -35,7 +35,7 @@ GREETINGS = (
     os.urandom(4096),
 )
 FLOOD = 80
-"""Silent connections: more than are kept open at a time."""
+"""Connections that say next to nothing: more than are kept open at a time."""
 
 
 def listening() -> set[int]:
@@ -64,7 +64,7 @@ class Siege:
         self._known = self._known or listening()
         for port in sorted(listening() - self._known):
             self._known.add(port)
-            for greeting in (*GREETINGS, *[b""] * FLOOD):
+            for greeting in (*GREETINGS, *[b"?"] * FLOOD):
                 with contextlib.suppress(OSError):
                     sock = socket.create_connection(("127.0.0.1", port), timeout=0.2)
                     self.strangers.append((port, sock))
@@ -82,6 +82,7 @@ class Siege:
             if port not in still:
                 sock.settimeout(1.0)
                 with contextlib.suppress(ConnectionError):
+                    sock.sendall(b"?")  # one that the kernel kept hears of it when it speaks
                     while sock.recv(4096):
                         pass
                 closed += 1

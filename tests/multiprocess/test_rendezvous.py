@@ -24,7 +24,15 @@ import pytest
 from pool import RankPool
 
 from colltensor import net
-from colltensor.errors import CollectiveError, MismatchError, OptionError, PeerLostError, RankError
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    GroupError,
+    MismatchError,
+    OptionError,
+    PeerLostError,
+    RankError,
+)
 from colltensor.rendezvous import FileDirectory, FixedDirectory, Meeting, files, meet, meet_through, open_directory
 from colltensor.rendezvous.hosting import _Assembly
 from colltensor.rendezvous.hub import Arrival, Inbox, Stranger
@@ -757,6 +765,36 @@ def test_a_folder_of_ours_in_one_for_everybody_serves(pool: RankPool, tmp_path: 
     (tmp_path / "ours").mkdir(mode=0o777)
     for path in (tmp_path / "ours", tmp_path / "meeting"):
         check_met(run(pool, [Plan(f"file://{path}", rank, 2) for rank in range(2)]))
+
+
+def test_a_port_is_free_again_where_no_thread_could_listen_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps the error has all that it came through."""
+    with net.listen("127.0.0.1") as sock:
+        port = sock.getsockname()[1]
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    directory, _, _ = open_directory(f"tcp://127.0.0.1:{port}", 0, 2)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(GroupError, match="new thread") as kept:
+        meet(directory, group_name="default", world_size=2, rank=0, deadline=time.monotonic() + 10)
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        pass
+    assert kept.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("may_write", [True, False])
+def test_who_waits_for_a_file_asks_whether_rank_0_can_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may_write: bool
+) -> None:
+    """One on another host has no way to hear of it."""
+    monkeypatch.setattr(os, "access", lambda path, mode: may_write and path == tmp_path)
+    with pytest.raises(CollectiveTimeoutError) as caught:
+        FileDirectory(str(tmp_path / "meet")).locate("default", time.monotonic())
+    assert caught.value.ranks == (0,)
+    assert "that rank 0 can write it" in str(caught.value)
+    assert ("this rank may not write" in str(caught.value)) is not may_write
 
 
 def die_before_publishing(rank: int, world_size: int, path: str) -> None:

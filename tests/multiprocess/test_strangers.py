@@ -1,4 +1,4 @@
-"""Meetings and groups while strangers hold connections to every port that there is, and say nothing."""
+"""Meetings and groups while strangers hold connections to every port that there is, and say nothing, or next to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ STRANGERS = 150
 
 @contextmanager
 def strangers(connect: Any, number: int) -> Iterator[list[socket.socket]]:
-    """So many connections that say nothing; one that is closed is made again."""
+    """So many connections; one that is closed is made again."""
     held: list[socket.socket] = []
     over = threading.Event()
 
@@ -36,11 +36,14 @@ def strangers(connect: Any, number: int) -> Iterator[list[socket.socket]]:
         while not over.is_set():
             for index, sock in enumerate(held):
                 try:
-                    if sock.recv(1, socket.MSG_DONTWAIT) == b"":
-                        sock.close()
-                        held[index] = connect()
-                except OSError:
+                    assert sock.recv(1, socket.MSG_DONTWAIT) == b""
+                except BlockingIOError:
                     continue
+                except OSError:  # a reset, because its word was never read
+                    pass
+                sock.close()
+                with suppress(OSError):
+                    held[index] = connect()
             over.wait(0.02)
 
     until = time.monotonic() + 10
@@ -61,12 +64,19 @@ def strangers(connect: Any, number: int) -> Iterator[list[socket.socket]]:
             sock.close()
 
 
+def stranger(address: tuple[str, int]) -> socket.socket:
+    """Connect and say a byte, without which the kernel keeps the connection from the listener."""
+    sock = socket.create_connection(address)
+    sock.sendall(b"?")
+    return sock
+
+
 def meet_among_strangers(rank: int, size: int, name: str, port: int) -> tuple[float, int]:
     """Rank 0 listens; rank 1 lets the strangers in first and comes after them."""
     os.environ["COLLTENSOR_SECRET"] = "a secret of this test"
     try:
         def connect() -> socket.socket:
-            return socket.create_connection(("127.0.0.1", port))
+            return stranger(("127.0.0.1", port))
 
         with strangers(connect, STRANGERS if rank == 1 else 0):
             began = time.monotonic()
@@ -106,7 +116,7 @@ def work_among_strangers(rank: int, size: int, name: str, backend: str) -> int:
     addresses = group._meeting.addresses
 
     def connect() -> socket.socket:
-        return socket.create_connection(addresses[rank])
+        return stranger(addresses[rank])
 
     with strangers(connect, STRANGERS):
         group.barrier()

@@ -247,9 +247,11 @@ def kill_process_that_restarts(actor: Any) -> None:
 
 
 def hold(where: tuple[str, int], number: int) -> list[int]:
-    """Hold connections to this process's source that say nothing; return how many threads and descriptors it takes."""
+    """Hold connections to this process's source that say a byte; return how many threads and descriptors it takes."""
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     clients = [socket.create_connection(where) for _ in range(number)]
+    for client in clients:
+        client.sendall(b"?")  # else the kernel would keep them from the source
     time.sleep(0.2)
     after = threading.active_count(), len(os.listdir("/proc/self/fd")) - number  # without our own ends
     for client in clients:

@@ -20,18 +20,20 @@ from colltensor.listener import Listener
 SECRET = b"x" * 32
 OPENING = struct.pack("!BQ", 0xC1, 44) + b"colltensor/1" + bytes(32)
 """What one who dials says first."""
+WORD = b"?"
+"""Less than that. Who says nothing at all is kept by the kernel for the first seconds."""
 
 
 class Door:
     """A listener that proves whoever comes, and holds who has until told to let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 0) -> None:
         self.sock = net.listen("127.0.0.1")
         self.address = self.sock.getsockname()[:2]
         self.proven = 0
         self.notes: list[str] = []
         self.hold = threading.Event()
-        self.listener = Listener(self.sock, self.serve, lambda what, error: self.notes.append(what), "test-door")
+        self.listener = Listener(self.sock, self.serve, lambda what, error: self.notes.append(what), "test-door", ranks)
         self.listener.start()
 
     def serve(self, sock: socket.socket) -> None:
@@ -59,10 +61,10 @@ class Door:
 
 
 @contextmanager
-def door() -> Iterator[Door]:
-    """A door; afterwards nothing of it is left."""
+def door(ranks: int = 0) -> Iterator[Door]:
+    """A door for so many ranks; afterwards nothing of it is left."""
     before = len(os.listdir("/proc/self/fd"))
-    made = Door()
+    made = Door(ranks)
     try:
         yield made
     finally:
@@ -86,6 +88,15 @@ def eventually(condition: object, seconds: float = 5.0) -> bool:
     return True
 
 
+def is_let_go(stranger: socket.socket) -> bool:
+    """Wait until a connection ends; by a reset where its word was never read."""
+    stranger.settimeout(5)
+    try:
+        return stranger.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -93,20 +104,38 @@ def descriptors() -> int:
 def test_silent_strangers_have_no_thread_and_no_rank_waits_for_them() -> None:
     before = descriptors()
     with door() as made, ExitStack() as stack:
-        strangers = [stack.enter_context(made.stranger()) for _ in range(200)]
+        strangers = [stack.enter_context(made.stranger(WORD)) for _ in range(200)]
         began = time.monotonic()
         ranks = [stack.enter_context(made.rank()) for _ in range(5)]
         assert time.monotonic() - began < 2
         assert eventually(lambda: made.proven == 5)
         assert made.threads() == 5
         # The oldest were let go, the others may still speak.
-        assert strangers[0].recv(1) == b""
+        assert is_let_go(strangers[0])
         assert descriptors() - before < 200 + 5 + 5 + module._STRANGERS + 5
         net.send_frame(strangers[-1], 1, b"no opening" * 10)
         strangers[-1].settimeout(5)
         with pytest.raises((ConnectionError, AssertionError)):
             assert strangers[-1].recv(1)
         del ranks
+
+
+@pytest.mark.skipif(not net._has_syn_cookies(), reason="the kernel would keep ranks out with the strangers")
+def test_who_says_nothing_takes_no_place() -> None:
+    with door() as made, ExitStack() as stack:
+        strangers = [stack.enter_context(made.stranger()) for _ in range(200)]
+        with made.rank():
+            assert eventually(lambda: made.proven == 1)
+            assert made.listener._silent == {}
+        strangers[0].sendall(OPENING)  # whoever speaks after all is heard
+        strangers[0].settimeout(5)
+        assert net.recv_frame(strangers[0], time.monotonic() + 5)[0] == 0xC2
+
+
+def test_silent_ones_are_not_kept_where_the_kernel_would_drop_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "_has_syn_cookies", lambda: False)
+    with door() as made, made.stranger():
+        assert eventually(lambda: len(made.listener._silent) == 1)
 
 
 def test_strangers_who_leave_again_have_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +172,9 @@ def test_strangers_that_speak_and_prove_nothing_make_room(monkeypatch: pytest.Mo
 
 def test_who_says_nothing_is_let_go_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HANDSHAKE_S", 0.2)
-    with door() as made, made.stranger() as stranger:
-        stranger.settimeout(5)
+    with door() as made, made.stranger(WORD) as stranger:
         began = time.monotonic()
-        assert stranger.recv(1) == b""
+        assert is_let_go(stranger)
         assert time.monotonic() - began > 0.1
 
 
@@ -160,7 +188,7 @@ def test_a_process_with_few_descriptors_keeps_some_back() -> None:
             used = descriptors()
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + 120, hard))
             made = stack.enter_context(door())
-            strangers += [made.stranger() for _ in range(60)]
+            strangers += [made.stranger(WORD) for _ in range(60)]
             assert eventually(lambda: len(made.listener._silent) == max(4, (used + 120) // 16))
             with open(os.devnull):
                 pass
@@ -170,6 +198,29 @@ def test_a_process_with_few_descriptors_keeps_some_back() -> None:
                 stranger.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("words", [WORD, OPENING], ids=["silent", "at their proof"])
+def test_places_for_many_ranks_leave_a_process_its_descriptors(words: bytes) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.enter_context(door())  # for what it imports
+        made = stack.enter_context(door(ranks=256))  # as a meeting's
+        strangers = [socket.socket() for _ in range(80)]
+        for stranger in strangers:
+            stack.enter_context(stranger)
+        limit = descriptors() + 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for stranger in strangers:
+            stranger.connect(made.address)
+            stranger.send(words)
+        listener = made.listener
+        assert eventually(lambda: len(listener._silent) + len(listener._speaking) > 10)
+        with made.rank():
+            assert eventually(lambda: made.proven == 1)
+            assert len(listener._silent) + len(listener._speaking) <= limit // 4
+            assert made.notes == []  # there was always a descriptor for it
 
 
 def test_without_a_thread_the_next_one_is_served(monkeypatch: pytest.MonkeyPatch) -> None:

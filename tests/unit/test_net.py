@@ -213,6 +213,31 @@ def test_nobody_listens() -> None:
         net.dial(address, soon())
 
 
+def test_dialling_a_name_with_addresses_that_are_silent_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(2):  # one more than it keeps: who comes next is not answered
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        listening = stack.enter_context(net.listen("127.0.0.1"))
+        silent, good = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", sock.getsockname()) for sock in (full, listening)
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent] * 3)
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            net.dial(("several", 1), began + 0.3)
+        assert time.monotonic() - began < 0.6
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent, good])  # the first leaves it some time
+        net.dial(("several", 1), time.monotonic() + 0.3).close()
+        unknown = (max(socket.AddressFamily) + 1000, *silent[1:])  # as IPv6 is to a host that has none
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [unknown, good])
+        net.dial(("several", 1), time.monotonic() + 0.3).close()
+
+
 def test_dialling_never_connects_a_socket_to_itself() -> None:
     """Linux connects a socket to itself where its own ephemeral port happens to be the one that is dialled."""
     with socket.socket() as sock:

@@ -156,6 +156,12 @@ class Inbox:
         with self._changed:
             return self._taken[receive.source] if receive.source is not None and receive in self._receives else None
 
+    def tags_beside(self, operation: Operation) -> list[int]:
+        """Return the tags of the messages that are there and that a receive does not take, though of its source."""
+        with self._changed:
+            receive = next((receive for receive in self._receives if receive.operation is operation), None)
+            return sorted({m.tag for m in self._messages if receive is not None and receive.may_come_from(m.source)})
+
     def withdraw(self, source: int, number: int) -> None:
         """Discard a message that is still to come, by its number."""
         with self._changed:

@@ -106,7 +106,7 @@ class Transfers:
         with self._guard:
             outboxes = dict(self._outboxes)
         for destination, outbox in outboxes.items():
-            if (destination, self._issued[destination]) not in self._withdrawn:
+            if self._open[destination]:  # else what runs there is a message that was refused
                 outbox.drain(deadline)
 
     def close(self, error: CollectiveError) -> None:
@@ -168,9 +168,12 @@ class Transfers:
         )
 
     def _send_progress(self, operation: Operation, destination: int, number: int) -> Progress | None:
-        """Return how far this rank and ``destination`` are, if a send waits for its recv and none is issued here."""
-        taken, left = self._inbox.taken(destination), self._open[destination]
-        if taken is None or operation.done() or number != min(left, default=0):
+        """Return how far this rank and ``destination`` are, if a send waits for its recv and none is issued here.
+
+        Others that were issued before it may wait as well: they are taken first, by a recv all the same.
+        """
+        taken = self._inbox.taken(destination)
+        if taken is None or operation.done() or number not in self._open[destination]:
             return None
         return Progress(number, taken)
 
@@ -224,6 +227,9 @@ class Transfers:
         if operation is None:
             return
         whom = f"rank {ranks[0]} did not come" if ranks else "no rank came"
+        tags = self._inbox.tags_beside(operation)
+        if tags:
+            whom += f" with that tag, only with {', '.join(map(str, tags))}, for which no recv waits"
         error = CollectiveTimeoutError(
             f"{operation.name}: group '{self._name}' (rank {self._rank}): timed out after {deadline.timeout_s:g} s: "
             f"{whom}; make the process group again on all ranks, with a longer timeout if that is how long it takes",
