@@ -559,4 +559,4 @@ def gpu(session: nox.Session) -> None:
     _pytest(session, ("tests/gpu",), "-m", "gpu", frameworks=frameworks, providers=("torch",))
     if not session.posargs:
         with session.chdir(_elsewhere(session)):
-            session.run("python", str(ROOT / "benchmarks" / "nccl.py"))
+            session.run("python", str(ROOT / "benchmarks"), "nccl")
