@@ -40,6 +40,7 @@ def test_every_subject_is_listed_and_says_what_it_measures() -> None:
 
 
 @pytest.mark.shm
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "columns", "rows"),
     [
