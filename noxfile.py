@@ -1,406 +1,175 @@
 """The matrix: every framework on every Python where the pair exists, and the checks of the sources.
 
-    nox                             everything but `security` and `gpu`
-    nox -s "tests(jax-3.12)"        one pair
+    nox                             what CI runs: all but the sessions that are marked as no default
+    nox -l                          all sessions
+    nox -s "tests(jax-3.13)"        one of them
     nox -t torch                    every session of one framework
     nox -s "tests(torch-3.11)" -- -k allreduce -x    arguments for pytest
-    nox -s native                   the native library's own tests, under sanitizers
-    nox -s wheel                    the wheel with Gloo inside, on every Python, between two network namespaces
-    nox -s security                 strangers at every port: the tests, and what they cost (docs/security.md)
-    nox -s gpu                      on a machine with a CUDA device
 
-All of it takes about 35 minutes on two cores. What no framework and no Python changes is tested once:
-see `MARKED`, `ONLY_OF`, `GLOO_SIZES`, `IN_FULL` and `LEFT_OUT` below.
-
-Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
-installed from a wheel, as a user would: the tests run against that, never against the checkout. The frameworks that
-take long to install lie beside these environments, once for each Python (`SHARED`).
+All of it takes about 28 minutes on two cores, so what no framework and no Python changes is tested once: `SUITES` is
+the table. Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
+installed from a wheel, as a user would: the tests run against that, never against the checkout (tools/sessions.py).
 """
 
 from __future__ import annotations
 
-import atexit
-import concurrent.futures
-import functools
 import os
-import re
 import shutil
-import subprocess
-import time
-import zipfile
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import nox
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import sessions  # noqa: E402 - found there only
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "native", "arm64", "wheel", "tests", "demo"]
 
-# Most of what is installed is never imported: "0" is how pip takes --no-compile from the environment. What is imported
-# is compiled by the first of a thousand processes, if those may write that down.
-os.environ["PIP_NO_COMPILE"] = "0"
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
-ROOT = Path(__file__).parent
-DIST = ROOT / ".nox" / "dist"
-PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 MAIN_PYTHON = "3.11"
-
-PAIRS = [
-    ("numpy", "3.10"),
-    ("jax", "3.10"),
-    ("torch", "3.11"),
-    ("cupy", "3.11"),
-    ("mixed", "3.11"),
-    ("slow", "3.11"),
-    ("ray", "3.11"),
-    ("numpy", "3.12"),
-    ("jax", "3.12"),
-    ("numpy", "3.13"),
-    ("jax", "3.13"),
-]
-"""Gloo comes with the wheel (see `_wheel`), from pygloo on 3.10 (it has no later wheels) and from torch on 3.11.
-
-The wheel is the same one for every Python, and so is the Gloo in it: see `wheel` and `WITH_NATIVE_GLOO`.
-"""
-
-SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
-"""The builds of the native tests, and what -fsanitize is given."""
-
 NATIVE_TOOLS = ("cmake>=3.24", "ninja")
-
-STRESS_S = 10
-GLOO_STRESS_S = 4
-"""How long each of them runs, about."""
-
-SELECTED = {
-    "numpy": ("numpy",),
-    "torch": ("torch",),
-    "jax": ("jax",),
-    "cupy": ("cupy",),
-    "mixed": ("numpy", "torch", "jax"),
-    "slow": ("torch",),
-    "ray": ("numpy", "torch", "jax", "ray"),
-}
-"""The frameworks that a session's tests are run over."""
-
-GLOO_SIZES = {"numpy": "3", "torch": "2,4", "jax": "3", "mixed": "3", "wheel": "2"}
-"""The conformance suite's Gloo worlds: other sizes come in other sessions."""
-
-IN_FULL = {"numpy": "3.12", "torch": "3.11", "jax": "3.13", "mixed": "3.11"}
-"""The Python on which a framework has the conformance suite in shared memory at every size, with all random sequences.
-
-On the others, which change nothing of either, it has world size 3, 200 random sequences in the place of 800, and one in
-four of the sums that are compared bit by bit.
-"""
-
-SHM_SIZES = {"mixed": "2,4", "torch": "2,4"}
-"""The worlds in shared memory of a session in full that has another size over Gloo."""
-
-MARKED = {"slow": "slow"}
-"""The session of the tests marked `slow`, which no framework and no Python changes; the others leave them out."""
-
-SIDE_BY_SIDE = {"slow": 4, "numpy": 3, "torch": 3}
-"""How many tests of `WAITING` run at the same time: they mostly wait for timeouts and for processes to start."""
-
 WAITING = "tests/multiprocess"
-
-ONLY_OF = {"torch": "torch"}
-"""Sessions that run what their framework changes; numpy's, on three Pythons, run all that no framework changes."""
-
-WITH_NATIVE_GLOO = ("numpy", "3.12")
-"""The session of tests that runs over the wheel's Gloo, at world size 3; `wheel` has the conformance suite over it."""
-
-SHARED = {
-    "torch": nox.project.dependency_groups(PYPROJECT, "test-torch"),
-    "jax": PYPROJECT["project"]["optional-dependencies"]["jax"],
-    "ray": PYPROJECT["project"]["optional-dependencies"]["ray"],
-}
-"""Frameworks that several sessions of one Python need, and that take long to install: see `_share`."""
-
-FOLDERS = {
-    "numpy": ("tests/unit", "tests/conformance", WAITING),
-    "torch": ("tests/unit", "tests/conformance", WAITING),
-    "slow": ("tests/unit", "tests/conformance", WAITING),
-    "jax": (
-        "tests/unit/test_no_dependencies.py", "tests/unit/test_gpu_check.py::test_every_check_passes_on_a_fake_device",
-        "tests/conformance", "tests/multiprocess/nccl/test_nccl_jax.py",
-        "tests/multiprocess/nccl/test_nccl_jax_target.py",
-        "tests/multiprocess/test_process_ends.py::test_the_end_with_a_computation_that_waits",
-        "tests/multiprocess/test_process_ends.py::test_a_computation_that_the_others_join_is_done",
-        "tests/multiprocess/test_ends_of_calls.py::test_a_changed_timeout_reaches_functions_that_were_traced",
-        "tests/multiprocess/test_nested_calls.py::test_a_handler_that_calls_while_a_computation_waits",
-    ),
-    "cupy": ("tests/unit",),
-    "mixed": ("tests/conformance",),
-    "ray": ("tests/ray",),
-    "wheel": ("tests/unit/test_wheel.py", "tests/conformance"),
-}
-"""The folders that it runs."""
-
-LEFT_OUT = {
-    "jax": ("tests/conformance/test_between_hosts.py",),
-    "mixed": ("tests/conformance/test_between_hosts.py",),
-    "wheel": ("tests/conformance/test_between_hosts.py",),
-}
-"""Files of these folders that use numpy alone, so that numpy's and torch's sessions run them for both Gloos."""
+HOSTS = "tests/conformance/test_between_hosts.py"
+ALL = ("tests/unit", "tests/conformance", WAITING)
+OF_JAX = (
+    "tests/unit/test_no_dependencies.py", "tests/unit/test_gpu_check.py::test_every_check_passes_on_a_fake_device",
+    "tests/conformance", f"{WAITING}/nccl/test_nccl_jax.py", f"{WAITING}/nccl/test_nccl_jax_target.py",
+    f"{WAITING}/test_process_ends.py::test_the_end_with_a_computation_that_waits",
+    f"{WAITING}/test_process_ends.py::test_a_computation_that_the_others_join_is_done",
+    f"{WAITING}/test_ends_of_calls.py::test_a_changed_timeout_reaches_functions_that_were_traced",
+    f"{WAITING}/test_nested_calls.py::test_a_handler_that_calls_while_a_computation_waits",
+)
+# Ray's registry of backends and its tensor transports, which the other tests are about, came later.
+OF_RAY = tuple(
+    f"tests/ray/test_ray_{name}.py"
+    for name in ("arrays", "collective_group", "declared", "errors", "hosts", "observed", "rendezvous", "restarted")
+)
 
 
-def _offer_pyenv_interpreters() -> None:
-    """Put pyenv's own interpreters on PATH where its shims do not answer.
+class Suite(NamedTuple):
+    """The tests over some frameworks on one Python.
 
-    A shim exists for every installed version but fails unless the version is enabled, and nox believes it.
+    Attributes:
+        name: What it is called, without the Python; `nox -t` takes it too.
+        python: The Python.
+        frameworks: What is installed and tested.
+        tests: The folders, files and tests that run one after another.
+        waiting: Those that run side by side, as many at a time as ``at_once``: they mostly wait for each other's
+            processes, or for timeouts. Frameworks that take long to import are not for it: every worker has ranks of
+            its own.
+        at_once: See there.
+        provider: The provider of Gloo: torch's, pygloo's (which has no later Python than 3.10), or the wheel's own.
+        gloo: World sizes of the conformance suite over Gloo.
+        shm: Those in shared memory.
+        full: Whether it has all random sequences of calls, and every sum compared bit by bit; else a quarter of both.
+        without: A file that is left out, because numpy's and torch's suites have run it over both Gloos.
+        only_of: A framework: what that changes is run, and nothing else.
+        marked: Which tests are run, by their marks.
+        lowest: What has the lowest version that pyproject.toml allows; all else has the newest there is.
+        default: Whether `nox` runs it unasked.
     """
-    homes = [os.environ.get("PYENV_ROOT", ""), str(Path.home() / ".pyenv")]
-    pyenv = shutil.which("pyenv") or next(filter(None, (shutil.which(f"{home}/bin/pyenv") for home in homes)), None)
-    if pyenv is None:
-        return
-    root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout.strip()
-    for version in sorted({python for _, python in PAIRS} | {MAIN_PYTHON}):
-        shim = shutil.which(f"python{version}")
-        if shim and subprocess.run([shim, "--version"], capture_output=True, check=False).returncode == 0:
-            continue
-        folders = Path(root, "versions").glob(f"{version}.*/bin")
-        installed = [path for path in folders if (path / f"python{version}").exists()]
-        if installed:
-            newest = max(installed, key=lambda path: int(path.parent.name.split(".")[2].split("-")[0].rstrip("t")))
-            os.environ["PATH"] = f"{newest}{os.pathsep}{os.environ['PATH']}"
+
+    name: str
+    python: str
+    frameworks: tuple[str, ...]
+    tests: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    at_once: int = 3
+    provider: str = ""
+    gloo: str = "3"
+    shm: str = "3"
+    full: bool = False
+    without: str = ""
+    only_of: str = ""
+    marked: str = "not slow"
+    lowest: tuple[str, ...] = ()
+    default: bool = True
+
+    @property
+    def id(self) -> str:
+        """What the session is called: `tests(ID)`."""
+        return f"{self.name}-{self.python}"
 
 
-_offer_pyenv_interpreters()
+LOWEST = ("apache-tvm-ffi", "ml_dtypes", "numpy", "optree")
+SUITES = (
+    # In shared memory 3 ranks of a framework are in its own suites, and 2 and 4 of all of them in `mixed`.
+    Suite("numpy", "3.10", ("numpy",), waiting=ALL, provider="pygloo"),
+    Suite("numpy-lowest", "3.10", ("numpy",), waiting=ALL, provider="pygloo", lowest=LOWEST, default=False),
+    Suite("jax", "3.10", ("jax",), OF_JAX, provider="pygloo", without=HOSTS),
+    Suite("torch", "3.11", ("torch",), ALL[:2], (WAITING,), provider="torch", gloo="2,4", full=True, only_of="torch"),
+    Suite("cupy", "3.11", ("cupy",), ("tests/unit",)),
+    Suite("mixed", "3.11", ("numpy", "torch", "jax"), ("tests/conformance",), provider="torch", shm="2,4", full=True,
+          without=HOSTS),
+    # What neither a framework nor a Python changes:
+    Suite("slow", "3.11", ("torch",), waiting=ALL, at_once=4, provider="torch", gloo="1,2,3,4", marked="slow"),
+    Suite("ray", "3.11", ("numpy", "torch", "jax", "ray"), ("tests/ray",), provider="torch"),
+    Suite("ray-lowest", "3.11", ("numpy", "torch", "ray"), OF_RAY, provider="torch", lowest=("ray",), default=False),
+    Suite("numpy", "3.12", ("numpy",), waiting=ALL, provider="native", full=True, without=HOSTS),
+    Suite("jax", "3.12", ("jax",), OF_JAX, without=HOSTS, lowest=("jax", "jax-tvm-ffi")),
+    Suite("numpy", "3.13", ("numpy",), waiting=ALL),
+    Suite("jax", "3.13", ("jax",), OF_JAX, full=True, without=HOSTS),
+    Suite("numpy", "3.14", ("numpy",), waiting=ALL),
+)
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+"""Those that must be there where `CI` is set; a session of another one is skipped, and says so."""
 
-
-PYTHONS = sorted({python for _, python in PAIRS})
-
-GLOO = ROOT / ".nox" / "gloo"
-"""Where Gloo is unpacked for the build if the system has no headers of it."""
-
-_built: list[tuple[Path, str | None]] = []
-_seconds: dict[str, float] = {}
-
-
-def _timed(function: Callable[..., None]) -> Callable[..., None]:
-    """Note how long a session takes, its installation included."""
-
-    @functools.wraps(function)
-    def run(session: nox.Session, *arguments: object, **options: object) -> None:
-        began = time.perf_counter()
-        try:
-            function(session, *arguments, **options)
-        finally:
-            _seconds[session.name] = time.perf_counter() - began
-
-    return run
-
-
-@atexit.register
-def _print_seconds() -> None:
-    for name, seconds in _seconds.items():
-        print(f"{name:20} {seconds:5.0f} s")
-
-
-def _elsewhere(session: nox.Session) -> Path:
-    """Return an empty folder to run in, so that nothing comes from the checkout by being in it.
-
-    Not nox's own `create_tmp()`, which becomes TMPDIR: Ray refuses one inside a virtual environment.
-    """
-    folder = ROOT / ".nox" / "run" / Path(session.virtualenv.location).name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _gloo_of_build(session: nox.Session) -> tuple[list[str], dict[str, str]]:
-    """Return pip's options and the environment for a build with Gloo, the system's or else one fetched for it.
-
-    Where it cannot be fetched both are empty; the build's log and the session `wheel` say what to install.
-    """
-    given = any(name in os.environ for name in ("Gloo_DIR", "Gloo_ROOT", "CMAKE_PREFIX_PATH"))
-    if given or any(Path(prefix, "include", "gloo", "config.h").exists() for prefix in ("/usr", "/usr/local")):
-        return [], {}
-    found = session.run(
-        "python", str(ROOT / "native" / "fetch_gloo.py"), str(GLOO), silent=True, success_codes=(0, 1), stderr=None
-    )
-    if not (GLOO / "complete").exists():
-        return [], {}
-    options = [f"--config-settings=cmake.define.Gloo_DIR={GLOO / 'usr' / 'share' / 'cmake' / 'Gloo'}"]
-    return options, {"LD_LIBRARY_PATH": str(found).strip()}
-
-
-def _build(session: nox.Session) -> tuple[Path, str | None]:
-    """Build the wheel, once for all sessions of a run; return it, and why Gloo is not in it, None where it is.
-
-    With Gloo it is the wheel that one would publish, with the library inside.
-    """
-    if not _built:
-        shutil.rmtree(DIST, ignore_errors=True)
-        options, environment = _gloo_of_build(session)
-        line = ["python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(DIST), *options, str(ROOT)]
-        session.run(*line, env=environment)
-        [wheel] = DIST.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            has_gloo = "colltensor/lib/libcolltensor_gloo.so" in archive.namelist()
-        if has_gloo:
-            wheel = _repaired(session, wheel, environment)
-        why = "the wheel was built without Gloo, whose headers were neither found nor could be fetched: "
-        _built.append((wheel, None if has_gloo else f"{why}apt-get install libgloo-dev"))
-    return _built[0]
-
-
-def _repaired(session: nox.Session, wheel: Path, environment: dict[str, str]) -> Path:
-    """Return the wheel with Gloo's libraries inside. The tools stay out of the session's own environment."""
-    tools = DIST / "tools"
-    session.install("--quiet", "--target", str(tools), *nox.project.dependency_groups(PYPROJECT, "wheel"))
-    search = {"PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    repair = ["python", str(ROOT / "native" / "repair_wheel.py"), str(wheel), str(DIST / "repaired")]
-    session.run(*repair, "--root", str(GLOO), env={**environment, **search})
-    [repaired] = (DIST / "repaired").glob("*.whl")
-    return repaired
-
-
-def _site(session: nox.Session) -> Path:
-    """Return the folder of the packages in a session's environment."""
-    [site] = Path(session.virtualenv.location).glob("lib/python*/site-packages")
-    return site
-
-
-def _share(session: nox.Session, *frameworks: str) -> None:
-    """Put frameworks on the session's search path; the first session of this Python that needs one installs it.
-
-    What a later `pip install` finds there counts as installed. A package of the environment itself comes first.
-    """
-    site = _site(session)
-    for framework in frameworks:
-        requirements = SHARED[framework]
-        folder = ROOT / ".nox" / "shared" / f"{framework}-{site.parent.name}"
-        complete = folder / "complete"
-        if not complete.exists() or complete.read_text() != str(requirements):
-            shutil.rmtree(folder, ignore_errors=True)
-            session.install("--quiet", "--target", str(folder), *requirements)
-            complete.write_text(str(requirements))
-        (site / f"shared-{framework}.pth").write_text(f"{folder}\n")
-
-
-def _wheel(session: nox.Session) -> Path:
-    """Return the wheel, built on first use."""
-    return _build(session)[0]
-
-
-def _install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ("test",), shares: bool = True) -> None:
-    """Install the package with extras, as a user would, and the development groups that the session needs."""
-    # First of all, so that no other requirement brings another build of torch.
-    if shares:
-        _share(session, *(extra for extra in extras if extra in SHARED))
-    elif "torch" in extras:
-        session.install("--quiet", *SHARED["torch"])
-    wheel = _wheel(session)
-    requirement = f"colltensor[{','.join(extras)}] @ {wheel.as_uri()}"
-    kept = any(_site(session).glob("colltensor-*.dist-info"))
-    session.install("--quiet", requirement, *nox.project.dependency_groups(PYPROJECT, *groups))
-    if kept:  # it may hold an older build of the same version
-        session.install("--quiet", "--no-deps", "--force-reinstall", str(wheel))
-
-
-def _pytest(
-    session: nox.Session,
-    folders: tuple[str, ...],
-    *arguments: str,
-    frameworks: tuple[str, ...],
-    providers: tuple[str, ...],
-    gloo_sizes: str = "",
-    shm_sizes: str = "",
-    sequences: str = "",
-    two_hosts: bool = False,
-    only_of: str = "",
-) -> None:
-    """Run pytest on the installed package; arguments after nox's ``--`` are passed on."""
-    environment = {
-        "COLLTENSOR_TEST_FRAMEWORKS": ",".join(frameworks),
-        "COLLTENSOR_TEST_PROVIDERS": ",".join(providers),
-        "COLLTENSOR_TEST_GLOO_SIZES": gloo_sizes,
-        "COLLTENSOR_TEST_SHM_SIZES": shm_sizes,
-        "COLLTENSOR_TEST_SEQUENCES": sequences,
-        "COLLTENSOR_TEST_TWO_HOSTS": str(int(two_hosts)),
-        "COLLTENSOR_TEST_OF": only_of,
-        "COLLTENSOR_TEST_INSTALLED": "1",
-    }
-    given = [str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in session.posargs]
-    where = [] if any(word.startswith(str(ROOT)) for word in given) else [str(ROOT / folder) for folder in folders]
-    # By the `pytest` script, since `python -m pytest` would put the working directory on the search path.
-    with session.chdir(_elsewhere(session)):
-        config = str(ROOT / "pyproject.toml")
-        session.run("pytest", "--config-file", config, *where, *arguments, *given, env=environment)
+sessions.offer_pyenv_interpreters(sorted({suite.python for suite in SUITES}))
+nox.options.error_on_missing_interpreters = "CI" in os.environ and not all(
+    shutil.which(f"python{python}") for python in PYTHONS
+)
+nox.options.sessions = [
+    "lint", "types", "native", "arm64", "wheel", *(f"tests({suite.id})" for suite in SUITES if suite.default), "demo",
+]
 
 
 @nox.session
-@_timed
+@sessions.timed
 def lint(session: nox.Session) -> None:
-    """Check style and imports with ruff."""
-    session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "lint"))
+    """Check style and imports with ruff, and the pages' sentences."""
+    session.install("--quiet", *sessions.group("lint"))
     session.run("ruff", "check", ".")
+    session.run("python", "tools/sentences.py")
 
 
 @nox.session(python=MAIN_PYTHON)
-@_timed
+@sessions.timed
 def types(session: nox.Session) -> None:
     """Check the package's types with mypy --strict, numpy's and torch's own types at hand."""
-    _share(session, "torch")
-    dependencies = PYPROJECT["project"]["dependencies"]
-    session.install("--quiet", *dependencies, *nox.project.dependency_groups(PYPROJECT, "types"))
+    sessions.share(session, ["torch"])
+    session.install("--quiet", *sessions.DEPENDENCIES, *sessions.group("types"))
     session.run("mypy")
 
 
-def _native_tests(session: nox.Session, name: str, definitions: list[str]) -> list[str]:
-    """Build the native tests and return the programs, the second one where Gloo was found; reuses older objects."""
-    folder = str(ROOT / ".nox" / "native" / name)
-    options = ["-DCOLLTENSOR_PYTHON=OFF", "-DCOLLTENSOR_NATIVE_TESTS=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"]
-    configure = ["cmake", "--fresh", "-S", str(ROOT / "native"), "-B", folder, "-G", "Ninja"]
-    session.run(*configure, *options, *definitions, silent=True)
-    over_gloo = Path(folder, "colltensor_gloo_stress")
-    over_gloo.unlink(missing_ok=True)  # of a build that found Gloo
-    session.run("cmake", "--build", folder, silent=True)
-    return [f"{folder}/colltensor_stress", *([str(over_gloo)] if over_gloo.exists() else [])]
-
-
-def _without_randomisation() -> list[str]:
-    """Return the words before a command that fix where the kernel places its memory, as far as that is permitted.
-
-    ThreadSanitizer before g++ 14 cannot start where the kernel randomises addresses with 32 bits, as recent ones do
-    (https://github.com/google/sanitizers/issues/1716); containers may forbid it.
-    """
-    words = ["setarch", "-R"]
-    if shutil.which("setarch") is None:
-        return []
-    return words if subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0 else []
-
-
 @nox.session
-@_timed
+@sessions.timed
 def native(session: nox.Session) -> None:
     """Run the native libraries' own tests: plain, under AddressSanitizer and UBSan, and under ThreadSanitizer.
 
     Arguments after ``--``: seconds for each, and the first seed.
     """
     session.install("--quiet", *NATIVE_TOOLS)
-    options, environment = _gloo_of_build(session)
-    definitions = [option.removeprefix("--config-settings=cmake.define.") for option in options]
+    definitions, environment = sessions.gloo_of_build(session)
     session.env.update(environment)  # the linker too looks there for what Gloo needs
     suppressions = ROOT / "native" / "tests" / "tsan.supp"
     environment = {
         "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": f"halt_on_error=1:suppressions={suppressions}",
     }
-    for name, sanitizers in SANITIZERS.items():
-        sanitized = [f"-DCOLLTENSOR_SANITIZE={sanitizers}", *(f"-D{definition}" for definition in definitions)]
-        for program, seconds in zip(_native_tests(session, name, sanitized), (STRESS_S, GLOO_STRESS_S), strict=False):
-            arguments = session.posargs or [str(seconds)]
-            session.run(*_without_randomisation(), program, *arguments, env=environment, external=True)
+    for name, sanitizers in {"plain": "", "address": "address,undefined", "thread": "thread"}.items():
+        programs = sessions.native_tests(session, name, [f"COLLTENSOR_SANITIZE={sanitizers}", *definitions])
+        # The test over Gloo, of which there is not always one, mostly waits.
+        lines = [[*sessions.without_randomisation(), program, *(session.posargs or [seconds])]
+                 for program, seconds in zip(programs, ("10", "4"), strict=False)]
+        sessions.side_by_side(session, lines, environment)
 
 
 @nox.session
-@_timed
+@sessions.timed
 def arm64(session: nox.Session) -> None:
     """Run the native library's own tests on arm64, cross-compiled, in qemu's user mode; skipped without these tools."""
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -408,155 +177,123 @@ def arm64(session: nox.Session) -> None:
     if missing:
         session.skip(f"no {' and no '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user")
     session.install("--quiet", *NATIVE_TOOLS)
-    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
-    target += ["-DCMAKE_DISABLE_FIND_PACKAGE_Gloo=ON"]  # it would find this machine's own
-    [program] = _native_tests(session, "arm64", target)
-    arguments = session.posargs or [str(STRESS_S // 2)]
-    session.run(emulator, "-L", "/usr/aarch64-linux-gnu", program, *arguments, external=True)
-
-
-def _print_size(session: nox.Session) -> None:
-    """Print what the packages of a new environment take on the disk, numpy and all else."""
-    site = _site(session)
-    sizes = {"numpy": 0, "pip": 0, "the rest": 0}
-    for file in site.rglob("*"):
-        package = re.split(r"[-.]", file.relative_to(site).parts[0])[0]
-        sizes[package if package in sizes else "the rest"] += file.lstat().st_size if file.is_file() else 0
-    session.log(f"installed: numpy {sizes['numpy'] / 1e6:.1f} MB, colltensor with Gloo and its other dependencies "
-                f"{sizes['the rest'] / 1e6:.1f} MB")
+    target = ["CMAKE_SYSTEM_NAME=Linux", "CMAKE_SYSTEM_PROCESSOR=aarch64", f"CMAKE_CXX_COMPILER={compiler}"]
+    target += ["CMAKE_DISABLE_FIND_PACKAGE_Gloo=ON"]  # it would find this machine's own
+    [program] = sessions.native_tests(session, "arm64", target)
+    session.run(emulator, "-L", "/usr/aarch64-linux-gnu", program, *(session.posargs or ["5"]), external=True)
 
 
 @nox.session(python=PYTHONS, reuse_venv=False)
-@_timed
+@sessions.timed
 def wheel(session: nox.Session) -> None:
-    """Run the Gloo that the wheel carries, in a new environment without torch, between two network namespaces.
+    """Install the wheel into a new environment without torch, and on the oldest and newest Python run the Gloo in it.
 
-    On this host where namespaces are not permitted. Skipped where there is no Gloo to build against.
+    That is the conformance suite between two network namespaces, or on this host where they are not permitted. Skipped
+    where there is no Gloo to build against. One wheel serves every Python.
     """
-    built, why_without_gloo = _build(session)
-    if why_without_gloo is not None:
-        session.skip(why_without_gloo)
+    built, has_gloo = sessions.wheel(session)
+    if not has_gloo:
+        session.skip("the wheel was built without Gloo, whose headers were neither found nor could be fetched: "
+                     "apt-get install libgloo-dev")
     session.install("--quiet", str(built))
-    _print_size(session)
-    session.install("--quiet", *nox.project.dependency_groups(PYPROJECT, "test"))
-    arguments = ["-m", "gloo and not slow", *(f"--ignore={ROOT / file}" for file in LEFT_OUT["wheel"])]
-    selected = {"frameworks": ("numpy",), "providers": ("native",), "gloo_sizes": GLOO_SIZES["wheel"]}
-    _pytest(session, FOLDERS["wheel"], *arguments, **selected, two_hosts=True)
+    session.log(f"installed: {sessions.size_of(session)}")
+    session.install("--quiet", *sessions.group("test"))
+    ends = session.python in (PYTHONS[0], PYTHONS[-1])
+    tests = ("tests/unit/test_wheel.py", *(["tests/conformance"] if ends else []))
+    sessions.pytest(session, tests, "-m", "gloo and not slow", without=HOSTS, frameworks="numpy", providers="native",
+                    gloo_sizes="2", two_hosts="1")
 
 
 @nox.session
 @nox.parametrize(
-    ("python", "framework"),
-    [nox.param(python, framework, id=f"{framework}-{python}", tags=[framework]) for framework, python in PAIRS],
+    ("python", "suite"),
+    [nox.param(suite.python, suite, id=suite.id, tags=[suite.name]) for suite in SUITES],
 )
-@_timed
-def tests(session: nox.Session, framework: str) -> None:
-    """Run the tests over one framework on one Python."""
-    frameworks = SELECTED[framework]
-    extras = [name for name in frameworks if name != "numpy"]
-    providers = ("torch",) if "torch" in frameworks else ()
-    if session.python == "3.10":
-        extras, providers = [*extras, "pygloo"], ("pygloo",)
-    left_out = LEFT_OUT.get(framework, ())
-    if (framework, session.python) == WITH_NATIVE_GLOO and _build(session)[1] is None:
-        providers, left_out = ("native",), LEFT_OUT["wheel"]
-    groups = ("test", "test-mixed") if framework == "mixed" else ("test",)
-    groups = (*groups, *(f"test-{name}" for name in ("jax", "ray") if name in frameworks))
-    _install(session, *extras, groups=groups)
-    in_full = IN_FULL.get(framework) == session.python
-    conformance = {
-        "gloo_sizes": "3" if "native" in providers else GLOO_SIZES.get(framework, ""),
-        "shm_sizes": SHM_SIZES.get(framework, "") if in_full else "3",
-        "sequences": "" if in_full else "200",
+@sessions.timed
+def tests(session: nox.Session, suite: Suite) -> None:
+    """Run the tests over some frameworks on one Python; see `SUITES`."""
+    groups = ["test", *(f"test-{name}" for name in ("jax", "ray") if name in suite.frameworks)]
+    groups += ["test-mixed"] if suite.name == "mixed" else []
+    extras = [name for name in sessions.EXTRAS if name in (*suite.frameworks, suite.provider)]
+    shared = [name for name in sessions.SHARED if name not in suite.lowest]
+    sessions.install(session, extras, *groups, shared=shared, pins=sessions.lowest(suite.lowest))
+    has_provider = suite.provider and (suite.provider != "native" or sessions.wheel(session)[1])
+    selected = {
+        "frameworks": ",".join(suite.frameworks), "providers": suite.provider if has_provider else "",
+        "gloo_sizes": suite.gloo, "shm_sizes": suite.shm, "sequences": "" if suite.full else "200", "of": suite.only_of,
     }
-    arguments = [f"--ignore={ROOT / file}" for file in left_out]
-    arguments += ["-m", MARKED.get(framework, "not slow")]
-    selected = {"frameworks": frameworks, "providers": providers, "only_of": ONLY_OF.get(framework, "")}
-    folders = FOLDERS[framework]
-    if framework in SIDE_BY_SIDE and not session.posargs:
-        waiting = ["--numprocesses", str(SIDE_BY_SIDE[framework]), "--dist", "worksteal"]
-        _pytest(session, (WAITING,), *arguments, *waiting, **selected, **conformance)
-        folders = tuple(folder for folder in folders if folder != WAITING)
-    _pytest(session, folders, *arguments, **selected, **conformance)
+    marks, workers = ("-m", suite.marked), ("--numprocesses", str(suite.at_once), "--dist", "worksteal")
+    if session.posargs:  # one run of what is asked for
+        sessions.pytest(session, (*suite.tests, *suite.waiting), *marks, without=suite.without, **selected)
+        return
+    if suite.waiting:
+        sessions.pytest(session, suite.waiting, *marks, *workers, without=suite.without, **selected)
+    if suite.tests:
+        sessions.pytest(session, suite.tests, *marks, without=suite.without, **selected)
 
 
-EXAMPLES = (
-    "ray_allreduce.py --array numpy --workers 2",
-    "ray_allreduce.py --array torch --workers 4",
-    "ray_allreduce.py --array jax --workers 2",
-    "ray_direct_transport.py --array torch",
-    "put_get_vs_allreduce.py --workers 2 --bytes 1024,262144 --seconds 0.1 --peer",
-    "ray_digits.py --array torch --workers 2",
-    "ray_train.py --workers 2",
-    "ray_util_collective.py",
-    "train_jax.py --workers 2",
-    "train_mixed.py --workers 2",
-    "train_torch.py --workers 2",
-    "mixed_frameworks.py",
-    "parameter_server.py",
-    "no_ray.py",
-    "train_numpy.py --workers 2",
-    "train_thinc.py --workers 2",
-    "train_spacy.py --workers 2",
-)
+EXAMPLES = """
+    ray_allreduce.py --array numpy --workers 2
+    ray_allreduce.py --array torch --workers 4
+    ray_allreduce.py --array jax --workers 2
+    ray_direct_transport.py --array torch
+    put_get_vs_allreduce.py --workers 2 --bytes 1024,262144 --seconds 0.1 --peer
+    ray_digits.py --array torch --workers 2
+    ray_train.py --workers 2
+    ray_util_collective.py
+    train_jax.py --workers 2
+    train_mixed.py --workers 2
+    train_torch.py --workers 2
+    mixed_frameworks.py
+    parameter_server.py
+    no_ray.py
+    train_numpy.py --workers 2
+    train_thinc.py --workers 2
+    train_spacy.py --workers 2
+"""
 
 
 @nox.session(python=MAIN_PYTHON)
-@_timed
+@sessions.timed
 def demo(session: nox.Session) -> None:
-    """Run every example, small; two at a time, because they mostly wait for processes to start."""
-    _install(session, "ray", "torch", "jax", groups=("examples",))
-    folder = _elsewhere(session)
-    environment = {name: value for name, value in {**os.environ, **session.env}.items() if value is not None}
-
-    def run(line: str) -> subprocess.CompletedProcess[str]:
-        script, *arguments = line.split()
-        command = [f"{session.bin}/python", str(ROOT / "examples" / script), *arguments]
-        return subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
-
-    with concurrent.futures.ThreadPoolExecutor(2) as two:
-        for line, done in zip(EXAMPLES, two.map(run, EXAMPLES), strict=True):
-            session.log(line)
-            print(done.stdout, end="", flush=True)
-            if done.returncode:
-                two.shutdown(cancel_futures=True)
-                session.error(f"{line} ended with exit code {done.returncode}")
+    """Run every example, small."""
+    sessions.install(session, ["ray", "torch", "jax"], "examples")
+    lines = (line.split() for line in EXAMPLES.strip().splitlines())
+    commands = [[f"{session.bin}/python", str(ROOT / "examples" / script), *words] for script, *words in lines]
+    sessions.side_by_side(session, commands, {}, sessions.elsewhere(session))
 
 
 STRANGERS = (
     "tests/unit/test_listener.py", "tests/unit/test_net.py", "tests/unit/test_objects.py", "tests/unit/test_users.py",
-    "tests/multiprocess/test_strangers.py", "tests/multiprocess/test_gloo_strangers.py",
-    "tests/multiprocess/test_refusals.py", "tests/multiprocess/test_rendezvous.py",
+    *(f"{WAITING}/test_{name}.py" for name in ("strangers", "gloo_strangers", "refusals", "rendezvous")),
 )
 
 
 @nox.session(python=MAIN_PYTHON)
-@_timed
+@sessions.timed
 def security(session: nox.Session) -> None:
     """Run the tests of strangers, other users and secrets, which the other sessions have too, and measure floods."""
-    _install(session)
-    providers = () if _build(session)[1] else ("native",)
-    _pytest(session, STRANGERS, frameworks=("numpy",), providers=providers)
-    with session.chdir(_elsewhere(session)):
-        session.run("python", str(ROOT / "benchmarks" / "strangers.py"))
+    sessions.install(session, [], "test")
+    has_gloo = sessions.wheel(session)[1]
+    sessions.pytest(session, STRANGERS, frameworks="numpy", providers="native" if has_gloo else "")
+    with session.chdir(sessions.elsewhere(session)):
+        session.run("python", str(ROOT / "benchmarks"), "strangers")
 
 
 @nox.session(python=MAIN_PYTHON)
-@_timed
+@sessions.timed
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device and, unless pytest is given arguments, NCCL's benchmark; see docs/gpu.md.
 
     Needs a torch for CUDA, which is what the default index has; Ray is not needed.
     """
     # Nothing of it shared: torch loads the NCCL that lies beside it.
-    _install(session, "torch", "jax", "cupy", groups=("test", "gpu"), shares=False)
+    session.install("--quiet", *sessions.SHARED["torch"])
+    sessions.install(session, ["torch", "jax", "cupy"], "test", "gpu", shared=[])
     # Newer than what torch asks for, without which several ranks cannot share a device; torch runs with it as well.
-    session.install("--quiet", "--no-deps", "--upgrade", *nox.project.dependency_groups(PYPROJECT, "gpu-nccl"))
-    frameworks = ("numpy", "torch", "jax", "cupy")
-    _pytest(session, ("tests/gpu",), "-m", "gpu", frameworks=frameworks, providers=("torch",))
+    session.install("--quiet", "--no-deps", "--upgrade", *sessions.group("gpu-nccl"))
+    frameworks = "numpy,torch,jax,cupy"
+    sessions.pytest(session, ["tests/gpu"], "-m", "gpu", frameworks=frameworks, providers="torch")
     if not session.posargs:
-        with session.chdir(_elsewhere(session)):
-            session.run("python", str(ROOT / "benchmarks" / "nccl.py"))
+        with session.chdir(sessions.elsewhere(session)):
+            session.run("python", str(ROOT / "benchmarks"), "nccl")

@@ -8,7 +8,7 @@ references. An allreduce is one call. Both are checked, and timed twice: inside 
 to the last that has the sum, by their clocks, which are one on one machine; of an allreduce, the slowest worker), and
 by the driver, which asks for one sum and waits for all workers.
 
-Needs colltensor[ray], and colltensor[torch] for --peer. benchmarks/ray_object_store.py measures and draws with this.
+Needs colltensor[ray], and colltensor[torch] for --peer. `python benchmarks object-store` measures and draws with this.
 """
 
 from __future__ import annotations

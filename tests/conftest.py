@@ -104,13 +104,13 @@ def _enter_two_hosts(config: pytest.Config) -> None:
     config.stash[PREFIXES_KEY], config.stash[PLACE_KEY] = ((),), "on this host"
     if not (config.getoption("two_hosts") or os.environ.get("COLLTENSOR_TEST_TWO_HOSTS") == "1"):
         return
-    traffic = _load(ROOT / "benchmarks" / "hosts_traffic.py")
+    namespaces = _load(ROOT / "benchmarks" / "harness" / "namespaces.py")
     try:
-        holders = undo.enter_context(traffic.two_hosts())
-    except traffic.NotPermittedError as error:
+        holders = undo.enter_context(namespaces.two_hosts())
+    except namespaces.NotPermittedError as error:
         config.stash[PLACE_KEY] = f"on this host, since network namespaces cannot be made: {error}"
         return
-    prefixes: tuple[Sequence[str], ...] = tuple(traffic.inside(holder, ()) for holder in holders)
+    prefixes: tuple[Sequence[str], ...] = tuple(namespaces.inside(holder, ()) for holder in holders)
     config.stash[PREFIXES_KEY] = prefixes
     config.stash[PLACE_KEY] = "in two network namespaces in turns"
 

@@ -20,7 +20,8 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any] | None:
     if extension is not None:
         found: np.dtype[Any] = np.dtype(extension)
         return found
-    return np.dtype(dtype.name) if hasattr(np, dtype.name) or dtype.name == "bool" else None
+    # numpy 1 warns of its old name `bool`
+    return np.dtype(dtype.name) if dtype.name == "bool" or hasattr(np, dtype.name) else None
 
 
 def host_dtype(dtype: DType) -> np.dtype[Any]:

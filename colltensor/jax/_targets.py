@@ -157,7 +157,7 @@ def _jax_tvm_ffi() -> ModuleType:
     except ImportError as error:
         raise BackendUnavailableError(
             f"colltensor.jax: collectives inside jax.jit need the package jax-tvm-ffi ({error}): pip install "
-            "'jax-tvm-ffi>=0.1.3' (it needs JAX 0.7.2 and Python 3.11 or newer); outside jax.jit, "
+            "'jax-tvm-ffi>=0.1.3' (it needs JAX 0.9.1 and Python 3.11 or newer); outside jax.jit, "
             "colltensor.allreduce(x) works without"
         ) from error
 

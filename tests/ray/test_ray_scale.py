@@ -14,7 +14,7 @@ import colltensor as col
 
 RANKS = 16
 MEET_WITHIN_S = 10.0
-"""What benchmarks/ray_scale.py holds 64 ranks to; these take a tenth of it and less."""
+"""What `python benchmarks scale` holds 64 ranks to; these take a tenth of it and less."""
 
 
 def join(rank: int, name: str) -> str:

@@ -113,7 +113,7 @@ def test_promised_length_takes_no_memory(pair: tuple[socket.socket, socket.socke
         net.recv_frame(far, soon())
 
 
-@pytest.mark.parametrize("secret", [b"", b"s", os.urandom(32)])
+@pytest.mark.parametrize("secret", [b"", b"s", os.urandom(32)], ids=["empty", "short", "random"])
 def test_both_sides_prove_themselves(pair: tuple[socket.socket, socket.socket], secret: bytes) -> None:
     near, far = pair
     asked: list[bytes] = []

@@ -63,7 +63,7 @@ def test_objects_and_parts(group: col.Group) -> None:
     assert group.split(None) is None
 
 
-@pytest.mark.parametrize("nothing", [None, "text", object()], ids=repr)
+@pytest.mark.parametrize("nothing", [None, "text", object()], ids=["None", "text", "object"])
 def test_no_tensor_is_no_container_either(group: col.Group, nothing: object) -> None:
     with pytest.raises(col.UnsupportedTensorError, match=r"allreduce: tensor \(rank 0\)"):
         group.allreduce(nothing)

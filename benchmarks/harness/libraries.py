@@ -1,7 +1,6 @@
 """What an operation calls in each library, on the same numpy memory; used inside the ranks.
 
-A library makes *loops*: functions that take a number of calls and make them. Each rank of a world makes the same
-loop at the same time. The operations, with S the size in the tables, in bytes:
+The operations, with S the size in the tables, in bytes:
 
 - ``allreduce``: S in place on every rank, SUM. ``allreduce:function``, ``:torch`` and ``:jax`` are other ways to it;
   ``:pages`` is the same on memory in pages of 4 KiB, as JAX's is and numpy's large arrays are not.
@@ -21,9 +20,6 @@ loop at the same time. The operations, with S the size in the tables, in bytes:
 The root of a rooted operation is rank i of call i, as in the Intel MPI Benchmarks: with a fixed root a library's
 ranks may run ahead of each other, and a loop would measure its queue and not the operation.
 
-Where an operation's arrays begin follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page, ``broadcast@0,16``
-rank 0's at the beginning of a page and those of the others 16 bytes into one. Without, it is ``NUMPY_PLACE``.
-
 Frameworks are imported by the library that needs them: an MPI's environment has numpy and mpi4py alone.
 """
 
@@ -31,17 +27,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import itertools
-import platform
+import zlib
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from worlds.places import NUMPY_PLACE, array_at
+from harness.places import array_at
+from harness.rank import InGroup, Loop, Settings, Timed, repeat
 
-Loop = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
 
 ARRAYS: dict[str, tuple[str, ...]] = {
@@ -65,58 +60,64 @@ ROOTED = ("reduce", "broadcast", "gather", "scatter", "send/recv")
 """Operations whose root changes from call to call."""
 
 
-class Library(Protocol):
-    """One rank's share of a library's world.
+class Library(Timed):
+    """A rank of a library. A subclass gives the loop of an operation on arrays."""
 
-    Attributes:
-        rank: This process's rank.
-        ranks: The number of ranks.
-        versions: Names and versions to print.
-    """
-
-    rank: int
-    ranks: int
-    versions: dict[str, str]
-
-    def loop(self, operation: str, arrays: Arrays) -> Loop:
+    def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of an operation on these arrays."""
+        raise NotImplementedError
 
-    def barrier(self) -> None:
-        """Return when all ranks have called."""
+    def loop(self, operation: str, *case: Any) -> Loop:
+        """Return an operation's loop on new arrays, and leave check sums of what it computes.
+
+        The arrays hold numbers for that; then they are set to zero, whose sums stay finite however often they are
+        taken.
+        """
+        arrays = self._make_arrays(operation, *case)
+        once = self.loop_on(operation, arrays)
+        once(self.ranks)
+        self.check = [zlib.crc32(array) for array in (once.results() if isinstance(once, JaxLoop) else arrays.values())]
+        for array in arrays.values():
+            array.fill(0)
+        return self.loop_on(operation, arrays)
+
+    def _make_arrays(self, operation: str, nbytes: int) -> Arrays:
+        """Return the operation's arrays, whose small whole numbers differ by rank, array and index."""
+        count, arrays = nbytes // 4, {}
+        for number, name in enumerate(ARRAYS[kind_of(operation)]):
+            of_all = count * (self.ranks if name.endswith("blocks") else 1)
+            values = array_at(self.place, of_all, small_pages=operation.endswith(":pages"))
+            values[:] = np.arange(of_all, dtype=np.float32)
+            np.remainder(values, 7, out=values)
+            values += self.rank + 1 + 10 * number
+            arrays[name] = values.reshape(self.ranks, count) if name.endswith("blocks") else values
+        return arrays
 
 
-class Colltensor:
+class Colltensor(Library, InGroup):
     """colltensor through its public functions."""
 
-    def __init__(self, rank: int, ranks: int, meeting: str, backend: str) -> None:
-        import colltensor as col
+    def __init__(self, settings: Settings, rank: int) -> None:
+        super().__init__(settings, rank)
+        self.versions["apache-tvm-ffi"] = metadata.version("apache-tvm-ffi")
 
-        self.rank, self.ranks, self._col = rank, ranks, col
-        self._group = col.init_collective_group(ranks, rank, backend, init_method=f"file://{meeting}")
-        self.versions = {
-            "colltensor": f"{col.__version__} (backend {self._group.backend})",
-            "apache-tvm-ffi": metadata.version("apache-tvm-ffi"),
-        }
-        self.barrier = self._group.barrier
-
-    def loop(self, operation: str, arrays: Arrays) -> Loop:
+    def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of any operation."""
-        operation = operation.partition("@")[0]
-        variant = operation.partition(":")[2]
-        if operation in ("copyto", "memmove"):
-            return _copy_loop(operation, arrays["other_block"], arrays["block"])
-        if operation == "allreduce:function":
+        kind, _, variant = operation.partition(":")
+        if kind in ("copyto", "memmove"):
+            return _copy_loop(kind, arrays["other_block"], arrays["block"])
+        if variant == "function":
             return self._function_loop(arrays["block"])
-        if operation == "allreduce:jax":
-            return JaxLoop(self._group, arrays["block"])
-        if operation.startswith("allreduce"):
+        if variant == "jax":
+            return JaxLoop(self.group, arrays["block"])
+        if kind == "allreduce":
             return self._allreduce_loop(_torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"])
         if variant == "list":
             arrays = {name: list(array) if name.endswith("blocks") else array for name, array in arrays.items()}
-        return _in_turn(self._calls(operation.partition(":")[0], arrays))
+        return repeat(*self._calls(kind, arrays))
 
     def _allreduce_loop(self, tensor: Any) -> Loop:
-        group = self._group
+        group = self.group
 
         def loop(calls: int) -> None:
             for _ in range(calls):
@@ -125,7 +126,7 @@ class Colltensor:
         return loop
 
     def _function_loop(self, array: np.ndarray) -> Loop:
-        col = self._col
+        import colltensor as col
 
         def loop(calls: int) -> None:
             for _ in range(calls):
@@ -134,7 +135,7 @@ class Colltensor:
         return loop
 
     def _calls(self, operation: str, arrays: dict[str, Any]) -> list[Callable[[], object]]:
-        group, rank, ranks = self._group, self.rank, self.ranks
+        group, rank, ranks = self.group, self.rank, self.ranks
         block, other = arrays.get("block"), arrays.get("other_block")
         blocks, other_blocks = arrays.get("blocks"), arrays.get("other_blocks")
         right, left = (rank + 1) % ranks, (rank - 1) % ranks
@@ -186,28 +187,28 @@ class JaxLoop:
         return [np.array(self._held)]
 
 
-class Mpi:
+class Mpi(Library):
     """An MPI through mpi4py's buffer calls."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, settings: Settings, rank: int) -> None:
         from mpi4py import MPI
 
+        super().__init__(settings, MPI.COMM_WORLD.rank)
         vendor, version = MPI.get_vendor()
+        name = {"openmpi": "Open MPI", "mpich": "MPICH"}[settings.world]
         if vendor != name:
             raise RuntimeError(f"expected the environment of {name}, and its mpi4py runs on {vendor} {version}")
         self._mpi, self._comm = MPI, MPI.COMM_WORLD
-        self.rank, self.ranks = self._comm.rank, self._comm.size
         self.versions = {name: ".".join(map(str, version)), f"mpi4py of {name}": metadata.version("mpi4py")}
         if importlib.util.find_spec("torch") is not None:
             self.versions[f"torch of {name}"] = metadata.version("torch")
-        self.barrier = self._comm.Barrier
+        self.barrier = self._comm.Barrier  # type: ignore[method-assign]
 
-    def loop(self, operation: str, arrays: Arrays) -> Loop:
+    def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of an operation."""
-        operation = operation.partition("@")[0]
         kind, _, variant = operation.partition(":")
         if kind != "allreduce":
-            return _in_turn(self._calls(operation, arrays))
+            return repeat(*self._calls(operation, arrays))
         comm, in_place = self._comm, self._mpi.IN_PLACE
         array: Any = _torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"]
 
@@ -247,81 +248,51 @@ class Mpi:
         return [calls[operation]]
 
 
-class TorchGloo:
+class TorchGloo(Library):
     """torch.distributed over Gloo; allreduce only."""
 
-    def __init__(self, rank: int, ranks: int, folder: str) -> None:
+    def __init__(self, settings: Settings, rank: int) -> None:
         import torch
         import torch.distributed as dist
 
+        super().__init__(settings, rank)
         torch.set_num_threads(1)
-        store = dist.FileStore(f"{folder}/torch", ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-        self.rank, self.ranks, self._dist = rank, ranks, dist
+        store = dist.FileStore(f"{settings.folder}/torch", self.ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=self.ranks)
+        self._dist = dist
         self.versions = {"torch": str(torch.__version__)}
-        self.barrier = dist.barrier
+        self.barrier = dist.barrier  # type: ignore[method-assign]
 
-    def loop(self, operation: str, arrays: Arrays) -> Loop:
+    def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of ``allreduce``."""
         dist, tensor = self._dist, _torch_tensor(arrays["block"])
-
-        def loop(calls: int) -> None:
-            for _ in range(calls):
-                dist.all_reduce(tensor)
-
-        return loop
+        return repeat(lambda: dist.all_reduce(tensor))
 
 
-class RayCollective:
+class RayCollective(Library):
     """ray.util.collective over Gloo, inside a Ray actor; allreduce only."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
+    def __init__(self, settings: Settings, rank: int) -> None:
         import ray
         import torch
         from ray.util import collective
 
+        super().__init__(settings, rank)
         torch.set_num_threads(1)
-        collective.init_collective_group(ranks, rank, "gloo")
-        self.rank, self.ranks, self._collective = rank, ranks, collective
+        collective.init_collective_group(self.ranks, rank, "gloo")
+        self._collective = collective
         self.versions = {"ray": ray.__version__}
-        self.barrier = collective.barrier
+        self.barrier = collective.barrier  # type: ignore[method-assign]
 
-    def loop(self, operation: str, arrays: Arrays) -> Loop:
+    def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of ``allreduce``."""
         collective, array = self._collective, arrays["block"]
-
-        def loop(calls: int) -> None:
-            for _ in range(calls):
-                collective.allreduce(array)
-
-        return loop
+        return repeat(lambda: collective.allreduce(array))
 
 
 def kind_of(operation: str) -> str:
     """Return an operation's name without its variant and without where its arrays lie."""
     return operation.partition("@")[0].partition(":")[0]
-
-
-def make_arrays(operation: str, nbytes: int, rank: int, ranks: int) -> Arrays:
-    """Return the operation's arrays, whose small whole numbers differ by rank, array and index."""
-    count = nbytes // 4
-    arrays = {}
-    name_of, _, places = operation.partition("@")
-    places_of_ranks = [int(place) for place in places.split(",")] if places else [NUMPY_PLACE]
-    place = places_of_ranks[min(rank, len(places_of_ranks) - 1)]
-    for number, name in enumerate(ARRAYS[kind_of(operation)]):
-        of_all = count * (ranks if name.endswith("blocks") else 1)
-        values = array_at(place, of_all, small_pages=name_of.endswith(":pages"))
-        values[:] = np.arange(of_all, dtype=np.float32)
-        np.remainder(values, 7, out=values)
-        values += rank + 1 + 10 * number
-        arrays[name] = values.reshape(ranks, count) if name.endswith("blocks") else values
-    return arrays
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what every rank has."""
-    return {"Python": platform.python_version(), "numpy": np.__version__}
 
 
 def _torch_tensor(array: np.ndarray) -> Any:
@@ -336,8 +307,8 @@ def _copy_loop(operation: str, target: np.ndarray, source: np.ndarray) -> Loop:
     # These pointers keep their arrays alive.
     to, of = target.ctypes.data_as(ctypes.c_void_p), source.ctypes.data_as(ctypes.c_void_p)
     if operation == "memmove":
-        return _in_turn([lambda: memmove(to, of, source.nbytes)])
-    return _in_turn([lambda: np.copyto(target, source)])
+        return repeat(lambda: memmove(to, of, source.nbytes))
+    return repeat(lambda: np.copyto(target, source))
 
 
 def _one_way(
@@ -346,11 +317,3 @@ def _one_way(
     """Return this rank's part of call i, which goes from rank i to rank i + 1."""
     parts = {rank: send, (rank - 1) % ranks: recv}
     return [parts.get(sender, lambda: None) for sender in range(ranks)]
-
-
-def _in_turn(calls: list[Callable[[], object]]) -> Loop:
-    def loop(count: int) -> None:
-        for call in itertools.islice(itertools.cycle(calls), count):
-            call()
-
-    return loop

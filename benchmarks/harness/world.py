@@ -15,14 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from worlds.rank import Settings
+from harness.rank import Settings
 
 HERE = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -45,25 +45,31 @@ class WorldError(RuntimeError):
     """A world did not start, died, or gave no reply; has the end of what it printed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """A world that can be started.
 
     Attributes:
         name: The world's name.
-        library: What its ranks load; see ``worlds.rank``.
+        library: The class of its ranks, as ``module:class``; see ``harness.rank``.
         python: The interpreter of its ranks.
         needs: Modules that must be installed in the coordinator's own environment.
         environment: Variables of its ranks.
         folder: Where its ranks start, and so which checkout's package they import; None where the coordinator did.
+        launcher: What starts its ranks: an MPI, by its name, or ``ray``; by default the coordinator does.
+        options: What the class of its ranks is told.
+        prefixes: Words before the command of each rank, in turn.
     """
 
     name: str
     library: str
     python: str = sys.executable
     needs: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     folder: str | None = None
+    launcher: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    prefixes: Sequence[Sequence[str]] = ((),)
 
     def lacking(self) -> str | None:
         """Return why it cannot be started here, or None."""
@@ -72,7 +78,7 @@ class Kind:
             return f"{', '.join(missing)} not installed"
         if not self.python:
             return f"no --{self.name}-python given"
-        if self.library in ("Open MPI", "MPICH") and not self.mpiexec.is_file():
+        if self.launcher in ("Open MPI", "MPICH") and not self.mpiexec.is_file():
             return f"no {self.mpiexec}"
         return None
 
@@ -83,16 +89,18 @@ class Kind:
 
     def commands(self, settings: Settings) -> list[list[str]]:
         """Return the command lines that start its ranks."""
-        rank = [self.python, "-m", "worlds.rank", settings.dump()]
-        if self.library == "Open MPI":
+        rank = [self.python, "-m", "harness.rank", settings.dump()]
+        if self.launcher == "Open MPI":
             # Its own binding off, as all libraries run under one policy; more ranks than cores allowed.
             return [[str(self.mpiexec), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(settings.ranks),
                      *rank]]
-        if self.library == "MPICH":
+        if self.launcher == "MPICH":
             return [[str(self.mpiexec), "-bind-to", "none", "-n", str(settings.ranks), *rank]]
-        if self.library == "ray":
-            return [[self.python, "-m", "worlds.ray_world", settings.dump()]]
-        return [[*rank, str(number)] for number in range(settings.ranks)]
+        if self.launcher == "ray":
+            return [[self.python, "-m", "harness.ray_world", settings.dump()]]
+        return [
+            [*self.prefixes[number % len(self.prefixes)], *rank, str(number)] for number in range(settings.ranks)
+        ]
 
 
 class World:
@@ -113,8 +121,10 @@ class World:
         self._holds: list[int] = []
         self.ranks = settings.ranks
         self._log = Path(settings.folder) / f"{kind.name}.log"
-        path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **dict(kind.environment)}
+        # A rank of this interpreter and checkout imports what the coordinator would.
+        own = sys.path if kind.python == sys.executable and kind.folder is None else []
+        path = os.pathsep.join(filter(None, (str(HERE), *own, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **kind.environment}
         self._processes: list[subprocess.Popen[bytes]] = []
         with self._log.open("wb") as log:
             for command in kind.commands(settings):
@@ -182,8 +192,24 @@ class World:
         return WorldError(f"{self.name}: {what}\n{text}")
 
 
+class Here:
+    """A world of one rank, in the coordinator's own process.
+
+    Attributes:
+        ranks: 1.
+    """
+
+    def __init__(self, make: Callable[[Settings, int], Any], folder: str, options: dict[str, Any]) -> None:
+        self.ranks = 1
+        self._rank = make(Settings("here", "", 1, folder, "", pin=False, options=options), 0)
+
+    def ask(self, name: str, *arguments: Any) -> list[Any]:
+        """Have the rank do something."""
+        return [getattr(self._rank, name)(*arguments)]
+
+
 @contextmanager
-def started(kinds: list[Kind], ranks: int, *, pin: bool, backend: str) -> Iterator[dict[str, World]]:
+def started(kinds: Sequence[Kind], ranks: int, *, pin: bool = False) -> Iterator[dict[str, World]]:
     """Start a world of each kind with so many ranks, and end them all when the context is left.
 
     Raises:
@@ -191,7 +217,7 @@ def started(kinds: list[Kind], ranks: int, *, pin: bool, backend: str) -> Iterat
     """
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
-        folder = tempfile.mkdtemp(prefix="worlds-")
+        folder = tempfile.mkdtemp(prefix="benchmarks-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         address = f"{folder}/coordinator"
@@ -200,7 +226,7 @@ def started(kinds: list[Kind], ranks: int, *, pin: bool, backend: str) -> Iterat
         worlds: dict[str, World] = {}
         try:
             for kind in kinds:
-                settings = Settings(kind.name, kind.library, ranks, folder, address, pin, backend)
+                settings = Settings(kind.name, kind.library, ranks, folder, address, pin, kind.options)
                 worlds[kind.name] = World(kind, settings)
                 stack.callback(worlds[kind.name].close)
             _await(worlds, listener)

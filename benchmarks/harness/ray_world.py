@@ -1,6 +1,6 @@
 """Starts Ray on this machine and an actor for each rank, waits for them, and stops Ray.
 
-python -m worlds.ray_world SETTINGS
+python -m harness.ray_world SETTINGS
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 import ray
 
-from worlds.rank import Settings, serve
+from harness.rank import Settings, serve
 
 
 @ray.remote(num_cpus=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from worlds.libraries import ROOTED, kind_of
-from worlds.world import World, WorldError
+from harness.libraries import ROOTED, kind_of
+from harness.world import Here, World, WorldError
 
 MOST_CALLS = 50_000
 
@@ -20,7 +22,7 @@ class Contestant:
     Attributes:
         label: Its column in a table.
         world: The world's name.
-        operation: The operation, as in ``worlds.libraries``.
+        operation: The operation, as in ``harness.libraries``.
     """
 
     label: str
@@ -52,16 +54,18 @@ class Samples:
 
 
 def measure(
-    worlds: dict[str, World], contestants: list[Contestant], nbytes: int, rounds: int, round_s: float
+    worlds: Mapping[str, World | Here], contestants: Sequence[Contestant], *case: Any, rounds: int, round_ms: float,
+    calls: int | None = None,
 ) -> dict[str, Samples]:
-    """Measure contestants at one size.
+    """Measure contestants in one case.
 
     Args:
         worlds: The running worlds.
         contestants: Who takes part, with labels that differ. Those of one operation must compute the same.
-        nbytes: The size.
+        case: What ``Timed.loop`` of each needs to know besides the operation; mostly the size.
         rounds: The number of rounds of each.
-        round_s: How long a round should take, about.
+        round_ms: How long a round should take, about.
+        calls: The calls of a round, if it is not to be found out.
 
     Returns:
         The samples by label.
@@ -69,32 +73,41 @@ def measure(
     Raises:
         WorldError: A world failed, or two contestants computed different results.
     """
-    _prepare(worlds, contestants, nbytes)
-    plans = [(contestant, *_calibrate(worlds[contestant.world], contestant, round_s)) for contestant in contestants]
+    _prepare(worlds, contestants, case)
+    plans = []
+    for contestant in contestants:
+        world = worlds[contestant.world]
+        if calls is None:
+            plans.append((contestant, *_calibrate(world, contestant, round_ms / 1e3)))
+        else:
+            world.ask("run", contestant.operation, 1, calls)
+            plans.append((contestant, calls // 2, calls))
     times: dict[str, list[float]] = {contestant.label: [] for contestant in contestants}
     for number in range(rounds):
         first = number % len(plans)
         order = plans[first:] + plans[:first]
-        for contestant, warm_up, calls in order if number % 2 else reversed(order):  # nobody always follows the same
-            seconds = max(worlds[contestant.world].ask("run", contestant.operation, warm_up, calls))
-            times[contestant.label].append(seconds / calls * 1e6)
-    for world in {contestant.world for contestant in contestants}:
-        worlds[world].ask("forget")
-    return {contestant.label: Samples(calls, times[contestant.label]) for contestant, _, calls in plans}
+        for contestant, warm_up, count in order if number % 2 else reversed(order):  # nobody always follows the same
+            seconds = max(worlds[contestant.world].ask("run", contestant.operation, warm_up, count))
+            times[contestant.label].append(seconds / count * 1e6)
+    for name in {contestant.world for contestant in contestants}:
+        worlds[name].ask("forget")
+    return {contestant.label: Samples(count, times[contestant.label]) for contestant, _, count in plans}
 
 
-def _prepare(worlds: dict[str, World], contestants: list[Contestant], nbytes: int) -> None:
+def _prepare(
+    worlds: Mapping[str, World | Here], contestants: Sequence[Contestant], case: tuple[Any, ...]
+) -> None:
     """Make the arrays, and compare the results of those who do the same."""
     sums: dict[str, tuple[str, object]] = {}
     for contestant in contestants:
-        found = worlds[contestant.world].ask("prepare", contestant.operation, nbytes)
+        found = worlds[contestant.world].ask("prepare", contestant.operation, *case)
         operation = kind_of(contestant.operation)
         other, expected = sums.setdefault(operation, (contestant.label, found))
         if found != expected:
-            raise WorldError(f"{operation}, {nbytes} bytes: {contestant.label} and {other} computed different results")
+            raise WorldError(f"{operation}, {case}: {contestant.label} and {other} computed different results")
 
 
-def _calibrate(world: World, contestant: Contestant, round_s: float) -> tuple[int, int]:
+def _calibrate(world: World | Here, contestant: Contestant, round_s: float) -> tuple[int, int]:
     """Return the numbers of calls of a warm-up and of a round."""
     calls = 2
     for _ in range(3):

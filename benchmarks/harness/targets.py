@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worlds.rounds import Samples
+from harness.rounds import Samples
 
 KI, MI = 1 << 10, 1 << 20
 OURS = "colltensor"
