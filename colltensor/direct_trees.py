@@ -10,7 +10,7 @@ import array
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from colltensor.adapters import are_plain, known, note_all
+from colltensor.adapters import Guard, are_plain, known, note_all
 from colltensor.backends.base import DIRECT
 from colltensor.direct import NO_OP, NO_RANK, Direct, DirectCall, moves_nothing, nothing
 from colltensor.engine import Call
@@ -102,9 +102,9 @@ class DirectTrees:
         return None if results is None else results[0]
 
 
-def _fit(leaves: Sequence[Any]) -> bool:
+def _fit(leaves: Sequence[Any], guard: Guard) -> bool:
     """Return True for plain tensors, and for those of one framework that makes its results together."""
-    return are_plain(leaves) or (
+    return are_plain(leaves, guard) or (
         len(set(map(type, leaves))) == 1 and hasattr(known.get(leaves[0].__class__), "claim_together")
     )
 

@@ -25,7 +25,10 @@ class Adapter(Protocol):
     An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written, of which
     its DLPack export says all and whose memory stays for as long as the tensor, not only the export; None if that
     holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
-    called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several.
+    called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several. With a
+    function ``alike(tensors)`` it may spare itself the same questions about the same number of tensors in the next
+    call: it is given plain ones and returns a function, or None, which keeps none of them. That one takes others, of
+    any types, and returns True only where these are plain for what they have in common with the first.
 
     It may have a function ``reduced``: what a tensor's ``__reduce__`` should return, for objects that are pickled; None
     where that is right.
@@ -110,6 +113,8 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 LEGACY_STREAM: Final = 1
 """``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
+_GUARDS: Final = 8
+"""How often a guard learns other tensors, before those of the last time stay."""
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
@@ -152,7 +157,8 @@ def register_adapter(adapter: Adapter) -> None:
                 f"register_adapter: adapter {adapter!r}: expected an attribute {name} of type {kind.__name__}, "
                 f"got {getattr(adapter, name, 'none')!r}"
             )
-    for name in ("plain", "reduced", "stream", "kinds", "addresses", "claim_together", "written_together", "restored"):
+    for name in ("plain", "reduced", "stream", "kinds", "addresses", "claim_together", "written_together", "restored",
+                 "alike"):
         function = getattr(adapter, name, None)
         if function is not None and not callable(function):
             raise OptionError(f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}")
@@ -259,15 +265,51 @@ def is_plain(tensor: Any) -> bool:
     return plain is None or plain(tensor)
 
 
-def are_plain(tensors: Sequence[Any]) -> bool:
-    """Return True if a backend may take all of the tensors as they are."""
+class Guard:
+    """What a framework itself looks at in tensors, all in one step, to tell that they are plain as others were.
+
+    For the leaves of trees of one structure, which seldom change from call to call.
+    """
+
+    __slots__ = ("_adapter", "_alike", "_left")
+
+    def __init__(self) -> None:
+        self._alike: Callable[..., bool] | None = None
+        self._adapter: Adapter | None = None
+        self._left = _GUARDS
+
+    def knows(self, tensors: Sequence[Any]) -> bool:
+        """Return True if the tensors are like those that were learnt, and so are plain."""
+        return (
+            self._alike is not None and known.get(tensors[0].__class__) is self._adapter and self._alike(*tensors)
+        )
+
+    def learn(self, tensors: Sequence[Any], kinds: set[type]) -> None:
+        """Remember what plain tensors of these types are like, if one framework has them all and can tell."""
+        adapters = {known.get(kind) for kind in kinds}
+        if not self._left or len(adapters) > 1:
+            return
+        self._left -= 1
+        (self._adapter,) = adapters
+        make = getattr(self._adapter, "alike", None)
+        self._alike = None if make is None else make(tensors)
+
+
+def are_plain(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
+    """Return True if a backend may take all of the tensors as they are; ``guard`` is asked first, and learns."""
+    if guard is not None and guard.knows(tensors):
+        return True
     kinds = set(map(type, tensors))
     if unnoted.issuperset(kinds):
         return True
     if len(kinds) > 1:
-        return all(map(is_plain, tensors))
-    plain = direct.get(kinds.pop(), _NOT_DIRECT)[0]
-    return plain is None or all(map(plain, tensors))
+        plain = all(map(is_plain, tensors))
+    else:
+        ask = direct.get(next(iter(kinds)), _NOT_DIRECT)[0]
+        plain = ask is None or all(map(ask, tensors))
+    if plain and guard is not None:
+        guard.learn(tensors, kinds)
+    return plain
 
 
 def note(tensor: Any) -> None:

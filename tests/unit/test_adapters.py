@@ -6,6 +6,7 @@ import importlib
 import runpy
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -621,6 +622,63 @@ def test_advice_for_what_holds_tensors_of_torch_can_be_followed(alone: Any) -> N
     assert result["weight"].data_ptr() == module.weight.data_ptr()
     with torch.no_grad():
         assert alone.allreduce(list(tensors))[0] is tensors[0]
+
+
+@pytest.mark.needs("torch")
+def test_torch_tells_tensors_that_are_not_as_plain_as_others() -> None:
+    torch = importlib.import_module("torch")
+    adapter: Any = find_adapter(torch.Tensor)
+    first, second = torch.ones(3), torch.ones(2, dtype=torch.complex64)
+    gone = weakref.ref(first)
+    alike = adapter.alike((first, second))
+    assert alike is not None, "this torch has no such check any more: each tensor is asked, at ten times the cost"
+    del first
+    assert gone() is None
+    plain, pair = torch.ones(3), torch.ones(2, dtype=torch.complex64)
+    assert alike(plain, pair)
+    assert alike(torch.ones(8)[::2], torch.ones(5, dtype=torch.complex64)), "layouts and counts are looked at later"
+    with torch.no_grad():
+        assert not alike(torch.ones(3, requires_grad=True), pair)
+    with torch.inference_mode():
+        made_there = torch.ones(3)
+        assert not alike(made_there, pair)
+    assert not alike(made_there, pair)
+    assert not alike(plain, pair.conj())
+    assert not alike(torch.complex(plain, plain).conj().imag, pair)
+    assert not alike(torch.ones(3, dtype=torch.float64), pair)
+    assert not alike(torch.ones(3, device="meta"), pair)
+    assert not alike(torch.ones(3).to_sparse(), pair)
+    assert not alike(torch.nn.Parameter(plain, requires_grad=False), pair), "another type, which may have its own rules"
+    assert not alike(np.ones(3, np.float32), pair)
+    asked: list[bool] = []
+    torch.vmap(lambda x: asked.append(alike(x, pair)) or x)(torch.ones(2, 3))
+    torch.func.functionalize(lambda x: asked.append(alike(x, pair)))(plain)
+    assert asked == [False, False]
+
+
+@pytest.mark.needs("torch")
+def test_a_guard_knows_only_what_its_adapter_said(own_adapters: None) -> None:
+    torch = importlib.import_module("torch")
+    guard, tensors = adapters_module.Guard(), [torch.ones(2), torch.ones(3)]
+    find_adapter(torch.Tensor)
+    assert not guard.knows(tensors)
+    assert adapters_module.are_plain(tensors, guard)
+    assert guard.knows(tensors)
+    assert not adapters_module.are_plain([torch.ones(2), torch.ones(3, requires_grad=True)], guard)
+    assert guard.knows(tensors)
+
+    class Own:
+        name, immutable = "own", False
+
+        def claims(self, kind: type) -> bool:
+            return kind is torch.Tensor
+
+        source = target = claim = written = lambda self, *arguments: None
+
+    register_adapter(Own())
+    find_adapter(torch.Tensor)
+    assert not guard.knows(tensors)
+    assert not adapters_module.are_plain(tensors, guard)
 
 
 @pytest.mark.needs("torch")
