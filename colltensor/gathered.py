@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from colltensor.adapters import host_memory, known, native_copies, note_all
+from colltensor.adapters import host_memory, known, native_copies, native_readers, note_all
 from colltensor.backends.shm import library
 from colltensor.buffers import adapt
 from colltensor.buffers import plan as transfers_of
@@ -78,7 +78,18 @@ def _native_copy() -> Callable[[int], object] | None:
     return library.load().shm_copy if _is_loaded() else None
 
 
+def _native_reader() -> tuple[Callable[[int], int], Callable[[int, int, int], bool]] | None:
+    """Return native code's reader of numpy's arrays, and its trial of one."""
+    if not _is_loaded() or not library.reads_python():
+        return None
+    native = library.load()
+    trial = native.get_function("shm_read_one")
+    trial.release_gil = False
+    return native.shm_numpy_reader, trial
+
+
 native_copies.append(_native_copy)
+native_readers.append(_native_reader)
 
 
 @functools.lru_cache

@@ -30,6 +30,10 @@ class Adapter(Protocol):
     call: it is given plain ones and returns a function, or None, which keeps none of them. That one takes others, of
     any types, and returns True only where these are plain for what they have in common with the first.
 
+    With a function ``reader(kind)`` native code reads plain tensors of a type itself: it returns the address of a C
+    function that does what DLPack's ``dltensor_from_py_object_no_sync`` does, called with the interpreter lock; 0 where
+    there is none.
+
     It may have a function ``reduced``: what a tensor's ``__reduce__`` should return, for objects that are pickled; None
     where that is right.
 
@@ -137,6 +141,12 @@ native_copies: Final[list[Callable[[], Callable[[int], object] | None]]] = []
 may load native code puts it here. The copy takes the address of numbers of 64 bits: see native/src/exports.cpp."""
 
 
+native_readers: Final[list[Callable[[], tuple[Callable[[int], int], Callable[[int, int, int], bool]] | None]]] = []
+"""What returns native code's reader of numpy's arrays and its trial of a reader, None if there is none; as above. See
+native/src/python.cpp."""
+_readers: Final[dict[type, int]] = {}
+
+
 def register_adapter(adapter: Adapter) -> None:
     """Add an adapter for tensors of another framework, or for a subclass that ours refuse.
 
@@ -158,13 +168,14 @@ def register_adapter(adapter: Adapter) -> None:
                 f"got {getattr(adapter, name, 'none')!r}"
             )
     for name in ("plain", "reduced", "stream", "kinds", "addresses", "claim_together", "written_together", "restored",
-                 "alike"):
+                 "alike", "reader"):
         function = getattr(adapter, name, None)
         if function is not None and not callable(function):
             raise OptionError(f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}")
     add_adapter(adapter)
     known.clear()
     direct.clear()
+    _readers.clear()
     unnoted.clear()
     _no_tensors.clear()
 
@@ -312,6 +323,15 @@ def are_plain(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
     return plain
 
 
+def reader_of(kind: type) -> int:
+    """Return the address of the C function that reads tensors of a type, 0 where there is none. See ``Adapter``."""
+    found = _readers.get(kind)
+    if found is None:
+        function: Callable[[type], int] | None = getattr(known.get(kind), "reader", None)
+        found = _readers[kind] = 0 if function is None else function(kind)
+    return found
+
+
 def note(tensor: Any) -> None:
     """Tell the framework of a plain tensor that it was written."""
     found = direct.get(tensor.__class__)
@@ -326,7 +346,18 @@ def note_all(tensors: Sequence[Any]) -> None:
     kinds = set(map(type, tensors))
     if unnoted.issuperset(kinds):
         return
-    together = getattr(known.get(next(iter(kinds))), "written_together", None) if len(kinds) == 1 else None
+    if len(kinds) == 1:
+        note_alike(tensors, kinds.pop())
+        return
+    for tensor in tensors:
+        note(tensor)
+
+
+def note_alike(tensors: Sequence[Any], kind: type) -> None:
+    """Do as ``note_all`` with tensors that are all of one type."""
+    if kind in unnoted:
+        return
+    together = getattr(known.get(kind), "written_together", None)
     if together is not None:
         together(tensors)
         return

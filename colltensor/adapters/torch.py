@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from colltensor.dlpack import exchange_reader
 from colltensor.errors import DeviceError, ReadOnlyError, UnsupportedDTypeError, UnsupportedTensorError
 from colltensor.types import CPU, DTYPES, Device
 from colltensor.view import BufferView
@@ -81,6 +82,9 @@ class TorchAdapter:
             return check if check(*tensors) else None
         except Exception:  # noqa: BLE001 - private to torch: without it each tensor is asked
             return None
+
+    def reader(self, kind: type) -> int:
+        return exchange_reader(kind)
 
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, _view(tensor)

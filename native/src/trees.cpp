@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "colltensor/kernels.h"
 #include "direct.h"
 #include "exports.h"
+#include "python.h"
 #include "registry.h"
 #include "request.h"
 
@@ -82,6 +84,30 @@ class Leaves {
       if (!take_one(arguments[i].cast<ffi::TensorView>(), plan_->leaves[i], written)) return false;
     }
     return !written || !share_memory();
+  }
+
+  // The same of a list of leaves that are all of one type; -1 where they are not, or `reader` does not take one.
+  std::int64_t take(void* list, void* type, Reader reader, bool written) {
+    const PythonApi& python = *python_api();
+    const std::size_t number = plan_->leaves.size();
+    if (python.list_size(list) != static_cast<std::int64_t>(number)) {
+      python.clear_error();
+      return -1;
+    }
+    constexpr auto kRefused = static_cast<std::int64_t>(Outcome::kRefused);
+    views_.clear();
+    spans_.clear();
+    for (std::size_t i = 0; i < number; ++i) {
+      void* leaf = python.list_item(list, static_cast<std::int64_t>(i));
+      DLTensor tensor;
+      if (type_of(leaf) != type) return -1;
+      if (reader(leaf, &tensor) != 0) {
+        python.clear_error();
+        return -1;
+      }
+      if (!take_one(ffi::TensorView(&tensor), plan_->leaves[i], written)) return kRefused;
+    }
+    return !written || !share_memory() ? 0 : kRefused;
   }
 
   // Contiguous leaves at these addresses; false if they are not as many as the plan says.
@@ -225,6 +251,32 @@ bool has_ranks(const DirectCall& call, int rank, int ranks) {
   return (call.root < 0 || call.source < 0) && peer >= 0 && peer < ranks && peer != rank;
 }
 
+// Runs a call on leaves that `take`, given whether they are written, puts into `made`; `locked`: this thread has the
+// interpreter lock.
+template <class Take>
+std::int64_t run_tree(std::int64_t handle, std::int64_t timeout_ns, const DirectCall& call, Leaves& made, bool locked,
+                      Take take) {
+  Turn group(handle);
+  if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
+  const bool transfers = call.operation == Operation::kTransfer;
+  const bool reduces = !transfers && call.operation != Operation::kBroadcast;
+  const bool is_root = call.root == group->rank();
+  const bool written = transfers ? call.root < 0 : call.operation == Operation::kAllReduce || is_root == reduces;
+  constexpr auto kRefused = static_cast<std::int64_t>(Outcome::kRefused);
+  if (!has_ranks(call, group->rank(), group->world_size())) return kRefused;
+  if (reduces && !made.reducible(static_cast<ReduceOp>(call.op))) return kRefused;
+  if (const std::int64_t taken = take(written); taken != 0) return taken;
+  std::int64_t detail = 0;
+  Outcome outcome;
+  {
+    std::optional<WithoutLock> unlocked;
+    if (locked) unlocked.emplace();
+    const std::int64_t deadline_ns = now_ns() + timeout_ns;
+    outcome = transfers ? made.run_transfers(*group, call, deadline_ns, detail) : made.run(*group, call, deadline_ns);
+  }
+  return result(*group, outcome) | detail << 8;
+}
+
 // One operation on the leaves of trees of one plan, which lies at `plan`.
 ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
                             int source, std::int64_t plan) {
@@ -232,23 +284,24 @@ ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int op
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
   const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
-    Turn group(handle);
-    if (group.outcome() != Outcome::kDone) {
-      *returned = static_cast<std::int64_t>(group.outcome());
-      return;
-    }
-    const bool transfers = call.operation == Operation::kTransfer;
-    const bool reduces = !transfers && call.operation != Operation::kBroadcast;
-    const bool is_root = call.root == group->rank();
-    const bool written = transfers ? call.root < 0 : call.operation == Operation::kAllReduce || is_root == reduces;
-    *returned = static_cast<std::int64_t>(Outcome::kRefused);
-    if (!has_ranks(call, group->rank(), group->world_size())) return;
-    if (reduces && !made->reducible(static_cast<ReduceOp>(call.op))) return;
-    if (!made->take(arguments, number, written)) return;
-    std::int64_t detail = 0;
-    const Outcome outcome = transfers ? made->run_transfers(*group, call, now_ns() + timeout_ns, detail)
-                                      : made->run(*group, call, now_ns() + timeout_ns);
-    *returned = result(*group, outcome) | detail << 8;
+    *returned = run_tree(handle, timeout_ns, call, *made, false, [&](bool written) {
+      return made->take(arguments, number, written) ? std::int64_t{0} : static_cast<std::int64_t>(Outcome::kRefused);
+    });
+  });
+}
+
+// The same on a list of leaves, given as its address in Python and that of the type of all of them, with the interpreter
+// lock, which is let go while the ranks work. -1: not all are of that type or can be read so, and nothing was begun.
+ffi::Function reading_tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op,
+                                    int root, int source, std::int64_t plan) {
+  const DirectCall call{static_cast<Operation>(operation), op, root, source};
+  const auto* words = reinterpret_cast<const std::int64_t*>(plan);
+  const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
+  return ffi::Function::FromTyped([=](std::int64_t list, std::int64_t type, std::int64_t reader) {
+    return run_tree(handle, timeout_ns, call, *made, true, [&](bool written) {
+      return made->take(reinterpret_cast<void*>(list), reinterpret_cast<void*>(type),
+                        reinterpret_cast<Reader>(reader), written);
+    });
   });
 }
 
@@ -315,4 +368,5 @@ ffi::Function gather_function(std::int64_t plan) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_claiming_tree_function, colltensor::claiming_tree_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_gather_function, colltensor::gather_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_reading_tree_function, colltensor::reading_tree_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_tree_function, colltensor::tree_function)

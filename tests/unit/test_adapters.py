@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import runpy
 import subprocess
@@ -24,9 +25,11 @@ from colltensor import (
     ReadOnlyError,
     UnsupportedDTypeError,
     UnsupportedTensorError,
+    dlpack,
     register_adapter,
 )
 from colltensor.adapters import adapter_of, find_adapter, memory_of, target_of
+from colltensor.adapters._numpy_dtypes import numpy_dtype
 from colltensor.types import CPU, DTYPES, Device
 
 
@@ -760,3 +763,61 @@ def test_native_copies_between_layouts(monkeypatch: pytest.MonkeyPatch, dtype: s
         assert (scattered == wanted).all()
         assert np.count_nonzero(whole) == wanted.size
     assert len(calls) == 12
+
+
+def read(kind: type, tensor: Any) -> list[int] | None:
+    """Return what native code reads of a tensor: address, DLPack's code, bits, axes, extents, strides; None if none."""
+    importlib.import_module("colltensor.gathered")
+    reader = adapters_module.reader_of(kind)
+    native = adapters_module.native_readers[0]()
+    if native is None:
+        pytest.skip("this Python has no interpreter lock, or another C API")
+    assert reader, "this framework's tensors lie otherwise than native code knows them"
+    words = (ctypes.c_int64 * 32)()
+    return list(words) if native[1](reader, id(tensor), ctypes.addressof(words)) else None
+
+
+@pytest.mark.shm
+def test_native_code_reads_what_numpy_exports_and_no_more() -> None:
+    find_adapter(np.ndarray)
+    for dtype in DTYPES.values():
+        found = numpy_dtype(dtype)
+        whole = np.zeros((4, 6), found)
+        if dtype.moves_only:
+            assert read(np.ndarray, whole) is None
+            continue
+        for sample in (whole, whole.T, whole[::2, ::-3], whole[:0], whole[0, 0, ...]):
+            words = read(np.ndarray, sample)
+            assert words is not None, dtype
+            strides = [step // sample.itemsize for step in sample.strides]
+            assert words[2 : 4 + 2 * sample.ndim] == [8 * dtype.itemsize, sample.ndim, *sample.shape, *strides]
+            assert words[0] == sample.ctypes.data
+            if dtype.name != "bfloat16":  # which numpy does not export
+                assert words[1] == {"b": 6, "i": 0, "u": 1, "f": 2, "c": 5}[dtype.kind], "DLPack's code"
+                assert dlpack.export(sample).data_ptr() == words[0]
+    for alike in "bhilqBHILQ":
+        assert read(np.ndarray, np.zeros(2, alike)) is not None
+    fields = np.zeros(3, np.dtype([("a", "<i2"), ("b", "<f4")]))
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    for refused in (fields, fields["b"], frozen, np.zeros(2, ">f4"), np.zeros(2, "U3"), np.zeros(2, object),
+                    np.zeros(2, "M8[s]"), np.zeros(2, np.longdouble)):
+        assert read(np.ndarray, refused) is None, refused.dtype
+
+
+@pytest.mark.shm
+@pytest.mark.needs("torch")
+def test_native_code_reads_torch_tensors_by_its_exchange_api() -> None:
+    torch = importlib.import_module("torch")
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has none")
+    find_adapter(torch.Tensor)
+    tensor = torch.zeros(4, 6)[::2, 1:]
+    assert read(torch.Tensor, tensor)[:8] == [tensor.data_ptr(), 2, 32, 2, 2, 5, 12, 1]
+    assert read(torch.Tensor, torch.zeros(3).to_sparse()) is None
+    assert read(torch.Tensor, tensor) is not None, "no Python error stays behind"
+
+
+def test_what_has_no_exchange_api_is_not_read() -> None:
+    assert dlpack.exchange_reader(np.ndarray) == 0
+    assert dlpack.exchange_reader(type("Own", (), {"__dlpack_c_exchange_api__": 3})) == 0
