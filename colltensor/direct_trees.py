@@ -15,7 +15,6 @@ from colltensor.backends.base import DIRECT, DIRECT_UNREAD
 from colltensor.direct import NO_OP, NO_RANK, Direct, DirectCall, moves_nothing, nothing
 from colltensor.engine import Call
 from colltensor.errors import CollectiveError
-from colltensor.tree import flat_tree
 from colltensor.tree_plans import Plan, Plans
 from colltensor.types import CPU, ReduceOp
 
@@ -75,8 +74,7 @@ class DirectTrees:
                 return None
             elif call.fits(leaves, adapter):
                 results = call.claim_leaves(leaves, adapter, donate)
-                # The plan's structure has its dicts in another order of insertion.
-                return None if results is None else flat_tree(tree)[1].unflatten(results)
+                return None if results is None else plan.like(tree, results)
             plan = self._plans.renewed(tree, plan) if fixed is None else None
         return None
 

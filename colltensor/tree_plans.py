@@ -12,7 +12,7 @@ from typing import Any, Final
 from colltensor.adapters import Guard, are_plain
 from colltensor.buffers import Buffers, adapt
 from colltensor.errors import CollectiveError
-from colltensor.tree import flat_tree, matcher_of, structure_of
+from colltensor.tree import builder_of, flat_tree, matcher_of, structure_of
 from colltensor.types import CPU
 from colltensor.view import BufferView
 
@@ -47,12 +47,19 @@ class Plan:
         self.leaves_hash = buffers.leaves_hash()
         self.guard = Guard()
         self.match = matcher_of(structure)
+        self._build = builder_of(structure)
         self.made: dict[Any, Any] = {}
 
     def leaves(self, tree: Any, fits: Callable[[Sequence[Any], Guard], bool]) -> Sequence[Any] | None:
         """Return the leaves of a tree of this structure that ``match`` knows, if they are such; None else."""
         found = None if self.match is None else self.match(tree)
         return found if found is not None and fits(found, self.guard) else None
+
+    def like(self, tree: Any, leaves: Sequence[Any]) -> Any:
+        """Return a tree as this one, which is of the plan's structure, with other leaves."""
+        if self._build is None:
+            return flat_tree(tree)[1].unflatten(leaves)  # the plan's has dicts in another order of insertion
+        return self._build(tree, iter(leaves))
 
     def words(self, *more: int) -> array.array[int]:
         """Return what native code is told: the numbers of leaves and elements, the hash, then each leaf."""
