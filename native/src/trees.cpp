@@ -243,9 +243,12 @@ class Leaves {
       }
       return true;
     };
-    if (rise()) return false;  // as leaves do that were allocated one after the other
+    if (rise() || spans_ == apart_) return false;  // as leaves of one allocation do; as in the call before
+    std::vector<std::pair<const char*, const char*>> given = spans_;
     std::sort(spans_.begin(), spans_.end());
-    return !rise();
+    if (!rise()) return true;
+    apart_ = std::move(given);
+    return false;
   }
 
   // The leaves of a transfer as one view. That of contiguous ones is kept, with other addresses in the next call.
@@ -273,7 +276,7 @@ class Leaves {
   const std::shared_ptr<const Plan> plan_;
   std::vector<View> views_, kept_;  // of each leaf; of each transfer, or of no item size
   bool strided_ = false;            // whether any leaf is, of this call
-  std::vector<std::pair<const char*, const char*>> spans_;
+  std::vector<std::pair<const char*, const char*>> spans_, apart_;  // of each leaf; the last that were found apart
 };
 
 // True if the ranks of a call, of which a transfer has one, may be called so.
