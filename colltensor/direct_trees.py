@@ -10,12 +10,11 @@ import array
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from colltensor.adapters import are_plain, known, note_all
-from colltensor.backends.base import DIRECT
+from colltensor.adapters import Guard, are_plain, known, note_alike, note_all, reader_of, unnoted
+from colltensor.backends.base import DIRECT, DIRECT_UNREAD
 from colltensor.direct import NO_OP, NO_RANK, Direct, DirectCall, moves_nothing, nothing
 from colltensor.engine import Call
 from colltensor.errors import CollectiveError
-from colltensor.tree import flat_tree
 from colltensor.tree_plans import Plan, Plans
 from colltensor.types import CPU, ReduceOp
 
@@ -75,8 +74,7 @@ class DirectTrees:
                 return None
             elif call.fits(leaves, adapter):
                 results = call.claim_leaves(leaves, adapter, donate)
-                # The plan's structure has its dicts in another order of insertion.
-                return None if results is None else flat_tree(tree)[1].unflatten(results)
+                return None if results is None else plan.like(tree, results)
             plan = self._plans.renewed(tree, plan) if fixed is None else None
         return None
 
@@ -102,9 +100,13 @@ class DirectTrees:
         return None if results is None else results[0]
 
 
-def _fit(leaves: Sequence[Any]) -> bool:
-    """Return True for plain tensors, and for those of one framework that makes its results together."""
-    return are_plain(leaves) or (
+def _fit(leaves: Sequence[Any], guard: Guard) -> bool:
+    """Return True for plain tensors, and for those of one framework that makes its results together.
+
+    Of leaves the first of which is read by native code it is asked whether all are of that type.
+    """
+    kind = leaves[0].__class__
+    return (kind in unnoted and reader_of(kind) != 0) or are_plain(leaves, guard) or (
         len(set(map(type, leaves))) == 1 and hasattr(known.get(leaves[0].__class__), "claim_together")
     )
 
@@ -112,7 +114,7 @@ def _fit(leaves: Sequence[Any]) -> bool:
 class TreeCall(DirectCall):
     """One operation on trees of one plan."""
 
-    __slots__ = ("_claiming", "_plan")
+    __slots__ = ("_claiming", "_plan", "_reading")
 
     def __init__(self, group: Direct, operation: str, op: int, root: int, source: int, plan: Plan) -> None:
         self._plan = plan
@@ -120,7 +122,9 @@ class TreeCall(DirectCall):
         super().__init__(group, operation, op, root, source, False)
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
-        function = self._backend.tree(DIRECT[self._operation], *self._call, self._plan.words())
+        call = DIRECT[self._operation], *self._call, self._plan.words()
+        self._reading = self._backend.reading_tree(*call)
+        function = self._backend.tree(*call)
         return function, function
 
     def run(self, tensors: Sequence[Any], written: int, written_end: int = 0) -> bool:
@@ -129,15 +133,26 @@ class TreeCall(DirectCall):
         Raises:
             CollectiveError: As every collective.
         """
+        kind = tensors[0].__class__
+        reading, reader = self._reading, reader_of(kind)
+        code = DIRECT_UNREAD
         try:
-            code = self.function(*tensors)
+            if reading is not None and reader:
+                code = reading(id(tensors), id(kind), reader)
+            if code == DIRECT_UNREAD:
+                if kind in unnoted and not are_plain(tensors):  # which _fit() leaves to the reader
+                    return False
+                code, reader = self.function(*tensors), 0
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
             self.failed(tensors, error)
             return False
         if code and not self.finish(tensors, code):
             return False
         if written:
-            note_all(tensors)
+            if reader:
+                note_alike(tensors, kind)
+            else:
+                note_all(tensors)
         return True
 
     def fits(self, tensors: Sequence[Any], adapter: Any) -> bool:

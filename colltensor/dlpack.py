@@ -16,6 +16,10 @@ READ_ONLY: Final = 1
 IS_COPIED: Final = 2
 """Flags of an export: its memory must not be written; it is no longer the exporter's own."""
 _VERSIONED: Final = b"dltensor_versioned"
+_EXCHANGE: Final = b"dlpack_exchange_api"
+_READER_WORD: Final = 5
+"""Where DLPackExchangeAPI has ``dltensor_from_py_object_no_sync``, in words: behind its version, the address of an
+older one, an allocator and two conversions."""
 _FLAGS_OFFSET: Final = 24
 """Where DLManagedTensorVersioned has its flags: after the version, the manager's context and the deleter."""
 _capsule_is_valid: Final = ctypes.pythonapi.PyCapsule_IsValid
@@ -74,3 +78,25 @@ def export_with_flags(tensor: Any) -> tuple[Any, int]:
     if _capsule_is_valid(capsule, _VERSIONED):
         flags = ctypes.c_uint64.from_address(_capsule_pointer(capsule, _VERSIONED) + _FLAGS_OFFSET).value
     return export(capsule), flags
+
+
+def capsule_pointer(capsule: Any) -> int:
+    """Return the address that a capsule without a name has."""
+    return _capsule_pointer(capsule, None) or 0
+
+
+def exchange_reader(kind: type) -> int:
+    """Return the address of the C function that says where tensors of a type lie (``dltensor_from_py_object_no_sync``).
+
+    It is of DLPack's exchange API for C, which a type has as ``__dlpack_c_exchange_api__``. 0 if it has none.
+    """
+    capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
+    if capsule is None or not _capsule_is_valid(capsule, _EXCHANGE):
+        return 0
+    place = _capsule_pointer(capsule, _EXCHANGE)
+    while place:
+        words = (ctypes.c_uint64 * (_READER_WORD + 1)).from_address(place)
+        if words[0] & 0xFFFFFFFF == 1:  # the major version, of two numbers of 32 bits
+            return words[_READER_WORD]
+        place = words[1]
+    return 0

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from colltensor.adapters import host_memory, known, native_copies, note_all
+from colltensor.adapters import host_memory, known, native_copies, native_readers, note_all, reader_of
 from colltensor.backends.shm import library
 from colltensor.buffers import adapt
 from colltensor.buffers import plan as transfers_of
@@ -47,8 +47,12 @@ class Gatherer:
             layout = plan.made.get(bytewise)
             if layout is None:
                 layout = plan.made[bytewise] = Layout(plan, bytewise)
+            kind = leaves[0].__class__
+            reader = 0 if layout.read is None else reader_of(kind)
+            move = layout.read(write, id(leaves), id(kind), reader) if layout.read is not None and reader else None
             try:
-                move = layout.take(write, *leaves)
+                if move is None:
+                    move = layout.take(write, *leaves)
             except (BufferError, TypeError, ValueError):  # what the slow path says in its own words
                 return None
             if move is not None:
@@ -78,7 +82,18 @@ def _native_copy() -> Callable[[int], object] | None:
     return library.load().shm_copy if _is_loaded() else None
 
 
+def _native_reader() -> tuple[Callable[[int], int], Callable[[int, int, int], bool]] | None:
+    """Return native code's reader of numpy's arrays, and its trial of one."""
+    if not _is_loaded() or not library.reads_python():
+        return None
+    native = library.load()
+    trial = native.get_function("shm_read_one")
+    trial.release_gil = False
+    return native.shm_numpy_reader, trial
+
+
 native_copies.append(_native_copy)
+native_readers.append(_native_reader)
 
 
 @functools.lru_cache
@@ -99,6 +114,7 @@ class Layout:
         transfers: The leaves of each; those of one leaf, not smaller than a bucket's, travel by themselves.
         nbytes: The bytes of each.
         take: Given whether they are written, and the leaves, returns what copies them, or None.
+        read: The same, given a list of leaves of one type as ``SigningBackend.reading_tree`` is; None without that.
     """
 
     def __init__(self, plan: Plan, bytewise: bool) -> None:
@@ -109,7 +125,13 @@ class Layout:
         for members in self.transfers:
             words += [len(members), *members]
         packed = plan.words(*words)
-        self.take: Callable[..., Any] = library.load().shm_gather_function(packed.buffer_info()[0])
+        make = library.load().shm_gather_function
+        self.take: Callable[..., Any] = make(packed.buffer_info()[0], False)
+        self.read: Callable[[bool, int, int, int], Any] | None = None
+        if library.reads_python():
+            read: Any = make(packed.buffer_info()[0], True)
+            read.release_gil = False
+            self.read = read
 
 
 class GatheredBuffers:

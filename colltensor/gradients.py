@@ -7,8 +7,9 @@ there are ``colltensor.torch`` and ``colltensor.jax``.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from colltensor import replicas, tree
 from colltensor.adapters import adapter_of, known, target_of
@@ -25,6 +26,8 @@ from colltensor.table import find_group
 from colltensor.tree_plans import Plan
 from colltensor.types import CPU, Device, ReduceOp
 from colltensor.view import BufferView
+
+_look: Final = operator.attrgetter("shape", "dtype", "device")
 
 
 def sync_gradients(gradients: Any, *, group: Group | str = "default", average: bool = True) -> Any:
@@ -249,6 +252,10 @@ class Synchronizer:
 
 def _looks(leaves: Sequence[Any]) -> list[Any] | None:
     """Return what leaves look like from outside; None where there is no telling, as for a registered adapter's."""
+    try:
+        return list(map(_look, leaves))
+    except AttributeError:  # numpy 1's arrays have no device
+        pass
     try:
         return [(leaf.shape, leaf.dtype, getattr(leaf, "device", None)) for leaf in leaves]
     except AttributeError:

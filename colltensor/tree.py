@@ -5,9 +5,10 @@ Imports no framework; jax's own nodes are reached only where jax is already impo
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, cast
 
 import optree
@@ -145,6 +146,34 @@ def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None
         return leaves
 
     return match
+
+
+def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], Any] | None:
+    """Return a function that builds a tree of this structure anew, with other leaves; None as ``matcher_of``.
+
+    It is given the tree, whose dicts say in which order their keys are, and an iterator of the leaves.
+    """
+    if structure.is_leaf():
+        return lambda tree, leaves: next(leaves)
+    kind = structure.type
+    inner = [builder_of(child) for child in structure.children()]
+    if kind not in (dict, list, tuple) or not inner or None in inner:
+        return None
+    entries = structure.entries()
+    flat = all(child.is_leaf() for child in structure.children())
+
+    def build(tree: Any, leaves: Iterator[Any]) -> Any:
+        values: Iterable[Any] = (
+            itertools.islice(leaves, len(inner)) if flat
+            else [one(tree[entry], leaves) for one, entry in zip(inner, entries, strict=True)]  # type: ignore[misc]
+        )
+        if kind is not dict:
+            return kind(values)
+        made = dict(tree)
+        made.update(zip(entries, values, strict=True))
+        return made
+
+    return build
 
 
 def leaves_like(tree: Any, structure: optree.PyTreeSpec) -> list[Any] | None:

@@ -9,10 +9,10 @@ import array
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.adapters import are_plain
+from colltensor.adapters import Guard, are_plain
 from colltensor.buffers import Buffers, adapt
 from colltensor.errors import CollectiveError
-from colltensor.tree import flat_tree, matcher_of, structure_of
+from colltensor.tree import builder_of, flat_tree, matcher_of, structure_of
 from colltensor.types import CPU
 from colltensor.view import BufferView
 
@@ -32,6 +32,7 @@ class Plan:
         shapes: One a leaf, None for any.
         count: The number of elements of all leaves.
         leaves_hash: What the ranks compare of the leaves.
+        guard: Tells plain leaves from those of the calls before.
         match: Gives a tree's leaves at once, where the structure allows it: see ``tree.matcher_of``.
         made: What was made for such trees, by whatever its maker chooses.
     """
@@ -44,13 +45,21 @@ class Plan:
         self.shapes = [view.shape if shaped else None for view in buffers.views]
         self.count = buffers.count()
         self.leaves_hash = buffers.leaves_hash()
+        self.guard = Guard()
         self.match = matcher_of(structure)
+        self._build = builder_of(structure)
         self.made: dict[Any, Any] = {}
 
-    def leaves(self, tree: Any, fits: Callable[[Sequence[Any]], bool]) -> Sequence[Any] | None:
+    def leaves(self, tree: Any, fits: Callable[[Sequence[Any], Guard], bool]) -> Sequence[Any] | None:
         """Return the leaves of a tree of this structure that ``match`` knows, if they are such; None else."""
         found = None if self.match is None else self.match(tree)
-        return found if found is not None and fits(found) else None
+        return found if found is not None and fits(found, self.guard) else None
+
+    def like(self, tree: Any, leaves: Sequence[Any]) -> Any:
+        """Return a tree as this one, which is of the plan's structure, with other leaves."""
+        if self._build is None:
+            return flat_tree(tree)[1].unflatten(leaves)  # the plan's has dicts in another order of insertion
+        return self._build(tree, iter(leaves))
 
     def words(self, *more: int) -> array.array[int]:
         """Return what native code is told: the numbers of leaves and elements, the hash, then each leaf."""
@@ -64,10 +73,10 @@ class Plan:
 class Plans:
     """The plans of the trees that one group is given.
 
-    ``fits`` says whether a tree's leaves are of the kind that they are for.
+    ``fits`` says whether a tree's leaves are of the kind that they are for, which the plan's guard may know.
     """
 
-    def __init__(self, fits: Callable[[Sequence[Any]], bool] = are_plain) -> None:
+    def __init__(self, fits: Callable[[Sequence[Any], Guard], bool] = are_plain) -> None:
         self._fits = fits
         self._plans: dict[Any, Plan] = {}
         self._arrays: dict[Any, Plan | None] = {}
@@ -87,11 +96,11 @@ class Plans:
         latest = self._latest
         if latest is not None and latest.match is not None:  # as Plan.leaves(), without another call
             known = latest.match(tree)
-            if known is not None and self._fits(known):
+            if known is not None and self._fits(known, latest.guard):
                 return latest, known
         leaves, structure = flat_tree(tree)
         plan = self._plans.get(structure) or self._learn(tree, structure)
-        if plan is None or not self._fits(leaves):
+        if plan is None or not self._fits(leaves, plan.guard):
             return None, leaves
         self._latest = plan
         return plan, leaves

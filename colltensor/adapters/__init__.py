@@ -25,7 +25,14 @@ class Adapter(Protocol):
     An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written, of which
     its DLPack export says all and whose memory stays for as long as the tensor, not only the export; None if that
     holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
-    called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several.
+    called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several. With a
+    function ``alike(tensors)`` it may spare itself the same questions about the same number of tensors in the next
+    call: it is given plain ones and returns a function, or None, which keeps none of them. That one takes others, of
+    any types, and returns True only where these are plain for what they have in common with the first.
+
+    With a function ``reader(kind)`` native code reads plain tensors of a type itself: it returns the address of a C
+    function that does what DLPack's ``dltensor_from_py_object_no_sync`` does, called with the interpreter lock; 0 where
+    there is none.
 
     It may have a function ``reduced``: what a tensor's ``__reduce__`` should return, for objects that are pickled; None
     where that is right.
@@ -110,6 +117,8 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 LEGACY_STREAM: Final = 1
 """``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
+_GUARDS: Final = 8
+"""How often a guard learns other tensors, before those of the last time stay."""
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
@@ -132,6 +141,12 @@ native_copies: Final[list[Callable[[], Callable[[int], object] | None]]] = []
 may load native code puts it here. The copy takes the address of numbers of 64 bits: see native/src/exports.cpp."""
 
 
+native_readers: Final[list[Callable[[], tuple[Callable[[int], int], Callable[[int, int, int], bool]] | None]]] = []
+"""What returns native code's reader of numpy's arrays and its trial of a reader, None if there is none; as above. See
+native/src/python.cpp."""
+_readers: Final[dict[type, int]] = {}
+
+
 def register_adapter(adapter: Adapter) -> None:
     """Add an adapter for tensors of another framework, or for a subclass that ours refuse.
 
@@ -152,13 +167,15 @@ def register_adapter(adapter: Adapter) -> None:
                 f"register_adapter: adapter {adapter!r}: expected an attribute {name} of type {kind.__name__}, "
                 f"got {getattr(adapter, name, 'none')!r}"
             )
-    for name in ("plain", "reduced", "stream", "kinds", "addresses", "claim_together", "written_together", "restored"):
+    for name in ("plain", "reduced", "stream", "kinds", "addresses", "claim_together", "written_together", "restored",
+                 "alike", "reader"):
         function = getattr(adapter, name, None)
         if function is not None and not callable(function):
             raise OptionError(f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}")
     add_adapter(adapter)
     known.clear()
     direct.clear()
+    _readers.clear()
     unnoted.clear()
     _no_tensors.clear()
 
@@ -259,15 +276,60 @@ def is_plain(tensor: Any) -> bool:
     return plain is None or plain(tensor)
 
 
-def are_plain(tensors: Sequence[Any]) -> bool:
-    """Return True if a backend may take all of the tensors as they are."""
+class Guard:
+    """What a framework itself looks at in tensors, all in one step, to tell that they are plain as others were.
+
+    For the leaves of trees of one structure, which seldom change from call to call.
+    """
+
+    __slots__ = ("_adapter", "_alike", "_left")
+
+    def __init__(self) -> None:
+        self._alike: Callable[..., bool] | None = None
+        self._adapter: Adapter | None = None
+        self._left = _GUARDS
+
+    def knows(self, tensors: Sequence[Any]) -> bool:
+        """Return True if the tensors are like those that were learnt, and so are plain."""
+        return (
+            self._alike is not None and known.get(tensors[0].__class__) is self._adapter and self._alike(*tensors)
+        )
+
+    def learn(self, tensors: Sequence[Any], kinds: set[type]) -> None:
+        """Remember what plain tensors of these types are like, if one framework has them all and can tell."""
+        adapters = {known.get(kind) for kind in kinds}
+        if not self._left or len(adapters) > 1:
+            return
+        self._left -= 1
+        (self._adapter,) = adapters
+        make = getattr(self._adapter, "alike", None)
+        self._alike = None if make is None else make(tensors)
+
+
+def are_plain(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
+    """Return True if a backend may take all of the tensors as they are; ``guard`` is asked first, and learns."""
+    if guard is not None and guard.knows(tensors):
+        return True
     kinds = set(map(type, tensors))
     if unnoted.issuperset(kinds):
         return True
     if len(kinds) > 1:
-        return all(map(is_plain, tensors))
-    plain = direct.get(kinds.pop(), _NOT_DIRECT)[0]
-    return plain is None or all(map(plain, tensors))
+        plain = all(map(is_plain, tensors))
+    else:
+        ask = direct.get(next(iter(kinds)), _NOT_DIRECT)[0]
+        plain = ask is None or all(map(ask, tensors))
+    if plain and guard is not None:
+        guard.learn(tensors, kinds)
+    return plain
+
+
+def reader_of(kind: type) -> int:
+    """Return the address of the C function that reads tensors of a type, 0 where there is none. See ``Adapter``."""
+    found = _readers.get(kind)
+    if found is None:
+        function: Callable[[type], int] | None = getattr(known.get(kind), "reader", None)
+        found = _readers[kind] = 0 if function is None else function(kind)
+    return found
 
 
 def note(tensor: Any) -> None:
@@ -284,7 +346,18 @@ def note_all(tensors: Sequence[Any]) -> None:
     kinds = set(map(type, tensors))
     if unnoted.issuperset(kinds):
         return
-    together = getattr(known.get(next(iter(kinds))), "written_together", None) if len(kinds) == 1 else None
+    if len(kinds) == 1:
+        note_alike(tensors, kinds.pop())
+        return
+    for tensor in tensors:
+        note(tensor)
+
+
+def note_alike(tensors: Sequence[Any], kind: type) -> None:
+    """Do as ``note_all`` with tensors that are all of one type."""
+    if kind in unnoted:
+        return
+    together = getattr(known.get(kind), "written_together", None)
     if together is not None:
         together(tensors)
         return

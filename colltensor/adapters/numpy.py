@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import array
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 
 from colltensor import dlpack
-from colltensor.adapters import native_copies
+from colltensor.adapters import native_copies, native_readers
 from colltensor.adapters._numpy_dtypes import CARRIER_OF, DTYPE_OF, host_dtype, unsupported_dtype
 from colltensor.errors import ReadOnlyError, UnsupportedTensorError
 from colltensor.types import CPU, UINT8
@@ -21,6 +23,13 @@ from colltensor.view import BufferView
 _ALIGNMENT: Final = 64
 _NATIVE_FROM_NBYTES: Final = 4096
 """Below, what native code must be told takes longer than what it saves."""
+_READABLE: Final = (0x01000009, 0x02000000)
+"""Versions of numpy's interface for C whose arrays native code reads (native/src/python.cpp): numpy 1's and 2's."""
+_DLPACK_CODES: Final = {
+    dtype: {"b": 6, "i": 0, "u": 1, "f": 4 if known.name == "bfloat16" else 2, "c": 5}[known.kind]
+    for dtype, known in DTYPE_OF.items() if not known.moves_only
+}
+"""DLPack's codes of types, by numpy's."""
 _OVERLAP_WORK: Final[Any] = 1 << 16
 """Bound on the search for a common address of two strided arrays (numpy.shares_memory)."""
 
@@ -61,6 +70,58 @@ class NumpyAdapter:
 
     def written(self, tensor: Any) -> None:
         pass
+
+    def reader(self, kind: type) -> int:
+        return _reader()
+
+
+@functools.lru_cache
+def _reader() -> int:
+    """Return the address of native code's reader of arrays, 0 where numpy's may lie otherwise than it knows them."""
+    for found in native_readers:
+        native = found()
+        if native is None or _c_version() not in _READABLE:
+            continue
+        make, trial = native
+        rows = sorted(_numbers())
+        words = array.array("q", [len(rows), *(number for row in rows for number in row)])
+        address = make(words.buffer_info()[0])
+        if address and all(_reads(trial, address, dtype) for dtype in _DLPACK_CODES):
+            return address
+    return 0
+
+
+def _c_version() -> int:
+    """Return the version of numpy's interface for C, which says how arrays lie (``PyArray_GetNDArrayCVersion``)."""
+    core: Any = getattr(np, "_core", None) or np.core
+    functions = dlpack.capsule_pointer(core._multiarray_umath._ARRAY_API)
+    version: int = ctypes.PYFUNCTYPE(ctypes.c_uint)(ctypes.c_void_p.from_address(functions).value or 0)()
+    return version
+
+
+def _numbers() -> set[tuple[int, int, int]]:
+    """Return numpy's number, DLPack's code and the bits of every type that an array may have; several are alike."""
+    found: set[tuple[int, int, int]] = {(dtype.num, code, 8 * dtype.itemsize) for dtype, code in _DLPACK_CODES.items()}
+    for character in np.typecodes["AllInteger"]:
+        alike = np.dtype(character)
+        found.add((alike.num, _DLPACK_CODES[np.dtype(f"{alike.kind}{alike.itemsize}")], 8 * alike.itemsize))
+    return found
+
+
+def _reads(trial: Callable[[int, int, int], bool], reader: int, dtype: np.dtype[Any]) -> bool:
+    """Return whether a reader finds what numpy says of arrays of a type, and takes none that must not be written."""
+    whole = np.zeros((4, 6), dtype)
+    for sample in (whole, whole.T, whole[::2, ::-3], whole[1], whole[0, 0, ...], whole[:0]):
+        words = array.array("q", bytes(8 * (4 + 2 * sample.ndim)))
+        if not trial(reader, id(sample), words.buffer_info()[0]):
+            return False
+        strides = [step // dtype.itemsize for step in sample.strides]
+        said = [sample.ctypes.data, _DLPACK_CODES[dtype], 8 * dtype.itemsize, sample.ndim, *sample.shape, *strides]
+        if words.tolist() != said:
+            return False
+    whole.flags.writeable = False
+    words = array.array("q", bytes(64))
+    return not trial(reader, id(whole), words.buffer_info()[0])
 
 
 def _view_read_only(array: Any) -> BufferView:

@@ -7,11 +7,12 @@ that is not there), so those guards are here; see ``_view``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 
+from colltensor.dlpack import exchange_reader
 from colltensor.errors import DeviceError, ReadOnlyError, UnsupportedDTypeError, UnsupportedTensorError
 from colltensor.types import CPU, DTYPES, Device
 from colltensor.view import BufferView
@@ -22,6 +23,7 @@ _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
 _raw_stream: Final = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The number of a device's current stream, without the object that ``torch.cuda.current_stream`` makes at five times
 the cost; what torch's own compiled code asks. None in builds without CUDA."""
+_guards: Final[Any] = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 _is_functional: Final = getattr(torch, "_is_functional_tensor", lambda tensor: False)
 _DTYPE_OF: Final = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
 _REAL: Final = frozenset(name for name, dtype in _DTYPE_OF.items() if dtype.kind != "c")
@@ -65,6 +67,24 @@ class TorchAdapter:
         except RuntimeError:  # sparse, or inside torch.func's transforms; made in inference mode
             return False
         return True
+
+    def alike(self, tensors: Sequence[Any]) -> Callable[..., bool] | None:
+        """Return the check of types, dispatch keys, dtypes, devices and autograd that guards torch's compiled code.
+
+        A layout and a lazy negation or conjugate are dispatch keys; so is what transforms and modes of torch add. All
+        extents and strides may be others.
+        """
+        anything = [[None] * tensor.dim() for tensor in tensors]
+        try:
+            check: Callable[..., bool] = _guards(
+                *tensors, dynamic_dims_sizes=anything, dynamic_dims_strides=anything
+            ).check
+            return check if check(*tensors) else None
+        except Exception:  # noqa: BLE001 - private to torch: without it each tensor is asked
+            return None
+
+    def reader(self, kind: type) -> int:
+        return exchange_reader(kind)
 
     def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, _view(tensor)

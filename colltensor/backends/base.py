@@ -454,6 +454,16 @@ class SigningBackend(Backend, Protocol):
                 extents. Copied.
         """
 
+    def reading_tree(
+        self, operation: int, op: int, root: int, source: int, plan: array.array[int]
+    ) -> Callable[[int, int, int], int] | None:
+        """Return a function that does as ``tree``'s on a list of leaves of one type; None where there is none.
+
+        It is given the identities of the list and of the type, and the address of a C function that reads tensors of
+        that type (``adapters.reader_of``). It returns ``DIRECT_UNREAD`` where a leaf is of another type or cannot be
+        read so.
+        """
+
     def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
         """Return a function that makes an allreduce of the leaves of a tree that their framework never changes.
 
@@ -509,6 +519,8 @@ DIRECT_BUSY: Final = 9
 Begun, and waiting for others; nothing begun, because it would take long; nothing begun, because another thread has the
 turn.
 """
+DIRECT_UNREAD: Final = -1
+"""Of a function of ``SigningBackend.reading_tree``: nothing begun, because the leaves were not to be read so."""
 
 DIRECT: Final = {
     name: number

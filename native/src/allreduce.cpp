@@ -19,6 +19,8 @@ namespace {
 
 constexpr std::size_t kPieceNbytes = 16384;  // combined, then copied to staging while in the first-level cache
 
+constexpr std::size_t kPartNbytes = 512;
+
 class Blocks {
  public:
   Blocks(const View& data, std::size_t count, std::size_t item, int rank, int world_size, std::size_t block_nbytes)
@@ -58,11 +60,14 @@ class Blocks {
     // Of a strided view more rows at once, whose elements share cache lines.
     const std::size_t piece = data_.strided() ? slice_ : kPieceNbytes / item_;
     const void* sources[kMaxRanks];
-    for (std::size_t start = low; start < high; start += piece) {
-      const std::size_t n = std::min(piece, high - start);
+    std::size_t n = 0;
+    for (std::size_t start = low; start < high; start += n) {
+      n = std::min(piece, high - start);
       for (int rank = 0; rank < world_size_; ++rank) sources[rank] = where(rank) + start * item_;
       char* staged = where(rank_) + start * item_;
       const std::size_t element = block * block_ + start;
+      // One of several parts by itself, where it lies, if that is not less than what a copy of it saves.
+      if (const std::size_t part = data_.in_part(element, n); part * item_ >= kPartNbytes) n = part;
       if (char* own = data_.straight(element, n)) {
         sources[rank_] = own;
         reduction(own, sources, world_size_, n);

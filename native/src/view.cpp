@@ -168,6 +168,13 @@ char* View::straight(std::size_t first, std::size_t count) const {
   return parts_->views[part].straight(first - (part == 0 ? 0 : ends[part - 1]), count);
 }
 
+std::size_t View::in_part(std::size_t first, std::size_t count) const {
+  if (parts_ == nullptr) return count;
+  const std::vector<std::size_t>& ends = parts_->ends;
+  const auto end = std::upper_bound(ends.begin(), ends.end(), first);
+  return end == ends.end() ? count : std::min(count, *end - first);
+}
+
 std::uint64_t View::order() const {
   if (shape_.empty()) return 0;
   std::vector<std::size_t> axes(shape_.size());

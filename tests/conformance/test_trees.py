@@ -211,6 +211,16 @@ def versions(rank: int, size: int, world: World) -> None:
     assert mixed["a"]._version > before
     with pytest.raises(col.ReadOnlyError, match=r"\['a'\]"):
         group.allreduce({"a": torch.ones(3, requires_grad=True), "b": torch.ones(2)})
+    tree = {"a": torch.ones(3), "b": torch.ones(3)}
+    group.allreduce(tree)
+    lazy = torch._neg_view(torch.ones(3))  # of the same structure and dtype, whose memory holds other values
+    with pytest.raises(col.UnsupportedTensorError, match=r"\['b'\].*lazy negation"):
+        group.allreduce({"a": torch.ones(3), "b": lazy})
+    before = torch.ones(3)
+    shared = torch._lazy_clone(before)  # of one memory until one of them is written
+    group.allreduce({"a": torch.ones(3), "b": shared})
+    assert (before == 1).all()
+    assert (shared == size).all()
 
 
 @pytest.mark.needs("torch")

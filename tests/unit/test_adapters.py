@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import runpy
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from colltensor import (
     ReadOnlyError,
     UnsupportedDTypeError,
     UnsupportedTensorError,
+    dlpack,
     register_adapter,
 )
 from colltensor.adapters import adapter_of, find_adapter, memory_of, target_of
+from colltensor.adapters._numpy_dtypes import numpy_dtype
 from colltensor.types import CPU, DTYPES, Device
 
 exports_by_version = pytest.mark.skipif(
@@ -633,6 +637,63 @@ def test_advice_for_what_holds_tensors_of_torch_can_be_followed(alone: Any) -> N
 
 
 @pytest.mark.needs("torch")
+def test_torch_tells_tensors_that_are_not_as_plain_as_others() -> None:
+    torch = importlib.import_module("torch")
+    adapter: Any = find_adapter(torch.Tensor)
+    first, second = torch.ones(3), torch.ones(2, dtype=torch.complex64)
+    gone = weakref.ref(first)
+    alike = adapter.alike((first, second))
+    assert alike is not None, "this torch has no such check any more: each tensor is asked, at ten times the cost"
+    del first
+    assert gone() is None
+    plain, pair = torch.ones(3), torch.ones(2, dtype=torch.complex64)
+    assert alike(plain, pair)
+    assert alike(torch.ones(8)[::2], torch.ones(5, dtype=torch.complex64)), "layouts and counts are looked at later"
+    with torch.no_grad():
+        assert not alike(torch.ones(3, requires_grad=True), pair)
+    with torch.inference_mode():
+        made_there = torch.ones(3)
+        assert not alike(made_there, pair)
+    assert not alike(made_there, pair)
+    assert not alike(plain, pair.conj())
+    assert not alike(torch.complex(plain, plain).conj().imag, pair)
+    assert not alike(torch.ones(3, dtype=torch.float64), pair)
+    assert not alike(torch.ones(3, device="meta"), pair)
+    assert not alike(torch.ones(3).to_sparse(), pair)
+    assert not alike(torch.nn.Parameter(plain, requires_grad=False), pair), "another type, which may have its own rules"
+    assert not alike(np.ones(3, np.float32), pair)
+    asked: list[bool] = []
+    torch.vmap(lambda x: asked.append(alike(x, pair)) or x)(torch.ones(2, 3))
+    torch.func.functionalize(lambda x: asked.append(alike(x, pair)))(plain)
+    assert asked == [False, False]
+
+
+@pytest.mark.needs("torch")
+def test_a_guard_knows_only_what_its_adapter_said(own_adapters: None) -> None:
+    torch = importlib.import_module("torch")
+    guard, tensors = adapters_module.Guard(), [torch.ones(2), torch.ones(3)]
+    find_adapter(torch.Tensor)
+    assert not guard.knows(tensors)
+    assert adapters_module.are_plain(tensors, guard)
+    assert guard.knows(tensors)
+    assert not adapters_module.are_plain([torch.ones(2), torch.ones(3, requires_grad=True)], guard)
+    assert guard.knows(tensors)
+
+    class Own:
+        name, immutable = "own", False
+
+        def claims(self, kind: type) -> bool:
+            return kind is torch.Tensor
+
+        source = target = claim = written = lambda self, *arguments: None
+
+    register_adapter(Own())
+    find_adapter(torch.Tensor)
+    assert not guard.knows(tensors)
+    assert not adapters_module.are_plain(tensors, guard)
+
+
+@pytest.mark.needs("torch")
 def test_a_functional_tensor_is_called_so(alone: Any) -> None:
     """It has no address either, and was told of freed storage."""
     torch = importlib.import_module("torch")
@@ -711,3 +772,61 @@ def test_native_copies_between_layouts(monkeypatch: pytest.MonkeyPatch, dtype: s
         assert (scattered == wanted).all()
         assert np.count_nonzero(whole) == wanted.size
     assert len(calls) == 12
+
+
+def read(kind: type, tensor: Any) -> list[int] | None:
+    """Return what native code reads of a tensor: address, DLPack's code, bits, axes, extents, strides; None if none."""
+    importlib.import_module("colltensor.gathered")
+    reader = adapters_module.reader_of(kind)
+    native = adapters_module.native_readers[0]()
+    if native is None:
+        pytest.skip("this Python has no interpreter lock, or another C API")
+    assert reader, "this framework's tensors lie otherwise than native code knows them"
+    words = (ctypes.c_int64 * 32)()
+    return list(words) if native[1](reader, id(tensor), ctypes.addressof(words)) else None
+
+
+@pytest.mark.shm
+def test_native_code_reads_what_numpy_exports_and_no_more() -> None:
+    find_adapter(np.ndarray)
+    for dtype in DTYPES.values():
+        found = numpy_dtype(dtype)
+        whole = np.zeros((4, 6), found)
+        if dtype.moves_only:
+            assert read(np.ndarray, whole) is None
+            continue
+        for sample in (whole, whole.T, whole[::2, ::-3], whole[:0], whole[0, 0, ...]):
+            words = read(np.ndarray, sample)
+            assert words is not None, dtype
+            strides = [step // sample.itemsize for step in sample.strides]
+            assert words[2 : 4 + 2 * sample.ndim] == [8 * dtype.itemsize, sample.ndim, *sample.shape, *strides]
+            assert words[0] == sample.ctypes.data
+            if dtype.name != "bfloat16":  # which numpy does not export
+                assert words[1] == {"b": 6, "i": 0, "u": 1, "f": 2, "c": 5}[dtype.kind], "DLPack's code"
+                assert dlpack.export(sample).data_ptr() == words[0]
+    for alike in "bhilqBHILQ":
+        assert read(np.ndarray, np.zeros(2, alike)) is not None
+    fields = np.zeros(3, np.dtype([("a", "<i2"), ("b", "<f4")]))
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    for refused in (fields, fields["b"], frozen, np.zeros(2, ">f4"), np.zeros(2, "U3"), np.zeros(2, object),
+                    np.zeros(2, "M8[s]"), np.zeros(2, np.longdouble)):
+        assert read(np.ndarray, refused) is None, refused.dtype
+
+
+@pytest.mark.shm
+@pytest.mark.needs("torch")
+def test_native_code_reads_torch_tensors_by_its_exchange_api() -> None:
+    torch = importlib.import_module("torch")
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has none")
+    find_adapter(torch.Tensor)
+    tensor = torch.zeros(4, 6)[::2, 1:]
+    assert read(torch.Tensor, tensor)[:8] == [tensor.data_ptr(), 2, 32, 2, 2, 5, 12, 1]
+    assert read(torch.Tensor, torch.zeros(3).to_sparse()) is None
+    assert read(torch.Tensor, tensor) is not None, "no Python error stays behind"
+
+
+def test_what_has_no_exchange_api_is_not_read() -> None:
+    assert dlpack.exchange_reader(np.ndarray) == 0
+    assert dlpack.exchange_reader(type("Own", (), {"__dlpack_c_exchange_api__": 3})) == 0

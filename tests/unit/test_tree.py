@@ -163,3 +163,15 @@ def test_keys_that_jax_cannot_order_are_named() -> None:
     node = jax.tree_util.Partial(max, {object(): np.zeros(1)})
     with pytest.raises(UnsupportedTensorError, match=r"keys of type builtins\.object, which mean nothing"):
         tree.flatten([node])
+
+
+def test_a_tree_built_anew_keeps_the_order_of_its_keys() -> None:
+    for node in ({"b": 1, "a": 2}, {"b": [1, (2,)], "a": {"y": 3, "x": 4}}, [1, 2], (1, [2]), {2: 1, 1: 2}):
+        leaves, structure = tree.flat_tree(node)
+        build = tree.builder_of(structure)
+        assert build is not None
+        built = build(node, iter([str(leaf) for leaf in leaves]))
+        assert built is not node
+        assert repr(built) == repr(structure.unflatten([str(leaf) for leaf in leaves]))
+    assert tree.builder_of(tree.flat_tree(OrderedDict(a=1))[1]) is None
+    assert tree.builder_of(tree.flat_tree([[], 1])[1]) is None

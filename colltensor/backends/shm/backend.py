@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from colltensor.backends.base import DIRECT_DONE, DIRECT_MISMATCH, DIRECT_REFUSED, require
-from colltensor.backends.shm import outcomes, requests
+from colltensor.backends.shm import library, outcomes, requests
 from colltensor.backends.shm.issuing import IssueQueue
 from colltensor.backends.shm.outcomes import AgreeingControl, Outcomes, Signed
 from colltensor.backends.shm.segment import Segment
@@ -106,6 +106,18 @@ class ShmBackend:
         function: Callable[..., int] = self._native.shm_tree_function(
             self._handle, self._timeout_ns, operation, op, root, source, plan.buffer_info()[0]
         )
+        return function
+
+    def reading_tree(
+        self, operation: int, op: int, root: int, source: int, plan: array.array[int]
+    ) -> Callable[[int, int, int], int] | None:
+        """Return a function of the native library's: see ``SigningBackend``."""
+        if not library.reads_python():
+            return None
+        function: Callable[[int, int, int], int] = self._native.shm_reading_tree_function(
+            self._handle, self._timeout_ns, operation, op, root, source, plan.buffer_info()[0]
+        )
+        function.release_gil = False  # type: ignore[attr-defined]
         return function
 
     def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:

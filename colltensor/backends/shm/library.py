@@ -5,15 +5,19 @@ Imports no framework.
 
 from __future__ import annotations
 
+import array
+import ctypes
+import functools
 import os
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any, Final
 
 from colltensor import dlpack
 from colltensor.errors import BackendUnavailableError
 
-INTERFACE: Final = 13
+INTERFACE: Final = 14
 """What the library's ``shm_interface()`` must say: it counts the changes of its functions."""
 
 TVM_FFI_SERIES: Final = "0.1"
@@ -29,6 +33,9 @@ _NAME: Final = Path("lib", "libcolltensor.so")
 REINSTALL: Final = "pip install --force-reinstall --no-deps . in the folder of colltensor's sources"
 """Nothing of the package's name is published."""
 _loaded: list[Any] = []
+
+_PYTHON_API: Final = ("PyList_Size", "PyList_GetItem", "PyErr_Clear", "PyEval_SaveThread", "PyEval_RestoreThread")
+"""Of the stable ABI, in the order of ``PythonApi`` in native/src/python.h."""
 
 
 def path() -> Path:
@@ -76,6 +83,24 @@ def load() -> Any:
     module = open_library(path(), "backend 'shm'", "shm_interface", INTERFACE)
     _loaded.append(module)
     return module
+
+
+@functools.lru_cache
+def reads_python() -> bool:
+    """Let native code read Python's own objects; False where it may not. Loads the library.
+
+    It may in CPython with an interpreter lock, where an object's identity is its address and the second word there is
+    the address of its type.
+    """
+    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return False
+    sample: list[object] = []
+    if ctypes.c_void_p.from_address(id(sample) + ctypes.sizeof(ctypes.c_void_p)).value != id(list):
+        return False
+    functions = (getattr(ctypes.pythonapi, name) for name in _PYTHON_API)
+    addresses = array.array("q", (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+    load().shm_set_python_api(addresses.buffer_info()[0])
+    return True
 
 
 def open_library(place: Path, where: str, function: str, interface: int) -> Any:

@@ -23,6 +23,8 @@ class View {
 
   // The same layout at another address, where the elements have been moved.
   void rebase(void* data) { data_ = static_cast<char*>(data); }
+  // The same for one of several parts, also in every copy of the view.
+  void rebase_part(std::size_t part, void* data) { parts_->views[part].rebase(data); }
 
   bool contiguous() const { return shape_.empty() && parts_ == nullptr; }
   char* data() const { return data_; }
@@ -41,6 +43,8 @@ class View {
 
   // The address of `count` elements from `first` on where they lie one after the other in memory, else null.
   char* straight(std::size_t first, std::size_t count) const;
+  // How many of `count` elements from `first` on are in the same part as the first one.
+  std::size_t in_part(std::size_t first, std::size_t count) const;
 
   // Copies `count` elements from `first` on, in row-major order, to or from contiguous memory.
   void read(std::size_t first, std::size_t count, void* to) const;
@@ -64,7 +68,7 @@ class View {
   char* data_ = nullptr;
   std::size_t item_ = 1;
   std::vector<std::int64_t> shape_, strides_;  // strides in bytes; both empty for a contiguous view
-  std::shared_ptr<const Parts> parts_;         // of several tensors
+  std::shared_ptr<Parts> parts_;               // of several tensors
 };
 
 }  // namespace colltensor
