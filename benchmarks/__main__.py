@@ -20,14 +20,17 @@ from harness.run import Run
 from harness.world import WorldError
 
 SUBJECTS = {
-    path.stem.replace("_", "-"): path for path in sorted(Path(__file__).parent.glob("subjects/*.py"))
+    path.stem.replace("_", "-"): path
+    for path in sorted(Path(__file__).parent.glob("subjects/*.py"))
 }
 
 
 def listing() -> str:
     """Return the subjects, each with the first line of what it says about itself."""
-    lines = {name: (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
-             for name, path in SUBJECTS.items()}
+    lines = {
+        name: (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        for name, path in SUBJECTS.items()
+    }
     return "\n".join(f"  {name:14} {line}" for name, line in lines.items())
 
 
@@ -37,10 +40,14 @@ def main(words: list[str]) -> int:
         print(f"{__doc__}\nSubjects:\n{listing()}")
         return 0 if words in ([], ["-h"], ["--help"]) else 2
     sys.path.insert(1, str(Path.cwd()))  # as the ranks have it, which are started by -m
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path[:2], os.environ.get("PYTHONPATH")]))  # for Ray
+    # for Ray
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [*sys.path[:2], os.environ.get("PYTHONPATH")])
+    )
     subject = importlib.import_module(f"subjects.{SUBJECTS[words[0]].stem}")
     parser = argparse.ArgumentParser(
-        f"python benchmarks {words[0]}", description=subject.__doc__,
+        f"python benchmarks {words[0]}",
+        description=subject.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subject.add_arguments(parser)

@@ -1,7 +1,4 @@
-"""Arguments: checks what a call was given against its group and backend, before the first byte moves.
-
-Imports no framework.
-"""
+"""Arguments: checks what a call was given against its group and backend, before the first byte moves."""
 
 from __future__ import annotations
 
@@ -24,7 +21,12 @@ class Arguments:
     """Turns a call's arguments into Buffers and ranks. Messages name operation, argument and rank."""
 
     def __init__(
-        self, name: str, rank: int, world_size: int, backend: Backend, other: Callable[[BufferView], Backend]
+        self,
+        name: str,
+        rank: int,
+        world_size: int,
+        backend: Backend,
+        other: Callable[[BufferView], Backend],
     ) -> None:
         """Check for ``backend``, and for tensors that it cannot reach, for what ``other`` returns."""
         self._name = name
@@ -33,12 +35,23 @@ class Arguments:
         self._backend = backend
         self._other = other
         self._gatherer = Gatherer()
-        self._gathers = "cpu" in backend.device_types and backend.fuses and not backend.takes_strided
+        self._gathers = (
+            "cpu" in backend.device_types
+            and backend.packs_small_leaves
+            and not backend.takes_strided
+        )
         self._accepted: set[tuple[str, ReduceOp | None, DType, str, bool | None]] = set()
 
     def tensor(
-        self, operation: str, argument: str, tensor: Any, op: ReduceOp | None, write: bool, donate: bool,
-        copy: bool | None, containers: bool,
+        self,
+        operation: str,
+        argument: str,
+        tensor: Any,
+        op: ReduceOp | None,
+        write: bool,
+        donate: bool,
+        copy: bool | None,
+        containers: bool,
     ) -> Buffers:
         """Adapt a tensor (or, with ``containers``, a pytree) and choose what is staged.
 
@@ -52,7 +65,8 @@ class Arguments:
             if adapter is None and containers and copy is None and self._gathers:
                 gathered = self._gatherer.buffers(tensor, write, operation in _BYTEWISE)
             buffers: Buffers = gathered or (
-                adapt(tensor, write, donate, containers, op is not None) if adapter is None
+                adapt(tensor, write, donate, containers, op is not None)
+                if adapter is None
                 else TensorBuffers(tensor, adapter, write, donate)
             )
             views = buffers.views
@@ -62,25 +76,33 @@ class Arguments:
             if len(views) > 1:
                 _refuse_devices(views)
             if len(views) > 1 or (views and views[0].strides is not None):
-                backend = self.wire(buffers)
+                backend = self.backend_for(buffers)
                 strided = backend.takes_strided
                 # To one rank alone nothing travels, so that nothing is packed either.
                 copy = False if strided and self._world_size == 1 else copy
-                buffers.stage(strided, operation in _BYTEWISE, copy, backend.fuses)
+                buffers.stage(strided, operation in _BYTEWISE, copy, backend.packs_small_leaves)
         except (TensorError, OptionError) as error:
             raise type(error)(f"{operation}: {argument} (rank {self._rank}): {error}") from error
         return buffers
 
-    def wire(self, buffers: Buffers) -> Backend:
+    def backend_for(self, buffers: Buffers) -> Backend:
         """Return the backend that reaches the tensors of an argument."""
         backend, views = self._backend, buffers.views
-        return backend if not views or views[0].device.type in backend.device_types else self._other(views[0])
+        return (
+            backend
+            if not views or views[0].device.type in backend.device_types
+            else self._other(views[0])
+        )
 
-    def _accept(self, operation: str, view: BufferView, op: ReduceOp | None, copy: bool | None) -> None:
+    def _accept(
+        self, operation: str, view: BufferView, op: ReduceOp | None, copy: bool | None
+    ) -> None:
         """Check what depends on dtype, op and device alone, and remember that it passed."""
-        backend = self._backend if view.device.type in self._backend.device_types else self._other(view)
+        backend = (
+            self._backend if view.device.type in self._backend.device_types else self._other(view)
+        )
         backend.require(operation, view.dtype, op)
-        if copy is False and backend.emulates(operation, view.dtype, op):
+        if copy is False and backend.stages_dtype(operation, view.dtype, op):
             raise OptionError(
                 f"copy=False, but {backend.name} has no {op.name if op else operation} of {view.dtype} of its own and "
                 "needs a staging copy; leave copy=None"
@@ -88,7 +110,13 @@ class Arguments:
         self._accepted.add((operation, op, view.dtype, view.device.type, copy))
 
     def blocks(
-        self, operation: str, argument: str, given: Any, like: BufferView | None, op: ReduceOp | None, write: bool,
+        self,
+        operation: str,
+        argument: str,
+        given: Any,
+        like: BufferView | None,
+        op: ReduceOp | None,
+        write: bool,
         copy: bool | None,
     ) -> Blocks:
         """Adapt a list of ``world_size`` tensors, or one array of as many blocks, of the count and dtype of ``like``.
@@ -109,7 +137,12 @@ class Arguments:
                     f"{size} ranks of group '{self._name}', but {error}"
                 ) from None
             first = blocks.views[0]
-            self.alike(operation, f"{argument}, divided by {size} ranks,", first, first if like is None else like)
+            self.alike(
+                operation,
+                f"{argument}, divided by {size} ranks,",
+                first,
+                first if like is None else like,
+            )
             return blocks
         self.length(operation, argument, given)
         adapted: list[Buffers] = []
@@ -120,8 +153,8 @@ class Arguments:
             self.alike(operation, name, buffers.views[0], like)
             adapted.append(buffers)
         blocks = Blocks(given, adapted, size)
-        backend = self.wire(blocks)
-        if copy is False and operation in backend.joins and not in_a_row(blocks.transfers):
+        backend = self.backend_for(blocks)
+        if copy is False and operation in backend.copies_lists and not in_a_row(blocks.transfers):
             raise OptionError(
                 f"{operation}: {argument} (rank {self._rank}): copy=False, but {backend.name} takes the tensors of all "
                 "ranks as one array, and these do not lie one after another; pass one array, or leave copy=None"
@@ -141,7 +174,9 @@ class Arguments:
             )
         self.same_device(operation, argument, view, expected)
 
-    def same_device(self, operation: str, argument: str, view: BufferView, expected: BufferView) -> None:
+    def same_device(
+        self, operation: str, argument: str, view: BufferView, expected: BufferView
+    ) -> None:
         """Check that a tensor is on the device of another one of the call.
 
         Raises:
@@ -156,15 +191,23 @@ class Arguments:
     def length(self, operation: str, argument: str, tensor_list: Any) -> None:
         """Check that ``tensor_list`` is a list or tuple with an entry for every rank."""
         if not isinstance(tensor_list, (list, tuple)) or len(tensor_list) != self._world_size:
-            got = f"{len(tensor_list)}" if isinstance(tensor_list, (list, tuple)) else f"a {type(tensor_list).__name__}"
+            got = (
+                f"{len(tensor_list)}"
+                if isinstance(tensor_list, (list, tuple))
+                else f"a {type(tensor_list).__name__}"
+            )
             raise ShapeError(
                 f"{operation}: {argument} (rank {self._rank}): expected a list of {self._world_size} tensors, one for "
                 f"each rank of group '{self._name}', or one array of them all, got {got}"
             )
 
     def separate(
-        self, operation: str, written: Sequence[tuple[BufferView, str]], read: Sequence[tuple[BufferView, str]],
-        same: int = -1, apart: bool = False,
+        self,
+        operation: str,
+        written: Sequence[tuple[BufferView, str]],
+        read: Sequence[tuple[BufferView, str]],
+        same: int = -1,
+        apart: bool = False,
     ) -> None:
         """Check that what is written shares memory with nothing else; entry ``same`` may be what is read.
 
@@ -180,13 +223,20 @@ class Arguments:
                 refuse_overlaps([(view, name) for view, name in written if not view.readonly], [])
             for index, (view, name) in enumerate(written):
                 start, end = view.span()
-                if view.readonly or start >= high or end <= low or (index == same and _identical(view, read[0][0])):
+                if (
+                    view.readonly
+                    or start >= high
+                    or end <= low
+                    or (index == same and _identical(view, read[0][0]))
+                ):
                     continue
                 refuse_overlaps([(view, name)], list(read))
         except TensorError as error:
             raise type(error)(f"{operation} (rank {self._rank}): {error}") from error
 
-    def in_place(self, operation: str, target: Buffers, source: BufferView, copy: bool | None) -> bool:
+    def in_place(
+        self, operation: str, target: Buffers, source: BufferView, copy: bool | None
+    ) -> bool:
         """Return whether a tensor is received into the very memory that is sent, after making that safe.
 
         Raises:
@@ -249,9 +299,15 @@ class Arguments:
         Raises:
             RankError: One is no rank of the group, or only one is this rank.
         """
-        if self.rank("sendrecv", "dst_rank", dst_rank) == self.rank("sendrecv", "src_rank", src_rank) == self._rank:
+        if (
+            self.rank("sendrecv", "dst_rank", dst_rank)
+            == self.rank("sendrecv", "src_rank", src_rank)
+            == self._rank
+        ):
             return self._rank, self._rank
-        return self.peer("sendrecv", "dst_rank", dst_rank), self.peer("sendrecv", "src_rank", src_rank)
+        return self.peer("sendrecv", "dst_rank", dst_rank), self.peer(
+            "sendrecv", "src_rank", src_rank
+        )
 
     def number(self, operation: str, argument: str, value: Any) -> int | None:
         """Return a whole number as an int, and None as it is.
@@ -281,7 +337,11 @@ def _refuse_devices(views: Sequence[BufferView]) -> None:
 
 
 def _identical(first: BufferView, second: BufferView) -> bool:
-    return first.pointer == second.pointer and first.count == second.count and _layout(first) == _layout(second)
+    return (
+        first.pointer == second.pointer
+        and first.count == second.count
+        and _layout(first) == _layout(second)
+    )
 
 
 def _layout(view: BufferView) -> list[tuple[int, int]] | None:
@@ -297,7 +357,9 @@ def first_elements(operation: str, tensor: Any, count: Any) -> Any:
         OptionError: ``count`` is no number of elements of this tensor, or these do not lie one after another.
     """
     if not isinstance(count, int) or count < 0:
-        raise OptionError(f"{operation}: n_elements: expected a number of elements, or 0 for all, got {count!r}")
+        raise OptionError(
+            f"{operation}: n_elements: expected a number of elements, or 0 for all, got {count!r}"
+        )
     if count == 0:
         return tensor
     adapter = adapter_of(tensor)

@@ -1,6 +1,6 @@
 """Buffers: one tensor argument of a call, from the user's object to the memory that travels and back.
 
-Adapts tensors, decides which are staged or fused, and moves staged elements. Imports no framework.
+Adapts tensors, decides which are staged or fused, and moves staged elements.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from hashlib import blake2b
 from typing import Any, Final, Protocol
 
 from colltensor import tree
-from colltensor.adapters import Adapter, adapter_of, find_adapter, memory_of, number_adapter, stream_of, target_of
+from colltensor.adapters import (
+    Adapter,
+    adapter_of,
+    find_adapter,
+    memory_of,
+    number_adapter,
+    stream_of,
+    target_of,
+)
 from colltensor.errors import AliasError, OptionError, TensorError
 from colltensor.types import UINT8, DType
 from colltensor.view import BufferView, JoinedView
@@ -32,16 +40,16 @@ class Buffers(Protocol):
     Attributes:
         views: One view a leaf, in the user's layout.
         transfers: What the backend works on: the views themselves, staging copies of strided ones,
-            or buckets of several. Lists and views stay the same objects once staged; ``claim`` gives
+            or buckets of several. Lists and views stay the same objects once staged; ``allocate_result`` gives
             views of immutable tensors another address.
-        claims: Whether ``claim`` does anything.
+        allocates: Whether ``allocate_result`` does anything.
     """
 
     views: list[BufferView]
     transfers: list[BufferView]
 
     @property
-    def claims(self) -> bool:
+    def allocates(self) -> bool:
         """True where a tensor is written whose framework never changes one."""
 
     @property
@@ -61,7 +69,7 @@ class Buffers(Protocol):
             OptionError: ``copy`` is False and a staging copy is needed.
         """
 
-    def claim(self) -> None:
+    def allocate_result(self) -> None:
         """Make immutable tensors' results, with the same contents; their views are the results' from now on.
 
         Called once the ranks agreed, because a donated tensor is gone then.
@@ -71,10 +79,10 @@ class Buffers(Protocol):
         """Raise where an immutable tensor, which its owner may have given away since, no longer has its memory."""
 
     def load(self) -> None:
-        """Copy staged leaves into their staging buffers; before or after ``claim``."""
+        """Copy staged leaves into their staging buffers; before or after ``allocate_result``."""
 
     def store(self) -> None:
-        """Copy staged results back and tell the frameworks what was written."""
+        """Copy staged results back and notify the frameworks of what was written."""
 
     def result(self) -> Any:
         """Return the tensor or container to hand back: the very object given where nothing was replaced."""
@@ -96,7 +104,9 @@ class Buffers(Protocol):
         """Return the leaves' dtypes and counts for an error message."""
 
 
-def adapt(tensor: Any, write: bool, donate: bool, containers: bool, reduced: bool = False) -> Buffers:
+def adapt(
+    tensor: Any, write: bool, donate: bool, containers: bool, reduced: bool = False
+) -> Buffers:
     """View ``tensor``, a tensor or (with ``containers``) a pytree of tensors, whose elements may be ``reduced``.
 
     Raises:
@@ -165,16 +175,18 @@ class TensorBuffers(_Alike):
                 "leave copy=None"
             )
         if not self.staged:
-            self.transfers = [memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)]
+            self.transfers = [
+                memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)
+            ]
             self.staged = True
 
     @property
-    def claims(self) -> bool:
+    def allocates(self) -> bool:
         return self._write and self._adapter.immutable
 
-    def claim(self) -> None:
+    def allocate_result(self) -> None:
         if self._write and self._adapter.immutable:
-            self._tensor, view = self._adapter.claim(self._tensor, self._donate)
+            self._tensor, view = self._adapter.allocate_result(self._tensor, self._donate)
             self.views[0].become(view)
 
     def check(self) -> None:
@@ -219,11 +231,23 @@ class TreeBuffers:
     """
 
     __slots__ = (
-        "_adapters", "_constants", "_donate", "_given", "_original", "_paths", "_rebuild", "_results", "_staged",
-        "_write", "transfers", "views",
+        "_adapters",
+        "_constants",
+        "_donate",
+        "_given",
+        "_original",
+        "_paths",
+        "_rebuild",
+        "_results",
+        "_staged",
+        "_write",
+        "transfers",
+        "views",
     )
 
-    def __init__(self, tree_of_tensors: Any, write: bool, donate: bool, reduced: bool = False) -> None:
+    def __init__(
+        self, tree_of_tensors: Any, write: bool, donate: bool, reduced: bool = False
+    ) -> None:
         self._original = tree_of_tensors
         self._write = write
         self._donate = donate
@@ -245,21 +269,28 @@ class TreeBuffers:
         self.transfers = self.views
         if write:
             named = zip(self.views, self._paths, strict=True)
-            _refuse_shared([(view, f"leaf {path}") for view, path in named if donate or not view.readonly])
+            _refuse_shared(
+                [(view, f"leaf {path}") for view, path in named if donate or not view.readonly]
+            )
 
     def _set_constants_aside(self) -> None:
         """Leave what is no tensor and no number out of the leaves, and put it back into results."""
         leaves, paths, rebuild = self._given, self._paths, self._rebuild
         found = {
-            index: text for index, leaf in enumerate(leaves)
-            if find_adapter(type(leaf)) is None and number_adapter(type(leaf)) is None
+            index: text
+            for index, leaf in enumerate(leaves)
+            if find_adapter(type(leaf)) is None
+            and number_adapter(type(leaf)) is None
             and (text := tree.constant(leaf)) is not None
         }
         if not found:
             return
         moved = [index for index in range(len(leaves)) if index not in found]
         self._constants = [f"{paths[index]} {text}" for index, text in found.items()]
-        self._given, self._paths = [leaves[index] for index in moved], [paths[index] for index in moved]
+        self._given, self._paths = (
+            [leaves[index] for index in moved],
+            [paths[index] for index in moved],
+        )
 
         def rebuild_with_constants(results: Iterable[Any]) -> Any:
             all_of_them = list(leaves)
@@ -288,7 +319,9 @@ class TreeBuffers:
 
     def _bucket(self, members: list[int], bytewise: bool) -> BufferView:
         views = [self.views[index] for index in members]
-        bucket = memory_of(views[0].device.type).allocate(sum(view.nbytes for view in views), views[0])
+        bucket = memory_of(views[0].device.type).allocate(
+            sum(view.nbytes for view in views), views[0]
+        )
         start = 0
         for index, view in zip(members, views, strict=True):
             end = start + view.nbytes
@@ -301,15 +334,17 @@ class TreeBuffers:
         return bool(self._staged)
 
     @property
-    def claims(self) -> bool:
+    def allocates(self) -> bool:
         return self._write and any(adapter.immutable for adapter in self._adapters)
 
-    def claim(self) -> None:
+    def allocate_result(self) -> None:
         if not self._write:
             return
         for index, adapter in enumerate(self._adapters):
             if adapter.immutable:
-                self._results[index], view = adapter.claim(self._results[index], self._donate)
+                self._results[index], view = adapter.allocate_result(
+                    self._results[index], self._donate
+                )
                 self.views[index].become(view)
 
     def check(self) -> None:
@@ -330,7 +365,7 @@ class TreeBuffers:
                 adapter.written(result)
 
     def result(self) -> Any:
-        if not self.claims:
+        if not self.allocates:
             return self._original
         return self._rebuild(map(_restored, self._adapters, self._results, self._given))
 
@@ -343,16 +378,27 @@ class TreeBuffers:
 
     def leaves_hash(self) -> int:
         text = ";".join(
-            f"{path}:{view.dtype.code}:{view.count}" for path, view in zip(self._paths, self.views, strict=True)
+            f"{path}:{view.dtype.code}:{view.count}"
+            for path, view in zip(self._paths, self.views, strict=True)
         )
         if self._constants:
             text = ";".join([text, *self._constants])
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def describe(self) -> str:
-        leaves = [f"{path} {view.dtype}[{view.count}]" for path, view in zip(self._paths, self.views, strict=True)]
-        more = f", and {len(leaves) - _LEAVES_SHOWN} more leaves" if len(leaves) > _LEAVES_SHOWN else ""
-        constants = [textwrap.shorten(constant, _CONSTANT_WIDTH) for constant in self._constants[:_CONSTANTS_SHOWN]]
+        leaves = [
+            f"{path} {view.dtype}[{view.count}]"
+            for path, view in zip(self._paths, self.views, strict=True)
+        ]
+        more = (
+            f", and {len(leaves) - _LEAVES_SHOWN} more leaves"
+            if len(leaves) > _LEAVES_SHOWN
+            else ""
+        )
+        constants = [
+            textwrap.shorten(constant, _CONSTANT_WIDTH)
+            for constant in self._constants[:_CONSTANTS_SHOWN]
+        ]
         return "{" + ", ".join([*constants, *leaves[:_LEAVES_SHOWN]]) + more + "}"
 
 
@@ -396,14 +442,16 @@ class Blocks(_Alike):
         return any(buffers.staged for buffers in self._members)
 
     @property
-    def claims(self) -> bool:
-        return any(buffers.claims for buffers in self._members)
+    def allocates(self) -> bool:
+        return any(buffers.allocates for buffers in self._members)
 
-    def claim(self) -> None:
+    def allocate_result(self) -> None:
         for buffers in self._members:
-            buffers.claim()
-        if self.whole and self.claims:
-            for view, block in zip(self.views, self._members[0].views[0].blocks(len(self.views)), strict=True):
+            buffers.allocate_result()
+        if self.whole and self.allocates:
+            for view, block in zip(
+                self.views, self._members[0].views[0].blocks(len(self.views)), strict=True
+            ):
                 view.become(block)
 
     def check(self) -> None:
@@ -445,7 +493,9 @@ def _copy_refused(view: BufferView, leaf: str = "") -> OptionError:
     )
 
 
-def refuse_overlaps(written: list[tuple[BufferView, str]], read: list[tuple[BufferView, str]]) -> None:
+def refuse_overlaps(
+    written: list[tuple[BufferView, str]], read: list[tuple[BufferView, str]]
+) -> None:
     """Check that nothing written shares memory with itself, with another, or with what is read.
 
     Raises:
@@ -455,7 +505,9 @@ def refuse_overlaps(written: list[tuple[BufferView, str]], read: list[tuple[Buff
     for view, name in written:
         for other, other_name in read:
             if _share(view, other):
-                raise AliasError(f"{name} and {other_name} share memory, and the call writes to {name}; pass a copy")
+                raise AliasError(
+                    f"{name} and {other_name} share memory, and the call writes to {name}; pass a copy"
+                )
 
 
 def _refuse_shared(named: list[tuple[BufferView, str]]) -> None:
@@ -474,7 +526,9 @@ def _refuse_shared(named: list[tuple[BufferView, str]]) -> None:
             if other.span()[0] >= end:
                 break
             if _share(view, other):
-                raise AliasError(f"{name} and {other_name} share memory, and the call writes to both; pass copies")
+                raise AliasError(
+                    f"{name} and {other_name} share memory, and the call writes to both; pass copies"
+                )
 
 
 def _share(first: BufferView, second: BufferView) -> bool:
@@ -492,7 +546,10 @@ def joined(views: Sequence[BufferView]) -> list[BufferView]:
 
 
 def plan(
-    views: Sequence[BufferView], bytewise: bool = False, *, fuse_below: int = FUSE_BELOW_NBYTES,
+    views: Sequence[BufferView],
+    bytewise: bool = False,
+    *,
+    fuse_below: int = FUSE_BELOW_NBYTES,
     bucket_nbytes: int = BUCKET_NBYTES,
 ) -> list[list[int]]:
     """Return which leaves share a transfer: small ones of one dtype (or all, bytewise), in order."""

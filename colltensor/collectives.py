@@ -2,7 +2,6 @@
 
 Names and argument order are ``ray.util.collective``'s. Tensors, results and errors are described
 at ``Group``; every function raises GroupError where this process has no group of that name.
-Imports no framework.
 """
 
 from __future__ import annotations
@@ -23,31 +22,55 @@ if TYPE_CHECKING:
 
 
 def allreduce(
-    tensor: Any, group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
-    donate: bool = False, copy: bool | None = None,
+    tensor: Any,
+    group_name: str = "default",
+    op: ReduceOp = ReduceOp.SUM,
+    *,
+    async_op: bool = False,
+    donate: bool = False,
+    copy: bool | None = None,
 ) -> Any:
     """Combine the tensors of all ranks elementwise, in place; see ``Group.allreduce``."""
     return find_group(group_name).allreduce(tensor, op, async_op=async_op, donate=donate, copy=copy)
 
 
 def reduce(
-    tensor: Any, dst_rank: int = 0, group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *,
-    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+    tensor: Any,
+    dst_rank: int = 0,
+    group_name: str = "default",
+    op: ReduceOp = ReduceOp.SUM,
+    *,
+    async_op: bool = False,
+    donate: bool = False,
+    copy: bool | None = None,
 ) -> Any:
     """Combine the tensors of all ranks into rank ``dst_rank``'s; see ``Group.reduce``."""
-    return find_group(group_name).reduce(tensor, dst_rank, op, async_op=async_op, donate=donate, copy=copy)
+    return find_group(group_name).reduce(
+        tensor, dst_rank, op, async_op=async_op, donate=donate, copy=copy
+    )
 
 
 def broadcast(
-    tensor: Any, src_rank: int = 0, group_name: str = "default", *, async_op: bool = False, donate: bool = False,
+    tensor: Any,
+    src_rank: int = 0,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
+    donate: bool = False,
     copy: bool | None = None,
 ) -> Any:
     """Copy rank ``src_rank``'s elements to all ranks; see ``Group.broadcast``."""
-    return find_group(group_name).broadcast(tensor, src_rank, async_op=async_op, donate=donate, copy=copy)
+    return find_group(group_name).broadcast(
+        tensor, src_rank, async_op=async_op, donate=donate, copy=copy
+    )
 
 
 def allgather(
-    tensor_list: Any, tensor: Any, group_name: str = "default", *, async_op: bool = False,
+    tensor_list: Any,
+    tensor: Any,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
     copy: bool | None = None,
 ) -> Any:
     """Copy every rank's ``tensor`` into ``tensor_list`` on all ranks; see ``Group.allgather``."""
@@ -55,31 +78,58 @@ def allgather(
 
 
 def reducescatter(
-    tensor: Any, tensor_list: Any, group_name: str = "default", op: ReduceOp = ReduceOp.SUM, *,
-    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+    tensor: Any,
+    tensor_list: Any,
+    group_name: str = "default",
+    op: ReduceOp = ReduceOp.SUM,
+    *,
+    async_op: bool = False,
+    donate: bool = False,
+    copy: bool | None = None,
 ) -> Any:
     """Combine entry ``r`` of all ranks' lists into rank ``r``'s ``tensor``; see ``Group.reducescatter``."""
-    return find_group(group_name).reducescatter(tensor, tensor_list, op, async_op=async_op, donate=donate, copy=copy)
+    return find_group(group_name).reducescatter(
+        tensor, tensor_list, op, async_op=async_op, donate=donate, copy=copy
+    )
 
 
 def gather(
-    tensor_list: Any, tensor: Any, dst_rank: int = 0, group_name: str = "default", *,
-    async_op: bool = False, copy: bool | None = None,
+    tensor_list: Any,
+    tensor: Any,
+    dst_rank: int = 0,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
+    copy: bool | None = None,
 ) -> Any:
     """Copy every rank's ``tensor`` into ``tensor_list`` on rank ``dst_rank``; see ``Group.gather``."""
-    return find_group(group_name).gather(tensor_list, tensor, dst_rank, async_op=async_op, copy=copy)
+    return find_group(group_name).gather(
+        tensor_list, tensor, dst_rank, async_op=async_op, copy=copy
+    )
 
 
 def scatter(
-    tensor: Any, tensor_list: Any = None, src_rank: int = 0, group_name: str = "default", *,
-    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+    tensor: Any,
+    tensor_list: Any = None,
+    src_rank: int = 0,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
+    donate: bool = False,
+    copy: bool | None = None,
 ) -> Any:
     """Copy entry ``r`` of rank ``src_rank``'s list into rank ``r``'s ``tensor``; see ``Group.scatter``."""
-    return find_group(group_name).scatter(tensor, tensor_list, src_rank, async_op=async_op, donate=donate, copy=copy)
+    return find_group(group_name).scatter(
+        tensor, tensor_list, src_rank, async_op=async_op, donate=donate, copy=copy
+    )
 
 
 def alltoall(
-    output_list: Any, input_list: Any, group_name: str = "default", *, async_op: bool = False,
+    output_list: Any,
+    input_list: Any,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
     copy: bool | None = None,
 ) -> Any:
     """Send entry ``r`` of ``input_list`` to rank ``r``; see ``Group.alltoall``."""
@@ -87,23 +137,42 @@ def alltoall(
 
 
 def send(
-    tensor: Any, dst_rank: int, group_name: str = "default", *, async_op: bool = False, copy: bool | None = None
+    tensor: Any,
+    dst_rank: int,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
+    copy: bool | None = None,
 ) -> Any:
     """Send a tensor to rank ``dst_rank``; see ``Group.send``."""
     return find_group(group_name).send(tensor, dst_rank, async_op=async_op, copy=copy)
 
 
 def recv(
-    tensor: Any, src_rank: int, group_name: str = "default", *, async_op: bool = False, donate: bool = False,
+    tensor: Any,
+    src_rank: int,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
+    donate: bool = False,
     copy: bool | None = None,
 ) -> Any:
     """Receive a tensor from rank ``src_rank``; see ``Group.recv``."""
-    return find_group(group_name).recv(tensor, src_rank, async_op=async_op, donate=donate, copy=copy)
+    return find_group(group_name).recv(
+        tensor, src_rank, async_op=async_op, donate=donate, copy=copy
+    )
 
 
 def sendrecv(
-    send_tensor: Any, dst_rank: int, recv_tensor: Any, src_rank: int, group_name: str = "default", *,
-    async_op: bool = False, donate: bool = False, copy: bool | None = None,
+    send_tensor: Any,
+    dst_rank: int,
+    recv_tensor: Any,
+    src_rank: int,
+    group_name: str = "default",
+    *,
+    async_op: bool = False,
+    donate: bool = False,
+    copy: bool | None = None,
 ) -> Any:
     """Send to ``dst_rank`` and receive from ``src_rank`` at once; see ``Group.sendrecv``."""
     return find_group(group_name).sendrecv(
@@ -126,7 +195,9 @@ def allgather_object(obj: Any, group_name: str = "default") -> list[Any]:
     return find_group(group_name).allgather_object(obj)
 
 
-def allreduce_multigpu(tensor_list: list[Any], group_name: str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+def allreduce_multigpu(
+    tensor_list: list[Any], group_name: str = "default", op: ReduceOp = ReduceOp.SUM
+) -> Any:
     """As ``allreduce`` over the tensors, one a GPU, of each process's list; see ``Group.multigpu``."""
     group = find_group(group_name)
     if _is_one(tensor_list):
@@ -135,7 +206,10 @@ def allreduce_multigpu(tensor_list: list[Any], group_name: str = "default", op: 
 
 
 def reduce_multigpu(
-    tensor_list: list[Any], dst_rank: int = 0, dst_tensor: int = 0, group_name: str = "default",
+    tensor_list: list[Any],
+    dst_rank: int = 0,
+    dst_tensor: int = 0,
+    group_name: str = "default",
     op: ReduceOp = ReduceOp.SUM,
 ) -> Any:
     """As ``reduce`` into entry ``dst_tensor`` of rank ``dst_rank``'s list."""
@@ -166,7 +240,9 @@ def allgather_multigpu(
 
 
 def reducescatter_multigpu(
-    output_tensor_list: list[Any], input_tensor_lists: list[Any], group_name: str = "default",
+    output_tensor_list: list[Any],
+    input_tensor_lists: list[Any],
+    group_name: str = "default",
     op: ReduceOp = ReduceOp.SUM,
 ) -> Any:
     """As ``reducescatter`` with one output and one list of inputs a GPU."""
@@ -246,28 +322,56 @@ def backend_unavailable_reason(backend: str) -> str | None:
 
 
 def create_collective_group(
-    actors: Sequence[Any], world_size: int | None = None, ranks: Sequence[int] | None = None, backend: str = "auto",
-    group_name: str = "default", gloo_timeout: float | None = None, *, timeout_s: float = 30.0,
-    interface: str | None = None, provider: str | None = None, check: bool = False,
+    actors: Sequence[Any],
+    world_size: int | None = None,
+    ranks: Sequence[int] | None = None,
+    backend: str = "auto",
+    group_name: str = "default",
+    gloo_timeout: float | None = None,
+    *,
+    timeout_s: float = 30.0,
+    interface: str | None = None,
+    provider: str | None = None,
+    check: bool = False,
 ) -> CollectiveGroup:
     """Make a group of Ray actors from the driver; see ``colltensor.ray.create_collective_group``."""
     declare = importlib.import_module("colltensor.ray.declare")
     group: CollectiveGroup = declare.create_collective_group(
-        actors, world_size, ranks, backend, group_name, gloo_timeout, timeout_s=timeout_s, interface=interface,
-        provider=provider, check=check,
+        actors,
+        world_size,
+        ranks,
+        backend,
+        group_name,
+        gloo_timeout,
+        timeout_s=timeout_s,
+        interface=interface,
+        provider=provider,
+        check=check,
     )
     return group
 
 
 def collective_group(
-    actors: Sequence[Any], backend: str = "auto", group_name: str | None = "default", *,
-    ranks: Sequence[int] | None = None, timeout_s: float = 30.0, interface: str | None = None,
-    provider: str | None = None, check: bool = False,
+    actors: Sequence[Any],
+    backend: str = "auto",
+    group_name: str | None = "default",
+    *,
+    ranks: Sequence[int] | None = None,
+    timeout_s: float = 30.0,
+    interface: str | None = None,
+    provider: str | None = None,
+    check: bool = False,
 ) -> CollectiveGroup:
     """Make a group of Ray actors for the length of a ``with`` block; see ``colltensor.ray.collective_group``."""
     declare = importlib.import_module("colltensor.ray.declare")
     group: CollectiveGroup = declare.collective_group(
-        actors, backend, group_name, ranks=ranks, timeout_s=timeout_s, interface=interface, provider=provider,
+        actors,
+        backend,
+        group_name,
+        ranks=ranks,
+        timeout_s=timeout_s,
+        interface=interface,
+        provider=provider,
         check=check,
     )
     return group

@@ -1,7 +1,4 @@
-"""Devices: the backend for a group's tensors that are on no CPU, and waiting for what is queued there.
-
-Imports no framework.
-"""
+"""Devices: the backend for a group's tensors that are on no CPU, and waiting for what is queued there."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ import time
 
 from colltensor import backends
 from colltensor.backends.base import Backend, QueueingBackend
-from colltensor.control import Control, lifetime
+from colltensor.control import Control, exit_hooks
 from colltensor.engine import Engine
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, DeviceError
-from colltensor.recipe import Recipe
+from colltensor.options import GroupOptions
 from colltensor.rendezvous import Meeting
 from colltensor.view import BufferView
 from colltensor.work import Work
@@ -23,7 +20,13 @@ class Devices:
     """One group's way to its devices: its own backend, or with ``"auto"`` NCCL beside it, made on first use."""
 
     def __init__(
-        self, name: str, rank: int, backend: Backend, control: Control | None, engine: Engine, recipe: Recipe,
+        self,
+        name: str,
+        rank: int,
+        backend: Backend,
+        control: Control | None,
+        engine: Engine,
+        options: GroupOptions,
         meeting: Meeting | None,
     ) -> None:
         self._name = name
@@ -31,10 +34,10 @@ class Devices:
         self._backend = backend
         self._control = control
         self._engine = engine
-        self._recipe = recipe
+        self._options = options
         self._meeting = meeting
         self._attaching = threading.Lock()  # several threads may come with the first CUDA tensors
-        engine.check_device = recipe.check
+        engine.check_device = options.check
         if isinstance(backend, QueueingBackend):
             self._attach(backend)
 
@@ -53,15 +56,20 @@ class Devices:
             advice = f"move it to {there}, or make the group with backend='auto'"
             raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
         reason = backends.reason("nccl")
-        if self._recipe.backend != "auto" or self._meeting is None:
+        if self._options.backend != "auto" or self._meeting is None:
             advice = "make the group with backend='nccl' or 'auto', or move the tensor"
             raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
         if reason is not None:
-            raise DeviceError(f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}")
+            raise DeviceError(
+                f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}"
+            )
         with self._attaching:
             if self._engine.device is None:
                 made = backends.get_backend("nccl").create(
-                    self._control, self._meeting, timeout_s=self._engine.timeout_s, interface=self._recipe.interface,
+                    self._control,
+                    self._meeting,
+                    timeout_s=self._engine.timeout_s,
+                    interface=self._options.interface,
                     provider=None,
                 )
                 assert isinstance(made, QueueingBackend)
@@ -103,7 +111,7 @@ class Devices:
         Called also where the process ends, because a communicator that is left to the interpreter's end may wait there
         for ranks that do not come.
         """
-        lifetime.forget(self)
+        exit_hooks.unregister(self)
         if self._engine.device is not None:
             self._engine.device.close()
 
@@ -115,4 +123,4 @@ class Devices:
     def _attach(self, device: QueueingBackend) -> None:
         device.on_failure = self._engine.device_failed
         self._engine.device = device
-        lifetime.watch(self, first=True)  # before the control plane says goodbye
+        exit_hooks.register(self, first=True)  # before the control plane says goodbye

@@ -1,8 +1,4 @@
-"""Loads DLPack's Python package (tvm_ffi) on first use, without the frameworks it would load.
-
-Imports no framework: ``import tvm_ffi`` imports torch where torch is installed, which takes more
-than a second and several hundred megabytes in a process that has no use for torch.
-"""
+"""Loads DLPack's Python package (tvm_ffi) on first use, without the frameworks it would load."""
 
 from __future__ import annotations
 
@@ -72,11 +68,14 @@ def export_with_flags(tensor: Any) -> tuple[Any, int]:
     """
     try:
         capsule = tensor.__dlpack__(max_version=(1, 0))
-    except TypeError:  # an exporter from before DLPack 1.0, or one that cannot export this tensor and says so again
+    except TypeError:
+        # an exporter from before DLPack 1.0, or one that cannot export this tensor and says so again
         return export(tensor), 0
     flags = 0
     if _capsule_is_valid(capsule, _VERSIONED):
-        flags = ctypes.c_uint64.from_address(_capsule_pointer(capsule, _VERSIONED) + _FLAGS_OFFSET).value
+        flags = ctypes.c_uint64.from_address(
+            _capsule_pointer(capsule, _VERSIONED) + _FLAGS_OFFSET
+        ).value
     return export(capsule), flags
 
 

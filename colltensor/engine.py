@@ -1,7 +1,4 @@
-"""Engine: runs the calls of one group in order; agreement first, then the payload, then the verdict.
-
-Imports no framework and no backend: it is given one.
-"""
+"""Engine: runs the calls of one group in order; agreement first, then the payload, then the verdict."""
 
 from __future__ import annotations
 
@@ -16,10 +13,15 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
-from colltensor.backends.base import CarryingBackend, Flight, QueueingBackend, SigningBackend
+from colltensor.backends.base import (
+    AgreeingBackend,
+    PendingOperation,
+    PiggybackingBackend,
+    QueueingBackend,
+)
 from colltensor.buffers import Buffers
 from colltensor.control import Control
-from colltensor.control.status import REFUSED
+from colltensor.control.messages import REFUSED
 from colltensor.errors import (
     CollectiveError,
     CollectiveTimeoutError,
@@ -47,9 +49,27 @@ _PACKAGE: Final = os.path.dirname(__file__) + os.sep
 _CODES: Final = {
     name: code
     for code, name in enumerate(
-        ("allreduce", "reduce", "broadcast", "allgather", "reducescatter", "gather", "scatter", "alltoall", "barrier",
-         "broadcast_object", "allgather_object", "split", "transfer", "allreduce_multigpu", "reduce_multigpu",
-         "broadcast_multigpu", "allgather_multigpu", "reducescatter_multigpu", "refusal"),
+        (
+            "allreduce",
+            "reduce",
+            "broadcast",
+            "allgather",
+            "reducescatter",
+            "gather",
+            "scatter",
+            "alltoall",
+            "barrier",
+            "broadcast_object",
+            "allgather_object",
+            "split",
+            "transfer",
+            "allreduce_multigpu",
+            "reduce_multigpu",
+            "broadcast_multigpu",
+            "allgather_multigpu",
+            "reducescatter_multigpu",
+            "refusal",
+        ),
         start=1,
     )
 }
@@ -81,14 +101,25 @@ class Call:
         op: The reduce op, or None.
         root: The root's rank, or -1.
         fused: Whether small leaves share transfers.
-        buffers: The arguments to claim and load before the payload and to store after it.
+        buffers: The arguments to allocate_result and load before the payload and to store after it.
         move: Moves the payload: called with ``arguments`` and the deadline.
         arguments: What ``move`` gets.
         result: Returns what the call returns.
         transfers: For point-to-point calls, what travels between which two ranks.
     """
 
-    __slots__ = ("argument", "arguments", "buffers", "fused", "move", "name", "op", "result", "root", "transfers")
+    __slots__ = (
+        "argument",
+        "arguments",
+        "buffers",
+        "fused",
+        "move",
+        "name",
+        "op",
+        "result",
+        "root",
+        "transfers",
+    )
 
     def __init__(
         self,
@@ -114,10 +145,10 @@ class Call:
         self.result = result
         self.transfers = transfers
 
-    def claim(self) -> None:
+    def allocate_result(self) -> None:
         """Make the results of immutable tensors."""
         for buffers in self.buffers:
-            buffers.claim()
+            buffers.allocate_result()
 
     def streams(self) -> set[int | None]:
         """Return the streams that must come after the call, on a device; None among them for the host."""
@@ -128,7 +159,9 @@ class Call:
         argument = self.argument
         count, leaves = (0, 0) if argument is None else (argument.count(), argument.leaves_hash())
         op = _NO_OP if self.op is None else self.op
-        return _SIGNATURE.pack(sequence, _CODES[self.name], op, self.root, self.fused, count, leaves)
+        return _SIGNATURE.pack(
+            sequence, _CODES[self.name], op, self.root, self.fused, count, leaves
+        )
 
     def describe(self, sequence: int) -> str:
         """Return what ``signature`` packs, in words."""
@@ -150,7 +183,9 @@ class Refusal(Call):
     __slots__ = ("words",)
 
     def __init__(self, name: str, root: int, error: BaseException) -> None:
-        super().__init__("refusal", None, None, root, True, (), lambda deadline: None, (), lambda: None)
+        super().__init__(
+            "refusal", None, None, root, True, (), lambda deadline: None, (), lambda: None
+        )
         self.words = f"{REFUSED}{name}: {type(error).__name__}: {error}"
 
     def describe(self, sequence: int) -> str:
@@ -171,21 +206,28 @@ class Engine:
     """
 
     def __init__(
-        self, name: str, rank: int, control: Control | None, agrees: bool, timeout_s: float,
-        signer: SigningBackend | None = None, carrier: CarryingBackend | None = None, crosses: bool = False,
+        self,
+        name: str,
+        rank: int,
+        control: Control | None,
+        needs_agreement: bool,
+        timeout_s: float,
+        agreeing: AgreeingBackend | None = None,
+        piggybacking: PiggybackingBackend | None = None,
+        crosses: bool = False,
     ) -> None:
         self._name = name
         self._rank = rank
         self._control = control
-        self._agrees = agrees
-        self._signer = signer
-        self._carrier = carrier
+        self._needs_agreement = needs_agreement
+        self._agreeing = agreeing
+        self._piggybacking = piggybacking
         self._crosses = crosses
         self._alone = control is None
         self.timeout_s = timeout_s
-        self.queue = OperationQueue(name, None if signer is None else signer.queue, rank)
-        if signer is not None:
-            self.queue.is_in_direct_call = self._is_in_direct_call
+        self.queue = OperationQueue(name, None if agreeing is None else agreeing.queue, rank)
+        if agreeing is not None:
+            self.queue.is_in_fast_call = self._is_in_fast_call
         self._sequence = 0
         self._kept: list[object] = []
         self.device: QueueingBackend | None = None
@@ -219,13 +261,16 @@ class Engine:
             self.before()
         device = self.device
         if device is not None and buffers and _is_on(device, buffers[0]):
-            call = Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers)
+            call = Call(
+                name, argument, op, root, fused, buffers, move, arguments, result, transfers
+            )
             return self._run_on_device(call, device, async_op)
         queue = self.queue
-        if self._alone and not async_op and queue.enter():  # one rank: nobody to agree with or to tell
+        # one rank: nobody to agree with or to notify
+        if self._alone and not async_op and queue.enter():
             try:
                 for buffer in buffers:
-                    buffer.claim()
+                    buffer.allocate_result()
                     buffer.load()
                 move(*arguments, _NEVER)
                 for buffer in buffers:
@@ -235,11 +280,12 @@ class Engine:
                 queue.turn.release()
                 queue.pass_on()
         return self._submit(
-            Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers), async_op
+            Call(name, argument, op, root, fused, buffers, move, arguments, result, transfers),
+            async_op,
         )
 
     def refuse(self, name: str, root: int, argument: Buffers | None, error: BaseException) -> None:
-        """Tell the other ranks that this one refuses its part of a call, over which theirs then end in MismatchError.
+        """Notify the other ranks that this one refuses its part of a call, over which theirs then end in MismatchError.
 
         For what this rank alone can get wrong, by its role in the call. Waits for nobody: it is a call in the
         background, and what this rank calls next comes after it.
@@ -260,7 +306,13 @@ class Engine:
         try:
             self.queue.put(self._work(Refusal(name, root, error)))
         except RuntimeError as no_thread:
-            _log.info("group %r (rank %d): the others do not hear of %s: %s", self._name, self._rank, error, no_thread)
+            _log.info(
+                "group %r (rank %d): the others do not hear of %s: %s",
+                self._name,
+                self._rank,
+                error,
+                no_thread,
+            )
 
     def _submit(self, call: Call, async_op: bool) -> Any:
         if self.broken is not None:
@@ -291,13 +343,18 @@ class Engine:
             raise self._refusal(call.name)
         if not async_op and self.queue.enter():
             try:
-                flight = self._launch(call, device, False)
+                pending = self._launch(call, device, False)
             finally:
                 self.queue.turn.release()
                 self.queue.pass_on()
-            flight.order(call.streams())
+            pending.order(call.streams())
             return call.result()
-        work = QueuedWork(call.name, lambda: self._launch_queued(call, device, async_op), call.streams, call.result)
+        work = QueuedWork(
+            call.name,
+            lambda: self._launch_queued(call, device, async_op),
+            call.streams,
+            call.result,
+        )
         if not async_op or not self.queue.enter():
             work.postpone()
             return self.queue.put(work) if async_op else self.queue.run(work)
@@ -308,12 +365,12 @@ class Engine:
             self.queue.pass_on()
         return work
 
-    def _launch_queued(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
+    def _launch_queued(self, call: Call, device: QueueingBackend, apart: bool) -> PendingOperation:
         if self.broken is not None:
             raise self._consequence(call.name)
         return self._launch(call, device, apart)
 
-    def _launch(self, call: Call, device: QueueingBackend, apart: bool) -> Flight:
+    def _launch(self, call: Call, device: QueueingBackend, apart: bool) -> PendingOperation:
         if self.broken is not None:
             raise self._refusal(call.name)
         deadline = time.monotonic() + self.timeout_s
@@ -322,12 +379,15 @@ class Engine:
             peers = [t.destination if t.source == self._rank else t.source for t in call.transfers]
         try:
             if self._control is not None and self.check_device:
-                device.refuse(call.name, [view for buffers in call.buffers for view in buffers.views], peers)
+                device.refuse(
+                    call.name, [view for buffers in call.buffers for view in buffers.views], peers
+                )
                 self._agree_on_device(call, device, self._control, deadline)
-            call.claim()
+            call.allocate_result()
             move = functools.partial(call.move, *call.arguments, deadline)
             return _queue(device, call, call.buffers, peers, apart, move, deadline)
-        except (MismatchError, DeviceError):  # nothing was queued; a tensor's device concerns this rank alone
+        except (MismatchError, DeviceError):
+            # nothing was queued; a tensor's device concerns this rank alone
             raise
         except BaseException as error:
             self._kept.append(call)
@@ -340,13 +400,18 @@ class Engine:
             self.before()
         device = self.device
         if (
-            device is None or self.check_device or self.broken is not None or buffers.claims or buffers.staged
-            or not _is_on(device, buffers) or not self.queue.enter()
+            device is None
+            or self.check_device
+            or self.broken is not None
+            or buffers.allocates
+            or buffers.staged
+            or not _is_on(device, buffers)
+            or not self.queue.enter()
         ):
             return False
         try:
-            flight = device.allreduce_at_once(buffers.views[0], op)
-            if flight is not None:
+            pending = device.allreduce_at_once(buffers.views[0], op)
+            if pending is not None:
                 buffers.store()
         except BaseException as error:
             self._kept.append(buffers)
@@ -355,12 +420,14 @@ class Engine:
         finally:
             self.queue.turn.release()
             self.queue.pass_on()
-        if flight is None:
+        if pending is None:
             return False
-        flight.order(buffers.streams())
+        pending.order(buffers.streams())
         return True
 
-    def _agree_on_device(self, call: Call, device: QueueingBackend, control: Control, deadline: float) -> None:
+    def _agree_on_device(
+        self, call: Call, device: QueueingBackend, control: Control, deadline: float
+    ) -> None:
         """Let the ranks agree on a call before it is queued; counted apart from the calls of host tensors."""
         if call.transfers is not None:
             self._agree_on_transfers(call, call.transfers, control, deadline, device)
@@ -378,41 +445,45 @@ class Engine:
         if self.broken is None:
             self.broken, self._unraised = without_frames(error), error
             _log.info("group %r (rank %d): broken: %s", self._name, self._rank, error)
-        self._tell_all(error)
+        self._notify_all(error)
 
-    def _tell_all(self, error: CollectiveError) -> None:
+    def _notify_all(self, error: CollectiveError) -> None:
         """Let the call of every rank that waits end with an error, and the group be broken for it."""
         if self._control is not None:
             self._control.fail(error)
-        if self._signer is not None:
-            self._signer.tell(error)
+        if self._agreeing is not None:
+            self._agreeing.propagate_failure(error)
 
     def _is_in_call(self) -> bool:
         """Return whether a call of host tensors has begun and not ended, in whichever thread."""
         if self._control is not None and self._control.is_in_call():
             return True
-        return self._signer is not None and self._signer.progress() >= 0
+        return self._agreeing is not None and self._agreeing.progress() >= 0
 
     def progress(self) -> tuple[int, ...] | None:
         """Return None while no call of host tensors runs or waits, else what changes from call to call."""
-        direct = -1 if self._signer is None else self._signer.progress()
-        if direct < 0 and not self.queue.is_busy():
+        fast = -1 if self._agreeing is None else self._agreeing.progress()
+        if fast < 0 and not self.queue.is_busy():
             return None
-        return direct, self._sequence, 0 if self._control is None else self._control.pairs()
+        return fast, self._sequence, 0 if self._control is None else self._control.pairs()
 
     def close(self, how: str) -> None:
         """Fail what waits and drop everything; a call that runs in another thread ends with an error that says how."""
         gone = GroupError(f"group '{self._name}' (rank {self._rank}) {how}")
         self._alone = False
         leaves = self.broken is None and self._is_in_call()
-        inside = self.queue.is_inside()  # in a signal's handler: the call goes on, and ends, when this returns
+        # in a signal's handler: the call goes on, and ends, when this returns
+        inside = self.queue.is_inside()
         self.broken = self.broken or gone
         self._unraised = None
         if self._control is not None:
             if leaves:  # the others do not all wait for this rank, and would not notice
-                self._tell_all(PeerLostError(
-                    f"group '{self._name}': rank {self._rank} left the group in the middle of a call", (self._rank,)
-                ))
+                self._notify_all(
+                    PeerLostError(
+                        f"group '{self._name}': rank {self._rank} left the group in the middle of a call",
+                        (self._rank,),
+                    )
+                )
             self._control.close(waits=not inside)
         self.queue.close(gone, 0.0 if inside else _CLOSE_TIMEOUT_S)
         self._kept.clear()
@@ -426,14 +497,14 @@ class Engine:
         if self.broken is not None:
             raise self._refusal(call.name)
         deadline = time.monotonic() + self.timeout_s
-        signer, carrier = self._signer, self._carrier
+        agreeing, piggybacking = self._agreeing, self._piggybacking
         combine: Callable[[], None] | None = None
         inside = False
         try:
             if self._control is not None:
-                if signer is not None:
-                    held = signer.hold(deadline)
-                    inside = not held and self._is_in_direct_call()
+                if agreeing is not None:
+                    held = agreeing.hold(deadline)
+                    inside = not held and self._is_in_fast_call()
                     if inside:
                         raise nested(call.name, self._name)
                     if not held:
@@ -441,13 +512,17 @@ class Engine:
                             f"{call.name}: group '{self._name}' (rank {self._rank}): a call was interrupted before it "
                             "ended; make one at a time"
                         )
-                    self._sign(call, self._control, signer, deadline)
-                elif carrier is not None and call.name == "allreduce" and carrier.carries(*call.arguments):
-                    combine = self._agree_and_gather(call, self._control, carrier, deadline)
-                elif self._agrees or not call.buffers:
+                    self._sign(call, self._control, agreeing, deadline)
+                elif (
+                    piggybacking is not None
+                    and call.name == "allreduce"
+                    and piggybacking.piggybacks(*call.arguments)
+                ):
+                    combine = self._agree_and_gather(call, self._control, piggybacking, deadline)
+                elif self._needs_agreement or not call.buffers:
                     self._agree(call, self._control, deadline)
-            if signer is None:
-                call.claim()
+            if agreeing is None:
+                call.allocate_result()
             if combine is not None:
                 combine()
             else:
@@ -460,13 +535,14 @@ class Engine:
             raise
         except BaseException as error:
             if not inside:
-                self._kept.append(call)  # a provider may still write to the memory of a call that failed
+                # a provider may still write to the memory of a call that failed
+                self._kept.append(call)
                 self._break(call.name, error)
             raise
         finally:
             if not inside:
-                if signer is not None:
-                    signer.release()
+                if agreeing is not None:
+                    agreeing.release()
                 if self._control is not None:
                     self._control.position(self._sequence, None)
         return call.result()
@@ -477,18 +553,20 @@ class Engine:
             raise self._consequence(call.name)
         deadline = time.monotonic() + self.timeout_s
         source, destination, buffers, move = transfer
-        signer, joined = self._signer, False
+        agreeing, joined = self._agreeing, False
         peer, signature, describe = self._transfer_signature(transfer, call.fused, control)
         control.cross(source, destination, f"{call.name} with rank {peer}")
         try:
-            if signer is None:
+            if agreeing is None:
                 control.agree_beside(peer, signature, describe, deadline, source)
-                buffers.claim()
+                buffers.allocate_result()
             else:
-                signer.join(deadline)
+                agreeing.join(deadline)
                 joined = True
-                claim = buffers.claim if buffers.claims else None
-                signer.sign_transfer(source, destination, signature, describe, claim)
+                allocate_result = buffers.allocate_result if buffers.allocates else None
+                agreeing.set_transfer_signature(
+                    source, destination, signature, describe, allocate_result
+                )
             buffers.load()
             move(deadline)
             buffers.store()
@@ -499,16 +577,16 @@ class Engine:
             self._break(call.name, error)
             raise
         finally:
-            if joined and signer is not None:
-                signer.part(source, destination)
+            if joined and agreeing is not None:
+                agreeing.part(source, destination)
             control.cross(source, destination, None)
         return call.result()
 
-    def _is_in_direct_call(self) -> bool:
+    def _is_in_fast_call(self) -> bool:
         """Return whether this thread is in a call that took no turn of the queue's, and that will go on."""
-        signer = self._signer
-        assert signer is not None
-        return signer.is_inside() or (signer.is_pending() and self._has_call_above())
+        agreeing = self._agreeing
+        assert agreeing is not None
+        return agreeing.is_inside() or (agreeing.is_pending() and self._has_call_above())
 
     def _has_call_above(self) -> bool:
         """Return whether a call of the group is further up the stack, beyond what has called this one."""
@@ -532,18 +610,24 @@ class Engine:
         if self.broken is not None:
             raise self._consequence(name)
 
-    def signed(self, transfers: Sequence[Transfer]) -> list[tuple[int, int, bytes, Callable[[], str]]]:
+    def signatures(
+        self, transfers: Sequence[Transfer]
+    ) -> list[tuple[int, int, bytes, Callable[[], str]]]:
         """Return source, destination, signature and words of transfers that were made already."""
         return [
-            (transfer.source, transfer.destination, *self._transfer_signature(transfer, True, None)[1:])
+            (
+                transfer.source,
+                transfer.destination,
+                *self._transfer_signature(transfer, True, None)[1:],
+            )
             for transfer in transfers
         ]
 
     def abort(self, name: str, error: BaseException) -> NoReturn:
-        """Break the group over what a direct call raised, and raise what the caller gets."""
+        """Break the group over what a fast call raised, and raise what the caller gets."""
         found = self._verdict(name, error)
-        if self._signer is not None:
-            self._signer.drop()
+        if self._agreeing is not None:
+            self._agreeing.abandon_pending()
         if found is error:
             raise error
         raise found from error
@@ -565,11 +649,11 @@ class Engine:
         control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
 
     def _agree_and_gather(
-        self, call: Call, control: Control, carrier: CarryingBackend, deadline: float
+        self, call: Call, control: Control, piggybacking: PiggybackingBackend, deadline: float
     ) -> Callable[[], None]:
         """Let all ranks agree on an allreduce whose payload travels with the signature; return what combines it.
 
-        Nothing was written to but staging memory: results are claimed in between.
+        Nothing was written to but staging memory: results are allocated in between.
 
         Raises:
             CollectiveError: As ``_agree``.
@@ -582,27 +666,38 @@ class Engine:
             buffers.load()
         transfers, op = call.arguments
         contributions = control.agree_and_gather(
-            call.signature(sequence), carrier.pack(transfers), lambda: call.describe(sequence), deadline
+            call.signature(sequence),
+            piggybacking.pack(transfers),
+            lambda: call.describe(sequence),
+            deadline,
         )
-        return lambda: carrier.unpack(transfers, op, contributions)
+        return lambda: piggybacking.unpack(transfers, op, contributions)
 
-    def _sign(self, call: Call, control: Control, signer: SigningBackend, deadline: float) -> None:
+    def _sign(
+        self, call: Call, control: Control, agreeing: AgreeingBackend, deadline: float
+    ) -> None:
         """Hand the backend what the ranks concerned must agree on, because it compares while they arrive.
 
         What moves on the control plane is agreed through the backend as well, so that it meets every other call.
         """
-        claim = call.claim if any(buffers.claims for buffers in call.buffers) else None
+        allocate_result = (
+            call.allocate_result if any(buffers.allocates for buffers in call.buffers) else None
+        )
         if call.transfers is None:
-            sequence = self._sequence = signer.calls() + 1  # direct calls are counted there alone
+            sequence = self._sequence = agreeing.calls() + 1  # fast calls are counted there alone
             control.position(sequence, call.name)
-            signer.sign(call.signature(sequence), lambda: call.describe(sequence), claim)
+            agreeing.set_signature(
+                call.signature(sequence), lambda: call.describe(sequence), allocate_result
+            )
             if not call.buffers and call.name != "barrier":
-                signer.agree(deadline)
+                agreeing.agree(deadline)
             return
         for transfer in call.transfers:
             peer, signature, describe = self._transfer_signature(transfer, call.fused, control)
             control.position(self._sequence, f"{call.name} with rank {peer}")
-            signer.sign_transfer(transfer.source, transfer.destination, signature, describe, claim)
+            agreeing.set_transfer_signature(
+                transfer.source, transfer.destination, signature, describe, allocate_result
+            )
 
     def _transfer_signature(
         self, transfer: Transfer, fused: bool, control: Control | None
@@ -611,17 +706,27 @@ class Engine:
         source, destination, buffers, _ = transfer
         fused = fused or len(buffers.views) == 1  # one tensor travels alone either way
         peer = destination if source == self._rank else source
-        if self._signer is not None:  # direct ones are counted there alone
-            number = self._signer.transfers(source, destination) + 1
+        if self._agreeing is not None:  # fast calls are counted there alone
+            number = self._agreeing.transfers(source, destination) + 1
         else:
             number = 1 if control is None else control.transfers(peer, source) + 1
         signature = _SIGNATURE.pack(
-            number, _CODES["transfer"], _NO_OP, source, fused, buffers.count(), buffers.leaves_hash()
+            number,
+            _CODES["transfer"],
+            _NO_OP,
+            source,
+            fused,
+            buffers.count(),
+            buffers.leaves_hash(),
         )
         return peer, signature, _describer(number, transfer, fused)
 
     def _agree_on_transfers(
-        self, call: Call, transfers: Sequence[Transfer], control: Control, deadline: float,
+        self,
+        call: Call,
+        transfers: Sequence[Transfer],
+        control: Control,
+        deadline: float,
         device: QueueingBackend | None = None,
     ) -> None:
         """Start all agreements before waiting for one; both ends of a pair take them in one order.
@@ -634,14 +739,17 @@ class Engine:
         for transfer in sorted(transfers, key=lambda transfer: transfer[:2]):
             peer, signature, describe = self._transfer_signature(transfer, call.fused, control)
             control.position(self._sequence, f"{call.name} with rank {peer}", peers)
-            bound = peers.count(peer) == 1  # else this rank both sends and receives: no peer waits for what it lacks
+            # else this rank both sends and receives: no peer waits for what it lacks
+            bound = peers.count(peer) == 1
             control.start_pair(peer, signature, describe, deadline, transfer.source, bound)
             started.append((transfer, peer, signature, describe))
         mismatch: MismatchError | None = None
         agreed = []
         for transfer, peer, signature, describe in started:
             try:
-                control.finish_pair(peer, signature, describe, deadline, transfer.source, peers.count(peer) == 1)
+                control.finish_pair(
+                    peer, signature, describe, deadline, transfer.source, peers.count(peer) == 1
+                )
                 agreed.append(transfer)
             except MismatchError as error:
                 mismatch = error
@@ -650,14 +758,18 @@ class Engine:
                 self._make_alone(call, transfer, deadline, device)
             raise mismatch
 
-    def _make_alone(self, call: Call, transfer: Transfer, deadline: float, device: QueueingBackend | None) -> None:
+    def _make_alone(
+        self, call: Call, transfer: Transfer, deadline: float, device: QueueingBackend | None
+    ) -> None:
         """Make one transfer of a call; on a device, what this thread queues next comes after it."""
         source, destination, buffers, move = transfer
-        buffers.claim()
+        buffers.allocate_result()
         peers = [destination if source == self._rank else source]
         if device is not None:
-            flight = _queue(device, call, (buffers,), peers, False, functools.partial(move, deadline), deadline)
-            flight.order(buffers.streams())
+            pending = _queue(
+                device, call, (buffers,), peers, False, functools.partial(move, deadline), deadline
+            )
+            pending.order(buffers.streams())
             return
         buffers.load()
         move(deadline)
@@ -677,7 +789,11 @@ class Engine:
 
     def _consequence(self, name: str) -> CollectiveError:
         """Return what a call fails with that was issued before the group broke: the same class, with the same ranks."""
-        lost = None if self._unraised is not None else consequence(name, self._name, self._rank, self.broken)
+        lost = (
+            None
+            if self._unraised is not None
+            else consequence(name, self._name, self._rank, self.broken)
+        )
         return lost or self._refusal(name)
 
     def _break(self, name: str, error: BaseException) -> None:
@@ -687,7 +803,7 @@ class Engine:
             raise found from error
 
     def _verdict(self, name: str, error: BaseException) -> BaseException:
-        """Break the group over ``error``, tell the peers, and return what the caller gets."""
+        """Break the group over ``error``, notify the peers, and return what the caller gets."""
         control = self._control
         if control is None:
             return error
@@ -698,7 +814,7 @@ class Engine:
             say_timed_out(found, self.timeout_s)
         self.broken = without_frames(found)
         _log.info("group %r (rank %d): broken: %s", self._name, self._rank, self.broken)
-        self._tell_all(found)
+        self._notify_all(found)
         interrupted = not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error)
         return error if interrupted else found
 
@@ -710,18 +826,29 @@ def verdict(control: Control, operation: str, error: BaseException) -> Collectiv
             return error
         if isinstance(error, (RuntimeError, OSError)):
             return control.diagnose(operation, None if isinstance(error, TimeoutError) else error)
-    return GroupError(f"{operation}: rank {control.rank} was interrupted by {type(error).__name__} {error}".rstrip())
+    return GroupError(
+        f"{operation}: rank {control.rank} was interrupted by {type(error).__name__} {error}".rstrip()
+    )
 
 
 def _queue(
-    device: QueueingBackend, call: Call, arguments: Sequence[Buffers], peers: Sequence[int] | None, apart: bool,
-    move: Callable[[], Any], deadline: float,
-) -> Flight:
+    device: QueueingBackend,
+    call: Call,
+    arguments: Sequence[Buffers],
+    peers: Sequence[int] | None,
+    apart: bool,
+    move: Callable[[], Any],
+    deadline: float,
+) -> PendingOperation:
     """Queue a call, or the part of it that concerns some of its arguments, on a device."""
-    views = arguments[0].views if len(arguments) == 1 else [view for buffers in arguments for view in buffers.views]
+    views = (
+        arguments[0].views
+        if len(arguments) == 1
+        else [view for buffers in arguments for view in buffers.views]
+    )
     stages = any(buffers.staged for buffers in arguments)
     try:
-        flight = device.begin(call.name, views, peers, apart, call, stages, deadline)
+        pending = device.begin(call.name, views, peers, apart, call, stages, deadline)
         for buffers in arguments:
             buffers.load()
         move()
@@ -731,7 +858,7 @@ def _queue(
     except BaseException as error:
         device.cancel(error)
         raise
-    return flight
+    return pending
 
 
 def _is_on(device: QueueingBackend, buffers: Buffers) -> bool:
@@ -741,7 +868,9 @@ def _is_on(device: QueueingBackend, buffers: Buffers) -> bool:
 def _describer(number: int, transfer: Transfer, fused: bool) -> Callable[[], str]:
     source, destination, buffers, _ = transfer
     how = "" if fused else ", copy=False"
-    return lambda: f"transfer #{number} from rank {source} to rank {destination}, {buffers.describe()}{how}"
+    return lambda: (
+        f"transfer #{number} from rank {source} to rank {destination}, {buffers.describe()}{how}"
+    )
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -753,7 +882,9 @@ def _disown() -> None:
         engine._alone = False
         engine.queue.disown()
         engine._unraised = None
-        engine.broken = GroupError("it belongs to the parent process; a forked child makes groups of its own")
+        engine.broken = GroupError(
+            "it belongs to the parent process; a forked child makes groups of its own"
+        )
 
 
 os.register_at_fork(after_in_child=_disown)

@@ -1,7 +1,4 @@
-"""The package's variables of the environment: their names, what they may say, and who misspelt them.
-
-Imports no framework.
-"""
+"""The package's variables of the environment: their names, what they may say, and who misspelt them."""
 
 from __future__ import annotations
 
@@ -26,7 +23,8 @@ _SWITCHES: Final = (READ_PEERS, ALLOW_PICKLE)
 _PREFIX: Final = "COLLTENSOR_"
 _OF_DEVELOPERS: Final = ("COLLTENSOR_TEST_", "COLLTENSOR_FUZZ_")
 _SWITCH: Final = {
-    **dict.fromkeys(("", "1", "on", "true", "yes"), True), **dict.fromkeys(("0", "off", "false", "no"), False)
+    **dict.fromkeys(("", "1", "on", "true", "yes"), True),
+    **dict.fromkeys(("0", "off", "false", "no"), False),
 }
 _HOST_ID_LIMIT: Final = 256
 _LIKENESS: Final = 0.6
@@ -59,7 +57,11 @@ def name_unknown(group_name: str, rank: int) -> None:
             if not name.startswith(_OF_DEVELOPERS):
                 _log.warning(
                     "group %r (rank %d): the environment variable %s means nothing to colltensor%s; it knows %s",
-                    group_name, rank, name, did_you_mean(name, _KNOWN, _LIKENESS_OF_VARIABLES), ", ".join(_KNOWN),
+                    group_name,
+                    rank,
+                    name,
+                    did_you_mean(name, _KNOWN, _LIKENESS_OF_VARIABLES),
+                    ", ".join(_KNOWN),
                 )
 
 

@@ -1,22 +1,20 @@
 """The exceptions of ColTensor.
 
-    CollectiveError (RuntimeError)
-    ├── OptionError (ValueError)            an argument that is no tensor and no rank
-    ├── GroupError                          not initialised, exists already, broken, of another process
-    ├── BackendUnavailableError             the backend cannot be used here; the message says why
-    ├── MismatchError                       ranks disagree about a call; nothing was changed
-    ├── PeerLostError (ConnectionError)     a rank died or left; names the ranks
-    ├── CollectiveTimeoutError (TimeoutError)  a rank did not arrive in time; names the ranks
-    ├── RankError (ValueError)              a rank outside the group, or taken twice
-    └── TensorError                         a tensor that the call cannot take
-        ├── UnsupportedTensorError (TypeError)
-        ├── UnsupportedDTypeError (TypeError)
-        ├── ReadOnlyError (ValueError)
-        ├── DeviceError (ValueError)
-        ├── ShapeError (ValueError)
-        └── AliasError (ValueError)         outputs that share memory
-
-Imports nothing of the package and no framework.
+CollectiveError (RuntimeError)
+├── OptionError (ValueError)            an argument that is no tensor and no rank
+├── GroupError                          not initialised, exists already, broken, of another process
+├── BackendUnavailableError             the backend cannot be used here; the message says why
+├── MismatchError                       ranks disagree about a call; nothing was changed
+├── PeerLostError (ConnectionError)     a rank died or left; names the ranks
+├── CollectiveTimeoutError (TimeoutError)  a rank did not arrive in time; names the ranks
+├── RankError (ValueError)              a rank outside the group, or taken twice
+└── TensorError                         a tensor that the call cannot take
+├── UnsupportedTensorError (TypeError)
+├── UnsupportedDTypeError (TypeError)
+├── ReadOnlyError (ValueError)
+├── DeviceError (ValueError)
+├── ShapeError (ValueError)
+└── AliasError (ValueError)         outputs that share memory
 """
 
 from __future__ import annotations
@@ -170,7 +168,9 @@ def is_from_handler(error: BaseException) -> bool:
     while traceback is not None:
         frame = traceback.tb_frame
         code = frame.f_code
-        number = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+        number = (
+            code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+        )
         for name in code.co_varnames[:number]:
             value = frame.f_locals.get(name)
             given = value if value.__class__ is tuple else (value,)

@@ -1,6 +1,6 @@
-"""Trees of plain tensors for backends that want contiguous memory: native code packs the leaves into buckets.
+"""Trees of exportable tensors for backends that want contiguous memory: native code packs the leaves into buckets.
 
-What ``TreeBuffers`` does leaf by leaf in Python is one native call here. Imports no framework.
+What ``TreeBuffers`` does leaf by leaf in Python is one native call here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from colltensor.adapters import host_memory, known, native_copies, native_readers, note_all, reader_of
+from colltensor.adapters import (
+    host_memory,
+    known,
+    native_copies,
+    native_readers,
+    notify_all_written,
+    reader_of,
+)
 from colltensor.backends.shm import library
 from colltensor.buffers import adapt
 from colltensor.buffers import plan as transfers_of
@@ -33,7 +40,7 @@ class Gatherer:
         self._lock = threading.Lock()  # calls are begun and ended in any threads
 
     def buffers(self, tree: Any, write: bool, bytewise: bool) -> GatheredBuffers | None:
-        """Return the buffers of a tree of plain tensors, None if it takes ``TreeBuffers``.
+        """Return the buffers of a tree of exportable tensors, None if it takes ``TreeBuffers``.
 
         Args:
             tree: The tree, or a tensor, which is refused.
@@ -49,7 +56,11 @@ class Gatherer:
                 layout = plan.made[bytewise] = Layout(plan, bytewise)
             kind = leaves[0].__class__
             reader = 0 if layout.read is None else reader_of(kind)
-            move = layout.read(write, id(leaves), id(kind), reader) if layout.read is not None and reader else None
+            move = (
+                layout.read(write, id(leaves), id(kind), reader)
+                if layout.read is not None and reader
+                else None
+            )
             try:
                 if move is None:
                     move = layout.take(write, *leaves)
@@ -114,13 +125,15 @@ class Layout:
         transfers: The leaves of each; those of one leaf, not smaller than a bucket's, travel by themselves.
         nbytes: The bytes of each.
         take: Given whether they are written, and the leaves, returns what copies them, or None.
-        read: The same, given a list of leaves of one type as ``SigningBackend.reading_tree`` is; None without that.
+        read: The same, given a list of leaves of one type as ``AgreeingBackend.reading_tree`` is; None without that.
     """
 
     def __init__(self, plan: Plan, bytewise: bool) -> None:
         self.bytewise = bytewise
         self.transfers = transfers_of(plan.views, bytewise)
-        self.nbytes = [sum(plan.views[member].nbytes for member in members) for members in self.transfers]
+        self.nbytes = [
+            sum(plan.views[member].nbytes for member in members) for members in self.transfers
+        ]
         words = [len(self.transfers)]
         for members in self.transfers:
             words += [len(members), *members]
@@ -135,16 +148,32 @@ class Layout:
 
 
 class GatheredBuffers:
-    """The leaves of a tree of plain tensors: see ``Buffers``."""
+    """The leaves of a tree of exportable tensors: see ``Buffers``."""
 
     __slots__ = (
-        "_buckets", "_gatherer", "_leaves", "_move", "_plan", "_tree", "_write", "staged", "transfers", "views",
+        "_buckets",
+        "_gatherer",
+        "_leaves",
+        "_move",
+        "_plan",
+        "_tree",
+        "_write",
+        "staged",
+        "transfers",
+        "views",
     )
 
-    claims = False
+    allocates = False
 
     def __init__(
-        self, gatherer: Gatherer, tree: Any, leaves: Sequence[Any], plan: Plan, layout: Layout, move: Any, write: bool
+        self,
+        gatherer: Gatherer,
+        tree: Any,
+        leaves: Sequence[Any],
+        plan: Plan,
+        layout: Layout,
+        move: Any,
+        write: bool,
     ) -> None:
         self._gatherer = gatherer
         self._tree = tree
@@ -160,17 +189,21 @@ class GatheredBuffers:
             pointer = move(2, members[0], 0) if len(members) == 1 else 0
             if pointer or (len(members) == 1 and not first.count):
                 leaf = leaves[members[0]]
-                self.transfers.append(BufferView.from_address(pointer, (first.count,), first.dtype, owner=leaf))
+                self.transfers.append(
+                    BufferView.from_address(pointer, (first.count,), first.dtype, owner=leaf)
+                )
                 continue
             bucket = gatherer.take(layout.nbytes[number])
             self._buckets.append((number, bucket))
-            self.transfers.append(bucket.cast(UINT8 if layout.bytewise and len(members) > 1 else first.dtype))
+            self.transfers.append(
+                bucket.cast(UINT8 if layout.bytewise and len(members) > 1 else first.dtype)
+            )
         self.staged = bool(self._buckets)
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         """Do nothing: the transfers are decided."""
 
-    def claim(self) -> None:
+    def allocate_result(self) -> None:
         """Do nothing: all leaves can be written."""
 
     def check(self) -> None:
@@ -182,11 +215,11 @@ class GatheredBuffers:
             self._move(0, number, bucket.pointer)
 
     def store(self) -> None:
-        """Copy results back, tell the frameworks what was written, and let go of the buckets."""
+        """Copy results back, notify the frameworks of what was written, and let go of the buckets."""
         if self._write:
             for number, bucket in self._buckets:
                 self._move(1, number, bucket.pointer)
-            note_all(self._leaves)
+            notify_all_written(self._leaves)
         for _, bucket in self._buckets:
             self._gatherer.give_back(bucket)
 

@@ -1,8 +1,7 @@
 """Gradients: keeps the gradients of all ranks in step, for numpy arrays and any pytree of tensors.
 
 ``sync_gradients`` is one allreduce of all leaves. A ``Synchronizer`` is for a loop: it knows every leaf's shape and
-type, and compares the ranks' parameters once. Imports no framework; for torch's modules and for JAX's transformations
-there are ``colltensor.torch`` and ``colltensor.jax``.
+type, and compares the ranks' parameters once.
 """
 
 from __future__ import annotations
@@ -14,12 +13,7 @@ from typing import Any, Final
 from colltensor import replicas, tree
 from colltensor.adapters import adapter_of, known, target_of
 from colltensor.buffers import adapt, refuse_overlaps
-from colltensor.errors import (
-    DeviceError,
-    ShapeError,
-    TensorError,
-    UnsupportedDTypeError,
-)
+from colltensor.errors import DeviceError, ShapeError, TensorError, UnsupportedDTypeError
 from colltensor.group import Group
 from colltensor.replicas import Leaf
 from colltensor.table import find_group
@@ -90,7 +84,12 @@ class Synchronizer:
     """
 
     def __init__(
-        self, like: Any, *, group: Group | str = "default", average: bool = True, compare: bool = True
+        self,
+        like: Any,
+        *,
+        group: Group | str = "default",
+        average: bool = True,
+        compare: bool = True,
     ) -> None:
         """Compare the leaves of all ranks, their values too. Every rank calls it.
 
@@ -112,14 +111,21 @@ class Synchronizer:
         self._names = [f"leaf {path}" if path else "the tensor" for path in paths]
         views = self._views(tensors, write=False)
         values = compare and self.group.world_size > 1
-        leaves = [Leaf.of(path, view, contents=values) for path, view in zip(paths, views, strict=True)]
-        self._leaves = [Leaf.of(path, view, contents=False) for path, view in zip(paths, views, strict=True)]
+        leaves = [
+            Leaf.of(path, view, contents=values) for path, view in zip(paths, views, strict=True)
+        ]
+        self._leaves = [
+            Leaf.of(path, view, contents=False) for path, view in zip(paths, views, strict=True)
+        ]
         self._device = self._one_device(views)
         if average:
             self._refuse_integers()
         options = {"average": average, "compare": bool(compare)}
         replicas.compare(
-            self.group, "Synchronizer", options, leaves,
+            self.group,
+            "Synchronizer",
+            options,
+            leaves,
             f"{replicas.REMEDY}, or pass compare=False where it was given no parameters but what has their shapes",
         )
         self._match = None if self._structure is None else tree.matcher_of(self._structure)
@@ -177,7 +183,12 @@ class Synchronizer:
 
     def _plan(self, like: Any) -> Plan | None:
         """Return the plan of such trees, with their shapes, where a group looks at those itself."""
-        if self._match is None or not self._leaves or self._device is not CPU or like.__class__ in known:
+        if (
+            self._match is None
+            or not self._leaves
+            or self._device is not CPU
+            or like.__class__ in known
+        ):
             return None
         return Plan(self._structure, adapt(like, False, False, True), shaped=True)
 
@@ -205,8 +216,12 @@ class Synchronizer:
                     "convert the gradient or make another Synchronizer"
                 )
             if view.device is not self._device and view.device != self._device:
-                raise DeviceError(f"{self._where()}: {name}: expected it on {self._device}, got {view.device}; move it")
-        written = [(view, name) for view, name in zip(views, self._names, strict=True) if not view.readonly]
+                raise DeviceError(
+                    f"{self._where()}: {name}: expected it on {self._device}, got {view.device}; move it"
+                )
+        written = [
+            (view, name) for view, name in zip(views, self._names, strict=True) if not view.readonly
+        ]
         try:
             refuse_overlaps(written, [])
         except TensorError as error:
@@ -219,8 +234,11 @@ class Synchronizer:
         if found != expected:
             wrong = [f"leaf {path} is missing" for path in expected if path not in found]
             wrong += [f"leaf {path} is not among them" for path in found if path not in expected]
-            wrong += [f"leaf {path} is where {there} was" for path, there in zip(found, expected, strict=False)
-                      if path != there]
+            wrong += [
+                f"leaf {path} is where {there} was"
+                for path, there in zip(found, expected, strict=False)
+                if path != there
+            ]
             raise ShapeError(
                 f"{self._where()}: expected the {len(expected)} leaves that the Synchronizer was made for, got "
                 f"{len(found)}: {wrong[0]}; pass zeros for what has no gradient, or make another Synchronizer"

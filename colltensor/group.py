@@ -1,7 +1,4 @@
-"""Group: the collectives of one group of ranks; adapts the tensors of a call, checks them, runs it.
-
-Imports no framework.
-"""
+"""Group: the collectives of one group of ranks; adapts the tensors of a call, checks them, runs it."""
 
 from __future__ import annotations
 
@@ -19,14 +16,12 @@ from types import FrameType
 from typing import Any, Final, NoReturn
 
 from colltensor import backends, environment, objects
-from colltensor.adapters import is_plain, note, unnoted
+from colltensor.adapters import is_exportable, no_write_notice, notify_written
 from colltensor.arguments import Arguments
-from colltensor.backends.base import Backend, CarryingBackend, SigningBackend
+from colltensor.backends.base import AgreeingBackend, Backend, PiggybackingBackend
 from colltensor.buffers import Buffers, TensorBuffers
-from colltensor.control import Control, lifetime
+from colltensor.control import Control, exit_hooks
 from colltensor.devices import Devices
-from colltensor.direct import NO_OP, Direct
-from colltensor.direct_trees import DirectTrees
 from colltensor.engine import Engine, Transfer, verdict
 from colltensor.errors import (
     CollectiveError,
@@ -38,8 +33,10 @@ from colltensor.errors import (
     remedy_for_system,
     saying_timed_out,
 )
+from colltensor.fastpath import NO_OP, FastPath
+from colltensor.fastpath_trees import TreeFastPath
 from colltensor.multigpu import MultiGpu
-from colltensor.recipe import Recipe, timeout_of
+from colltensor.options import GroupOptions, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
 from colltensor.types import ReduceOp
 from colltensor.untraced import keep_compilers_out
@@ -53,7 +50,7 @@ _PURE: Final = (_PACKAGE + "control" + os.sep, _PACKAGE + "rendezvous" + os.sep)
 """What calls no native library."""
 
 
-def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
+def connect(meeting: Meeting, options: GroupOptions, deadline: float) -> Group:
     """Make the group of the ranks that met: its control plane, then its backend.
 
     Raises:
@@ -71,25 +68,38 @@ def connect(meeting: Meeting, recipe: Recipe, deadline: float) -> Group:
             + remedy_for_system(error, "see that the ranks reach each other")
         ) from error
     try:
-        recipe.prepare(meeting.world_size, meeting.host_ids)
-        backend, why = recipe.make(control, meeting)
+        options.prepare(meeting.world_size, meeting.host_ids)
+        backend, why = options.make(control, meeting)
     except BaseException as error:
         try:
             found = verdict(control, "init_collective_group", error)
             control.fail(found)
         finally:
             control.close()
-        if found is error or not isinstance(error, (RuntimeError, OSError)) or is_from_handler(error):
+        if (
+            found is error
+            or not isinstance(error, (RuntimeError, OSError))
+            or is_from_handler(error)
+        ):
             raise
         raise found from error
-    return Group(meeting.group_name, meeting.rank, meeting.world_size, backend, control, recipe, meeting, why)
+    return Group(
+        meeting.group_name,
+        meeting.rank,
+        meeting.world_size,
+        backend,
+        control,
+        options,
+        meeting,
+        why,
+    )
 
 
-def solitary(name: str, recipe: Recipe) -> Group:
+def solitary(name: str, options: GroupOptions) -> Group:
     """Make a group of one rank, which needs no other process."""
     spec = backends.get_backend("loopback")
-    backend = spec.create(None, None, timeout_s=recipe.timeout_s, interface=None, provider=None)
-    return Group(name, 0, 1, backend, None, recipe, why="a group of one rank needs no transport")
+    backend = spec.create(None, None, timeout_s=options.timeout_s, interface=None, provider=None)
+    return Group(name, 0, 1, backend, None, options, why="a group of one rank needs no transport")
 
 
 class Group:
@@ -130,8 +140,15 @@ class Group:
     """
 
     def __init__(
-        self, name: str, rank: int, world_size: int, backend: Backend, control: Control | None, recipe: Recipe,
-        meeting: Meeting | None = None, why: str = "",
+        self,
+        name: str,
+        rank: int,
+        world_size: int,
+        backend: Backend,
+        control: Control | None,
+        options: GroupOptions,
+        meeting: Meeting | None = None,
+        why: str = "",
     ) -> None:
         keep_compilers_out()
         environment.name_unknown(name, rank)
@@ -140,29 +157,47 @@ class Group:
         self.world_size = world_size
         self.backend = backend.name
         self.why = why
-        self._recipe = recipe
+        self._options = options
         self._backend = backend
         self._control = control
         self._meeting = meeting
-        signer = self._signer = backend if isinstance(backend, SigningBackend) else None
-        carrier = backend if isinstance(backend, CarryingBackend) else None
-        self._engine = Engine(name, rank, control, backend.agrees, recipe.timeout_s, signer, carrier, backend.crosses)
+        agreeing = self._agreeing = backend if isinstance(backend, AgreeingBackend) else None
+        piggybacking = backend if isinstance(backend, PiggybackingBackend) else None
+        self._engine = Engine(
+            name,
+            rank,
+            control,
+            backend.needs_agreement,
+            options.timeout_s,
+            agreeing,
+            piggybacking,
+            backend.crosses,
+        )
         self._queue = self._engine.queue
         if control is not None:
-            control.set_timeout(recipe.timeout_s)
-        self._devices = Devices(name, rank, backend, control, self._engine, recipe, meeting)
+            control.set_timeout(options.timeout_s)
+        self._devices = Devices(name, rank, backend, control, self._engine, options, meeting)
         self._splits = 0
         self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
         self._arguments: Any = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
-        self._direct: Any = None if signer is None else Direct(
-            signer, self._engine, self._arguments, rank, world_size
+        self._fastpath: Any = (
+            None
+            if agreeing is None
+            else FastPath(agreeing, self._engine, self._arguments, rank, world_size)
         )
-        self._trees: Any = None if self._direct is None else DirectTrees(self._direct)
+        self._trees: Any = None if self._fastpath is None else TreeFastPath(self._fastpath)
         _groups.add(self)
-        self._allreduce = None if self._direct is None else self._direct.allreduce
-        self._barrier = None if self._direct is None else self._direct.barrier
-        _log.debug("group %r (rank %d): made of %d ranks, backend %r: %s", name, rank, world_size, self.backend, why)
+        self._allreduce = None if self._fastpath is None else self._fastpath.allreduce
+        self._barrier = None if self._fastpath is None else self._fastpath.barrier
+        _log.debug(
+            "group %r (rank %d): made of %d ranks, backend %r: %s",
+            name,
+            rank,
+            world_size,
+            self.backend,
+            why,
+        )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -181,8 +216,14 @@ class Group:
         return self._engine.broken or (self._control.broken if self._control is not None else None)
 
     def allreduce(
-        self, tensor: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False, donate: bool = False,
-        copy: bool | None = None, _like: Any = None,
+        self,
+        tensor: Any,
+        op: ReduceOp = ReduceOp.SUM,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
+        _like: Any = None,
     ) -> Any:
         """Combine the tensors of all ranks elementwise; every rank gets the result, with the same bits.
 
@@ -200,8 +241,8 @@ class Group:
             op = self._arguments.op("allreduce", op)
         calls = self._allreduce  # which another thread's follow() may take away
         if calls is not None and copy is None and not async_op and self._queue.idle:
-            noted = tensor.__class__ not in unnoted
-            if not noted or is_plain(tensor):
+            needs_write_notice = tensor.__class__ not in no_write_notice
+            if not needs_write_notice or is_exportable(tensor):
                 call = calls[op]
                 try:
                     code = call.function(tensor)
@@ -209,33 +250,54 @@ class Group:
                     call.failed((tensor,), error)
                 else:
                     if not code or call.finish((tensor,), code):
-                        if noted:
-                            note(tensor)
+                        if needs_write_notice:
+                            notify_written(tensor)
                         return tensor
         if async_op and calls is not None and copy is None:
             work = calls[op].issue((tensor,), 0, 1, tensor)
             if work is not None:
                 return work
         if self._trees is not None and copy is None and not async_op:
-            done = self._trees.run("allreduce", op, -1, tensor, True, donate, None if _like is None else _like.plan)
+            done = self._trees.run(
+                "allreduce", op, -1, tensor, True, donate, None if _like is None else _like.plan
+            )
             if done is not None:
                 return done
         if _like is not None:  # a Synchronizer, whose plan a tree on the fast path is of
             _like.check(tensor)
-        buffers = self._arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
+        buffers = self._arguments.tensor(
+            "allreduce", "tensor", tensor, op, True, donate, copy, True
+        )
         if (
-            self._engine.device is not None and copy is None and not async_op and buffers.__class__ is TensorBuffers
+            self._engine.device is not None
+            and copy is None
+            and not async_op
+            and buffers.__class__ is TensorBuffers
             and self._engine.allreduce_at_once(buffers, op)
         ):
             return tensor
         return self._engine.run(
-            async_op, "allreduce", buffers, op, -1, copy is not False, (buffers,),
-            self._arguments.wire(buffers).allreduce, (buffers.transfers, op), buffers.result,
+            async_op,
+            "allreduce",
+            buffers,
+            op,
+            -1,
+            copy is not False,
+            (buffers,),
+            self._arguments.backend_for(buffers).allreduce,
+            (buffers.transfers, op),
+            buffers.result,
         )
 
     def reduce(
-        self, tensor: Any, dst_rank: int = 0, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
-        donate: bool = False, copy: bool | None = None,
+        self,
+        tensor: Any,
+        dst_rank: int = 0,
+        op: ReduceOp = ReduceOp.SUM,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
     ) -> Any:
         """Combine the tensors of all ranks elementwise into rank ``dst_rank``'s; the others stay as they were.
 
@@ -250,29 +312,53 @@ class Group:
         Returns:
             On ``dst_rank`` as ``allreduce``; elsewhere ``tensor`` itself.
         """
-        if self._direct is not None and copy is None and op.__class__ is ReduceOp and dst_rank.__class__ is int:
-            call = self._direct.reduce[op][dst_rank]
+        if (
+            self._fastpath is not None
+            and copy is None
+            and op.__class__ is ReduceOp
+            and dst_rank.__class__ is int
+        ):
+            call = self._fastpath.reduce[op][dst_rank]
             if async_op:
                 done = call.issue((tensor,), 0, dst_rank == self.rank, tensor)
             else:
                 done = call.run((tensor,), 0, dst_rank == self.rank)
             if done:
                 return done if async_op else tensor
-        op, root = self._arguments.op("reduce", op), self._arguments.rank("reduce", "dst_rank", dst_rank)
+        op, root = (
+            self._arguments.op("reduce", op),
+            self._arguments.rank("reduce", "dst_rank", dst_rank),
+        )
         write = root == self.rank
         if (
-            self._trees is not None and copy is None and not async_op
+            self._trees is not None
+            and copy is None
+            and not async_op
             and self._trees.run("reduce", op, root, tensor, write) is not None
         ):
             return tensor
         buffers = self._written_by_some("reduce", tensor, op, root, write, donate, copy)
         return self._engine.run(
-            async_op, "reduce", buffers, op, root, copy is not False, (buffers,),
-            self._arguments.wire(buffers).reduce, (buffers.transfers, root, op), buffers.result,
+            async_op,
+            "reduce",
+            buffers,
+            op,
+            root,
+            copy is not False,
+            (buffers,),
+            self._arguments.backend_for(buffers).reduce,
+            (buffers.transfers, root, op),
+            buffers.result,
         )
 
     def broadcast(
-        self, tensor: Any, src_rank: int = 0, *, async_op: bool = False, donate: bool = False, copy: bool | None = None
+        self,
+        tensor: Any,
+        src_rank: int = 0,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
     ) -> Any:
         """Copy rank ``src_rank``'s elements to all ranks.
 
@@ -286,8 +372,8 @@ class Group:
         Returns:
             ``tensor`` itself, with JAX arrays and numbers replaced by new ones where they were written.
         """
-        if self._direct is not None and copy is None and src_rank.__class__ is int:
-            call = self._direct.broadcast[src_rank]
+        if self._fastpath is not None and copy is None and src_rank.__class__ is int:
+            call = self._fastpath.broadcast[src_rank]
             if async_op:
                 done = call.issue((tensor,), 0, src_rank != self.rank, tensor)
             else:
@@ -297,14 +383,24 @@ class Group:
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
         write = root != self.rank
         if (
-            self._trees is not None and copy is None and not async_op
+            self._trees is not None
+            and copy is None
+            and not async_op
             and self._trees.run("broadcast", NO_OP, root, tensor, write) is not None
         ):
             return tensor
         buffers = self._written_by_some("broadcast", tensor, None, root, write, donate, copy)
         return self._engine.run(
-            async_op, "broadcast", buffers, None, root, copy is not False, (buffers,),
-            self._arguments.wire(buffers).broadcast, (buffers.transfers, root), buffers.result,
+            async_op,
+            "broadcast",
+            buffers,
+            None,
+            root,
+            copy is not False,
+            (buffers,),
+            self._arguments.backend_for(buffers).broadcast,
+            (buffers.transfers, root),
+            buffers.result,
         )
 
     def allgather(
@@ -322,34 +418,50 @@ class Group:
         Returns:
             ``tensor_list``, or a new JAX array for one.
         """
-        if self._direct is not None and copy is None:
+        if self._fastpath is not None and copy is None:
             if async_op:
                 stacked = tensor_list.__class__ is not list
-                call = self._direct.allgather_stack if stacked else self._direct.allgather
+                call = self._fastpath.allgather_stack if stacked else self._fastpath.allgather
                 targets = (tensor_list,) if stacked else tensor_list
                 done = call.issue((*targets, tensor), 0, len(targets), tensor_list)
             elif tensor_list.__class__ is not list:
-                done = self._direct.allgather_stack.pair(tensor_list, tensor, tensor_list)
+                done = self._fastpath.allgather_stack.pair(tensor_list, tensor, tensor_list)
             else:
-                done = self._direct.allgather.run((*tensor_list, tensor), 0, len(tensor_list))
+                done = self._fastpath.allgather.run((*tensor_list, tensor), 0, len(tensor_list))
             if done:
                 return done if async_op else tensor_list
-        source = self._arguments.tensor("allgather", "tensor", tensor, None, False, False, copy, False)
+        source = self._arguments.tensor(
+            "allgather", "tensor", tensor, None, False, False, copy, False
+        )
         view = source.views[0]
-        targets = self._arguments.blocks("allgather", "tensor_list", tensor_list, view, None, True, copy)
+        targets = self._arguments.blocks(
+            "allgather", "tensor_list", tensor_list, view, None, True, copy
+        )
         self._arguments.separate(
             "allgather", targets.named("tensor_list"), [(view, "tensor")], self.rank, targets.whole
         )
         return self._engine.run(
-            async_op, "allgather", source, None, -1, True, (source, targets),
-            lambda deadline: self._arguments.wire(source).allgather(
+            async_op,
+            "allgather",
+            source,
+            None,
+            -1,
+            True,
+            (source, targets),
+            lambda deadline: self._arguments.backend_for(source).allgather(
                 targets.transfers, source.transfers[0], deadline
-            ), (),
+            ),
+            (),
             targets.result,
         )
 
     def gather(
-        self, tensor_list: Any, tensor: Any, dst_rank: int = 0, *, async_op: bool = False,
+        self,
+        tensor_list: Any,
+        tensor: Any,
+        dst_rank: int = 0,
+        *,
+        async_op: bool = False,
         copy: bool | None = None,
     ) -> Any:
         """Copy every rank's ``tensor`` into entry ``rank`` of ``tensor_list`` on rank ``dst_rank``.
@@ -364,13 +476,20 @@ class Group:
         Returns:
             As ``allgather``.
         """
-        if self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int:
+        if (
+            self._fastpath is not None
+            and copy is None
+            and not async_op
+            and dst_rank.__class__ is int
+        ):
             if dst_rank != self.rank:
-                done = self._direct.gather[dst_rank].run((tensor,), 0, 0)
+                done = self._fastpath.gather[dst_rank].run((tensor,), 0, 0)
             elif tensor_list.__class__ is not list:
-                done = self._direct.gather_stack[dst_rank].pair(tensor_list, tensor, tensor_list)
+                done = self._fastpath.gather_stack[dst_rank].pair(tensor_list, tensor, tensor_list)
             else:
-                done = self._direct.gather[dst_rank].run((*tensor_list, tensor), 0, len(tensor_list))
+                done = self._fastpath.gather[dst_rank].run(
+                    (*tensor_list, tensor), 0, len(tensor_list)
+                )
             if done:
                 return tensor_list
         root = self._arguments.rank("gather", "dst_rank", dst_rank)
@@ -379,21 +498,36 @@ class Group:
         if root == self.rank:
             with self._refusing("gather", root, source):
                 view = source.views[0]
-                targets = self._arguments.blocks("gather", "tensor_list", tensor_list, view, None, True, copy)
+                targets = self._arguments.blocks(
+                    "gather", "tensor_list", tensor_list, view, None, True, copy
+                )
                 self._arguments.separate(
                     "gather", targets.named("tensor_list"), [(view, "tensor")], root, targets.whole
                 )
         return self._engine.run(
-            async_op, "gather", source, None, root, True, (source,) if targets is None else (source, targets),
-            lambda deadline: self._arguments.wire(source).gather(
+            async_op,
+            "gather",
+            source,
+            None,
+            root,
+            True,
+            (source,) if targets is None else (source, targets),
+            lambda deadline: self._arguments.backend_for(source).gather(
                 None if targets is None else targets.transfers, source.transfers[0], root, deadline
-            ), (),
+            ),
+            (),
             lambda: tensor_list if targets is None else targets.result(),
         )
 
     def scatter(
-        self, tensor: Any, tensor_list: Any = None, src_rank: int = 0, *, async_op: bool = False,
-        donate: bool = False, copy: bool | None = None,
+        self,
+        tensor: Any,
+        tensor_list: Any = None,
+        src_rank: int = 0,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
     ) -> Any:
         """Copy entry ``r`` of rank ``src_rank``'s ``tensor_list`` into rank ``r``'s ``tensor``.
 
@@ -409,35 +543,59 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if self._direct is not None and copy is None and not async_op and src_rank.__class__ is int:
+        if (
+            self._fastpath is not None
+            and copy is None
+            and not async_op
+            and src_rank.__class__ is int
+        ):
             if src_rank != self.rank:
-                done = self._direct.scatter[src_rank].run((tensor,), 0, 1)
+                done = self._fastpath.scatter[src_rank].run((tensor,), 0, 1)
             elif tensor_list.__class__ is not list:
-                done = self._direct.scatter_stack[src_rank].pair(tensor, tensor_list, tensor)
+                done = self._fastpath.scatter_stack[src_rank].pair(tensor, tensor_list, tensor)
             else:
-                done = self._direct.scatter[src_rank].run((tensor, *tensor_list), 0, 1)
+                done = self._fastpath.scatter[src_rank].run((tensor, *tensor_list), 0, 1)
             if done:
                 return tensor
         root = self._arguments.rank("scatter", "src_rank", src_rank)
-        target = self._arguments.tensor("scatter", "tensor", tensor, None, True, donate, copy, False)
+        target = self._arguments.tensor(
+            "scatter", "tensor", tensor, None, True, donate, copy, False
+        )
         sources = None
         if root == self.rank:
             with self._refusing("scatter", root, target):
                 view = target.views[0]
-                sources = self._arguments.blocks("scatter", "tensor_list", tensor_list, view, None, False, copy)
+                sources = self._arguments.blocks(
+                    "scatter", "tensor_list", tensor_list, view, None, False, copy
+                )
                 if not self._arguments.in_place("scatter", target, sources.views[root], copy):
-                    self._arguments.separate("scatter", [(view, "tensor")], sources.named("tensor_list"))
+                    self._arguments.separate(
+                        "scatter", [(view, "tensor")], sources.named("tensor_list")
+                    )
         return self._engine.run(
-            async_op, "scatter", target, None, root, True, (target,) if sources is None else (target, sources),
-            lambda deadline: self._arguments.wire(target).scatter(
+            async_op,
+            "scatter",
+            target,
+            None,
+            root,
+            True,
+            (target,) if sources is None else (target, sources),
+            lambda deadline: self._arguments.backend_for(target).scatter(
                 target.transfers[0], None if sources is None else sources.transfers, root, deadline
-            ), (),
+            ),
+            (),
             target.result,
         )
 
     def reducescatter(
-        self, tensor: Any, tensor_list: Any, op: ReduceOp = ReduceOp.SUM, *, async_op: bool = False,
-        donate: bool = False, copy: bool | None = None,
+        self,
+        tensor: Any,
+        tensor_list: Any,
+        op: ReduceOp = ReduceOp.SUM,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
     ) -> Any:
         """Combine entry ``r`` of all ranks' ``tensor_list`` elementwise into rank ``r``'s ``tensor``.
 
@@ -452,28 +610,45 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if self._direct is not None and copy is None and op.__class__ is ReduceOp:
+        if self._fastpath is not None and copy is None and op.__class__ is ReduceOp:
             if async_op:
                 stacked = tensor_list.__class__ is not list
-                call = (self._direct.reducescatter_stack if stacked else self._direct.reducescatter)[op]
-                done = call.issue((tensor, tensor_list) if stacked else (tensor, *tensor_list), 0, 1, tensor)
+                call = (
+                    self._fastpath.reducescatter_stack if stacked else self._fastpath.reducescatter
+                )[op]
+                done = call.issue(
+                    (tensor, tensor_list) if stacked else (tensor, *tensor_list), 0, 1, tensor
+                )
             elif tensor_list.__class__ is not list:
-                done = self._direct.reducescatter_stack[op].pair(tensor, tensor_list, tensor)
+                done = self._fastpath.reducescatter_stack[op].pair(tensor, tensor_list, tensor)
             else:
-                done = self._direct.reducescatter[op].run((tensor, *tensor_list), 0, 1)
+                done = self._fastpath.reducescatter[op].run((tensor, *tensor_list), 0, 1)
             if done:
                 return done if async_op else tensor
         op = self._arguments.op("reducescatter", op)
-        target = self._arguments.tensor("reducescatter", "tensor", tensor, op, True, donate, copy, False)
+        target = self._arguments.tensor(
+            "reducescatter", "tensor", tensor, op, True, donate, copy, False
+        )
         view = target.views[0]
-        sources = self._arguments.blocks("reducescatter", "tensor_list", tensor_list, view, op, False, copy)
+        sources = self._arguments.blocks(
+            "reducescatter", "tensor_list", tensor_list, view, op, False, copy
+        )
         if not self._arguments.in_place("reducescatter", target, sources.views[self.rank], copy):
-            self._arguments.separate("reducescatter", [(view, "tensor")], sources.named("tensor_list"))
+            self._arguments.separate(
+                "reducescatter", [(view, "tensor")], sources.named("tensor_list")
+            )
         return self._engine.run(
-            async_op, "reducescatter", target, op, -1, True, (target, sources),
-            lambda deadline: self._arguments.wire(target).reducescatter(
+            async_op,
+            "reducescatter",
+            target,
+            op,
+            -1,
+            True,
+            (target, sources),
+            lambda deadline: self._arguments.backend_for(target).reducescatter(
                 target.transfers[0], sources.transfers, op, deadline
-            ), (),
+            ),
+            (),
             target.result,
         )
 
@@ -492,35 +667,55 @@ class Group:
         Returns:
             ``output_list``, or a new JAX array for one.
         """
-        if self._direct is not None and copy is None:
+        if self._fastpath is not None and copy is None:
             done = None
             if output_list.__class__ is not list and input_list.__class__ is not list:
                 if async_op:
-                    done = self._direct.alltoall_stack.issue((output_list, input_list), 0, 1, output_list)
+                    done = self._fastpath.alltoall_stack.issue(
+                        (output_list, input_list), 0, 1, output_list
+                    )
                 else:
-                    done = self._direct.alltoall_stack.pair(output_list, input_list, output_list)
-            elif output_list.__class__ is input_list.__class__ and len(output_list) == len(input_list):
+                    done = self._fastpath.alltoall_stack.pair(output_list, input_list, output_list)
+            elif output_list.__class__ is input_list.__class__ and len(output_list) == len(
+                input_list
+            ):
                 tensors, written = (*output_list, *input_list), len(output_list)
                 if async_op:
-                    done = self._direct.alltoall.issue(tensors, 0, written, output_list)
+                    done = self._fastpath.alltoall.issue(tensors, 0, written, output_list)
                 else:
-                    done = self._direct.alltoall.run(tensors, 0, written)
+                    done = self._fastpath.alltoall.run(tensors, 0, written)
             if done:
                 return done if async_op else output_list
-        sources = self._arguments.blocks("alltoall", "input_list", input_list, None, None, False, copy)
-        targets = self._arguments.blocks("alltoall", "output_list", output_list, sources.views[0], None, True, copy)
+        sources = self._arguments.blocks(
+            "alltoall", "input_list", input_list, None, None, False, copy
+        )
+        targets = self._arguments.blocks(
+            "alltoall", "output_list", output_list, sources.views[0], None, True, copy
+        )
         self._arguments.separate(
-            "alltoall", targets.named("output_list"), sources.named("input_list"), apart=targets.whole
+            "alltoall",
+            targets.named("output_list"),
+            sources.named("input_list"),
+            apart=targets.whole,
         )
         return self._engine.run(
-            async_op, "alltoall", sources, None, -1, True, (sources, targets),
-            lambda deadline: self._arguments.wire(sources).alltoall(
+            async_op,
+            "alltoall",
+            sources,
+            None,
+            -1,
+            True,
+            (sources, targets),
+            lambda deadline: self._arguments.backend_for(sources).alltoall(
                 targets.transfers, sources.transfers, deadline
-            ), (),
+            ),
+            (),
             targets.result,
         )
 
-    def send(self, tensor: Any, dst_rank: int, *, async_op: bool = False, copy: bool | None = None) -> Any:
+    def send(
+        self, tensor: Any, dst_rank: int, *, async_op: bool = False, copy: bool | None = None
+    ) -> Any:
         """Send a tensor or a pytree of tensors, of any dtype, to rank ``dst_rank``, which calls ``recv``.
 
         Only those two ranks call; the call waits until the receiver has come, and of a large tensor until it
@@ -531,25 +726,44 @@ class Group:
             MismatchError: Both ranks of a pair wait in a send to each other, or both in a ``recv``: use ``sendrecv``.
         """
         if (
-            self._direct is not None and copy is None and not async_op and dst_rank.__class__ is int
-            and self._direct.send[dst_rank].run((tensor,), 0, 0)
+            self._fastpath is not None
+            and copy is None
+            and not async_op
+            and dst_rank.__class__ is int
+            and self._fastpath.send[dst_rank].run((tensor,), 0, 0)
         ):
             return tensor
         peer = self._arguments.peer("send", "dst_rank", dst_rank)
         if (
-            self._trees is not None and copy is None and not async_op
+            self._trees is not None
+            and copy is None
+            and not async_op
             and self._trees.run("transfer", NO_OP, peer, tensor, False) is not None
         ):
             return tensor
         buffers = self._arguments.tensor("send", "tensor", tensor, None, False, False, copy, True)
         return self._engine.run(
-            async_op, "send", buffers, None, -1, copy is not False, (buffers,),
-            self._arguments.wire(buffers).send, (buffers.transfers, peer), buffers.result,
+            async_op,
+            "send",
+            buffers,
+            None,
+            -1,
+            copy is not False,
+            (buffers,),
+            self._arguments.backend_for(buffers).send,
+            (buffers.transfers, peer),
+            buffers.result,
             [self._sending(peer, buffers)],
         )
 
     def recv(
-        self, tensor: Any, src_rank: int, *, async_op: bool = False, donate: bool = False, copy: bool | None = None
+        self,
+        tensor: Any,
+        src_rank: int,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
     ) -> Any:
         """Receive into a tensor or a pytree of tensors what rank ``src_rank`` sends; see ``send``.
 
@@ -557,26 +771,46 @@ class Group:
             ``tensor`` itself, with JAX arrays and numbers replaced by new ones.
         """
         if (
-            self._direct is not None and copy is None and not async_op and src_rank.__class__ is int
-            and self._direct.recv[src_rank].run((tensor,), 0, 1)
+            self._fastpath is not None
+            and copy is None
+            and not async_op
+            and src_rank.__class__ is int
+            and self._fastpath.recv[src_rank].run((tensor,), 0, 1)
         ):
             return tensor
         peer = self._arguments.peer("recv", "src_rank", src_rank)
         if (
-            self._trees is not None and copy is None and not async_op
+            self._trees is not None
+            and copy is None
+            and not async_op
             and self._trees.run("transfer", NO_OP, -1, tensor, True, source=peer) is not None
         ):
             return tensor
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
         return self._engine.run(
-            async_op, "recv", buffers, None, -1, copy is not False, (buffers,),
-            self._arguments.wire(buffers).recv, (buffers.transfers, peer), buffers.result,
+            async_op,
+            "recv",
+            buffers,
+            None,
+            -1,
+            copy is not False,
+            (buffers,),
+            self._arguments.backend_for(buffers).recv,
+            (buffers.transfers, peer),
+            buffers.result,
             [self._receiving(peer, buffers)],
         )
 
     def sendrecv(
-        self, send_tensor: Any, dst_rank: int, recv_tensor: Any, src_rank: int, *, async_op: bool = False,
-        donate: bool = False, copy: bool | None = None,
+        self,
+        send_tensor: Any,
+        dst_rank: int,
+        recv_tensor: Any,
+        src_rank: int,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
     ) -> Any:
         """Send to ``dst_rank`` and receive from ``src_rank`` at once, as in a shift along a ring.
 
@@ -588,26 +822,45 @@ class Group:
             ``recv_tensor`` itself, or a new JAX array.
         """
         if (
-            self._direct is not None and copy is None and not async_op
-            and dst_rank.__class__ is int and src_rank.__class__ is int
-            and self._direct.sendrecv[dst_rank][src_rank].pair(send_tensor, recv_tensor, recv_tensor)
+            self._fastpath is not None
+            and copy is None
+            and not async_op
+            and dst_rank.__class__ is int
+            and src_rank.__class__ is int
+            and self._fastpath.sendrecv[dst_rank][src_rank].pair(
+                send_tensor, recv_tensor, recv_tensor
+            )
         ):
             return recv_tensor
         to, of = self._arguments.shift(dst_rank, src_rank)
-        source = self._arguments.tensor("sendrecv", "send_tensor", send_tensor, None, False, False, copy, False)
-        target = self._arguments.tensor("sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False)
+        source = self._arguments.tensor(
+            "sendrecv", "send_tensor", send_tensor, None, False, False, copy, False
+        )
+        target = self._arguments.tensor(
+            "sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False
+        )
         sent, received = source.views[0], target.views[0]
         if not self._arguments.in_place("sendrecv", target, sent, copy):
-            self._arguments.separate("sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")])
+            self._arguments.separate(
+                "sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")]
+            )
         if to == self.rank:  # no peer to compare with
             self._arguments.alike("sendrecv", "recv_tensor", received, sent)
         self._arguments.same_device("sendrecv", "recv_tensor", received, sent)
         return self._engine.run(
-            async_op, "sendrecv", source, None, -1, True, (source, target),
-            lambda deadline: self._arguments.wire(source).sendrecv(
+            async_op,
+            "sendrecv",
+            source,
+            None,
+            -1,
+            True,
+            (source, target),
+            lambda deadline: self._arguments.backend_for(source).sendrecv(
                 source.transfers[0], to, target.transfers[0], of, deadline
-            ), (),
-            target.result, [] if to == self.rank else [self._sending(to, source), self._receiving(of, target)],
+            ),
+            (),
+            target.result,
+            [] if to == self.rank else [self._sending(to, source), self._receiving(of, target)],
         )
 
     def barrier(self, *, async_op: bool = False) -> Any:
@@ -628,10 +881,12 @@ class Group:
             device = self._engine.device
             if device is not None and device is not self._backend:
                 device.drain(deadline)  # what was queued while this call waited for its turn
-            if not self._backend.agrees:  # else the agreement is a barrier
+            if not self._backend.needs_agreement:  # else the agreement is a barrier
                 self._backend.barrier(deadline)
 
-        return self._engine.run(async_op, "barrier", None, None, -1, True, (), meet, (), lambda: None)
+        return self._engine.run(
+            async_op, "barrier", None, None, -1, True, (), meet, (), lambda: None
+        )
 
     def broadcast_object(self, obj: Any = None, src_rank: int = 0) -> Any:
         """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way. Peers must be trusted.
@@ -659,18 +914,22 @@ class Group:
         payload = objects.dumps(obj)
         found = self._exchange("allgather_object", payload, -1)
         found[self.rank] = payload
-        everyone = [self._unpickled(theirs, "allgather_object", rank) for rank, theirs in enumerate(found)]
+        everyone = [
+            self._unpickled(theirs, "allgather_object", rank) for rank, theirs in enumerate(found)
+        ]
         everyone[self.rank] = obj
         return everyone
 
     def _unpickled(self, payload: bytes, operation: str, of: int) -> Any:
         """Return the object of rank ``of``; its own a rank looks at only where it might be refused."""
-        allowed = self._recipe.allow_pickle
+        allowed = self._options.allow_pickle
         if of == self.rank and allowed:
             return None
         return objects.loads(payload, operation, self.rank, of, allow_pickle=allowed)
 
-    def split(self, color: Any, key: int | None = None, *, group_name: str | None = None) -> Group | None:
+    def split(
+        self, color: Any, key: int | None = None, *, group_name: str | None = None
+    ) -> Group | None:
         """Make one new group of all ranks with the same ``color``, ranked by ``key``, then by rank here.
 
         Args:
@@ -683,17 +942,21 @@ class Group:
         """
         color = self._arguments.number("split", "color", color)
         if color is not None and color < 0:
-            raise OptionError(f"split: color (rank {self.rank}): expected a number >= 0 or None, got {color!r}")
+            raise OptionError(
+                f"split: color (rank {self.rank}): expected a number >= 0 or None, got {color!r}"
+            )
         key = self._arguments.number("split", "key", key)
         ballot = json.dumps([color, self.rank if key is None else key, self.rank]).encode()
         ballots = [json.loads(vote) for vote in self._exchange("split", ballot, -1)]
-        members = [rank for voted, _, rank in sorted(ballots, key=lambda vote: vote[1:]) if voted == color]
+        members = [
+            rank for voted, _, rank in sorted(ballots, key=lambda vote: vote[1:]) if voted == color
+        ]
         self._splits += 1
         name = group_name or f"{self.name}/{self._splits}.{color}"
         return self._make_part(name, [] if color is None else members)
 
     def follow(self, wait: Callable[[], None], defer: Callable[[bool], None]) -> None:
-        """Keep the order with calls that reach this group's wire another way (``settle``).
+        """Keep the order with calls that reach this group's backend another way (``complete``).
 
         Args:
             wait: Called first in every collective from now on, in the caller's thread: waits for such calls.
@@ -701,10 +964,10 @@ class Group:
         """
         self._engine.before = wait
         self._queue.watch = defer
-        if self._direct is not None:
-            self._direct.before = wait
+        if self._fastpath is not None:
+            self._fastpath.before = wait
         self._allreduce = self._barrier = None  # by way of the engine, which waits
-        self._queue.tell_watch()
+        self._queue.notify_watch()
 
     def set_timeout(self, timeout_s: float) -> None:
         """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone.
@@ -720,13 +983,13 @@ class Group:
             self._control.set_timeout(timeout_s)
         if self._engine.device is not None:
             self._engine.device.set_timeout(timeout_s)
-        if self._signer is None:
+        if self._agreeing is None:
             return
-        self._signer.set_timeout(timeout_s)
-        self._direct.renew()
+        self._agreeing.set_timeout(timeout_s)
+        self._fastpath.renew()
         self._trees.renew()
         if self._allreduce is not None:
-            self._allreduce, self._barrier = self._direct.allreduce, self._direct.barrier
+            self._allreduce, self._barrier = self._fastpath.allreduce, self._fastpath.barrier
 
     def lost(self, rank: int) -> PeerLostError | None:
         """Ask whether ``rank`` is still there, in any thread and whatever it does; return the error if it is not."""
@@ -747,13 +1010,15 @@ class Group:
 
     def shared_memory(self) -> int:
         """Return the group's number in the native library, or -1 if it is not in shared memory."""
-        return -1 if self._signer is None else self._signer.number
+        return -1 if self._agreeing is None else self._agreeing.number
 
-    def settle(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
-        """End a call that was begun on the group's wire itself; False if it must be made as a call of the group.
+    def complete(
+        self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int
+    ) -> bool:
+        """End a call that was begun on the group's backend itself; False if it must be made as a call of the group.
 
         Args:
-            operation: A number of ``colltensor.backends.base.DIRECT``.
+            operation: A number of ``colltensor.backends.base.FAST_OPERATIONS``.
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none.
             source: The rank to receive from; -1 for none.
@@ -763,7 +1028,9 @@ class Group:
         Raises:
             CollectiveError: As every collective.
         """
-        return self._direct is not None and bool(self._direct.settle(operation, op, root, source, tensors, code))
+        return self._fastpath is not None and bool(
+            self._fastpath.complete(operation, op, root, source, tensors, code)
+        )
 
     def destroy(self) -> None:
         """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.
@@ -811,12 +1078,13 @@ class Group:
 
     def _make_part(self, name: str, members: list[int]) -> Group | None:
         """Meet the other members through this group's control plane; non-members only help with the exchange."""
+
         def exchange(payload: bytes) -> list[bytes]:
             everyone = self._exchange("split", payload, -1)
             return [everyone[rank] for rank in members]
 
         if self._control is None:
-            return solitary(name, self._recipe) if members else None
+            return solitary(name, self._options) if members else None
         if not members:
             exchange(b"")
             exchange(b"")
@@ -825,14 +1093,19 @@ class Group:
         rank = members.index(self.rank)
         with saying_timed_out(self.timeout_s):
             meeting = meet_through(
-                exchange, group_name=name, world_size=len(members), rank=rank, interface=self._recipe.interface,
-                backend=self._recipe.asked_of(len(members)), host_id=self._control.host_id,
+                exchange,
+                group_name=name,
+                world_size=len(members),
+                rank=rank,
+                interface=self._options.interface,
+                backend=self._options.asked_of(len(members)),
+                host_id=self._control.host_id,
             )
-            return connect(meeting, self._recipe, deadline)
+            return connect(meeting, self._options, deadline)
 
     @contextlib.contextmanager
     def _refusing(self, name: str, root: int, argument: Buffers | None) -> Iterator[None]:
-        """Tell the other ranks what is raised over an argument that this one has alone."""
+        """Notify the other ranks what is raised over an argument that this one has alone."""
         try:
             yield
         except Exception as error:
@@ -840,7 +1113,14 @@ class Group:
             raise
 
     def _written_by_some(
-        self, name: str, tensor: Any, op: ReduceOp | None, root: int, write: bool, donate: bool, copy: bool | None
+        self,
+        name: str,
+        tensor: Any,
+        op: ReduceOp | None,
+        root: int,
+        write: bool,
+        donate: bool,
+        copy: bool | None,
     ) -> Buffers:
         """Adapt a tensor that is written on some ranks alone, which tell the others if it cannot be."""
         found: Buffers
@@ -848,33 +1128,55 @@ class Group:
             found = self._arguments.tensor(name, "tensor", tensor, op, write, donate, copy, True)
         except TensorError as error:
             if write:
-                with contextlib.suppress(CollectiveError):  # it could not be read either, as on the other ranks
-                    found = self._arguments.tensor(name, "tensor", tensor, op, False, False, copy, True)
+                # it could not be read either, as on the other ranks
+                with contextlib.suppress(CollectiveError):
+                    found = self._arguments.tensor(
+                        name, "tensor", tensor, op, False, False, copy, True
+                    )
                     self._engine.refuse(name, root, found, error)
             raise
         return found
 
     def _sending(self, peer: int, buffers: Buffers) -> Transfer:
-        wire = self._arguments.wire(buffers)
-        return Transfer(self.rank, peer, buffers, lambda deadline: wire.send(buffers.transfers, peer, deadline))
+        backend = self._arguments.backend_for(buffers)
+        return Transfer(
+            self.rank,
+            peer,
+            buffers,
+            lambda deadline: backend.send(buffers.transfers, peer, deadline),
+        )
 
     def _receiving(self, peer: int, buffers: Buffers) -> Transfer:
-        wire = self._arguments.wire(buffers)
-        return Transfer(peer, self.rank, buffers, lambda deadline: wire.recv(buffers.transfers, peer, deadline))
+        backend = self._arguments.backend_for(buffers)
+        return Transfer(
+            peer,
+            self.rank,
+            buffers,
+            lambda deadline: backend.recv(buffers.transfers, peer, deadline),
+        )
 
     def _exchange(self, name: str, payload: bytes, root: int) -> list[bytes]:
         """Allgather bytes over the control plane, once the ranks agreed on the operation."""
         control = self._control
         found: list[bytes] = []
         self._engine.run(
-            False, name, None, None, root, True, (),
-            lambda deadline: found.extend([payload] if control is None else control.allgather(payload, deadline)), (),
+            False,
+            name,
+            None,
+            None,
+            root,
+            True,
+            (),
+            lambda deadline: found.extend(
+                [payload] if control is None else control.allgather(payload, deadline)
+            ),
+            (),
             lambda: found,
         )
         return found
 
     def __repr__(self) -> str:
-        check = ", check=True" if self._recipe.check else ""
+        check = ", check=True" if self._options.check else ""
         return f"Group({self.name!r}, rank {self.rank} of {self.world_size}, backend {self.backend!r}{check})"
 
 
@@ -886,7 +1188,9 @@ class _Ended:
         self._rank = rank
 
     def __getattr__(self, _: str) -> Any:
-        raise GroupError(f"group '{self._name}' (rank {self._rank}) has ended, because its process ends")
+        raise GroupError(
+            f"group '{self._name}' (rank {self._rank}) has ended, because its process ends"
+        )
 
 
 _groups: Final[weakref.WeakSet[Group]] = weakref.WeakSet()
@@ -905,7 +1209,7 @@ def _end_all() -> None:
     while any(group.progress() for group in groups) and time.monotonic() < deadline:
         time.sleep(0.005)
     if groups:
-        threading.excepthook = functools.partial(_tell, threading.excepthook)
+        threading.excepthook = functools.partial(_notify, threading.excepthook)
     caught = _callers() if groups else set()
     for group in groups:
         try:
@@ -924,13 +1228,23 @@ def _end_all() -> None:
 def _calling() -> set[int]:
     """Return the other threads that are in a function of this package that may call a native library."""
     here = threading.get_ident()
-    files = {ident: frame.f_code.co_filename for ident, frame in sys._current_frames().items() if ident != here}
-    return {ident for ident, file in files.items() if file.startswith(_PACKAGE) and not file.startswith(_PURE)}
+    files = {
+        ident: frame.f_code.co_filename
+        for ident, frame in sys._current_frames().items()
+        if ident != here
+    }
+    return {
+        ident
+        for ident, file in files.items()
+        if file.startswith(_PACKAGE) and not file.startswith(_PURE)
+    }
 
 
 def _callers() -> set[int]:
     """Return the threads of others that are in a call, however deep in it."""
-    ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")}
+    ours = {
+        thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")
+    }
     found = set()
     for ident, top in sys._current_frames().items():
         frame: FrameType | None = top
@@ -941,11 +1255,11 @@ def _callers() -> set[int]:
     return found
 
 
-def _tell(hook: Callable[[Any], object], arguments: Any) -> None:
+def _notify(hook: Callable[[Any], object], arguments: Any) -> None:
     """Pass what ended a thread on, unless it is that its call was ended."""
     if not isinstance(arguments.exc_value, CollectiveError):
         hook(arguments)
 
 
-lifetime.before_end(_end_all)
+exit_hooks.before_end(_end_all)
 os.register_at_fork(after_in_child=_groups.clear)  # they are the parent's

@@ -4,8 +4,6 @@ A connection has a thread once the opening of its proof has come, so that those 
 or leave again, cost a descriptor each and no thread. Ranks send it at once and prove themselves within milliseconds. So
 where there are too many who have not, the oldest is closed; the ranks dial again (``net.reach``). Linux itself keeps
 those who say nothing at all for the first seconds, so that no rank queues behind them.
-
-Imports net of the package, and no framework.
 """
 
 from __future__ import annotations
@@ -50,8 +48,12 @@ class Listener:
     """
 
     def __init__(
-        self, sock: socket.socket, serve: Callable[[socket.socket], None], note: Callable[[str, Exception], None],
-        name: str, ranks: int = 0,
+        self,
+        sock: socket.socket,
+        serve: Callable[[socket.socket], None],
+        note: Callable[[str, Exception], None],
+        name: str,
+        ranks: int = 0,
     ) -> None:
         """Prepare to listen; ``start`` begins.
 
@@ -200,7 +202,9 @@ class Listener:
         try:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            threading.Thread(target=self._answer, args=(sock,), name=f"{self._thread.name}-one", daemon=True).start()
+            threading.Thread(
+                target=self._answer, args=(sock,), name=f"{self._thread.name}-one", daemon=True
+            ).start()
         except RuntimeError as error:
             self._note("cannot serve a connection", error)
             self.proven(sock)

@@ -1,7 +1,4 @@
-"""NativeQueue: what Python does about the operations of a group's native queue.
-
-Imports no framework.
-"""
+"""NativeQueue: what Python does about the operations of a group's native queue."""
 
 from __future__ import annotations
 
@@ -45,7 +42,8 @@ class NativeQueue:
         self._changed = threading.Condition(self._lock)
         self._serving: set[int] = set()  # the threads that run operations
         self._issued: collections.deque[IssuedWork] = collections.deque()
-        self._notified: collections.deque[IssuedWork] = collections.deque()  # whose callbacks are not called yet
+        # whose callbacks are not called yet
+        self._notified: collections.deque[IssuedWork] = collections.deque()
         self._number = 0  # of the last one
         self._has_server = False
         self._server: threading.Thread | None = None
@@ -66,21 +64,32 @@ class NativeQueue:
             return
         with self._lock:
             native = self._native
-            if not (self._has_server or self._closed) and native is not None and native.wait(0, 0.0):  # not a fork's
-                server = threading.Thread(target=self._serve_native, name=f"colltensor {self._name}", daemon=True)
+            # not a fork's
+            if (
+                not (self._has_server or self._closed)
+                and native is not None
+                and native.wait(0, 0.0)
+            ):
+                server = threading.Thread(
+                    target=self._serve_native, name=f"colltensor {self._name}", daemon=True
+                )
                 server.start()
                 self._server = server
                 self._has_server = True
 
     def issue(
-        self, work: IssuedWork, push: Callable[..., int], arguments: Sequence[Any], first: bool = False
+        self,
+        work: IssuedWork,
+        push: Callable[..., int],
+        arguments: Sequence[Any],
+        first: bool = False,
     ) -> bool:
         """Have the native queue make what ``push`` puts into it, which returns its number; ``man_native`` was called.
 
         Args:
             work: The operation's handle.
             push: See above.
-            arguments: What ``push`` is told.
+            arguments: What ``push`` is given.
             first: The operation has begun already: nothing else can end before it.
 
         Returns:
@@ -117,7 +126,8 @@ class NativeQueue:
     def _count(self, number: int) -> None:
         """Note the number of what was put into the native queue last."""
         self._number = number
-        if self.busy and self._native is not None:  # a signal's handler has put something, and saw it as empty
+        # a signal's handler has put something, and saw it as empty
+        if self.busy and self._native is not None:
             self._native.kick()
 
     def rests(self) -> bool:
@@ -164,7 +174,14 @@ class NativeQueue:
                 work.end()
                 if work._done:
                     self._notified.append(work)
-            if self.idle or self.busy or self._closed or inside or self._notified or ended != self._number:
+            if (
+                self.idle
+                or self.busy
+                or self._closed
+                or inside
+                or self._notified
+                or ended != self._number
+            ):
                 return
             self.idle = True
             if self.watch is not None:
@@ -207,7 +224,11 @@ class NativeQueue:
         The interpreter's end would end the thread there, in frames of C++, which the process does not survive.
         """
         server = self._server
-        if server is not None and server is not threading.current_thread() and not self._is_locked_here():
+        if (
+            server is not None
+            and server is not threading.current_thread()
+            and not self._is_locked_here()
+        ):
             server.join(max(0.0, seconds))
 
     def _end_served(self) -> None:
@@ -218,7 +239,7 @@ class NativeQueue:
         with self._lock:
             self._changed.notify_all()
 
-    def tell_watch(self) -> None:
+    def notify_watch(self) -> None:
         """Tell ``watch`` once more whether the workers have something to do."""
         with self._lock:
             if self.watch is not None:

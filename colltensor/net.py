@@ -5,7 +5,7 @@ a mutual challenge and response over a shared secret, and is then a sequence of 
 kind, eight that say the length, and the payload. Until the other side has proved itself no more than a few
 kilobytes of it are read, and nothing of it is interpreted.
 
-Deadlines are values of ``time.monotonic()``. Imports nothing of the package but the errors, and no framework.
+Deadlines are values of ``time.monotonic()``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class WrongSecretError(AuthenticationError):
     """The listening side says that this one's secret is not its own."""
 
 
-def send_frame(sock: socket.socket, kind: int, payload: bytes = b"", deadline: float | None = None) -> None:
+def send_frame(
+    sock: socket.socket, kind: int, payload: bytes = b"", deadline: float | None = None
+) -> None:
     """Send one frame.
 
     Args:
@@ -102,7 +104,9 @@ def recv_frame(sock: socket.socket, deadline: float, limit: int = FRAME_LIMIT) -
     """
     kind, nbytes = _HEADER.unpack(_recv_exactly(sock, _HEADER.size, deadline))
     if nbytes > limit:
-        raise FrameError(f"expected a frame of at most {limit} bytes, got a header that says {nbytes}")
+        raise FrameError(
+            f"expected a frame of at most {limit} bytes, got a header that says {nbytes}"
+        )
     if nbytes <= _CHUNK_NBYTES:
         return kind, bytes(_recv_exactly(sock, nbytes, deadline))
     sizes = [_CHUNK_NBYTES] * (nbytes // _CHUNK_NBYTES) + [nbytes % _CHUNK_NBYTES]
@@ -117,7 +121,9 @@ def _recv_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytearra
         sock.settimeout(time_left(deadline))
         received = sock.recv_into(view[done:])
         if not received:
-            raise ConnectionResetError(f"the other side closed the connection after {done} of {nbytes} bytes")
+            raise ConnectionResetError(
+                f"the other side closed the connection after {done} of {nbytes} bytes"
+            )
         done += received
     return data
 
@@ -160,11 +166,15 @@ def prove(sock: socket.socket, secret: bytes, context: bytes, deadline: float) -
     theirs = _recv_step(sock, _CHALLENGE, deadline)
     transcript = mine + theirs + context
     send_frame(sock, _PROOF, _proof(secret, b"dial", transcript), deadline)
-    if not hmac.compare_digest(_recv_step(sock, _ACCEPTED, deadline), _proof(secret, b"accept", transcript)):
+    if not hmac.compare_digest(
+        _recv_step(sock, _ACCEPTED, deadline), _proof(secret, b"accept", transcript)
+    ):
         raise AuthenticationError("the listening side does not know the secret")
 
 
-def verify(sock: socket.socket, secret_of: Callable[[bytes], bytes | None], deadline: float) -> bytes:
+def verify(
+    sock: socket.socket, secret_of: Callable[[bytes], bytes | None], deadline: float
+) -> bytes:
     """Authenticate both sides of a connection, as the one that accepted it.
 
     Args:
@@ -194,7 +204,9 @@ def verify(sock: socket.socket, secret_of: Callable[[bytes], bytes | None], dead
     mine = secrets.token_bytes(_NONCE_NBYTES)
     transcript = opening[len(_PROTOCOL) : start] + mine + context
     send_frame(sock, _CHALLENGE, mine, deadline)
-    if not hmac.compare_digest(_recv_step(sock, _PROOF, deadline), _proof(secret, b"dial", transcript)):
+    if not hmac.compare_digest(
+        _recv_step(sock, _PROOF, deadline), _proof(secret, b"dial", transcript)
+    ):
         refuse(sock, _WRONG_SECRET, deadline)
         raise WrongSecretError("the side that dialled does not know the secret")
     send_frame(sock, _ACCEPTED, _proof(secret, b"accept", transcript), deadline)
@@ -206,7 +218,9 @@ def _recv_step(sock: socket.socket, expected: int, deadline: float) -> bytes:
     if kind == _REFUSED:
         if payload == _WRONG_SECRET:
             raise WrongSecretError("the listening side refuses: the secret is wrong")
-        raise AuthenticationError(f"the listening side refuses: {payload[:200].decode(errors='replace')}")
+        raise AuthenticationError(
+            f"the listening side refuses: {payload[:200].decode(errors='replace')}"
+        )
     if kind != expected:
         raise FrameError(f"expected handshake step {expected:#x}, got {kind:#x}")
     return payload
@@ -219,7 +233,9 @@ def refuse(sock: socket.socket, reason: bytes, deadline: float) -> None:
 
 
 def _proof(secret: bytes, direction: bytes, transcript: bytes) -> bytes:
-    return hmac.new(secret, _PROTOCOL + b"/" + direction + b"/" + transcript, hashlib.sha256).digest()
+    return hmac.new(
+        secret, _PROTOCOL + b"/" + direction + b"/" + transcript, hashlib.sha256
+    ).digest()
 
 
 def tune(sock: socket.socket) -> None:
@@ -274,7 +290,11 @@ def defer_silent(sock: socket.socket, seconds: float) -> None:
         seconds: At least 1.
     """
     option = getattr(socket, "TCP_DEFER_ACCEPT", None)
-    if option is None or sock.family not in (socket.AF_INET, socket.AF_INET6) or not _has_syn_cookies():
+    if (
+        option is None
+        or sock.family not in (socket.AF_INET, socket.AF_INET6)
+        or not _has_syn_cookies()
+    ):
         return
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds))
@@ -311,7 +331,9 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise  # of this process, and nothing is known of the other side
-        raise ConnectionError(error.errno, f"cannot reach {host}:{port}: {error.strerror}") from error
+        raise ConnectionError(
+            error.errno, f"cannot reach {host}:{port}: {error.strerror}"
+        ) from error
     if sock.getsockname()[:2] == sock.getpeername()[:2]:
         # Dialling a free port of the ephemeral range on one's own host can connect a socket to itself.
         sock.close()
@@ -344,7 +366,10 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
 
 
 def reach(
-    address: tuple[str, int], secret: bytes, context: bytes, deadline: float,
+    address: tuple[str, int],
+    secret: bytes,
+    context: bytes,
+    deadline: float,
     keep: Callable[[socket.socket], object] | None = None,
 ) -> socket.socket:
     """Dial and ``prove``; again, a few times, where the connection is lost before it is proved.
@@ -429,7 +454,9 @@ def interface_address(interface: str) -> str:
     """
     found = list(_interfaces())
     if isinstance(interface, str):
-        named = sorted((address for name, address in found if name == interface), key=lambda a: ":" in a)
+        named = sorted(
+            (address for name, address in found if name == interface), key=lambda a: ":" in a
+        )
         if named:
             return named[0]
         with contextlib.suppress(ValueError):
@@ -445,7 +472,9 @@ def interface_address(interface: str) -> str:
 
 def _can_bind(address: str) -> bool:
     try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as sock:
+        with socket.socket(
+            socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM
+        ) as sock:
             sock.bind((address, 0))
     except OSError:
         return False
@@ -464,7 +493,9 @@ def _primary_address() -> str | None:
 def _interfaces() -> Iterator[tuple[str, str]]:
     """Yield (name, address) of every interface that has one."""
     if sys.platform != "linux":
-        for address in sorted({info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}):
+        for address in sorted(
+            {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+        ):
             yield "?", plain_address(str(address))
         return
     yield from _ipv4_interfaces()

@@ -2,8 +2,6 @@
 
 Unpickling may call any function that the sender names. A group made with ``allow_pickle=False`` unpickles what needs
 none: numbers, strings, bytes, None, and tuples, lists, dicts and sets of them. So the package's own exchanges go on.
-
-Imports no framework.
 """
 
 from __future__ import annotations
@@ -18,7 +16,9 @@ from colltensor.errors import CollectiveError
 from colltensor.types import DTYPES
 
 _PLAIN: Final = {
-    ("builtins", "complex"), ("colltensor.replicas", "Leaf"), ("colltensor.replicas", "Plain"),
+    ("builtins", "complex"),
+    ("colltensor.replicas", "Leaf"),
+    ("colltensor.replicas", "Plain"),
     ("colltensor.torch.agreement", "Report"),
 }
 """Classes that plain data and the package's own exchanges take: making one does nothing else, nor does changing it."""
@@ -73,7 +73,9 @@ def loads(payload: bytes, operation: str, rank: int, of: int, *, allow_pickle: b
         CollectiveError: It cannot be made here, for want of a package or a device, say, or is no plain data.
     """
     try:
-        return pickle.loads(payload) if allow_pickle else _PlainUnpickler(io.BytesIO(payload)).load()
+        return (
+            pickle.loads(payload) if allow_pickle else _PlainUnpickler(io.BytesIO(payload)).load()
+        )
     except _NotPlainError as refused:
         raise CollectiveError(
             f"{operation} (rank {rank}): the object of rank {of} holds {refused}, which this rank does not unpickle "

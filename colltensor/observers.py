@@ -1,7 +1,7 @@
-"""Observers: told of every operation of this process's groups, for metrics, traces and logs.
+"""Observers: notified of every operation of this process's groups, for metrics, traces and logs.
 
 Without an observer nothing of this is in the way of a call: the methods of ``Group`` and ``MultiGpu`` are replaced by
-observed ones when the first observer comes, and put back when the last one goes. Imports no framework.
+observed ones when the first observer comes, and put back when the last one goes.
 """
 
 from __future__ import annotations
@@ -57,15 +57,27 @@ class Operation:
 Observer = Callable[[Operation], "Callable[[], None] | None"]
 
 _OPERATIONS: Final = {
-    "allreduce": (0, "tensor"), "reduce": (0, "tensor"), "broadcast": (0, "tensor"), "allgather": (1, "tensor"),
-    "gather": (1, "tensor"), "scatter": (0, "tensor"), "reducescatter": (1, "tensor_list"),
-    "alltoall": (1, "input_list"), "send": (0, "tensor"), "recv": (0, "tensor"), "sendrecv": (0, "send_tensor"),
-    "barrier": (-1, ""), "split": (-1, ""),
+    "allreduce": (0, "tensor"),
+    "reduce": (0, "tensor"),
+    "broadcast": (0, "tensor"),
+    "allgather": (1, "tensor"),
+    "gather": (1, "tensor"),
+    "scatter": (0, "tensor"),
+    "reducescatter": (1, "tensor_list"),
+    "alltoall": (1, "input_list"),
+    "send": (0, "tensor"),
+    "recv": (0, "tensor"),
+    "sendrecv": (0, "send_tensor"),
+    "barrier": (-1, ""),
+    "split": (-1, ""),
 }
 """Methods of ``Group``, and the argument that says how much this rank brings."""
 _MULTIGPU_OPERATIONS: Final = {
-    "allreduce": (0, "tensor_list"), "reduce": (0, "tensor_list"), "broadcast": (0, "tensor_list"),
-    "allgather": (1, "input_tensor_list"), "reducescatter": (1, "input_tensor_lists"),
+    "allreduce": (0, "tensor_list"),
+    "reduce": (0, "tensor_list"),
+    "broadcast": (0, "tensor_list"),
+    "allgather": (1, "input_tensor_list"),
+    "reducescatter": (1, "input_tensor_lists"),
 }
 _VARIABLE: Final = "COLLTENSOR_OBSERVE"
 
@@ -76,13 +88,13 @@ _plain: Final[list[tuple[type, str, Any]]] = []
 """The methods that observed ones stand for at the moment."""
 _heeded = False
 on_start: Final[list[Callable[[], None]]] = []
-"""Called when the first observer comes: whoever reaches a group's wire without its methods must use them now."""
+"""Called when the first observer comes: whoever reaches a group's transport without its methods must use them now."""
 on_stop: Final[list[Callable[[], None]]] = []
 """Called when the last one has gone."""
 
 
 def add_observer(observer: Observer) -> None:
-    """Have every operation of this process's groups, those there are and those to come, told to ``observer``.
+    """Have every operation of this process's groups, those there are and those to come, reported to ``observer``.
 
     Args:
         observer: Called with the ``Operation`` in the caller's thread before it begins. What it returns, unless None,
@@ -101,7 +113,7 @@ def add_observer(observer: Observer) -> None:
 
 
 def remove_observer(observer: Observer) -> None:
-    """Tell ``observer`` nothing more, but the ends of what it has seen begin; nothing happens if it is not there."""
+    """Report nothing more to ``observer``, but the ends of what it has seen begin; nothing happens if it is not there."""
     global _observers
     with _lock:
         _observers = tuple(other for other in _observers if other != observer)
@@ -128,7 +140,9 @@ def heed_environment() -> None:
     if asked and not _heeded:
         words = {word.strip() for word in asked.split(",")}
         if not words <= {"metrics", "timeline"}:
-            raise OptionError(f"{_VARIABLE}: expected 'metrics', 'timeline' or 'metrics,timeline', got {asked!r}")
+            raise OptionError(
+                f"{_VARIABLE}: expected 'metrics', 'timeline' or 'metrics,timeline', got {asked!r}"
+            )
         observe = importlib.import_module("colltensor.ray.observe").observe
         observe(metrics="metrics" in words, timeline="timeline" in words)
         _heeded = True
@@ -138,7 +152,9 @@ def _replace_methods() -> None:
     for name, (index, argument) in _OPERATIONS.items():
         _replace_method(Group, name, functools.partial(_observed, name, index, argument))
     for name, (index, argument) in _MULTIGPU_OPERATIONS.items():
-        _replace_method(MultiGpu, name, functools.partial(_observed, f"{name}_multigpu", index, argument))
+        _replace_method(
+            MultiGpu, name, functools.partial(_observed, f"{name}_multigpu", index, argument)
+        )
     _replace_method(Group, "_exchange", _observed_exchange)
 
 
@@ -148,8 +164,11 @@ def _replace_method(owner: type, name: str, observed: Callable[[Any], Any]) -> N
     setattr(owner, name, observed(method))
 
 
-def _observed(name: str, index: int, argument: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _observed(
+    name: str, index: int, argument: str, method: Callable[..., Any]
+) -> Callable[..., Any]:
     """Return a method that does what ``method`` does, and is observed."""
+
     @functools.wraps(method)
     def call(self: Any, *args: Any, **options: Any) -> Any:
         brought = None if index < 0 else args[index] if index < len(args) else options.get(argument)
@@ -170,6 +189,7 @@ def _observed(name: str, index: int, argument: str, method: Callable[..., Any]) 
 
 def _observed_exchange(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``Group._exchange``, observed: the collectives of objects know there what they bring."""
+
     @functools.wraps(method)
     def call(self: Any, name: str, payload: bytes, root: int) -> Any:
         if name == "split":  # observed as a whole
@@ -187,25 +207,33 @@ def _observed_exchange(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _begin(operation: Operation) -> Callable[[BaseException | None], None]:
-    """Tell all observers that an operation begins, and return what tells them that it is over."""
-    ends = [end for observer in _observers if (end := _told(operation, observer, operation)) is not None]
+    """Notify all observers that an operation begins, and return what tells them that it is over."""
+    ends = [
+        end
+        for observer in _observers
+        if (end := _notified(operation, observer, operation)) is not None
+    ]
     began = time.perf_counter()
 
     def over(error: BaseException | None) -> None:
         operation.duration_s = time.perf_counter() - began
         operation.error = error
         for end in ends:
-            _told(operation, end)
+            _notified(operation, end)
 
     return over
 
 
-def _told(operation: Operation, function: Callable[..., Any], *arguments: Any) -> Any:
+def _notified(operation: Operation, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception:  # noqa: BLE001 - whoever watches a collective must not break it
         _log.exception(
-            "group %r (rank %d): %s: observer %r raised", operation.group, operation.rank, operation.name, function
+            "group %r (rank %d): %s: observer %r raised",
+            operation.group,
+            operation.rank,
+            operation.name,
+            function,
         )
         return None
 

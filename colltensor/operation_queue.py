@@ -1,7 +1,4 @@
-"""OperationQueue: the operations of a group in their order, in the caller's thread and in workers.
-
-Imports no framework.
-"""
+"""OperationQueue: the operations of a group in their order, in the caller's thread and in workers."""
 
 from __future__ import annotations
 
@@ -37,14 +34,14 @@ class OperationQueue(NativeQueue):
 
     Attributes:
         turn: Who may run an operation.
-        is_in_direct_call: Whether this thread is in a call that took no turn here; or None.
+        is_in_fast_call: Whether this thread is in a call that took no turn here; or None.
     """
 
     def __init__(self, name: str, native: IssueQueue | None = None, rank: int = 0) -> None:
         self._rank = rank
         self._warned = False
         self._why = ""  # it is closed
-        self.is_in_direct_call: Callable[[], bool] | None = None
+        self.is_in_fast_call: Callable[[], bool] | None = None
         super().__init__(name, native)
 
     def _renew(self) -> None:
@@ -52,7 +49,8 @@ class OperationQueue(NativeQueue):
         self.turn = Turn()
         self._waiting: collections.deque[Work] = collections.deque()
         self._lanes: set[Lane] = set()  # in which a work runs
-        self._due: collections.Counter[Lane] = collections.Counter()  # works that wait or run, by lane
+        # works that wait or run, by lane
+        self._due: collections.Counter[Lane] = collections.Counter()
         self._workers = self._spare = 0
 
     def disown(self) -> None:
@@ -77,7 +75,7 @@ class OperationQueue(NativeQueue):
         """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
         if super().is_inside() or threading.get_ident() == self.turn.owner():
             return True
-        return self.is_in_direct_call is not None and self.is_in_direct_call()
+        return self.is_in_fast_call is not None and self.is_in_fast_call()
 
     def run(self, work: Work) -> Any:
         """Run ``work`` in a worker thread when its turn comes, and return its result.
@@ -97,7 +95,10 @@ class OperationQueue(NativeQueue):
                 "group %r (rank %d): thread %r calls while %s does: ranks match calls by their order, which is chance "
                 "then, and calls of equal shapes can meet those of the other thread on another rank, in silence; let "
                 "one call at a time, in one order on all ranks, or give each a group of its own (group.split)",
-                self._name, self._rank, threading.current_thread().name, others,
+                self._name,
+                self._rank,
+                threading.current_thread().name,
+                others,
             )
 
     def put(self, work: Work) -> Work:
@@ -142,7 +143,9 @@ class OperationQueue(NativeQueue):
         It is started before the lane's turn comes, while the caller can still be told that there is none to be had.
         """
         if self._workers < max(1, len(self._due)):
-            threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
+            threading.Thread(
+                target=self._serve, name=f"colltensor {self._name}", daemon=True
+            ).start()
             self._workers += 1
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
@@ -168,7 +171,9 @@ class OperationQueue(NativeQueue):
             self._look()
             if threading.get_ident() not in self._serving:
                 with self._lock:
-                    self._changed.wait_for(lambda: not self._notified, max(0.0, deadline - time.monotonic()))
+                    self._changed.wait_for(
+                        lambda: not self._notified, max(0.0, deadline - time.monotonic())
+                    )
             self._await_server(deadline - time.monotonic())
         for work in cancelled:
             work._cancel(error)
@@ -215,7 +220,11 @@ class OperationQueue(NativeQueue):
 
         while True:
             with self._lock:
-                if self._spare >= _SPARE_WORKERS and self._workers > len(self._due) and self._next() is None:
+                if (
+                    self._spare >= _SPARE_WORKERS
+                    and self._workers > len(self._due)
+                    and self._next() is None
+                ):
                     self._workers -= 1
                     return
                 self._spare += 1
@@ -252,4 +261,7 @@ class OperationQueue(NativeQueue):
 
 
 def _name_of(thread: int) -> str:
-    return next((f"thread {found.name!r}" for found in threading.enumerate() if found.ident == thread), "another")
+    return next(
+        (f"thread {found.name!r}" for found in threading.enumerate() if found.ident == thread),
+        "another",
+    )

@@ -1,7 +1,4 @@
-"""Replicas: what the leaves of all ranks must have in common, down to the bits of their parameters.
-
-Imports no framework.
-"""
+"""Replicas: what the leaves of all ranks must have in common, down to the bits of their parameters."""
 
 from __future__ import annotations
 
@@ -92,7 +89,9 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
     try:
         tensors, paths, _ = flatten(parameters)
     except TensorError as error:
-        raise type(error)(f"{where} of group '{group.name}' (rank {group.rank}): {error}") from error
+        raise type(error)(
+            f"{where} of group '{group.name}' (rank {group.rank}): {error}"
+        ) from error
     for leaf, path in zip(tensors, paths, strict=True):
         adapter = number_adapter(type(leaf))
         if isinstance(leaf, (str, bytes)):
@@ -106,11 +105,19 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
                 leaves.append(Plain(path, repr(leaf)))
                 continue
             place = f"leaf {path}" if path else "the tensor"
-            raise type(error)(f"{where} of group '{group.name}' (rank {group.rank}): {place}: {error}") from error
+            raise type(error)(
+                f"{where} of group '{group.name}' (rank {group.rank}): {place}: {error}"
+            ) from error
     compare(group, where, {}, leaves, remedy)
 
 
-def compare(group: Group, where: str, options: Mapping[str, Any], leaves: Sequence[Leaf | Plain], remedy: str) -> None:
+def compare(
+    group: Group,
+    where: str,
+    options: Mapping[str, Any],
+    leaves: Sequence[Leaf | Plain],
+    remedy: str,
+) -> None:
     """Compare every rank's options and leaves, in one exchange; every rank calls.
 
     Args:
@@ -135,11 +142,14 @@ def compare(group: Group, where: str, options: Mapping[str, Any], leaves: Sequen
         remedy = "make it of the same leaves, with the same options, on every rank"
     raise MismatchError(
         f"{where} of group '{group.name}' (rank {group.rank}): rank{'s' * (len(ranks) > 1)} "
-        f"{', '.join(map(str, ranks))} differ{'s' * (len(ranks) == 1)}: {difference}; {remedy}", ranks,
+        f"{', '.join(map(str, ranks))} differ{'s' * (len(ranks) == 1)}: {difference}; {remedy}",
+        ranks,
     )
 
 
-def _difference(rank: int, theirs: tuple[Any, ...], of: int, usual: tuple[Any, ...]) -> tuple[str, bool]:
+def _difference(
+    rank: int, theirs: tuple[Any, ...], of: int, usual: tuple[Any, ...]
+) -> tuple[str, bool]:
     """Return in words the first difference between two ranks, and whether only values differ."""
     for (option, here), (_, there) in zip(theirs[0], usual[0], strict=True):
         if here != there:
@@ -147,11 +157,17 @@ def _difference(rank: int, theirs: tuple[Any, ...], of: int, usual: tuple[Any, .
     pairs = list(zip(theirs[1:], usual[1:], strict=False))
     for here, there in pairs:
         if here.path != there.path:
-            return f"leaf {here.path} of rank {rank} is where rank {of} has leaf {there.path}", False
+            return (
+                f"leaf {here.path} of rank {rank} is where rank {of} has leaf {there.path}",
+                False,
+            )
         if (here.shape, here.dtype) != (there.shape, there.dtype):
             return f"leaf {here.path} is {here} on rank {rank}, {there} on rank {of}", False
     if len(theirs) != len(usual):
-        return f"it has {len(theirs) - 1} leaves on rank {rank}, {len(usual) - 1} on rank {of}", False
+        return (
+            f"it has {len(theirs) - 1} leaves on rank {rank}, {len(usual) - 1} on rank {of}",
+            False,
+        )
     return values_differ(rank, of, [here.path for here, there in pairs if here != there]), True
 
 

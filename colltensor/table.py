@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from colltensor import backends, environment, objects
-from colltensor.control import lifetime
+from colltensor.control import exit_hooks
 from colltensor.errors import (
     BackendUnavailableError,
     CollectiveError,
@@ -26,7 +26,7 @@ from colltensor.errors import (
 )
 from colltensor.group import Group, connect, solitary
 from colltensor.observers import heed_environment
-from colltensor.recipe import Recipe, timeout_of
+from colltensor.options import GroupOptions, timeout_of
 from colltensor.rendezvous import Directory, Meeting, meet, open_directory, report_refusal
 
 _lock = threading.Lock()
@@ -89,35 +89,44 @@ def init_collective_group(
         MismatchError: The ranks disagree about the group.
     """
     _check_process(group_name)
-    recipe: Recipe | None = None
+    options: GroupOptions | None = None
     try:
         environment.check()
         seconds = timeout_s if gloo_timeout is None else _seconds(gloo_timeout)
-        recipe = _recipe(backend, seconds, interface, provider, check, allow_pickle)
+        options = _options(backend, seconds, interface, provider, check, allow_pickle)
         if world_size is None or rank is None:
             _, rank, world_size = open_directory(init_method, rank, world_size)
-        world_size, rank = _check(world_size, rank, recipe)
+        world_size, rank = _check(world_size, rank, options)
     except (BackendUnavailableError, OptionError) as error:
-        _report(error, world_size, rank, init_method, group_name, backend, recipe)
+        _report(error, world_size, rank, init_method, group_name, backend, options)
         raise
-    alone = world_size == 1 and init_method is None and recipe.backend_for(1) == "loopback"
+    alone = world_size == 1 and init_method is None and options.backend_for(1) == "loopback"
 
     def make() -> Group:
         if alone:
-            return solitary(group_name, recipe)
+            return solitary(group_name, options)
         try:
             directory, found_rank, found_size = open_directory(init_method, rank, world_size)
         except OptionError as error:  # its secret cannot be read, for one
-            _report(error, world_size, rank, init_method, group_name, backend, recipe)
+            _report(error, world_size, rank, init_method, group_name, backend, options)
             raise
-        return _meet(found_size, found_rank, directory, group_name, recipe)
+        return _meet(found_size, found_rank, directory, group_name, options)
 
     return _enter(group_name, make)
 
 
 def make_group(
-    world_size: int, rank: int, meeting: Callable[[], Meeting], patience_s: float, *, backend: str, group_name: str,
-    timeout_s: float, interface: str | None, provider: str | None, check: bool = False,
+    world_size: int,
+    rank: int,
+    meeting: Callable[[], Meeting],
+    patience_s: float,
+    *,
+    backend: str,
+    group_name: str,
+    timeout_s: float,
+    interface: str | None,
+    provider: str | None,
+    check: bool = False,
 ) -> Group:
     """Make a group as ``init_collective_group`` does, with ranks that met in another way.
 
@@ -134,20 +143,27 @@ def make_group(
         check: As for ``init_collective_group``.
     """
     _check_process(group_name)
-    recipe = _recipe(backend, timeout_s, interface, provider, check)
-    world_size, rank = _check(world_size, rank, recipe)
+    options = _options(backend, timeout_s, interface, provider, check)
+    world_size, rank = _check(world_size, rank, options)
 
     def make() -> Group:
-        if world_size == 1 and recipe.backend_for(1) == "loopback":
-            return solitary(group_name, recipe)
-        return connect(meeting(), recipe, time.monotonic() + patience_s)
+        if world_size == 1 and options.backend_for(1) == "loopback":
+            return solitary(group_name, options)
+        return connect(meeting(), options, time.monotonic() + patience_s)
 
     return _enter(group_name, make)
 
 
 def check_options(
-    world_size: int, *, backend: str, group_name: str, timeout_s: float, interface: str | None, provider: str | None,
-    check: bool = False, member: bool = False,
+    world_size: int,
+    *,
+    backend: str,
+    group_name: str,
+    timeout_s: float,
+    interface: str | None,
+    provider: str | None,
+    check: bool = False,
+    member: bool = False,
 ) -> None:
     """Check a group's options before it is made.
 
@@ -167,11 +183,11 @@ def check_options(
         BackendUnavailableError: The backend cannot be used here.
     """
     _check_name(group_name)
-    recipe = _recipe(backend, timeout_s, interface, provider, check)
+    options = _options(backend, timeout_s, interface, provider, check)
     _check_numbers(world_size, 0)
-    _check_loopback(recipe, world_size)
+    _check_loopback(options, world_size)
     if member:
-        _check(world_size, 0, recipe)
+        _check(world_size, 0, options)
         if group_name in _groups:
             raise _taken(group_name)
 
@@ -210,7 +226,7 @@ def destroy_collective_group(group_name: str = "default") -> None:
 
 def _check_process(group_name: str) -> None:
     """Refuse to make a group while the process ends, when Python imports nothing and starts no thread any more."""
-    if lifetime.is_over():
+    if exit_hooks.is_over():
         raise GroupError(
             f"init_collective_group: group '{group_name}': this process ends and makes no groups any more (this call "
             "came from __del__ or an exit handler)"
@@ -251,31 +267,48 @@ def _check_name(group_name: Any) -> None:
         raise OptionError(f"group_name: expected a string that is not empty, got {group_name!r}")
 
 
-def _meet(world_size: int, rank: int, directory: Directory, group_name: str, recipe: Recipe) -> Group:
-    if world_size == 1 and recipe.backend_for(1) == "loopback":
-        return solitary(group_name, recipe)
-    deadline = time.monotonic() + recipe.timeout_s
-    with saying_timed_out(recipe.timeout_s):
+def _meet(
+    world_size: int, rank: int, directory: Directory, group_name: str, options: GroupOptions
+) -> Group:
+    if world_size == 1 and options.backend_for(1) == "loopback":
+        return solitary(group_name, options)
+    deadline = time.monotonic() + options.timeout_s
+    with saying_timed_out(options.timeout_s):
         meeting = meet(
-            directory, group_name=group_name, world_size=world_size, rank=rank, deadline=deadline,
-            interface=recipe.interface, backend=recipe.asked_of(world_size),
+            directory,
+            group_name=group_name,
+            world_size=world_size,
+            rank=rank,
+            deadline=deadline,
+            interface=options.interface,
+            backend=options.asked_of(world_size),
         )
-        return connect(meeting, recipe, deadline)
+        return connect(meeting, options, deadline)
 
 
 def _report(
-    error: CollectiveError, world_size: Any, rank: Any, init_method: str | None, group_name: str, backend: Any,
-    recipe: Recipe | None,
+    error: CollectiveError,
+    world_size: Any,
+    rank: Any,
+    init_method: str | None,
+    group_name: str,
+    backend: Any,
+    options: GroupOptions | None,
 ) -> None:
-    """Tell the other ranks, where they can be found, that this one was refused and why."""
+    """Notify the other ranks, where they can be found, that this one was refused and why."""
     with contextlib.suppress(CollectiveError):  # the refusal itself is what the caller is to see
         try:
             directory, rank, world_size = open_directory(init_method, rank, world_size)
-        except OptionError:  # the secret may be what was refused, and ranks of this user listen without
+        except OptionError:
+            # the secret may be what was refused, and ranks of this user listen without
             directory, rank, world_size = open_directory(init_method, rank, world_size, secret=b"")
         report_refusal(
-            directory, error, group_name=group_name, world_size=world_size, rank=rank,
-            backend=backend if recipe is None else recipe.asked_of(world_size),
+            directory,
+            error,
+            group_name=group_name,
+            world_size=world_size,
+            rank=rank,
+            backend=backend if options is None else options.asked_of(world_size),
         )
 
 
@@ -283,13 +316,19 @@ def _seconds(gloo_timeout: Any) -> float:
     try:
         return timeout_of(gloo_timeout) / 1000
     except OptionError:
-        raise OptionError(f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s") from None
+        raise OptionError(
+            f"gloo_timeout: expected milliseconds, got {gloo_timeout!r}; or use timeout_s"
+        ) from None
 
 
-def _recipe(
-    backend: str, timeout_s: Any, interface: str | None, provider: str | None, check: bool = False,
+def _options(
+    backend: str,
+    timeout_s: Any,
+    interface: str | None,
+    provider: str | None,
+    check: bool = False,
     allow_pickle: bool | None = None,
-) -> Recipe:
+) -> GroupOptions:
     if not isinstance(backend, str):
         raise OptionError(f"backend: expected a name, got {backend!r}")
     seconds = timeout_of(timeout_s)
@@ -297,18 +336,20 @@ def _recipe(
     if name != "auto":
         backends.get_backend(name)
     allowed = objects.pickle_allowed(allow_pickle)
-    return Recipe(name, seconds, interface, provider or provider_of_name, bool(check), allowed)
+    return GroupOptions(
+        name, seconds, interface, provider or provider_of_name, bool(check), allowed
+    )
 
 
-def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:
+def _check(world_size: Any, rank: Any, options: GroupOptions) -> tuple[int, int]:
     world_size, rank = _check_numbers(world_size, rank)
-    _check_loopback(recipe, world_size)
-    name, spec = recipe.backend_for(world_size), recipe.spec_for(world_size)
+    _check_loopback(options, world_size)
+    name, spec = options.backend_for(world_size), options.spec_for(world_size)
     providers = getattr(spec, "providers", ())
-    if providers and recipe.provider is not None and recipe.provider not in providers:
+    if providers and options.provider is not None and options.provider not in providers:
         raise OptionError(
-            f"provider: expected one of {', '.join(providers)} or None for backend {name!r}, got {recipe.provider!r}"
-            f"{environment.did_you_mean(str(recipe.provider), providers)}"
+            f"provider: expected one of {', '.join(providers)} or None for backend {name!r}, got {options.provider!r}"
+            f"{environment.did_you_mean(str(options.provider), providers)}"
         )
     reason = spec.available()
     if reason is not None:
@@ -316,25 +357,35 @@ def _check(world_size: Any, rank: Any, recipe: Recipe) -> tuple[int, int]:
     return world_size, rank
 
 
-def _check_loopback(recipe: Recipe, world_size: int) -> None:
-    if recipe.backend == "loopback" and world_size != 1:
-        raise OptionError(f"backend: 'loopback' is for one rank, and world_size is {world_size}; use backend='auto'")
+def _check_loopback(options: GroupOptions, world_size: int) -> None:
+    if options.backend == "loopback" and world_size != 1:
+        raise OptionError(
+            f"backend: 'loopback' is for one rank, and world_size is {world_size}; use backend='auto'"
+        )
 
 
 def _check_numbers(world_size: Any, rank: Any) -> tuple[int, int]:
     try:
         world_size, rank = operator.index(world_size), operator.index(rank)
     except TypeError:
-        raise RankError(f"world_size and rank: expected whole numbers, got {world_size!r} and {rank!r}") from None
+        raise RankError(
+            f"world_size and rank: expected whole numbers, got {world_size!r} and {rank!r}"
+        ) from None
     if world_size < 1:
         raise RankError(f"world_size: expected at least 1, got {world_size}")
     if not 0 <= rank < world_size:
-        raise RankError(f"rank: expected 0 to {world_size - 1} (world_size is {world_size}), got {rank}")
+        raise RankError(
+            f"rank: expected 0 to {world_size - 1} (world_size is {world_size}), got {rank}"
+        )
     return world_size, rank
 
 
 def _taken(group_name: str) -> GroupError:
-    state = "exists already" if _groups.get(group_name) is not None else "is being made by another thread"
+    state = (
+        "exists already"
+        if _groups.get(group_name) is not None
+        else "is being made by another thread"
+    )
     return GroupError(
         f"init_collective_group: group '{group_name}' {state} in this process; destroy_collective_group() it "
         "first, or choose another group_name"
@@ -343,7 +394,9 @@ def _taken(group_name: str) -> GroupError:
 
 def _no_group(group_name: str) -> GroupError:
     if isinstance(group_name, str) and group_name in _groups:
-        return GroupError(f"group '{group_name}' is still being made by another thread of this process")
+        return GroupError(
+            f"group '{group_name}' is still being made by another thread of this process"
+        )
     known = ", ".join(f"'{name}'" for name in _groups) or "none"
     return GroupError(
         f"group '{group_name}' is not initialized in this process (pid {os.getpid()}, which has {known}); call "

@@ -1,7 +1,4 @@
-"""Containers of tensors: flattening in one order on every rank, and back.
-
-Imports no framework; jax's own nodes are reached only where jax is already imported.
-"""
+"""Containers of tensors: flattening in one order on every rank, and back."""
 
 from __future__ import annotations
 
@@ -23,10 +20,21 @@ _WITH_INDICES: Final = {
 }
 """Nodes that hold indices beside values, by the name of a base; and what can be reduced instead."""
 _CONSTANT_MODULES: Final = frozenset({"datetime", "decimal", "fractions", "pathlib", "uuid"})
-_CONSTANTS: Final = frozenset({
-    "builtins.str", "builtins.bytes", "builtins.range", "enum.Enum", "numpy.dtype", "numpy.generic", "torch.dtype",
-    "torch.device", "torch.layout", "torch.memory_format", "torch.Size",
-})
+_CONSTANTS: Final = frozenset(
+    {
+        "builtins.str",
+        "builtins.bytes",
+        "builtins.range",
+        "enum.Enum",
+        "numpy.dtype",
+        "numpy.generic",
+        "torch.dtype",
+        "torch.device",
+        "torch.layout",
+        "torch.memory_format",
+        "torch.Size",
+    }
+)
 """Modules of which all types, and names of types of which all values are the same on ranks that write them alike."""
 _remedies: Final[dict[type, str | None]] = {}
 """That of a type that has been seen; None where all leaves are values."""
@@ -39,7 +47,9 @@ def is_container(value: Any) -> bool:
     return not optree.tree_is_leaf(value) or _is_jax_node(value)
 
 
-def flatten(tree: Any, reduced: bool = False) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
+def flatten(
+    tree: Any, reduced: bool = False
+) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
     """Return a container's leaves, their paths, and the function that builds it anew from leaves.
 
     Leaves come in optree's order: dict keys sorted, whatever the insertion order; ``None`` is an
@@ -94,7 +104,8 @@ def refuse_indices(node: Any) -> bool:
 
 
 def _remedy(kind: type) -> str | None:
-    if kind.__module__ == "torch.return_types" and hasattr(kind, "indices"):  # of torch.max, topk, sort ...
+    # of torch.max, topk, sort ...
+    if kind.__module__ == "torch.return_types" and hasattr(kind, "indices"):
         return "pass x.values"
     names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
     return next((_WITH_INDICES[name] for name in names if name in _WITH_INDICES), None)
@@ -103,7 +114,9 @@ def _remedy(kind: type) -> str | None:
 def structure_of(tree: Any) -> optree.PyTreeSpec | None:
     """Return what ``leaves_like`` compares with; None for a tree with nodes that only jax knows."""
     leaves, structure = _flattened(tree, _is_tensor)
-    return None if any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves) else structure
+    return (
+        None if any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves) else structure
+    )
 
 
 def flat_tree(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
@@ -164,7 +177,8 @@ def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], A
 
     def build(tree: Any, leaves: Iterator[Any]) -> Any:
         values: Iterable[Any] = (
-            itertools.islice(leaves, len(inner)) if flat
+            itertools.islice(leaves, len(inner))
+            if flat
             else [one(tree[entry], leaves) for one, entry in zip(inner, entries, strict=True)]  # type: ignore[misc]
         )
         if kind is not dict:
@@ -182,7 +196,9 @@ def leaves_like(tree: Any, structure: optree.PyTreeSpec) -> list[Any] | None:
     return leaves if found == structure else None
 
 
-def _flattened(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], optree.PyTreeSpec]:
+def _flattened(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], optree.PyTreeSpec]:
     """Flatten with optree.
 
     Raises:
@@ -193,11 +209,15 @@ def _flattened(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple
     except CollectiveError:
         raise
     except Exception as error:  # whatever a key's own __lt__ raises
-        refuse_unordered_keys(tree, error, lambda node: optree.tree_flatten(cast("Any", dict.fromkeys(node, 0))))
+        refuse_unordered_keys(
+            tree, error, lambda node: optree.tree_flatten(cast("Any", dict.fromkeys(node, 0)))
+        )
         raise
 
 
-def refuse_unordered_keys(tree: Any, error: Exception, sort: Callable[[Any], object] = sorted) -> None:
+def refuse_unordered_keys(
+    tree: Any, error: Exception, sort: Callable[[Any], object] = sorted
+) -> None:
     """Return if a tree could not be flattened for another reason than a dict whose keys have no order.
 
     Args:
@@ -216,7 +236,9 @@ def refuse_unordered_keys(tree: Any, error: Exception, sort: Callable[[Any], obj
 
 
 def _unordered(keys: Iterable[Any], why: str) -> UnsupportedTensorError:
-    kinds = " and ".join(sorted({f"{type(key).__module__}.{type(key).__qualname__}" for key in keys}))
+    kinds = " and ".join(
+        sorted({f"{type(key).__module__}.{type(key).__qualname__}" for key in keys})
+    )
     return UnsupportedTensorError(
         f"a dict has keys of type {kinds}, which {why}; name them (by named_parameters(), say), or pass "
         "list(tree.values()), in the same order on every rank"
@@ -247,7 +269,10 @@ def _dicts(tree: Any) -> Iterable[dict[Any, Any]]:
 
 
 def _flatten_jax_nodes(
-    outer: list[Any], outer_paths: list[str], spec: optree.PyTreeSpec, look: Callable[[Any], bool] | None
+    outer: list[Any],
+    outer_paths: list[str],
+    spec: optree.PyTreeSpec,
+    look: Callable[[Any], bool] | None,
 ) -> tuple[list[Any], list[str], Callable[[Iterable[Any]], Any]]:
     tree_util = sys.modules["jax"].tree_util
     leaves: list[Any] = []
@@ -262,9 +287,12 @@ def _flatten_jax_nodes(
             except ValueError as error:  # of JAX's sorting
                 refuse_unordered_keys(leaf, error)
                 raise
-            _refuse_keys_of_this_process([tuple(getattr(key, "key", "") for key in keys) for keys, _ in found])
+            _refuse_keys_of_this_process(
+                [tuple(getattr(key, "key", "") for key in keys) for keys, _ in found]
+            )
             if any(map(_is_sparse, tree_util.tree_leaves(leaf, is_leaf=_is_sparse))):
-                path += f" of {definition}: "  # shapes and sorted indices are no leaves, and must be the same
+                # shapes and sorted indices are no leaves, and must be the same
+                path += f" of {definition}: "
         leaves += [tensor for _, tensor in found]
         paths += [path + tree_util.keystr(keys) for keys, _ in found]
         inner.append((len(found), definition))
@@ -274,7 +302,9 @@ def _flatten_jax_nodes(
         nodes = []
         for length, definition in inner:
             part = [next(rest) for _ in range(length)]
-            nodes.append(part[0] if definition is None else tree_util.tree_unflatten(definition, part))
+            nodes.append(
+                part[0] if definition is None else tree_util.tree_unflatten(definition, part)
+            )
         return optree.tree_unflatten(spec, nodes)
 
     return leaves, paths, rebuild

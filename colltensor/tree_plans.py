@@ -1,6 +1,6 @@
 """What is true of all trees of one structure, found out once: names, dtypes, counts, and how leaves share transfers.
 
-A plan is for trees of plain tensors, which native code takes as their frameworks made them. Imports no framework.
+A plan is for trees of exportable tensors, which native code takes as their frameworks made them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import array
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.adapters import Guard, are_plain
+from colltensor.adapters import Guard, are_exportable
 from colltensor.buffers import Buffers, adapt
 from colltensor.errors import CollectiveError
 from colltensor.tree import builder_of, flat_tree, matcher_of, structure_of
@@ -40,7 +40,8 @@ class Plan:
     def __init__(self, structure: Any, buffers: Buffers, shaped: bool = False) -> None:
         self.structure = structure
         self.views = [
-            BufferView(0, view.count, view.dtype, view.device, None, None, False, None, None) for view in buffers.views
+            BufferView(0, view.count, view.dtype, view.device, None, None, False, None, None)
+            for view in buffers.views
         ]
         self.shapes = [view.shape if shaped else None for view in buffers.views]
         self.count = buffers.count()
@@ -50,7 +51,9 @@ class Plan:
         self._build = builder_of(structure)
         self.made: dict[Any, Any] = {}
 
-    def leaves(self, tree: Any, fits: Callable[[Sequence[Any], Guard], bool]) -> Sequence[Any] | None:
+    def leaves(
+        self, tree: Any, fits: Callable[[Sequence[Any], Guard], bool]
+    ) -> Sequence[Any] | None:
         """Return the leaves of a tree of this structure that ``match`` knows, if they are such; None else."""
         found = None if self.match is None else self.match(tree)
         return found if found is not None and fits(found, self.guard) else None
@@ -58,11 +61,12 @@ class Plan:
     def like(self, tree: Any, leaves: Sequence[Any]) -> Any:
         """Return a tree as this one, which is of the plan's structure, with other leaves."""
         if self._build is None:
-            return flat_tree(tree)[1].unflatten(leaves)  # the plan's has dicts in another order of insertion
+            # the plan's has dicts in another order of insertion
+            return flat_tree(tree)[1].unflatten(leaves)
         return self._build(tree, iter(leaves))
 
     def words(self, *more: int) -> array.array[int]:
-        """Return what native code is told: the numbers of leaves and elements, the hash, then each leaf."""
+        """Return what native code is given: the numbers of leaves and elements, the hash, then each leaf."""
         words = [len(self.views), self.count, self.leaves_hash]
         for view, shape in zip(self.views, self.shapes, strict=True):
             words += [view.dtype.code, view.count]
@@ -76,7 +80,7 @@ class Plans:
     ``fits`` says whether a tree's leaves are of the kind that they are for, which the plan's guard may know.
     """
 
-    def __init__(self, fits: Callable[[Sequence[Any], Guard], bool] = are_plain) -> None:
+    def __init__(self, fits: Callable[[Sequence[Any], Guard], bool] = are_exportable) -> None:
         self._fits = fits
         self._plans: dict[Any, Plan] = {}
         self._arrays: dict[Any, Plan | None] = {}
@@ -94,7 +98,8 @@ class Plans:
         Their dtypes and counts may be others than the plan's: who uses it looks at them, and calls ``renewed``.
         """
         latest = self._latest
-        if latest is not None and latest.match is not None:  # as Plan.leaves(), without another call
+        # as Plan.leaves(), without another call
+        if latest is not None and latest.match is not None:
             known = latest.match(tree)
             if known is not None and self._fits(known, latest.guard):
                 return latest, known

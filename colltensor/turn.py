@@ -1,8 +1,6 @@
 """Turn, and the lock of a queue: neither is left taken where a signal's handler raises, at whatever moment.
 
 From Python 3.11 on, where that is between two calls of Python's functions.
-
-Imports nothing of the package and no framework.
 """
 
 from __future__ import annotations

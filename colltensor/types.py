@@ -1,7 +1,4 @@
-"""Data types, devices and reduce operations, independent of any framework.
-
-Imports nothing of the package but the errors, and no framework.
-"""
+"""Data types, devices and reduce operations, independent of any framework."""
 
 from __future__ import annotations
 
@@ -24,7 +21,9 @@ class DType:
 
     __slots__ = ("code", "itemsize", "kind", "moves_only", "name")
 
-    def __init__(self, name: str, itemsize: int, kind: str, code: int, *, moves_only: bool = False) -> None:
+    def __init__(
+        self, name: str, itemsize: int, kind: str, code: int, *, moves_only: bool = False
+    ) -> None:
         self.name: Final = name
         self.itemsize: Final = itemsize
         self.kind: Final = kind
@@ -48,12 +47,24 @@ def _named(name: str) -> DType:
 def _all_dtypes() -> dict[str, DType]:
     plain = [("bool", 1, "b")]
     signs = (("", "i"), ("u", "u"))
-    plain += [(f"{prefix}int{bits}", bits // 8, kind) for prefix, kind in signs for bits in (8, 16, 32, 64)]
+    plain += [
+        (f"{prefix}int{bits}", bits // 8, kind)
+        for prefix, kind in signs
+        for bits in (8, 16, 32, 64)
+    ]
     plain += [("float16", 2, "f"), ("bfloat16", 2, "f"), ("float32", 4, "f"), ("float64", 8, "f")]
     plain += [("complex64", 8, "c"), ("complex128", 16, "c")]
     dtypes = {name: DType(name, size, kind, code) for code, (name, size, kind) in enumerate(plain)}
-    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
-                 "float8_e4m3", "float8_e3m4", "float8_e4m3b11fnuz"):
+    for name in (
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "float8_e4m3",
+        "float8_e3m4",
+        "float8_e4m3b11fnuz",
+    ):
         dtypes[name] = DType(name, 1, "f", len(dtypes), moves_only=True)
     return dtypes
 
@@ -113,4 +124,6 @@ class ReduceOp(enum.IntEnum):
         name = {"AVG": "AVERAGE"}.get(name, name)
         if not isinstance(op, (int, str)) and name in cls.__members__:
             return cls[name]
-        raise OptionError(f"op must be a colltensor.ReduceOp ({', '.join(cls.__members__)}), got {op!r}")
+        raise OptionError(
+            f"op must be a colltensor.ReduceOp ({', '.join(cls.__members__)}), got {op!r}"
+        )

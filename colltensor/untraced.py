@@ -46,7 +46,11 @@ def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
         if owner is not module and owner.__module__ != module.__name__:
             continue
         for entry in list(vars(owner).values()):
-            parts = (entry.fget, entry.fset) if isinstance(entry, property) else (getattr(entry, "__func__", entry),)
+            parts = (
+                (entry.fget, entry.fset)
+                if isinstance(entry, property)
+                else (getattr(entry, "__func__", entry),)
+            )
             for part in parts:
                 if isinstance(part, types.FunctionType) and part.__module__ == module.__name__:
                     yield part

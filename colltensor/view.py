@@ -1,7 +1,7 @@
 """BufferView: the canonical view of one tensor's memory.
 
 The only thing that passes between adapters (which know frameworks) and backends (which know
-wires). Imports no framework; memory is reached through DLPack and ctypes.
+transports).
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ class BufferView:
     """
 
     __slots__ = (
-        "_shape", "count", "device", "dtype", "handle", "owner", "pointer", "readonly", "stream",
+        "_shape",
+        "count",
+        "device",
+        "dtype",
+        "handle",
+        "owner",
+        "pointer",
+        "readonly",
+        "stream",
         "strides",
     )
 
@@ -58,7 +66,8 @@ class BufferView:
         self.count = count
         self.dtype = dtype
         self.device = device
-        self._shape = shape  # None: the owner's, read when asked for, which contiguous tensors seldom are
+        # None: the owner's, read when asked for, which contiguous tensors seldom are
+        self._shape = shape
         self.strides = strides
         self.readonly = readonly
         self.handle = handle
@@ -66,7 +75,9 @@ class BufferView:
         self.stream = stream
 
     @classmethod
-    def from_dlpack(cls, tensor: object, *, dtype: DType, device: Device, readonly: bool = False) -> BufferView:
+    def from_dlpack(
+        cls, tensor: object, *, dtype: DType, device: Device, readonly: bool = False
+    ) -> BufferView:
         """View any object that exports DLPack. ``dtype`` is its true type.
 
         The view is read-only where the exporter says so, whatever ``readonly`` is.
@@ -75,7 +86,17 @@ class BufferView:
         readonly = readonly or bool(flags & dlpack.READ_ONLY)
         shape = tuple(handle.shape)
         strides = None if handle.is_contiguous() else tuple(handle.strides)
-        return cls(handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, readonly, handle, tensor)
+        return cls(
+            handle.data_ptr(),
+            math.prod(shape),
+            dtype,
+            device,
+            shape,
+            strides,
+            readonly,
+            handle,
+            tensor,
+        )
 
     @classmethod
     def from_address(
@@ -91,10 +112,14 @@ class BufferView:
         stream: int | None = None,
     ) -> BufferView:
         """View memory by its address; ``owner`` keeps it alive."""
-        return cls(pointer, math.prod(shape), dtype, device, shape, strides, readonly, None, owner, stream)
+        return cls(
+            pointer, math.prod(shape), dtype, device, shape, strides, readonly, None, owner, stream
+        )
 
     @classmethod
-    def from_buffer(cls, buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]) -> BufferView:
+    def from_buffer(
+        cls, buffer: bytearray | memoryview | ctypes.Array[ctypes.c_char]
+    ) -> BufferView:
         """View a writable, C-contiguous host buffer as bytes."""
         raw = (ctypes.c_char * memoryview(buffer).nbytes).from_buffer(buffer)
         return cls.from_address(ctypes.addressof(raw), (len(raw),), UINT8, owner=raw)
@@ -129,7 +154,12 @@ class BufferView:
 
     def become(self, other: BufferView) -> None:
         """View the memory of ``other`` instead, which has the same shape and elements."""
-        self.pointer, self.handle, self.owner, self.strides = other.pointer, other.handle, other.owner, other.strides
+        self.pointer, self.handle, self.owner, self.strides = (
+            other.pointer,
+            other.handle,
+            other.owner,
+            other.strides,
+        )
         self.readonly, self.device, self.stream = other.readonly, other.device, other.stream
 
     def slice(self, start: int, stop: int) -> BufferView:
@@ -137,8 +167,13 @@ class BufferView:
         if self.strides is not None:
             raise ValueError(f"slice() needs a contiguous view, got {self!r}")
         return BufferView.from_address(
-            self.pointer + start * self.dtype.itemsize, (stop - start,), self.dtype,
-            device=self.device, readonly=self.readonly, owner=self, stream=self.stream,
+            self.pointer + start * self.dtype.itemsize,
+            (stop - start,),
+            self.dtype,
+            device=self.device,
+            readonly=self.readonly,
+            owner=self,
+            stream=self.stream,
         )
 
     def blocks(self, number: int) -> list[BufferView]:
@@ -152,7 +187,9 @@ class BufferView:
         count, rest = divmod(self.count, number)
         if self.strides is None:
             if rest:
-                raise ValueError(f"{self.count} elements cannot be divided into {number} equal blocks")
+                raise ValueError(
+                    f"{self.count} elements cannot be divided into {number} equal blocks"
+                )
             return [self.slice(block * count, (block + 1) * count) for block in range(number)]
         extent, rest = divmod(self.shape[0], number)
         if rest:
@@ -165,8 +202,14 @@ class BufferView:
         steps = None if are_row_major(shape, self.strides) else self.strides
         return [
             BufferView.from_address(
-                self.pointer + block * step, shape, self.dtype, device=self.device, strides=steps,
-                readonly=self.readonly, owner=self, stream=self.stream,
+                self.pointer + block * step,
+                shape,
+                self.dtype,
+                device=self.device,
+                strides=steps,
+                readonly=self.readonly,
+                owner=self,
+                stream=self.stream,
             )
             for block in range(number)
         ]
@@ -174,10 +217,18 @@ class BufferView:
     def cast(self, dtype: DType) -> BufferView:
         """Return the same bytes of a contiguous view as flat elements of another type."""
         if self.strides is not None or self.nbytes % dtype.itemsize:
-            raise ValueError(f"cast() to {dtype} needs a contiguous view of a multiple of its size, got {self!r}")
+            raise ValueError(
+                f"cast() to {dtype} needs a contiguous view of a multiple of its size, got {self!r}"
+            )
         shape = (self.nbytes // dtype.itemsize,)
         return BufferView.from_address(
-            self.pointer, shape, dtype, device=self.device, readonly=self.readonly, owner=self, stream=self.stream
+            self.pointer,
+            shape,
+            dtype,
+            device=self.device,
+            readonly=self.readonly,
+            owner=self,
+            stream=self.stream,
         )
 
     def span(self) -> tuple[int, int]:
@@ -186,7 +237,9 @@ class BufferView:
             return self.pointer, self.pointer
         if self.strides is None:
             return self.pointer, self.pointer + self.nbytes
-        steps = [(extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True)]
+        steps = [
+            (extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True)
+        ]
         low = sum(step for step in steps if step < 0)
         high = sum(step for step in steps if step > 0) + 1
         return self.pointer + low * self.dtype.itemsize, self.pointer + high * self.dtype.itemsize
@@ -225,7 +278,9 @@ class JoinedView(BufferView):
         self.views = views
         first, count = views[0], sum([view.count for view in views])
         # With strides, so that nobody takes it for contiguous.
-        super().__init__(0, count, first.dtype, first.device, (count,), (1,), first.readonly, None, views)
+        super().__init__(
+            0, count, first.dtype, first.device, (count,), (1,), first.readonly, None, views
+        )
 
 
 def in_a_row(views: Sequence[BufferView]) -> bool:

@@ -1,7 +1,4 @@
-"""Work, the handle of an asynchronous collective, and what is raised where one cannot be had or waited for.
-
-Imports no framework.
-"""
+"""Work, the handle of an asynchronous collective, and what is raised where one cannot be had or waited for."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from colltensor.errors import (
 )
 
 if TYPE_CHECKING:
-    from colltensor.backends.base import Flight
+    from colltensor.backends.base import PendingOperation
 
 Lane = tuple[int, int]
 
@@ -86,14 +83,18 @@ class Work:
     lane: Lane | None = None
     """The source and destination of a transfer that may run beside transfers of other lanes."""
 
-    def __init__(self, operation: str, run: Callable[[], Any], finished: threading.Event | None = None) -> None:
+    def __init__(
+        self, operation: str, run: Callable[[], Any], finished: threading.Event | None = None
+    ) -> None:
         """Make the handle of what ``run`` does; with ``finished=FINISHED`` it is run before anybody waits for it."""
         self._operation = operation
         self._run: Callable[[], Any] | None = run
         self._finished = threading.Event() if finished is None else finished
         self._result: Any = None
         self._error: BaseException | None = None
-        self._callbacks: collections.deque[Callable[[BaseException | None], None]] = collections.deque()
+        self._callbacks: collections.deque[Callable[[BaseException | None], None]] = (
+            collections.deque()
+        )
         self._queue: Queue | None = None
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -165,12 +166,17 @@ class Work:
             call_back(callback, self._error)
 
 
-def call_back(callback: Callable[[BaseException | None], None], outcome: BaseException | None) -> None:
+def call_back(
+    callback: Callable[[BaseException | None], None], outcome: BaseException | None
+) -> None:
     """Call a done callback."""
     try:
         callback(outcome)
     except BaseException as error:
-        if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+        if (
+            not isinstance(error, Exception)
+            and threading.current_thread() is threading.main_thread()
+        ):
             raise  # it may be Ctrl-C, and no operation runs in this thread
         told = (type(error), error, error.__traceback__, threading.current_thread())
         threading.excepthook(threading.ExceptHookArgs(told))
@@ -180,18 +186,21 @@ class QueuedWork(Work):
     """An operation that is queued on a device. Waiting lets the device wait, as torch's does, not the host.
 
     After ``wait`` what this thread queues on the frameworks' current streams comes after the operation. The host waits
-    only where a framework cannot be told (JAX).
+    only where a framework cannot be notified (JAX).
     """
 
     def __init__(
-        self, operation: str, launch: Callable[[], Flight], streams: Callable[[], set[int | None]],
+        self,
+        operation: str,
+        launch: Callable[[], PendingOperation],
+        streams: Callable[[], set[int | None]],
         result: Callable[[], Any],
     ) -> None:
         super().__init__(operation, self._launch, FINISHED)
         self._begin = launch
         self._streams = streams
         self._get = result
-        self._flight: Flight | None = None
+        self._pending: PendingOperation | None = None
 
     def queue_here(self) -> None:
         """Queue it in this thread.
@@ -202,7 +211,9 @@ class QueuedWork(Work):
         """
         self._finish()
         error = self._error
-        if error is not None and (isinstance(error, TensorError) or not isinstance(error, Exception)):
+        if error is not None and (
+            isinstance(error, TensorError) or not isinstance(error, Exception)
+        ):
             raise error
 
     def postpone(self) -> None:
@@ -210,16 +221,20 @@ class QueuedWork(Work):
         self._finished = threading.Event()
 
     def _launch(self) -> None:
-        self._flight = self._begin()
+        self._pending = self._begin()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Let this thread's streams, or the host where it must, wait for the operation; see ``Work.wait``."""
         began = time.monotonic()
         super().wait(timeout_s)
-        assert self._flight is not None
-        left_s = None if timeout_s is None else max(0.0, _seconds(timeout_s) - (time.monotonic() - began))
+        assert self._pending is not None
+        left_s = (
+            None
+            if timeout_s is None
+            else max(0.0, _seconds(timeout_s) - (time.monotonic() - began))
+        )
         try:
-            self._flight.order(self._streams(), left_s)
+            self._pending.order(self._streams(), left_s)
         except CollectiveError:
             raise
         except TimeoutError:
@@ -231,7 +246,7 @@ class QueuedWork(Work):
         """Return True once the device is done with the operation, or it failed; never waits."""
         if not super().done():
             return False
-        return self._error is not None or (self._flight is not None and self._flight.done())
+        return self._error is not None or (self._pending is not None and self._pending.done())
 
     def result(self) -> Any:
         """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
@@ -280,8 +295,14 @@ class IssuedWork(Work):
     _done: Sequence[Callable[[BaseException | None], None]] = ()
 
     def __init__(
-        self, operation: str, queue: Issuer, held: Any, result: Any, finish: Callable[[Any, int], bool],
-        written: Sequence[Any], note: Callable[[Sequence[Any]], None],
+        self,
+        operation: str,
+        queue: Issuer,
+        held: Any,
+        result: Any,
+        finish: Callable[[Any, int], bool],
+        written: Sequence[Any],
+        note: Callable[[Sequence[Any]], None],
     ) -> None:
         """Make the handle of an operation that ``queue`` is about to issue.
 
@@ -308,9 +329,13 @@ class IssuedWork(Work):
         queue = self._issuer
         if not self._over and queue.is_before(self):
             raise _waits_inside(self._operation)
-        if not self._over and not queue.wait_for(self, None if timeout_s is None else _seconds(timeout_s)):
+        if not self._over and not queue.wait_for(
+            self, None if timeout_s is None else _seconds(timeout_s)
+        ):
             if timeout_s is None:
-                raise GroupError(f"{self._operation}: it was issued by the parent process of this one")
+                raise GroupError(
+                    f"{self._operation}: it was issued by the parent process of this one"
+                )
             raise CollectiveTimeoutError(
                 f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
             )
@@ -325,14 +350,18 @@ class IssuedWork(Work):
         """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
         if self._over or not self._issuer.notify(self, callback):
             if not self.done():
-                raise GroupError(f"{self._operation}: it was issued by the parent process of this one")
+                raise GroupError(
+                    f"{self._operation}: it was issued by the parent process of this one"
+                )
             call_back(callback, self._error)
 
     def fail(self, code: int) -> None:
         """Deal with an operation that did not succeed, before it counts as ended."""
         try:
             if not self._settle(self._held[0], code):
-                self._error = CollectiveTimeoutError(f"{self._operation}: timed out: the call before it did not end")
+                self._error = CollectiveTimeoutError(
+                    f"{self._operation}: timed out: the call before it did not end"
+                )
         except BaseException as error:  # noqa: BLE001 - kept for whoever waits, whatever it is
             self._error = error
 
@@ -370,7 +399,8 @@ def consequence(
     if not isinstance(broken, (PeerLostError, CollectiveTimeoutError)):
         return None
     error = type(broken)(
-        f"{operation}: group '{group_name}' (rank {rank}): a call before it failed: {broken}", broken.ranks
+        f"{operation}: group '{group_name}' (rank {rank}): a call before it failed: {broken}",
+        broken.ranks,
     )
     error.__cause__ = broken
     return error

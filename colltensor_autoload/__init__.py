@@ -19,7 +19,9 @@ def register() -> None:
         if dist.is_available():
             dist.Backend.register_backend("colltensor", _create, extended_api=True, devices=["cpu"])
     except Exception:  # whatever a torch of another version raises, `import torch` goes on
-        logging.getLogger(__name__).debug("torch.distributed does not take the backend 'colltensor'", exc_info=True)
+        logging.getLogger(__name__).debug(
+            "torch.distributed does not take the backend 'colltensor'", exc_info=True
+        )
 
 
 def _create(options: Any, backend_options: Any) -> Any:

@@ -22,8 +22,10 @@ try:
     import ray
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as missing:
-    sys.exit(f"this example needs Ray and scikit-learn ({missing.name} is missing): "
-             "pip install '.[ray]' scikit-learn")
+    sys.exit(
+        f"this example needs Ray and scikit-learn ({missing.name} is missing): "
+        "pip install '.[ray]' scikit-learn"
+    )
 
 CLASSES = 10
 BATCH = 64
@@ -52,7 +54,9 @@ def load() -> tuple[Array, Array]:
 def batches(rank: int, world_size: int, steps: int) -> Iterator[tuple[Array, Array]]:
     """Yield this worker's part, every ``world_size``-th image, of the same shuffled batches for all."""
     if BATCH % world_size:
-        raise ValueError(f"a batch of {BATCH} cannot be divided among {world_size} workers: choose 1, 2, 4, ... 64")
+        raise ValueError(
+            f"a batch of {BATCH} cannot be divided among {world_size} workers: choose 1, 2, 4, ... 64"
+        )
     images, labels = load()
     order = np.random.default_rng(0)
     whole = len(images) // BATCH
@@ -74,7 +78,9 @@ def mean_over_workers(losses: list[float], world_size: int) -> list[float]:
 class Worker:
     """A Ray actor that joins the group, trains on its part and leaves."""
 
-    def train(self, function: Callable[..., Outcome], rank: int, world_size: int, steps: int) -> Outcome:
+    def train(
+        self, function: Callable[..., Outcome], rank: int, world_size: int, steps: int
+    ) -> Outcome:
         """Call ``function(rank, world_size, steps)``, in the group "default" if there are several workers."""
         if world_size == 1:
             return function(rank, world_size, steps)
@@ -85,8 +91,12 @@ class Worker:
             col.destroy_collective_group()
 
 
-def main(train: Callable[[int, int, int], Outcome], tolerance: float = 1e-4, steps: int = 200,
-         least_accuracy: float = 0.95) -> int:
+def main(
+    train: Callable[[int, int, int], Outcome],
+    tolerance: float = 1e-4,
+    steps: int = 200,
+    least_accuracy: float = 0.95,
+) -> int:
     """Train in one process and in Ray workers, and compare; returns the exit code.
 
     Args:
@@ -97,7 +107,9 @@ def main(train: Callable[[int, int, int], Outcome], tolerance: float = 1e-4, ste
         least_accuracy: What both must reach, and by whose tenth part they may differ.
     """
     name = os.path.basename(sys.argv[0])
-    parser = argparse.ArgumentParser(description="training in Ray workers, compared with training in one process")
+    parser = argparse.ArgumentParser(
+        description="training in Ray workers, compared with training in one process"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=steps)
     options = parser.parse_args()
@@ -107,30 +119,42 @@ def main(train: Callable[[int, int, int], Outcome], tolerance: float = 1e-4, ste
     try:
         workers = [ray.remote(num_cpus=1)(Worker).remote() for _ in range(options.workers)]
         alone = ray.get(workers[0].train.remote(train, 0, 1, options.steps))
-        together = ray.get([
-            worker.train.remote(train, rank, options.workers, options.steps) for rank, worker in enumerate(workers)
-        ])
+        together = ray.get(
+            [
+                worker.train.remote(train, rank, options.workers, options.steps)
+                for rank, worker in enumerate(workers)
+            ]
+        )
     finally:
         ray.shutdown()
     return compare(name, together, alone, tolerance, least_accuracy)
 
 
-def compare(name: str, together: list[Outcome], alone: Outcome, tolerance: float, least_accuracy: float) -> int:
+def compare(
+    name: str, together: list[Outcome], alone: Outcome, tolerance: float, least_accuracy: float
+) -> int:
     """Print both results; return 1 where they are not the same, or too bad."""
     losses = np.array(together[0].losses)
     reference = np.array(alone.losses)
     difference = float(np.max(np.abs(losses - reference) / np.maximum(reference, 0.1)))
     accuracy = together[0].accuracy
-    print(f"{name}: loss {losses[0]:.6f} to {losses[-1]:.6f} in {len(together)} workers, {reference[0]:.6f} to "
-          f"{reference[-1]:.6f} in one process; largest difference of {len(losses)} steps {difference:.1e}; accuracy "
-          f"{accuracy:.4f} and {alone.accuracy:.4f}")
+    print(
+        f"{name}: loss {losses[0]:.6f} to {losses[-1]:.6f} in {len(together)} workers, {reference[0]:.6f} to "
+        f"{reference[-1]:.6f} in one process; largest difference of {len(losses)} steps {difference:.1e}; accuracy "
+        f"{accuracy:.4f} and {alone.accuracy:.4f}"
+    )
     complaints = []
     if any(outcome != together[0] for outcome in together):
         complaints.append("the workers have not the same losses and accuracy")
     if not difference <= tolerance:
         complaints.append(f"the losses differ by {difference:.1e}, more than {tolerance:.0e}")
-    if not min(accuracy, alone.accuracy) >= least_accuracy or abs(accuracy - alone.accuracy) > 0.002:
-        complaints.append(f"both accuracies should be {least_accuracy} or more, and within 0.002 of each other")
+    if (
+        not min(accuracy, alone.accuracy) >= least_accuracy
+        or abs(accuracy - alone.accuracy) > 0.002
+    ):
+        complaints.append(
+            f"both accuracies should be {least_accuracy} or more, and within 0.002 of each other"
+        )
     for complaint in complaints:
         print(f"WRONG: {complaint}")
     return bool(complaints)

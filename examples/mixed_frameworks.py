@@ -32,7 +32,9 @@ FRAMEWORKS = ("numpy", "torch", "jax")
 CLASSES = 10
 
 
-def sums_by_class(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def sums_by_class(
+    images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
+) -> dict[str, np.ndarray[Any, Any]]:
     """The sum and the number of the images of each class; whole numbers below 2**24, so float32 is exact."""
     one_hot = np.eye(CLASSES, dtype=np.float32)[labels]
     return {"sums": one_hot.T @ images, "counts": one_hot.sum(axis=0)}
@@ -53,19 +55,28 @@ def run_rank(rank: int, folder: str) -> None:
     images, labels = load_digits(return_X_y=True)
     images = images.astype(np.float32)
     own_images, own_labels = images[rank :: len(FRAMEWORKS)], labels[rank :: len(FRAMEWORKS)]
-    part = {name: to_framework(values, framework) for name, values in sums_by_class(own_images, own_labels).items()}
+    part = {
+        name: to_framework(values, framework)
+        for name, values in sums_by_class(own_images, own_labels).items()
+    }
 
-    group = col.init_collective_group(len(FRAMEWORKS), rank, init_method=f"file://{folder}", timeout_s=60)
+    group = col.init_collective_group(
+        len(FRAMEWORKS), rank, init_method=f"file://{folder}", timeout_s=60
+    )
     total = group.allreduce(part)
     means = np.asarray(total["sums"]) / np.asarray(total["counts"])[:, None]
     guesses = ((own_images[:, None, :] - means) ** 2).sum(axis=2).argmin(axis=1)
-    right = group.allreduce(to_framework(np.array([(guesses == own_labels).sum()], np.int32), framework))
+    right = group.allreduce(
+        to_framework(np.array([(guesses == own_labels).sum()], np.int32), framework)
+    )
     group.barrier()
     group.destroy()
 
     expected = sums_by_class(images, labels)
     for name, values in expected.items():
-        np.testing.assert_array_equal(np.asarray(total[name]), values, err_msg=f"rank {rank}, {name}")
+        np.testing.assert_array_equal(
+            np.asarray(total[name]), values, err_msg=f"rank {rank}, {name}"
+        )
     kind = type(total["sums"])
     line = f"{kind.__module__}.{kind.__qualname__}; together {int(right[0])} of {len(images)} right"
     sys.stdout.write(f"rank {rank}: {line}\n")  # one write, so that the ranks' lines stay whole
@@ -81,7 +92,9 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=run_rank, args=(rank, folder)) for rank in range(len(FRAMEWORKS))]
+        ranks = [
+            context.Process(target=run_rank, args=(rank, folder)) for rank in range(len(FRAMEWORKS))
+        ]
         for process in ranks:
             process.start()
         for process in ranks:

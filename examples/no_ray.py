@@ -33,7 +33,11 @@ def run_rank(rank: int, world_size: int, init_method: str) -> None:
     """One rank: raises where its result is wrong."""
     images = load_digits().data
     part = images[rank::world_size]
-    sums = {"sum": part.sum(axis=0), "squares": (part**2).sum(axis=0), "count": np.array([float(len(part))])}
+    sums = {
+        "sum": part.sum(axis=0),
+        "squares": (part**2).sum(axis=0),
+        "count": np.array([float(len(part))]),
+    }
 
     group = col.init_collective_group(world_size, rank, init_method=init_method, timeout_s=60)
     group.allreduce(sums)
@@ -44,7 +48,8 @@ def run_rank(rank: int, world_size: int, init_method: str) -> None:
     np.testing.assert_allclose(mean, images.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(deviation, images.std(axis=0), rtol=1e-6, atol=1e-6)
     line = f"{len(part)} images of {int(sums['count'][0])}; pixel 20 is {mean[20]:.3f} +- {deviation[20]:.3f}"
-    sys.stdout.write(f"rank {rank} of {world_size}: {line}\n")  # one write, so that the ranks' lines stay whole
+    # one write, so that the ranks' lines stay whole
+    sys.stdout.write(f"rank {rank} of {world_size}: {line}\n")
 
 
 def main() -> int:

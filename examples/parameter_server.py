@@ -23,8 +23,10 @@ try:
     import ray
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as missing:
-    sys.exit(f"this example needs Ray and scikit-learn ({missing.name} is missing): "
-             "pip install '.[ray]' scikit-learn")
+    sys.exit(
+        f"this example needs Ray and scikit-learn ({missing.name} is missing): "
+        "pip install '.[ray]' scikit-learn"
+    )
 
 CLASSES = 10
 BATCH = 64
@@ -40,7 +42,9 @@ def batch(worker: int, workers: int, step: int) -> tuple[Array, Array]:
     images, labels = images[worker::workers], labels[worker::workers]
     chosen = np.arange(step * BATCH, (step + 1) * BATCH) % len(images)
     ones = np.ones((BATCH, 1))
-    return np.hstack([images[chosen] / 16, ones]).astype(np.float32), np.eye(CLASSES, dtype=np.float32)[labels[chosen]]
+    return np.hstack([images[chosen] / 16, ones]).astype(np.float32), np.eye(
+        CLASSES, dtype=np.float32
+    )[labels[chosen]]
 
 
 def gradient(weights: Array, images: Array, labels: Array) -> Array:
@@ -55,7 +59,9 @@ def loss_of(weights: Array) -> float:
     images, labels = load_digits(return_X_y=True)
     scores = np.hstack([images / 16, np.ones((len(images), 1))]) @ weights.astype(np.float64)
     scores -= scores.max(axis=1, keepdims=True)
-    return float(np.mean(np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(labels)), labels]))
+    return float(
+        np.mean(np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(labels)), labels])
+    )
 
 
 class Optimizer:
@@ -96,14 +102,18 @@ class Worker:
         weights = np.empty((65, CLASSES), np.float32)
         for step in range(steps):
             col.broadcast(weights, src_rank=0, group_name=GROUP)
-            col.reduce(gradient(weights, *batch(worker, workers, step)), dst_rank=0, group_name=GROUP)
+            col.reduce(
+                gradient(weights, *batch(worker, workers, step)), dst_rank=0, group_name=GROUP
+            )
 
 
 def train_alone(workers: int, steps: int) -> Array:
     """The same rounds in this process."""
     optimizer = Optimizer()
     for step in range(steps):
-        parts = [gradient(optimizer.weights, *batch(worker, workers, step)) for worker in range(workers)]
+        parts = [
+            gradient(optimizer.weights, *batch(worker, workers, step)) for worker in range(workers)
+        ]
         optimizer.step(sum(parts, np.zeros_like(optimizer.weights)), workers)
     return optimizer.weights
 
@@ -119,7 +129,9 @@ def main() -> int:
     try:
         server, workers = Server.remote(), [Worker.remote() for _ in range(options.workers)]
         actors = [server, *workers]
-        col.create_collective_group(actors, len(actors), list(range(len(actors))), backend="auto", group_name=GROUP)
+        col.create_collective_group(
+            actors, len(actors), list(range(len(actors))), backend="auto", group_name=GROUP
+        )
         jobs = [worker.work.remote(options.workers, options.steps) for worker in workers]
         weights, *_ = ray.get([server.serve.remote(options.workers, options.steps), *jobs])
     finally:
@@ -127,8 +139,10 @@ def main() -> int:
 
     served, alone = loss_of(weights), loss_of(train_alone(options.workers, options.steps))
     difference = abs(served - alone) / alone
-    print(f"loss after {options.steps} steps: {served:.8f} with a server and {options.workers} workers, "
-          f"{alone:.8f} in one process; relative difference {difference:.1e}")
+    print(
+        f"loss after {options.steps} steps: {served:.8f} with a server and {options.workers} workers, "
+        f"{alone:.8f} in one process; relative difference {difference:.1e}"
+    )
     if difference > 1e-5 or served > 0.5:
         print("WRONG: the losses should agree to 1e-5 and be below 0.5")
         return 1

@@ -99,7 +99,11 @@ class Worker:
     def holds(self, value: float, in_store: bool) -> bool:
         """Return whether the sum is 1, 2, 3 ... times ``value``."""
         found = self.total if in_store else self.gradients
-        return bool(np.array_equal(found, np.arange(1, found.size + 1, dtype=np.float32) % 64 * np.float32(value)))
+        return bool(
+            np.array_equal(
+                found, np.arange(1, found.size + 1, dtype=np.float32) % 64 * np.float32(value)
+            )
+        )
 
     def leave(self) -> None:
         """Leave the groups."""
@@ -129,12 +133,16 @@ def check(workers: Sequence[Any], nbytes: int, names: Sequence[str]) -> None:
             sys.exit(f"WRONG: {name}: a worker does not hold the sum of {nbytes} bytes")
 
 
-def measure(workers: Sequence[Any], nbytes: int, names: Sequence[str], seconds: float) -> dict[str, Times]:
+def measure(
+    workers: Sequence[Any], nbytes: int, names: Sequence[str], seconds: float
+) -> dict[str, Times]:
     """Return the times by name, each measured for about so many seconds inside and by the driver."""
     check(workers, nbytes, names)
     ray.get([worker.fill.remote(nbytes, 0.0) for worker in workers])  # zeros stay what they are
     return {
-        name: measure_store(workers, seconds) if name == STORE else measure_calls(workers, name, nbytes, seconds)
+        name: measure_store(workers, seconds)
+        if name == STORE
+        else measure_calls(workers, name, nbytes, seconds)
         for name in names
     }
 
@@ -173,14 +181,20 @@ def table(results: dict[int, dict[str, Times]]) -> str:
     names = list(next(iter(results.values())))
     others = [name for name in names if name != OURS]
     head = [
-        "bytes", *names, *(f"{name} / {OURS}" for name in others), *(f"driver: {name}" for name in names),
+        "bytes",
+        *names,
+        *(f"{name} / {OURS}" for name in others),
+        *(f"driver: {name}" for name in names),
         *(f"driver: {name} / {OURS}" for name in others),
     ]
     lines = ["| " + " | ".join(head) + " |", "| ---: " * len(head) + "|"]
     for nbytes, times in results.items():
         cells = [f"{nbytes:,}"]
         for column in range(2):
-            cells += [f"{times[name][column] * 1e6:,.{0 if times[name][column] > 1e-4 else 1}f}" for name in names]
+            cells += [
+                f"{times[name][column] * 1e6:,.{0 if times[name][column] > 1e-4 else 1}f}"
+                for name in names
+            ]
             cells += [f"{times[name][column] / times[OURS][column]:,.1f}" for name in others]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -188,25 +202,37 @@ def table(results: dict[int, dict[str, Times]]) -> str:
 
 def main() -> int:
     """Compare, and print the times; return 0 where all sums were right."""
-    parser = argparse.ArgumentParser(description="an allreduce through the object store, and as one call")
+    parser = argparse.ArgumentParser(
+        description="an allreduce through the object store, and as one call"
+    )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--bytes", default="1024,262144,4194304", help="sizes of a worker's float32 array, with commas")
+    parser.add_argument(
+        "--bytes",
+        default="1024,262144,4194304",
+        help="sizes of a worker's float32 array, with commas",
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="for each measurement, about")
-    parser.add_argument("--peer", action="store_true", help=f"compare with {PEER} over Gloo as well")
+    parser.add_argument(
+        "--peer", action="store_true", help=f"compare with {PEER} over Gloo as well"
+    )
     options = parser.parse_args()
     names = [STORE, OURS, *([PEER] if options.peer else [])]
     ray.init(num_cpus=options.workers, include_dashboard=False, logging_level="ERROR")
     try:
         remote = ray.remote(num_cpus=1)(Worker)
-        workers = [remote.remote(rank, options.workers, options.peer) for rank in range(options.workers)]
+        workers = [
+            remote.remote(rank, options.workers, options.peer) for rank in range(options.workers)
+        ]
         backend = ray.get([worker.setup.remote() for worker in workers])[0]
         sizes = map(int, options.bytes.split(","))
         results = {nbytes: measure(workers, nbytes, names, options.seconds) for nbytes in sizes}
         ray.get([worker.leave.remote() for worker in workers])
     finally:
         ray.shutdown()
-    print(f"{options.workers} workers, backend {backend!r}, every sum was right; microseconds, inside the workers and "
-          f"by the driver:\n\n{table(results)}")
+    print(
+        f"{options.workers} workers, backend {backend!r}, every sum was right; microseconds, inside the workers and "
+        f"by the driver:\n\n{table(results)}"
+    )
     return 0
 
 

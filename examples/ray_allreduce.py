@@ -30,7 +30,9 @@ except ModuleNotFoundError:
 LENGTH = 10
 TURNS = 5
 ON_GPU = {
-    "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "1",
+    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_MAX_CTAS": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 """What lets NCCL put several workers on one GPU, and JAX leave memory to the others."""
@@ -77,7 +79,9 @@ class Worker:
 
     def fill(self, count: int) -> None:
         """Take larger gradients, to measure with."""
-        self.gradients = to_framework(np.full(count, self.rank + 1.0, np.float32), self.array, self.gpu)
+        self.gradients = to_framework(
+            np.full(count, self.rank + 1.0, np.float32), self.array, self.gpu
+        )
 
     def measure(self) -> list[float]:
         """Return the seconds of a few allreduces, each until its result is there."""
@@ -106,7 +110,10 @@ class Worker:
 def compare(workers: list[Any], mib: int) -> str:
     """Measure allreduce, and the same sum by the driver through the object store; return that in words."""
     ray.get([worker.fill.remote(mib << 18) for worker in workers])
-    ours = min(max(times) for times in zip(*ray.get([worker.measure.remote() for worker in workers]), strict=True))
+    ours = min(
+        max(times)
+        for times in zip(*ray.get([worker.measure.remote() for worker in workers]), strict=True)
+    )
     theirs = []
     for _ in range(TURNS):
         start = time.perf_counter()
@@ -124,7 +131,9 @@ def share(options: argparse.Namespace) -> float:
         sys.exit("--gpu goes with --array cupy, torch or jax: numpy has no arrays on a GPU")
     reason = col.backend_unavailable_reason("nccl") if gpu else None
     if reason is not None:
-        sys.exit(f"--array {options.array} on a GPU goes through NCCL, which cannot be used here: {reason}")
+        sys.exit(
+            f"--array {options.array} on a GPU goes through NCCL, which cannot be used here: {reason}"
+        )
     return gpu
 
 
@@ -133,8 +142,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="allreduce in Ray workers")
     parser.add_argument("--array", choices=("numpy", "torch", "jax", "cupy"), default="numpy")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--gpu", type=float, metavar="SHARE", help="put the arrays on a GPU: what a worker takes of it")
-    parser.add_argument("--compare", type=int, metavar="MIB", help="also measure, against ray.put and ray.get")
+    parser.add_argument(
+        "--gpu",
+        type=float,
+        metavar="SHARE",
+        help="put the arrays on a GPU: what a worker takes of it",
+    )
+    parser.add_argument(
+        "--compare", type=int, metavar="MIB", help="also measure, against ray.put and ray.get"
+    )
     options = parser.parse_args()
     try:
         importlib.import_module(options.array)
@@ -150,7 +166,9 @@ def main() -> int:
     try:
         gpus = ray.cluster_resources().get("GPU", 0.0)
         if gpu * options.workers > gpus:
-            sys.exit(f"{options.workers} workers want {gpu:g} of a GPU each, and Ray has {gpus:g}: lower --gpu")
+            sys.exit(
+                f"{options.workers} workers want {gpu:g} of a GPU each, and Ray has {gpus:g}: lower --gpu"
+            )
         remote = ray.remote(num_cpus=1, num_gpus=gpu)(Worker)
         workers = [remote.remote(options.array, rank, gpu > 0) for rank in range(options.workers)]
         ray.get([worker.setup.remote(options.workers, rank) for rank, worker in enumerate(workers)])

@@ -25,8 +25,10 @@ try:
     import ray
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as missing:
-    sys.exit(f"this example needs Ray and scikit-learn ({missing.name} is missing): "
-             "pip install '.[ray]' scikit-learn")
+    sys.exit(
+        f"this example needs Ray and scikit-learn ({missing.name} is missing): "
+        "pip install '.[ray]' scikit-learn"
+    )
 
 CLASSES = 10
 STEP_SIZE = 1.0
@@ -60,7 +62,11 @@ class NumpyModel:
         log_sum = self.xp.log(self.xp.exp(scores).sum(axis=1, keepdims=True))
         error = self.xp.exp(scores - log_sum) - labels
         loss = (labels * (log_sum - scores)).sum()
-        return {"weights": images.T @ error, "bias": error.sum(axis=0), "loss": self.xp.asarray(loss)}
+        return {
+            "weights": images.T @ error,
+            "bias": error.sum(axis=0),
+            "loss": self.xp.asarray(loss),
+        }
 
 
 class TorchModel:
@@ -105,7 +111,9 @@ def train(array: str, rank: int, world_size: int, steps: int) -> tuple[float, fl
     """Train on this rank's part; return the last loss, a mean over all images, and the accuracy on the part."""
     model = MODELS[array](array)
     images, labels = map(model.to_array, load_part(rank, world_size))
-    parameters = {name: model.to_array(values) for name, values in initial_parameters(seed=rank).items()}
+    parameters = {
+        name: model.to_array(values) for name, values in initial_parameters(seed=rank).items()
+    }
     total = len(load_digits().target)
     if world_size > 1:
         parameters = col.broadcast(parameters, src_rank=0)
@@ -115,7 +123,9 @@ def train(array: str, rank: int, world_size: int, steps: int) -> tuple[float, fl
         if world_size > 1:
             sums = col.allreduce(sums)
         loss = float(sums.pop("loss")) / total
-        parameters = {name: parameters[name] - STEP_SIZE * gradient / total for name, gradient in sums.items()}
+        parameters = {
+            name: parameters[name] - STEP_SIZE * gradient / total for name, gradient in sums.items()
+        }
     guesses = (images @ parameters["weights"] + parameters["bias"]).argmax(1)
     return loss, float((guesses == labels.argmax(1)).sum()) / len(images)
 
@@ -150,7 +160,12 @@ def main() -> int:
         sys.exit("--array cupy needs a GPU for each worker, and CuPy finds none here")
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    ray.init(num_cpus=options.workers, num_gpus=gpus * options.workers, include_dashboard=False, logging_level="ERROR")
+    ray.init(
+        num_cpus=options.workers,
+        num_gpus=gpus * options.workers,
+        include_dashboard=False,
+        logging_level="ERROR",
+    )
     try:
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
         workers = [remote.remote() for _ in range(options.workers)]
@@ -166,10 +181,14 @@ def main() -> int:
     losses = [loss for loss, _ in results]
     accuracy = sum(part for _, part in results) / len(results)
     difference = max(abs(loss - alone) for loss in losses) / alone
-    print(f"loss after {options.steps} steps, {options.array}: {losses[0]:.8f} in {options.workers} workers, "
-          f"{alone:.8f} in one process; relative difference {difference:.1e}; accuracy {accuracy:.3f}")
+    print(
+        f"loss after {options.steps} steps, {options.array}: {losses[0]:.8f} in {options.workers} workers, "
+        f"{alone:.8f} in one process; relative difference {difference:.1e}; accuracy {accuracy:.3f}"
+    )
     if len(set(losses)) != 1 or difference > 1e-5 or not accuracy > 0.9:
-        print(f"WRONG: the losses {losses} should be one number, within 1e-5 of {alone}, and the accuracy above 0.9")
+        print(
+            f"WRONG: the losses {losses} should be one number, within 1e-5 of {alone}, and the accuracy above 0.9"
+        )
         return 1
     return 0
 

@@ -45,7 +45,10 @@ class Player:
 
     def give(self) -> dict[str, Any]:
         """Return the array in a container; numpy's is wrapped, so that the transport carries it."""
-        return {"weights": NumpyArray(self.given) if self.array == "numpy" else self.given, "step": 1}
+        return {
+            "weights": NumpyArray(self.given) if self.array == "numpy" else self.given,
+            "step": 1,
+        }
 
     def give_plainly(self) -> dict[str, Any]:
         """Return the array as Ray carries it otherwise."""
@@ -72,7 +75,9 @@ def main() -> int:
     """Run the example; return 0 where the array arrived as it was."""
     parser = argparse.ArgumentParser(description="direct transport between Ray actors")
     parser.add_argument("--array", choices=tuple(TRANSPORTS), default="numpy")
-    parser.add_argument("--compare", type=int, metavar="MIB", help="also measure, against the object store")
+    parser.add_argument(
+        "--compare", type=int, metavar="MIB", help="also measure, against the object store"
+    )
     options = parser.parse_args()
     try:
         importlib.import_module(options.array)
@@ -90,11 +95,19 @@ def main() -> int:
         kind, last = ray.get(taker.take.remote(message))
         print(f"the array arrived as {kind} and ends with {last:g}")
         if options.compare:
-            other = remote.remote()  # once an actor has given directly, Ray pickles this type there by a slower way
-            ray.get([player.prepare.remote(options.array, options.compare << 18) for player in (giver, other)])
+            # once an actor has given directly, Ray pickles this type there by a slower way
+            other = remote.remote()
+            ray.get(
+                [
+                    player.prepare.remote(options.array, options.compare << 18)
+                    for player in (giver, other)
+                ]
+            )
             store = milliseconds(other, taker, "give_plainly")
             direct = milliseconds(giver, taker, "give", tensor_transport=transport)
-            print(f"{options.compare} MiB: {direct:.1f} ms directly, {store:.1f} ms through the object store")
+            print(
+                f"{options.compare} MiB: {direct:.1f} ms directly, {store:.1f} ms through the object store"
+            )
     finally:
         ray.shutdown()
     right = last == 999 and kind.split(".")[0].startswith(options.array)

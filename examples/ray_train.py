@@ -23,8 +23,10 @@ try:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 except ModuleNotFoundError as missing:
-    sys.exit(f"this example needs torch and Ray Train ({missing.name} is missing): "
-             "pip install '.[ray,torch]' 'ray[train]'")
+    sys.exit(
+        f"this example needs torch and Ray Train ({missing.name} is missing): "
+        "pip install '.[ray,torch]' 'ray[train]'"
+    )
 
 ROWS, FEATURES, STEPS = 64, 8, 20
 
@@ -56,7 +58,8 @@ def train_on_worker(config: dict[str, Any]) -> tuple[str, list[float]]:
     """Train in a worker of Ray Train; return what the process group is, and the workers' mean loss of every step."""
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    model = prepare_model(new_model(rank))  # DistributedDataParallel, which gives all workers rank 0's parameters
+    # DistributedDataParallel, which gives all workers rank 0's parameters
+    model = prepare_model(new_model(rank))
     losses = torch.tensor(train(model, rank, world_size), dtype=torch.float64)
     torch.distributed.all_reduce(losses, torch.distributed.ReduceOp.AVG)
     return type(torch.distributed.group.WORLD).__name__, losses.tolist()
@@ -64,12 +67,16 @@ def train_on_worker(config: dict[str, Any]) -> tuple[str, list[float]]:
 
 def main() -> int:
     """Train in workers and in this process, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workers", type=int, default=2)
     workers = parser.parse_args().workers
     if ROWS % workers:
         parser.error(f"--workers must divide {ROWS}, got {workers}")
-    ray.init(num_cpus=max(workers + 1, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+    ray.init(
+        num_cpus=max(workers + 1, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             train_on_worker,
@@ -82,8 +89,10 @@ def main() -> int:
     ray.shutdown()
     expected = train(new_model(0), 0, 1)
     apart = max(abs(loss - single) / single for loss, single in zip(losses, expected, strict=True))
-    print(f"{workers} workers, {backend}: loss {losses[0]:.4f} before, {losses[-1]:.4f} after {STEPS} steps; "
-          f"relative to one process at most {apart:.1e} apart")
+    print(
+        f"{workers} workers, {backend}: loss {losses[0]:.4f} before, {losses[-1]:.4f} after {STEPS} steps; "
+        f"relative to one process at most {apart:.1e} apart"
+    )
     if backend != "ColltensorProcessGroup" or not apart < 1e-5:
         print("wrong: expected the losses of one process", file=sys.stderr)
         return 1

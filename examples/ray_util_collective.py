@@ -49,7 +49,10 @@ def main() -> None:
     ray.init(num_cpus=WORKERS, runtime_env=in_workers)
     targets = [float(rank + 1) for rank in range(WORKERS)]
     workers = [Worker.remote(target) for target in targets]
-    collective.create_collective_group(workers, WORKERS, list(range(WORKERS)), "COLLTENSOR", "trainers")  # was "GLOO"
+    # was "GLOO"
+    collective.create_collective_group(
+        workers, WORKERS, list(range(WORKERS)), "COLLTENSOR", "trainers"
+    )
     expected = 0.0
     for step in range(STEPS):
         found = ray.get([worker.step.remote() for worker in workers])

@@ -28,7 +28,9 @@ def train(rank: int, world_size: int, steps: int) -> digits.Outcome:
     import colltensor.jax as cj
 
     together = world_size > 1
-    images, labels = (np.stack(parts) for parts in zip(*digits.batches(rank, world_size, steps), strict=True))
+    images, labels = (
+        np.stack(parts) for parts in zip(*digits.batches(rank, world_size, steps), strict=True)
+    )
     optimizer = optax.chain(cj.sync_gradients() if together else optax.identity(), optax.adam(3e-3))
 
     def scores(parameters: Any, images: Any) -> Any:
@@ -36,7 +38,9 @@ def train(rank: int, world_size: int, steps: int) -> digits.Outcome:
         return hidden @ parameters["out"] + parameters["out bias"]
 
     def loss(parameters: Any, images: Any, labels: Any) -> Any:
-        return optax.softmax_cross_entropy_with_integer_labels(scores(parameters, images), labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            scores(parameters, images), labels
+        ).mean()
 
     def step(carried: Any, batch: Any) -> Any:
         parameters, state = carried
@@ -48,18 +52,24 @@ def train(rank: int, world_size: int, steps: int) -> digits.Outcome:
     def run(parameters: Any, images: Any, labels: Any) -> Any:
         if together:
             parameters = jax.tree.map(cj.broadcast, parameters)  # rank 0's, on every rank
-        (parameters, _), losses = jax.lax.scan(step, (parameters, optimizer.init(parameters)), (images, labels))
+        (parameters, _), losses = jax.lax.scan(
+            step, (parameters, optimizer.init(parameters)), (images, labels)
+        )
         return parameters, losses
 
     keys = jax.random.split(jax.random.key(rank))
     parameters = {
-        "in": jax.random.normal(keys[0], (64, 48)) / 8, "in bias": jnp.zeros(48),
-        "out": jax.random.normal(keys[1], (48, digits.CLASSES)) / 7, "out bias": jnp.zeros(digits.CLASSES),
+        "in": jax.random.normal(keys[0], (64, 48)) / 8,
+        "in bias": jnp.zeros(48),
+        "out": jax.random.normal(keys[1], (48, digits.CLASSES)) / 7,
+        "out bias": jnp.zeros(digits.CLASSES),
     }
     parameters, losses = run(parameters, images, labels)
     images, labels = digits.load()
     right = scores(parameters, images).argmax(1) == labels
-    return digits.Outcome(digits.mean_over_workers(losses.tolist(), world_size), float(right.mean()))
+    return digits.Outcome(
+        digits.mean_over_workers(losses.tolist(), world_size), float(right.mean())
+    )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def jax_step() -> Step:
 
 def train(rank: int, world_size: int, steps: int) -> digits.Outcome:
     """Train on this worker's parts of the batches, in its own framework."""
-    parameters = (np.random.default_rng(1).normal(size=SPLIT + HIDDEN * digits.CLASSES) / 8).astype(np.float32)
+    parameters = (np.random.default_rng(1).normal(size=SPLIT + HIDDEN * digits.CLASSES) / 8).astype(
+        np.float32
+    )
     step = jax_step() if rank % 2 else torch_step(world_size)
     losses = []
     for images, labels in digits.batches(rank, world_size, steps):

@@ -29,7 +29,9 @@ def initial_parameters(seed: int) -> Arrays:
     return {
         "weights1": random.normal(scale=64**-0.5, size=(64, HIDDEN)).astype(np.float32),
         "bias1": np.zeros(HIDDEN, np.float32),
-        "weights2": random.normal(scale=HIDDEN**-0.5, size=(HIDDEN, digits.CLASSES)).astype(np.float32),
+        "weights2": random.normal(scale=HIDDEN**-0.5, size=(HIDDEN, digits.CLASSES)).astype(
+            np.float32
+        ),
         "bias2": np.zeros(digits.CLASSES, np.float32),
     }
 
@@ -52,7 +54,10 @@ def loss_and_gradients(parameters: Arrays, images: Any, labels: Any) -> tuple[fl
     error /= len(labels)
     back = (error @ parameters["weights2"].T) * (hidden > 0)
     gradients = {
-        "weights1": images.T @ back, "bias1": back.sum(axis=0), "weights2": hidden.T @ error, "bias2": error.sum(axis=0)
+        "weights1": images.T @ back,
+        "bias1": back.sum(axis=0),
+        "weights2": hidden.T @ error,
+        "bias2": error.sum(axis=0),
     }
     return loss, gradients
 

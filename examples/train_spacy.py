@@ -36,16 +36,30 @@ the/DET dog/NOUN runs/VERB after/ADP a/DET ball/NOUN | I/PRON never/ADV eat/VERB
 old/ADJ songs/NOUN sound/VERB sweet/ADJ | a/DET boat/NOUN sails/VERB over/ADP the/DET lake/NOUN
 she/PRON writes/VERB a/DET long/ADJ letter/NOUN | the/DET wind/NOUN blows/VERB softly/ADV at/ADP night/NOUN
 """
-WIDTH = {"width": 32, "depth": 1, "embed_size": 200, "window_size": 1, "maxout_pieces": 2, "subword_features": True}
+WIDTH = {
+    "width": 32,
+    "depth": 1,
+    "embed_size": 200,
+    "window_size": 1,
+    "maxout_pieces": 2,
+    "subword_features": True,
+}
 
 
 def examples_for(nlp: Any) -> list[Example]:
     """The corpus as spaCy's examples."""
-    sentences = [[pair.split("/") for pair in text.split()] for text in CORPUS.strip().replace("\n", " | ").split("|")]
+    sentences = [
+        [pair.split("/") for pair in text.split()]
+        for text in CORPUS.strip().replace("\n", " | ").split("|")
+    ]
     made = []
     for sentence in sentences:
         words, tags = map(list, zip(*sentence, strict=True))
-        made.append(Example.from_dict(spacy.tokens.Doc(nlp.vocab, words=words), {"words": words, "tags": tags}))
+        made.append(
+            Example.from_dict(
+                spacy.tokens.Doc(nlp.vocab, words=words), {"words": words, "tags": tags}
+            )
+        )
     return made
 
 
@@ -54,7 +68,9 @@ def new_tagger(seed: int) -> tuple[Any, list[Example]]:
     spacy.util.fix_random_seed(seed)
     nlp = spacy.blank("en")
     tok2vec = {"@architectures": "spacy.HashEmbedCNN.v2", "pretrained_vectors": None, **WIDTH}
-    nlp.add_pipe("tagger", config={"model": {"@architectures": "spacy.Tagger.v2", "tok2vec": tok2vec}})
+    nlp.add_pipe(
+        "tagger", config={"model": {"@architectures": "spacy.Tagger.v2", "tok2vec": tok2vec}}
+    )
     examples = examples_for(nlp)
     nlp.initialize(lambda: examples)
     return nlp, examples

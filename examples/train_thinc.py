@@ -20,7 +20,15 @@ import colltensor as col
 from colltensor.gradients import Synchronizer
 
 try:
-    from thinc.api import Adam, CategoricalCrossentropy, Model, Relu, Softmax, chain, fix_random_seed
+    from thinc.api import (
+        Adam,
+        CategoricalCrossentropy,
+        Model,
+        Relu,
+        Softmax,
+        chain,
+        fix_random_seed,
+    )
 except ModuleNotFoundError as missing:
     sys.exit(f"this example needs Thinc ({missing.name} is missing): pip install thinc")
 
@@ -31,7 +39,9 @@ def parameters_of(model: Model) -> dict[str, Any]:
     """The arrays of all layers' parameters, which are the model's own."""
     return {
         f"{number}.{name}": layer.get_param(name)
-        for number, layer in enumerate(model.walk()) for name in layer.param_names if layer.has_param(name)
+        for number, layer in enumerate(model.walk())
+        for name in layer.param_names
+        if layer.has_param(name)
     }
 
 
@@ -39,7 +49,9 @@ def gradients_of(model: Model) -> dict[str, Any]:
     """The arrays in which the layers have added up their gradients, which are the model's own."""
     return {
         f"{number}.{name}": layer.get_grad(name)
-        for number, layer in enumerate(model.walk()) for name in layer.param_names if layer.has_grad(name)
+        for number, layer in enumerate(model.walk())
+        for name in layer.param_names
+        if layer.has_grad(name)
     }
 
 
@@ -47,7 +59,9 @@ def train(rank: int, world_size: int, steps: int) -> digits.Outcome:
     """Train on this worker's parts of the batches."""
     fix_random_seed(rank)
     images, labels = digits.load()
-    model = chain(Relu(HIDDEN), Relu(HIDDEN), Softmax(digits.CLASSES)).initialize(X=images[:2], Y=np.eye(10)[:2])
+    model = chain(Relu(HIDDEN), Relu(HIDDEN), Softmax(digits.CLASSES)).initialize(
+        X=images[:2], Y=np.eye(10)[:2]
+    )
     if world_size > 1:
         col.broadcast(parameters_of(model))
         synchronizer = Synchronizer(parameters_of(model))

@@ -25,16 +25,21 @@ from colltensor.torch import sync_gradients
 
 def train(rank: int, world_size: int, steps: int) -> digits.Outcome:
     """Train on this worker's parts of the batches."""
-    torch.manual_seed(rank)  # the ranks start apart; sync_gradients gives all of them rank 0's parameters
+    # the ranks start apart; sync_gradients gives all of them rank 0's parameters
+    torch.manual_seed(rank)
     torch.set_num_threads(1)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, digits.CLASSES))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, digits.CLASSES)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     if world_size > 1:
         sync_gradients(model)
     losses = []
     for images, labels in digits.batches(rank, world_size, steps):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(torch.from_numpy(images)), torch.from_numpy(labels))
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.from_numpy(images)), torch.from_numpy(labels)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -45,7 +45,11 @@ def fetch(folder: Path) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)
     packages = folder / "packages"
-    for place in (packages, folder / "lists" / "partial", folder / "cache" / "archives" / "partial"):
+    for place in (
+        packages,
+        folder / "lists" / "partial",
+        folder / "cache" / "archives" / "partial",
+    ):
         place.mkdir(parents=True)
     # Lists of our own, because the system's may be missing, as in most containers, and only root may bring them.
     lists = ["-o", f"Dir::State::lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}"]
@@ -66,7 +70,13 @@ def fetch(folder: Path) -> None:
 
 def _output(*command: str, within: Path | None = None) -> str:
     return subprocess.run(
-        command, cwd=within, check=True, capture_output=True, text=True, timeout=LIMIT_S, stdin=subprocess.DEVNULL
+        command,
+        cwd=within,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        stdin=subprocess.DEVNULL,
     ).stdout
 
 

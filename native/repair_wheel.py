@@ -43,7 +43,9 @@ def split_name(file: str) -> tuple[str, str]:
     """Return the library and the version of what auditwheel put inside: libnl-3-a9aeb098.so.200.26.0."""
     match = _NAME.fullmatch(file)
     if match is None or match["library"] not in LICENSES:
-        raise RepairError(f"{file} would be inside, whose licence is not known: read it and add it to LICENSES")
+        raise RepairError(
+            f"{file} would be inside, whose licence is not known: read it and add it to LICENSES"
+        )
     return match["library"], match["version"]
 
 
@@ -62,7 +64,9 @@ def copyright_of(library: str, version: str, roots: Sequence[Path]) -> Path:
             file = root / "usr/share/doc" / name / "copyright"
             if file.is_file():
                 return file
-    raise RepairError(f"no copyright file of {library} {version}: none of /usr/share/doc/{{{','.join(names)}}}")
+    raise RepairError(
+        f"no copyright file of {library} {version}: none of /usr/share/doc/{{{','.join(names)}}}"
+    )
 
 
 def with_licenses(metadata: str, files: Sequence[str], licenses: Sequence[str]) -> str:
@@ -87,7 +91,11 @@ def add_licenses(wheel: Path, roots: Sequence[Path]) -> None:
         contents = {item.filename: archive.read(item) for item in items}
     [record] = [name for name in contents if name.endswith(".dist-info/RECORD")]
     info = record.removesuffix("RECORD")
-    bundled = [split_name(Path(name).name) for name in contents if name.startswith(LIBRARIES) and name != LIBRARIES]
+    bundled = [
+        split_name(Path(name).name)
+        for name in contents
+        if name.startswith(LIBRARIES) and name != LIBRARIES
+    ]
     added = {
         f"{info}licenses/{library}.txt": copyright_of(library, version, roots).read_bytes()
         for library, version in bundled
@@ -95,8 +103,13 @@ def add_licenses(wheel: Path, roots: Sequence[Path]) -> None:
     metadata = f"{info}METADATA"
     names = [Path(name).name for name in added]
     licenses = sorted({LICENSES[library] for library, _ in bundled})
-    changed = {metadata: with_licenses(contents[metadata].decode(), names, licenses).encode(), **added}
-    kept = [line for line in contents[record].decode().splitlines() if line.split(",")[0] not in changed]
+    changed = {
+        metadata: with_licenses(contents[metadata].decode(), names, licenses).encode(),
+        **added,
+    }
+    kept = [
+        line for line in contents[record].decode().splitlines() if line.split(",")[0] not in changed
+    ]
     lines = [*kept, *(_record_of(name, content) for name, content in changed.items())]
     changed[record] = "".join(f"{line}\n" for line in lines).encode()
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -115,14 +128,26 @@ def repair(wheel: Path, folder: Path, roots: Sequence[Path]) -> Path:
     """
     with tempfile.TemporaryDirectory() as place:
         # libtvm_ffi.so comes from the package apache-tvm-ffi and is loaded before.
-        command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtvm_ffi.so", "-w", place, str(wheel)]
+        command = [
+            sys.executable,
+            "-m",
+            "auditwheel",
+            "repair",
+            "--exclude",
+            "libtvm_ffi.so",
+            "-w",
+            place,
+            str(wheel),
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True)
         [repaired] = Path(place).glob("*.whl")
         if "-py3-none-" not in repaired.name:
             raise RepairError(f"{repaired.name} is not for every Python")
         with zipfile.ZipFile(repaired) as archive:
             if not any(name.startswith(f"{LIBRARIES}libgloo-") for name in archive.namelist()):
-                raise RepairError(f"{wheel.name} has no Gloo: it was built where Gloo's headers were not found")
+                raise RepairError(
+                    f"{wheel.name} has no Gloo: it was built where Gloo's headers were not found"
+                )
         add_licenses(repaired, roots)
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / repaired.name

@@ -40,7 +40,9 @@ FRAMEWORKS = ("numpy", "torch", "jax", "cupy", "ray")
 PROVIDERS = ("native", "pygloo", "torch")
 SIZES = {"gloo": "1,2,3,4", "shm": "2,3,4"}
 
-hypothesis.settings.register_profile("colltensor", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "colltensor", deadline=None, derandomize=True, database=None, print_blob=True
+)
 hypothesis.settings.load_profile("colltensor")
 
 
@@ -50,7 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addoption(f"--{name}", help=f"comma-separated, of: {', '.join(choices)}")
     for backend in SIZES:
         parser.addoption(f"--{backend}-sizes", help="comma-separated world sizes")
-    parser.addoption("--two-hosts", action="store_true", help="ranks in two network namespaces, where permitted")
+    parser.addoption(
+        "--two-hosts", action="store_true", help="ranks in two network namespaces, where permitted"
+    )
 
 
 def _is_installed(name: str) -> bool:
@@ -77,7 +81,9 @@ def _selected(config: pytest.Config, option: str, choices: tuple[str, ...]) -> t
         if name not in choices:
             raise pytest.UsageError(f"{option}: {name!r} is none of {', '.join(choices)}")
         if not _is_installed(name):
-            why = _missing_native_gloo() if name == "native" else "not installed in this environment"
+            why = (
+                _missing_native_gloo() if name == "native" else "not installed in this environment"
+            )
             raise pytest.UsageError(f"{option}: {name} is selected, but {why}")
     return names
 
@@ -144,10 +150,14 @@ def pytest_configure(config: pytest.Config) -> None:
         found = importlib.util.find_spec("colltensor")
         origin = found.origin if found else None
         if origin is None or "site-packages" not in Path(origin).parts:
-            raise pytest.UsageError(f"COLLTENSOR_TEST_INSTALLED=1, but colltensor would come from {origin}")
+            raise pytest.UsageError(
+                f"COLLTENSOR_TEST_INSTALLED=1, but colltensor would come from {origin}"
+            )
     config.stash[SIZES_KEY] = {backend: _sizes(config, backend) for backend in SIZES}
     config.stash[NO_SHM_KEY] = why = _missing_library()
-    if why is not None and (os.environ.get("COLLTENSOR_TEST_INSTALLED") == "1" or "COLLTENSOR_LIBRARY" in os.environ):
+    if why is not None and (
+        os.environ.get("COLLTENSOR_TEST_INSTALLED") == "1" or "COLLTENSOR_LIBRARY" in os.environ
+    ):
         raise pytest.UsageError(f"shared memory is under test, but {why}")
     _enter_two_hosts(config)
     # Short, because Ray puts unix sockets below it, whose paths may have 107 characters.
@@ -215,7 +225,11 @@ def _changes(framework: str, item: pytest.Item) -> bool:
     if {"frameworks", "providers", "libraries", "worlds"} & set(getattr(item, "fixturenames", ())):
         return True
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    values = [part for value in parameters.values() for part in (value if isinstance(value, tuple) else (value,))]
+    values = [
+        part
+        for value in parameters.values()
+        for part in (value if isinstance(value, tuple) else (value,))
+    ]
     return any(isinstance(value, str) and value == framework for value in values)
 
 
@@ -236,7 +250,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         fits = fits and (asked_for_gpu or not item.get_closest_marker("gpu"))
         fits = fits and (not only_of or _changes(only_of, item))
         # What is parametrised over nothing selected; pytest would show it as skipped.
-        fits = fits and not any("empty parameter set" in str(mark.kwargs) for mark in item.iter_markers("skip"))
+        fits = fits and not any(
+            "empty parameter set" in str(mark.kwargs) for mark in item.iter_markers("skip")
+        )
         (kept if fits else dropped).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

@@ -24,7 +24,18 @@ from colltensor.types import DTYPES, Device, DType
 from colltensor.view import BufferView
 
 LEGACY = 1
-_TYPES = ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "bfloat16"]
+_TYPES = [
+    "int8",
+    "uint8",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+]
 _OPS = [np.add, np.multiply, np.fmax, np.fmin]  # as NCCL's, these lose a NaN
 _AVERAGE = 4
 
@@ -116,10 +127,25 @@ class World:
 class Part:
     """One call of a group: where it is, what it moves, whether it is done."""
 
-    def __init__(self, communicator: Communicator, name: str, given: int, result: int, count: int, datatype: int,
-                 op: int = -1, root: int = -1) -> None:
+    def __init__(
+        self,
+        communicator: Communicator,
+        name: str,
+        given: int,
+        result: int,
+        count: int,
+        datatype: int,
+        op: int = -1,
+        root: int = -1,
+    ) -> None:
         self.communicator = communicator
-        self.name, self.given, self.result, self.count, self.datatype = name, given, result, count, datatype
+        self.name, self.given, self.result, self.count, self.datatype = (
+            name,
+            given,
+            result,
+            count,
+            datatype,
+        )
         self.op, self.root = op, root
         self.begun = self.done = False
 
@@ -150,14 +176,18 @@ def _match(world: World, source: int, target: int) -> None:
     sent, wanted = world.sent.get((source, target)), world.wanted.get((source, target))
     while sent and wanted:
         send, recv = sent.popleft(), wanted.popleft()
-        assert (send.count, send.datatype) == (recv.count, recv.datatype), "the ends of a transfer differ"
+        assert (send.count, send.datatype) == (recv.count, recv.datatype), (
+            "the ends of a transfer differ"
+        )
         recv.elements(recv.result, recv.count)[...] = send.elements(send.given, send.count)
         send.done = recv.done = True
 
 
 def _combine(parts: list[Part]) -> None:
     first = parts[0]
-    assert len({(p.name, p.count, p.datatype, p.op, p.root) for p in parts}) == 1, "the ranks' calls differ"
+    assert len({(p.name, p.count, p.datatype, p.op, p.root) for p in parts}) == 1, (
+        "the ranks' calls differ"
+    )
     size, count = len(parts), first.count
     if first.name == "broadcast":
         root = parts[first.root]
@@ -166,20 +196,26 @@ def _combine(parts: list[Part]) -> None:
     elif first.name == "allGather":
         for part in parts:
             for rank, other in enumerate(parts):
-                part.elements(part.result, size * count)[rank * count : (rank + 1) * count] = other.elements(
-                    other.given, count
+                part.elements(part.result, size * count)[rank * count : (rank + 1) * count] = (
+                    other.elements(other.given, count)
                 )
     else:
         given = count * size if first.name == "reduceScatter" else count
         values = [wide(part.elements(part.given, given), first.datatype) for part in parts]
         result = values[0]
         for value in values[1:]:
-            result = np.add(result, value) if first.op == _AVERAGE else _OPS[first.op](result, value)
+            result = (
+                np.add(result, value) if first.op == _AVERAGE else _OPS[first.op](result, value)
+            )
         result = result / size if first.op == _AVERAGE else result
         for rank, part in enumerate(parts):
             if first.name == "reduce" and rank != first.root:
                 continue
-            mine = result[rank * count : (rank + 1) * count] if first.name == "reduceScatter" else result
+            mine = (
+                result[rank * count : (rank + 1) * count]
+                if first.name == "reduceScatter"
+                else result
+            )
             part.elements(part.result, count)[...] = narrow(mine, first.datatype)
     for part in parts:
         part.done = True
@@ -216,20 +252,28 @@ class Communicator:
         self.error: NcclError | None = None
 
     # NCCL's names are CuPy's.
-    def allReduce(self, given: int, result: int, count: int, datatype: int, op: int, stream: int) -> None:  # noqa: N802
+    def allReduce(
+        self, given: int, result: int, count: int, datatype: int, op: int, stream: int
+    ) -> None:
         self._add(Part(self, "allReduce", given, result, count, datatype, op), stream)
 
-    def reduce(self, given: int, result: int, count: int, datatype: int, op: int, root: int, stream: int) -> None:
+    def reduce(
+        self, given: int, result: int, count: int, datatype: int, op: int, root: int, stream: int
+    ) -> None:
         assert (result != 0) == (root == self.rank)
         self._add(Part(self, "reduce", given, result, count, datatype, op, root), stream)
 
-    def broadcast(self, given: int, result: int, count: int, datatype: int, root: int, stream: int) -> None:
+    def broadcast(
+        self, given: int, result: int, count: int, datatype: int, root: int, stream: int
+    ) -> None:
         self._add(Part(self, "broadcast", given, result, count, datatype, root=root), stream)
 
     def allGather(self, given: int, result: int, count: int, datatype: int, stream: int) -> None:  # noqa: N802
         self._add(Part(self, "allGather", given, result, count, datatype), stream)
 
-    def reduceScatter(self, given: int, result: int, count: int, datatype: int, op: int, stream: int) -> None:  # noqa: N802
+    def reduceScatter(
+        self, given: int, result: int, count: int, datatype: int, op: int, stream: int
+    ) -> None:
         self._add(Part(self, "reduceScatter", given, result, count, datatype, op), stream)
 
     def send(self, given: int, count: int, datatype: int, peer: int, stream: int) -> None:
@@ -302,7 +346,9 @@ class Driver:
     def _submit(self, group: list[tuple[Part, int]]) -> None:
         if not group:
             return
-        self.machine.calls.append((group[0][0].communicator.rank, tuple(part.name for part, _ in group)))
+        self.machine.calls.append(
+            (group[0][0].communicator.rank, tuple(part.name for part, _ in group))
+        )
         for stream in {stream for _, stream in group}:
             self._launch([part for part, where in group if where == stream], stream)
 
@@ -353,7 +399,10 @@ class Driver:
         with machine.lock:
             machine.events[event] += 1
             number = machine.events[event]
-            machine.queue(stream, lambda: machine.reached.__setitem__(event, max(machine.reached[event], number)))
+            machine.queue(
+                stream,
+                lambda: machine.reached.__setitem__(event, max(machine.reached[event], number)),
+            )
 
     def wait(self, stream: int, event: int) -> None:
         machine = self.machine
@@ -382,9 +431,14 @@ class Driver:
         with use(stream):
             MEMORY.copy(target, source)
 
-    def to_keys(self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int) -> None:
+    def to_keys(
+        self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int
+    ) -> None:
         to, of = elements(keys), elements(bits)
-        _machine().queue(current(), lambda: to.__setitem__(..., keys_of(of.astype(to.dtype), mask, infinity, nan)))
+        _machine().queue(
+            current(),
+            lambda: to.__setitem__(..., keys_of(of.astype(to.dtype), mask, infinity, nan)),
+        )
 
     def from_keys(self, bits: BufferView, keys: BufferView, mask: int) -> None:
         to, of = elements(bits), elements(keys)
@@ -392,8 +446,10 @@ class Driver:
 
 
 def keys_of(bits: np.ndarray, mask: int, infinity: int, nan: int) -> np.ndarray:
-    """Return keys of floats; see ``colltensor.backends.nccl.elements.Keying``."""
-    return np.where((bits & mask) > infinity, bits.dtype.type(nan), np.where(bits < 0, bits ^ mask, bits))
+    """Return keys of floats; see ``colltensor.backends.nccl.reductions.Keying``."""
+    return np.where(
+        (bits & mask) > infinity, bits.dtype.type(nan), np.where(bits < 0, bits ^ mask, bits)
+    )
 
 
 def bits_of(keys: np.ndarray, mask: int) -> np.ndarray:
@@ -456,7 +512,12 @@ class DeviceMemory:
         raw = np.full(max(nbytes, 1), 0xAB, np.uint8)
         _machine().kept.append(raw)
         return BufferView.from_address(
-            raw.ctypes.data, (nbytes,), DTYPES["uint8"], device=like.device, owner=raw, stream=like.stream
+            raw.ctypes.data,
+            (nbytes,),
+            DTYPES["uint8"],
+            device=like.device,
+            owner=raw,
+            stream=like.stream,
         )
 
     def copy(self, target: BufferView, source: BufferView) -> None:
@@ -534,7 +595,7 @@ class DeviceAdapter:
     def target(self, tensor: Any) -> BufferView:
         return view_of(tensor, current())
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, view_of(tensor, current())
 
     def written(self, tensor: Any) -> None:
@@ -559,7 +620,7 @@ class FrozenAdapter(DeviceAdapter):
 
     target = source
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         result = FrozenArray(np.empty_like(tensor.memory), tensor.dtype.name, tensor.device)
         machine, before = _machine(), tensor.memory
         machine.queue(_LOCAL.xla, lambda: result.memory.__setitem__(..., before))
@@ -582,8 +643,20 @@ def frozen_stream(machine: Machine) -> int:
 def view_of(tensor: DeviceArray, stream: int) -> BufferView:
     """View a device array."""
     array = tensor.memory
-    strides = None if array.flags.c_contiguous else tuple(step // array.itemsize for step in array.strides)
+    strides = (
+        None
+        if array.flags.c_contiguous
+        else tuple(step // array.itemsize for step in array.strides)
+    )
     return BufferView(
-        array.ctypes.data, array.size, tensor.dtype, Device("cuda", tensor.device), array.shape, strides, False, None,
-        tensor, stream,
+        array.ctypes.data,
+        array.size,
+        tensor.dtype,
+        Device("cuda", tensor.device),
+        array.shape,
+        strides,
+        False,
+        None,
+        tensor,
+        stream,
     )

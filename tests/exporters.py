@@ -157,7 +157,9 @@ def _paddle() -> types.ModuleType:
     EagerParamBase.__module__ = "paddle.base.framework"
     paddle: Any = types.ModuleType("paddle")
     paddle.Tensor = Tensor
-    paddle.base = types.SimpleNamespace(framework=types.SimpleNamespace(EagerParamBase=EagerParamBase))
+    paddle.base = types.SimpleNamespace(
+        framework=types.SimpleNamespace(EagerParamBase=EagerParamBase)
+    )
     paddle.grad_enabled = True
     paddle.is_grad_enabled = lambda: paddle.grad_enabled
     return paddle

@@ -1,7 +1,7 @@
 """What a test session could leave on the machine: processes, shared memory, listening ports, folders.
 
 Looks only at what belongs to this session: processes that carry its mark in their environment, this
-process's own sockets, and names of ours. Imports no framework and nothing of the package.
+process's own sockets, and names of ours.
 """
 
 from __future__ import annotations
@@ -51,9 +51,15 @@ class Leftovers:
             time.sleep(0.1)
         pids = sorted(set(after.processes) - set(before.processes))
         complaints = [f"process {pid}: {after.processes[pid]}" for pid in pids]
-        complaints += [f"/dev/shm/{name}" for name in sorted(after.segments - before.segments) if "colltensor" in name]
+        complaints += [
+            f"/dev/shm/{name}"
+            for name in sorted(after.segments - before.segments)
+            if "colltensor" in name
+        ]
         complaints += [f"listening TCP port {port}" for port in sorted(after.ports - before.ports)]
-        inside = (path for path in before.folder.iterdir() if not path.name.startswith(EXPECTED_FOLDERS))
+        inside = (
+            path for path in before.folder.iterdir() if not path.name.startswith(EXPECTED_FOLDERS)
+        )
         return complaints + [str(path) for path in sorted(inside)]
 
 
@@ -87,7 +93,9 @@ def _session_processes(session: str) -> dict[int, str]:
         try:
             parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
             if parent == own or mark in (entry / "environ").read_bytes().split(b"\0"):
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                command = (
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
                 processes[int(entry.name)] = command.strip()
         except (PermissionError, FileNotFoundError, ProcessLookupError):
             continue

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
-    *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("benchmarks/results/*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("benchmarks/results/*.md")),
 ]
 FRAMEWORKS = ("numpy", "torch", "jax")
 
@@ -45,7 +46,9 @@ class Block:
     @property
     def ranks(self) -> int:
         """In how many ranks it runs; 0 for a program of its own or what is only compiled."""
-        return next((int(word.split()[0]) for word in self.words if re.fullmatch(r"\d ranks", word)), 0)
+        return next(
+            (int(word.split()[0]) for word in self.words if re.fullmatch(r"\d ranks", word)), 0
+        )
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -55,7 +58,9 @@ class Block:
     @property
     def names(self) -> tuple[str, ...]:
         """The other words of its mark."""
-        return tuple(word for word in self.words if word not in FRAMEWORKS and not word.endswith(" ranks"))
+        return tuple(
+            word for word in self.words if word not in FRAMEWORKS and not word.endswith(" ranks")
+        )
 
 
 def blocks_of(page: str, text: str) -> list[Block]:
@@ -64,9 +69,13 @@ def blocks_of(page: str, text: str) -> list[Block]:
     for match in _BLOCK.finditer(text):
         words = tuple(word.strip() for word in (match["words"] or "").split(",") if word.strip())
         line = text.count("\n", 0, match.start("code")) + 1
-        after = re.search(r"^```\n(.*?)^```$", text[match.end():], re.MULTILINE | re.DOTALL)
-        found.append(Block(page, line, textwrap.dedent(match["code"]), words, after[1] if after else ""))
+        after = re.search(r"^```\n(.*?)^```$", text[match.end() :], re.MULTILINE | re.DOTALL)
+        found.append(
+            Block(page, line, textwrap.dedent(match["code"]), words, after[1] if after else "")
+        )
     return found
 
 
-BLOCKS = [block for page in PAGES for block in blocks_of(str(page.relative_to(ROOT)), page.read_text())]
+BLOCKS = [
+    block for page in PAGES for block in blocks_of(str(page.relative_to(ROOT)), page.read_text())
+]

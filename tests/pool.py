@@ -1,13 +1,11 @@
 """A pool of rank processes, started once and reused by every test of a session.
 
-    def sums(rank, world_size, scale):          # top-level, so that it can be pickled
-        group = group_of(world_size, "gloo", "torch")
-        return group.allreduce(numpy.full(3, rank * scale))
+def sums(rank, world_size, scale):          # top-level, so that it can be pickled
+group = group_of(world_size, "gloo", "torch")
+return group.allreduce(numpy.full(3, rank * scale))
 
-    def test_sums(pool):
-        assert pool.run(4, sums, 2)[0].tolist() == [12, 12, 12]
-
-Imports no framework and nothing of the package, so that it can report a package that does not import.
+def test_sums(pool):
+assert pool.run(4, sums, 2)[0].tolist() == [12, 12, 12]
 """
 
 from __future__ import annotations
@@ -54,8 +52,13 @@ class RanksFailedError(Exception):
         results: The return values of the ranks that did return, by rank.
     """
 
-    def __init__(self, title: str, reports: Mapping[int, str], errors: Mapping[int, BaseException],
-                 results: Mapping[int, Any]) -> None:
+    def __init__(
+        self,
+        title: str,
+        reports: Mapping[int, str],
+        errors: Mapping[int, BaseException],
+        results: Mapping[int, Any],
+    ) -> None:
         self.reports = dict(reports)
         self.errors = dict(errors)
         self.results = dict(results)
@@ -66,7 +69,9 @@ class RanksFailedError(Exception):
 class _Rank:
     """One child process: its pid, its connection, its log."""
 
-    def __init__(self, index: int, folder: Path, environment: Mapping[str, str], prefix: Sequence[str]) -> None:
+    def __init__(
+        self, index: int, folder: Path, environment: Mapping[str, str], prefix: Sequence[str]
+    ) -> None:
         ours, theirs = socket.socketpair()
         self.log = folder / f"rank{index}.log"
         search_path = [entry or os.getcwd() for entry in sys.path]
@@ -116,7 +121,9 @@ class _Rank:
         """Wait for the exit of a process whose connection is closed; say what was wrong with it."""
         deadline = time.monotonic() + EXIT_WAIT_S
         # WNOWAIT leaves the process unreaped, so that its number is still its own in kill().
-        while (status := os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
+        while (
+            status := os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        ) is None:
             if time.monotonic() > deadline:
                 self.ask_for_stacks()
                 time.sleep(STACKS_WAIT_S)
@@ -144,8 +151,12 @@ class RankPool:
     is replaced because it died, overran or left a run unfinished.
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None,
-                 prefixes: Sequence[Sequence[str]] = ((),)) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        prefixes: Sequence[Sequence[str]] = ((),),
+    ) -> None:
         """Make an empty pool.
 
         Args:
@@ -167,8 +178,15 @@ class RankPool:
         """The processes of ranks 0, 1, ... as far as they were needed so far."""
         return tuple(rank.process.pid for _, rank in sorted(self._ranks.items()))
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0,
-            grace_s: float = 15.0, may_die: Collection[int] = ()) -> list[Any]:
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout_s: float = 60.0,
+        grace_s: float = 15.0,
+        may_die: Collection[int] = (),
+    ) -> list[Any]:
         """Run ``function(rank, world_size, *args)`` in each of ``world_size`` ranks.
 
         Args:
@@ -186,7 +204,9 @@ class RankPool:
             RanksFailedError: A rank raised, died or overran. The ones that died or overran are replaced.
         """
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("pool.run() belongs to the main thread: ranks die with the thread that started them")
+            raise RuntimeError(
+                "pool.run() belongs to the main thread: ranks die with the thread that started them"
+            )
         payload = pickle.dumps((function, args))
         with self._lock:
             for rank in range(world_size):
@@ -197,8 +217,14 @@ class RankPool:
                 self._ranks[rank].call(Call(rank, world_size, self._edition, payload))
             return self._outcome(world_size, function, timeout_s, grace_s, may_die)
 
-    def _outcome(self, world_size: int, function: Callable[..., Any], timeout_s: float, grace_s: float,
-                 may_die: Collection[int]) -> list[Any]:
+    def _outcome(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        timeout_s: float,
+        grace_s: float,
+        may_die: Collection[int],
+    ) -> list[Any]:
         results: dict[int, Any] = {}
         reports: dict[int, str] = {}
         errors: dict[int, BaseException] = {}
@@ -238,8 +264,9 @@ class RankPool:
             raise RanksFailedError(title, reports, errors, results)
         return [results[rank] for rank in range(world_size)]
 
-    def _replies(self, busy: set[int], deadline: float, reports: Mapping[int, str],
-                 grace_s: float) -> Iterator[tuple[int, Reply | None]]:
+    def _replies(
+        self, busy: set[int], deadline: float, reports: Mapping[int, str], grace_s: float
+    ) -> Iterator[tuple[int, Reply | None]]:
         """Yield each rank's reply, None for one that died, until the deadline; a failure brings it nearer."""
         hurried = False
         while busy:
@@ -267,6 +294,10 @@ class RankPool:
             ranks, self._ranks = self._ranks, {}
             for rank in ranks.values():
                 rank.connection.close()
-            complaints = {index: complaint for index, rank in ranks.items() if (complaint := rank.ended())}
+            complaints = {
+                index: complaint for index, rank in ranks.items() if (complaint := rank.ended())
+            }
         if complaints:
-            raise RanksFailedError("ranks did not end properly when the pool was closed", complaints, {}, {})
+            raise RanksFailedError(
+                "ranks did not end properly when the pool was closed", complaints, {}, {}
+            )

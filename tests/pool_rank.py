@@ -1,7 +1,6 @@
 """The child's side of the pool of ranks: takes calls from its parent, keeps groups between them.
 
-Runs in a process that `pool.RankPool` started. Imports no framework and, until a test asks for a
-group, nothing of the package.
+Runs in a process that `pool.RankPool` started.
 """
 
 from __future__ import annotations
@@ -100,7 +99,12 @@ def on_host(name: str | None) -> Iterator[None]:
 
 
 def group_of(
-    world_size: int, backend: str = "gloo", provider: str | None = None, *, timeout_s: float = 30.0, hosts: str = ""
+    world_size: int,
+    backend: str = "gloo",
+    provider: str | None = None,
+    *,
+    timeout_s: float = 30.0,
+    hosts: str = "",
 ) -> Any:
     """Return this rank's initialised group, made by the first call and kept for later ones.
 
@@ -118,7 +122,9 @@ def group_of(
         RuntimeError: Not called in a rank of the pool.
     """
     if _state is None or _state.rank < 0:
-        raise RuntimeError("group_of() works only inside a function that pool.run() calls in a rank")
+        raise RuntimeError(
+            "group_of() works only inside a function that pool.run() calls in a rank"
+        )
     key = (world_size, backend, provider, timeout_s, hosts)
     if key not in _groups:
         colltensor = importlib.import_module("colltensor")
@@ -151,7 +157,9 @@ def _variables_of(error: BaseException) -> str:
     frames = list(traceback.walk_tb(error.__traceback__))
     if not isinstance(error, AssertionError) or error.args or not frames:
         return ""
-    lines = (f"    {name} = {reprlib.repr(value)}" for name, value in frames[-1][0].f_locals.items())
+    lines = (
+        f"    {name} = {reprlib.repr(value)}" for name, value in frames[-1][0].f_locals.items()
+    )
     return "\n".join(["  with:", *lines])
 
 
@@ -171,7 +179,8 @@ def _answer(call: Call) -> Reply:
         try:
             pickled = pickle.dumps(error)
             pickle.loads(pickled)
-        except Exception:  # an exception class may refuse to be pickled in any way it likes; its text is sent
+        except Exception:
+            # an exception class may refuse to be pickled in any way it likes; its text is sent
             pickled = None
         return Reply(NO_RESULT, report, pickled)
 

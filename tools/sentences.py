@@ -51,7 +51,9 @@ def sentences(text: str) -> list[str]:
     found = []
     for paragraph in paragraphs(text):
         # What is code may hold a full stop that ends nothing: it is one word for each that is between its spaces.
-        plain = _CODE.sub(lambda match: re.sub(r"[.!?](?=\s)", "", match[1]), _LINK.sub(r"\1", paragraph))
+        plain = _CODE.sub(
+            lambda match: re.sub(r"[.!?](?=\s)", "", match[1]), _LINK.sub(r"\1", paragraph)
+        )
         found += [sentence for sentence in _END.split(plain) if _WORD.search(sentence)]
     return found
 
@@ -81,7 +83,12 @@ def complaint(name: str, text: str) -> str | None:
 
 def pages() -> list[Path]:
     """Return the pages that are held to this."""
-    return [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    return [
+        ROOT / "README.md",
+        ROOT / "ARCHITECTURE.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted(ROOT.glob("docs/**/*.md")),
+    ]
 
 
 def main(arguments: list[str]) -> int:
@@ -91,8 +98,10 @@ def main(arguments: list[str]) -> int:
         text = page.read_text()
         lengths = [words(sentence) for sentence in sentences(text)]
         name = str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
-        print(f"{name:32} {len(lengths):4} sentences, 90th percentile {percentile(lengths):3} words, "
-              f"longest {max(lengths, default=0):3}")
+        print(
+            f"{name:32} {len(lengths):4} sentences, 90th percentile {percentile(lengths):3} words, "
+            f"longest {max(lengths, default=0):3}"
+        )
         complaints.append(complaint(name, text))
     for found in filter(None, complaints):
         print(found, file=sys.stderr)

@@ -47,18 +47,29 @@ def offer_pyenv_interpreters(versions: Iterable[str]) -> None:
     A shim exists for every installed version but fails unless the version is enabled, and nox believes it.
     """
     homes = [os.environ.get("PYENV_ROOT", ""), str(Path.home() / ".pyenv")]
-    pyenv = shutil.which("pyenv") or next(filter(None, (shutil.which(f"{home}/bin/pyenv") for home in homes)), None)
+    pyenv = shutil.which("pyenv") or next(
+        filter(None, (shutil.which(f"{home}/bin/pyenv") for home in homes)), None
+    )
     if pyenv is None:
         return
-    root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout.strip()
+    root = subprocess.run(
+        [pyenv, "root"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     for version in versions:
         shim = shutil.which(f"python{version}")
-        if shim and subprocess.run([shim, "--version"], capture_output=True, check=False).returncode == 0:
+        if (
+            shim
+            and subprocess.run([shim, "--version"], capture_output=True, check=False).returncode
+            == 0
+        ):
             continue
         folders = Path(root, "versions").glob(f"{version}.*/bin")
         installed = [path for path in folders if (path / f"python{version}").exists()]
         if installed:
-            newest = max(installed, key=lambda path: int(path.parent.name.split(".")[2].split("-")[0].rstrip("t")))
+            newest = max(
+                installed,
+                key=lambda path: int(path.parent.name.split(".")[2].split("-")[0].rstrip("t")),
+            )
             os.environ["PATH"] = f"{newest}{os.pathsep}{os.environ['PATH']}"
 
 
@@ -91,14 +102,18 @@ def gloo_of_build(session: nox.Session) -> tuple[list[str], dict[str, str]]:
     Where it cannot be fetched both are empty; the build's log and the session `wheel` say what to install.
     """
     given = any(name in os.environ for name in ("Gloo_DIR", "Gloo_ROOT", "CMAKE_PREFIX_PATH"))
-    if given or any(Path(prefix, "include", "gloo", "config.h").exists() for prefix in ("/usr", "/usr/local")):
+    if given or any(
+        Path(prefix, "include", "gloo", "config.h").exists() for prefix in ("/usr", "/usr/local")
+    ):
         return [], {}
     folder = KEPT / "gloo"
     fetch = ["python", str(ROOT / "native" / "fetch_gloo.py"), str(folder)]
     found = session.run(*fetch, silent=True, success_codes=(0, 1), stderr=None)
     if not (folder / "complete").exists():
         return [], {}
-    return [f"Gloo_DIR={folder / 'usr' / 'share' / 'cmake' / 'Gloo'}"], {"LD_LIBRARY_PATH": str(found).strip()}
+    return [f"Gloo_DIR={folder / 'usr' / 'share' / 'cmake' / 'Gloo'}"], {
+        "LD_LIBRARY_PATH": str(found).strip()
+    }
 
 
 _built: list[tuple[Path, bool]] = []
@@ -111,16 +126,36 @@ def wheel(session: nox.Session) -> tuple[Path, bool]:
         shutil.rmtree(folder, ignore_errors=True)
         definitions, environment = gloo_of_build(session)
         options = [f"--config-settings=cmake.define.{definition}" for definition in definitions]
-        line = ["python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *options, str(ROOT)]
+        line = [
+            "python",
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            str(folder),
+            *options,
+            str(ROOT),
+        ]
         session.run(*line, env=environment)
         [path] = folder.glob("*.whl")
         with zipfile.ZipFile(path) as archive:
             has_gloo = "colltensor/lib/libcolltensor_gloo.so" in archive.namelist()
-        if has_gloo:  # its libraries go inside; the tools for that stay out of the session's own environment
+        # its libraries go inside; the tools for that stay out of the session's own environment
+        if has_gloo:
             tools = folder / "tools"
             session.install("--quiet", "--target", str(tools), *group("wheel"))
-            environment |= {"PYTHONPATH": str(tools), "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-            repair = ["python", str(ROOT / "native" / "repair_wheel.py"), str(path), str(folder / "repaired")]
+            environment |= {
+                "PYTHONPATH": str(tools),
+                "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            }
+            repair = [
+                "python",
+                str(ROOT / "native" / "repair_wheel.py"),
+                str(path),
+                str(folder / "repaired"),
+            ]
             session.run(*repair, "--root", str(KEPT / "gloo"), env=environment)
             [path] = (folder / "repaired").glob("*.whl")
         _built.append((path, has_gloo))
@@ -161,12 +196,18 @@ def size_of(session: nox.Session) -> str:
     sizes = {"numpy": 0, "pip": 0, "all else": 0}
     for file in site(session).rglob("*"):
         package = re.split(r"[-.]", file.relative_to(site(session)).parts[0])[0]
-        sizes[package if package in sizes else "all else"] += file.lstat().st_size if file.is_file() else 0
+        sizes[package if package in sizes else "all else"] += (
+            file.lstat().st_size if file.is_file() else 0
+        )
     return f"numpy {sizes['numpy'] / 1e6:.1f} MB, colltensor and all else {sizes['all else'] / 1e6:.1f} MB"
 
 
 def install(
-    session: nox.Session, extras: Iterable[str], *groups: str, shared: Iterable[str] = SHARED, pins: Iterable[str] = ()
+    session: nox.Session,
+    extras: Iterable[str],
+    *groups: str,
+    shared: Iterable[str] = SHARED,
+    pins: Iterable[str] = (),
 ) -> None:
     """Install the package with extras, as a user would, and the development groups that the session needs.
 
@@ -175,7 +216,9 @@ def install(
     share(session, (extra for extra in extras if extra in shared))
     path, _ = wheel(session)
     kept = any(site(session).glob("colltensor-*.dist-info"))
-    session.install("--quiet", f"colltensor[{','.join(extras)}] @ {path.as_uri()}", *pins, *group(*groups))
+    session.install(
+        "--quiet", f"colltensor[{','.join(extras)}] @ {path.as_uri()}", *pins, *group(*groups)
+    )
     if kept:  # it may hold an older build of the same version
         session.install("--quiet", "--no-deps", "--force-reinstall", str(path))
 
@@ -198,18 +241,40 @@ def pytest(
 
     What is selected are the variables that tests/conftest.py describes.
     """
-    environment = {f"COLLTENSOR_TEST_{name.upper()}": value for name, value in {"installed": "1", **selected}.items()}
-    given = [str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word for word in session.posargs]
-    where = [] if any(word.startswith(str(ROOT)) for word in given) else [str(ROOT / test) for test in tests]
+    environment = {
+        f"COLLTENSOR_TEST_{name.upper()}": value
+        for name, value in {"installed": "1", **selected}.items()
+    }
+    given = [
+        str(ROOT / word) if (ROOT / word.split("::")[0]).exists() else word
+        for word in session.posargs
+    ]
+    where = (
+        []
+        if any(word.startswith(str(ROOT)) for word in given)
+        else [str(ROOT / test) for test in tests]
+    )
     left_out = [f"--ignore={ROOT / without}"] if without else []
     # By the `pytest` script, since `python -m pytest` would put the working directory on the search path.
     with session.chdir(elsewhere(session)):
         config = str(ROOT / "pyproject.toml")
-        session.run("pytest", "--config-file", config, *where, *left_out, *arguments, *given, env=environment)
+        session.run(
+            "pytest",
+            "--config-file",
+            config,
+            *where,
+            *left_out,
+            *arguments,
+            *given,
+            env=environment,
+        )
 
 
 def side_by_side(
-    session: nox.Session, commands: Iterable[list[str]], environment: dict[str, str], folder: Path = ROOT
+    session: nox.Session,
+    commands: Iterable[list[str]],
+    environment: dict[str, str],
+    folder: Path = ROOT,
 ) -> None:
     """Run commands, two at a time, because they mostly wait; print what each said, and fail where one fails."""
     own = {name: value for name, value in session.env.items() if value is not None}
@@ -233,7 +298,12 @@ def side_by_side(
 def native_tests(session: nox.Session, name: str, definitions: Iterable[str]) -> list[str]:
     """Build the native tests and return the programs, the second one where Gloo was found; reuses older objects."""
     folder = KEPT / "native" / name
-    options = ["COLLTENSOR_PYTHON=OFF", "COLLTENSOR_NATIVE_TESTS=ON", "CMAKE_COMPILE_WARNING_AS_ERROR=ON", *definitions]
+    options = [
+        "COLLTENSOR_PYTHON=OFF",
+        "COLLTENSOR_NATIVE_TESTS=ON",
+        "CMAKE_COMPILE_WARNING_AS_ERROR=ON",
+        *definitions,
+    ]
     configure = ["cmake", "--fresh", "-S", str(ROOT / "native"), "-B", str(folder), "-G", "Ninja"]
     session.run(*configure, *(f"-D{option}" for option in options), silent=True)
     over_gloo = folder / "colltensor_gloo_stress"
@@ -251,4 +321,8 @@ def without_randomisation() -> list[str]:
     words = ["setarch", "-R"]
     if shutil.which("setarch") is None:
         return []
-    return words if subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0 else []
+    return (
+        words
+        if subprocess.run([*words, "true"], capture_output=True, check=False).returncode == 0
+        else []
+    )

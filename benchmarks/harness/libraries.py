@@ -76,7 +76,10 @@ class Library(Timed):
         arrays = self._make_arrays(operation, *case)
         once = self.loop_on(operation, arrays)
         once(self.ranks)
-        self.check = [zlib.crc32(array) for array in (once.results() if isinstance(once, JaxLoop) else arrays.values())]
+        self.check = [
+            zlib.crc32(array)
+            for array in (once.results() if isinstance(once, JaxLoop) else arrays.values())
+        ]
         for array in arrays.values():
             array.fill(0)
         return self.loop_on(operation, arrays)
@@ -111,9 +114,14 @@ class Colltensor(Library, InGroup):
         if variant == "jax":
             return JaxLoop(self.group, arrays["block"])
         if kind == "allreduce":
-            return self._allreduce_loop(_torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"])
+            return self._allreduce_loop(
+                _torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"]
+            )
         if variant == "list":
-            arrays = {name: list(array) if name.endswith("blocks") else array for name, array in arrays.items()}
+            arrays = {
+                name: list(array) if name.endswith("blocks") else array
+                for name, array in arrays.items()
+            }
         return repeat(*self._calls(kind, arrays))
 
     def _allreduce_loop(self, tensor: Any) -> Loop:
@@ -145,11 +153,19 @@ class Colltensor(Library, InGroup):
         if operation == "broadcast":
             return [lambda root=root: group.broadcast(block, root) for root in roots]
         if operation == "gather":
-            return [lambda root=root: group.gather(blocks if root == rank else None, block, root) for root in roots]
+            return [
+                lambda root=root: group.gather(blocks if root == rank else None, block, root)
+                for root in roots
+            ]
         if operation == "scatter":
-            return [lambda root=root: group.scatter(block, blocks if root == rank else None, root) for root in roots]
+            return [
+                lambda root=root: group.scatter(block, blocks if root == rank else None, root)
+                for root in roots
+            ]
         if operation == "send/recv":
-            return _one_way(rank, ranks, lambda: group.send(block, right), lambda: group.recv(block, left))
+            return _one_way(
+                rank, ranks, lambda: group.send(block, right), lambda: group.recv(block, left)
+            )
         calls: dict[str, Callable[[], object]] = {
             "allgather": lambda: group.allgather(blocks, block),
             "reducescatter": lambda: group.reducescatter(block, blocks),
@@ -197,9 +213,14 @@ class Mpi(Library):
         vendor, version = MPI.get_vendor()
         name = {"openmpi": "Open MPI", "mpich": "MPICH"}[settings.world]
         if vendor != name:
-            raise RuntimeError(f"expected the environment of {name}, and its mpi4py runs on {vendor} {version}")
+            raise RuntimeError(
+                f"expected the environment of {name}, and its mpi4py runs on {vendor} {version}"
+            )
         self._mpi, self._comm = MPI, MPI.COMM_WORLD
-        self.versions = {name: ".".join(map(str, version)), f"mpi4py of {name}": metadata.version("mpi4py")}
+        self.versions = {
+            name: ".".join(map(str, version)),
+            f"mpi4py of {name}": metadata.version("mpi4py"),
+        }
         if importlib.util.find_spec("torch") is not None:
             self.versions[f"torch of {name}"] = metadata.version("torch")
         self.barrier = self._comm.Barrier  # type: ignore[method-assign]
@@ -226,18 +247,27 @@ class Mpi(Library):
         roots = range(ranks)
         if operation == "reduce":
             return [
-                (lambda root=root: comm.Reduce(in_place, block, root=root)) if root == rank
+                (lambda root=root: comm.Reduce(in_place, block, root=root))
+                if root == rank
                 else (lambda root=root: comm.Reduce(block, None, root=root))
                 for root in roots
             ]
         if operation == "broadcast":
             return [lambda root=root: comm.Bcast(block, root) for root in roots]
         if operation == "gather":
-            return [lambda root=root: comm.Gather(block, blocks if root == rank else None, root) for root in roots]
+            return [
+                lambda root=root: comm.Gather(block, blocks if root == rank else None, root)
+                for root in roots
+            ]
         if operation == "scatter":
-            return [lambda root=root: comm.Scatter(blocks if root == rank else None, block, root) for root in roots]
+            return [
+                lambda root=root: comm.Scatter(blocks if root == rank else None, block, root)
+                for root in roots
+            ]
         if operation == "send/recv":
-            return _one_way(rank, ranks, lambda: comm.Send(block, right), lambda: comm.Recv(block, left))
+            return _one_way(
+                rank, ranks, lambda: comm.Send(block, right), lambda: comm.Recv(block, left)
+            )
         calls: dict[str, Callable[[], object]] = {
             "allgather": lambda: comm.Allgather(block, blocks),
             "reducescatter": lambda: comm.Reduce_scatter_block(blocks, block),
@@ -303,7 +333,10 @@ def _torch_tensor(array: np.ndarray) -> Any:
 
 def _copy_loop(operation: str, target: np.ndarray, source: np.ndarray) -> Loop:
     memmove = ctypes.CDLL(None).memmove
-    memmove.argtypes, memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
+    memmove.argtypes, memmove.restype = (
+        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t),
+        ctypes.c_void_p,
+    )
     # These pointers keep their arrays alive.
     to, of = target.ctypes.data_as(ctypes.c_void_p), source.ctypes.data_as(ctypes.c_void_p)
     if operation == "memmove":

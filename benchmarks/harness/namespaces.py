@@ -35,8 +35,11 @@ def two_hosts(rate: str | None = None) -> Iterator[list[int]]:
         for _ in ADDRESSES:
             holder = undo.enter_context(
                 subprocess.Popen(
-                    ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE, text=True,
+                    ["unshare", "--net", "cat"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
                 )
             )  # ends with its input, and so with this process
             undo.callback(holder.kill)
@@ -50,7 +53,9 @@ def two_hosts(rate: str | None = None) -> Iterator[list[int]]:
             _network(holder, f"ip link set {LINK} up")
             _network(holder, f"ip route add default dev {LINK}")
             if rate is not None:
-                _network(holder, f"tc qdisc add dev {LINK} root tbf rate {rate} burst 1mb latency 50ms")
+                _network(
+                    holder, f"tc qdisc add dev {LINK} root tbf rate {rate} burst 1mb latency 50ms"
+                )
         yield holders
 
 
@@ -69,6 +74,8 @@ def inside(holder: int, command: Sequence[str]) -> list[str]:
 
 
 def _network(holder: int, command: str) -> None:
-    done = subprocess.run(inside(holder, command.split()), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        inside(holder, command.split()), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise NotPermittedError(f"{command}: {done.stderr.strip()}")

@@ -31,7 +31,7 @@ def array_at(place: int, count: int, *, small_pages: bool = False) -> np.ndarray
     else:
         raw = np.empty(nbytes, np.uint8)
     start = (place - raw.ctypes.data) % PAGE
-    return raw[start:start + 4 * count].view(np.float32)
+    return raw[start : start + 4 * count].view(np.float32)
 
 
 def place_of(array: Any) -> str:

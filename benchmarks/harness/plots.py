@@ -64,12 +64,18 @@ def draw(path: Path, panels: Sequence[Panel], x_label: str, y_label: str, x_name
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 4.6), sharey=True, squeeze=False
+    )
     for axis, panel in zip(axes[0], panels, strict=True):
         for label, line in panel.lines.items():
             axis.plot(
-                *zip(*line.points, strict=True), label=label, color=COLORS[line.color], linestyle=STYLES[line.style],
-                marker="o", markersize=4,
+                *zip(*line.points, strict=True),
+                label=label,
+                color=COLORS[line.color],
+                linestyle=STYLES[line.style],
+                marker="o",
+                markersize=4,
             )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -86,7 +92,9 @@ def draw(path: Path, panels: Sequence[Panel], x_label: str, y_label: str, x_name
     axes[0][0].set_ylabel(y_label)
     labels = len(panels[0].lines)
     rows = -(-labels // 3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncol=min(3, labels))
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncol=min(3, labels)
+    )
     figure.tight_layout(rect=(0, 0.03 + 0.05 * rows, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)

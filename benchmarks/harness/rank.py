@@ -134,13 +134,16 @@ class InGroup(Timed):
         import colltensor as col
 
         method = f"file://{self.settings.folder}/{self.settings.world}-{name}"
-        group = col.init_collective_group(self.ranks, self.rank, backend, name, init_method=method, **options)
+        group = col.init_collective_group(
+            self.ranks, self.rank, backend, name, init_method=method, **options
+        )
         self.versions["colltensor"] = f"{col.__version__} (backend {group.backend})"
         return group
 
 
 def repeat(*calls: Callable[[], object]) -> Loop:
     """Return the loop of these calls, in turn."""
+
     def loop(count: int) -> None:
         for call in itertools.islice(itertools.cycle(calls), count):
             call()
@@ -158,7 +161,11 @@ def serve(settings: Settings, rank: int) -> None:
     answers = getattr(importlib.import_module(module), name)(settings, rank)
     link = connect(settings.address)
     try:
-        versions = {"Python": platform.python_version(), "numpy": np.__version__, **answers.versions}
+        versions = {
+            "Python": platform.python_version(),
+            "numpy": np.__version__,
+            **answers.versions,
+        }
         link.send((settings.world, answers.rank, os.getpid(), versions))
         while True:
             name, arguments = link.recv()
@@ -179,7 +186,11 @@ def connect(address: str) -> Connection:
 
 def _mpi_rank() -> int:
     """Return the rank that mpiexec gave, which is needed for the affinity before MPI is imported."""
-    return int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or os.environ["PMIX_RANK"])
+    return int(
+        os.environ.get("OMPI_COMM_WORLD_RANK")
+        or os.environ.get("PMI_RANK")
+        or os.environ["PMIX_RANK"]
+    )
 
 
 if __name__ == "__main__":

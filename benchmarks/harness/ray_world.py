@@ -28,8 +28,12 @@ def main() -> None:
     settings = Settings.load(sys.argv[1])
     try:
         ray.init(
-            num_cpus=settings.ranks, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-            _temp_dir=f"{settings.folder}/ray", object_store_memory=100 << 20,
+            num_cpus=settings.ranks,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=f"{settings.folder}/ray",
+            object_store_memory=100 << 20,
         )
         actors = [Actor.remote() for _ in range(settings.ranks)]
         ray.get([actor.serve.remote(sys.argv[1], rank) for rank, actor in enumerate(actors)])

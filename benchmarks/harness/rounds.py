@@ -54,7 +54,11 @@ class Samples:
 
 
 def measure(
-    worlds: Mapping[str, World | Here], contestants: Sequence[Contestant], *case: Any, rounds: int, round_ms: float,
+    worlds: Mapping[str, World | Here],
+    contestants: Sequence[Contestant],
+    *case: Any,
+    rounds: int,
+    round_ms: float,
     calls: int | None = None,
 ) -> dict[str, Samples]:
     """Measure contestants in one case.
@@ -86,12 +90,15 @@ def measure(
     for number in range(rounds):
         first = number % len(plans)
         order = plans[first:] + plans[:first]
-        for contestant, warm_up, count in order if number % 2 else reversed(order):  # nobody always follows the same
+        # nobody always follows the same
+        for contestant, warm_up, count in order if number % 2 else reversed(order):
             seconds = max(worlds[contestant.world].ask("run", contestant.operation, warm_up, count))
             times[contestant.label].append(seconds / count * 1e6)
     for name in {contestant.world for contestant in contestants}:
         worlds[name].ask("forget")
-    return {contestant.label: Samples(count, times[contestant.label]) for contestant, _, count in plans}
+    return {
+        contestant.label: Samples(count, times[contestant.label]) for contestant, _, count in plans
+    }
 
 
 def _prepare(
@@ -104,7 +111,9 @@ def _prepare(
         operation = kind_of(contestant.operation)
         other, expected = sums.setdefault(operation, (contestant.label, found))
         if found != expected:
-            raise WorldError(f"{operation}, {case}: {contestant.label} and {other} computed different results")
+            raise WorldError(
+                f"{operation}, {case}: {contestant.label} and {other} computed different results"
+            )
 
 
 def _calibrate(world: World | Here, contestant: Contestant, round_s: float) -> tuple[int, int]:
@@ -115,5 +124,7 @@ def _calibrate(world: World | Here, contestant: Contestant, round_s: float) -> t
         calls = max(1, min(MOST_CALLS, round(round_s / seconds)))
     if kind_of(contestant.operation) in ROOTED:
         calls = math.ceil(calls / world.ranks) * world.ranks  # every rank is the root equally often
-    print(f"    {contestant.label}: about {seconds * 1e6:,.1f} us, rounds of {calls}", file=sys.stderr)
+    print(
+        f"    {contestant.label}: about {seconds * 1e6:,.1f} us, rounds of {calls}", file=sys.stderr
+    )
     return math.ceil(calls / 2), calls

@@ -22,8 +22,15 @@ THIS, BASELINE = "this", "baseline"
 Rows = Sequence[Sequence[object]]
 
 
-def add_options(parser: argparse.ArgumentParser, *, rounds: int = 15, round_ms: float = 5.0, baseline: bool = False,
-                places: Sequence[str] = (), plot: bool = False) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    *,
+    rounds: int = 15,
+    round_ms: float = 5.0,
+    baseline: bool = False,
+    places: Sequence[str] = (),
+    plot: bool = False,
+) -> None:
     """Add the options that all subjects have, and those that this one has as well.
 
     Args:
@@ -35,23 +42,40 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int = 15, round_ms: 
         plot: Whether there is something to draw.
     """
     parser.add_argument("--rounds", type=int, default=rounds, help=f"of each contestant ({rounds})")
-    parser.add_argument("--round-ms", type=float, default=round_ms, help=f"how long a round is, about ({round_ms:g})")
+    parser.add_argument(
+        "--round-ms",
+        type=float,
+        default=round_ms,
+        help=f"how long a round is, about ({round_ms:g})",
+    )
     parser.add_argument("--pin", action="store_true", help="run rank r on core r modulo the cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured into this file")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all that was measured into this file"
+    )
     if baseline:
-        parser.add_argument("--baseline", metavar="[CHECKOUT:]LIBRARY", help="another build, in turns with this one")
+        parser.add_argument(
+            "--baseline", metavar="[CHECKOUT:]LIBRARY", help="another build, in turns with this one"
+        )
     if places:
-        parser.add_argument("--places", nargs="+", default=list(places), metavar="BYTES",
-                            help=f"where in a page arrays begin, on all ranks, or with a comma on each ({places})")
+        parser.add_argument(
+            "--places",
+            nargs="+",
+            default=list(places),
+            metavar="BYTES",
+            help=f"where in a page arrays begin, on all ranks, or with a comma on each ({places})",
+        )
     if plot:
-        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result into this PNG file")
+        parser.add_argument(
+            "--plot", type=Path, metavar="FILE", help="draw the result into this PNG file"
+        )
 
 
 def everywhere(worlds: Iterable[str], operations: Iterable[str]) -> list[Contestant]:
     """Return every operation in every world, under its own name in the first one."""
     return [
         Contestant(operation if not number else f"{world} {operation}", world, operation)
-        for operation in operations for number, world in enumerate(worlds)
+        for operation in operations
+        for number, world in enumerate(worlds)
     ]
 
 
@@ -83,23 +107,38 @@ class Run:
         kinds = [Kind(THIS, library, **settings)]
         if given := getattr(self.options, "baseline", None):
             checkout, _, built = given.rpartition(":")
-            environment = {**settings.pop("environment", {}), "COLLTENSOR_LIBRARY": str(Path(built).resolve())}
+            environment = {
+                **settings.pop("environment", {}),
+                "COLLTENSOR_LIBRARY": str(Path(built).resolve()),
+            }
             folder = checkout or None
-            kinds.append(Kind(BASELINE, library, environment=environment, folder=folder, **settings))
+            kinds.append(
+                Kind(BASELINE, library, environment=environment, folder=folder, **settings)
+            )
         return kinds
 
     @contextmanager
     def started(self, kinds: Sequence[Kind], ranks: int = 2) -> Iterator[dict[str, World]]:
         """Start worlds, as ``harness.world.started`` does, and note their versions."""
-        print(f"{ranks} ranks: starting {', '.join(kind.name for kind in kinds)}", file=sys.stderr, flush=True)
+        print(
+            f"{ranks} ranks: starting {', '.join(kind.name for kind in kinds)}",
+            file=sys.stderr,
+            flush=True,
+        )
         with started(kinds, ranks, pin=self.options.pin) as worlds:
             for world in reversed(worlds.values()):
                 self.note(**world.versions)
             yield worlds
 
     def measure(
-        self, worlds: dict[str, World], contestants: Sequence[Contestant], *case: Any, table: str = "",
-        times: float = 1, rounds: int | None = None, calls: int | None = None,
+        self,
+        worlds: dict[str, World],
+        contestants: Sequence[Contestant],
+        *case: Any,
+        table: str = "",
+        times: float = 1,
+        rounds: int | None = None,
+        calls: int | None = None,
     ) -> dict[str, Samples]:
         """Measure contestants in turns; see ``rounds.measure``.
 
@@ -113,10 +152,17 @@ class Run:
             calls: The calls of a round, if it is not to be found out.
         """
         print(f"{table} {' '.join(map(str, case))}", file=sys.stderr, flush=True)
-        found = measure(worlds, contestants, *case, rounds=rounds or self.options.rounds,
-                        round_ms=self.options.round_ms * times, calls=calls)
+        found = measure(
+            worlds,
+            contestants,
+            *case,
+            rounds=rounds or self.options.rounds,
+            round_ms=self.options.round_ms * times,
+            calls=calls,
+        )
         self._measured += [
-            {"table": table, "case": case, "label": label, **asdict(samples)} for label, samples in found.items()
+            {"table": table, "case": case, "label": label, **asdict(samples)}
+            for label, samples in found.items()
         ]
         return found
 
@@ -139,8 +185,13 @@ class Run:
     def close(self) -> None:
         """Write the file of ``--json``, where one is asked for."""
         if self.options.json:
-            content = {"command": self._command(), "machine": self._facts, "tables": self._tables,
-                       "measured": self._measured, **self._more}
+            content = {
+                "command": self._command(),
+                "machine": self._facts,
+                "tables": self._tables,
+                "measured": self._measured,
+                **self._more,
+            }
             self.options.json.write_text(json.dumps(content, indent=1) + "\n")
 
     def _command(self) -> str:
@@ -149,7 +200,9 @@ class Run:
     def _print_head(self) -> None:
         facts = ", ".join(f"{name} {value}" for name, value in self._facts.items())
         pinned = "rank r on core r modulo the cores" if self.options.pin else "no process pinned"
-        print(f"`{self._command()}`\n\n{facts}; {os.confstr('CS_GNU_LIBC_VERSION')}; {pinned}. Medians of "
-              f"{self.options.rounds} rounds of about {self.options.round_ms:g} ms each, of the slowest rank, in "
-              f"microseconds a call, where nothing else is said. numpy's arrays begin {NUMPY_PLACE} bytes into a page "
-              "where nothing else is said.")
+        print(
+            f"`{self._command()}`\n\n{facts}; {os.confstr('CS_GNU_LIBC_VERSION')}; {pinned}. Medians of "
+            f"{self.options.rounds} rounds of about {self.options.round_ms:g} ms each, of the slowest rank, in "
+            f"microseconds a call, where nothing else is said. numpy's arrays begin {NUMPY_PLACE} bytes into a page "
+            "where nothing else is said."
+        )

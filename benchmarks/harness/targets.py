@@ -82,9 +82,11 @@ def _allreduce(where: str, ranks: int, nbytes: int, samples: dict[str, Samples])
         return found
     ours = samples[OURS].median_us
     if ranks == 2 and nbytes == 4:
-        found.append(Verdict(
-            f"{where}: at most {SMALLEST_US} us", f"{ours:,.2f} us", "", "", ours <= SMALLEST_US,
-        ))
+        found.append(
+            Verdict(
+                f"{where}: at most {SMALLEST_US} us", f"{ours:,.2f} us", "", "", ours <= SMALLEST_US
+            )
+        )
     if nbytes in FASTER_THAN_MPI.get(ranks, {}) and _fastest(samples, MPIS):
         found.append(_faster(where, samples, MPIS, FASTER_THAN_MPI[ranks][nbytes]))
     if ranks == 2 and nbytes in FASTER_THAN_GLOO and GLOO in samples:
@@ -92,10 +94,15 @@ def _allreduce(where: str, ranks: int, nbytes: int, samples: dict[str, Samples])
     copy = _fastest(samples, ("copyto", "memmove"))
     if ranks == 2 and nbytes == 64 * MI and copy:
         ratio = samples[copy].median_us / ours
-        found.append(Verdict(
-            f"{where}: at least {OF_MEMCPY} of the speed of one {copy} by each rank at once", f"{ours:,.0f} us",
-            f"{samples[copy].median_us:,.0f} us", f"{ratio:.2f}", ratio >= OF_MEMCPY,
-        ))
+        found.append(
+            Verdict(
+                f"{where}: at least {OF_MEMCPY} of the speed of one {copy} by each rank at once",
+                f"{ours:,.0f} us",
+                f"{samples[copy].median_us:,.0f} us",
+                f"{ratio:.2f}",
+                ratio >= OF_MEMCPY,
+            )
+        )
     return found
 
 
@@ -106,39 +113,63 @@ def _frameworks(where: str, samples: dict[str, Samples]) -> list[Verdict]:
     numpy_us = samples["numpy"].median_us
     if "torch" in samples:
         ratio = samples["torch"].median_us / numpy_us
-        found.append(Verdict(
-            f"{where}: torch tensors as numpy (at most {TORCH_FACTOR} times its time)",
-            f"{samples['torch'].median_us:,.2f} us", f"numpy {numpy_us:,.2f} us", f"{ratio:.2f}",
-            ratio <= TORCH_FACTOR,
-        ))
+        found.append(
+            Verdict(
+                f"{where}: torch tensors as numpy (at most {TORCH_FACTOR} times its time)",
+                f"{samples['torch'].median_us:,.2f} us",
+                f"numpy {numpy_us:,.2f} us",
+                f"{ratio:.2f}",
+                ratio <= TORCH_FACTOR,
+            )
+        )
         if MPI_TORCH in samples:
             found.append(_faster(f"{where}, torch tensors", samples, (MPI_TORCH,), 1, "torch"))
     if "JAX" in samples:
         more = samples["JAX"].median_us - numpy_us
-        found.append(Verdict(
-            f"{where}: JAX with donation within {JAX_ADDS_US:.0f} us of numpy",
-            f"{samples['JAX'].median_us:,.2f} us", f"numpy {numpy_us:,.2f} us", f"{more:+,.2f} us",
-            more <= JAX_ADDS_US,
-        ))
+        found.append(
+            Verdict(
+                f"{where}: JAX with donation within {JAX_ADDS_US:.0f} us of numpy",
+                f"{samples['JAX'].median_us:,.2f} us",
+                f"numpy {numpy_us:,.2f} us",
+                f"{more:+,.2f} us",
+                more <= JAX_ADDS_US,
+            )
+        )
         if PAGED in samples:
             paged_us = samples[PAGED].median_us
             more = samples["JAX"].median_us - paged_us
-            found.append(Verdict(
-                f"{where}: the same, numpy's array in pages of 4 KiB as JAX's", f"{samples['JAX'].median_us:,.2f} us",
-                f"{PAGED} {paged_us:,.2f} us", f"{more:+,.2f} us", more <= JAX_ADDS_US,
-            ))
+            found.append(
+                Verdict(
+                    f"{where}: the same, numpy's array in pages of 4 KiB as JAX's",
+                    f"{samples['JAX'].median_us:,.2f} us",
+                    f"{PAGED} {paged_us:,.2f} us",
+                    f"{more:+,.2f} us",
+                    more <= JAX_ADDS_US,
+                )
+            )
     return found
 
 
 def _faster(
-    where: str, samples: dict[str, Samples], peers: tuple[str, ...], factor: float, label: str = OURS
+    where: str,
+    samples: dict[str, Samples],
+    peers: tuple[str, ...],
+    factor: float,
+    label: str = OURS,
 ) -> Verdict:
     peer = _fastest(samples, peers)
     assert peer is not None
     ours, theirs = samples[label].median_us, samples[peer].median_us
-    wanted = f"not slower than {_any(peers)}" if factor == 1 else f"at least {factor:g} times faster than {_any(peers)}"
+    wanted = (
+        f"not slower than {_any(peers)}"
+        if factor == 1
+        else f"at least {factor:g} times faster than {_any(peers)}"
+    )
     return Verdict(
-        f"{where}: {wanted}", f"{ours:,.2f} us", f"{peer} {theirs:,.2f} us", f"{theirs / ours:.2f}",
+        f"{where}: {wanted}",
+        f"{ours:,.2f} us",
+        f"{peer} {theirs:,.2f} us",
+        f"{theirs / ours:.2f}",
         theirs / ours >= factor,
     )
 

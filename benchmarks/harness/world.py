@@ -92,14 +92,25 @@ class Kind:
         rank = [self.python, "-m", "harness.rank", settings.dump()]
         if self.launcher == "Open MPI":
             # Its own binding off, as all libraries run under one policy; more ranks than cores allowed.
-            return [[str(self.mpiexec), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", "-n", str(settings.ranks),
-                     *rank]]
+            return [
+                [
+                    str(self.mpiexec),
+                    "--bind-to",
+                    "none",
+                    "--map-by",
+                    ":OVERSUBSCRIBE",
+                    "-n",
+                    str(settings.ranks),
+                    *rank,
+                ]
+            ]
         if self.launcher == "MPICH":
             return [[str(self.mpiexec), "-bind-to", "none", "-n", str(settings.ranks), *rank]]
         if self.launcher == "ray":
             return [[self.python, "-m", "harness.ray_world", settings.dump()]]
         return [
-            [*self.prefixes[number % len(self.prefixes)], *rank, str(number)] for number in range(settings.ranks)
+            [*self.prefixes[number % len(self.prefixes)], *rank, str(number)]
+            for number in range(settings.ranks)
         ]
 
 
@@ -129,10 +140,17 @@ class World:
         with self._log.open("wb") as log:
             for command in kind.commands(settings):
                 # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends them in order.
-                self._processes.append(subprocess.Popen(
-                    command, env=environment, cwd=kind.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True,
-                ))
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        cwd=kind.folder,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
 
     @property
     def complete(self) -> bool:
@@ -142,7 +160,8 @@ class World:
     def enter(self, rank: int, link: Connection, pid: int, versions: dict[str, str]) -> None:
         """Take a rank in that said hello."""
         self._links[rank] = link
-        self._holds.append(os.pidfd_open(pid))  # not the number, which may be another process's when it comes to a kill
+        # not the number, which may be another process's when it comes to a kill
+        self._holds.append(os.pidfd_open(pid))
         if rank == 0:
             self.versions, self.pid = versions, pid
 
@@ -160,7 +179,9 @@ class World:
             deadline = time.monotonic() + REPLY_S
             for rank in range(self.ranks):
                 if not self._links[rank].poll(deadline - time.monotonic()):
-                    raise self._error(f"{name}{arguments}: no reply of rank {rank} within {REPLY_S:.0f} s")
+                    raise self._error(
+                        f"{name}{arguments}: no reply of rank {rank} within {REPLY_S:.0f} s"
+                    )
                 fine, reply = self._links[rank].recv()
                 if not fine:
                     raise self._error(f"{name}{arguments}: rank {rank}: {reply}")
@@ -173,7 +194,8 @@ class World:
         """End all processes; returns when they are gone."""
         for link in self._links.values():
             link.close()
-        first_s = 20 if self.complete else 1  # one that is still starting does not know yet that it is to end
+        # one that is still starting does not know yet that it is to end
+        first_s = 20 if self.complete else 1
         for patience_s, number in ((first_s, signal.SIGTERM), (10, signal.SIGKILL), (5, None)):
             deadline = time.monotonic() + patience_s
             for process in self._processes:
@@ -199,7 +221,9 @@ class Here:
         ranks: 1.
     """
 
-    def __init__(self, make: Callable[[Settings, int], Any], folder: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self, make: Callable[[Settings, int], Any], folder: str, options: dict[str, Any]
+    ) -> None:
         self.ranks = 1
         self._rank = make(Settings("here", "", 1, folder, "", pin=False, options=options), 0)
 
@@ -226,13 +250,16 @@ def started(kinds: Sequence[Kind], ranks: int, *, pin: bool = False) -> Iterator
         worlds: dict[str, World] = {}
         try:
             for kind in kinds:
-                settings = Settings(kind.name, kind.library, ranks, folder, address, pin, kind.options)
+                settings = Settings(
+                    kind.name, kind.library, ranks, folder, address, pin, kind.options
+                )
                 worlds[kind.name] = World(kind, settings)
                 stack.callback(worlds[kind.name].close)
             _await(worlds, listener)
             yield worlds
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not keep the worlds from being ended
+            # a second Ctrl-C must not keep the worlds from being ended
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _await(worlds: dict[str, World], listener: socket.socket) -> None:

@@ -28,7 +28,9 @@ class Ranks(InGroup):
 
         def awaited_at_the_end(calls: int) -> None:
             for first in range(0, calls, AT_ONCE):
-                for work in [group.allreduce(x, async_op=True) for _ in range(min(AT_ONCE, calls - first))]:
+                for work in [
+                    group.allreduce(x, async_op=True) for _ in range(min(AT_ONCE, calls - first))
+                ]:
                     work.wait()
 
         if operation == "awaited at the end":
@@ -42,7 +44,9 @@ class Ranks(InGroup):
         if name == "every second column":
             return self.array(1 << 21).reshape(1024, 2048)[:, ::2]
         x = self.array(1 << 20).reshape(1024, 1024)
-        transposed = name == "transposed on all ranks" or (name == "transposed on some" and self.rank % 2)
+        transposed = name == "transposed on all ranks" or (
+            name == "transposed on some" and self.rank % 2
+        )
         return x.T if transposed else x
 
 
@@ -56,11 +60,18 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     """Print both tables."""
     places = options.places
     with run.started(run.builds("subjects.asynchronous:Ranks"), options.ranks) as worlds:
-        for title, names, sizes in (("Ways to call", CALLS, SIZES), ("Layouts", LAYOUTS, (1 << 22,))):
+        for title, names, sizes in (
+            ("Ways to call", CALLS, SIZES),
+            ("Layouts", LAYOUTS, (1 << 22,)),
+        ):
             rows = []
             for nbytes in sizes:
                 operations = [f"{name}@{place}" for name in names for place in places]
                 found = run.measure(worlds, everywhere(worlds, operations), nbytes, table=title)
-                rows += [[name, f"{nbytes:,}", *(found[f"{name}@{place}"].median_us for place in places)]
-                         for name in names]
-            run.print(f"{title}, allreduce", ["what", "bytes", *(f"at {place}" for place in places)], rows)
+                rows += [
+                    [name, f"{nbytes:,}", *(found[f"{name}@{place}"].median_us for place in places)]
+                    for name in names
+                ]
+            run.print(
+                f"{title}, allreduce", ["what", "bytes", *(f"at {place}" for place in places)], rows
+            )

@@ -15,8 +15,15 @@ from harness.run import Run, add_options
 
 SIZES = (1 << 10, 1 << 18, 1 << 22)
 BACKENDS = ("colltensor", "gloo")
-CALLS = ("all_reduce", "all_reduce, async_op", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor",
-         "all_to_all_single", "there and back")
+CALLS = (
+    "all_reduce",
+    "all_reduce, async_op",
+    "broadcast",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "there and back",
+)
 
 
 class Ranks(Timed):
@@ -30,7 +37,9 @@ class Ranks(Timed):
 
         torch.set_num_threads(1)
         dist: Any = torch.distributed
-        dist.init_process_group("cpu:colltensor", f"file://{settings.folder}/store", rank=rank, world_size=2)
+        dist.init_process_group(
+            "cpu:colltensor", f"file://{settings.folder}/store", rank=rank, world_size=2
+        )
         self._groups = {"colltensor": dist.new_group(), "gloo": dist.new_group(backend="gloo")}
         self.barrier, self.versions = dist.barrier, {"torch": torch.__version__}
 
@@ -48,15 +57,25 @@ class Ranks(Timed):
             for sender in (0, 1):
                 (dist.send if rank == sender else dist.recv)(tensor, 1 - rank, group=group)
 
-        return repeat({
-            "all_reduce": lambda: dist.all_reduce(tensor, group=group),
-            "all_reduce, async_op": lambda: dist.all_reduce(tensor, group=group, async_op=True).wait(),
-            "broadcast": lambda: dist.broadcast(tensor, 0, group=group),
-            "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(gathered, tensor, group=group),
-            "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(part, tensor, group=group),
-            "all_to_all_single": lambda: dist.all_to_all_single(gathered, gathered.clone(), group=group),
-            "there and back": there_and_back,
-        }[call])
+        return repeat(
+            {
+                "all_reduce": lambda: dist.all_reduce(tensor, group=group),
+                "all_reduce, async_op": lambda: dist.all_reduce(
+                    tensor, group=group, async_op=True
+                ).wait(),
+                "broadcast": lambda: dist.broadcast(tensor, 0, group=group),
+                "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(
+                    gathered, tensor, group=group
+                ),
+                "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(
+                    part, tensor, group=group
+                ),
+                "all_to_all_single": lambda: dist.all_to_all_single(
+                    gathered, gathered.clone(), group=group
+                ),
+                "there and back": there_and_back,
+            }[call]
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +90,14 @@ def measure(run: Run, options: argparse.Namespace) -> None:
         for nbytes in SIZES:
             for call in CALLS:
                 pair = [Contestant(backend, "this", f"{backend} {call}") for backend in BACKENDS]
-                ours, gloo = (found.median_us for found in run.measure(worlds, pair, nbytes, table=call).values())
+                ours, gloo = (
+                    found.median_us
+                    for found in run.measure(worlds, pair, nbytes, table=call).values()
+                )
                 rows.append([f"{nbytes:,}", call, ours, gloo, f"{gloo / ours:.1f}"])
-    run.print("Calls of torch.distributed", ["bytes", "call", *BACKENDS, "Gloo / colltensor"], rows, left=2)
+    run.print(
+        "Calls of torch.distributed",
+        ["bytes", "call", *BACKENDS, "Gloo / colltensor"],
+        rows,
+        left=2,
+    )

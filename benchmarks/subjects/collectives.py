@@ -39,7 +39,18 @@ from importlib import metadata
 from harness.libraries import ARRAYS
 from harness.rounds import Contestant
 from harness.run import Run, add_options
-from harness.targets import GLOO, MPI_TORCH, MPIS, OURS, OURS_AT_PAGE, OURS_LISTED, PAGED, Results, size, verdicts
+from harness.targets import (
+    GLOO,
+    MPI_TORCH,
+    MPIS,
+    OURS,
+    OURS_AT_PAGE,
+    OURS_LISTED,
+    PAGED,
+    Results,
+    size,
+    verdicts,
+)
 from harness.world import Kind, World
 
 SIZES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
@@ -59,7 +70,10 @@ ALLREDUCE = (
     Contestant(GLOO, "torch", "allreduce"),
     Contestant("ray", "ray", "allreduce"),
 )
-COPIES = (Contestant("copyto", "colltensor", "copyto"), Contestant("memmove", "colltensor", "memmove"))
+COPIES = (
+    Contestant("copyto", "colltensor", "copyto"),
+    Contestant("memmove", "colltensor", "memmove"),
+)
 FRAMEWORKS = (
     Contestant("numpy", "frameworks", "allreduce"),
     Contestant("torch", "frameworks", "allreduce:torch"),
@@ -73,12 +87,20 @@ LISTED = ("allgather", "reducescatter", "gather", "scatter", "alltoall")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_options(parser, rounds=40)
-    parser.add_argument("--openmpi-python", default="", help="interpreter with mpi4py on Open MPI, mpiexec beside it")
-    parser.add_argument("--mpich-python", default="", help="interpreter with mpi4py on MPICH, mpiexec beside it")
+    parser.add_argument(
+        "--openmpi-python",
+        default="",
+        help="interpreter with mpi4py on Open MPI, mpiexec beside it",
+    )
+    parser.add_argument(
+        "--mpich-python", default="", help="interpreter with mpi4py on MPICH, mpiexec beside it"
+    )
     parser.add_argument("--backend", default="auto", help="colltensor's backend (auto)")
     parser.add_argument("--provider", help="colltensor's provider of Gloo")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of the allreduces")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, help="bytes of the allreduces"
+    )
     parser.add_argument("--only", nargs="+", metavar="WORLD", help="of those named in the output")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
 
@@ -96,24 +118,34 @@ def measure(run: Run, options: argparse.Namespace) -> None:
         _print_tables(run, results, ranks, options.parts)
     found = verdicts(results)
     if found:
-        run.print("Targets", ["target", "ours", "other", "reached", "holds"],
-                  [[v.target, v.ours, v.other, v.reached, "yes" if v.holds else "**no**"] for v in found])
+        run.print(
+            "Targets",
+            ["target", "ours", "other", "reached", "holds"],
+            [[v.target, v.ours, v.other, v.reached, "yes" if v.holds else "**no**"] for v in found],
+        )
     run.keep(targets=[asdict(verdict) for verdict in found])
 
 
 def _choose(options: argparse.Namespace) -> tuple[list[Kind], dict[str, str]]:
     """Return the worlds to start, and why the others are left out."""
     libraries, parts = "harness.libraries:", options.parts
-    own = Kind("colltensor", f"{libraries}Colltensor", options={
-        "backend": options.backend, **({"provider": options.provider} if options.provider else {}),
-    })
+    own = Kind(
+        "colltensor",
+        f"{libraries}Colltensor",
+        options={
+            "backend": options.backend,
+            **({"provider": options.provider} if options.provider else {}),
+        },
+    )
     useful = {
         own: True,
         replace(own, name="frameworks", needs=("torch", "jax")): "frameworks" in parts,
         Kind("openmpi", f"{libraries}Mpi", options.openmpi_python, launcher="Open MPI"): True,
         Kind("mpich", f"{libraries}Mpi", options.mpich_python, launcher="MPICH"): True,
         Kind("torch", f"{libraries}TorchGloo", needs=("torch",)): "allreduce" in parts,
-        Kind("ray", f"{libraries}RayCollective", needs=("ray", "torch"), launcher="ray"): "allreduce" in parts,
+        Kind(
+            "ray", f"{libraries}RayCollective", needs=("ray", "torch"), launcher="ray"
+        ): "allreduce" in parts,
     }
     left_out = {}
     for kind, wanted in useful.items():
@@ -148,7 +180,8 @@ def _measure_all(
     if "operations" in options.parts and ranks == 2:
         for operation in OPERATIONS:
             contestants = tuple(
-                replace(contestant, operation=operation) for contestant in ALLREDUCE
+                replace(contestant, operation=operation)
+                for contestant in ALLREDUCE
                 if contestant.label in (OURS, *MPIS)
             )
             if operation in LISTED:
@@ -167,34 +200,79 @@ def _print_tables(run: Run, results: Results, ranks: int, parts: Sequence[str]) 
     everywhere = tables.get("allreduce", {})
     if "allreduce" in parts and everywhere:
         columns = _present(everywhere, [contestant.label for contestant in ALLREDUCE])
-        head = [f"bytes, {ranks} ranks", *columns, "GB/s, ours", "faster MPI / ours", "Gloo / ours", "ray / ours"]
-        run.print(f"Allreduce, {ranks} ranks", head, [
-            [f"{nbytes:,}", *map(row.get, columns), f"{nbytes / row[OURS] / 1e3:.2f}" if OURS in row else "",
-             *(_ratio(row, peers) for peers in (MPIS, (GLOO,), ("ray",)))]
-            for nbytes, row in everywhere.items()
-        ], left=0)
+        head = [
+            f"bytes, {ranks} ranks",
+            *columns,
+            "GB/s, ours",
+            "faster MPI / ours",
+            "Gloo / ours",
+            "ray / ours",
+        ]
+        run.print(
+            f"Allreduce, {ranks} ranks",
+            head,
+            [
+                [
+                    f"{nbytes:,}",
+                    *map(row.get, columns),
+                    f"{nbytes / row[OURS] / 1e3:.2f}" if OURS in row else "",
+                    *(_ratio(row, peers) for peers in (MPIS, (GLOO,), ("ray",))),
+                ]
+                for nbytes, row in everywhere.items()
+            ],
+            left=0,
+        )
     if "frameworks" in tables:
-        columns = _present(tables["frameworks"], [contestant.label for contestant in FRAMEWORKS + MPI_ON_TORCH])
+        columns = _present(
+            tables["frameworks"], [contestant.label for contestant in FRAMEWORKS + MPI_ON_TORCH]
+        )
         rows = []
         for nbytes, row in tables["frameworks"].items():
             low, high = results[ranks, "frameworks", nbytes]["numpy"].quartiles_us()
-            rows.append([f"{nbytes:,}", *map(row.get, columns),
-                         *(f"{row[name] - row['numpy']:+,.2f}" for name in ("torch", "JAX")),
-                         f"{low:,.2f} to {high:,.2f}"])
-        head = [f"bytes, {ranks} ranks", *columns, "torch - numpy", "JAX - numpy", "quartiles of numpy"]
+            rows.append(
+                [
+                    f"{nbytes:,}",
+                    *map(row.get, columns),
+                    *(f"{row[name] - row['numpy']:+,.2f}" for name in ("torch", "JAX")),
+                    f"{low:,.2f} to {high:,.2f}",
+                ]
+            )
+        head = [
+            f"bytes, {ranks} ranks",
+            *columns,
+            "torch - numpy",
+            "JAX - numpy",
+            "quartiles of numpy",
+        ]
         run.print(f"Tensors of other frameworks, {ranks} ranks", head, rows, left=0)
-    others = {(table, nbytes): row for table in OPERATIONS for nbytes, row in tables.get(table, {}).items()}
+    others = {
+        (table, nbytes): row
+        for table in OPERATIONS
+        for nbytes, row in tables.get(table, {}).items()
+    }
     if others:
         columns = _present(others, [OURS, OURS_LISTED, *MPIS])
-        run.print(f"Other operations, {ranks} ranks", ["operation", "S", *columns, "faster MPI / ours"], [
-            [table, size(nbytes) if nbytes else "", *map(row.get, columns), _ratio(row, MPIS)]
-            for (table, nbytes), row in others.items()
-        ], left=0)
-    copies = [(row, copy.label) for row in everywhere.values() for copy in COPIES if copy.label in row and OURS in row]
+        run.print(
+            f"Other operations, {ranks} ranks",
+            ["operation", "S", *columns, "faster MPI / ours"],
+            [
+                [table, size(nbytes) if nbytes else "", *map(row.get, columns), _ratio(row, MPIS)]
+                for (table, nbytes), row in others.items()
+            ],
+            left=0,
+        )
+    copies = [
+        (row, copy.label)
+        for row in everywhere.values()
+        for copy in COPIES
+        if copy.label in row and OURS in row
+    ]
     if "limit" in parts and copies:
-        run.print(f"The limit, {size(SIZES[-1])}, {ranks} ranks", ["copy", "copy, us", "allreduce", "copy / ours"], [
-            [copy, row[copy], row[OURS], f"{row[copy] / row[OURS]:.2f}"] for row, copy in copies
-        ])
+        run.print(
+            f"The limit, {size(SIZES[-1])}, {ranks} ranks",
+            ["copy", "copy, us", "allreduce", "copy / ours"],
+            [[copy, row[copy], row[OURS], f"{row[copy] / row[OURS]:.2f}"] for row, copy in copies],
+        )
 
 
 def _present(rows: dict[object, dict[str, float]], labels: Sequence[str]) -> list[str]:

@@ -48,15 +48,29 @@ class Ranks(Timed):
         from colltensor.rendezvous.meeting import Meeting
 
         hosts = ("here",) * self.ranks
-        meeting = Meeting(self.rank, self.ranks, "benchmark", b"8 bytes.", b"s" * 32,
-                          tuple(map(tuple, addresses)), hosts, {}, self._listener)
+        meeting = Meeting(
+            self.rank,
+            self.ranks,
+            "benchmark",
+            b"8 bytes.",
+            b"s" * 32,
+            tuple(map(tuple, addresses)),
+            hosts,
+            {},
+            self._listener,
+        )
         self._deadline = time.monotonic() + LIMIT_S
         self._control = Control(meeting, self._deadline)
 
     def loop(self, operation: str) -> Loop:
         """Return the loop of an exchange."""
         if self.settings.options["bare"]:
-            return repeat(lambda: (self._socket.send(FRAME), self._socket.recv(len(FRAME), socket.MSG_WAITALL)))
+            return repeat(
+                lambda: (
+                    self._socket.send(FRAME),
+                    self._socket.recv(len(FRAME), socket.MSG_WAITALL),
+                )
+            )
         return repeat(lambda: self._control.agree(SIGNATURE, lambda: "benchmark", self._deadline))
 
 
@@ -73,7 +87,9 @@ def measure(run: Run, options: argparse.Namespace) -> None:
         kind = Kind(name, "subjects.control:Ranks", options={"bare": name == "bare sockets"})
         with run.started([kind], ranks) as worlds:
             worlds[name].ask("meet", worlds[name].ask("address"))
-            found = run.measure(worlds, [Contestant(name, name, name)], table=f"{ranks} ranks")[name]
+            found = run.measure(worlds, [Contestant(name, name, name)], table=f"{ranks} ranks")[
+                name
+            ]
         low, *_, high = statistics.quantiles(found.rounds_us, n=10, method="inclusive")
         rows.append([name, str(ranks), found.median_us, low, high])
     run.print("One exchange", ["what", "ranks", "median", "10th percentile", "90th"], rows)

@@ -32,7 +32,9 @@ class Ranks(InGroup):
         import torch
 
         torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", f"file://{settings.folder}/ddp", rank=rank, world_size=2)
+        torch.distributed.init_process_group(
+            "gloo", f"file://{settings.folder}/ddp", rank=rank, world_size=2
+        )
         self.versions["torch"] = torch.__version__
 
     def loop(self, operation: str, width: int) -> Loop:
@@ -43,7 +45,10 @@ class Ranks(InGroup):
 
         torch.manual_seed(0)
         model: torch.nn.Module = torch.nn.Sequential(
-            torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU(),
+            torch.nn.Linear(64, width),
+            torch.nn.ReLU(),
+            torch.nn.Linear(width, width),
+            torch.nn.ReLU(),
             torch.nn.Linear(width, 10),
         )
         if operation in GROUPS:
@@ -51,7 +56,9 @@ class Ranks(InGroup):
             model = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
         elif operation.startswith("ours"):
             overlap: Literal["worker", True] = "worker" if operation == "ours-worker" else True
-            sync_gradients(model, overlap=overlap, compression="fp16" if operation == "ours-fp16" else None)
+            sync_gradients(
+                model, overlap=overlap, compression="fp16" if operation == "ours-fp16" else None
+            )
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         images, labels = torch.randn(BATCH, 64), torch.randint(10, (BATCH,))
         set_to_none = not operation.endswith("-kept")
@@ -86,7 +93,13 @@ def measure(run: Run, options: argparse.Namespace) -> int:
                     verdict = f"at most {target:.3f}: {'holds' if part <= target else 'MISSED'}"
                     missed |= variant == "ours" and part > target
                 compared = variant not in ("alone", "ddp", "alone-kept")
-                rows.append([str(width), variant, median, above, f"{part:.3f}" if compared else "", verdict])
-    run.print("A step of training", ["w", "variant", "us a step", "above alone", "part of DDP's", "target"], rows,
-              left=2)
+                rows.append(
+                    [str(width), variant, median, above, f"{part:.3f}" if compared else "", verdict]
+                )
+    run.print(
+        "A step of training",
+        ["w", "variant", "us a step", "above alone", "part of DDP's", "target"],
+        rows,
+        left=2,
+    )
     return int(missed)

@@ -41,8 +41,12 @@ class Ranks(InGroup):
             group.barrier()
             counts.append([after - start for start, after in zip(before, _counted(), strict=True)])
             group.barrier()
-            assert (data == self.ranks * numbers + sum(range(self.ranks))).all(), "the sums are wrong"
-        sent, received = (int(statistics.median(column)) for column in zip(*counts[1:], strict=True))
+            assert (data == self.ranks * numbers + sum(range(self.ranks))).all(), (
+                "the sums are wrong"
+            )
+        sent, received = (
+            int(statistics.median(column)) for column in zip(*counts[1:], strict=True)
+        )
         return group.backend, sent, received, statistics.median(seconds[1:])
 
 
@@ -62,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mib", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=2, help="ranks on each host")
     parser.add_argument("--calls", type=int, default=5)
-    parser.add_argument("--rate", help="what the link carries each way, as tc spells it; by default what it can")
+    parser.add_argument(
+        "--rate", help="what the link carries each way, as tc spells it; by default what it can"
+    )
 
 
 def measure(run: Run, options: argparse.Namespace) -> None:
@@ -71,12 +77,33 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     for backend, hosts in (("auto", in_order), ("gloo", in_order), ("gloo", "AB" * options.ranks)):
         with two_hosts(options.rate) as holders:
             prefixes = [inside(holders[host != "A"], ()) for host in hosts]
-            kind = Kind("hosts", "subjects.hosts:Ranks", options={"backend": backend}, prefixes=prefixes)
+            kind = Kind(
+                "hosts", "subjects.hosts:Ranks", options={"backend": backend}, prefixes=prefixes
+            )
             with run.started([kind], len(hosts)) as worlds:
                 for place in options.places:
                     found, *_ = worlds["hosts"].ask("count", nbytes, options.calls, int(place))
                     name, sent, received, seconds = found
-                    rows.append([name, " ".join(hosts), place, f"{sent / nbytes:.3f}", f"{received / nbytes:.3f}",
-                                 f"{seconds * 1e3:,.1f}"])
-    run.print("Between two hosts", ["backend", "hosts of the ranks", "arrays at", "first to second, x buffer",
-                                    "back, x buffer", "ms"], rows, left=2)
+                    rows.append(
+                        [
+                            name,
+                            " ".join(hosts),
+                            place,
+                            f"{sent / nbytes:.3f}",
+                            f"{received / nbytes:.3f}",
+                            f"{seconds * 1e3:,.1f}",
+                        ]
+                    )
+    run.print(
+        "Between two hosts",
+        [
+            "backend",
+            "hosts of the ranks",
+            "arrays at",
+            "first to second, x buffer",
+            "back, x buffer",
+            "ms",
+        ],
+        rows,
+        left=2,
+    )

@@ -99,26 +99,43 @@ class Mpi4jax(Compiled):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_options(parser, round_ms=20)
-    parser.add_argument("--mpi4jax-python", default="", help="interpreter with mpi4jax, mpiexec beside it")
+    parser.add_argument(
+        "--mpi4jax-python", default="", help="interpreter with mpi4jax, mpiexec beside it"
+    )
 
 
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Print a table for each size."""
-    kinds = [Kind(backend, "subjects.jit:Ours", options={"backend": backend}) for backend in ("shm", "gloo")]
+    kinds = [
+        Kind(backend, "subjects.jit:Ours", options={"backend": backend})
+        for backend in ("shm", "gloo")
+    ]
     if options.mpi4jax_python:
-        kinds.append(Kind("mpi4jax", "subjects.jit:Mpi4jax", options.mpi4jax_python, launcher="Open MPI"))
+        kinds.append(
+            Kind("mpi4jax", "subjects.jit:Mpi4jax", options.mpi4jax_python, launcher="Open MPI")
+        )
     with run.started(kinds) as worlds:
         for nbytes in SIZES:
             contestants = [
-                Contestant(f"{world}/{way}", world, way) for world in worlds
+                Contestant(f"{world}/{way}", world, way)
+                for world in worlds
                 for way in (MPI_WAYS if world == "mpi4jax" else WAYS)
                 if not (world == "gloo" and (nbytes > 1 << 10 or way.startswith("loop")))
             ]
-            medians = {label: one.median_us for label, one in run.measure(worlds, contestants, nbytes).items()}
+            medians = {
+                label: one.median_us
+                for label, one in run.measure(worlds, contestants, nbytes).items()
+            }
             rows: list[list[object]] = []
             for label, median in medians.items():
                 world, way = label.split("/")
                 looped = way.startswith("loop")
-                rows.append([world, way, median / (LOOP if looped else 1),
-                             "" if looped else f"{median - medians[f'{world}/without']:+,.1f}"])
+                rows.append(
+                    [
+                        world,
+                        way,
+                        median / (LOOP if looped else 1),
+                        "" if looped else f"{median - medians[f'{world}/without']:+,.1f}",
+                    ]
+                )
             run.print(f"{nbytes:,} bytes", ["world", "what", "us", "above without"], rows, left=2)

@@ -52,7 +52,9 @@ class Theirs(TorchGloo):
         """Return the rise in MiB."""
         import torch
 
-        return _rise_mib(torch.distributed.all_reduce, torch.ones(1024), torch.ones(nbytes // 4), self.ranks)
+        return _rise_mib(
+            torch.distributed.all_reduce, torch.ones(1024), torch.ones(nbytes // 4), self.ranks
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Print both figures."""
-    kinds = (Kind("colltensor, numpy", "subjects.memory:Ours", options={"backend": "gloo", "provider": "torch"}),
-             Kind("torch.distributed", "subjects.memory:Theirs"))
+    kinds = (
+        Kind(
+            "colltensor, numpy",
+            "subjects.memory:Ours",
+            options={"backend": "gloo", "provider": "torch"},
+        ),
+        Kind("torch.distributed", "subjects.memory:Theirs"),
+    )
     found = {}
     for kind in kinds:
         with run.started([kind], options.ranks) as worlds:
@@ -73,4 +81,8 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     rows = [[name, f"{mib:.2f}"] for name, mib in found.items()]
     ours, theirs = found.values()
     rows.append(["ours - theirs (at most 1)", f"{ours - theirs:.2f}"])
-    run.print(f"Rise of the peak in an allreduce of {options.mib} MiB, {options.ranks} ranks", ["", "MiB"], rows)
+    run.print(
+        f"Rise of the peak in an allreduce of {options.mib} MiB, {options.ranks} ranks",
+        ["", "MiB"],
+        rows,
+    )

@@ -30,7 +30,12 @@ SMALL_NBYTES, LARGE_NBYTES = 4 << 10, 1 << 30
 SHARED_SINCE = 23000
 SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "1"}
 """What lets several ranks use one device."""
-OURS_TORCH, OURS_CUPY, THEIRS, BY_HOST = "colltensor, torch", "colltensor, CuPy", "torch.distributed", "by the host"
+OURS_TORCH, OURS_CUPY, THEIRS, BY_HOST = (
+    "colltensor, torch",
+    "colltensor, CuPy",
+    "torch.distributed",
+    "by the host",
+)
 HEAD = ("what", "", "colltensor", THEIRS, "ratio", "target", " ")
 Times = dict[str, Samples]
 
@@ -48,19 +53,24 @@ class Ranks(InGroup):
         if self.device is not None:
             torch.cuda.set_device(self.device)
         store = dist.FileStore(f"{settings.folder}/{settings.world}-torch", settings.ranks)
-        dist.init_process_group("gloo" if self.device is None else "nccl", store=store, rank=rank,
-                                world_size=settings.ranks)
-        settings.options["backend"] = "auto" if self.device is None else "nccl"  # what InGroup makes
+        dist.init_process_group(
+            "gloo" if self.device is None else "nccl",
+            store=store,
+            rank=rank,
+            world_size=settings.ranks,
+        )
+        # what InGroup makes
+        settings.options["backend"] = "auto" if self.device is None else "nccl"
         super().__init__(settings, rank)
         self.barrier = self._settled_barrier  # type: ignore[method-assign]
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """Wait for the device."""
         if self.device is not None:
             self.torch.cuda.synchronize()
 
     def _settled_barrier(self) -> None:
-        self.settle()
+        self.complete()
         self.group.barrier()
 
     def leave(self) -> None:
@@ -78,18 +88,23 @@ class Ranks(InGroup):
 
         def until_done(count: int) -> None:
             calls(count)
-            self.settle()
+            self.complete()
 
         return until_done
 
     def _call(self, name: str, nbytes: int) -> Callable[[], object]:
         group, dist, count = self.group, self.dist, nbytes // 4
         if name == OURS_CUPY:  # numpy is in its place on the host
-            array = importlib.import_module("numpy" if self.device is None else "cupy").ones(count, "float32")
+            array = importlib.import_module("numpy" if self.device is None else "cupy").ones(
+                count, "float32"
+            )
             return lambda: group.allreduce(array)
         where = "cpu" if self.device is None else f"cuda:{self.device}"
         # Zeros, which stay finite however often they are summed.
-        tensor, row = self.torch.zeros(count, device=where), self.torch.empty(1, count, device=where)
+        tensor, row = (
+            self.torch.zeros(count, device=where),
+            self.torch.empty(1, count, device=where),
+        )
 
         either = self.join("auto", "either") if name == BY_HOST else None
 
@@ -109,8 +124,12 @@ class Ranks(InGroup):
 
 def world(devices: list[int]) -> Kind:
     """Return the world of ranks on these devices; on none, of ranks in host memory."""
-    return Kind("nccl", "subjects.nccl:Ranks", options={"devices": devices},
-                environment=SHARED if len(devices) > len(set(devices)) else {})
+    return Kind(
+        "nccl",
+        "subjects.nccl:Ranks",
+        options={"devices": devices},
+        environment=SHARED if len(devices) > len(set(devices)) else {},
+    )
 
 
 def contestants(*operations: str) -> list[Contestant]:
@@ -129,17 +148,32 @@ def host_rows(times: Times) -> tuple[list[list[str]], bool]:
     for name in (OURS_TORCH, OURS_CUPY):
         ours = times[name].median_us
         hold &= ours <= theirs
-        rows.append(["host time, 4 KiB, 1 rank", name, f"{ours:.1f} us", f"{theirs:.1f} us", f"{ours / theirs:.2f}",
-                     "at most 1", "holds" if ours <= theirs else "does NOT hold"])
+        rows.append(
+            [
+                "host time, 4 KiB, 1 rank",
+                name,
+                f"{ours:.1f} us",
+                f"{theirs:.1f} us",
+                f"{ours / theirs:.2f}",
+                "at most 1",
+                "holds" if ours <= theirs else "does NOT hold",
+            ]
+        )
     return rows, hold
 
 
 def large_row(times: Times, where: str) -> tuple[list[str], bool]:
     """Return the table's row about bandwidth, and whether the target holds."""
     ours, theirs = (LARGE_NBYTES / times[name].median_us / 1e3 for name in (OURS_TORCH, THEIRS))
-    return [f"bandwidth, 1 GiB, 2 ranks on {where}", OURS_TORCH, f"{ours:.2f} GB/s", f"{theirs:.2f} GB/s",
-            f"{ours / theirs:.3f}", "at least 0.98", "holds" if ours / theirs >= 0.98 else "does NOT hold",
-            ], ours / theirs >= 0.98
+    return [
+        f"bandwidth, 1 GiB, 2 ranks on {where}",
+        OURS_TORCH,
+        f"{ours:.2f} GB/s",
+        f"{theirs:.2f} GB/s",
+        f"{ours / theirs:.3f}",
+        "at least 0.98",
+        "holds" if ours / theirs >= 0.98 else "does NOT hold",
+    ], ours / theirs >= 0.98
 
 
 def _note_versions(run: Run) -> tuple[int, int]:
@@ -147,14 +181,22 @@ def _note_versions(run: Run) -> tuple[int, int]:
     import torch
 
     if not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} sees no CUDA device, and without one there is nothing to measure")
+        sys.exit(
+            f"torch {torch.__version__} sees no CUDA device, and without one there is nothing to measure"
+        )
     cupy: Any = importlib.import_module("cupy")
     version = int(importlib.import_module("cupy.cuda.nccl").get_version())
     # Not torch.cuda.nccl.version(), which is that of the header that torch was built with.
     loaded = sorted(set(re.findall(r"\S+/libnccl\.so\S*", Path("/proc/self/maps").read_text())))
-    run.note(device=f"{torch.cuda.get_device_name(0)} (of {torch.cuda.device_count()})", torch=torch.__version__,
-             CuPy=cupy.__version__, CUDA=cupy.cuda.runtime.driverGetVersion(), libnccl=version,
-             loaded=", ".join(loaded) + (" (not one: the ratios compare NCCL too)" if len(loaded) != 1 else ""))
+    run.note(
+        device=f"{torch.cuda.get_device_name(0)} (of {torch.cuda.device_count()})",
+        torch=torch.__version__,
+        CuPy=cupy.__version__,
+        CUDA=cupy.cuda.runtime.driverGetVersion(),
+        libnccl=version,
+        loaded=", ".join(loaded)
+        + (" (not one: the ratios compare NCCL too)" if len(loaded) != 1 else ""),
+    )
     return torch.cuda.device_count(), version
 
 
@@ -170,14 +212,31 @@ def measure(run: Run, options: argparse.Namespace) -> int:
     """Print the table; return 1 where a target does not hold."""
     count, version = _note_versions(run)
     with run.started([world([0])], 1) as worlds:
-        times = run.measure(worlds, contestants(OURS_TORCH, OURS_CUPY, THEIRS), SMALL_NBYTES, calls=options.calls)
+        times = run.measure(
+            worlds, contestants(OURS_TORCH, OURS_CUPY, THEIRS), SMALL_NBYTES, calls=options.calls
+        )
     rows, hold = host_rows(times)
     if count < 2 and version < SHARED_SINCE:
-        rows.append(["bandwidth, 1 GiB, 2 ranks", "", "", "", "", "", f"not measured: one device, libnccl {version}"])
+        rows.append(
+            [
+                "bandwidth, 1 GiB, 2 ranks",
+                "",
+                "",
+                "",
+                "",
+                "",
+                f"not measured: one device, libnccl {version}",
+            ]
+        )
     else:
         with run.started([world([0, 1] if count > 1 else [0, 0])]) as worlds:
-            times = run.measure(worlds, until_done(OURS_TORCH, THEIRS), LARGE_NBYTES, rounds=options.large_rounds,
-                                calls=options.large_calls)
+            times = run.measure(
+                worlds,
+                until_done(OURS_TORCH, THEIRS),
+                LARGE_NBYTES,
+                rounds=options.large_rounds,
+                calls=options.large_calls,
+            )
         row, good = large_row(times, "2 devices" if count > 1 else "one device")
         rows, hold = [*rows, row], hold and good
     run.print("CUDA tensors", HEAD, rows, left=2)

@@ -33,26 +33,38 @@ def _store_bytes(sizes: Sequence[int]) -> int:
     return max(150 << 20, 8 * max(sizes) + (64 << 20))
 
 
-def _measure_cluster(example: Any, nodes: int, sizes: Sequence[int], seconds: float) -> dict[int, Any]:
+def _measure_cluster(
+    example: Any, nodes: int, sizes: Sequence[int], seconds: float
+) -> dict[int, Any]:
     """Start a cluster of so many nodes, two workers on each, and measure every size."""
     import ray
     from ray.cluster_utils import Cluster
 
     needed, free = nodes * _store_bytes(sizes), shutil.disk_usage("/dev/shm").free
     if needed > free:
-        sys.exit(f"{nodes} object stores of {size(_store_bytes(sizes))} need {size(needed)} in /dev/shm, which has "
-                 f"{size(free)} free; choose smaller --bytes")
+        sys.exit(
+            f"{nodes} object stores of {size(_store_bytes(sizes))} need {size(needed)} in /dev/shm, which has "
+            f"{size(free)} free; choose smaller --bytes"
+        )
     # For the workers, which import what they are made of.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")])
+    )
     cluster = Cluster()
     try:
         for node in range(nodes):
-            cluster.add_node(num_cpus=PER_NODE, resources={f"node {node}": 1.0}, include_dashboard=False,
-                             object_store_memory=_store_bytes(sizes))
+            cluster.add_node(
+                num_cpus=PER_NODE,
+                resources={f"node {node}": 1.0},
+                include_dashboard=False,
+                object_store_memory=_store_bytes(sizes),
+            )
         ray.init(address=cluster.address, log_to_driver=False)
         remote, world_size = ray.remote(num_cpus=1)(example.Worker), nodes * PER_NODE
         workers = [
-            remote.options(resources={f"node {rank // PER_NODE}": 0.1}).remote(rank, world_size, True)
+            remote.options(resources={f"node {rank // PER_NODE}": 0.1}).remote(
+                rank, world_size, True
+            )
             for rank in range(world_size)
         ]
         ray.get([worker.setup.remote() for worker in workers])
@@ -66,7 +78,9 @@ def _measure_cluster(example: Any, nodes: int, sizes: Sequence[int], seconds: fl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_options(parser, plot=True)
-    parser.add_argument("--nodes", type=numbers, default=[1, 7], help="numbers of nodes, with commas (1,7)")
+    parser.add_argument(
+        "--nodes", type=numbers, default=[1, 7], help="numbers of nodes, with commas (1,7)"
+    )
     parser.add_argument("--bytes", type=numbers, default=numbers(SIZES), help="sizes, with commas")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement, about")
 
@@ -80,12 +94,26 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     for nodes in options.nodes:
         results = _measure_cluster(example, nodes, options.bytes, options.seconds)
         title = f"{nodes * PER_NODE} workers on {nodes} node{'s' * (nodes > 1)}"
-        run.print(title, ["bytes", *(f"{name}, {where}" for name in order for where in WHERE)], [
-            [f"{nbytes:,}", *(seconds * 1e6 for name in order for seconds in times[name])]
-            for nbytes, times in results.items()
-        ])
-        panels.append(Panel(title, {
-            f"{name}, {where}": Line([(nbytes, times[name][style]) for nbytes, times in results.items()], color, style)
-            for color, name in enumerate(order) for style, where in enumerate(WHERE)
-        }))
+        run.print(
+            title,
+            ["bytes", *(f"{name}, {where}" for name in order for where in WHERE)],
+            [
+                [f"{nbytes:,}", *(seconds * 1e6 for name in order for seconds in times[name])]
+                for nbytes, times in results.items()
+            ],
+        )
+        panels.append(
+            Panel(
+                title,
+                {
+                    f"{name}, {where}": Line(
+                        [(nbytes, times[name][style]) for nbytes, times in results.items()],
+                        color,
+                        style,
+                    )
+                    for color, name in enumerate(order)
+                    for style, where in enumerate(WHERE)
+                },
+            )
+        )
     run.plot(panels, "size of each worker's array", "time of one sum", size)

@@ -45,7 +45,8 @@ def measure(run: Run, options: argparse.Namespace) -> None:
             for operation in options.operations:
                 contestants = [
                     Contestant(f"{world}@{place}", world, f"{operation}@{place}")
-                    for place in places for world in worlds
+                    for place in places
+                    for world in worlds
                 ]
                 found = run.measure(worlds, contestants, nbytes, table=operation)
                 table[operation] = {label: one.median_us for label, one in found.items()}
@@ -54,12 +55,26 @@ def measure(run: Run, options: argparse.Namespace) -> None:
                 for operation, medians in table.items():
                     times = [medians[f"{world}@{place}"] for place in places]
                     slowest = max(times) / medians[f"{world}@{FIRST_PLACE}"]
-                    rows.append([operation, *times, f"{slowest:.2f}" if slowest <= SLOWER_AT_MOST
-                                 else f"**{slowest:.2f}**"])
+                    rows.append(
+                        [
+                            operation,
+                            *times,
+                            f"{slowest:.2f}" if slowest <= SLOWER_AT_MOST else f"**{slowest:.2f}**",
+                        ]
+                    )
                 run.print(f"{size(nbytes)}, {world} build", ["us", *places, "slowest / 0"], rows)
             if BASELINE in worlds:
-                run.print(f"{size(nbytes)}, baseline / this", ["operation", *places], [
-                    [operation, *(f"{medians[f'{BASELINE}@{place}'] / medians[f'{THIS}@{place}']:.2f}"
-                                  for place in places)]
-                    for operation, medians in table.items()
-                ])
+                run.print(
+                    f"{size(nbytes)}, baseline / this",
+                    ["operation", *places],
+                    [
+                        [
+                            operation,
+                            *(
+                                f"{medians[f'{BASELINE}@{place}'] / medians[f'{THIS}@{place}']:.2f}"
+                                for place in places
+                            ),
+                        ]
+                        for operation, medians in table.items()
+                    ],
+                )

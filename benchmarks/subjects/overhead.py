@@ -15,7 +15,14 @@ from harness.run import Run, add_options, everywhere
 
 COUNT = 256
 TARGETS_US = {"numpy": 3.0, "torch": 3.0, "jax": 40.0}
-CALLS = ("numpy", "numpy, Group method", "torch", "torch, Group method", "jax, donated", "jax, copied")
+CALLS = (
+    "numpy",
+    "numpy, Group method",
+    "torch",
+    "torch, Group method",
+    "jax, donated",
+    "jax, copied",
+)
 
 
 class Ranks(InGroup):
@@ -60,11 +67,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Print the table of each build."""
     calls = [call for call in CALLS if importlib.util.find_spec(call.partition(",")[0])]
-    with run.started(run.builds("subjects.overhead:Ranks", options={"backend": "auto"}), ranks=1) as worlds:
+    with run.started(
+        run.builds("subjects.overhead:Ranks", options={"backend": "auto"}), ranks=1
+    ) as worlds:
         found = run.measure(worlds, everywhere(worlds, ["empty", *calls]))
     for world in worlds:
-        of = {call: found[call if world == "this" else f"{world} {call}"] for call in ("empty", *calls)}
+        of = {
+            call: found[call if world == "this" else f"{world} {call}"]
+            for call in ("empty", *calls)
+        }
         empty = of["empty"].median_us
-        rows = [[call, min(of[call].rounds_us) - empty, of[call].median_us - empty,
-                 TARGETS_US[call.partition(",")[0]]] for call in calls]
-        run.print(f"allreduce, 1 KiB, 1 rank, {world} build", ["array", "lowest", "median", "target"], rows)
+        rows = [
+            [
+                call,
+                min(of[call].rounds_us) - empty,
+                of[call].median_us - empty,
+                TARGETS_US[call.partition(",")[0]],
+            ]
+            for call in calls
+        ]
+        run.print(
+            f"allreduce, 1 KiB, 1 rank, {world} build",
+            ["array", "lowest", "median", "target"],
+            rows,
+        )

@@ -38,7 +38,9 @@ class Ranks(Timed):
         import colltensor as col
 
         method = f"file://{self.settings.folder}/{self.settings.world}-{name}"
-        return col.init_collective_group(2, self.rank, backend, name, init_method=method, timeout_s=120)
+        return col.init_collective_group(
+            2, self.rank, backend, name, init_method=method, timeout_s=120
+        )
 
     def times(self, backend: str, nbytes: int) -> list[float]:
         """Return the microseconds of single calls."""
@@ -88,9 +90,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Print a table for each number of loops."""
     prefix = ONE_CORE if options.one_core else ()
-    head = ["build", "bytes", "shm", "90th percentile", "Gloo", "90th percentile ", "shm / Gloo", "late: shm, Gloo, s"]
+    head = [
+        "build",
+        "bytes",
+        "shm",
+        "90th percentile",
+        "Gloo",
+        "90th percentile ",
+        "shm / Gloo",
+        "late: shm, Gloo, s",
+    ]
     for loops in options.loops:
-        with run.started(run.builds("subjects.overload:Ranks", prefixes=[prefix])) as worlds, _busy(loops, prefix):
+        with (
+            run.started(run.builds("subjects.overload:Ranks", prefixes=[prefix])) as worlds,
+            _busy(loops, prefix),
+        ):
             times: dict[tuple[str, int, str], list[float]] = {}
             for _ in range(options.rounds):
                 for nbytes in CALLS:
@@ -98,12 +112,25 @@ def measure(run: Run, options: argparse.Namespace) -> None:
                         for backend in BACKENDS:
                             pairs = zip(*world.ask("times", backend, nbytes), strict=True)
                             times.setdefault((name, nbytes, backend), []).extend(map(max, pairs))
-            late = {name: [world.ask("late", backend)[0] for backend in BACKENDS] for name, world in worlds.items()}
+            late = {
+                name: [world.ask("late", backend)[0] for backend in BACKENDS]
+                for name, world in worlds.items()
+            }
         rows = []
         for name in worlds:
             for nbytes in CALLS:
                 both = [times[name, nbytes, backend] for backend in BACKENDS]
-                cells = [(statistics.median(one), statistics.quantiles(one, n=10)[-1]) for one in both]
-                rows.append([name, f"{nbytes:,}", *cells[0], *cells[1], f"{cells[0][0] / cells[1][0]:.2f}",
-                             ", ".join(f"{seconds:.1f}" for seconds in late[name])])
+                cells = [
+                    (statistics.median(one), statistics.quantiles(one, n=10)[-1]) for one in both
+                ]
+                rows.append(
+                    [
+                        name,
+                        f"{nbytes:,}",
+                        *cells[0],
+                        *cells[1],
+                        f"{cells[0][0] / cells[1][0]:.2f}",
+                        ", ".join(f"{seconds:.1f}" for seconds in late[name]),
+                    ]
+                )
         run.print(f"{loops} busy loops, {'one core' if prefix else 'all cores'}", head, rows)

@@ -21,7 +21,7 @@ from harness.rounds import Contestant
 from harness.run import Run, add_options, numbers
 from harness.world import Kind
 
-SIZES = ",".join(str(4 ** power) for power in range(1, 14) if power not in (2, 3, 4))
+SIZES = ",".join(str(4**power) for power in range(1, 14) if power not in (2, 3, 4))
 FIND = "import sys; from importlib.util import find_spec as f; print('%d.%d' % sys.version_info[:2], *filter(f, {}))"
 
 
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_options(parser, rounds=25, round_ms=20, places=("16", "0"))
     parser.add_argument("--namespaces", action="store_true", help="two hosts with two ranks each")
-    parser.add_argument("--other-python", help="another Python, whose providers are measured as well")
+    parser.add_argument(
+        "--other-python", help="another Python, whose providers are measured as well"
+    )
     parser.add_argument("--sizes", type=numbers, default=numbers(SIZES), help="bytes, with commas")
 
 
@@ -42,21 +44,48 @@ def measure(run: Run, options: argparse.Namespace) -> None:
         prefixes = [inside(holder, []) for holder in holders for _ in range(2)] or [[]]
         for python in filter(None, (sys.executable, options.other_python)):
             find = [python, "-c", FIND.format(("torch", "pygloo"))]
-            version, *there = subprocess.run(find, capture_output=True, text=True, check=True).stdout.split()
+            version, *there = subprocess.run(
+                find, capture_output=True, text=True, check=True
+            ).stdout.split()
             for provider in ("native", *there):
                 kinds[f"{provider}, {version}"] = Kind(
-                    f"{provider}, {version}", "harness.libraries:Colltensor", python, prefixes=prefixes,
+                    f"{provider}, {version}",
+                    "harness.libraries:Colltensor",
+                    python,
+                    prefixes=prefixes,
                     options={"backend": backend, "provider": provider},
                 )
         worlds = undo.enter_context(run.started([*kinds.values()], ranks))
-        columns = {f"{name} at {place}": (name, place) for name in kinds for place in options.places}
-        contestants = [Contestant(label, name, f"allreduce@{place}") for label, (name, place) in columns.items()]
-        ours = {label: f"native, {name.split(', ')[1]} at {place}" for label, (name, place) in columns.items()}
+        columns = {
+            f"{name} at {place}": (name, place) for name in kinds for place in options.places
+        }
+        contestants = [
+            Contestant(label, name, f"allreduce@{place}")
+            for label, (name, place) in columns.items()
+        ]
+        ours = {
+            label: f"native, {name.split(', ')[1]} at {place}"
+            for label, (name, place) in columns.items()
+        }
         others = [label for label in columns if ours[label] != label]
         rows = []
         for nbytes in options.sizes:
-            found = {label: one.median_us for label, one in run.measure(worlds, contestants, nbytes).items()}
-            rows.append([f"{nbytes:,}", *found.values(), f"{nbytes / next(iter(found.values())) / 1e3:.2f}",
-                         *(f"{found[label] / found[ours[label]]:.2f}" for label in others)])
-    head = [f"bytes, {ranks} ranks", *columns, "GB/s, native", *(f"{label} / native" for label in others)]
+            found = {
+                label: one.median_us
+                for label, one in run.measure(worlds, contestants, nbytes).items()
+            }
+            rows.append(
+                [
+                    f"{nbytes:,}",
+                    *found.values(),
+                    f"{nbytes / next(iter(found.values())) / 1e3:.2f}",
+                    *(f"{found[label] / found[ours[label]]:.2f}" for label in others),
+                ]
+            )
+    head = [
+        f"bytes, {ranks} ranks",
+        *columns,
+        "GB/s, native",
+        *(f"{label} / native" for label in others),
+    ]
     run.print("Allreduce by provider", head, rows)

@@ -89,7 +89,9 @@ def _declare(actors: Sequence[Any], backend: str) -> tuple[float, Any]:
     import colltensor as col
 
     began = time.perf_counter()
-    group = col.create_collective_group(actors, backend=backend, group_name="declared", timeout_s=120)
+    group = col.create_collective_group(
+        actors, backend=backend, group_name="declared", timeout_s=120
+    )
     return time.perf_counter() - began, group
 
 
@@ -109,9 +111,19 @@ def _measure_one(world_size: int, backend: str, rounds: int) -> dict[str, float]
         calls = ray.get([actor.allreduce.remote("declared", CALLS) for actor in actors])
         group.destroy()
         name = f"imperative {number}"
-        inits = ray.get([actor.init.remote(world_size, rank, backend, name) for rank, actor in enumerate(actors)])
+        inits = ray.get(
+            [
+                actor.init.remote(world_size, rank, backend, name)
+                for rank, actor in enumerate(actors)
+            ]
+        )
         ray.get([actor.leave.remote(name) for actor in actors])
-        figures = {"declared": [seconds], "imperative": inits, "first_call": first_calls, "call": calls}
+        figures = {
+            "declared": [seconds],
+            "imperative": inits,
+            "first_call": first_calls,
+            "call": calls,
+        }
         for what, of_ranks in figures.items():
             found.setdefault(what, []).append(max(of_ranks))
     for actor in actors:
@@ -122,7 +134,9 @@ def _measure_one(world_size: int, backend: str, rounds: int) -> dict[str, float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_options(parser, rounds=5, plot=True)
-    parser.add_argument("--ranks", type=numbers, default=numbers(SIZES), help="world sizes, with commas")
+    parser.add_argument(
+        "--ranks", type=numbers, default=numbers(SIZES), help="world sizes, with commas"
+    )
     parser.add_argument("--backends", default="auto,gloo", help="with commas")
 
 
@@ -133,16 +147,39 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     run.note(ray=ray.__version__)
     panels = []
     for backend in options.backends.split(","):
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-        results = {world_size: _measure_one(world_size, backend, options.rounds) for world_size in options.ranks}
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20
+        )
+        results = {
+            world_size: _measure_one(world_size, backend, options.rounds)
+            for world_size in options.ranks
+        }
         ray.shutdown()
         head = ["ranks", *(f"{name}, {unit}" for name, unit, *_ in COLUMNS.values())]
-        run.print(f"Backend {backend!r}", head, [
-            [str(size), *(f"{result[what] / COLUMNS[what][2]:,.{int(what == 'start')}f}" for what in COLUMNS)]
-            for size, result in results.items()
-        ], left=0)
-        panels.append(Panel(f"backend {backend!r}", {
-            name: Line([(size, result[what]) for size, result in results.items()], color, style)
-            for what, (name, _, _, color, style) in COLUMNS.items()
-        }))
+        run.print(
+            f"Backend {backend!r}",
+            head,
+            [
+                [
+                    str(size),
+                    *(
+                        f"{result[what] / COLUMNS[what][2]:,.{int(what == 'start')}f}"
+                        for what in COLUMNS
+                    ),
+                ]
+                for size, result in results.items()
+            ],
+            left=0,
+        )
+        panels.append(
+            Panel(
+                f"backend {backend!r}",
+                {
+                    name: Line(
+                        [(size, result[what]) for size, result in results.items()], color, style
+                    )
+                    for what, (name, _, _, color, style) in COLUMNS.items()
+                },
+            )
+        )
     run.plot(panels, "ranks", "time", lambda ranks, _: f"{ranks:g}")

@@ -46,7 +46,9 @@ class Ranks(Timed):
 
         time.sleep(HEADSTART_S if self.rank else 0)
         began, method = time.perf_counter(), f"tcp://127.0.0.1:{port}"
-        self.group = col.init_collective_group(RANKS, self.rank, "gloo", "strangers", init_method=method)
+        self.group = col.init_collective_group(
+            RANKS, self.rank, "gloo", "strangers", init_method=method
+        )
         return time.perf_counter() - began
 
     def leave(self) -> None:
@@ -60,9 +62,15 @@ class Ranks(Timed):
 
     def counts(self) -> Counts:
         """Return what this process has: memory in MB, threads, descriptors."""
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-        return {"memory": int(status["VmRSS"].split()[0]) / 1024, "threads": threading.active_count(),
-                "descriptors": len(os.listdir("/proc/self/fd"))}
+        status = dict(
+            line.split(":", 1)
+            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        )
+        return {
+            "memory": int(status["VmRSS"].split()[0]) / 1024,
+            "threads": threading.active_count(),
+            "descriptors": len(os.listdir("/proc/self/fd")),
+        }
 
     def step(self, seconds: float) -> tuple[int, Counts]:
         """Call collectives, transfers and splits for so long; return how many rounds were right, and the counts."""
@@ -79,7 +87,9 @@ class Ranks(Timed):
         return rounds, self.counts()
 
 
-def _flood(addresses: list[tuple[str, int]], strangers: int, words: bytes, pipe: Connection) -> None:
+def _flood(
+    addresses: list[tuple[str, int]], strangers: int, words: bytes, pipe: Connection
+) -> None:
     """Hold so many connections to each address, on which that is said, until told to end; answer with how many."""
     selector, made = selectors.DefaultSelector(), 0
     waiting = [address for address in addresses for _ in range(strangers)]
@@ -117,7 +127,9 @@ class Flood:
     def __init__(self, addresses: list[tuple[str, int]], strangers: int, words: bytes) -> None:
         self._ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=_flood, args=(addresses, strangers, words, theirs), daemon=True)
+        self._process = context.Process(
+            target=_flood, args=(addresses, strangers, words, theirs), daemon=True
+        )
         self.made = 0
 
     def __enter__(self) -> Flood:
@@ -150,7 +162,9 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     """Print the tables."""
     strangers, seconds, words = options.strangers, options.seconds, b"?" * options.bytes
     secret = {"COLLTENSOR_SECRET": uuid.uuid4().hex}
-    with run.started([Kind("ranks", "subjects.strangers:Ranks", environment=secret)], RANKS) as worlds:
+    with run.started(
+        [Kind("ranks", "subjects.strangers:Ranks", environment=secret)], RANKS
+    ) as worlds:
         ask: Any = worlds["ranks"].ask
         alone, beside, made = [], [], 0
         for number in range(2 * options.rounds + 1):
@@ -172,14 +186,38 @@ def measure(run: Run, options: argparse.Namespace) -> None:
         ask("leave")
     medians = [statistics.median(times) for times in (alone, beside)]
     rates = [calm[0][0] / (seconds / 2), stepped[0][0] / seconds]
-    run.print(f"{strangers} strangers at each port of {RANKS} ranks", [
-        "what", "alone", "with strangers", "with / alone", "connections",
-    ], [
-        ["a meeting, s", *(f"{time:.3f}" for time in medians), f"{medians[1] / medians[0]:.2f}", f"{made:,}"],
-        ["rounds of a group over Gloo, a second", *(f"{rate:.0f}" for rate in rates), f"{rates[1] / rates[0]:.2f}",
-         f"{flood.made:,}"],
-    ])
-    run.print("What the ranks hold", ["rank", "", "before", "with them", "after"], [
-        [str(rank), name, *(f"{counts[name]:.0f}" for counts in (before[rank], stepped[rank][1], after[rank]))]
-        for rank in range(RANKS) for name in before[rank]
-    ], left=2)
+    run.print(
+        f"{strangers} strangers at each port of {RANKS} ranks",
+        ["what", "alone", "with strangers", "with / alone", "connections"],
+        [
+            [
+                "a meeting, s",
+                *(f"{time:.3f}" for time in medians),
+                f"{medians[1] / medians[0]:.2f}",
+                f"{made:,}",
+            ],
+            [
+                "rounds of a group over Gloo, a second",
+                *(f"{rate:.0f}" for rate in rates),
+                f"{rates[1] / rates[0]:.2f}",
+                f"{flood.made:,}",
+            ],
+        ],
+    )
+    run.print(
+        "What the ranks hold",
+        ["rank", "", "before", "with them", "after"],
+        [
+            [
+                str(rank),
+                name,
+                *(
+                    f"{counts[name]:.0f}"
+                    for counts in (before[rank], stepped[rank][1], after[rank])
+                ),
+            ]
+            for rank in range(RANKS)
+            for name in before[rank]
+        ],
+        left=2,
+    )

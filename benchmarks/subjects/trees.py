@@ -21,8 +21,13 @@ import numpy as np
 from harness.rank import InGroup, Loop, repeat
 from harness.run import Run, add_options, everywhere
 
-CASES = {"1 of 0-d": (1, 0), "100 of 1 KiB": (100, 256), "10000 of 1 KiB": (10_000, 256),
-         "100 of 256 KiB": (100, 65_536), "mixed": (1000, -1)}
+CASES = {
+    "1 of 0-d": (1, 0),
+    "100 of 1 KiB": (100, 256),
+    "10000 of 1 KiB": (10_000, 256),
+    "100 of 256 KiB": (100, 65_536),
+    "mixed": (1000, -1),
+}
 """Number of leaves and elements of each."""
 WAYS = ("tree", "loop", "one", "sync_gradients", "sync")
 MOST_KEPT = 1000
@@ -53,7 +58,8 @@ def _of_framework(framework: str, array: np.ndarray) -> Any:
     return array
 
 
-@functools.lru_cache(maxsize=1)  # the memory of one case at a time, and the same leaves for each of its ways
+# the memory of one case at a time, and the same leaves for each of its ways
+@functools.lru_cache(maxsize=1)
 def _leaves(framework: str, case: str) -> list[Any]:
     """Return the leaves of a case."""
     number, count = CASES[case]
@@ -74,13 +80,17 @@ class Ranks(InGroup):
             kept = Synchronizer(tree, group=group, average=False)
             return repeat(lambda: kept.sync(tree))
         if operation == "one":
-            one = _of_framework(framework, self.array(max(1, sum(leaf.nbytes for leaf in leaves) // 4)))
+            one = _of_framework(
+                framework, self.array(max(1, sum(leaf.nbytes for leaf in leaves) // 4))
+            )
             return repeat(lambda: group.allreduce(one))
-        return repeat({
-            "tree": lambda: group.allreduce(tree),
-            "loop": lambda: [group.allreduce(leaf) for leaf in leaves],
-            "sync_gradients": lambda: sync_gradients(tree, group=group, average=False),
-        }[operation])
+        return repeat(
+            {
+                "tree": lambda: group.allreduce(tree),
+                "loop": lambda: [group.allreduce(leaf) for leaf in leaves],
+                "sync_gradients": lambda: sync_gradients(tree, group=group, average=False),
+            }[operation]
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,14 +104,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Print a row for each build, framework and case."""
     rows = []
-    with run.started(run.builds("subjects.trees:Ranks", options={"backend": options.backend})) as worlds:
+    with run.started(
+        run.builds("subjects.trees:Ranks", options={"backend": options.backend})
+    ) as worlds:
         for framework in options.frameworks.split(","):
             for case in options.cases.split(","):
                 ways = WAYS if CASES[case][0] <= MOST_KEPT else WAYS[:-1]
                 found = run.measure(worlds, everywhere(worlds, ways), framework, case)
                 for world in worlds:
-                    times = {way: found[way if world == "this" else f"{world} {way}"].median_us for way in ways}
-                    rows.append([world, framework, case, *map(times.get, WAYS), f"{times['tree'] / times['loop']:.2f}",
-                                 f"{times['tree'] / times['one']:.2f}"])
+                    times = {
+                        way: found[way if world == "this" else f"{world} {way}"].median_us
+                        for way in ways
+                    }
+                    rows.append(
+                        [
+                            world,
+                            framework,
+                            case,
+                            *map(times.get, WAYS),
+                            f"{times['tree'] / times['loop']:.2f}",
+                            f"{times['tree'] / times['one']:.2f}",
+                        ]
+                    )
     head = ["build", "arrays", "leaves", *WAYS, "tree / loop", "tree / one"]
     run.print(f"Trees, 2 ranks, {options.backend}", head, rows, left=3)

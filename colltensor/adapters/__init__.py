@@ -1,7 +1,7 @@
 """Adapters: one module per framework turns its tensors into BufferViews and back.
 
 A framework is found by the package of a tensor's type, which can only exist once the framework is imported: nothing
-is imported to look. Imports no framework itself.
+is imported to look.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Adapter(Protocol):
 
     Attributes:
         name: The framework's name, for messages.
-        immutable: True where tensors cannot be written, so that results are made by ``claim``.
+        immutable: True where tensors cannot be written, so that results are made by ``allocate_result``.
 
-    An adapter may have an attribute ``plain``, a function that returns True for a tensor that may be written, of which
+    An adapter may have an attribute ``directly_exportable``, a function that returns True for a tensor that may be written, of which
     its DLPack export says all and whose memory stays for as long as the tensor, not only the export; None if that
     holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
-    called unless ``plain`` is None; instead of it ``written_together(tensors)``, if there is one, for several. With a
+    called unless ``directly_exportable`` is None; instead of it ``written_together(tensors)``, if there is one, for several. With a
     function ``alike(tensors)`` it may spare itself the same questions about the same number of tensors in the next
-    call: it is given plain ones and returns a function, or None, which keeps none of them. That one takes others, of
-    any types, and returns True only where these are plain for what they have in common with the first.
+    call: it is given exportable ones and returns a function, or None, which keeps none of them. That one takes others, of
+    any types, and returns True only where these are exportable for what they have in common with the first.
 
-    With a function ``reader(kind)`` native code reads plain tensors of a type itself: it returns the address of a C
+    With a function ``reader(kind)`` native code reads exportable tensors of a type itself: it returns the address of a C
     function that does what DLPack's ``dltensor_from_py_object_no_sync`` does, called with the interpreter lock; 0 where
     there is none.
 
@@ -39,10 +39,10 @@ class Adapter(Protocol):
 
     An adapter of immutable tensors may have three functions for the leaves of a tree, all its own: ``kinds(tensors)``
     returns for each what is equal where shape, dtype, device and layout are; ``addresses(tensors)`` where they lie on
-    the host, once what computes them is done; ``claim_together(tensors, donate)`` what ``claim`` does with each, as
+    the host, once what computes them is done; ``allocate_results(tensors, donate)`` what ``allocate_result`` does with each, as
     row-major results without their views.
 
-    It may have a function ``restored(result, given)``: what the caller gets for what ``claim`` made of the tensor
+    It may have a function ``restored(result, given)``: what the caller gets for what ``allocate_result`` made of the tensor
     ``given``, once it was written.
 
     It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
@@ -70,7 +70,7 @@ class Adapter(Protocol):
             TensorError: The framework would not let this memory be written.
         """
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         """Return a new tensor with the contents of an immutable one, and its memory to write to.
 
         With ``donate`` the tensor given is deleted and its memory reused where nobody else holds it.
@@ -78,7 +78,7 @@ class Adapter(Protocol):
         """
 
     def written(self, tensor: Any) -> None:
-        """Tell the framework that the memory of a target was written."""
+        """Notify the framework that the memory of a target was written."""
 
 
 class Memory(Protocol):
@@ -127,13 +127,13 @@ known: Final[dict[type, Adapter]] = {}
 _no_tensors: Final[set[type]] = set()
 """Python's own types of which no adapter takes any, as far as they were looked for: those of containers."""
 
-Plain = Callable[[Any], bool]
-direct: Final[dict[type, tuple[Plain, Callable[[Any], None]] | tuple[None, None]]] = {}
-"""By tensor type, as far as they were found: ``plain`` and ``written`` of the adapters that have the former."""
+Exportable = Callable[[Any], bool]
+exporters: Final[dict[type, tuple[Exportable, Callable[[Any], None]] | tuple[None, None]]] = {}
+"""By tensor type, as far as they were found: ``directly_exportable`` and ``written`` of the adapters that have the former."""
 
 
-unnoted: Final[set[type]] = set()
-"""Those of them of which every tensor is plain and nothing is to be told after a write."""
+no_write_notice: Final[set[type]] = set()
+"""Those of them of which every tensor is exportable and no write needs a notice."""
 
 
 native_copies: Final[list[Callable[[], Callable[[int], object] | None]]] = []
@@ -141,7 +141,9 @@ native_copies: Final[list[Callable[[], Callable[[int], object] | None]]] = []
 may load native code puts it here. The copy takes the address of numbers of 64 bits: see native/src/exports.cpp."""
 
 
-native_readers: Final[list[Callable[[], tuple[Callable[[int], int], Callable[[int, int, int], bool]] | None]]] = []
+native_readers: Final[
+    list[Callable[[], tuple[Callable[[int], int], Callable[[int, int, int], bool]] | None]]
+] = []
 """What returns native code's reader of numpy's arrays and its trial of a reader, None if there is none; as above. See
 native/src/python.cpp."""
 _readers: Final[dict[type, int]] = {}
@@ -156,27 +158,43 @@ def register_adapter(adapter: Adapter) -> None:
         OptionError: ``adapter`` is no ``Adapter``: it is a class, or lacks an attribute or a method.
     """
     if isinstance(adapter, type):
-        raise OptionError(f"register_adapter: adapter: expected an object, got a class; pass {adapter.__name__}()")
-    methods = ("claims", "source", "target", "claim", "written")
+        raise OptionError(
+            f"register_adapter: adapter: expected an object, got a class; pass {adapter.__name__}()"
+        )
+    methods = ("claims", "source", "target", "allocate_result", "written")
     missing = [name for name in methods if not callable(getattr(adapter, name, None))]
     if missing:
-        raise OptionError(f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}")
+        raise OptionError(
+            f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}"
+        )
     for name, kind in (("name", str), ("immutable", bool)):
         if not isinstance(getattr(adapter, name, None), kind):
             raise OptionError(
                 f"register_adapter: adapter {adapter!r}: expected an attribute {name} of type {kind.__name__}, "
                 f"got {getattr(adapter, name, 'none')!r}"
             )
-    for name in ("plain", "reduced", "stream", "kinds", "addresses", "claim_together", "written_together", "restored",
-                 "alike", "reader"):
+    for name in (
+        "directly_exportable",
+        "reduced",
+        "stream",
+        "kinds",
+        "addresses",
+        "allocate_results",
+        "written_together",
+        "restored",
+        "alike",
+        "reader",
+    ):
         function = getattr(adapter, name, None)
         if function is not None and not callable(function):
-            raise OptionError(f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}")
+            raise OptionError(
+                f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}"
+            )
     add_adapter(adapter)
     known.clear()
-    direct.clear()
+    exporters.clear()
     _readers.clear()
-    unnoted.clear()
+    no_write_notice.clear()
     _no_tensors.clear()
 
 
@@ -194,20 +212,27 @@ def find_adapter(kind: type) -> Adapter | None:
     if found is None and kind not in _no_tensors:
         found = _search(kind)
         if found is None:
-            if kind.__module__ in ("builtins", "numpy"):  # others may be tensors of a framework that is being imported
+            # others may be tensors of a framework that is being imported
+            if kind.__module__ in ("builtins", "numpy"):
                 _no_tensors.add(kind)
         else:
             known[kind] = found
-            if hasattr(found, "plain"):
-                direct[kind] = (None, None) if found.plain is None else (found.plain, found.written)
-                if found.plain is None:
-                    unnoted.add(kind)
+            if hasattr(found, "directly_exportable"):
+                exporters[kind] = (
+                    (None, None)
+                    if found.directly_exportable is None
+                    else (found.directly_exportable, found.written)
+                )
+                if found.directly_exportable is None:
+                    no_write_notice.add(kind)
     return found
 
 
 def number_adapter(kind: type) -> Adapter | None:
     """Return the adapter for numbers of this type, which are no tensors to ``find_adapter``; None for what is none."""
-    if kind in _NUMBERS or any(base.__name__ == "generic" and base.__module__ == "numpy" for base in kind.__mro__):
+    if kind in _NUMBERS or any(
+        base.__name__ == "generic" and base.__module__ == "numpy" for base in kind.__mro__
+    ):
         adapter: Adapter = importlib.import_module("colltensor.adapters.numbers").ADAPTER
         return adapter if adapter.claims(kind) else None
     return None
@@ -248,7 +273,9 @@ def reduced(obj: Any) -> tuple[Any, ...] | None:
     kind = type(obj)
     if kind.__module__.partition(".")[0] not in _ADAPTERS:
         return None
-    function: Callable[[Any], tuple[Any, ...] | None] | None = getattr(find_adapter(kind), "reduced", None)
+    function: Callable[[Any], tuple[Any, ...] | None] | None = getattr(
+        find_adapter(kind), "reduced", None
+    )
     return None if function is None else function(obj)
 
 
@@ -270,14 +297,14 @@ def stream_of(adapter: Adapter, index: int) -> int | None:
     return LEGACY_STREAM if function is None else function(index)
 
 
-def is_plain(tensor: Any) -> bool:
+def is_exportable(tensor: Any) -> bool:
     """Return True if a backend may take the tensor as it is."""
-    plain = direct.get(tensor.__class__, _NOT_DIRECT)[0]
-    return plain is None or plain(tensor)
+    exportable = exporters.get(tensor.__class__, _NOT_EXPORTABLE)[0]
+    return exportable is None or exportable(tensor)
 
 
 class Guard:
-    """What a framework itself looks at in tensors, all in one step, to tell that they are plain as others were.
+    """What a framework itself looks at in tensors, all in one step, to tell that they are exportable as others were.
 
     For the leaves of trees of one structure, which seldom change from call to call.
     """
@@ -290,13 +317,15 @@ class Guard:
         self._left = _GUARDS
 
     def knows(self, tensors: Sequence[Any]) -> bool:
-        """Return True if the tensors are like those that were learnt, and so are plain."""
+        """Return True if the tensors are like those that were learnt, and so are exportable."""
         return (
-            self._alike is not None and known.get(tensors[0].__class__) is self._adapter and self._alike(*tensors)
+            self._alike is not None
+            and known.get(tensors[0].__class__) is self._adapter
+            and self._alike(*tensors)
         )
 
     def learn(self, tensors: Sequence[Any], kinds: set[type]) -> None:
-        """Remember what plain tensors of these types are like, if one framework has them all and can tell."""
+        """Remember what exportable tensors of these types are like, if one framework has them all and can tell."""
         adapters = {known.get(kind) for kind in kinds}
         if not self._left or len(adapters) > 1:
             return
@@ -306,21 +335,21 @@ class Guard:
         self._alike = None if make is None else make(tensors)
 
 
-def are_plain(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
+def are_exportable(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
     """Return True if a backend may take all of the tensors as they are; ``guard`` is asked first, and learns."""
     if guard is not None and guard.knows(tensors):
         return True
     kinds = set(map(type, tensors))
-    if unnoted.issuperset(kinds):
+    if no_write_notice.issuperset(kinds):
         return True
     if len(kinds) > 1:
-        plain = all(map(is_plain, tensors))
+        exportable = all(map(is_exportable, tensors))
     else:
-        ask = direct.get(next(iter(kinds)), _NOT_DIRECT)[0]
-        plain = ask is None or all(map(ask, tensors))
-    if plain and guard is not None:
+        ask = exporters.get(next(iter(kinds)), _NOT_EXPORTABLE)[0]
+        exportable = ask is None or all(map(ask, tensors))
+    if exportable and guard is not None:
         guard.learn(tensors, kinds)
-    return plain
+    return exportable
 
 
 def reader_of(kind: type) -> int:
@@ -332,45 +361,45 @@ def reader_of(kind: type) -> int:
     return found
 
 
-def note(tensor: Any) -> None:
-    """Tell the framework of a plain tensor that it was written."""
-    found = direct.get(tensor.__class__)
+def notify_written(tensor: Any) -> None:
+    """Notify the framework of an exportable tensor that it was written."""
+    found = exporters.get(tensor.__class__)
     if found is None:  # another thread has just registered an adapter
         adapter_of(tensor).written(tensor)
     elif found[1] is not None:
         found[1](tensor)
 
 
-def note_all(tensors: Sequence[Any]) -> None:
-    """Tell the frameworks of plain tensors that they were written."""
+def notify_all_written(tensors: Sequence[Any]) -> None:
+    """Notify the frameworks of exportable tensors that they were written."""
     kinds = set(map(type, tensors))
-    if unnoted.issuperset(kinds):
+    if no_write_notice.issuperset(kinds):
         return
     if len(kinds) == 1:
         note_alike(tensors, kinds.pop())
         return
     for tensor in tensors:
-        note(tensor)
+        notify_written(tensor)
 
 
 def note_alike(tensors: Sequence[Any], kind: type) -> None:
-    """Do as ``note_all`` with tensors that are all of one type."""
-    if kind in unnoted:
+    """Do as ``notify_all_written`` with tensors that are all of one type."""
+    if kind in no_write_notice:
         return
     together = getattr(known.get(kind), "written_together", None)
     if together is not None:
         together(tensors)
         return
     for tensor in tensors:
-        note(tensor)
+        notify_written(tensor)
 
 
 def _never(tensor: Any) -> bool:
     return False
 
 
-_NOT_DIRECT: Final = (_never, None)
-"""The entry of ``direct`` for a type that it does not have."""
+_NOT_EXPORTABLE: Final = (_never, None)
+"""The entry of ``exporters`` for a type that it does not have."""
 
 
 def _search(kind: type) -> Adapter | None:

@@ -1,7 +1,4 @@
-"""The map from numpy's data types to ColTensor's, shared by the numpy, JAX and CuPy adapters.
-
-Imports numpy and ml_dtypes, which hold the 16-bit and 8-bit floats that numpy lacks.
-"""
+"""The map from numpy's data types to ColTensor's, shared by the numpy, JAX and CuPy adapters."""
 
 from __future__ import annotations
 
@@ -29,11 +26,15 @@ def host_dtype(dtype: DType) -> np.dtype[Any]:
     return numpy_dtype(dtype) or np.dtype(f"uint{8 * dtype.itemsize}")
 
 
-DTYPE_OF: Final = {found: dtype for dtype in DTYPES.values() if (found := numpy_dtype(dtype)) is not None}
+DTYPE_OF: Final = {
+    found: dtype for dtype in DTYPES.values() if (found := numpy_dtype(dtype)) is not None
+}
 """ColTensor's data type by numpy's; byte orders other than the machine's are absent."""
 
 CARRIER_OF: Final = {
-    dtype: np.dtype(f"uint{8 * dtype.itemsize}") for found, dtype in DTYPE_OF.items() if found.isbuiltin != 1
+    dtype: np.dtype(f"uint{8 * dtype.itemsize}")
+    for found, dtype in DTYPE_OF.items()
+    if found.isbuiltin != 1
 }
 """Integers that carry the bits of types that numpy itself does not know and cannot export through DLPack."""
 

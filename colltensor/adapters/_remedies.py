@@ -1,17 +1,15 @@
-"""What to do with what is no tensor, by its type's name. Imports no framework, so that nothing is imported to look."""
+"""What to do with what is no tensor, by its type's name."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-_VARIABLE: Final = (
-    "a variable is no tensor: pass its value, x = tf.convert_to_tensor(v), and v.assign(col.allreduce(x))"
-)
+_VARIABLE: Final = "a variable is no tensor: pass its value, x = tf.convert_to_tensor(v), and v.assign(col.allreduce(x))"
 _IN_A_FILE: Final = "it is in a file: read it, call with the array, and write that back: a = x[...]; ...; x[...] = a"
-_PANDAS: Final = (
-    "pandas shows its memory as read-only: pass a = x.to_numpy(copy=True), and write the result back, x[:] = a"
+_PANDAS: Final = "pandas shows its memory as read-only: pass a = x.to_numpy(copy=True), and write the result back, x[:] = a"
+_ITERATOR: Final = (
+    "what it yields is gone once it is read: pass tensors = list(x), which are written in place"
 )
-_ITERATOR: Final = "what it yields is gone once it is read: pass tensors = list(x), which are written in place"
 _SHARES: Final = "pass numpy.asarray(x), which shares its memory"
 _OBJECT: Final = "it holds no numbers: use broadcast_object or allgather_object"
 
@@ -83,7 +81,11 @@ _BY_NAME: Final = {
 
 def name_of(kind: type) -> str:
     """Return the full name of a type; without its module where that is Python's own."""
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def remedy_for(tensor: Any) -> str:

@@ -1,7 +1,4 @@
-"""The adapter for CuPy arrays, and the memory functions of CUDA devices that use CuPy's kernels.
-
-Imports cupy and, for its data types, numpy.
-"""
+"""The adapter for CuPy arrays, and the memory functions of CUDA devices that use CuPy's kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ class CupyAdapter:
     def target(self, tensor: Any) -> BufferView:
         return _view(tensor)
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, _view(tensor)
 
     def written(self, tensor: Any) -> None:
@@ -52,11 +49,15 @@ def _view(array: Any) -> BufferView:
     strides = None
     if not array.flags.c_contiguous:
         if any(step % array.itemsize for step in array.strides):
-            raise UnsupportedTensorError(f"its strides {array.strides} cut through items; pass x.copy()")
+            raise UnsupportedTensorError(
+                f"its strides {array.strides} cut through items; pass x.copy()"
+            )
         strides = tuple(step // array.itemsize for step in array.strides)
     device = Device("cuda", array.data.device_id)
     stream = _current_stream(device.index)
-    return BufferView(array.data.ptr, array.size, dtype, device, array.shape, strides, False, None, array, stream)
+    return BufferView(
+        array.data.ptr, array.size, dtype, device, array.shape, strides, False, None, array, stream
+    )
 
 
 def _current_stream(index: int) -> int:
@@ -85,11 +86,14 @@ class DeviceMemory:
                 try:
                     _stream(like.stream or 0, like.device.index).use()
                     raw = cp.empty(nbytes, cp.uint8)
-                finally:  # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
+                finally:
+                    # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
                     before.use()
         device = Device("cuda", raw.data.device_id)
         stream = None if like is None else like.stream
-        return BufferView.from_address(raw.data.ptr, (nbytes,), UINT8, device=device, owner=raw, stream=stream)
+        return BufferView.from_address(
+            raw.data.ptr, (nbytes,), UINT8, device=device, owner=raw, stream=stream
+        )
 
     def copy(self, target: BufferView, source: BufferView) -> None:
         if target.count:
@@ -113,7 +117,9 @@ def device_array(view: BufferView) -> Any:
     """
     low, high = view.span()
     memory = cp.cuda.UnownedMemory(low, high - low, view, view.device.index)
-    strides = None if view.strides is None else tuple(step * view.dtype.itemsize for step in view.strides)
+    strides = (
+        None if view.strides is None else tuple(step * view.dtype.itemsize for step in view.strides)
+    )
     start = cp.cuda.MemoryPointer(memory, view.pointer - low)
     return cp.ndarray(view.shape, _WIDTHS[view.dtype.itemsize], start, strides)
 

@@ -1,8 +1,4 @@
-"""The adapter for every other object that exports DLPack.
-
-Imports no framework: all it knows is the DLPack protocol (dmlc.github.io/dlpack), version 1.0 for
-the read-only flag.
-"""
+"""The adapter for every other object that exports DLPack."""
 
 from __future__ import annotations
 
@@ -12,7 +8,12 @@ from typing import Any, Final
 
 from colltensor import dlpack
 from colltensor.adapters import LEGACY_STREAM
-from colltensor.errors import DeviceError, ReadOnlyError, UnsupportedDTypeError, UnsupportedTensorError
+from colltensor.errors import (
+    DeviceError,
+    ReadOnlyError,
+    UnsupportedDTypeError,
+    UnsupportedTensorError,
+)
 from colltensor.types import CPU, DTYPES, Device
 from colltensor.view import BufferView
 
@@ -52,7 +53,7 @@ class DlpackAdapter:
             )
         return view
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, self.target(tensor)
 
     def written(self, tensor: Any) -> None:
@@ -73,9 +74,13 @@ def view_of(tensor: Any) -> tuple[BufferView, int]:
     try:
         handle, flags = dlpack.export_with_flags(tensor)
     except BufferError as error:
-        raise ReadOnlyError(f"{type(tensor).__name__} does not export its memory ({error}); pass a copy") from error
+        raise ReadOnlyError(
+            f"{type(tensor).__name__} does not export its memory ({error}); pass a copy"
+        ) from error
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UnsupportedTensorError(f"{type(tensor).__name__} cannot be exported through DLPack: {error}") from error
+        raise UnsupportedTensorError(
+            f"{type(tensor).__name__} cannot be exported through DLPack: {error}"
+        ) from error
     name = _dtype_name(handle)
     dtype = DTYPES.get(name)
     if dtype is None:
@@ -85,7 +90,16 @@ def view_of(tensor: Any) -> tuple[BufferView, int]:
     device, stream = (CPU, None) if kind == _CPU else (Device("cuda", int(index)), LEGACY_STREAM)
     readonly = bool(flags & dlpack.READ_ONLY)
     view = BufferView(
-        handle.data_ptr(), math.prod(shape), dtype, device, shape, strides, readonly, handle, tensor, stream
+        handle.data_ptr(),
+        math.prod(shape),
+        dtype,
+        device,
+        shape,
+        strides,
+        readonly,
+        handle,
+        tensor,
+        stream,
     )
     return view, flags
 

@@ -1,7 +1,4 @@
-"""The adapter for JAX arrays: immutable, so results are new arrays, or donated ones.
-
-Imports jax.
-"""
+"""The adapter for JAX arrays: immutable, so results are new arrays, or donated ones."""
 
 from __future__ import annotations
 
@@ -22,16 +19,21 @@ from colltensor.view import BufferView, are_row_major
 with jax.ensure_compile_time_eval():  # the first call of a program may be inside jax.jit
     _ARRAY: Final = type(jax.device_put(0))
 try:
-    from jax._src.core import trace_state_clean as _traces_nothing  # private; without it the copies tell
+    # private; without it the copies tell
+    from jax._src.core import trace_state_clean as _traces_nothing
 except ImportError:
+
     def _traces_nothing() -> bool:
         return True
 
+
 _copy: Final = jax.jit(jnp.copy)
-_claim: Final = jax.jit(jnp.copy, donate_argnums=0)
+_allocate: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
 _copy_some: Final = jax.jit(lambda tensors: [jnp.copy(tensor) for tensor in tensors])
-_claim_some: Final = jax.jit(lambda tensors: [jnp.copy(tensor) for tensor in tensors], donate_argnums=0)
+_allocate_some: Final = jax.jit(
+    lambda tensors: [jnp.copy(tensor) for tensor in tensors], donate_argnums=0
+)
 """The same for several, compiled once a list of shapes: a call costs 1.6 us an array, not 3.5."""
 _SOME: Final = 8
 """How many at once: XLA hands longer computations to other threads, which ranks that share cores wait for."""
@@ -71,23 +73,26 @@ class JaxAdapter:
     def target(self, tensor: Any) -> BufferView:
         return self.source(tensor)
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        (result,) = self.claim_together((tensor,), donate)
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+        (result,) = self.allocate_results((tensor,), donate)
         return result, _view(result, readonly=False)
 
-    def claim_together(self, tensors: Sequence[Any], donate: bool) -> list[Any]:
+    def allocate_results(self, tensors: Sequence[Any], donate: bool) -> list[Any]:
         reuse = donate and not any(map(_is_imported, tensors))
         if len(tensors) == 1:
-            results = [(_claim if reuse else _copy)(tensors[0])]
+            results = [(_allocate if reuse else _copy)(tensors[0])]
         else:
             results = []
             for start in range(0, len(tensors), _SOME):
-                results += (_claim_some if reuse else _copy_some)(list(tensors[start : start + _SOME]))
+                results += (_allocate_some if reuse else _copy_some)(
+                    list(tensors[start : start + _SOME])
+                )
         if results and results[0].__class__ is not _ARRAY:
             raise _traced()
         if donate:
             for tensor in tensors:
-                if not tensor.is_deleted():  # XLA had nothing to reuse (an empty array): the promise is kept here
+                # XLA had nothing to reuse (an empty array): the promise is kept here
+                if not tensor.is_deleted():
                     tensor.delete()
         return results
 
@@ -143,7 +148,16 @@ def _view(tensor: Any, *, readonly: bool) -> BufferView:
         tensor.__dlpack__(stream=stream)  # makes that stream wait for the array, and not the host
     strides = None if tensor.ndim < 2 else _strides(tensor)
     return BufferView(
-        tensor.unsafe_buffer_pointer(), tensor.size, dtype, device, None, strides, readonly, None, tensor, stream
+        tensor.unsafe_buffer_pointer(),
+        tensor.size,
+        dtype,
+        device,
+        None,
+        strides,
+        readonly,
+        None,
+        tensor,
+        stream,
     )
 
 
@@ -159,7 +173,8 @@ def _strides(tensor: Any) -> tuple[int, ...] | None:
     if _layout_of(tensor) in _row_major_layouts:
         return None
     layout = tensor.format
-    layout = layout.layout if hasattr(layout, "layout") else layout.device_local_layout  # before JAX 0.7
+    # before JAX 0.7
+    layout = layout.layout if hasattr(layout, "layout") else layout.device_local_layout
     order = layout.major_to_minor
     if tuple(order) == _ROW_MAJOR[: len(order)] and not _tiling(layout):
         _row_major_layouts.add(_layout_of(tensor))
@@ -206,7 +221,9 @@ def _device_of(where: Any, tensor: Any) -> Device:
     elif where.platform in ("gpu", "cuda"):
         device = Device("cuda", where.local_hardware_id)
     else:
-        raise DeviceError(f"the JAX array is on {where}; collectives work on cpu and cuda: jax.device_put it there")
+        raise DeviceError(
+            f"the JAX array is on {where}; collectives work on cpu and cuda: jax.device_put it there"
+        )
     _devices[where] = device
     return device
 

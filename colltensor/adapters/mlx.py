@@ -30,14 +30,16 @@ class MlxAdapter:
 
     def target(self, tensor: Any) -> BufferView:
         view = self.source(tensor)
-        return view if view.strides is None else self.source(mx.contiguous(tensor))  # as the result will lie
+        # as the result will lie
+        return view if view.strides is None else self.source(mx.contiguous(tensor))
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         """Copy it, whatever ``donate`` says: nobody knows who shares its memory."""
         view = self.source(tensor)
         raw = MEMORY.allocate(view.nbytes)
         MEMORY.copy(raw.cast(view.dtype), view)
-        result = mx.array(MEMORY.array(raw)).view(tensor.dtype).reshape(tensor.shape)  # numpy knows no bfloat16
+        # numpy knows no bfloat16
+        result = mx.array(MEMORY.array(raw)).view(tensor.dtype).reshape(tensor.shape)
         return result, view_of(result)[0]
 
     def written(self, tensor: Any) -> None:

@@ -1,7 +1,4 @@
-"""The adapter for numbers: Python's and numpy's scalars, which nobody can write, so that results are new ones.
-
-Imports numpy and ml_dtypes; no other framework.
-"""
+"""The adapter for numbers: Python's and numpy's scalars, which nobody can write, so that results are new ones."""
 
 from __future__ import annotations
 
@@ -15,7 +12,8 @@ from colltensor.types import CPU
 from colltensor.view import BufferView
 
 _DTYPES: Final = {
-    kind: np.dtype(name) for kind, name in ((bool, "bool"), (int, "int64"), (float, "float64"), (complex, "complex128"))
+    kind: np.dtype(name)
+    for kind, name in ((bool, "bool"), (int, "int64"), (float, "float64"), (complex, "complex128"))
 }
 """Those of Python's numbers, the same on every system."""
 
@@ -37,7 +35,7 @@ class NumberAdapter:
     def target(self, tensor: Any) -> BufferView:
         return self.source(tensor)
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         array = _array(tensor)
         return array, _view(array)
 
@@ -59,7 +57,9 @@ def _array(number: Any) -> np.ndarray[Any, Any]:
 
 
 def _view(array: np.ndarray[Any, Any]) -> BufferView:
-    return BufferView(array.ctypes.data, 1, DTYPE_OF[array.dtype], CPU, (), None, False, None, array)
+    return BufferView(
+        array.ctypes.data, 1, DTYPE_OF[array.dtype], CPU, (), None, False, None, array
+    )
 
 
 ADAPTER: Final = NumberAdapter()

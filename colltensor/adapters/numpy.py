@@ -1,7 +1,4 @@
-"""The adapter for numpy arrays, and the host memory functions that use numpy's copy loops.
-
-Imports numpy and ml_dtypes; no other framework.
-"""
+"""The adapter for numpy arrays, and the host memory functions that use numpy's copy loops."""
 
 from __future__ import annotations
 
@@ -22,12 +19,13 @@ from colltensor.view import BufferView
 
 _ALIGNMENT: Final = 64
 _NATIVE_FROM_NBYTES: Final = 4096
-"""Below, what native code must be told takes longer than what it saves."""
+"""Below, what native code must be given takes longer than what it saves."""
 _READABLE: Final = (0x01000009, 0x02000000)
 """Versions of numpy's interface for C whose arrays native code reads (native/src/python.cpp): numpy 1's and 2's."""
 _DLPACK_CODES: Final = {
     dtype: {"b": 6, "i": 0, "u": 1, "f": 4 if known.name == "bfloat16" else 2, "c": 5}[known.kind]
-    for dtype, known in DTYPE_OF.items() if not known.moves_only
+    for dtype, known in DTYPE_OF.items()
+    if not known.moves_only
 }
 """DLPack's codes of types, by numpy's."""
 _OVERLAP_WORK: Final[Any] = 1 << 16
@@ -39,7 +37,8 @@ class NumpyAdapter:
 
     name = "numpy"
     immutable = False
-    plain = None  # numpy exports neither read-only memory nor types that DLPack does not know
+    # numpy exports neither read-only memory nor types that DLPack does not know
+    directly_exportable = None
 
     def claims(self, kind: type) -> bool:
         return kind is np.ndarray or kind is np.memmap
@@ -61,11 +60,15 @@ class NumpyAdapter:
         try:
             handle = dlpack.export(tensor if carrier is None else tensor.view(carrier))
         except BufferError as error:
-            raise UnsupportedTensorError(f"numpy cannot export this array ({error}); pass x.copy()") from error
+            raise UnsupportedTensorError(
+                f"numpy cannot export this array ({error}); pass x.copy()"
+            ) from error
         strides = None if flags.c_contiguous else _element_strides(tensor)
-        return BufferView(handle.data_ptr(), tensor.size, dtype, CPU, tensor.shape, strides, False, handle, tensor)
+        return BufferView(
+            handle.data_ptr(), tensor.size, dtype, CPU, tensor.shape, strides, False, handle, tensor
+        )
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, self.target(tensor)
 
     def written(self, tensor: Any) -> None:
@@ -95,16 +98,26 @@ def _c_version() -> int:
     """Return the version of numpy's interface for C, which says how arrays lie (``PyArray_GetNDArrayCVersion``)."""
     core: Any = getattr(np, "_core", None) or np.core
     functions = dlpack.capsule_pointer(core._multiarray_umath._ARRAY_API)
-    version: int = ctypes.PYFUNCTYPE(ctypes.c_uint)(ctypes.c_void_p.from_address(functions).value or 0)()
+    version: int = ctypes.PYFUNCTYPE(ctypes.c_uint)(
+        ctypes.c_void_p.from_address(functions).value or 0
+    )()
     return version
 
 
 def _numbers() -> set[tuple[int, int, int]]:
     """Return numpy's number, DLPack's code and the bits of every type that an array may have; several are alike."""
-    found: set[tuple[int, int, int]] = {(dtype.num, code, 8 * dtype.itemsize) for dtype, code in _DLPACK_CODES.items()}
+    found: set[tuple[int, int, int]] = {
+        (dtype.num, code, 8 * dtype.itemsize) for dtype, code in _DLPACK_CODES.items()
+    }
     for character in np.typecodes["AllInteger"]:
         alike = np.dtype(character)
-        found.add((alike.num, _DLPACK_CODES[np.dtype(f"{alike.kind}{alike.itemsize}")], 8 * alike.itemsize))
+        found.add(
+            (
+                alike.num,
+                _DLPACK_CODES[np.dtype(f"{alike.kind}{alike.itemsize}")],
+                8 * alike.itemsize,
+            )
+        )
     return found
 
 
@@ -116,7 +129,14 @@ def _reads(trial: Callable[[int, int, int], bool], reader: int, dtype: np.dtype[
         if not trial(reader, id(sample), words.buffer_info()[0]):
             return False
         strides = [step // dtype.itemsize for step in sample.strides]
-        said = [sample.ctypes.data, _DLPACK_CODES[dtype], 8 * dtype.itemsize, sample.ndim, *sample.shape, *strides]
+        said = [
+            sample.ctypes.data,
+            _DLPACK_CODES[dtype],
+            8 * dtype.itemsize,
+            sample.ndim,
+            *sample.shape,
+            *strides,
+        ]
         if words.tolist() != said:
             return False
     whole.flags.writeable = False
@@ -156,9 +176,12 @@ class HostMemory:
         if not target.count:
             return
         if target.strides is None and source.strides is None and target.dtype == source.dtype:
-            ctypes.memmove(target.pointer, source.pointer, target.nbytes)  # numpy's arrays over it take 3 us to make
+            # numpy's arrays over it take 3 us to make
+            ctypes.memmove(target.pointer, source.pointer, target.nbytes)
             return
-        if target.nbytes >= _NATIVE_FROM_NBYTES and (target.strides is None) != (source.strides is None):
+        if target.nbytes >= _NATIVE_FROM_NBYTES and (target.strides is None) != (
+            source.strides is None
+        ):
             for found in native_copies:
                 native = found()
                 if native is not None and target.dtype == source.dtype:
@@ -195,15 +218,24 @@ class HostMemory:
 
 
 def _copy_words(target: BufferView, source: BufferView) -> array.array[int]:
-    """Return what native code is told of a copy, one of whose views is strided."""
+    """Return what native code is given of a copy, one of whose views is strided."""
     scatters = target.strides is not None
     strided, contiguous = (target, source) if scatters else (source, target)
     assert strided.strides is not None
     shape = strided.shape
-    return array.array("q", (
-        scatters, contiguous.pointer, strided.pointer, strided.dtype.itemsize, strided.count, len(shape), *shape,
-        *strided.strides,
-    ))
+    return array.array(
+        "q",
+        (
+            scatters,
+            contiguous.pointer,
+            strided.pointer,
+            strided.dtype.itemsize,
+            strided.count,
+            len(shape),
+            *shape,
+            *strided.strides,
+        ),
+    )
 
 
 def host_array(view: BufferView) -> np.ndarray[Any, Any]:
@@ -211,9 +243,13 @@ def host_array(view: BufferView) -> np.ndarray[Any, Any]:
     low, high = view.span()
     raw = (ctypes.c_char * (high - low)).from_address(low)
     raw._view = view  # type: ignore[attr-defined]  # the array keeps its view, and so the owner, alive
-    strides = None if view.strides is None else [step * view.dtype.itemsize for step in view.strides]
+    strides = (
+        None if view.strides is None else [step * view.dtype.itemsize for step in view.strides]
+    )
     buffer: Any = raw  # numpy's stubs do not know that ctypes arrays are buffers
-    array: np.ndarray[Any, Any] = np.ndarray(view.shape, host_dtype(view.dtype), buffer, view.pointer - low, strides)
+    array: np.ndarray[Any, Any] = np.ndarray(
+        view.shape, host_dtype(view.dtype), buffer, view.pointer - low, strides
+    )
     return array
 
 

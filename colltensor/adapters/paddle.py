@@ -1,7 +1,4 @@
-"""The adapter for Paddle tensors, in place.
-
-Imports paddle.
-"""
+"""The adapter for Paddle tensors, in place."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ class PaddleAdapter:
             )
         return DLPACK.target(tensor.detach())
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, self.target(tensor)
 
     def written(self, tensor: Any) -> None:

@@ -28,12 +28,17 @@ class TensorflowAdapter:
         return kind is _EAGER
 
     def source(self, tensor: Any) -> BufferView:
-        if tensor.dtype.name not in DTYPES:  # TensorFlow 2.21 ends the process where it is asked to export text
-            raise UnsupportedDTypeError(f"dtype {tensor.dtype.name} is not supported; known are {', '.join(DTYPES)}")
+        # TensorFlow 2.21 ends the process where it is asked to export text
+        if tensor.dtype.name not in DTYPES:
+            raise UnsupportedDTypeError(
+                f"dtype {tensor.dtype.name} is not supported; known are {', '.join(DTYPES)}"
+            )
         try:
             view, _ = view_of(tensor)
         except tf.errors.InvalidArgumentError as error:  # float8, which its DLPack does not have
-            raise UnsupportedDTypeError(f"TensorFlow does not export {tensor.dtype.name}: {error.message}") from error
+            raise UnsupportedDTypeError(
+                f"TensorFlow does not export {tensor.dtype.name}: {error.message}"
+            ) from error
         view.readonly = True
         return view
 
@@ -46,7 +51,7 @@ class TensorflowAdapter:
             )
         return view
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         """Copy it, whatever ``donate`` says: nobody knows who shares its memory.
 
         A gradient through the copy, which a tape takes, is an error: TensorFlow knows none of DeepCopy.

@@ -13,19 +13,30 @@ from typing import Any, Final
 import torch
 
 from colltensor.dlpack import exchange_reader
-from colltensor.errors import DeviceError, ReadOnlyError, UnsupportedDTypeError, UnsupportedTensorError
+from colltensor.errors import (
+    DeviceError,
+    ReadOnlyError,
+    UnsupportedDTypeError,
+    UnsupportedTensorError,
+)
 from colltensor.types import CPU, DTYPES, Device
 from colltensor.view import BufferView
 
-_increment_version: Final = getattr(torch._C, "_increment_version", torch.autograd.graph.increment_version)
+_increment_version: Final = getattr(
+    torch._C, "_increment_version", torch.autograd.graph.increment_version
+)
 """torch's own function below its public one, whose isinstance check takes a third of its time; that one otherwise."""
 _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
 _raw_stream: Final = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The number of a device's current stream, without the object that ``torch.cuda.current_stream`` makes at five times
 the cost; what torch's own compiled code asks. None in builds without CUDA."""
-_guards: Final[Any] = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+_guards: Final[Any] = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None
+)
 _is_functional: Final = getattr(torch, "_is_functional_tensor", lambda tensor: False)
-_DTYPE_OF: Final = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
+_DTYPE_OF: Final = {
+    getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)
+}
 _REAL: Final = frozenset(name for name, dtype in _DTYPE_OF.items() if dtype.kind != "c")
 
 
@@ -54,11 +65,14 @@ class TorchAdapter:
             )
         return _view(tensor)
 
-    def plain(self, tensor: Any) -> bool:
+    def directly_exportable(self, tensor: Any) -> bool:
         dtype = tensor.dtype
         if (
             (dtype not in _REAL and (dtype not in _DTYPE_OF or tensor.is_conj()))
-            or not tensor.is_cpu or tensor.requires_grad or tensor.is_nested or tensor.is_neg()
+            or not tensor.is_cpu
+            or tensor.requires_grad
+            or tensor.is_nested
+            or tensor.is_neg()
         ):
             return False
         try:
@@ -86,14 +100,17 @@ class TorchAdapter:
     def reader(self, kind: type) -> int:
         return exchange_reader(kind)
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, _view(tensor)
 
     def reduced(self, tensor: Any) -> tuple[Any, ...] | None:
         """Leave out the rest of a storage, all of which torch pickles with a view of it."""
         if (
-            type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_nested
-            or tensor.is_quantized or tensor.untyped_storage().nbytes() <= tensor.nbytes
+            type(tensor) is not torch.Tensor
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.is_quantized
+            or tensor.untyped_storage().nbytes() <= tensor.nbytes
         ):
             return None
         alone: Any = tensor.detach().clone().requires_grad_(tensor.requires_grad)
@@ -122,9 +139,13 @@ class TorchAdapter:
 def _view(tensor: Any) -> BufferView:
     dtype = _DTYPE_OF.get(tensor.dtype)
     if dtype is None:
-        raise UnsupportedDTypeError(f"dtype {tensor.dtype} is not supported; known are {', '.join(DTYPES)}")
+        raise UnsupportedDTypeError(
+            f"dtype {tensor.dtype} is not supported; known are {', '.join(DTYPES)}"
+        )
     if tensor.is_nested:
-        raise UnsupportedTensorError("the torch tensor is nested; pass its parts, tensor.unbind(), as a list")
+        raise UnsupportedTensorError(
+            "the torch tensor is nested; pass its parts, tensor.unbind(), as a list"
+        )
     if tensor.is_neg() or (dtype.kind == "c" and tensor.is_conj()):
         raise UnsupportedTensorError(
             "the torch tensor is a lazy negation or conjugate, whose memory holds other values; pass "
@@ -135,7 +156,8 @@ def _view(tensor: Any) -> BufferView:
         strides = None if tensor.is_contiguous() else tensor.stride()
         stream = None if device is CPU else _current_stream(device.index)
         pointer, count = tensor.data_ptr(), tensor.numel()
-    except RuntimeError as error:  # sparse, or inside torch.func's transforms: no address, no strides
+    except RuntimeError as error:
+        # sparse, or inside torch.func's transforms: no address, no strides
         raise UnsupportedTensorError(
             f"the torch tensor (layout {tensor.layout}) is no plain array in memory ({error}); pass a dense tensor, "
             "tensor.to_dense(), outside torch.func's transforms"
@@ -155,7 +177,9 @@ def _view(tensor: Any) -> BufferView:
 
 
 def _current_stream(index: int) -> int:
-    stream: int = torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
+    stream: int = (
+        torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
+    )
     return stream
 
 
@@ -167,7 +191,9 @@ def _cuda(index: int) -> Device:
 def _device(tensor: Any) -> Device:
     if tensor.is_cuda:
         return _cuda(tensor.get_device())
-    raise DeviceError(f"the torch tensor is on {tensor.device}; collectives work on cpu and cuda, move it there")
+    raise DeviceError(
+        f"the torch tensor is on {tensor.device}; collectives work on cpu and cuda, move it there"
+    )
 
 
 ADAPTER: Final = TorchAdapter()

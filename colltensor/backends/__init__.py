@@ -1,7 +1,4 @@
-"""Backends: the table of wires by name.
-
-Imports no framework and no backend until one is asked for.
-"""
+"""Backends: the table of transports by name."""
 
 from __future__ import annotations
 
@@ -35,8 +32,14 @@ def register_backend(name: object, spec: BackendSpec) -> None:
         OptionError: ``name`` is no non-empty string or is "auto", or ``spec`` is no BackendSpec.
     """
     if not isinstance(name, str) or not name or name == "auto":
-        raise OptionError(f"register_backend: name must be a non-empty string other than 'auto', got {name!r}")
-    missing = [f"{method}()" for method in ("available", "create") if not callable(getattr(spec, method, None))]
+        raise OptionError(
+            f"register_backend: name must be a non-empty string other than 'auto', got {name!r}"
+        )
+    missing = [
+        f"{method}()"
+        for method in ("available", "create")
+        if not callable(getattr(spec, method, None))
+    ]
     if missing:
         raise OptionError(
             f"register_backend: spec of {name!r} must be a colltensor.backends.base.BackendSpec, "
@@ -51,10 +54,15 @@ def check_backend(name: str, backend: Backend) -> Backend:
     Raises:
         OptionError: It lacks an attribute or a method of ``Backend``.
     """
-    attributes = [attribute for attribute in Backend.__annotations__ if not hasattr(backend, attribute)]
+    attributes = [
+        attribute for attribute in Backend.__annotations__ if not hasattr(backend, attribute)
+    ]
     methods = [
-        f"{method}()" for method, function in vars(Backend).items()
-        if not method.startswith("_") and callable(function) and not callable(getattr(backend, method, None))
+        f"{method}()"
+        for method, function in vars(Backend).items()
+        if not method.startswith("_")
+        and callable(function)
+        and not callable(getattr(backend, method, None))
     ]
     if attributes or methods:
         raise OptionError(

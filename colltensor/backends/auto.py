@@ -1,11 +1,11 @@
-"""What ``backend="auto"`` means for a group of several ranks: the fastest wire for where they are.
+"""What ``backend="auto"`` means for a group of several ranks: the fastest transport for where they are.
 
     all on one host                      shm
     several hosts, one rank on each      gloo
     several hosts, several ranks on some hierarchical
 
 Where memory cannot be shared the ranks agree on Gloo. No entry of the table of backends: groups made by it have one
-of those. Imports no framework.
+of those.
 """
 
 from __future__ import annotations
@@ -43,13 +43,27 @@ class AutoSpec:
         backends.get_backend(loads).prepare(provider, host_ids)  # type: ignore[attr-defined]  # ours have it
 
     def create(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> Backend:
         """Make the backend that fits the hosts of ``meeting``; see ``choose``."""
-        return self.choose(control, meeting, timeout_s=timeout_s, interface=interface, provider=provider)[0]
+        return self.choose(
+            control, meeting, timeout_s=timeout_s, interface=interface, provider=provider
+        )[0]
 
     def choose(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> tuple[Backend, str]:
         """Make the backend that fits the hosts of ``meeting``, and say in words why it is this one.
 
@@ -62,13 +76,19 @@ class AutoSpec:
         """
         hosts = list(meeting.host_ids)
         count = len(set(hosts))
-        options: dict[str, Any] = {"timeout_s": timeout_s, "interface": interface, "provider": provider}
+        options: dict[str, Any] = {
+            "timeout_s": timeout_s,
+            "interface": interface,
+            "provider": provider,
+        }
         refused: BackendUnavailableError | None = None
         try:
             if count == 1:
                 shm = backends.get_backend("shm").create(control, meeting, **options)
                 return shm, f"backend='auto': all {len(hosts)} ranks are on one host"
-            sharing = hierarchical.share(control, meeting, timeout_s) if count < len(hosts) else None
+            sharing = (
+                hierarchical.share(control, meeting, timeout_s) if count < len(hosts) else None
+            )
         except BackendUnavailableError as error:  # on every rank alike
             refused, sharing = error, None
         if sharing is not None:
@@ -102,11 +122,18 @@ def _warn(control: ControlPlane, reason: str) -> None:
     logging, and no filter turns it into an error of one rank in the middle of what all ranks do.
     """
     if _warned.is_set():
-        _LOG.debug("group %r (rank %d): using 'gloo' within one host: %s", control.group_name, control.rank, reason)
+        _LOG.debug(
+            "group %r (rank %d): using 'gloo' within one host: %s",
+            control.group_name,
+            control.rank,
+            reason,
+        )
         return
     _warned.set()
     _LOG.warning(
         "group %r (rank %d): colltensor is using 'gloo' between ranks of one host, where small messages take hundreds "
         "of times as long as in shared memory (backend='gloo' chooses it without this warning): %s",
-        control.group_name, control.rank, reason,
+        control.group_name,
+        control.rank,
+        reason,
     )

@@ -1,7 +1,4 @@
-"""Backend: what a wire must offer to the group, and the rules that all wires share.
-
-Imports no framework, and of the package only the values that pass between layers.
-"""
+"""Backend: what a transport must offer to the group, and the rules that all transports share."""
 
 from __future__ import annotations
 
@@ -26,7 +23,10 @@ _OPS_OF_KIND: Final = {
     "c": frozenset({ReduceOp.SUM, ReduceOp.AVERAGE}),
 }
 _PAIRS: Final = frozenset(
-    (dtype, op) for dtype in DTYPES.values() if not dtype.moves_only for op in _OPS_OF_KIND[dtype.kind]
+    (dtype, op)
+    for dtype in DTYPES.values()
+    if not dtype.moves_only
+    for op in _OPS_OF_KIND[dtype.kind]
 )
 
 
@@ -45,7 +45,9 @@ def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
     if (dtype, op) in _PAIRS or operation not in REDUCTIONS:
         return
     if op is None:
-        raise OptionError(f"{operation} needs a reduce op: expected one of {', '.join(ReduceOp.__members__)}, got None")
+        raise OptionError(
+            f"{operation} needs a reduce op: expected one of {', '.join(ReduceOp.__members__)}, got None"
+        )
     if dtype.moves_only:
         raise UnsupportedDTypeError(
             f"{operation} with op={op.name} is not defined for {dtype}, which can only be moved (broadcast, gather, "
@@ -111,44 +113,46 @@ class Placement(Protocol):
 
 
 class Backend(Protocol):
-    """One wire, connected: the payload half of a group's collectives.
+    """One transport, connected: the payload half of a group's collectives.
 
     When a method is called all ranks of the call have arrived and agree on operation, count, dtype,
     op and root, ``require`` has passed, and no two buffers alias but where said. Buffers are
     contiguous unless ``takes_strided``. One call runs at a time. Results are in the buffers on
     return. ``deadline`` is a ``time.monotonic()`` value; at the deadline a method raises TimeoutError,
     and when another rank breaks the group what ``ControlPlane.check`` raises. A provider's own
-    RuntimeError may escape; the group says what it means. After an error the wire is unusable and
+    RuntimeError may escape; the group says what it means. After an error the transport is unusable and
     the buffers are kept alive until ``close``.
 
     Attributes:
         name: The backend's name in the table.
         device_types: The device types whose memory it reaches.
         takes_strided: Whether it takes strided views; else the group stages them.
-        fuses: Whether small leaves of a container are to be packed into one transfer, because a transfer costs more.
-        joins: The operations for which it copies a list of all ranks' tensors that do not lie one after another.
-        agrees: Whether the ranks must agree on the control plane before each payload.
+        packs_small_leaves: Whether small leaves of a container are to be packed into one transfer, because a transfer costs more.
+        copies_lists: The operations for which it copies a list of all ranks' tensors that do not lie one after another.
+        needs_agreement: Whether the ranks must agree on the control plane before each payload.
         crosses: Whether ``send`` and ``recv`` may run in several threads at once, each with another peer or direction.
     """
 
     name: str
     device_types: frozenset[str]
     takes_strided: bool
-    fuses: bool
-    joins: frozenset[str]
-    agrees: bool
+    packs_small_leaves: bool
+    copies_lists: frozenset[str]
+    needs_agreement: bool
     crosses: bool
 
     def require(self, operation: str, dtype: DType, op: ReduceOp | None) -> None:
         """Raise UnsupportedDTypeError or OptionError if the call cannot be done here."""
 
-    def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+    def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Return True where elements pass through a converted copy (which ``copy=False`` refuses)."""
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank; several buffers are several transfers of one call."""
 
-    def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
+    def reduce(
+        self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place on ``root``; the other ranks' buffers keep their contents."""
 
     def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
@@ -172,7 +176,9 @@ class Backend(Protocol):
     ) -> None:
         """Write the combination of all ranks' ``sources[rank]`` to ``target``; other sources stay intact."""
 
-    def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
+    def alltoall(
+        self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float
+    ) -> None:
         """Write rank r's ``sources[rank]`` to ``outputs[r]``."""
 
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
@@ -181,17 +187,19 @@ class Backend(Protocol):
     def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Receive from ``peer``, which calls ``send``."""
 
-    def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
+    def sendrecv(
+        self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float
+    ) -> None:
         """Send ``source`` to ``dst`` and receive ``target`` from ``src`` at the same time."""
 
     def barrier(self, deadline: float) -> None:
         """Return when all ranks have called."""
 
     def close(self) -> None:
-        """Free the wire without waiting for other ranks; idempotent."""
+        """Free the transport without waiting for other ranks; idempotent."""
 
 
-class Flight(Protocol):
+class PendingOperation(Protocol):
     """One call that was queued on a device."""
 
     def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
@@ -224,9 +232,15 @@ class QueueingBackend(Backend, Protocol):
     on_failure: Callable[[CollectiveError], None] | None
 
     def begin(
-        self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object,
-        stages: bool, deadline: float,
-    ) -> Flight:
+        self,
+        name: str,
+        views: Sequence[BufferView],
+        peers: Sequence[int] | None,
+        apart: bool,
+        keep: object,
+        stages: bool,
+        deadline: float,
+    ) -> PendingOperation:
         """Let the payload methods that are called until ``end`` or ``cancel`` be one call on the device.
 
         It is queued on a stream that comes after those of the views.
@@ -247,7 +261,7 @@ class QueueingBackend(Backend, Protocol):
     def end(self) -> None:
         """End the call that was begun: all of it is queued."""
 
-    def allreduce_at_once(self, view: BufferView, op: ReduceOp) -> Flight | None:
+    def allreduce_at_once(self, view: BufferView, op: ReduceOp) -> PendingOperation | None:
         """Queue an allreduce of one contiguous tensor, all in one.
 
         None, and nothing is done, where that takes more than the payload's call: connecting the ranks, ordering
@@ -261,7 +275,9 @@ class QueueingBackend(Backend, Protocol):
             CollectiveError: What the error comes from.
         """
 
-    def allreduce_multigpu(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+    def allreduce_multigpu(
+        self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place all ranks' buffers, one for each of the devices that this process works on."""
 
     def reduce_multigpu(
@@ -269,16 +285,25 @@ class QueueingBackend(Backend, Protocol):
     ) -> None:
         """Combine all ranks' buffers into buffer ``index`` of rank ``root``; the others stay as they are."""
 
-    def broadcast_multigpu(self, buffers: Sequence[BufferView], root: int, index: int, deadline: float) -> None:
+    def broadcast_multigpu(
+        self, buffers: Sequence[BufferView], root: int, index: int, deadline: float
+    ) -> None:
         """Overwrite all ranks' buffers with buffer ``index`` of rank ``root``."""
 
     def allgather_multigpu(
-        self, outputs: Sequence[Sequence[BufferView]], sources: Sequence[BufferView], deadline: float
+        self,
+        outputs: Sequence[Sequence[BufferView]],
+        sources: Sequence[BufferView],
+        deadline: float,
     ) -> None:
         """Write all ranks' sources, by rank and device, to each of ``outputs``."""
 
     def reducescatter_multigpu(
-        self, targets: Sequence[BufferView], sources: Sequence[Sequence[BufferView]], op: ReduceOp, deadline: float
+        self,
+        targets: Sequence[BufferView],
+        sources: Sequence[Sequence[BufferView]],
+        op: ReduceOp,
+        deadline: float,
     ) -> None:
         """Write the combination of all sources of a target's place, by rank and device, to each target."""
 
@@ -296,16 +321,18 @@ class QueueingBackend(Backend, Protocol):
 
 
 @runtime_checkable
-class CarryingBackend(Backend, Protocol):
+class PiggybackingBackend(Backend, Protocol):
     """A backend whose small allreduces travel with the ranks' agreement, in one exchange on the control plane."""
 
-    def carries(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
+    def piggybacks(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
         """Return whether an allreduce goes that way: by op, counts and dtypes alone, which are equal on all ranks."""
 
     def pack(self, buffers: Sequence[BufferView]) -> bytes:
         """Return what this rank contributes."""
 
-    def unpack(self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]) -> None:
+    def unpack(
+        self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]
+    ) -> None:
         """Combine into the buffers, as ``allreduce`` does, what all ranks contributed; sends nothing."""
 
 
@@ -322,7 +349,7 @@ class IssueQueue(Protocol):
         """Make calls until one ends with something other than success; in one thread at a time, which it blocks.
 
         Returns:
-            What ``SigningBackend.settle`` is told of call ``ended() + 1``, which ends with the next ``serve``; or 0
+            What ``AgreeingBackend.complete`` is given of call ``ended() + 1``, which ends with the next ``serve``; or 0
             when ``notify`` was told of the last call, and when no call is left: unless ``patient`` at once, else
             after ``kick`` or ``close``.
         """
@@ -344,12 +371,12 @@ class IssueQueue(Protocol):
 
 
 @runtime_checkable
-class SigningBackend(Backend, Protocol):
-    """A backend that compares the call's signature itself, on arrival: ``agrees`` is False.
+class AgreeingBackend(Backend, Protocol):
+    """A backend that compares the call's signature itself, on arrival: ``needs_agreement`` is False.
 
-    For each call the group takes the turn with ``hold``, says with ``sign`` or ``sign_transfer`` what the payload
+    For each call the group takes the turn with ``hold``, says with ``set_signature`` or ``set_transfer_signature`` what the payload
     method that follows must agree on, and gives the turn back with ``release``. A tensor as it comes from its
-    framework may go to ``direct`` instead.
+    framework may go to ``fast_call`` instead.
 
     Attributes:
         number: The group's number in the native library.
@@ -360,16 +387,16 @@ class SigningBackend(Backend, Protocol):
     queue: IssueQueue
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Let direct calls wait so long for other ranks: ``direct`` returns other functions afterwards."""
+        """Let fast calls wait so long for other ranks: ``fast_call`` returns other functions afterwards."""
 
     def hold(self, deadline: float) -> bool:
-        """Take the turn for one call, waiting for another thread's direct call; False if this thread has begun one."""
+        """Take the turn for one call, waiting for another thread's fast call; False if this thread has begun one."""
 
     def is_inside(self) -> bool:
-        """Return whether this thread is in a direct call, whose wait runs Python code now."""
+        """Return whether this thread is in a fast call, whose wait runs Python code now."""
 
     def is_pending(self) -> bool:
-        """Return whether this thread is between the two steps of a direct call, or was interrupted there."""
+        """Return whether this thread is between the two steps of a fast call, or was interrupted there."""
 
     def release(self) -> None:
         """Give the turn back."""
@@ -389,63 +416,73 @@ class SigningBackend(Backend, Protocol):
     def transfers(self, source: int, destination: int) -> int:
         """Return how many transfers there were from ``source`` to ``destination``, one of which is this rank."""
 
-    def sign(self, signature: bytes, describe: Callable[[], str], claim: Callable[[], None] | None) -> None:
+    def set_signature(
+        self, signature: bytes, describe: Callable[[], str], allocate: Callable[[], None] | None
+    ) -> None:
         """Say what all ranks must agree on in the next collective: 8 bytes of sequence number, and the rest.
 
-        ``claim`` is called once they agree and before anything is written; it may move the buffers to be written.
+        ``allocate`` is called once they agree and before anything is written; it may move the buffers to be written.
         """
 
-    def sign_transfer(
-        self, source: int, destination: int, signature: bytes, describe: Callable[[], str],
-        claim: Callable[[], None] | None,
+    def set_transfer_signature(
+        self,
+        source: int,
+        destination: int,
+        signature: bytes,
+        describe: Callable[[], str],
+        allocate: Callable[[], None] | None,
     ) -> None:
         """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
 
     def agree(self, deadline: float) -> None:
-        """Agree on what was signed, without a payload."""
+        """Agree on the expected signature, without a payload."""
 
     def abandon(self) -> None:
         """Let no rank wait for this one any longer; idempotent."""
 
-    def tell(self, error: CollectiveError) -> None:
+    def propagate_failure(self, error: CollectiveError) -> None:
         """Let ranks that wait in this backend know why the group broke; idempotent, and nothing after ``close``."""
 
-    def direct(
+    def fast_call(
         self, operation: int, op: int, root: int, source: int, stacked: bool
     ) -> tuple[Callable[..., int], Callable[..., int]]:
         """Return two functions that run an operation on contiguous host tensors of one count and dtype.
 
-        Both return 0, or what ``settle`` is told. The first may return ``DIRECT_LARGE``: nothing was begun, and the
+        Both return 0, or what ``complete`` is given. The first may return ``FAST_LARGE``: nothing was begun, and the
         second is to be called with the same tensors. They are given those that are written first, but for reduce,
         broadcast and a send all of them, and raise BufferError, TypeError or ValueError for one that cannot be
         exported; nothing has begun then unless ``exports`` says that they can.
 
         Args:
-            operation: A number of ``DIRECT``.
+            operation: A number of ``FAST_OPERATIONS``.
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none. What is no rank is refused when called.
             source: The rank to receive from; -1 for none.
             stacked: Whether one tensor with all their elements is given instead of those of all ranks.
         """
 
-    def issuing(self, operation: int, op: int, root: int, source: int, stacked: bool) -> Callable[..., int]:
-        """Return a function that puts into ``queue`` what a function of ``direct`` does.
+    def issuing(
+        self, operation: int, op: int, root: int, source: int, stacked: bool
+    ) -> Callable[..., int]:
+        """Return a function that puts into ``queue`` what a function of ``fast_call`` does.
 
         It is given the exports of the tensors (``colltensor.dlpack.export``), which must stay until the call has ended,
-        and returns the call's number, or no positive one if the call must go the general way.
+        and returns the call's number, or no positive one if the call must go the slow path.
         """
 
     def hand_over(self) -> int:
-        """Put a direct call of this thread that came to ``DIRECT_PENDING`` into ``queue``; return its number."""
+        """Put a fast call of this thread that came to ``FAST_PENDING`` into ``queue``; return its number."""
 
-    def tree(self, operation: int, op: int, root: int, source: int, plan: array.array[int]) -> Callable[..., int]:
+    def tree(
+        self, operation: int, op: int, root: int, source: int, plan: array.array[int]
+    ) -> Callable[..., int]:
         """Return a function that runs an operation on the leaves of a tree, given one after the other.
 
-        It returns and raises what the second function of ``direct`` does, and refuses leaves that are not as planned,
+        It returns and raises what the second function of ``fast_call`` does, and refuses leaves that are not as planned,
         or share memory that is written.
 
         Args:
-            operation: A number of ``DIRECT``: allreduce, reduce, broadcast or a transfer.
+            operation: A number of ``FAST_OPERATIONS``: allreduce, reduce, broadcast or a transfer.
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none.
             source: The rank to receive from, -1 for none.
@@ -464,13 +501,13 @@ class SigningBackend(Backend, Protocol):
         read so.
         """
 
-    def claiming_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
+    def allocating_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
         """Return a function that makes an allreduce of the leaves of a tree that their framework never changes.
 
         It is given None and the addresses of copies of them, which become the results. Or it is given a function and
         their own addresses. It calls the function once the ranks agree; the function makes the results' memory, with
         the same contents, and returns the address of its addresses. All are contiguous host memory. It returns what
-        ``settle`` is told, or 0, and raises what that function does.
+        ``complete`` is given, or 0, and raises what that function does.
 
         Args:
             op: The reduce op.
@@ -478,21 +515,21 @@ class SigningBackend(Backend, Protocol):
         """
 
     def exports(self, tensors: Sequence[Any]) -> bool:
-        """Return True if a direct call's tensors can be exported, so that what it raised was something else."""
+        """Return True if a fast call's tensors can be exported, so that what it raised was something else."""
 
-    def drop(self) -> None:
-        """Forget a direct call that was interrupted between its steps, after ``abandon``."""
+    def abandon_pending(self) -> None:
+        """Forget a fast call that was interrupted between its steps, after ``abandon``."""
 
-    def settle(self, name: str, code: int) -> int:
-        """End what a direct call began.
+    def complete(self, name: str, code: int) -> int:
+        """End what a fast call began.
 
         Args:
             name: The operation, for messages.
             code: What the call returned.
 
         Returns:
-            ``DIRECT_DONE``; ``DIRECT_REFUSED`` if nothing was begun and the call must go the general way;
-            ``DIRECT_MISMATCH`` if the ranks disagree: then ``explain`` or ``explain_transfer`` must follow. To the
+            ``FAST_DONE``; ``FAST_REFUSED`` if nothing was begun and the call must go the slow path;
+            ``FAST_MISMATCH`` if the ranks disagree: then ``explain`` or ``explain_transfer`` must follow. To the
             mismatch of a transfer 256 is added if the send differs, 512 if the receive does.
 
         Raises:
@@ -500,7 +537,7 @@ class SigningBackend(Backend, Protocol):
         """
 
     def explain(self, signature: bytes, describe: Callable[[], str], deadline: float) -> None:
-        """Raise the MismatchError of a direct call, as all ranks do."""
+        """Raise the MismatchError of a fast call, as all ranks do."""
 
     def explain_transfer(
         self, pairs: Sequence[tuple[int, int, bytes, Callable[[], str]]], deadline: float
@@ -508,28 +545,38 @@ class SigningBackend(Backend, Protocol):
         """Raise the MismatchError of transfers; of each that differs source, destination, signature and words."""
 
 
-DIRECT_DONE: Final = 0
-DIRECT_REFUSED: Final = 1
-DIRECT_MISMATCH: Final = 2
-DIRECT_PENDING: Final = 1
-DIRECT_LARGE: Final = 2
-DIRECT_BUSY: Final = 9
-"""Of a function of ``SigningBackend.direct``, as is the one above; the others are of ``settle``.
+FAST_DONE: Final = 0
+FAST_REFUSED: Final = 1
+FAST_MISMATCH: Final = 2
+FAST_PENDING: Final = 1
+FAST_LARGE: Final = 2
+FAST_BUSY: Final = 9
+"""Of a function of ``AgreeingBackend.fast_call``, as is the one above; the others are of ``complete``.
 
 Begun, and waiting for others; nothing begun, because it would take long; nothing begun, because another thread has the
 turn.
 """
 DIRECT_UNREAD: Final = -1
-"""Of a function of ``SigningBackend.reading_tree``: nothing begun, because the leaves were not to be read so."""
+"""Of a function of ``AgreeingBackend.reading_tree``: nothing begun, because the leaves were not to be read so."""
 
-DIRECT: Final = {
+FAST_OPERATIONS: Final = {
     name: number
     for number, name in enumerate(
-        ("barrier", "allreduce", "reduce", "broadcast", "allgather", "gather", "reducescatter", "scatter", "alltoall",
-         "transfer")
+        (
+            "barrier",
+            "allreduce",
+            "reduce",
+            "broadcast",
+            "allgather",
+            "gather",
+            "reducescatter",
+            "scatter",
+            "alltoall",
+            "transfer",
+        )
     )
 }
-"""The operations as ``SigningBackend.direct`` knows them."""
+"""The operations as ``AgreeingBackend.fast_call`` knows them."""
 
 
 class BackendSpec(Protocol):
@@ -539,7 +586,13 @@ class BackendSpec(Protocol):
         """Return None if the backend can be used here, else why not and what to install. Imports no framework."""
 
     def create(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> Backend:
         """Connect this rank's backend. All ranks call, having met.
 
@@ -553,5 +606,5 @@ class BackendSpec(Protocol):
         Raises:
             BackendUnavailableError: It cannot be used here.
             OptionError: An option that it does not have.
-            MismatchError: The ranks cannot use one wire together.
+            MismatchError: The ranks cannot use one transport together.
         """

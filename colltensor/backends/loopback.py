@@ -1,7 +1,4 @@
-"""Loopback: the backend of a group of one rank. Reductions are the identity, moves are copies.
-
-Imports numpy only to copy strided host memory, and a device's framework only if it is in use already.
-"""
+"""Loopback: the backend of a group of one rank. Reductions are the identity, moves are copies."""
 
 from __future__ import annotations
 
@@ -22,26 +19,28 @@ _DEVICE_TYPES: Final = frozenset({"cpu", "cuda"})
 
 
 class LoopbackBackend:
-    """The wire of a group of one rank: none."""
+    """The transport of a group of one rank: none."""
 
     name = "loopback"
     device_types = _DEVICE_TYPES
     takes_strided = True
-    fuses = True
-    joins: frozenset[str] = frozenset()
-    agrees = False
+    packs_small_leaves = True
+    copies_lists: frozenset[str] = frozenset()
+    needs_agreement = False
     crosses = False
 
     require = staticmethod(require)
 
-    def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+    def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Nothing is converted."""
         return False
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Leave the buffers as they are: the combination of one rank's elements."""
 
-    def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
+    def reduce(
+        self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float
+    ) -> None:
         """Leave the buffers as they are."""
 
     def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
@@ -71,19 +70,27 @@ class LoopbackBackend:
         """Copy ``sources[0]`` to ``target``."""
         _copy(target, sources[0])
 
-    def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
+    def alltoall(
+        self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float
+    ) -> None:
         """Copy ``sources[0]`` to ``outputs[0]``."""
         _copy(outputs[0], sources[0])
 
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Raise RankError: there is no other rank."""
-        raise RankError(f"send: rank {peer} is not in a group of one rank; make the group with more ranks")
+        raise RankError(
+            f"send: rank {peer} is not in a group of one rank; make the group with more ranks"
+        )
 
     def recv(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Raise RankError: there is no other rank."""
-        raise RankError(f"recv: rank {peer} is not in a group of one rank; make the group with more ranks")
+        raise RankError(
+            f"recv: rank {peer} is not in a group of one rank; make the group with more ranks"
+        )
 
-    def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
+    def sendrecv(
+        self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float
+    ) -> None:
         """Copy ``source`` to ``target``: both peers are this rank."""
         _copy(target, source)
 
@@ -102,7 +109,13 @@ class LoopbackSpec:
         return None
 
     def create(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> LoopbackBackend:
         """Return the backend; ``timeout_s``, ``interface`` and ``provider`` have nothing to decide.
 
@@ -141,7 +154,9 @@ def _as_array(view: BufferView) -> np.ndarray[Any, Any]:
     memory: Any = (ctypes.c_char * (high - low)).from_address(low)
     size = view.dtype.itemsize
     steps = None if view.strides is None else [stride * size for stride in view.strides]
-    array: np.ndarray[Any, Any] = np.ndarray(view.shape, f"V{size}", memory, view.pointer - low, steps)
+    array: np.ndarray[Any, Any] = np.ndarray(
+        view.shape, f"V{size}", memory, view.pointer - low, steps
+    )
     return array
 
 
@@ -171,4 +186,8 @@ def _copy_on_device(target: BufferView, source: BufferView) -> None:
 
 
 def _as_tensor(torch: Any, view: BufferView) -> Any:
-    return view.owner.detach() if isinstance(view.owner, torch.Tensor) else torch.from_dlpack(view.owner)
+    return (
+        view.owner.detach()
+        if isinstance(view.owner, torch.Tensor)
+        else torch.from_dlpack(view.owner)
+    )

@@ -1,7 +1,4 @@
-"""For JAX users only: collectives inside ``jax.jit``, and the optax transformation that keeps gradients in step.
-
-Imports jax; nothing outside this folder imports it.
-"""
+"""For JAX users only: collectives inside ``jax.jit``, and the optax transformation that keeps gradients in step."""
 
 from colltensor.jax._groups import forget_failures
 from colltensor.jax._order import ordered
@@ -19,6 +16,16 @@ from colltensor.jax.collectives import (
 from colltensor.jax.optimizer import sync_gradients
 
 __all__ = [
-    "allgather", "allreduce", "broadcast", "forget_failures", "ordered", "recv", "reduce", "reducescatter", "send",
-    "sendrecv", "sync_gradients", "tree_allreduce",
+    "allgather",
+    "allreduce",
+    "broadcast",
+    "forget_failures",
+    "ordered",
+    "recv",
+    "reduce",
+    "reducescatter",
+    "send",
+    "sendrecv",
+    "sync_gradients",
+    "tree_allreduce",
 ]

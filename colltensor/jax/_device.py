@@ -1,7 +1,4 @@
-"""The memory of a computation on a CUDA device, as a tensor that the group's methods take.
-
-Imports no framework.
-"""
+"""The memory of a computation on a CUDA device, as a tensor that the group's methods take."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ class DeviceBuffer:
     """An operand or a result of a call that XLA queues, for as long as its stream has not passed the call.
 
     Attributes:
-        pointer: Address of the first element; all lie in a row.
+        pointer: Address of the first element; all are contiguous.
         count: Number of elements.
         dtype: Their true type.
         device: The index of the device.
@@ -57,14 +54,20 @@ class DeviceAdapter:
 
     def source(self, tensor: DeviceBuffer) -> BufferView:
         return BufferView.from_address(
-            tensor.pointer, (tensor.count,), tensor.dtype, device=Device("cuda", tensor.device), owner=tensor,
+            tensor.pointer,
+            (tensor.count,),
+            tensor.dtype,
+            device=Device("cuda", tensor.device),
+            owner=tensor,
             stream=tensor.stream,
         )
 
     def target(self, tensor: DeviceBuffer) -> BufferView:
         return self.source(tensor)
 
-    def claim(self, tensor: DeviceBuffer, donate: bool) -> tuple[DeviceBuffer, BufferView]:
+    def allocate_result(
+        self, tensor: DeviceBuffer, donate: bool
+    ) -> tuple[DeviceBuffer, BufferView]:
         return tensor, self.source(tensor)
 
     def written(self, tensor: DeviceBuffer) -> None:

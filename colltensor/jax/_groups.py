@@ -1,6 +1,6 @@
 """The groups that compiled computations name, and the order of their calls with eager ones.
 
-A computation holds a group's number, never a pointer: it may be called when the group is gone. Imports jax.
+A computation holds a group's number, never a pointer: it may be called when the group is gone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 
 from colltensor import observers
 from colltensor.backends.shm import library
-from colltensor.control import lifetime
+from colltensor.control import exit_hooks
 from colltensor.errors import GroupError
 from colltensor.group import Group
 
@@ -37,7 +37,7 @@ _JOIN_S: Final = 5.0
 _ending: Final = threading.Event()
 """Set when the process ends, before JAX waits for its computations: its handlers are older than this module's."""
 atexit.register(_ending.set)
-_watchers: Final[list[threading.Thread]] = []
+_watchdogs: Final[list[threading.Thread]] = []
 _ended: Final = threading.Event()
 
 
@@ -59,17 +59,19 @@ def _watch_the_end(group: Group) -> None:
 
     In a thread of its own, made here: while the process ends no thread can be started.
     """
-    if not _watchers:
+    if not _watchdogs:
         thread = threading.Thread(target=_end_late_calls, name="colltensor end of jit", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # no more threads: the groups' timeouts bound the wait
             _log.debug(
                 "group %r (rank %d): the end of this process will wait for jitted collectives under way: %s",
-                group.name, group.rank, error,
+                group.name,
+                group.rank,
+                error,
             )
         else:
-            _watchers.append(thread)
+            _watchdogs.append(thread)
 
 
 def _end_late_calls() -> None:
@@ -89,11 +91,11 @@ def _stop_watching() -> None:
     """End the thread while it still can come back from the native library."""
     _ending.set()
     _ended.set()
-    for thread in _watchers:
+    for thread in _watchdogs:
         thread.join(_JOIN_S)
 
 
-lifetime.before_end(_stop_watching)
+exit_hooks.before_end(_stop_watching)
 
 
 def group_of(number: int) -> Group:
@@ -146,12 +148,12 @@ def _defer_all() -> None:
 def _end_deferring() -> None:
     """Let them go straight to shared memory again, but behind asynchronous calls under way."""
     for group in list(_numbers):
-        group._queue.tell_watch()
+        group._queue.notify_watch()
 
 
 observers.on_start.append(_defer_all)
 observers.on_stop.append(_end_deferring)
-os.register_at_fork(after_in_child=_watchers.clear)  # the thread is the parent's
+os.register_at_fork(after_in_child=_watchdogs.clear)  # the thread is the parent's
 
 
 @contextlib.contextmanager
@@ -168,6 +170,8 @@ def inside(group: Group, operation: str) -> Iterator[None]:
         remedy = "and jit the function anew: this one was traced with the group that is gone"
         raise GroupError(f"{error}; {remedy}") from error
     except KeyboardInterrupt as error:  # XLA passes on words alone
-        raise GroupError(f"{operation}: KeyboardInterrupt while rank {group.rank} waited") from error
+        raise GroupError(
+            f"{operation}: KeyboardInterrupt while rank {group.rank} waited"
+        ) from error
     finally:
         _here.inside = outer

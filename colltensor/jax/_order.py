@@ -2,7 +2,7 @@
 
 XLA runs calls with side effects in any order that their data allow. JAX orders those that have an *ordered effect*: it
 passes a token through every computation, loop and branch, from one such call to the next. All of JAX's internals that
-this package needs are imported here. Imports jax, and of the package errors.
+this package needs are imported here.
 """
 
 from __future__ import annotations
@@ -49,12 +49,18 @@ for _kind in (Ordered, Kept):
     effects.remat_allowed_effects.add_type(_kind)
 
 
-def lower_to(target: str, context: Any, operand: Any, aliased: bool, attributes: dict[str, Any]) -> Any:
+def lower_to(
+    target: str, context: Any, operand: Any, aliased: bool, attributes: dict[str, Any]
+) -> Any:
     """Emit a call of an XLA target with one operand and one result, after the collective before it."""
     _refuse_several_devices(target, context)
     token = context.tokens_in.get(ORDERED)
-    with_token = context.replace(avals_in=[*context.avals_in, _token], avals_out=[*context.avals_out, _token])
-    rule = jax.ffi.ffi_lowering(target, has_side_effect=True, operand_output_aliases={0: 0} if aliased else None)
+    with_token = context.replace(
+        avals_in=[*context.avals_in, _token], avals_out=[*context.avals_out, _token]
+    )
+    rule = jax.ffi.ffi_lowering(
+        target, has_side_effect=True, operand_output_aliases={0: 0} if aliased else None
+    )
     result, token = rule(with_token, operand, token, **attributes)
     context.set_tokens_out(mlir.TokenSet({ORDERED: token}))
     return [result]
@@ -77,7 +83,9 @@ def _refuse_several_devices(target: str, context: Any) -> None:
     JAX refuses ordered effects there, but sees none outside of an ``ordered`` function.
     """
     place = context.module_context.axis_context
-    devices = max(getattr(place, "num_devices", None) or 1, getattr(getattr(place, "mesh", None), "size", 1))
+    devices = max(
+        getattr(place, "num_devices", None) or 1, getattr(getattr(place, "mesh", None), "size", 1)
+    )
     if devices > 1:
         raise DeviceError(
             f"{target}: a jitted collective works on one device of a process, got a computation over {devices} (a "
@@ -115,7 +123,9 @@ def ordered(function: Callable[..., Any]) -> Callable[..., Any]:
         closed = jax.make_jaxpr(flat)(*leaves)
         captured = closed.consts  # what the function closes over may be traced itself
         closed = ClosedJaxpr(partial_eval.convert_constvars_jaxpr(closed.jaxpr), ())
-        return jax.tree_util.tree_unflatten(shapes[-1], _ordered_p.bind(*captured, *leaves, jaxpr=closed))
+        return jax.tree_util.tree_unflatten(
+            shapes[-1], _ordered_p.bind(*captured, *leaves, jaxpr=closed)
+        )
 
     return call
 
@@ -142,15 +152,20 @@ def _jvp(primals: Any, tangents: Any, *, jaxpr: ClosedJaxpr) -> Any:
     def part(*moved: Any) -> list[Any]:
         rest = iter(moved)
         return _inline(
-            *(next(rest) if alive else primal for primal, alive in zip(primals, live, strict=True)), jaxpr=jaxpr
+            *(next(rest) if alive else primal for primal, alive in zip(primals, live, strict=True)),
+            jaxpr=jaxpr,
         )
 
-    return jax.jvp(part, moving, [tangent for tangent, alive in zip(tangents, live, strict=True) if alive])
+    return jax.jvp(
+        part, moving, [tangent for tangent, alive in zip(tangents, live, strict=True) if alive]
+    )
 
 
 def _batch(axis: Any, operands: Any, axes: Any, *, jaxpr: ClosedJaxpr) -> Any:
     function = functools.partial(_inline, jaxpr=jaxpr)
-    results = jax.vmap(function, in_axes=tuple(axes), axis_name=axis.name, axis_size=axis.size)(*operands)
+    results = jax.vmap(function, in_axes=tuple(axes), axis_name=axis.name, axis_size=axis.size)(
+        *operands
+    )
     return results, [0] * len(results)
 
 

@@ -2,7 +2,7 @@
 
 Every primitive takes one array and gives one. With x_r the operand and y_r the result of rank r, and v_r the cotangent
 of y_r (the derivative of the sum of all ranks' losses by y_r), the transpose gives the cotangent of x_r; it is derived
-where the public function is documented. Imports jax and numpy.
+where the public function is documented.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF
-from colltensor.backends.base import DIRECT
-from colltensor.backends.nccl import elements
+from colltensor.backends.base import FAST_OPERATIONS
+from colltensor.backends.nccl import reductions
 from colltensor.jax import _groups, _order, _targets
 from colltensor.types import ReduceOp
 
@@ -29,7 +29,9 @@ NO_RANK: Final = -1
 _TIED: Final = (ReduceOp.MIN, ReduceOp.MAX)
 
 
-def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...]], name: str = "") -> Primitive:
+def _make(
+    operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...]], name: str = ""
+) -> Primitive:
     """Make a primitive with the parameters ``number`` (the group's), ``size``, ``rank``, ``op``, ``root``, ``source``.
 
     ``size`` and ``rank`` are the group's, so that no rule needs the group. ``shape`` gives the result's shape.
@@ -37,19 +39,32 @@ def _make(operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...
     primitive = Primitive(f"colltensor_{name or operation}")
 
     def abstract(x: Any, *, size: int, **parameters: int) -> Any:
-        return jax.core.ShapedArray(shape(x.shape, size), x.dtype, weak_type=x.weak_type), {_order.ORDERED}
+        return jax.core.ShapedArray(shape(x.shape, size), x.dtype, weak_type=x.weak_type), {
+            _order.ORDERED
+        }
 
-    def lower(context: Any, x: Any, *, number: int, op: int, root: int, source: int, **parameters: int) -> Any:
+    def lower(
+        context: Any, x: Any, *, number: int, op: int, root: int, source: int, **parameters: int
+    ) -> Any:
         group, dtype = _groups.group_of(number), DTYPE_OF[context.avals_in[0].dtype]
         if _order.is_for("cuda", context):
-            if group.backend == "loopback":  # one rank: the result is the operand, and there is nothing to call
+            # one rank: the result is the operand, and there is nothing to call
+            if group.backend == "loopback":
                 return _order.lower_to_nothing(context, x)
-            elements.require(name or operation, dtype, None if op == NO_OP else ReduceOp(op))
+            reductions.require(name or operation, dtype, None if op == NO_OP else ReduceOp(op))
         numbers = {
-            "handle": group.shared_memory(), "number": number, "dtype": dtype.code, "itemsize": dtype.itemsize,
-            "operation": DIRECT[operation], "op": op, "root": root, "source": source,
+            "handle": group.shared_memory(),
+            "number": number,
+            "dtype": dtype.code,
+            "itemsize": dtype.itemsize,
+            "operation": FAST_OPERATIONS[operation],
+            "op": op,
+            "root": root,
+            "source": source,
         }
-        aliased = operation in ("allreduce", "reduce", "broadcast") or (operation == "transfer" and name != "sendrecv")
+        aliased = operation in ("allreduce", "reduce", "broadcast") or (
+            operation == "transfer" and name != "sendrecv"
+        )
         attributes = {key: np.int64(value) for key, value in numbers.items()}
         return _order.lower_to(_targets.TARGET, context, x, aliased, attributes)
 
@@ -161,8 +176,14 @@ def _sendrecv(v: Any, *, root: int, source: int, **parameters: int) -> Any:
 
 
 for _primitive, _transpose in (
-    (allreduce_p, _allreduce), (reduce_p, _reduce), (broadcast_p, _broadcast), (allgather_p, _allgather),
-    (reducescatter_p, _reducescatter), (send_p, _send), (recv_p, _recv), (sendrecv_p, _sendrecv),
+    (allreduce_p, _allreduce),
+    (reduce_p, _reduce),
+    (broadcast_p, _broadcast),
+    (allgather_p, _allgather),
+    (reducescatter_p, _reducescatter),
+    (send_p, _send),
+    (recv_p, _recv),
+    (sendrecv_p, _sendrecv),
 ):
     _linear(_primitive, _transpose)
 

@@ -1,8 +1,7 @@
 """The targets that compiled computations call for every collective, on the CPU and on CUDA devices.
 
 On the CPU the native target has shared memory alone, and leaves to Python what it does not end. On a device all of it
-is Python's: the call is queued on the stream of the computation, and the host goes on. Imports jax, numpy and
-jax-tvm-ffi.
+is Python's: the call is queued on the stream of the computation, and the host goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 from colltensor import dlpack, observers
 from colltensor.adapters import add_adapter
 from colltensor.adapters._numpy_dtypes import host_dtype
-from colltensor.backends.base import DIRECT
+from colltensor.backends.base import FAST_OPERATIONS
 from colltensor.backends.shm import library
 from colltensor.errors import BackendUnavailableError, CollectiveError
 from colltensor.group import Group
@@ -34,10 +33,10 @@ TARGET: Final = "colltensor"
 """The name under which XLA knows the target of every collective, on each platform."""
 
 _REFUSED: Final = 3
-_NAMES: Final = tuple(DIRECT)
+_NAMES: Final = tuple(FAST_OPERATIONS)
 _DTYPES: Final = {dtype.code: dtype for dtype in DTYPES.values()}
 _log: Final = logging.getLogger(__name__)
-_told: Final[set[tuple[int, str]]] = set()
+_notified: Final[set[tuple[int, str]]] = set()
 """The groups, by number, and operations of which the log has that they go through Python."""
 _lock: Final = threading.Lock()
 _registered: Final = threading.Event()
@@ -56,41 +55,67 @@ def register() -> None:
                 _registered.set()
 
 
-def settle(
-    number: int, code: int, dtype: int, operation: int, op: int, root: int, source: int, given_address: int,
-    given_nbytes: int, result_address: int, result_nbytes: int,
+def complete(
+    number: int,
+    code: int,
+    dtype: int,
+    operation: int,
+    op: int,
+    root: int,
+    source: int,
+    given_address: int,
+    given_nbytes: int,
+    result_address: int,
+    result_nbytes: int,
 ) -> None:
     """End a call that the native target left: a mismatch, a failure, or all of it where that has no way to do it."""
     group, name = group_of(number), _NAMES[operation]
-    if code == _REFUSED and (number, name) not in _told:
-        _told.add((number, name))
-        _tell(group, name)
+    if code == _REFUSED and (number, name) not in _notified:
+        _notified.add((number, name))
+        _notify(group, name)
     host = host_dtype(_DTYPES[dtype])
     given = _memory(given_address, given_nbytes, host)
     result = _memory(result_address, result_nbytes, host)
     with inside(group, name):
         tensors = _tensors(operation, given, result)
-        if code != _REFUSED and group.settle(operation, op, root, source, tensors, code):
+        if code != _REFUSED and group.complete(operation, op, root, source, tensors, code):
             return
         _move(group, name, op, root, source, given, result)
 
 
-def _tell(group: Group, name: str) -> None:
+def _notify(group: Group, name: str) -> None:
     """Log, once for each group and operation, that jitted calls go through Python, and why."""
     reason = f"backend {group.backend!r} is not reached from native code"
     if group.backend == "shm":
-        reason = "its operations are observed" if observers.is_observed() else (
-            "an asynchronous eager call was before it, or the call has no native way (its dtype, op or size)"
+        reason = (
+            "its operations are observed"
+            if observers.is_observed()
+            else (
+                "an asynchronous eager call was before it, or the call has no native way (its dtype, op or size)"
+            )
         )
     _log.debug(
-        "group %r (rank %d): a jitted %s goes through Python, which takes tens of microseconds more: %s", group.name,
-        group.rank, name, reason,
+        "group %r (rank %d): a jitted %s goes through Python, which takes tens of microseconds more: %s",
+        group.name,
+        group.rank,
+        name,
+        reason,
     )
 
 
 def queue(
-    number: int, dtype: int, operation: int, op: int, root: int, source: int, stream: int, device: int,
-    given_address: int, given_nbytes: int, result_address: int, result_nbytes: int,
+    number: int,
+    dtype: int,
+    operation: int,
+    op: int,
+    root: int,
+    source: int,
+    stream: int,
+    device: int,
+    given_address: int,
+    given_nbytes: int,
+    result_address: int,
+    result_nbytes: int,
 ) -> None:
     """Queue a call on a device, on the stream of the computation; the host waits for ranks that connect, at most.
 
@@ -101,7 +126,9 @@ def queue(
         CollectiveError: The call cannot be queued, or they have not: then the result would be of other elements.
     """
     group, name, kind = group_of(number), _NAMES[operation], _DTYPES[dtype]
-    in_place = name in ("allreduce", "reduce", "broadcast") or (name == "transfer" and (root < 0 or source < 0))
+    in_place = name in ("allreduce", "reduce", "broadcast") or (
+        name == "transfer" and (root < 0 or source < 0)
+    )
     if in_place and given_nbytes and given_address != result_address:
         raise CollectiveError(
             f"{name}: XLA gave the operand and the result of a call in place memory of their own: colltensor and this "
@@ -130,7 +157,9 @@ def _tensors(
     return [given, result] if _NAMES[operation] == "transfer" else [result]
 
 
-def _move(group: Group, name: str, op: int, root: int, source: int, given: Any, result: Any) -> None:
+def _move(
+    group: Group, name: str, op: int, root: int, source: int, given: Any, result: Any
+) -> None:
     """Make the call on the group as an eager one."""
     if name == "allreduce":
         group.allreduce(result, ReduceOp(op))
@@ -182,14 +211,27 @@ def _in_words(function: Callable[..., None]) -> Callable[..., str | None]:
 def _register() -> None:
     bridge, native = _jax_tvm_ffi(), library.load()
     convert = dlpack.tvm_ffi().convert
-    _make_known(bridge, native, TARGET, native.shm_jax_target(convert(_in_words(settle))), "cpu")
+    _make_known(bridge, native, TARGET, native.shm_jax_target(convert(_in_words(complete))), "cpu")
     add_adapter(_device.ADAPTER)
     # Kept by JAX until there is a CUDA device, if ever.
-    _make_known(bridge, native, TARGET, native.shm_jax_device_target(convert(_in_words(queue))), "gpu", on_device=True)
+    _make_known(
+        bridge,
+        native,
+        TARGET,
+        native.shm_jax_device_target(convert(_in_words(queue))),
+        "gpu",
+        on_device=True,
+    )
 
 
 def _make_known(
-    bridge: ModuleType, native: Any, name: str, function: Any, platform: str, *, on_device: bool = False
+    bridge: ModuleType,
+    native: Any,
+    name: str,
+    function: Any,
+    platform: str,
+    *,
+    on_device: bool = False,
 ) -> None:
     """Register a target with XLA, behind the handler that takes the token out.
 

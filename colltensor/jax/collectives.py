@@ -51,7 +51,9 @@ def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SU
     return _call(_primitives.allreduce_p, "allreduce", x, group, op=op)
 
 
-def reduce(x: Any, dst_rank: int = 0, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
+def reduce(
+    x: Any, dst_rank: int = 0, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM
+) -> Any:
     """Return the combination of all ranks' arrays on rank ``dst_rank``, and ``x`` itself on the others.
 
     Derivative (SUM): y_d = sum of x_r on the root d and y_r = x_r elsewhere, so dL/dx_d = v_d and dL/dx_r = v_d + v_r:
@@ -148,7 +150,13 @@ def sendrecv(x: Any, dst_rank: int, src_rank: int, group: Group | str = "default
 
 
 def _call(
-    primitive: Any, name: str, x: Any, group: Group | str, *, op: ReduceOp | None = None, root: int | None = None,
+    primitive: Any,
+    name: str,
+    x: Any,
+    group: Group | str,
+    *,
+    op: ReduceOp | None = None,
+    root: int | None = None,
     source: int | None = None,
 ) -> Any:
     """Check a call of one array or a pytree as far as it can be before it runs, and make it.
@@ -158,7 +166,9 @@ def _call(
     _targets.register()
     found = find_group(group) if isinstance(group, str) else group
     if not isinstance(found, Group):
-        raise GroupError(f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}")
+        raise GroupError(
+            f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}"
+        )
     look = None if op is None and name != "allgather" else refuse_indices
     try:
         leaves, structure = jax.tree_util.tree_flatten(x, is_leaf=look)
@@ -180,7 +190,9 @@ def _call(
             leaves[members[0]] = _bind(primitive, name, leaves[members[0]], found, op, root, source)
             continue
         shapes = [leaves[index].shape[1:] if per_rank else leaves[index].shape for index in members]
-        parts = [leaves[index].reshape((found.world_size, -1) if per_rank else -1) for index in members]
+        parts = [
+            leaves[index].reshape((found.world_size, -1) if per_rank else -1) for index in members
+        ]
         result = _bind(primitive, name, jnp.concatenate(parts, axis=-1), found, op, root, source)
         start = 0
         for index, shape in zip(members, shapes, strict=True):
@@ -192,7 +204,13 @@ def _call(
 
 
 def _bind(
-    primitive: Any, name: str, x: Any, group: Group, op: ReduceOp | None, root: int | None, source: int | None
+    primitive: Any,
+    name: str,
+    x: Any,
+    group: Group,
+    op: ReduceOp | None,
+    root: int | None,
+    source: int | None,
 ) -> Any:
     """Check and make a call of one array."""
     size, rank = group.world_size, group.rank
@@ -207,12 +225,19 @@ def _bind(
                 "the function is traced: mark the argument static (static_argnums)"
             )
         if peer is not None and not (isinstance(peer, SupportsIndex) and 0 <= int(peer) < size):
-            raise RankError(f"{name}: {argument} (rank {rank}): expected 0 to {size - 1}, got {peer!r}")
+            raise RankError(
+                f"{name}: {argument} (rank {rank}): expected 0 to {size - 1}, got {peer!r}"
+            )
     if name in ("send", "recv") and rank in (root, source):
         raise RankError(f"{name}: rank {rank} is this rank itself; use sendrecv to copy to oneself")
     return primitive.bind(
-        x, number=_groups.number_of(group), size=size, rank=rank, op=NO_OP if op is None else int(op),
-        root=NO_RANK if root is None else int(root), source=NO_RANK if source is None else int(source),
+        x,
+        number=_groups.number_of(group),
+        size=size,
+        rank=rank,
+        op=NO_OP if op is None else int(op),
+        root=NO_RANK if root is None else int(root),
+        source=NO_RANK if source is None else int(source),
     )
 
 
@@ -236,7 +261,9 @@ def _array(name: str, leaf: Any) -> Any:
     if given.dtype.kind in "iufc" and given.dtype != array.dtype:
         with np.errstate(all="ignore"):
             kept = given.astype(array.dtype)
-            changed = (kept != given) if given.dtype.kind in "iu" else np.isinf(kept) & ~np.isinf(given)
+            changed = (
+                (kept != given) if given.dtype.kind in "iu" else np.isinf(kept) & ~np.isinf(given)
+            )
         if changed.any():
             raise UnsupportedDTypeError(
                 f"{name}: {given.dtype} numbers of this array do not fit {array.dtype}, which JAX makes of them; switch"

@@ -1,4 +1,4 @@
-"""The optax transformation that keeps gradients in step. Imports jax, and optax where it is used."""
+"""The optax transformation that keeps gradients in step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from colltensor.types import ReduceOp
 _log: Final = logging.getLogger(__name__)
 
 
-def sync_gradients(group: Group | str = "default", average: bool = True, *, compare: bool = True) -> Any:
+def sync_gradients(
+    group: Group | str = "default", average: bool = True, *, compare: bool = True
+) -> Any:
     """Return an ``optax.GradientTransformation`` that replaces gradients by their mean over the ranks.
 
     ``optax.chain(sync_gradients(group), optax.sgd(0.1))``. All leaves of one dtype travel in one allreduce, in the
@@ -96,5 +98,7 @@ class _Replicas:
                 "group %r (rank %d): sync_gradients has not compared the ranks' parameters, because init() was not "
                 "called since the group was made; replicas that start unequal stay so: call "
                 "colltensor.gradients.compare_parameters(parameters) on every rank before the first step, or pass "
-                "compare=False", group.name, group.rank,
+                "compare=False",
+                group.name,
+                group.rank,
             )

@@ -1,7 +1,4 @@
-"""Whether all ranks have the same parameters: pytrees of JAX arrays, or of values that are being traced.
-
-Imports jax and numpy.
-"""
+"""Whether all ranks have the same parameters: pytrees of JAX arrays, or of values that are being traced."""
 
 from __future__ import annotations
 
@@ -46,7 +43,9 @@ def compare_when_run(params: Any, group: Group) -> None:
     """
     found, _ = jax.tree_util.tree_flatten_with_path(params)
     if found:
-        hashes = jnp.stack([_hash(jnp.asarray(_numbers(leaf)), jax.tree_util.keystr(path)) for path, leaf in found])
+        hashes = jnp.stack(
+            [_hash(jnp.asarray(_numbers(leaf)), jax.tree_util.keystr(path)) for path, leaf in found]
+        )
         judge = functools.partial(_judge, group, [jax.tree_util.keystr(path) for path, _ in found])
         jax.debug.callback(judge, collectives.allgather(hashes, group))
 
@@ -54,7 +53,11 @@ def compare_when_run(params: Any, group: Group) -> None:
 def _numbers(leaf: Any) -> Any:
     """Return the numbers behind a typed key of ``jax.random``, and anything else as it is."""
     dtype = getattr(leaf, "dtype", None)
-    return jax.random.key_data(leaf) if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) else leaf
+    return (
+        jax.random.key_data(leaf)
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        else leaf
+    )
 
 
 def _on_host(leaf: Any) -> Any:
@@ -74,15 +77,20 @@ def _judge(group: Group, paths: Sequence[str], hashes: Any) -> None:
         raise MismatchError(
             f"sync_gradients of group '{group.name}' (rank {group.rank}): rank{'s' * (len(ranks) > 1)} "
             f"{', '.join(map(str, ranks))} differ{'s' * (len(ranks) == 1)}: "
-            f"{values_differ(ranks[0], of, [paths[index] for index in others])}; {_REMEDY}", ranks,
+            f"{values_differ(ranks[0], of, [paths[index] for index in others])}; {_REMEDY}",
+            ranks,
         )
 
 
 def _hash(x: Any, path: str) -> Any:
     """Return 128 bits that depend on every bit of an array, on its place, and on what the array is called."""
     words = _words(x)
-    place = jax.lax.iota(jnp.uint32, words.size) + jnp.uint32(zlib.crc32(f"{path} {x.dtype}{x.shape}".encode()))
-    sums = [jnp.sum(_mixed(words ^ (place * jnp.uint32(lane))), dtype=jnp.uint32) for lane in _LANES]
+    place = jax.lax.iota(jnp.uint32, words.size) + jnp.uint32(
+        zlib.crc32(f"{path} {x.dtype}{x.shape}".encode())
+    )
+    sums = [
+        jnp.sum(_mixed(words ^ (place * jnp.uint32(lane))), dtype=jnp.uint32) for lane in _LANES
+    ]
     return jnp.stack(sums)
 
 
@@ -92,7 +100,9 @@ def _words(x: Any) -> Any:
         x = jnp.stack([x.real, x.imag])
     if jnp.issubdtype(x.dtype, jnp.floating):
         bits = jnp.finfo(x.dtype).bits
-        x = jax.lax.bitcast_convert_type(x.astype(jnp.float32) if bits < 8 else x, f"uint{min(max(bits, 8), 32)}")
+        x = jax.lax.bitcast_convert_type(
+            x.astype(jnp.float32) if bits < 8 else x, f"uint{min(max(bits, 8), 32)}"
+        )
     elif x.dtype.itemsize == 8:
         x = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return x.astype(jnp.uint32).ravel()

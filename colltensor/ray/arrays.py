@@ -1,7 +1,4 @@
-"""What a transport must know of a framework: its array type in Ray's eyes, memory to receive into, its pending work.
-
-Imports ray not at all, and a framework only in the functions that deal with its arrays.
-"""
+"""What a transport must know of a framework: its array type in Ray's eyes, memory to receive into, its pending work."""
 
 from __future__ import annotations
 
@@ -61,7 +58,7 @@ class Framework(Protocol):
     def result(self, buffer: Any) -> Any:
         """Return the ``data_type`` made of a buffer that was received into; takes the buffer over."""
 
-    def settle(self, index: int) -> None:
+    def synchronize(self, index: int) -> None:
         """Wait on the host until the work that this thread has queued on a CUDA device is done."""
 
 
@@ -78,7 +75,8 @@ class _Torch:
 
     def buffer(self, shape: Sequence[int], dtype: Any, device: str) -> Any:
         torch = importlib.import_module("torch")
-        with torch.inference_mode(False):  # the caller's mode is of its thread, and another one may write
+        # the caller's mode is of its thread, and another one may write
+        with torch.inference_mode(False):
             tensor = torch.empty(shape, dtype=dtype, device=device)
         if device == "cpu":
             _ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
@@ -87,7 +85,7 @@ class _Torch:
     def result(self, buffer: Any) -> Any:
         return buffer
 
-    def settle(self, index: int) -> None:
+    def synchronize(self, index: int) -> None:
         importlib.import_module("torch").cuda.current_stream(index).synchronize()
 
 
@@ -107,7 +105,7 @@ class _Numpy:
     def result(self, buffer: Any) -> Any:
         return NumpyArray(buffer)
 
-    def settle(self, index: int) -> None:
+    def synchronize(self, index: int) -> None:
         pass
 
 
@@ -138,13 +136,14 @@ class _Jax:
         with self._every_dtype():
             return jax.device_put(buffer, jax.local_devices(backend="cpu")[0])
 
-    def settle(self, index: int) -> None:
+    def synchronize(self, index: int) -> None:
         pass  # the adapter waits for JAX arrays
 
     def _every_dtype(self) -> Any:
         """Let JAX make 64-bit arrays, which may come from a process where they are switched on."""
         jax = importlib.import_module("jax")
-        home = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")  # before JAX 0.8
+        # before JAX 0.8
+        home = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")
         return home.enable_x64(True)
 
 
@@ -165,13 +164,18 @@ class _Cupy:
     def result(self, buffer: Any) -> Any:
         return buffer
 
-    def settle(self, index: int) -> None:
+    def synchronize(self, index: int) -> None:
         importlib.import_module("cupy").cuda.get_current_stream(index).synchronize()
 
 
 _HUGE_NBYTES: Final = 4 << 20
 
-FRAMEWORKS: Final[dict[str, Framework]] = {"torch": _Torch(), "jax": _Jax(), "cupy": _Cupy(), "numpy": _Numpy()}
+FRAMEWORKS: Final[dict[str, Framework]] = {
+    "torch": _Torch(),
+    "jax": _Jax(),
+    "cupy": _Cupy(),
+    "numpy": _Numpy(),
+}
 """The frameworks that have a transport, by the name of their package."""
 
 

@@ -1,7 +1,4 @@
-"""What ``ray.util.collective`` calls: our groups behind the methods of Ray's ``BaseGroup``.
-
-Imports ``ray.util.collective``, and with it torch where it is installed.
-"""
+"""What ``ray.util.collective`` calls: our groups behind the methods of Ray's ``BaseGroup``."""
 
 from __future__ import annotations
 
@@ -34,11 +31,13 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
         group: The ``Group``, which has all collectives and their options; ``colltensor`` finds it by its name, too.
     """
 
-    wire: ClassVar[str] = "auto"
+    transport: ClassVar[str] = "auto"
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
-        self.group = table.init_collective_group(world_size, rank, self.wire, group_name, **options)
+        self.group = table.init_collective_group(
+            world_size, rank, self.transport, group_name, **options
+        )
 
     def destroy_group(self) -> None:
         """Leave the group; waits for no other rank."""
@@ -47,19 +46,23 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
     @classmethod
     def backend(cls) -> str:
         """Return the name under which Ray has this class."""
-        return "COLLTENSOR" if cls.wire == "auto" else f"COLLTENSOR_{cls.wire.upper()}"
+        return "COLLTENSOR" if cls.transport == "auto" else f"COLLTENSOR_{cls.transport.upper()}"
 
     @classmethod
     def check_backend_availability(cls) -> bool:
         """Return whether groups can be made here; ``colltensor.backend_unavailable_reason`` says why not."""
-        return cls.wire == "auto" or backends.is_available(cls.wire)
+        return cls.transport == "auto" or backends.is_available(cls.transport)
 
     def allreduce(self, tensor: Any, allreduce_options: Any = None) -> Any:
         """Combine the tensors of all ranks, in place."""
         op = _option("allreduce", allreduce_options, "reduceOp", ReduceOp.SUM)
         if not isinstance(tensor, list):
             return self.group.allreduce(tensor, op)
-        return [self.group.allreduce(tensor[0], op)] if _is_one(tensor) else self.group.multigpu.allreduce(tensor, op)
+        return (
+            [self.group.allreduce(tensor[0], op)]
+            if _is_one(tensor)
+            else self.group.multigpu.allreduce(tensor, op)
+        )
 
     def barrier(self, barrier_options: Any = None) -> None:
         """Return when all ranks have called."""
@@ -96,7 +99,9 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
             return [self.group.broadcast(tensor[0], root)]
         return self.group.multigpu.broadcast(tensor, root, index)
 
-    def reducescatter(self, tensor: Any, tensor_list: Any, reducescatter_options: Any = None) -> Any:
+    def reducescatter(
+        self, tensor: Any, tensor_list: Any, reducescatter_options: Any = None
+    ) -> Any:
         """Combine entry ``r`` of all ranks' lists into rank ``r``'s tensor; the lists stay as they were."""
         op = _option("reducescatter", reducescatter_options, "reduceOp", ReduceOp.SUM)
         if not isinstance(tensor, list):
@@ -119,9 +124,13 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
 
 
 @functools.cache
-def group_class(wire: str) -> type[RayGroup]:
+def group_class(transport: str) -> type[RayGroup]:
     """Return the class of groups over this backend."""
-    return RayGroup if wire == "auto" else type(f"RayGroup_{wire}", (RayGroup,), {"wire": wire})
+    return (
+        RayGroup
+        if transport == "auto"
+        else type(f"RayGroup_{transport}", (RayGroup,), {"transport": transport})
+    )
 
 
 def _option(operation: str, given: Any, name: str, default: Any) -> Any:
@@ -145,7 +154,9 @@ def _option(operation: str, given: Any, name: str, default: Any) -> Any:
 def _part(operation: str, tensor: Any, given: Any) -> Any:
     """Return the part of the only tensor that a point-to-point call moves."""
     if isinstance(tensor, list) and not _is_one(tensor):
-        raise OptionError(f"{operation}: tensor: expected a list of one tensor, got a list of {len(tensor)}")
+        raise OptionError(
+            f"{operation}: tensor: expected a list of one tensor, got a list of {len(tensor)}"
+        )
     only = tensor[0] if isinstance(tensor, list) else tensor
     return first_elements(operation, only, _option(operation, given, "n_elements", 0))
 

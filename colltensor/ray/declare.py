@@ -1,6 +1,6 @@
 """Groups declared from the Ray driver: every actor is initialised at once, or none is.
 
-Imports ray. The driver asks every actor the same questions (see ``seat``) and carries the answers.
+Imports ray. The driver asks every actor the same questions (see ``actor_member``) and carries the answers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ray.actor import ActorHandle
 
 from colltensor import table
 from colltensor.errors import CollectiveError, OptionError, RankError
-from colltensor.ray import seat
+from colltensor.ray import actor_member
+from colltensor.ray.actor_call import ActorCall
 from colltensor.ray.rendezvous import refuse_client
-from colltensor.ray.round import Round
 
 _LOG: Final = logging.getLogger(__name__)
 _GRACE_S: Final = 5.0
@@ -45,7 +45,11 @@ class CollectiveGroup:
     """
 
     def __init__(
-        self, name: str, actors: Sequence[ActorHandle[Any]], token: seat.Token, options: Mapping[str, Any]
+        self,
+        name: str,
+        actors: Sequence[ActorHandle[Any]],
+        token: actor_member.Token,
+        options: Mapping[str, Any],
     ) -> None:
         self.name = name
         self.actors = tuple(actors)
@@ -68,8 +72,10 @@ class CollectiveGroup:
             CollectiveTimeoutError: Actors are busy; they destroy the group when they come to it.
             CollectiveError: What an actor raised.
         """
-        round_ = Round(f"CollectiveGroup.destroy '{self.name}'", self.actors, time.monotonic() + timeout_s)
-        round_.ask(seat.leave, [(self._token,)] * self.world_size, dead_are_done=True)
+        call = ActorCall(
+            f"CollectiveGroup.destroy '{self.name}'", self.actors, time.monotonic() + timeout_s
+        )
+        call.ask(actor_member.leave, [(self._token,)] * self.world_size, dead_are_done=True)
 
     def recreate(self, timeout_s: float | None = None) -> None:
         """Make the group anew, of the same actors with the same ranks, name and options.
@@ -91,13 +97,18 @@ class CollectiveGroup:
         """
         patience_s = float(self._options["timeout_s"]) if timeout_s is None else timeout_s
         operation = f"CollectiveGroup.recreate '{self.name}'"
-        self._token = _make(operation, self.actors, self._options, time.monotonic() + patience_s, self._token)
+        self._token = _make(
+            operation, self.actors, self._options, time.monotonic() + patience_s, self._token
+        )
 
     def __enter__(self) -> CollectiveGroup:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if kind is None:
             self.destroy()
@@ -105,7 +116,12 @@ class CollectiveGroup:
         try:
             self.destroy(_GRACE_S if issubclass(kind, Exception) else 0.0)
         except CollectiveError as late:  # what the block raised says more
-            _LOG.warning("group %r (driver): %s; it is destroyed because of %s", self.name, late, kind.__name__)
+            _LOG.warning(
+                "group %r (driver): %s; it is destroyed because of %s",
+                self.name,
+                late,
+                kind.__name__,
+            )
 
     def __repr__(self) -> str:
         return f"CollectiveGroup({self.name!r}, {self.world_size} actors, generation {self.generation})"
@@ -156,7 +172,9 @@ def create_collective_group(
     """
     if gloo_timeout is not None:
         if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
-            raise OptionError(f"create_collective_group: gloo_timeout: expected milliseconds, got {gloo_timeout!r}")
+            raise OptionError(
+                f"create_collective_group: gloo_timeout: expected milliseconds, got {gloo_timeout!r}"
+            )
         timeout_s = gloo_timeout / 1000
     in_order = _in_rank_order("create_collective_group", actors, world_size, ranks)
     options = {"backend": backend, "group_name": group_name, "timeout_s": timeout_s, "interface": interface,
@@ -217,48 +235,72 @@ def collective_group(
 
 
 def _make(
-    operation: str, actors: Sequence[ActorHandle[Any]], options: Mapping[str, Any], deadline: float,
-    replaces: seat.Token | None = None,
-) -> seat.Token:
+    operation: str,
+    actors: Sequence[ActorHandle[Any]],
+    options: Mapping[str, Any],
+    deadline: float,
+    replaces: actor_member.Token | None = None,
+) -> actor_member.Token:
     """Make the group in all actors, which are in rank order; after an error none has it."""
-    token = seat.Token(_DRIVER, next(_generations))
+    token = actor_member.Token(_DRIVER, next(_generations))
     name, size = options["group_name"], len(actors)
     patience_s = max(0.1, deadline - time.monotonic()) + _GRACE_S
-    round_ = Round(operation, actors, deadline)
+    call = ActorCall(operation, actors, deadline)
     try:
-        places = [seat.Place(token, rank, size, dict(options), replaces) for rank in range(size)]
-        introductions = round_.ask(seat.introduce, [(place, patience_s) for place in places], again=True)
-        listeners = round_.ask(seat.listen, [(token, name, ray.put(introductions))] * size)
+        specs = [
+            actor_member.MemberSpec(token, rank, size, dict(options), replaces)
+            for rank in range(size)
+        ]
+        introductions = call.ask(
+            actor_member.introduce, [(place, patience_s) for place in specs], again=True
+        )
+        listeners = call.ask(actor_member.listen, [(token, name, ray.put(introductions))] * size)
         left_s = max(0.1, deadline - time.monotonic())
-        round_.deadline += _GRACE_S
-        round_.ask(seat.connect, [(token, name, ray.put(listeners), left_s)] * size)
+        call.deadline += _GRACE_S
+        call.ask(actor_member.connect, [(token, name, ray.put(listeners), left_s)] * size)
     except CollectiveError:
-        round_.tell(seat.leave, (token,), _VERDICT_S)
+        call.notify(actor_member.leave, (token,), _VERDICT_S)
         raise
     except BaseException:
-        round_.tell(seat.leave, (token,), 0)
+        call.notify(actor_member.leave, (token,), 0)
         raise
     return token
 
 
-def _by_node(operation: str, actors: Sequence[ActorHandle[Any]], deadline: float) -> list[ActorHandle[Any]]:
+def _by_node(
+    operation: str, actors: Sequence[ActorHandle[Any]], deadline: float
+) -> list[ActorHandle[Any]]:
     """Return the actors with those of one host together, hosts and actors else in the order in which they came."""
-    hosts = Round(operation, actors, deadline, called="position").ask(seat.locate, [()] * len(actors), again=True)
-    return [actor for _, actor in sorted(zip(hosts, actors, strict=True), key=lambda pair: hosts.index(pair[0]))]
+    hosts = ActorCall(operation, actors, deadline, called="position").ask(
+        actor_member.locate, [()] * len(actors), again=True
+    )
+    return [
+        actor
+        for _, actor in sorted(
+            zip(hosts, actors, strict=True), key=lambda pair: hosts.index(pair[0])
+        )
+    ]
 
 
 def _in_rank_order(
-    where: str, actors: Sequence[ActorHandle[Any]], world_size: int | None, ranks: Sequence[int] | None
+    where: str,
+    actors: Sequence[ActorHandle[Any]],
+    world_size: int | None,
+    ranks: Sequence[int] | None,
 ) -> list[ActorHandle[Any]]:
     refuse_client(where)
     is_list = isinstance(actors, (list, tuple))
     if not is_list or not actors or not all(isinstance(actor, ActorHandle) for actor in actors):
         raise OptionError(f"{where}: actors: expected a list of actor handles, got {actors!r:.200}")
     if len(set(actors)) != len(actors):
-        raise RankError(f"{where}: actors: an actor is in the list twice; each rank is another actor")
+        raise RankError(
+            f"{where}: actors: an actor is in the list twice; each rank is another actor"
+        )
     size = len(actors)
     if world_size is not None and (isinstance(world_size, bool) or world_size != size):
-        raise RankError(f"{where}: world_size: expected {size}, the number of actors, got {world_size!r}")
+        raise RankError(
+            f"{where}: world_size: expected {size}, the number of actors, got {world_size!r}"
+        )
     try:
         numbers = list(range(size)) if ranks is None else [operator.index(rank) for rank in ranks]
     except TypeError:
@@ -267,4 +309,6 @@ def _in_rank_order(
         raise RankError(
             f"{where}: ranks: expected each of 0 to {size - 1} once, one for each actor, got {ranks!r:.200}"
         )
-    return [actor for _, actor in sorted(zip(numbers, actors, strict=True), key=lambda pair: pair[0])]
+    return [
+        actor for _, actor in sorted(zip(numbers, actors, strict=True), key=lambda pair: pair[0])
+    ]

@@ -1,4 +1,4 @@
-"""Makes the direct transports known to Ray. Imports a framework only where it is asked for or installed."""
+"""Makes the direct transports known to Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def register_tensor_transports(frameworks: Iterable[str] | None = None) -> tuple
     for name in chosen:
         if name not in FRAMEWORKS:
             known = ", ".join(FRAMEWORKS)
-            raise OptionError(f"register_tensor_transports: frameworks: expected some of {known}; got {name!r}")
+            raise OptionError(
+                f"register_tensor_transports: frameworks: expected some of {known}; got {name!r}"
+            )
         if importlib.util.find_spec(name) is None:
             raise BackendUnavailableError(f"register_tensor_transports: {name} is not installed")
     try:
@@ -42,12 +44,17 @@ def register_tensor_transports(frameworks: Iterable[str] | None = None) -> tuple
 
         from colltensor.ray.transport import TRANSPORTS
     except ImportError as error:
-        raise BackendUnavailableError(f"this Ray has no tensor transports to register, 2.60 has: {error}") from error
+        raise BackendUnavailableError(
+            f"this Ray has no tensor transports to register, 2.60 has: {error}"
+        ) from error
     for name in chosen:
         framework = FRAMEWORKS[name]
         try:
             register_tensor_transport(
-                framework.transport, list(framework.devices), TRANSPORTS[name], framework.data_type()
+                framework.transport,
+                list(framework.devices),
+                TRANSPORTS[name],
+                framework.data_type(),
             )
         except ValueError as error:  # Ray has no way to ask
             if "already registered" not in str(error):

@@ -1,8 +1,7 @@
 """The receiver's side of a direct transfer: links to the sources, made on first use and kept for the next.
 
 A link is an authenticated connection, which carries the requests, and a group of two on it, which carries the
-arrays. One transfer at a time has a link; the next that finds none idle makes its own. Imports ray for this
-process's place in it.
+arrays. One transfer at a time has a link; the next that finds none idle makes its own.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from colltensor import net
-from colltensor.control import lifetime
+from colltensor.control import exit_hooks
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError
 from colltensor.group import Group, connect
+from colltensor.options import GroupOptions
 from colltensor.ray.rendezvous import address_in_ray, node_host_id
-from colltensor.recipe import Recipe
 from colltensor.rendezvous import Introduction
-from colltensor.rendezvous.messages import decode_error
+from colltensor.rendezvous.protocol import decode_error
 
 CONTEXT: Final = b"colltensor direct transport"
 TIMEOUT_S: Final = 30.0
@@ -44,7 +43,7 @@ class Step(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class SourceAddress:
     """Where a source answers. Travels with the metadata of each object, which Ray shows to its holders only.
 
     Attributes:
@@ -89,7 +88,7 @@ def form_group(sock: socket.socket, rank: int, who: str, deadline: float) -> Gro
     except BaseException:
         part.abandon()
         raise
-    return connect(meeting, Recipe(timeout_s=TIMEOUT_S), deadline)
+    return connect(meeting, GroupOptions(timeout_s=TIMEOUT_S), deadline)
 
 
 def _swap(sock: socket.socket, rank: int, mine: bytes, deadline: float) -> list[bytes]:
@@ -104,7 +103,7 @@ def _swap(sock: socket.socket, rank: int, mine: bytes, deadline: float) -> list[
 class Link:
     """A connection to one source. One thread uses it; any thread may close it, which ends the use with an error."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: SourceAddress) -> None:
         self.endpoint = endpoint
         self.idle_since = 0.0
         self._lock = threading.Lock()
@@ -192,11 +191,13 @@ class Links:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: dict[Endpoint, list[Link]] = {}
+        self._idle: dict[SourceAddress, list[Link]] = {}
         self._busy: dict[Link, str] = {}
-        lifetime.watch(self)
+        exit_hooks.register(self)
 
-    def fetch(self, obj_id: str, endpoint: Endpoint, buffers: list[Any], on_device: bool) -> list[Any]:
+    def fetch(
+        self, obj_id: str, endpoint: SourceAddress, buffers: list[Any], on_device: bool
+    ) -> list[Any]:
         """Receive an object from its source.
 
         Args:
@@ -224,7 +225,9 @@ class Links:
             late = f"{where}: timed out after {TIMEOUT_S:g} s: it did not answer"
             raise CollectiveTimeoutError(late, (0,)) from error
         except OSError as error:
-            raise PeerLostError(f"{where}: it is dead, or cannot be reached: {error}", (0,)) from error
+            raise PeerLostError(
+                f"{where}: it is dead, or cannot be reached: {error}", (0,)
+            ) from error
 
     def abort(self, obj_id: str) -> None:
         """End the transfers of an object that are under way here; they raise."""
@@ -248,7 +251,7 @@ class Links:
         self.__init__()  # type: ignore[misc]  # the lock may be held by a thread that the child does not have
 
     @contextlib.contextmanager
-    def _ready(self, obj_id: str, endpoint: Endpoint, deadline: float) -> Iterator[Link]:
+    def _ready(self, obj_id: str, endpoint: SourceAddress, deadline: float) -> Iterator[Link]:
         """A link whose source is about to send the object; it is kept afterwards, or closed if anything failed."""
         link = self._take(obj_id, endpoint)
         try:
@@ -259,7 +262,8 @@ class Links:
                 except CollectiveError:
                     self._give_back(link)
                     raise
-                except ConnectionError:  # the source gave up a link that was idle, or died; or somebody aborts
+                except ConnectionError:
+                    # the source gave up a link that was idle, or died; or somebody aborts
                     if not link.is_open:
                         raise GroupError("the transfer was aborted") from None
                     self._drop(link)
@@ -272,7 +276,7 @@ class Links:
         finally:
             self._drop(link)
 
-    def _take(self, obj_id: str, endpoint: Endpoint) -> Link:
+    def _take(self, obj_id: str, endpoint: SourceAddress) -> Link:
         """Return an idle link to the source, or a new one that is not open yet; busy with the object from now on."""
         now = time.monotonic()
         old: list[Link] = []

@@ -1,4 +1,4 @@
-"""Collectives as Ray's metrics and in ``ray timeline``, where they are asked for. Imports ray."""
+"""Collectives as Ray's metrics and in ``ray timeline``, where they are asked for."""
 
 from __future__ import annotations
 
@@ -54,10 +54,15 @@ class Metrics:
 
     def __init__(self) -> None:
         self._operations = Counter("colltensor_operations", "Collective operations.", _TAGS)
-        self._bytes = Counter("colltensor_bytes", "Bytes that ranks bring to collective operations.", _TAGS)
+        self._bytes = Counter(
+            "colltensor_bytes", "Bytes that ranks bring to collective operations.", _TAGS
+        )
         self._errors = Counter("colltensor_errors", "Collective operations that raised.", _TAGS)
         self._duration = Histogram(
-            "colltensor_duration_seconds", "Duration of collective operations in seconds.", _BOUNDARIES_S, _TAGS
+            "colltensor_duration_seconds",
+            "Duration of collective operations in seconds.",
+            _BOUNDARIES_S,
+            _TAGS,
         )
 
     def observe(self, operation: Operation) -> Callable[[], None]:

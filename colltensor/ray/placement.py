@@ -1,7 +1,4 @@
-"""Starts the actors of a group where they belong: in a placement group of Ray's, side by side or apart.
-
-Imports ray.
-"""
+"""Starts the actors of a group where they belong: in a placement group of Ray's, side by side or apart."""
 
 from __future__ import annotations
 
@@ -11,7 +8,12 @@ from typing import Any, Final
 
 import ray
 from ray.actor import ActorClass, ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from colltensor.errors import CollectiveTimeoutError, OptionError, RankError
@@ -69,9 +71,13 @@ def placed_actors(
         _await(group, bundle, timeout_s)
         options.update(num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}))
         for place, index in enumerate(_by_node(group, count)):
-            where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+            where = PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=index
+            )
             start = actor_class.options(scheduling_strategy=where, **options)
-            actors.append(start.remote(*(args(place) if callable(args) else args), **(kwargs or {})))
+            actors.append(
+                start.remote(*(args(place) if callable(args) else args), **(kwargs or {}))
+            )
         yield actors
     finally:
         for actor in actors:
@@ -80,20 +86,30 @@ def placed_actors(
 
 
 def _bundle(
-    actor_class: Any, count: Any, strategy: Any, num_cpus: float, num_gpus: float,
+    actor_class: Any,
+    count: Any,
+    strategy: Any,
+    num_cpus: float,
+    num_gpus: float,
     resources: Mapping[str, float] | None,
 ) -> dict[str, float]:
     where = "placed_actors"
     if not isinstance(actor_class, ActorClass):
-        raise OptionError(f"{where}: actor_class: expected a class decorated with ray.remote, got {actor_class!r:.200}")
+        raise OptionError(
+            f"{where}: actor_class: expected a class decorated with ray.remote, got {actor_class!r:.200}"
+        )
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise RankError(f"{where}: count: expected at least 1 actor, got {count!r}")
     if strategy not in _STRATEGIES:
-        raise OptionError(f"{where}: strategy: expected one of {', '.join(_STRATEGIES)}, got {strategy!r}")
+        raise OptionError(
+            f"{where}: strategy: expected one of {', '.join(_STRATEGIES)}, got {strategy!r}"
+        )
     asked = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}
     bundle = {name: amount for name, amount in asked.items() if amount > 0}
     if not bundle or len(bundle) < sum(amount != 0 for amount in asked.values()):
-        raise OptionError(f"{where}: expected some resource, and none below 0, for each actor to reserve, got {asked}")
+        raise OptionError(
+            f"{where}: expected some resource, and none below 0, for each actor to reserve, got {asked}"
+        )
     return bundle
 
 
@@ -101,7 +117,8 @@ def _await(group: PlacementGroup, bundle: Mapping[str, float], timeout_s: float)
     if not group.wait(timeout_s):
         raise CollectiveTimeoutError(
             f"placed_actors: timed out after {timeout_s:g} s: the cluster has no room for {group.bundle_count} actors "
-            f"with {bundle} each, with this strategy; see `ray status`, ask for less, or raise timeout_s", (),
+            f"with {bundle} each, with this strategy; see `ray status`, ask for less, or raise timeout_s",
+            (),
         )
 
 

@@ -31,7 +31,12 @@ def register(*, timeout_s: float = 30.0, interface: str | None = None) -> None:
         OptionError: An argument has a value that no group could use, or a name is taken by a backend of somebody else.
     """
     table.check_options(
-        1, backend="auto", group_name="default", timeout_s=timeout_s, interface=interface, provider=None
+        1,
+        backend="auto",
+        group_name="default",
+        timeout_s=timeout_s,
+        interface=interface,
+        provider=None,
     )
     try:
         registry = importlib.import_module("ray.util.collective.backend_registry")
@@ -49,4 +54,6 @@ def register(*, timeout_s: float = 30.0, interface: str | None = None) -> None:
         if not registry._global_registry.is_registered(called):
             registry.register_collective_backend(called, ours)
         elif registry._global_registry.get(called) is not ours:
-            raise OptionError(f"register: another class is registered with ray.util.collective as {called!r}")
+            raise OptionError(
+                f"register: another class is registered with ray.util.collective as {called!r}"
+            )

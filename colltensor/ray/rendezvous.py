@@ -1,4 +1,4 @@
-"""How the ranks of a group meet inside Ray: rank 0 leaves its invitation with a small named actor.
+"""How the ranks of a group meet inside Ray: rank 0 leaves its endpoint with a small named actor.
 
 Imports ray. The actor is owned by rank 0's process and not detached, so Ray ends it with that process, however
 it ends; rank 0 ends it as soon as the meeting is over.
@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from colltensor import net
 from colltensor.errors import CollectiveTimeoutError, GroupError, OptionError
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
-from colltensor.rendezvous.messages import taken
+from colltensor.rendezvous.protocol import taken
 
 _PREFIX: Final = "colltensor:"
 _FREE_WITHIN_S: Final = 10.0
@@ -28,23 +28,23 @@ _READ_WITHIN_S: Final = 3.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.2
 
 
-class InvitationBoard:
-    """Holds one invitation for as long as a meeting lasts."""
+class EndpointBoard:
+    """Holds one endpoint for as long as a meeting lasts."""
 
-    def __init__(self, invitation: bytes) -> None:
-        self._invitation = invitation
+    def __init__(self, endpoint: bytes) -> None:
+        self._endpoint = endpoint
 
     def read(self) -> bytes:
-        """Return the invitation."""
-        return self._invitation
+        """Return the endpoint."""
+        return self._endpoint
 
 
-_Board: Final = ray.remote(num_cpus=0)(InvitationBoard)
+_Board: Final = ray.remote(num_cpus=0)(EndpointBoard)
 """Made once, because Ray keeps a copy of each class that ``ray.remote`` makes until the job ends."""
 
 
 class RayDirectory:
-    """Leaves invitations in the Ray namespace of this process, where whoever runs in it can read them."""
+    """Leaves endpoints in the Ray namespace of this process, where whoever runs in it can read them."""
 
     def __init__(self) -> None:
         refuse_client("init_collective_group")
@@ -66,8 +66,8 @@ class RayDirectory:
         """The address by which Ray's nodes reach this one."""
         return address_in_ray()
 
-    def publish(self, key: str, invitation: bytes) -> None:
-        """Start the named actor that holds the invitation: see Directory.
+    def publish(self, key: str, endpoint: bytes) -> None:
+        """Start the named actor that holds the endpoint: see Directory.
 
         The actor of a rank 0 that died, or of the last meeting of this name, may take a moment to end.
         """
@@ -75,7 +75,7 @@ class RayDirectory:
         free_by = time.monotonic() + _FREE_WITHIN_S
         while True:
             try:
-                self._boards[key] = _Board.options(name=_PREFIX + key).remote(invitation)
+                self._boards[key] = _Board.options(name=_PREFIX + key).remote(endpoint)
                 return
             except ValueError as error:
                 self._make_way(key, error, time.monotonic() > free_by)
@@ -83,7 +83,7 @@ class RayDirectory:
             pause = min(1.5 * pause, _LAST_PAUSE_S)
 
     def locate(self, key: str, deadline: float) -> bytes:
-        """Return the invitation once rank 0 left it: see Directory."""
+        """Return the endpoint once rank 0 left it: see Directory."""
         pause = _FIRST_PAUSE_S
         reason = "no actor of that name exists"
         while (left_s := deadline - time.monotonic()) > 0:
@@ -96,7 +96,7 @@ class RayDirectory:
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(1.5 * pause, _LAST_PAUSE_S)
         raise CollectiveTimeoutError(
-            f"expected rank 0 to leave an invitation in Ray's actor '{_PREFIX + key}' within the timeout, but it did "
+            f"expected rank 0 to leave an endpoint in Ray's actor '{_PREFIX + key}' within the timeout, but it did "
             f"not ({reason}); start rank 0 in the same Ray namespace, with the same group_name",
             (0,),
         )
@@ -120,7 +120,9 @@ class RayDirectory:
             board = _find(key)
             found = b"" if board is None else _read(key, board, _READ_WITHIN_S)
         if found and another_rank_0_lives(found, key):
-            raise taken(0, [who_am_i(), f"the process that owns the actor '{name}' in this Ray namespace"]) from error
+            raise taken(
+                0, [who_am_i(), f"the process that owns the actor '{name}' in this Ray namespace"]
+            ) from error
         if is_late:
             raise OptionError(
                 f"group_name: Ray does not let rank 0 start the actor '{name}': {error}; choose another group_name"
@@ -159,7 +161,7 @@ def node_host_id() -> str:
     return given or f"{ray.get_runtime_context().get_node_id()}/{net.host_id()}"
 
 
-def _find(key: str) -> ActorHandle[InvitationBoard] | None:
+def _find(key: str) -> ActorHandle[EndpointBoard] | None:
     """Return the board, dead or alive, or None where there is none."""
     try:
         return ray.get_actor(_PREFIX + key)
@@ -167,8 +169,8 @@ def _find(key: str) -> ActorHandle[InvitationBoard] | None:
         return None
 
 
-def _read(key: str, board: ActorHandle[InvitationBoard], timeout_s: float) -> bytes:
-    """Return the invitation on the board.
+def _read(key: str, board: ActorHandle[EndpointBoard], timeout_s: float) -> bytes:
+    """Return the endpoint on the board.
 
     Raises:
         RayActorError: The board is gone.
@@ -176,12 +178,12 @@ def _read(key: str, board: ActorHandle[InvitationBoard], timeout_s: float) -> by
         OptionError: It is an actor of another kind.
     """
     try:
-        invitation = ray.get(board.read.remote(), timeout=timeout_s)
+        endpoint = ray.get(board.read.remote(), timeout=timeout_s)
     except (AttributeError, RayTaskError):
-        invitation = None
-    if not isinstance(invitation, bytes):
+        endpoint = None
+    if not isinstance(endpoint, bytes):
         raise OptionError(
             f"group_name: the actor '{_PREFIX + key}' exists in this Ray namespace and is not ColTensor's; choose "
             "another group_name, or name that actor differently"
         )
-    return invitation
+    return endpoint

@@ -1,7 +1,6 @@
 """The source's side of direct transfers: keeps what Ray has in store here, and sends it to whoever may ask.
 
-Runs in threads of its own, so that a method that takes long delays no transfer. Imports ray for this process's place
-in it.
+Runs in threads of its own, so that a method that takes long delays no transfer.
 """
 
 from __future__ import annotations
@@ -19,14 +18,22 @@ from typing import Any, Final
 import ray
 
 from colltensor import net
-from colltensor.control import lifetime
+from colltensor.control import exit_hooks
 from colltensor.errors import CollectiveError, GroupError
 from colltensor.group import Group
 from colltensor.listener import HANDSHAKE_S, Listener
 from colltensor.ray.arrays import views_of
-from colltensor.ray.link import CONTEXT, IDLE_S, TIMEOUT_S, Endpoint, Step, form_group, group_name
+from colltensor.ray.link import (
+    CONTEXT,
+    IDLE_S,
+    TIMEOUT_S,
+    SourceAddress,
+    Step,
+    form_group,
+    group_name,
+)
 from colltensor.ray.rendezvous import address_in_ray
-from colltensor.rendezvous.messages import encode_error
+from colltensor.rendezvous.protocol import encode_error
 
 _LOG: Final = logging.getLogger(__name__)
 _PATIENCE_S: Final = 2 * IDLE_S
@@ -42,10 +49,10 @@ class Source:
         self._serving: set[socket.socket] = set()
         self._listener = net.listen(address_in_ray() or net.local_addresses()[0])
         address, port = self._listener.getsockname()[:2]
-        self.endpoint = Endpoint(address, port, secrets.token_bytes(32), _who_am_i())
+        self.endpoint = SourceAddress(address, port, secrets.token_bytes(32), _who_am_i())
         self._group_name = group_name(self.endpoint.who)
         self._is_closed = False
-        lifetime.watch(self)
+        exit_hooks.register(self)
         self._door = Listener(self._listener, self._serve, self._note_refused, "colltensor-source")
         try:
             self._door.start()
@@ -69,7 +76,7 @@ class Source:
             self._is_closed = True
             self._objects.clear()
             serving = list(self._serving)
-        lifetime.forget(self)
+        exit_hooks.unregister(self)
         self._door.stop()
         for sock in serving:
             with contextlib.suppress(OSError):
@@ -95,7 +102,11 @@ class Source:
             self._serving.add(sock)
         try:
             now = time.monotonic()
-            net.verify(sock, lambda context: self.endpoint.secret if context == CONTEXT else None, now + HANDSHAKE_S)
+            net.verify(
+                sock,
+                lambda context: self.endpoint.secret if context == CONTEXT else None,
+                now + HANDSHAKE_S,
+            )
             self._door.proven(sock)
             group = form_group(sock, 0, self.endpoint.who, now + TIMEOUT_S)
             try:
@@ -104,9 +115,13 @@ class Source:
             finally:
                 group.destroy()
         except CollectiveError as error:
-            _LOG.warning("group %r (rank %d): failed, in the receiver too: %s", self._group_name, 0, error)
+            _LOG.warning(
+                "group %r (rank %d): failed, in the receiver too: %s", self._group_name, 0, error
+            )
         except OSError as error:  # the receiver went, or has not asked for long, or was no receiver
-            _LOG.debug("group %r (rank %d): stops answering a receiver: %s", self._group_name, 0, error)
+            _LOG.debug(
+                "group %r (rank %d): stops answering a receiver: %s", self._group_name, 0, error
+            )
         finally:
             with self._lock:
                 self._serving.discard(sock)
@@ -121,10 +136,18 @@ class Source:
             arrays = self._objects.get(payload.decode())
         try:
             if arrays is None:
-                raise GroupError("it was freed there: keep an ObjectRef as long as somebody may fetch it")
+                raise GroupError(
+                    "it was freed there: keep an ObjectRef as long as somebody may fetch it"
+                )
             views = views_of(arrays)
         except CollectiveError as error:
-            _LOG.warning("group %r (rank %d): cannot send object %s: %s", self._group_name, 0, payload.decode(), error)
+            _LOG.warning(
+                "group %r (rank %d): cannot send object %s: %s",
+                self._group_name,
+                0,
+                payload.decode(),
+                error,
+            )
             net.send_frame(sock, Step.FAILED, encode_error(error), time.monotonic() + TIMEOUT_S)
             return
         net.send_frame(sock, Step.READY, b"", time.monotonic() + TIMEOUT_S)

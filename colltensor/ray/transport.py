@@ -1,8 +1,7 @@
 """Ray's tensor transports: a thin cover over sources and links, in the words of ``ray.experimental``.
 
 One-sided: the receiver asks the source, whose own threads answer, so that Ray sends no task to the source actor, kills
-no actor over a failed transfer, and lets a driver or an actor ``ray.get`` and ``ray.put``. Imports ray's experimental
-interface, so only ``register_tensor_transports`` imports this.
+no actor over a failed transfer, and lets a driver or an actor ``ray.get`` and ``ray.put``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ray.experimental.rdt.tensor_transport_manager import FetchRequest
 from colltensor.errors import CollectiveError, DeviceError, OptionError
 from colltensor.ray import source
 from colltensor.ray.arrays import FRAMEWORKS, Framework, views_of
-from colltensor.ray.link import LINKS, Endpoint
+from colltensor.ray.link import LINKS, SourceAddress
 from colltensor.types import CPU
 
 
@@ -32,7 +31,7 @@ class Description(TensorTransportMetadata):  # type: ignore[misc]  # mypy does n
         endpoint: Where they are; None where the object has no arrays.
     """
 
-    endpoint: Endpoint | None = None
+    endpoint: SourceAddress | None = None
 
 
 @dataclass
@@ -83,12 +82,17 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
             error.args = (f"tensor_transport={self.framework.transport!r}: {error}",)
             raise
 
-    def get_communicator_metadata(self, src_actor: Any, dst_actor: Any, backend: str | None = None) -> Any:
+    def get_communicator_metadata(
+        self, src_actor: Any, dst_actor: Any, backend: str | None = None
+    ) -> Any:
         """Return nothing of interest: any two processes find each other."""
         return CommunicatorMetadata()
 
     def recv_multiple_tensors(
-        self, obj_id: str, tensor_transport_metadata: Any, communicator_metadata: Any,
+        self,
+        obj_id: str,
+        tensor_transport_metadata: Any,
+        communicator_metadata: Any,
         target_buffers: list[Any] | None = None,
     ) -> list[Any]:
         """Receive an object's arrays; called in the receiver.
@@ -97,14 +101,22 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
             PeerLostError: The source is dead.
             CollectiveError: See ``Links.fetch``.
         """
-        return self._fetch(obj_id, tensor_transport_metadata, self._buffers(tensor_transport_metadata, target_buffers))
+        return self._fetch(
+            obj_id,
+            tensor_transport_metadata,
+            self._buffers(tensor_transport_metadata, target_buffers),
+        )
 
     def fetch_multiple_tensors(
-        self, obj_id: str, tensor_transport_metadata: Any, communicator_metadata: Any,
+        self,
+        obj_id: str,
+        tensor_transport_metadata: Any,
+        communicator_metadata: Any,
         target_buffers: list[Any] | None = None,
     ) -> Fetch:
         """Begin to receive, for ``ray.get``, which may fetch several objects at once and has a timeout."""
-        buffers = self._buffers(tensor_transport_metadata, target_buffers)  # here, where the caller's device is current
+        # here, where the caller's device is current
+        buffers = self._buffers(tensor_transport_metadata, target_buffers)
         future: Future[list[Any]] = Future()
 
         def work() -> None:
@@ -129,9 +141,13 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         except FutureTimeoutError:
             if future.done():
                 raise  # the transfer's own
-            raise TimeoutError(f"object {fetch_request.obj_id} did not arrive in {timeout:g} s") from None
+            raise TimeoutError(
+                f"object {fetch_request.obj_id} did not arrive in {timeout:g} s"
+            ) from None
 
-    def send_multiple_tensors(self, tensors: Any, tensor_transport_metadata: Any, communicator_metadata: Any) -> None:
+    def send_multiple_tensors(
+        self, tensors: Any, tensor_transport_metadata: Any, communicator_metadata: Any
+    ) -> None:
         """Refuse: Ray does not call this of a one-sided transport."""
         raise NotImplementedError(f"{self.framework.transport} is one-sided: the receiver fetches")
 
@@ -153,11 +169,14 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
             raise DeviceError(f"the arrays of one object are on {names}; return them one by one")
         (device,) = devices
         if device.type not in self.framework.devices:
-            raise DeviceError(f"it carries arrays on {' and '.join(self.framework.devices)}, not on {device}")
+            raise DeviceError(
+                f"it carries arrays on {' and '.join(self.framework.devices)}, not on {device}"
+            )
         home = source.local_source()
         endpoint = home.endpoint
         if device != CPU:
-            self.framework.settle(device.index)  # another thread sends them, whose stream knows nothing of this one's
+            # another thread sends them, whose stream knows nothing of this one's
+            self.framework.synchronize(device.index)
             endpoint = dataclasses.replace(endpoint, lane=f"{device.index}")
         home.keep(obj_id, arrays)
         return Description([(array.shape, array.dtype) for array in arrays], device.type, endpoint)
@@ -166,9 +185,14 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         """Return what to receive into: the arrays that the user set for the object, or new ones."""
         framework, device = self.framework, description.tensor_device
         if given is None:
-            made = [framework.buffer(shape, dtype, str(device)) for shape, dtype in description.tensor_meta]
+            made = [
+                framework.buffer(shape, dtype, str(device))
+                for shape, dtype in description.tensor_meta
+            ]
         elif framework is not FRAMEWORKS["torch"]:
-            raise OptionError(f"{framework.transport} receives into new arrays only; set no target for the ObjectRef")
+            raise OptionError(
+                f"{framework.transport} receives into new arrays only; set no target for the ObjectRef"
+            )
         else:
             made = given
             for index, view in enumerate(views_of(made)):
@@ -178,7 +202,8 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
                         "then move it"
                     )
         if made and device != CPU.type:
-            framework.settle(views_of(made)[0].device.index)  # what the memory was used for before may not be done
+            # what the memory was used for before may not be done
+            framework.synchronize(views_of(made)[0].device.index)
         return made
 
     def _fetch(self, obj_id: str, description: Description, buffers: list[Any]) -> list[Any]:
@@ -186,7 +211,9 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
             return []
         endpoint, on_device = description.endpoint, description.tensor_device != CPU.type
         if on_device:
-            endpoint = dataclasses.replace(endpoint, lane=f"{endpoint.lane} to {views_of(buffers)[0].device.index}")
+            endpoint = dataclasses.replace(
+                endpoint, lane=f"{endpoint.lane} to {views_of(buffers)[0].device.index}"
+            )
         received = LINKS.fetch(obj_id, endpoint, buffers, on_device)
         return [self.framework.result(buffer) for buffer in received]
 
@@ -216,6 +243,9 @@ class NumpyTransport(Transport):
 
 
 TRANSPORTS: dict[str, type[Transport]] = {
-    "torch": TorchTransport, "jax": JaxTransport, "cupy": CupyTransport, "numpy": NumpyTransport,
+    "torch": TorchTransport,
+    "jax": JaxTransport,
+    "cupy": CupyTransport,
+    "numpy": NumpyTransport,
 }
 """The classes that Ray is given, by the name of the framework; Ray pickles them by their names here."""

@@ -1,20 +1,18 @@
 """Rendezvous: how the ranks of a new group find each other and agree that they are one group.
 
-    open_directory(init_method, rank, world_size)  where rank 0 says how it is reached
-    meet(directory, ...)                           the meeting itself, over TCP with rank 0
-    meet_through(exchange, ...)                    the same where the ranks can exchange bytes already
-    report_refusal(directory, error, ...)          tell the others why this rank will not come
+open_directory(init_method, rank, world_size)  where rank 0 says how it is reached
+meet(directory, ...)                           the meeting itself, over TCP with rank 0
+meet_through(exchange, ...)                    the same where the ranks can exchange bytes already
+report_refusal(directory, error, ...)          tell the others why this rank will not come
 
-    secret, users, messages <- hub, directory <- joining <- hosting, files <- meeting <- exchange, methods
-
-Imports errors and net only, and no framework.
+secret, users, messages <- server, directory <- joining <- hosting, files <- meeting <- exchange, methods
 """
 
 from colltensor.rendezvous.directory import Directory, FixedDirectory
 from colltensor.rendezvous.exchange import Introduction, meet_through
 from colltensor.rendezvous.files import FileDirectory
+from colltensor.rendezvous.init_method import open_directory
 from colltensor.rendezvous.meeting import Meeting, meet, report_refusal
-from colltensor.rendezvous.methods import open_directory
 
 __all__ = [
     "Directory",

@@ -1,31 +1,28 @@
-"""Where rank 0 says how it is reached: what every directory offers, and the one that needs none.
-
-Imports messages only, and no framework.
-"""
+"""Where rank 0 says how it is reached: what every directory offers, and the one that needs none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from colltensor.rendezvous.messages import Invitation
+from colltensor.rendezvous.protocol import Endpoint
 
 
 class Directory(Protocol):
-    """A place that all ranks can reach, and where rank 0 leaves an invitation under a key.
+    """A place that all ranks can reach, and where rank 0 leaves an endpoint under a key.
 
     A directory may have an attribute ``scope``, a string equal for two directories exactly if they are the same
     place: with it, a process that an earlier meeting left out is kept out of the next one of the same name. It may
     have an attribute ``host_id``, which names this process's host in place of ``net.host_id()``, and an attribute
     ``elsewhere``, a directory in which ``locate`` looks as well: there rank 0 is found where it cannot leave an
-    invitation in this one, to say why. And it may have an attribute ``secret`` where strangers can read it: what the
-    user gave all ranks, from which and the invitation's the meeting's secret is derived, empty if nothing; and with it
+    endpoint in this one, to say why. And it may have an attribute ``secret`` where strangers can read it: what the
+    user gave all ranks, from which and the endpoint's the meeting's secret is derived, empty if nothing; and with it
     ``host``, where the directory is. An attribute ``address`` says at which address of this host all ranks reach it,
     where that is known; rank 0 listens on all of them else.
     """
 
-    def publish(self, key: str, invitation: bytes) -> None:
-        """Leave the invitation, as rank 0; one of a rank 0 that lives no more is replaced.
+    def publish(self, key: str, endpoint: bytes) -> None:
+        """Leave the endpoint, as rank 0; one of a rank 0 that lives no more is replaced.
 
         Raises:
             RankError: Another rank 0 has left one and lives.
@@ -33,7 +30,7 @@ class Directory(Protocol):
         """
 
     def locate(self, key: str, deadline: float) -> bytes:
-        """Return the invitation as it is now, waiting for one to come.
+        """Return the endpoint as it is now, waiting for one to come.
 
         Raises:
             CollectiveTimeoutError: None came by the deadline; its ranks are ``(0,)``.
@@ -41,7 +38,7 @@ class Directory(Protocol):
         """
 
     def withdraw(self, key: str) -> None:
-        """Remove one's own invitation, as rank 0; nothing happens where it is gone already."""
+        """Remove one's own endpoint, as rank 0; nothing happens where it is gone already."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,16 @@ class FixedDirectory:
         return f"tcp://{self.host}:{self.port}"
 
     @property
-    def invitation(self) -> Invitation:
+    def endpoint(self) -> Endpoint:
         """How rank 0 is reached."""
-        return Invitation("", (self.host,), self.port, self.secret)
+        return Endpoint("", (self.host,), self.port, self.secret)
 
-    def publish(self, key: str, invitation: bytes) -> None:
+    def publish(self, key: str, endpoint: bytes) -> None:
         """Do nothing: all ranks know the port."""
 
     def locate(self, key: str, deadline: float) -> bytes:
         """Return at once how rank 0 is reached, whether it is there or not."""
-        return self.invitation.encode()
+        return self.endpoint.encode()
 
     def withdraw(self, key: str) -> None:
         """Do nothing: nothing was published."""

@@ -1,7 +1,4 @@
-"""Meet where the ranks can exchange bytes already: through a group that is split, or through a driver.
-
-Imports errors, net and the meeting's own modules only, and no framework.
-"""
+"""Meet where the ranks can exchange bytes already: through a group that is split, or through a driver."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from typing import Any
 from colltensor import net
 from colltensor.errors import CollectiveError, OptionError, RankError, remedy_for_system
 from colltensor.rendezvous.meeting import Meeting, introduction, json_object, location
-from colltensor.rendezvous.messages import (
-    Hello,
+from colltensor.rendezvous.protocol import (
+    JoinRequest,
     Message,
     Table,
     decode_error,
@@ -40,10 +37,20 @@ class Introduction:
     been given a secret that is not in it.
     """
 
-    def __init__(self, *, group_name: str, world_size: int, rank: int, interface: str | None = None,
-                 backend: str = "auto", properties: Mapping[str, Any] | None = None,
-                 address: str | None = None, host_id: str | None = None,
-                 refusal: CollectiveError | None = None, secret: bytes = b"") -> None:
+    def __init__(
+        self,
+        *,
+        group_name: str,
+        world_size: int,
+        rank: int,
+        interface: str | None = None,
+        backend: str = "auto",
+        properties: Mapping[str, Any] | None = None,
+        address: str | None = None,
+        host_id: str | None = None,
+        refusal: CollectiveError | None = None,
+        secret: bytes = b"",
+    ) -> None:
         """Take this rank's part.
 
         Args:
@@ -64,8 +71,8 @@ class Introduction:
         self._arguments = (group_name, world_size, rank, interface, backend, host_id)
         self._external = address
         self._properties = properties
-        self._hello: Hello | None = None
-        self._hellos: list[Hello] = []
+        self._request: JoinRequest | None = None
+        self._requests: list[JoinRequest] = []
         self._table: Table | None = None
         self._public = b""
         self._said: list[bytes] = []
@@ -74,17 +81,17 @@ class Introduction:
     def first(self) -> bytes:
         """Return what this rank says of itself; rank 0 adds the generation, the secret and its properties."""
         try:
-            self._hello = introduction(*self._arguments)
+            self._request = introduction(*self._arguments)
             if self._refusal is not None:
                 raise self._refusal
-            told = json_object(self._properties if self._hello.rank == 0 else None)
+            told = json_object(self._properties if self._request.rank == 0 else None)
         except CollectiveError as error:
             return _wrapped(Message.FAILED, encode_error(error))
         fresh = Table.fresh((), (), told)
         public = secrets.token_bytes(32)
-        fields = {"hello": self._hello.encode().decode(), "table": fresh.encode().decode(),
+        fields = {"request": self._request.encode().decode(), "table": fresh.encode().decode(),
                   "secret": public.hex(), "proof": proof(self._given, public).hex()}  # fmt: skip
-        return _wrapped(Message.HELLO, pack(fields))
+        return _wrapped(Message.JOIN, pack(fields))
 
     def second(self, payloads: Sequence[bytes]) -> bytes:
         """Return where this rank listens.
@@ -92,13 +99,19 @@ class Introduction:
         Raises:
             CollectiveError: A rank's own error, or what the ranks disagree about; the same on every rank.
         """
-        said = [unpack(data, hello=str, table=str, secret=str, proof=str)
-                for data in self._unwrapped(payloads, Message.HELLO)]  # fmt: skip
-        self._hellos = [Hello.decode(fields["hello"].encode()) for fields in said]
-        problem = disagreement(in_rank_order(self._hellos)) or self._wrong_number() or self._wrong_secret(said)
+        said = [unpack(data, request=str, table=str, secret=str, proof=str)
+                for data in self._unwrapped(payloads, Message.JOIN)]  # fmt: skip
+        self._requests = [JoinRequest.decode(fields["request"].encode()) for fields in said]
+        problem = (
+            disagreement(in_rank_order(self._requests))
+            or self._wrong_number()
+            or self._wrong_secret(said)
+        )
         if problem is not None:
             raise self._here(problem)
-        leader = said[next(index for index, hello in enumerate(self._hellos) if hello.rank == 0)]
+        leader = said[
+            next(index for index, request in enumerate(self._requests) if request.rank == 0)
+        ]
         self._table = Table.decode(leader["table"].encode())
         self._public, self._said = _bytes(leader["secret"]), list(payloads)
         address = self._address()
@@ -108,7 +121,9 @@ class Introduction:
             remedy = remedy_for_system(error, "choose with interface=")
             problem = OptionError(f"cannot listen on {address}: {error}; {remedy}")
             return _wrapped(Message.FAILED, encode_error(problem))
-        return _wrapped(Message.BOUND, pack({"host": address, "port": self._listener.getsockname()[1]}))
+        return _wrapped(
+            Message.BOUND, pack({"host": address, "port": self._listener.getsockname()[1]})
+        )
 
     def finish(self, payloads: Sequence[bytes]) -> Meeting:
         """Return what every rank now knows.
@@ -116,19 +131,35 @@ class Introduction:
         Raises:
             CollectiveError: A rank's own error; the same on every rank.
         """
-        if self._hello is None or self._table is None or self._listener is None:
+        if self._request is None or self._table is None or self._listener is None:
             self._unwrapped(payloads, Message.BOUND)
             raise OptionError("finish() must follow first() and second()")
         with contextlib.ExitStack() as undo:
             undo.callback(self.abandon)
-            bound = [unpack(data, host=str, port=int) for data in self._unwrapped(payloads, Message.BOUND)]
-            by_rank = sorted(zip((hello.rank for hello in self._hellos), bound, strict=True), key=lambda pair: pair[0])
+            bound = [
+                unpack(data, host=str, port=int)
+                for data in self._unwrapped(payloads, Message.BOUND)
+            ]
+            by_rank = sorted(
+                zip((request.rank for request in self._requests), bound, strict=True),
+                key=lambda pair: pair[0],
+            )
             addresses = tuple((fields["host"], fields["port"]) for _, fields in by_rank)
-            host_ids = tuple(hello.host_id for hello in in_rank_order(self._hellos))
-            table = Table(self._table.generation, self._table.salt, addresses, host_ids, self._table.properties)
+            host_ids = tuple(request.host_id for request in in_rank_order(self._requests))
+            table = Table(
+                self._table.generation,
+                self._table.salt,
+                addresses,
+                host_ids,
+                self._table.properties,
+            )
             undo.pop_all()
-        said = b"".join(len(payload).to_bytes(8, "big") + payload for payload in (*self._said, *payloads))
-        return Meeting.of(self._hello, table, self._listener, derived(self._given, self._public, said))
+        said = b"".join(
+            len(payload).to_bytes(8, "big") + payload for payload in (*self._said, *payloads)
+        )
+        return Meeting.of(
+            self._request, table, self._listener, derived(self._given, self._public, said)
+        )
 
     def abandon(self) -> None:
         """Close what was opened; for one who will not call ``finish``."""
@@ -143,45 +174,65 @@ class Introduction:
                 error.args = (f"participant {index}: {error}",)
                 raise self._here(error)
             if payload[:1] != bytes([expected]):
-                raise self._here(OptionError(f"expected participant {index}'s {expected.name}, got {payload[:16]!r}"))
+                raise self._here(
+                    OptionError(
+                        f"expected participant {index}'s {expected.name}, got {payload[:16]!r}"
+                    )
+                )
         return [payload[1:] for payload in payloads]
 
     def _here(self, error: CollectiveError) -> CollectiveError:
-        if self._hello is not None:
-            error.args = (f"{location(self._hello)}: {error}",)
+        if self._request is not None:
+            error.args = (f"{location(self._request)}: {error}",)
         return error
 
     def _wrong_secret(self, said: Sequence[Mapping[str, str]]) -> CollectiveError | None:
         """Return the error where ranks were given different secrets, as far as this one can tell."""
         others = [
-            hello.rank for hello, fields in zip(self._hellos, said, strict=True)
-            if not hmac.compare_digest(proof(self._given, _bytes(fields["secret"])), _bytes(fields["proof"]))
+            request.rank
+            for request, fields in zip(self._requests, said, strict=True)
+            if not hmac.compare_digest(
+                proof(self._given, _bytes(fields["secret"])), _bytes(fields["proof"])
+            )
         ]
         if not others:
             return None
-        who = "this rank" if 0 in others else " and ".join(f"rank {rank}" for rank in sorted(others))
+        who = (
+            "this rank" if 0 in others else " and ".join(f"rank {rank}" for rank in sorted(others))
+        )
         return OptionError(f"{who} came with another secret than rank 0; {MISTAKE}")
 
     def _wrong_number(self) -> CollectiveError | None:
-        world_size = self._hellos[0].world_size
-        if len(self._hellos) != world_size:
-            return RankError(f"expected {world_size} participants for world_size {world_size}, got {len(self._hellos)}")
+        world_size = self._requests[0].world_size
+        if len(self._requests) != world_size:
+            return RankError(
+                f"expected {world_size} participants for world_size {world_size}, got {len(self._requests)}"
+            )
         return None
 
     def _address(self) -> str:
         """Return where to listen: on the loopback within one host, else where the other hosts reach this one."""
-        assert self._hello is not None
-        if self._hello.address:
-            return self._hello.address
-        if len({hello.host_id for hello in self._hellos}) == 1:
+        assert self._request is not None
+        if self._request.address:
+            return self._request.address
+        if len({request.host_id for request in self._requests}) == 1:
             return "127.0.0.1"
         return self._external or net.local_addresses()[0]
 
 
-def meet_through(exchange: Callable[[bytes], Sequence[bytes]], *, group_name: str, world_size: int, rank: int,
-                 interface: str | None = None, backend: str = "auto",
-                 properties: Mapping[str, Any] | None = None, host_id: str | None = None,
-                 refusal: CollectiveError | None = None, secret: bytes = b"") -> Meeting:
+def meet_through(
+    exchange: Callable[[bytes], Sequence[bytes]],
+    *,
+    group_name: str,
+    world_size: int,
+    rank: int,
+    interface: str | None = None,
+    backend: str = "auto",
+    properties: Mapping[str, Any] | None = None,
+    host_id: str | None = None,
+    refusal: CollectiveError | None = None,
+    secret: bytes = b"",
+) -> Meeting:
     """Bring the ranks of a new group together through an exchange of bytes that they have already.
 
     Args:

@@ -1,9 +1,9 @@
-"""A file that all ranks can reach, in which rank 0 leaves its invitation.
+"""A file that all ranks can reach, in which rank 0 leaves its endpoint.
 
 The file is complete whenever it can be seen (it is linked or renamed into place), only its owner can read it,
 because it holds the meeting's secret, and it is gone after the meeting. Nobody else's file is believed, opened through
 a link, replaced or removed. One that a killed rank 0 left behind is
-recognised by nobody answering to it. Imports errors and the meeting's own modules only, and no framework.
+recognised by nobody answering to it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from colltensor import net
 from colltensor.errors import CollectiveTimeoutError, OptionError, remedy_for_system
 from colltensor.net import FrameError
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
-from colltensor.rendezvous.messages import Invitation, taken
+from colltensor.rendezvous.protocol import Endpoint, taken
 
 _READ_LIMIT = 1 << 20
 _NAME_LIMIT = 100
@@ -39,7 +39,7 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.1
 
 
 class FileDirectory:
-    """Leaves invitations in a file, or in a folder as one file for each group.
+    """Leaves endpoints in a file, or in a folder as one file for each group.
 
     Attributes:
         path: The file or the folder. The group ``"default"`` uses a file as it is; other groups append their
@@ -63,10 +63,12 @@ class FileDirectory:
         """
         tag = hashlib.sha256(os.fsencode(self.scope)).hexdigest()[:16]
         with contextlib.suppress(FileNotFoundError):  # a host may have no such folder
-            return FileDirectory(os.path.join(tempfile.gettempdir(), f"colltensor-{os.geteuid()}-{tag}"))
+            return FileDirectory(
+                os.path.join(tempfile.gettempdir(), f"colltensor-{os.geteuid()}-{tag}")
+            )
         return None
 
-    def publish(self, key: str, invitation: bytes) -> None:
+    def publish(self, key: str, endpoint: bytes) -> None:
         """Write the file: see Directory."""
         target = self._file(key)
         draft = f".{target.name[:_NAME_LIMIT]}.{_host_tag()}.{os.getpid()}.{secrets.token_hex(8)}"
@@ -74,13 +76,15 @@ class FileDirectory:
             with _folder_of(target) as folder:
                 _remove_drafts(target, folder)
                 try:
-                    _write(draft, folder, invitation)
+                    _write(draft, folder, endpoint)
                     _install(draft, target, folder, key)
                 finally:
                     _remove(draft, folder)
         except OSError as error:
-            raise OptionError(f"init_method: rank 0 cannot write {target}: {_why(error)}") from error
-        self._published[key] = invitation
+            raise OptionError(
+                f"init_method: rank 0 cannot write {target}: {_why(error)}"
+            ) from error
+        self._published[key] = endpoint
 
     def locate(self, key: str, deadline: float) -> bytes:
         """Read the file once it is there: see Directory."""
@@ -89,7 +93,8 @@ class FileDirectory:
         while True:
             data = _found(target)
             if data is None and elsewhere is not None:
-                with contextlib.suppress(OptionError):  # what others leave among temporary files is no concern of ours
+                # what others leave among temporary files is no concern of ours
+                with contextlib.suppress(OptionError):
                     data = _found(elsewhere._file(key))
             if data is not None and _is_complete(data):
                 return data
@@ -108,13 +113,17 @@ class FileDirectory:
         if mine is None:
             return
         target = self._file(key)
-        with contextlib.suppress(OptionError), _folder_of(target) as folder:  # what stands there now is not ours
+        # what stands there now is not ours
+        with contextlib.suppress(OptionError), _folder_of(target) as folder:
             if _read(target, folder) == mine:
                 _remove(target.name, folder)
 
     def _file(self, key: str) -> Path:
         target = self._path_of(key)
-        if len(os.fsencode(target.name)) > _FILE_NAME_LIMIT or len(os.fsencode(target)) > _PATH_LIMIT:
+        if (
+            len(os.fsencode(target.name)) > _FILE_NAME_LIMIT
+            or len(os.fsencode(target)) > _PATH_LIMIT
+        ):
             raise OptionError(
                 f"init_method: the file name is too long, {target!s:.60}...: expected a name of at most "
                 f"{_FILE_NAME_LIMIT} bytes, with the group's name after it, in a path of {_PATH_LIMIT}; choose another"
@@ -129,7 +138,9 @@ class FileDirectory:
         if os.path.isdir(path):  # False for a name that is too long, on every Python
             return path / f"colltensor-{name}"
         if not os.path.isdir(path.parent):
-            raise OptionError(f"init_method: the folder {path.parent} does not exist on this host; {_REMEDY}")
+            raise OptionError(
+                f"init_method: the folder {path.parent} does not exist on this host; {_REMEDY}"
+            )
         return path if key == "default" else path.with_name(f"{path.name}.{name}")
 
 
@@ -195,10 +206,12 @@ def _user(number: int) -> str:
     return f"user {number}"
 
 
-def _write(draft: str, folder: int, invitation: bytes) -> None:
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+def _write(draft: str, folder: int, endpoint: bytes) -> None:
+    descriptor = os.open(
+        draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder
+    )
     with os.fdopen(descriptor, "wb") as file:
-        file.write(invitation)
+        file.write(endpoint)
         file.flush()
         os.fsync(file.fileno())
 
@@ -242,7 +255,9 @@ def _remove_drafts(target: Path, folder: int) -> None:
 
     A draft is there for seconds at most: one of a process of this host that is gone, or an old one.
     """
-    pattern = re.compile(rf"\.{re.escape(target.name[:_NAME_LIMIT])}\.([0-9a-f]{{12}})\.([0-9]{{1,9}})\.[0-9a-f]{{16}}")
+    pattern = re.compile(
+        rf"\.{re.escape(target.name[:_NAME_LIMIT])}\.([0-9a-f]{{12}})\.([0-9]{{1,9}})\.[0-9a-f]{{16}}"
+    )
     names: list[str] = []
     with contextlib.suppress(PermissionError):  # a folder may be one that is written and not listed
         names = os.listdir(target.parent)
@@ -254,7 +269,11 @@ def _remove_drafts(target: Path, folder: int) -> None:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
             is_gone = match[1] == _host_tag() and not _runs(int(match[2]))
             is_old = time.time() - status.st_mtime > _DRAFT_S
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and (is_gone or is_old):
+            if (
+                stat.S_ISREG(status.st_mode)
+                and status.st_uid == os.geteuid()
+                and (is_gone or is_old)
+            ):
                 _remove(name, folder)
 
 
@@ -287,29 +306,34 @@ def _read(target: Path, folder: int) -> bytes | None:
     status = _status(target.name, folder)
     if status is None:
         return None
-    if not stat.S_ISREG(status.st_mode):  # opening a device or a named pipe may do something, or never end
-        raise _no_invitation(target)
+    # opening a device or a named pipe may do something, or never end
+    if not stat.S_ISREG(status.st_mode):
+        raise _no_endpoint(target)
     try:
-        descriptor = os.open(target.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder)
+        descriptor = os.open(
+            target.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder
+        )
     except FileNotFoundError:
         return None
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         data = file.read(_READ_LIMIT) if stat.S_ISREG(status.st_mode) else b"?"
-    if not Invitation.may_be(data):
-        raise _no_invitation(target)
+    if not Endpoint.may_be(data):
+        raise _no_endpoint(target)
     if not _is_trusted(status.st_uid):
         raise OptionError(f"init_method: {target} was written by {_user(status.st_uid)}; {_OWN}")
     return data
 
 
-def _no_invitation(target: Path) -> OptionError:
-    return OptionError(f"init_method: {target} exists and is no rendezvous file; name another, or remove it")
+def _no_endpoint(target: Path) -> OptionError:
+    return OptionError(
+        f"init_method: {target} exists and is no rendezvous file; name another, or remove it"
+    )
 
 
 def _is_complete(data: bytes) -> bool:
     try:
-        Invitation.decode(data)
+        Endpoint.decode(data)
     except FrameError:
         return False
     return True

@@ -1,7 +1,4 @@
-"""The part of a meeting that every rank but 0 plays: find rank 0, introduce oneself, wait for the table.
-
-Imports errors, net, messages and the directory protocol only, and no framework.
-"""
+"""The part of a meeting that every rank but 0 plays: find rank 0, introduce oneself, wait for the table."""
 
 from __future__ import annotations
 
@@ -14,9 +11,24 @@ import time
 from dataclasses import replace
 
 from colltensor import net
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, PeerLostError, remedy_for_system
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    OptionError,
+    PeerLostError,
+    remedy_for_system,
+)
 from colltensor.rendezvous.directory import Directory, FixedDirectory
-from colltensor.rendezvous.messages import Hello, Invitation, Message, Table, decode_error, encode_error, pack, unpack
+from colltensor.rendezvous.protocol import (
+    Endpoint,
+    JoinRequest,
+    Message,
+    Table,
+    decode_error,
+    encode_error,
+    pack,
+    unpack,
+)
 from colltensor.rendezvous.secret import MISTAKE, derived
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +41,7 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.25
 
 
 class Found(enum.Enum):
-    """Who answers where an invitation points to."""
+    """Who answers where an endpoint points to."""
 
     NOBODY = enum.auto()
     STRANGER = enum.auto()
@@ -42,14 +54,14 @@ def who_am_i() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def probe(invitation: Invitation, group_name: str) -> Found:
+def probe(endpoint: Endpoint, group_name: str) -> Found:
     """Find out, as rank 0, whether another rank 0 of this group is meeting; a living one is told and gives up.
 
     Takes a few seconds at most.
     """
     deadline = time.monotonic() + _CONNECT_S
     try:
-        with _reach(invitation, group_name, net.host_id(), deadline) as sock:
+        with _reach(endpoint, group_name, net.host_id(), deadline) as sock:
             net.send_frame(sock, Message.CLAIM, pack({"who": who_am_i()}), deadline)
             kind, _ = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
     except (net.FrameError, net.AuthenticationError, TimeoutError):
@@ -59,32 +71,34 @@ def probe(invitation: Invitation, group_name: str) -> Found:
     return Found.RIVAL if kind == Message.FAILED else Found.OTHER_GROUPS
 
 
-def another_rank_0_lives(invitation: bytes, group_name: str, secret: bytes = b"") -> bool:
-    """Return whether an invitation, found where one's own was to go, is that of a rank 0 that is meeting now.
+def another_rank_0_lives(endpoint: bytes, group_name: str, secret: bytes = b"") -> bool:
+    """Return whether an endpoint, found where one's own was to go, is that of a rank 0 that is meeting now.
 
     Args:
-        invitation: As it was found.
+        endpoint: As it was found.
         group_name: The group's name.
         secret: The directory's.
     """
     try:
-        found = Invitation.decode(invitation)
+        found = Endpoint.decode(endpoint)
         return probe(replace(found, secret=secret_of(found, secret)), group_name) is Found.RIVAL
     except net.FrameError:
         return False
 
 
-def secret_of(invitation: Invitation, given: bytes) -> bytes:
-    """Return the secret of the meeting that an invitation leads to, of which the directory may be read by anybody."""
-    return derived(given, invitation.secret, invitation.encode())
+def secret_of(endpoint: Endpoint, given: bytes) -> bytes:
+    """Return the secret of the meeting that an endpoint leads to, of which the directory may be read by anybody."""
+    return derived(given, endpoint.secret, endpoint.encode())
 
 
-def join(directory: Directory, hello: Hello, started: float, deadline: float) -> tuple[Table, socket.socket, bytes]:
+def join(
+    directory: Directory, request: JoinRequest, started: float, deadline: float
+) -> tuple[Table, socket.socket, bytes]:
     """Meet as a rank other than 0.
 
     Args:
         directory: Where rank 0 says how it is reached.
-        hello: What this rank says of itself; times and own address are filled in here.
+        request: What this rank says of itself; times and own address are filled in here.
         started: When this rank began to ask.
         deadline: When to give up.
 
@@ -96,42 +110,52 @@ def join(directory: Directory, hello: Hello, started: float, deadline: float) ->
     stranger_since: float | None = None
     refused_since: float | None = None
     while True:
-        invitation = _located(directory, hello.group_name, deadline, reason)
+        endpoint = _located(directory, request.group_name, deadline, reason)
         try:
-            with _reach(invitation, hello.group_name, hello.host_id, deadline, hello) as sock:
-                reason, stranger_since, refused_since = "it answers, but this group is not meeting there", None, None
-                if _introduce(sock, hello, started, deadline):
-                    table, listener = _attend(sock, deadline, hello)
-                    return table, listener, invitation.secret
+            with _reach(endpoint, request.group_name, request.host_id, deadline, request) as sock:
+                reason, stranger_since, refused_since = (
+                    "it answers, but this group is not meeting there",
+                    None,
+                    None,
+                )
+                if _introduce(sock, request, started, deadline):
+                    table, listener = _attend(sock, deadline, request)
+                    return table, listener, endpoint.secret
         except CollectiveError:
             raise
         except net.FrameError as error:
             reason = f"something else listens at its address ({error})"
             stranger_since = stranger_since or time.monotonic()
-            if not invitation.host_id and time.monotonic() - stranger_since > _STRANGER_S:
+            if not endpoint.host_id and time.monotonic() - stranger_since > _STRANGER_S:
                 raise OptionError(
-                    f"rank 0 was looked for at {_spelt(invitation)}, but {reason}; choose another port or file"
+                    f"rank 0 was looked for at {_spelt(endpoint)}, but {reason}; choose another port or file"
                 ) from error
         except (ConnectionError, TimeoutError) as error:
-            reason = f"last, at {_spelt(invitation)}: {error}"
+            reason = f"last, at {_spelt(endpoint)}: {error}"
             if isinstance(error, ConnectionRefusedError):
                 stranger_since = None
             if isinstance(error, net.WrongSecretError):
                 refused_since = refused_since or time.monotonic()
         # Not at once: another job's rank 0 may meet at that port for a moment.
-        if refused_since and hasattr(directory, "secret") and time.monotonic() - refused_since > _REFUSED_S:
-            raise OptionError(f"rank 0 meets at {_spelt(invitation)} with another secret than this rank has; {MISTAKE}")
+        if (
+            refused_since
+            and hasattr(directory, "secret")
+            and time.monotonic() - refused_since > _REFUSED_S
+        ):
+            raise OptionError(
+                f"rank 0 meets at {_spelt(endpoint)} with another secret than this rank has; {MISTAKE}"
+            )
         if time.monotonic() + pause >= deadline:
             raise _nobody_came(reason)
         time.sleep(pause)
         pause = min(pause * 1.5, _LAST_PAUSE_S)
 
 
-def _located(directory: Directory, key: str, deadline: float, reason: str) -> Invitation:
+def _located(directory: Directory, key: str, deadline: float, reason: str) -> Endpoint:
     if time.monotonic() >= deadline:
         raise _nobody_came(reason)
     try:
-        found = Invitation.decode(directory.locate(key, deadline))
+        found = Endpoint.decode(directory.locate(key, deadline))
         if isinstance(directory, FixedDirectory):
             return found
         return replace(found, secret=secret_of(found, getattr(directory, "secret", b"")))
@@ -150,35 +174,44 @@ def _nobody_came(reason: str) -> CollectiveTimeoutError:
     )
 
 
-def _spelt(invitation: Invitation) -> str:
-    return f"{', '.join(invitation.addresses)} port {invitation.port}"
+def _spelt(endpoint: Endpoint) -> str:
+    return f"{', '.join(endpoint.addresses)} port {endpoint.port}"
 
 
 def _reach(
-    invitation: Invitation, group_name: str, host_id: str, deadline: float, hello: Hello | None = None
+    endpoint: Endpoint,
+    group_name: str,
+    host_id: str,
+    deadline: float,
+    request: JoinRequest | None = None,
 ) -> socket.socket:
-    """Return an authenticated connection to whoever can prove to have issued the invitation.
+    """Return an authenticated connection to whoever can prove to have issued the endpoint.
 
-    Whoever says that the secret is wrong is told by ``hello`` who tried.
+    Whoever says that the secret is wrong is told by ``request`` who tried.
     """
-    addresses = list(invitation.addresses)
+    addresses = list(endpoint.addresses)
     # Where rank 0 listens at one address alone, another user may have the port on the loopback.
-    if invitation.host_id == host_id and "127.0.0.1" in addresses:
+    if endpoint.host_id == host_id and "127.0.0.1" in addresses:
         addresses.insert(0, "127.0.0.1")
-    failure: OSError = ConnectionError("the invitation names no address")
+    failure: OSError = ConnectionError("the endpoint names no address")
     for address in dict.fromkeys(addresses):
         now = time.monotonic()
         try:
-            sock = net.dial((address, invitation.port), min(deadline, now + _CONNECT_S))
+            sock = net.dial((address, endpoint.port), min(deadline, now + _CONNECT_S))
         except (ConnectionError, TimeoutError) as error:
             failure = error
             continue
         try:
-            net.prove(sock, invitation.secret, group_name.encode(), min(deadline, now + _CONNECT_S + _HANDSHAKE_S))
+            net.prove(
+                sock,
+                endpoint.secret,
+                group_name.encode(),
+                min(deadline, now + _CONNECT_S + _HANDSHAKE_S),
+            )
             return sock
         except (ConnectionError, TimeoutError) as error:
-            if hello is not None and isinstance(error, net.WrongSecretError):
-                _own_up(sock, hello, deadline)
+            if request is not None and isinstance(error, net.WrongSecretError):
+                _own_up(sock, request, deadline)
             sock.close()
             failure = error
         except BaseException:
@@ -187,20 +220,20 @@ def _reach(
     raise failure
 
 
-def _own_up(sock: socket.socket, hello: Hello, deadline: float) -> None:
+def _own_up(sock: socket.socket, request: JoinRequest, deadline: float) -> None:
     """Say who has another secret, and stay until rank 0 has seen whose process that is."""
     with contextlib.suppress(OSError):
-        net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
+        net.send_frame(sock, Message.JOIN, request.encode(), deadline)
         sock.settimeout(_REFUSED_S)
         sock.recv(1)
 
 
-def _introduce(sock: socket.socket, hello: Hello, started: float, deadline: float) -> bool:
+def _introduce(sock: socket.socket, request: JoinRequest, started: float, deadline: float) -> bool:
     """Say who one is; return whether rank 0 is meeting this group now."""
     now = time.monotonic()
     seen_from = net.plain_address(sock.getsockname()[0])
-    hello = replace(hello, seen_from=seen_from, age_s=now - started, patience_s=deadline - now)
-    net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
+    request = replace(request, seen_from=seen_from, age_s=now - started, patience_s=deadline - now)
+    net.send_frame(sock, Message.JOIN, request.encode(), deadline)
     kind, payload = net.recv_frame(sock, min(deadline, now + 2 * _HANDSHAKE_S))
     if kind == Message.FAILED:
         raise decode_error(payload)
@@ -209,21 +242,23 @@ def _introduce(sock: socket.socket, hello: Hello, started: float, deadline: floa
     return kind == Message.WELCOME
 
 
-def _attend(sock: socket.socket, deadline: float, hello: Hello) -> tuple[Table, socket.socket]:
+def _attend(
+    sock: socket.socket, deadline: float, request: JoinRequest
+) -> tuple[Table, socket.socket]:
     """Wait for rank 0's decisions; from here on, losing it is an error."""
     with contextlib.ExitStack() as undo:
         try:
-            place = unpack(_next(sock, Message.PLACE, deadline, hello), host=str)
+            place = unpack(_next(sock, Message.PLACE, deadline, request), host=str)
             try:
                 listener = undo.enter_context(net.listen(place["host"]))
             except OSError as error:
                 remedy = remedy_for_system(error, "choose with interface=")
                 message = f"cannot listen on {place['host']} of {who_am_i()}: {error}; {remedy}"
                 net.send_frame(sock, Message.FAILED, encode_error(OptionError(message)), deadline)
-                _next(sock, Message.TABLE, deadline, hello)
+                _next(sock, Message.TABLE, deadline, request)
                 raise OptionError(message) from error
             net.send_frame(sock, Message.BOUND, pack({"port": listener.getsockname()[1]}), deadline)
-            table = Table.decode(_next(sock, Message.TABLE, deadline, hello))
+            table = Table.decode(_next(sock, Message.TABLE, deadline, request))
         except CollectiveError:
             raise
         except TimeoutError as error:
@@ -234,18 +269,25 @@ def _attend(sock: socket.socket, deadline: float, hello: Hello) -> tuple[Table, 
             ) from error
         except ConnectionError as error:
             raise PeerLostError(
-                f"rank 0 was lost during the rendezvous ({error}); look for its own error message", (0,)
+                f"rank 0 was lost during the rendezvous ({error}); look for its own error message",
+                (0,),
             ) from error
         undo.pop_all()
         return table, listener
 
 
-def _next(sock: socket.socket, expected: Message, deadline: float, hello: Hello) -> bytes:
+def _next(sock: socket.socket, expected: Message, deadline: float, request: JoinRequest) -> bytes:
     """Return the payload of the next frame; rank 0 announces the timeout itself, so it gets a little longer."""
     kind, payload = net.recv_frame(sock, deadline + _VERDICT_SLACK_S)
     while kind == Message.NOTE:
         note = str(unpack(payload, note=str)["note"])
-        _LOG.warning("group %r (rank %d): rank 0 says: %s; %s", hello.group_name, hello.rank, note, MISTAKE)
+        _LOG.warning(
+            "group %r (rank %d): rank 0 says: %s; %s",
+            request.group_name,
+            request.rank,
+            note,
+            MISTAKE,
+        )
         kind, payload = net.recv_frame(sock, deadline + _VERDICT_SLACK_S)
     if kind == Message.FAILED:
         raise decode_error(payload)

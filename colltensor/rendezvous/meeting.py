@@ -1,7 +1,4 @@
-"""Meet: bring the ranks of a new group together, and leave each with what its control plane needs.
-
-Imports errors, net and the meeting's own modules only, and no framework.
-"""
+"""Meet: bring the ranks of a new group together, and leave each with what its control plane needs."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from colltensor.errors import (
 from colltensor.rendezvous.directory import Directory
 from colltensor.rendezvous.hosting import host
 from colltensor.rendezvous.joining import join, who_am_i
-from colltensor.rendezvous.messages import Hello, Table
+from colltensor.rendezvous.protocol import JoinRequest, Table
 
 _NAME_LIMIT = 1024
 _WORLD_LIMIT = 1 << 16
@@ -62,18 +59,31 @@ class Meeting:
     listener: socket.socket
 
     @classmethod
-    def of(cls, hello: Hello, table: Table, listener: socket.socket, secret: bytes) -> Meeting:
+    def of(
+        cls, request: JoinRequest, table: Table, listener: socket.socket, secret: bytes
+    ) -> Meeting:
         """Return what a rank knows from rank 0's table and the secret that they met with."""
-        own = hmac.new(secret, b"group secret" + table.generation + table.salt, hashlib.sha256).digest()
-        return cls(hello.rank, hello.world_size, hello.group_name, table.generation, own, table.addresses,
+        own = hmac.new(
+            secret, b"group secret" + table.generation + table.salt, hashlib.sha256
+        ).digest()
+        return cls(request.rank, request.world_size, request.group_name, table.generation, own, table.addresses,
                    table.host_ids, table.properties, listener)  # fmt: skip
 
 
-def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, deadline: float,
-         interface: str | None = None, backend: str = "auto", properties: Mapping[str, Any] | None = None) -> Meeting:
+def meet(
+    directory: Directory,
+    *,
+    group_name: str,
+    world_size: int,
+    rank: int,
+    deadline: float,
+    interface: str | None = None,
+    backend: str = "auto",
+    properties: Mapping[str, Any] | None = None,
+) -> Meeting:
     """Bring the ranks of a new group together; every rank must call, from any thread, at about the same time.
 
-    Rank 0 leaves an invitation in the directory and listens; the others find it and connect; rank 0 gives
+    Rank 0 leaves an endpoint in the directory and listens; the others find it and connect; rank 0 gives
     everyone an address and, when all listen, tells everyone the table. No lock is held while waiting, and
     Ctrl-C ends it within a second.
 
@@ -101,10 +111,17 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
     """
     host_id: str | None = getattr(directory, "host_id", None)
     try:
-        hello = introduction(group_name, world_size, rank, interface, backend, host_id)
+        request = introduction(group_name, world_size, rank, interface, backend, host_id)
         told = json_object(properties)
     except CollectiveError as error:
-        report_refusal(directory, error, group_name=group_name, world_size=world_size, rank=rank, backend=backend)
+        report_refusal(
+            directory,
+            error,
+            group_name=group_name,
+            world_size=world_size,
+            rank=rank,
+            backend=backend,
+        )
         raise
     except OSError as error:
         raise GroupError(
@@ -112,23 +129,34 @@ def meet(directory: Directory, *, group_name: str, world_size: int, rank: int, d
             + remedy_for_system(error, "see that the network can be used")
         ) from error
     try:
-        if hello.world_size == 1:
-            return _alone(hello, told)
-        if hello.rank == 0:
-            return Meeting.of(hello, *host(directory, hello, deadline, told))
-        return Meeting.of(hello, *join(directory, hello, time.monotonic(), deadline))
+        if request.world_size == 1:
+            return _alone(request, told)
+        if request.rank == 0:
+            return Meeting.of(request, *host(directory, request, deadline, told))
+        return Meeting.of(request, *join(directory, request, time.monotonic(), deadline))
     except CollectiveError as error:
-        error.args = (f"{location(hello)}: {error}",)
+        error.args = (f"{location(request)}: {error}",)
         raise
     except (OSError, RuntimeError) as error:
         remedy = remedy_for_system(error, "see that the ranks reach each other")
-        if is_from_handler(error) or (isinstance(error, RuntimeError) and "new thread" not in str(error)):
+        if is_from_handler(error) or (
+            isinstance(error, RuntimeError) and "new thread" not in str(error)
+        ):
             raise
-        raise GroupError(f"{location(hello)}: the rendezvous failed: {error}; {remedy}") from error
+        raise GroupError(
+            f"{location(request)}: the rendezvous failed: {error}; {remedy}"
+        ) from error
 
 
-def report_refusal(directory: Directory, error: CollectiveError, *, group_name: str, world_size: int, rank: int,
-                   backend: str) -> None:
+def report_refusal(
+    directory: Directory,
+    error: CollectiveError,
+    *,
+    group_name: str,
+    world_size: int,
+    rank: int,
+    backend: str,
+) -> None:
     """Tell the ranks that meet why this one will not come, so that they do not wait for it; for two seconds at most.
 
     Nothing happens where they cannot be told: nobody is there, or the group's name or the rank is what was refused.
@@ -144,21 +172,28 @@ def report_refusal(directory: Directory, error: CollectiveError, *, group_name: 
     """
     started = time.monotonic()
     deadline = started + _REFUSAL_S
-    with contextlib.suppress(CollectiveError, OSError):  # the refusal itself is what the caller is to see
-        hello = introduction(group_name, world_size, rank, None, str(backend), getattr(directory, "host_id", None))
-        hello = hello.refusing(error)
-        if hello.world_size == 1:
+    # the refusal itself is what the caller is to see
+    with contextlib.suppress(CollectiveError, OSError):
+        request = introduction(
+            group_name, world_size, rank, None, str(backend), getattr(directory, "host_id", None)
+        )
+        request = request.refusing(error)
+        if request.world_size == 1:
             return
-        if hello.rank == 0:
-            host(directory, hello, deadline, {})
+        if request.rank == 0:
+            host(directory, request, deadline, {})
         else:
-            join(directory, hello, started, deadline)
+            join(directory, request, started, deadline)
 
 
 def introduction(
-    group_name: object, world_size: object, rank: object, interface: str | None, backend: object,
+    group_name: object,
+    world_size: object,
+    rank: object,
+    interface: str | None,
+    backend: object,
     host_id: str | None = None,
-) -> Hello:
+) -> JoinRequest:
     """Return what this rank says of itself, checked; ``host_id`` names its host where ``net.host_id()`` does not.
 
     Raises:
@@ -166,15 +201,22 @@ def introduction(
         RankError: The rank is outside ``range(world_size)``.
     """
     rank, world_size = checked_rank(rank, world_size)
-    if not isinstance(group_name, str) or not 0 < len(group_name.encode(errors="replace")) <= _NAME_LIMIT:
-        raise OptionError(f"group_name must be a string of 1 to {_NAME_LIMIT} bytes, got {group_name!r:.80}")
+    if (
+        not isinstance(group_name, str)
+        or not 0 < len(group_name.encode(errors="replace")) <= _NAME_LIMIT
+    ):
+        raise OptionError(
+            f"group_name must be a string of 1 to {_NAME_LIMIT} bytes, got {group_name!r:.80}"
+        )
     if group_name.encode(errors="replace").decode() != group_name:
         raise OptionError(f"group_name must be valid Unicode, got {group_name!r:.80}")
     if not isinstance(backend, str) or len(backend) > _NAME_LIMIT:
         raise OptionError(f"backend must be the name of a backend, got {backend!r:.80}")
     address = None if interface is None else net.interface_address(interface)
     host = net.host_id() if host_id is None else host_id
-    return Hello(rank, world_size, group_name, backend, host, address, "127.0.0.1", who_am_i(), 0.0, 0.0)
+    return JoinRequest(
+        rank, world_size, group_name, backend, host, address, "127.0.0.1", who_am_i(), 0.0, 0.0
+    )
 
 
 def checked_rank(rank: object, world_size: object) -> tuple[int, int]:
@@ -194,7 +236,9 @@ def checked_rank(rank: object, world_size: object) -> tuple[int, int]:
         )
     number = _integer(rank)
     if number is None or not 0 <= number < size:
-        raise RankError(f"rank must be an integer from 0 to {size - 1} (world_size is {size}), got {rank!r}")
+        raise RankError(
+            f"rank must be an integer from 0 to {size - 1} (world_size is {size}), got {rank!r}"
+        )
     return number, size
 
 
@@ -216,17 +260,20 @@ def json_object(properties: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads(json.dumps(dict(properties or {})))
     except (TypeError, ValueError) as error:
-        raise OptionError(f"properties must be what JSON can carry, got {properties!r:.200}: {error}") from error
+        raise OptionError(
+            f"properties must be what JSON can carry, got {properties!r:.200}: {error}"
+        ) from error
     return told
 
 
-def location(hello: Hello) -> str:
+def location(request: JoinRequest) -> str:
     """Return the beginning of an error message: the operation, the group and the rank."""
-    return f"init_collective_group(group_name={hello.group_name!r}) on rank {hello.rank} of {hello.world_size}"
+    return f"init_collective_group(group_name={request.group_name!r}) on rank {request.rank} of {request.world_size}"
 
 
-def _alone(hello: Hello, properties: dict[str, Any]) -> Meeting:
-    listener = net.listen(hello.address or "127.0.0.1")
+def _alone(request: JoinRequest, properties: dict[str, Any]) -> Meeting:
+    listener = net.listen(request.address or "127.0.0.1")
     address: tuple[str, int] = listener.getsockname()[:2]
-    return Meeting.of(hello, Table.fresh((address,), (hello.host_id,), properties), listener, b"")
-
+    return Meeting.of(
+        request, Table.fresh((address,), (request.host_id,), properties), listener, b""
+    )

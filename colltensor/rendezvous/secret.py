@@ -1,7 +1,4 @@
-"""The secret that a user gives all ranks where the way to meet can carry none of its own.
-
-Imports errors only, and no framework.
-"""
+"""The secret that a user gives all ranks where the way to meet can carry none of its own."""
 
 from __future__ import annotations
 
@@ -42,7 +39,9 @@ def given_secret() -> bytes:
     if not in_file:
         raise OptionError(f"{FILE_VARIABLE}: the file {path!r} is empty; write the secret into it")
     if secret and secret != in_file:
-        raise OptionError(f"{VARIABLE} and {FILE_VARIABLE} give different secrets; unset one of them")
+        raise OptionError(
+            f"{VARIABLE} and {FILE_VARIABLE} give different secrets; unset one of them"
+        )
     return in_file
 
 
@@ -63,7 +62,9 @@ def derived(secret: bytes, public: bytes, said: bytes) -> bytes:
 
 def proof(secret: bytes, public: bytes) -> bytes:
     """Return what shows to others with the same secret that one has it, and leads nobody else to it; empty without."""
-    return hmac.new(secret, b"colltensor proof" + public, hashlib.sha256).digest() if secret else b""
+    return (
+        hmac.new(secret, b"colltensor proof" + public, hashlib.sha256).digest() if secret else b""
+    )
 
 
 def warn_of_strangers(host: str, group_name: str, rank: int) -> None:
@@ -80,7 +81,12 @@ def warn_of_strangers(host: str, group_name: str, rank: int) -> None:
     _LOG.warning(
         "group %r (rank %d): the ranks meet at %s without a secret: whoever reaches that port can take a rank's place "
         "and have programs run in the others. Set the variable %s to the same long random text on all ranks, or %s to "
-        "a file that holds it", group_name, rank, host, VARIABLE, FILE_VARIABLE,
+        "a file that holds it",
+        group_name,
+        rank,
+        host,
+        VARIABLE,
+        FILE_VARIABLE,
     )
 
 
@@ -94,13 +100,21 @@ def _is_loopback(host: str) -> bool:
 def _contents(path: str) -> bytes:
     try:
         # A named pipe would block whoever opens it.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             contents = file.read(_LIMIT + 1) if is_file else b""
     except OSError as error:
-        raise OptionError(f"{FILE_VARIABLE}: the file {path!r} cannot be read: {error.strerror}") from error
+        raise OptionError(
+            f"{FILE_VARIABLE}: the file {path!r} cannot be read: {error.strerror}"
+        ) from error
     if not is_file:
-        raise OptionError(f"{FILE_VARIABLE}: expected the name of a file, got {path!r}, which is something else")
+        raise OptionError(
+            f"{FILE_VARIABLE}: expected the name of a file, got {path!r}, which is something else"
+        )
     if len(contents) > _LIMIT:
-        raise OptionError(f"{FILE_VARIABLE}: expected a secret of at most {_LIMIT} bytes in {path!r}")
+        raise OptionError(
+            f"{FILE_VARIABLE}: expected a secret of at most {_LIMIT} bytes in {path!r}"
+        )
     return contents

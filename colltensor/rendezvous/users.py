@@ -1,7 +1,4 @@
-"""Whose process is at the other end of a connection within one host, as the kernel has it.
-
-Imports no framework.
-"""
+"""Whose process is at the other end of a connection within one host, as the kernel has it."""
 
 from __future__ import annotations
 
@@ -24,7 +21,8 @@ def is_own(sock: socket.socket) -> bool:
     False also where that cannot be found out.
     """
     with contextlib.suppress(OSError, ValueError):
-        if sock.getpeername()[0] != sock.getsockname()[0]:  # from another host; or by another of this one's addresses
+        # from another host; or by another of this one's addresses
+        if sock.getpeername()[0] != sock.getsockname()[0]:
             return False
         user = _user_at(sock.getpeername(), sock.getsockname())
         return user in (os.geteuid(), 0)

@@ -27,8 +27,21 @@ from colltensor.torch.powersgd import PowerSGD
 from colltensor.untraced import keep_compilers_out
 
 __all__ = [
-    "Bucket", "Compression", "GradientSync", "PowerSGD", "allgather", "allreduce", "alltoall", "broadcast", "gather",
-    "recv", "reduce", "reducescatter", "scatter", "send", "sync_gradients",
+    "Bucket",
+    "Compression",
+    "GradientSync",
+    "PowerSGD",
+    "allgather",
+    "allreduce",
+    "alltoall",
+    "broadcast",
+    "gather",
+    "recv",
+    "reduce",
+    "reducescatter",
+    "scatter",
+    "send",
+    "sync_gradients",
 ]
 
 register()

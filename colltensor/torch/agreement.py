@@ -1,7 +1,4 @@
-"""Before the first step: the ranks compare their parameters, buffers and options, and take over rank 0's values.
-
-Imports torch, and of the package adapters, errors, group and net only.
-"""
+"""Before the first step: the ranks compare their parameters, buffers and options, and take over rank 0's values."""
 
 from __future__ import annotations
 
@@ -15,7 +12,13 @@ import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from colltensor.adapters import adapter_of
-from colltensor.errors import CollectiveError, MismatchError, OptionError, TensorError, UnsupportedTensorError
+from colltensor.errors import (
+    CollectiveError,
+    MismatchError,
+    OptionError,
+    TensorError,
+    UnsupportedTensorError,
+)
 from colltensor.group import Group
 from colltensor.net import host_id
 
@@ -59,15 +62,22 @@ def named_tensors(source: Source) -> tuple[Named, Named]:
         parameters: Named = list(source.named_parameters())
         buffers = list(source.named_buffers())
     else:
-        given = [entry if isinstance(entry, tuple) else (f"parameter {number}", entry)
-                 for number, entry in enumerate(source)]
-        parameters = list({id(parameter): (name, parameter) for name, parameter in reversed(given)}.values())[::-1]
+        given = [
+            entry if isinstance(entry, tuple) else (f"parameter {number}", entry)
+            for number, entry in enumerate(source)
+        ]
+        parameters = list(
+            {id(parameter): (name, parameter) for name, parameter in reversed(given)}.values()
+        )[::-1]
     for name, parameter in parameters:
         if not isinstance(parameter, torch.Tensor) or not parameter.is_leaf:
             raise OptionError(
                 f"sync_gradients: {name}: expected a parameter (a leaf tensor), got {type(parameter).__name__}"
             )
-        if isinstance(parameter, (UninitializedParameter, UninitializedBuffer)) or parameter.is_meta:
+        if (
+            isinstance(parameter, (UninitializedParameter, UninitializedBuffer))
+            or parameter.is_meta
+        ):
             raise UnsupportedTensorError(
                 f"sync_gradients: {name} has no memory yet (a lazy module, or device 'meta'); run a first forward "
                 "pass, or move the module to its device, before"
@@ -80,7 +90,9 @@ def named_tensors(source: Source) -> tuple[Named, Named]:
             "put the name of its module before each, or leave the names away"
         )
     if not parameters:
-        raise OptionError("sync_gradients: module_or_parameters: expected a module with parameters, got none")
+        raise OptionError(
+            "sync_gradients: module_or_parameters: expected a module with parameters, got none"
+        )
     return parameters, buffers
 
 
@@ -118,7 +130,9 @@ def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> l
     complaints = []
     ranks = []
     for rank, report in enumerate(reports):
-        found = _differences(reports[0].options, report.options) + _differences(reports[0].tensors, report.tensors)
+        found = _differences(reports[0].options, report.options) + _differences(
+            reports[0].tensors, report.tensors
+        )
         if not found and list(report.tensors) != list(reports[0].tensors):
             found = ["the same parameters in another order"]
         if found:
@@ -171,7 +185,7 @@ def take_over(group: Group, tensors: Sendable) -> None:
 
 @contextlib.contextmanager
 def telling(group: Group) -> Iterator[None]:
-    """Tell the other ranks, which wait in ``compare``, what this rank refuses of its own call."""
+    """Notify the other ranks, which wait in ``compare``, what this rank refuses of its own call."""
     try:
         yield
     except CollectiveError as error:
@@ -208,7 +222,10 @@ def _sharing(tensors: Sequence[torch.Tensor]) -> set[int]:
     spans = []
     for number, tensor in enumerate(tensors):
         if tensor.numel():
-            last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            last = sum(
+                (length - 1) * stride
+                for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            )
             start = tensor.data_ptr()
             spans.append((str(tensor.device), start, start + (last + 1) * tensor.itemsize, number))
     shared: set[int] = set()
@@ -249,10 +266,15 @@ def _in_words(tensor: torch.Tensor, kind: str) -> str:
 
 def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Return in words what one rank has otherwise than rank 0."""
-    lines = [f"no {name} (rank 0: {words})" for name, words in expected.items() if name not in found]
-    lines += [f"{name}: {words} (rank 0: none)" for name, words in found.items() if name not in expected]
+    lines = [
+        f"no {name} (rank 0: {words})" for name, words in expected.items() if name not in found
+    ]
+    lines += [
+        f"{name}: {words} (rank 0: none)" for name, words in found.items() if name not in expected
+    ]
     lines += [
         f"{name}: {found[name]} (rank 0: {words})"
-        for name, words in expected.items() if name in found and found[name] != words
+        for name, words in expected.items()
+        if name in found and found[name] != words
     ]
     return lines

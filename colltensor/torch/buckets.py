@@ -1,7 +1,4 @@
-"""Buckets: gradients that are reduced together, as views of one flat tensor or as one large gradient where it lies.
-
-Imports torch, and of the package errors only.
-"""
+"""Buckets: gradients that are reduced together, as views of one flat tensor or as one large gradient where it lies."""
 
 from __future__ import annotations
 
@@ -44,8 +41,11 @@ class Member:
     def of(cls, number: int, name: str, parameter: torch.Tensor) -> Member:
         """Describe a parameter."""
         strides = torch.empty_like(parameter, device="meta", requires_grad=False).stride()
-        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # grad_dtype came with torch 2.9
-        return cls(number, name, reference_to(parameter), parameter.shape, strides, dtype, parameter.device)
+        # grad_dtype came with torch 2.9
+        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+        return cls(
+            number, name, reference_to(parameter), parameter.shape, strides, dtype, parameter.device
+        )
 
     @property
     def gradient(self) -> torch.Tensor | None:
@@ -71,7 +71,9 @@ class Member:
 
     def zeros(self) -> torch.Tensor:
         """Return a gradient of zeros."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device).zero_()
+        return torch.empty_strided(
+            self.shape, self.strides, dtype=self.dtype, device=self.device
+        ).zero_()
 
     def check(self, gradient: torch.Tensor) -> None:
         """Refuse what cannot be reduced in place.
@@ -79,7 +81,11 @@ class Member:
         Raises:
             UnsupportedTensorError: A sparse gradient, one with a history, or of another kind than agreed.
         """
-        if gradient.dtype != self.dtype or gradient.shape != self.shape or gradient.device != self.device:
+        if (
+            gradient.dtype != self.dtype
+            or gradient.shape != self.shape
+            or gradient.device != self.device
+        ):
             raise UnsupportedTensorError(
                 f"sync_gradients: the gradient of {self.name} is {_in_words(gradient)}, and "
                 f"{_in_words(self)} was to be expected when sync_gradients was called; after model.to() or another "
@@ -118,7 +124,18 @@ class Bucket:
         place: Its place in the launching order.
     """
 
-    __slots__ = ("_flat", "_pairs", "_wire", "expected", "lone", "members", "missing", "place", "tail", "waiting")
+    __slots__ = (
+        "_flat",
+        "_pairs",
+        "_transport",
+        "expected",
+        "lone",
+        "members",
+        "missing",
+        "place",
+        "tail",
+        "waiting",
+    )
 
     def __init__(self, members: Sequence[Member], lone: bool, place: int, tail: int) -> None:
         self.members = tuple(members)
@@ -131,16 +148,16 @@ class Bucket:
         if not lone:
             first = members[0]
             count = sum(member.numel for member in members)
-            self._wire = torch.zeros(count + tail, dtype=first.dtype, device=first.device)
-            self._flat = self._wire[:count] if tail else self._wire
-            self.tail = self._wire[count:] if tail else None
+            self._transport = torch.zeros(count + tail, dtype=first.dtype, device=first.device)
+            self._flat = self._transport[:count] if tail else self._transport
+            self.tail = self._transport[count:] if tail else None
             self._make_views()
 
     def _make_views(self) -> None:
         self._pairs.clear()
         start = 0
         for member in self.members:
-            view = self._wire.as_strided(member.shape, member.strides, start)
+            view = self._transport.as_strided(member.shape, member.strides, start)
             self._pairs.append((member, view, view.data_ptr()))
             start += member.numel
 
@@ -195,7 +212,7 @@ class Bucket:
             views[0].copy_(fresh[0])
         for member, view in zip(owners, views, strict=True):
             member.assign(view)
-        return self._wire
+        return self._transport
 
     def _collect_lone(self) -> torch.Tensor:
         member = self.members[0]
@@ -225,7 +242,9 @@ class Bucket:
 _NOTHING: Final = torch.empty(0)
 
 
-def plan(order: Sequence[Member], bucket_nbytes: int, lone_nbytes: int, carry: bool) -> list[Bucket]:
+def plan(
+    order: Sequence[Member], bucket_nbytes: int, lone_nbytes: int, carry: bool
+) -> list[Bucket]:
     """Divide parameters, given in the order in which their gradients become ready, into buckets in launching order.
 
     A gradient of ``lone_nbytes`` or more is a bucket by itself. The others of one dtype and device share flat buckets

@@ -4,8 +4,6 @@ The loss is the sum of all ranks' losses. Every rank must run the backward pass 
 what a call returns must be part of the loss on every rank: add ``0 * result.sum()`` where a result is not otherwise
 used. A result requires grad on all ranks if some rank's tensor does; ``torch.autograd.grad()`` and ``backward()`` with
 ``inputs`` leave out what leads to none of them, so there every rank's tensor must. ``linear`` has the derivations.
-
-Imports torch, and of the package errors, group, table and types.
 """
 
 from __future__ import annotations
@@ -38,7 +36,9 @@ _LINEAR: Final = (ReduceOp.SUM, ReduceOp.AVERAGE)
 _EXTREMES: Final = (ReduceOp.MIN, ReduceOp.MAX)
 
 
-def allreduce(tensor: torch.Tensor, group: str | Group = "default", op: ReduceOp = ReduceOp.SUM) -> torch.Tensor:
+def allreduce(
+    tensor: torch.Tensor, group: str | Group = "default", op: ReduceOp = ReduceOp.SUM
+) -> torch.Tensor:
     """Combine the tensors of all ranks; every rank gets the result as a new tensor.
 
     Derivatives: y_r = sum of x_s on every rank r, so x_s has the gradient sum over r of g_r: that of a SUM-allreduce is
@@ -57,7 +57,10 @@ def allreduce(tensor: torch.Tensor, group: str | Group = "default", op: ReduceOp
 
 
 def reduce(
-    tensor: torch.Tensor, dst_rank: int = 0, group: str | Group = "default", op: ReduceOp = ReduceOp.SUM
+    tensor: torch.Tensor,
+    dst_rank: int = 0,
+    group: str | Group = "default",
+    op: ReduceOp = ReduceOp.SUM,
 ) -> torch.Tensor:
     """Combine the tensors of all ranks on ``dst_rank``; the others get zeros.
 
@@ -72,7 +75,9 @@ def reduce(
     return apply(Reduce(found, dst_rank, op), tensors)[0]
 
 
-def broadcast(tensor: torch.Tensor, src_rank: int = 0, group: str | Group = "default") -> torch.Tensor:
+def broadcast(
+    tensor: torch.Tensor, src_rank: int = 0, group: str | Group = "default"
+) -> torch.Tensor:
     """Return rank ``src_rank``'s tensor on every rank; the others' must have its shape and dtype.
 
     Derivatives: y_r = x_src, so x_src has the gradient sum of all g_r, a SUM-reduce to ``src_rank``; the others' zero.
@@ -90,7 +95,9 @@ def allgather(tensor: torch.Tensor, group: str | Group = "default") -> list[torc
     return list(apply(Allgather(found), _recorded(found, "allgather", None, [tensor])))
 
 
-def gather(tensor: torch.Tensor, dst_rank: int = 0, group: str | Group = "default") -> list[torch.Tensor]:
+def gather(
+    tensor: torch.Tensor, dst_rank: int = 0, group: str | Group = "default"
+) -> list[torch.Tensor]:
     """Return the tensors of all ranks on ``dst_rank``; zeros of the same shapes elsewhere.
 
     Derivatives: y_dst[s] = x_s, so x_s has the gradient g_dst[s]: a scatter from ``dst_rank``.
@@ -100,7 +107,9 @@ def gather(tensor: torch.Tensor, dst_rank: int = 0, group: str | Group = "defaul
 
 
 def scatter(
-    tensor: torch.Tensor, tensor_list: Sequence[torch.Tensor] | None = None, src_rank: int = 0,
+    tensor: torch.Tensor,
+    tensor_list: Sequence[torch.Tensor] | None = None,
+    src_rank: int = 0,
     group: str | Group = "default",
 ) -> torch.Tensor:
     """Return entry ``rank`` of rank ``src_rank``'s list.
@@ -116,7 +125,11 @@ def scatter(
     found = _group(group)
     entries = [tensor] * found.world_size
     if found.rank == src_rank:
-        with found._refusing("scatter", src_rank, None) if tensor.is_cpu else contextlib.nullcontext():
+        with (
+            found._refusing("scatter", src_rank, None)
+            if tensor.is_cpu
+            else contextlib.nullcontext()
+        ):
             entries = _entries(found, "scatter", tensor_list)
     return apply(Scatter(found, src_rank), _recorded(found, "scatter", None, entries))[0]
 
@@ -137,7 +150,9 @@ def reducescatter(
     return apply(Reducescatter(found, op), _recorded(found, "reducescatter", op, entries))[0]
 
 
-def alltoall(tensor_list: Sequence[torch.Tensor], group: str | Group = "default") -> list[torch.Tensor]:
+def alltoall(
+    tensor_list: Sequence[torch.Tensor], group: str | Group = "default"
+) -> list[torch.Tensor]:
     """Send entry r to rank r; return what every rank sent here.
 
     Derivatives: y_r[s] = x_s[r], so x_s[r] has the gradient g_r[s]: an alltoall back.
@@ -206,7 +221,12 @@ def _differentiable(tensor: torch.Tensor) -> bool:
 
 
 def _recorded(
-    group: Group, name: str, op: ReduceOp | None, tensors: Sequence[torch.Tensor], *, extremes: bool = False
+    group: Group,
+    name: str,
+    op: ReduceOp | None,
+    tensors: Sequence[torch.Tensor],
+    *,
+    extremes: bool = False,
 ) -> Sequence[torch.Tensor]:
     """Return the tensors so that autograd records the call on every rank, or on none.
 
@@ -228,7 +248,9 @@ def _recorded(
     return tensors if here else [tensor.detach().requires_grad_() for tensor in tensors]
 
 
-def _entries(group: Group, name: str, tensor_list: Sequence[torch.Tensor] | None) -> list[torch.Tensor]:
+def _entries(
+    group: Group, name: str, tensor_list: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
     if tensor_list is None or len(tensor_list) != group.world_size:
         found = "none" if tensor_list is None else len(tensor_list)
         raise ShapeError(
@@ -238,5 +260,14 @@ def _entries(group: Group, name: str, tensor_list: Sequence[torch.Tensor] | None
 
 
 __all__ = [
-    "allgather", "allreduce", "alltoall", "broadcast", "gather", "recv", "reduce", "reducescatter", "scatter", "send",
+    "allgather",
+    "allreduce",
+    "alltoall",
+    "broadcast",
+    "gather",
+    "recv",
+    "reduce",
+    "reducescatter",
+    "scatter",
+    "send",
 ]

@@ -1,7 +1,4 @@
-"""Compression: how a bucket of gradients is made smaller for the wire. The protocol, and 16-bit floats.
-
-Imports torch and nothing of the package but buckets and errors.
-"""
+"""Compression: how a bucket of gradients is made smaller for the transport. The protocol, and 16-bit floats."""
 
 from __future__ import annotations
 

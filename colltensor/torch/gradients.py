@@ -1,7 +1,4 @@
-"""sync_gradients: keeps the gradients of one's own training loop in step over the ranks of a group.
-
-Imports torch, and of the package errors, group, table and types.
-"""
+"""sync_gradients: keeps the gradients of one's own training loop in step over the ranks of a group."""
 
 from __future__ import annotations
 
@@ -88,16 +85,28 @@ def sync_gradients(
     module = module_or_parameters if isinstance(module_or_parameters, torch.nn.Module) else None
     found = group if isinstance(group, Group) else find_group(group)
     with telling(found):
-        if isinstance(bucket_nbytes, bool) or not isinstance(bucket_nbytes, int) or bucket_nbytes < 1:
-            raise OptionError(f"sync_gradients: bucket_nbytes: expected a number >= 1, got {bucket_nbytes!r}")
+        if (
+            isinstance(bucket_nbytes, bool)
+            or not isinstance(bucket_nbytes, int)
+            or bucket_nbytes < 1
+        ):
+            raise OptionError(
+                f"sync_gradients: bucket_nbytes: expected a number >= 1, got {bucket_nbytes!r}"
+            )
         if overlap not in (True, False, "worker"):
-            raise OptionError(f"sync_gradients: overlap: expected True, False or 'worker', got {overlap!r}")
+            raise OptionError(
+                f"sync_gradients: overlap: expected True, False or 'worker', got {overlap!r}"
+            )
         chosen = compression_of(compression)
         parameters, buffers = named_tensors(module_or_parameters)
         _refuse_twice(found, parameters)
         sent = sendable([*parameters, *buffers])
-    words = {"bucket_nbytes": str(bucket_nbytes), "average": str(bool(average)), "overlap": repr(overlap),
-             "compression": _spelt(chosen)}
+    words = {
+        "bucket_nbytes": str(bucket_nbytes),
+        "average": str(bool(average)),
+        "overlap": repr(overlap),
+        "compression": _spelt(chosen),
+    }
     reports = compare(found, described(parameters, buffers, frozen=True), words)
     lone_nbytes = _LONE_NBYTES.get(found.backend, _LONE_NBYTES_ELSEWHERE)
     options = Options(bucket_nbytes, lone_nbytes, average, _early(overlap, reports), chosen)
@@ -184,6 +193,9 @@ class GradientSync:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.remove()

@@ -4,8 +4,6 @@ The loss that is differentiated is the sum of all ranks' losses. A collective th
 to rank r's results y_r = sum over s of A_rs x_s, where A_rs holds only real numbers. If g_r is the gradient of the
 loss with respect to y_r, the one with respect to x_s is the sum over r of A_rs' g_r: again a collective, the adjoint.
 So every backward pass is one collective, every rank must run it, and it can be differentiated in turn.
-
-Imports torch, and of the package group and types only.
 """
 
 from __future__ import annotations
@@ -179,7 +177,9 @@ class Scatter:
         """Run it: see LinearMap."""
         result = _empty(tensors[0])
         here = self.group.rank == self.root
-        self.group.scatter(result, [tensor.contiguous() for tensor in tensors] if here else None, self.root)
+        self.group.scatter(
+            result, [tensor.contiguous() for tensor in tensors] if here else None, self.root
+        )
         return [result]
 
     def adjoint(self) -> LinearMap:

@@ -1,7 +1,4 @@
-"""PowerSGD: low-rank compression of gradients with error feedback.
-
-Imports torch and nothing of the package but its neighbours and errors.
-"""
+"""PowerSGD: low-rank compression of gradients with error feedback."""
 
 from __future__ import annotations
 
@@ -44,7 +41,9 @@ class PowerSGD:
 
     def __init__(self, rank: int = 1, *, min_rate: float = 2.0, seed: int = 0) -> None:
         if rank < 1 or min_rate <= 0:
-            raise OptionError(f"PowerSGD: expected rank >= 1 and min_rate > 0, got {rank!r} and {min_rate!r}")
+            raise OptionError(
+                f"PowerSGD: expected rank >= 1 and min_rate > 0, got {rank!r} and {min_rate!r}"
+            )
         self._rank = rank
         self._min_rate = min_rate
         self._seed = seed
@@ -87,7 +86,11 @@ class PowerSGD:
 
     def _remembered(self, matrix: torch.Tensor, name: str) -> _Memory:
         memory = self._memory.get(name)
-        if memory is None or memory.error.shape != matrix.shape or memory.error.dtype != matrix.dtype:
+        if (
+            memory is None
+            or memory.error.shape != matrix.shape
+            or memory.error.dtype != matrix.dtype
+        ):
             error = torch.zeros(matrix.shape, dtype=matrix.dtype, device=matrix.device)
             memory = self._memory[name] = _Memory(error, self._first_right(matrix, name))
         return memory
@@ -99,7 +102,14 @@ class PowerSGD:
         shape = columns, min(self._rank, rows, columns)
         return torch.randn(shape, generator=generator, dtype=matrix.dtype).to(matrix.device)
 
-    def _use(self, gradient: torch.Tensor, memory: _Memory, left: torch.Tensor, right: torch.Tensor, name: str) -> None:
+    def _use(
+        self,
+        gradient: torch.Tensor,
+        memory: _Memory,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        name: str,
+    ) -> None:
         """Replace a gradient by the product of its factors, and remember what they lack."""
         product = left @ right.mT
         gradient.copy_(product.view(gradient.shape))
@@ -115,7 +125,9 @@ def _pack(tensors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else like.new_empty(0)
 
 
-def _unpack(packed: torch.Tensor, back: list[torch.Tensor], shapes: list[torch.Tensor]) -> list[torch.Tensor]:
+def _unpack(
+    packed: torch.Tensor, back: list[torch.Tensor], shapes: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """Copy the first tensors back to where they came from; return the others as views with their shapes."""
     start = 0
     for tensor in back:

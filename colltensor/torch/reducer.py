@@ -1,7 +1,4 @@
-"""Reducer: what happens to the gradients during a backward pass, and at its end.
-
-Imports torch, and of the package errors, group and types.
-"""
+"""Reducer: what happens to the gradients during a backward pass, and at its end."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ import torch
 from colltensor.errors import GroupError, MismatchError, OptionError, TensorError
 from colltensor.group import Group
 from colltensor.torch.agreement import Named, compare, described, telling
+from colltensor.torch.backward_end import BackwardEndHook, is_running
 from colltensor.torch.buckets import Bucket, Member, plan
 from colltensor.torch.compression import Compression
-from colltensor.torch.ending import Ending, is_running
 from colltensor.torch.tracked import Tracked, reference_to
 from colltensor.types import ReduceOp
 
@@ -73,7 +70,7 @@ class Reducer:
         self._known: dict[int, Callable[[], torch.Tensor | None]] = {}
         self._options = options
         self._op = ReduceOp.AVERAGE if options.average else ReduceOp.SUM
-        self._ending: Callable[[], Ending | None] = _none
+        self._ending: Callable[[], BackwardEndHook | None] = _none
         self._stale = False
         self.removed = False
         self._learned: list[int] | None = None
@@ -89,11 +86,18 @@ class Reducer:
 
     def _take(self, parameters: Named) -> None:
         """Keep these parameters in step, those that are frozen as soon as they need gradients."""
-        trained = [(name, parameter) for name, parameter in parameters
-                   if parameter.requires_grad or id(parameter) in self._known]
-        self._members = [Member.of(number, name, parameter) for number, (name, parameter) in enumerate(trained)]
-        self._known = {id(parameter): member.parameter
-                       for (_, parameter), member in zip(trained, self._members, strict=True)}
+        trained = [
+            (name, parameter)
+            for name, parameter in parameters
+            if parameter.requires_grad or id(parameter) in self._known
+        ]
+        self._members = [
+            Member.of(number, name, parameter) for number, (name, parameter) in enumerate(trained)
+        ]
+        self._known = {
+            id(parameter): member.parameter
+            for (_, parameter), member in zip(trained, self._members, strict=True)
+        }
         self._learned = [] if self._options.early else None
         self._arrange(self._members[::-1])
         if self._group.world_size > 1:
@@ -108,7 +112,9 @@ class Reducer:
             # The node is kept with its hook, because the parameter holds it weakly. It would keep the memory of one
             # that is swapped, and nothing would tell of that: so it is known weakly, and torch refuses to swap it.
             known = weakref.ref(parameter)
-            handles.append(_Kept(node, node.register_prehook(lambda gradients: self._share(known()))))
+            handles.append(
+                _Kept(node, node.register_prehook(lambda gradients: self._share(known())))
+            )
         return handles
 
     def _hook(self) -> Callable[[torch.Tensor], None]:
@@ -125,7 +131,7 @@ class Reducer:
                     return  # it was put into the module, and taken out again
                 self._begin()
             elif ending.climbing:
-                self._ending = weakref.ref(Ending(self._finish))
+                self._ending = weakref.ref(BackwardEndHook(self._finish))
             if self._learned is not None:
                 self._learned.append(id(parameter))
             elif early and id(parameter) in bucket_of:
@@ -175,7 +181,7 @@ class Reducer:
         if self._learned is not None:
             self._learned.clear()
         self._under_way = True
-        self._ending = weakref.ref(Ending(self._finish))
+        self._ending = weakref.ref(BackwardEndHook(self._finish))
 
     def _advance(self, bucket: Bucket, parameter: torch.Tensor) -> None:
         """Launch what can be launched now that all gradients of a bucket are there."""
@@ -195,8 +201,9 @@ class Reducer:
             for member in bucket.members:
                 self._share(member.parameter())
         try:
-            wire = bucket.collect()
-        except TensorError as error:  # of this rank, perhaps: the others are about to reduce the bucket, or wait there
+            payload = bucket.collect()
+        except TensorError as error:
+            # of this rank, perhaps: the others are about to reduce the bucket, or wait there
             if bucket.members[0].device.type != "cpu":
                 raise
             with self._group._refusing("sync_gradients", -1, None):
@@ -207,7 +214,7 @@ class Reducer:
             self._write_presence(bucket.tail)
         compression, early = self._options.compression, self._options.early
         if compression is None:
-            work = self._group.allreduce(wire, self._op, async_op=early)
+            work = self._group.allreduce(payload, self._op, async_op=early)
             self._next += 1  # where the ranks' calls differed, nothing has happened
             if early:
                 self._running.append((bucket, None, work))
@@ -216,7 +223,11 @@ class Reducer:
         rounds = iter(compression.reduce(bucket))
         if early:
             first = next(rounds, None)
-            work = None if first is None else self._group.allreduce(first, ReduceOp.AVERAGE, async_op=True)
+            work = (
+                None
+                if first is None
+                else self._group.allreduce(first, ReduceOp.AVERAGE, async_op=True)
+            )
             self._running.append((bucket, rounds, work))
         else:
             self._complete(bucket, rounds)
@@ -233,7 +244,8 @@ class Reducer:
         if not self._under_way:
             return
         self._under_way = False
-        self._ending = _none  # also where this fails: the traceback that the caller gets keeps the Ending alive
+        # also where this fails: the traceback that the caller gets keeps the BackwardEndHook alive
+        self._ending = _none
         with torch.no_grad():
             if self._stale:
                 self._renew()
@@ -281,8 +293,11 @@ class Reducer:
         before = {member.name for member in self._members}
         with telling(self._group):
             parameters = self.tracked.named()
-        trained = [(name, parameter) for name, parameter in parameters
-                   if parameter.requires_grad or id(parameter) in self._known]
+        trained = [
+            (name, parameter)
+            for name, parameter in parameters
+            if parameter.requires_grad or id(parameter) in self._known
+        ]
         try:
             compare(self._group, described(trained, []), {})
         except MismatchError as error:
@@ -308,10 +323,13 @@ class Reducer:
         presence = self._buckets[-1].tail
         if presence is None:
             # Beside the gradients, because a group may reach no other device.
-            presence = torch.empty(len(self._members), dtype=torch.uint8, device=self._members[0].device)
+            presence = torch.empty(
+                len(self._members), dtype=torch.uint8, device=self._members[0].device
+            )
             self._write_presence(presence)
             self._group.allreduce(presence, ReduceOp.MAX)
-        found = presence.tolist() if self._missing else []  # one copy from a device, not one for each parameter
+        # one copy from a device, not one for each parameter
+        found = presence.tolist() if self._missing else []
         for bucket, member in self._missing:
             if found[member.number] != 0:
                 bucket.adopt(member)
@@ -324,7 +342,9 @@ class Reducer:
 
     def _learn(self, learned: list[int]) -> None:
         """Arrange the buckets anew, in the order that rank 0 saw."""
-        number_of = {number: member.number for number, member in zip(self._known, self._members, strict=True)}
+        number_of = {
+            number: member.number for number, member in zip(self._known, self._members, strict=True)
+        }
         learned = [number_of[number] for number in learned if number in number_of]
         order = [*dict.fromkeys([*learned, *range(len(self._members) - 1, -1, -1)])]
         # As an object, because a group may reach no host memory.
@@ -337,11 +357,14 @@ class Reducer:
     def _arrange(self, order: Sequence[Member]) -> None:
         """Make the buckets. Gradients in former ones stay where they are until they are collected."""
         options = self._options
-        self._buckets = plan(order, options.bucket_nbytes, options.lone_nbytes, options.compression is None)
+        self._buckets = plan(
+            order, options.bucket_nbytes, options.lone_nbytes, options.compression is None
+        )
         bucket_of = {member.number: bucket for bucket in self._buckets for member in bucket.members}
         self._bucket_of.clear()  # the hook looks into this one
         self._bucket_of.update(
-            (number, bucket_of[member.number]) for number, member in zip(self._known, self._members, strict=True)
+            (number, bucket_of[member.number])
+            for number, member in zip(self._known, self._members, strict=True)
         )
 
 

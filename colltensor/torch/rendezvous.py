@@ -1,7 +1,4 @@
-"""Rendezvous through the store that torchrun's agent serves at MASTER_ADDR:MASTER_PORT.
-
-Imports torch, and of the package errors, net and rendezvous only.
-"""
+"""Rendezvous through the store that torchrun's agent serves at MASTER_ADDR:MASTER_PORT."""
 
 from __future__ import annotations
 
@@ -14,19 +11,19 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined] 
 from colltensor.errors import CollectiveTimeoutError, OptionError
 from colltensor.net import time_left
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
-from colltensor.rendezvous.messages import taken
+from colltensor.rendezvous.protocol import taken
 
 _CONNECT_S = 10.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.25
 
 
 class StoreDirectory:
-    """Leaves invitations as keys of a ``torch.distributed.TCPStore`` that somebody else serves.
+    """Leaves endpoints as keys of a ``torch.distributed.TCPStore`` that somebody else serves.
 
     Attributes:
         host: Where the store is served.
         port: Its port.
-        secret: What the user gave all ranks, since whoever reaches the store reads invitations; empty if nothing.
+        secret: What the user gave all ranks, since whoever reaches the store reads endpoints; empty if nothing.
     """
 
     def __init__(self, host: str, port: int, secret: bytes) -> None:
@@ -47,9 +44,9 @@ class StoreDirectory:
         everybody, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
         return "127.0.0.1" if everybody and everybody == here else None
 
-    def publish(self, key: str, invitation: bytes) -> None:
+    def publish(self, key: str, endpoint: bytes) -> None:
         """Set the key: see Directory."""
-        text = invitation.hex()
+        text = endpoint.hex()
         name = _name(key)
         try:
             store = self._store(time.monotonic() + _CONNECT_S)
@@ -60,7 +57,7 @@ class StoreDirectory:
                 store.set(name, text)
         except DistError as error:
             raise OptionError(f"rank 0 cannot use {self._spelt()}: {error}; {_REMEDY}") from error
-        self._published[key] = invitation
+        self._published[key] = endpoint
 
     def locate(self, key: str, deadline: float) -> bytes:
         """Get the key once it is there: see Directory."""
@@ -100,7 +97,9 @@ class StoreDirectory:
         """Return the connection to the store; each directory has its own, for torch's waits for one call at a time."""
         if self._client is None:
             wait = timedelta(seconds=min(_CONNECT_S, time_left(deadline)))
-            self._client = TCPStore(self.host, self.port, is_master=False, timeout=wait, wait_for_workers=False)
+            self._client = TCPStore(
+                self.host, self.port, is_master=False, timeout=wait, wait_for_workers=False
+            )
             self._client.set_timeout(timedelta(seconds=_CONNECT_S))
         return self._client
 
@@ -113,7 +112,10 @@ _REMEDY = "start the processes with torchrun, or unset TORCHELASTIC_USE_AGENT_ST
 
 def _name(key: str) -> str:
     """Return the store's key; each restart of the job has keys of its own."""
-    run, attempt = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    run, attempt = (
+        os.environ.get("TORCHELASTIC_RUN_ID", ""),
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
     return f"colltensor/{run}/{attempt}/{key}"
 
 

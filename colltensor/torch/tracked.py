@@ -1,7 +1,4 @@
-"""Tracked: the parameters that a module has now, and the hooks of ours on them.
-
-Imports torch, and of the package group and the neighbours' words only.
-"""
+"""Tracked: the parameters that a module has now, and the hooks of ours on them."""
 
 from __future__ import annotations
 
@@ -58,7 +55,9 @@ class Tracked:
     end of that mark says that hooks are to be put on anew.
     """
 
-    def __init__(self, module: torch.nn.Module | None, parameters: Named, group: Group, attach: Attach) -> None:
+    def __init__(
+        self, module: torch.nn.Module | None, parameters: Named, group: Group, attach: Attach
+    ) -> None:
         """Remember where parameters are; nothing is attached yet.
 
         Args:
@@ -91,11 +90,18 @@ class Tracked:
             self._add_parts(module, "")
             return named_tensors(module)[0]
         if self._module is None:
-            return [(name, found) for name, parameter in self._given if (found := parameter()) is not None]
-        living: dict[int, tuple[str, torch.Tensor]] = {}  # the module is gone, and parts of it live on
+            return [
+                (name, found)
+                for name, parameter in self._given
+                if (found := parameter()) is not None
+            ]
+        # the module is gone, and parts of it live on
+        living: dict[int, tuple[str, torch.Tensor]] = {}
         for reference, prefix in self._parts.values():
             part = reference()
-            for name, parameter in [] if part is None else part.named_parameters(prefix, recurse=False):
+            for name, parameter in (
+                [] if part is None else part.named_parameters(prefix, recurse=False)
+            ):
                 living.setdefault(id(parameter), (name, parameter))
         return list(living.values())
 
@@ -211,7 +217,9 @@ class Tracked:
         """
         own = weakref.ref(self)
 
-        def parameter_comes(part: torch.nn.Module, name: str, parameter: torch.Tensor | None) -> None:
+        def parameter_comes(
+            part: torch.nn.Module, name: str, parameter: torch.Tensor | None
+        ) -> None:
             tracked = own()
             if tracked is not None and parameter is not None and tracked._name_of(part) is not None:
                 tracked._hook(parameter)
@@ -227,7 +235,9 @@ class Tracked:
                     tracked._hook(parameter)
 
         self._shielded = _COMPILER in sys.modules
-        shield: Callable[[Any], Any] = torch.compiler.disable if self._shielded else lambda function: function
+        shield: Callable[[Any], Any] = (
+            torch.compiler.disable if self._shielded else lambda function: function
+        )
         for handle in self._watching:
             handle.remove()
         self._watching = [
@@ -245,6 +255,7 @@ class Tracked:
 
 def _takes_gradients(parameter: torch.Tensor) -> bool:
     return (
-        (parameter.is_floating_point() or parameter.is_complex()) and not parameter.is_inference()
+        (parameter.is_floating_point() or parameter.is_complex())
+        and not parameter.is_inference()
         and not isinstance(parameter, UninitializedParameter)
     )

@@ -54,7 +54,7 @@ class TakenCondition final : public Condition {
   bool ready() const override {
     return Group::reached(message_.receiver->count.load(std::memory_order_acquire), message_.step);
   }
-  bool needs_seat(std::uint32_t seat) const override { return group_.is_on(message_.peer, seat); }
+  bool needs_cpu(std::uint32_t cpu) const override { return group_.is_on(message_.peer, cpu); }
   RankSet missing() const override {
     RankSet set;
     if (!ready()) set.add(message_.peer);
@@ -98,12 +98,12 @@ bool Group::is_half_free(unsigned which, int but) const {
 // whose line goes to them and is not asked for again, so that the next stores find the others in this core's cache.
 void Group::arrive(std::uint32_t arrival, const Signature& signature) {
   Post& post = own_post();
-  const std::uint32_t seat = current_seat();
+  const std::uint32_t cpu = current_cpu();
   post.signature = signature;
-  post.seat.store(static_cast<std::uint16_t>(seat), std::memory_order_relaxed);
+  post.cpu.store(static_cast<std::uint16_t>(cpu), std::memory_order_relaxed);
   post.arrived.store(arrival, std::memory_order_release);
   done_ = arrival;
-  lines_[rank_]->seat.store(seat, std::memory_order_relaxed);
+  lines_[rank_]->cpu.store(cpu, std::memory_order_relaxed);
   lines_[rank_]->progress.store(arrival, std::memory_order_release);
 }
 
@@ -149,7 +149,7 @@ bool Group::signatures_agree(const Signature& signature) const {
 
 // After a call whose data everybody read from the posts or one half, while arriving nowhere else: that half is free
 // once all have arrived at the next call.
-void Group::finish_direct(std::uint32_t arrival, bool brief) {
+void Group::finish_fast(std::uint32_t arrival, bool brief) {
   if (brief) wake_sleepers();
   half_free_[parity()] = arrival + 1;
   ++calls_;

@@ -13,7 +13,7 @@
 
 #include "colltensor/float_state.h"
 #include "colltensor/kernels.h"
-#include "direct.h"
+#include "fastpath.h"
 #include "exports.h"
 #include "registry.h"
 
@@ -26,7 +26,7 @@ namespace ffi = tvm::ffi;
 // of ColTensor's dtypes. The result has the elements of the operand already where XLA gave both one memory.
 struct JaxCall {
   std::int64_t handle, number, dtype;
-  DirectCall call;
+  FastCall call;
   char *given, *result;
   std::size_t given_nbytes, result_nbytes;
 };
@@ -80,7 +80,7 @@ bool is_plain_call(const JaxCall& call, const Group& group) {
   }
 }
 
-// The code of the call, as the direct functions return it. A signal is left to the check of the group's hooks, since
+// The code of the call, as the fast calls return it. A signal is left to the check of the group's hooks, since
 // XLA has no way to pass on an exception of the interpreter's.
 std::int64_t run(const JaxCall& call) {
   if (call.handle < 0 || deferred_at(call.handle).load(std::memory_order_acquire)) {
@@ -95,13 +95,13 @@ std::int64_t run(const JaxCall& call) {
   std::int64_t detail = 0;
   const InsideXla inside;
   const Outcome outcome =
-      run_direct(*group, call.call, views.data(), count, dtype, now_ns() + group->timeout_ns(), detail);
+      run_fast(*group, call.call, views.data(), count, dtype, now_ns() + group->timeout_ns(), detail);
   return static_cast<std::int64_t>(outcome) | detail << 8;
 }
 
 char* address_of(const ffi::TensorView& tensor) { return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset(); }
 
-bool copies_first(const DirectCall& call) {
+bool copies_first(const FastCall& call) {
   switch (call.operation) {
     case Operation::kAllReduce:
     case Operation::kReduce:

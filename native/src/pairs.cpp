@@ -278,9 +278,9 @@ class PairCondition final : public Condition {
   bool crossed_receives() const {
     return !receiver_.finished() && receiver_.bound() && group_.only_receives(receiver_.peer()) && !receiver_.ready();
   }
-  bool needs_seat(std::uint32_t seat) const override {
-    return (!sender_.finished() && group_.is_on(sender_.peer(), seat)) ||
-           (!receiver_.finished() && group_.is_on(receiver_.peer(), seat));
+  bool needs_cpu(std::uint32_t cpu) const override {
+    return (!sender_.finished() && group_.is_on(sender_.peer(), cpu)) ||
+           (!receiver_.finished() && group_.is_on(receiver_.peer(), cpu));
   }
   RankSet missing() const override {
     RankSet set;
@@ -399,7 +399,7 @@ class BesideCondition final : public Condition {
     const std::lock_guard<std::mutex> lock(group_.beside_);
     return ready_();
   }
-  bool needs_seat(std::uint32_t seat) const override { return group_.is_on(peer_, seat); }
+  bool needs_cpu(std::uint32_t cpu) const override { return group_.is_on(peer_, cpu); }
   RankSet missing() const override {
     RankSet set;
     if (!ready()) set.add(peer_);

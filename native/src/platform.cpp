@@ -60,7 +60,7 @@ std::size_t last_level_cache_nbytes() {
   return read && kibibytes != 0 ? std::size_t{kibibytes} << 10 : kUnknown;
 }
 
-std::uint32_t current_seat() { return static_cast<std::uint32_t>(sched_getcpu() + 1); }
+std::uint32_t current_cpu() { return static_cast<std::uint32_t>(sched_getcpu() + 1); }
 
 const void* this_thread() {
   static thread_local char own;

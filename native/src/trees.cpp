@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "colltensor/kernels.h"
-#include "direct.h"
+#include "fastpath.h"
 #include "exports.h"
 #include "python.h"
 #include "registry.h"
@@ -131,7 +131,7 @@ class Leaves {
   }
 
   // `moved`, if there is one, is called when the ranks agree, and returns other addresses of the leaves.
-  Outcome run(Group& group, const DirectCall& call, std::int64_t deadline_ns,
+  Outcome run(Group& group, const FastCall& call, std::int64_t deadline_ns,
               const std::function<const std::int64_t*()>& moved = {}) {
     Signature signature = call_signature(call.operation, static_cast<std::uint8_t>(call.op),
                                          static_cast<std::int16_t>(call.root), plan_->count,
@@ -156,8 +156,8 @@ class Leaves {
     return Outcome::kDone;
   }
 
-  // The leaves of each dtype are a transfer; `detail` is what run_direct() says of it.
-  Outcome run_transfers(Group& group, const DirectCall& call, std::int64_t deadline_ns, std::int64_t& detail) {
+  // The leaves of each dtype are a transfer; `detail` is what run_fast() says of it.
+  Outcome run_transfers(Group& group, const FastCall& call, std::int64_t deadline_ns, std::int64_t& detail) {
     const bool sends = call.root >= 0;
     const int source = sends ? group.rank() : call.source, peer = sends ? call.root : call.source;
     Signature signature = call_signature(Operation::kTransfer, 255, static_cast<std::int16_t>(source), plan_->count,
@@ -280,7 +280,7 @@ class Leaves {
 };
 
 // True if the ranks of a call, of which a transfer has one, may be called so.
-bool has_ranks(const DirectCall& call, int rank, int ranks) {
+bool has_ranks(const FastCall& call, int rank, int ranks) {
   if (call.operation == Operation::kAllReduce) return true;
   if (call.operation != Operation::kTransfer) return call.root >= 0 && call.root < ranks;
   const int peer = call.root >= 0 ? call.root : call.source;
@@ -290,7 +290,7 @@ bool has_ranks(const DirectCall& call, int rank, int ranks) {
 // Runs a call on leaves that `take`, given whether they are written, puts into `made`; `locked`: this thread has the
 // interpreter lock.
 template <class Take>
-std::int64_t run_tree(std::int64_t handle, std::int64_t timeout_ns, const DirectCall& call, Leaves& made, bool locked,
+std::int64_t run_tree(std::int64_t handle, std::int64_t timeout_ns, const FastCall& call, Leaves& made, bool locked,
                       Take take) {
   Turn group(handle);
   if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
@@ -316,7 +316,7 @@ std::int64_t run_tree(std::int64_t handle, std::int64_t timeout_ns, const Direct
 // One operation on the leaves of trees of one plan, which lies at `plan`.
 ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
                             int source, std::int64_t plan) {
-  const DirectCall call{static_cast<Operation>(operation), op, root, source};
+  const FastCall call{static_cast<Operation>(operation), op, root, source};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
   const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
@@ -330,7 +330,7 @@ ffi::Function tree_function(std::int64_t handle, std::int64_t timeout_ns, int op
 // lock, which is let go while the ranks work. -1: not all are of that type or can be read so, and nothing was begun.
 ffi::Function reading_tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op,
                                     int root, int source, std::int64_t plan) {
-  const DirectCall call{static_cast<Operation>(operation), op, root, source};
+  const FastCall call{static_cast<Operation>(operation), op, root, source};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
   const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
   return ffi::Function::FromTyped([=](std::int64_t list, std::int64_t type, std::int64_t reader) {
@@ -344,8 +344,8 @@ ffi::Function reading_tree_function(std::int64_t handle, std::int64_t timeout_ns
 // The allreduce of contiguous leaves at the addresses that it is given. Its first argument is None where it may write to
 // them. Else they are only read, and it is a function that makes the results' memory, with the same contents, once the
 // ranks agree, and returns the address of its addresses.
-ffi::Function claiming_tree_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op, std::int64_t plan) {
-  const DirectCall call{Operation::kAllReduce, op, -1, -1};
+ffi::Function allocating_tree_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op, std::int64_t plan) {
+  const FastCall call{Operation::kAllReduce, op, -1, -1};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
   const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
@@ -409,7 +409,7 @@ ffi::Function gather_function(std::int64_t plan, bool reads) {
 }  // namespace
 }  // namespace colltensor
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_claiming_tree_function, colltensor::claiming_tree_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_allocating_tree_function, colltensor::allocating_tree_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_gather_function, colltensor::gather_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_reading_tree_function, colltensor::reading_tree_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_tree_function, colltensor::tree_function)

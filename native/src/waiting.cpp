@@ -59,8 +59,8 @@ bool Group::spin_for_arrivals(std::uint32_t arrival, int spins) const {
   for (int rank : others_) {
     const Post& post = layout_.post(rank, parity());
     if (post.arrived.load(std::memory_order_acquire) == arrival) continue;
-    const auto seat = static_cast<std::uint16_t>(lines_[rank_]->seat.load(std::memory_order_relaxed));
-    if (layout_.post(rank, parity() ^ 1).seat.load(std::memory_order_relaxed) == seat) return false;
+    const auto cpu = static_cast<std::uint16_t>(lines_[rank_]->cpu.load(std::memory_order_relaxed));
+    if (layout_.post(rank, parity() ^ 1).cpu.load(std::memory_order_relaxed) == cpu) return false;
     while (post.arrived.load(std::memory_order_acquire) != arrival) {
       if (spins-- <= 0) return false;
       relax_processor();
@@ -71,7 +71,7 @@ bool Group::spin_for_arrivals(std::uint32_t arrival, int spins) const {
 
 bool Group::spin_for(const Condition& condition, int& spins) {
   while (!condition.ready()) {
-    if (spins-- <= 0 || condition.needs_seat(current_seat())) return false;
+    if (spins-- <= 0 || condition.needs_cpu(current_cpu())) return false;
     relax_processor();
   }
   return true;
@@ -81,9 +81,9 @@ class StepCondition final : public Condition {
  public:
   StepCondition(const Group& group, int rank, std::uint32_t step) : group_(group), rank_(rank), step_(step) {}
   bool ready() const override { return Group::reached(group_.progress_of(rank_), step_); }
-  bool needs_seat(std::uint32_t seat) const override {
+  bool needs_cpu(std::uint32_t cpu) const override {
     for (int rank = 0; rank < group_.world_size_; ++rank) {
-      if (group_.is_on(rank, seat) && !Group::reached(group_.progress_of(rank), step_)) return true;
+      if (group_.is_on(rank, cpu) && !Group::reached(group_.progress_of(rank), step_)) return true;
     }
     return false;
   }
@@ -114,7 +114,7 @@ Outcome Group::wait_until(const Condition& condition, const std::atomic<std::uin
   int spins = spins_, yields = yields_;
   while (yields > 0) {
     if (condition.ready()) return Outcome::kDone;
-    if (spins > 0 && !condition.needs_seat(current_seat())) {
+    if (spins > 0 && !condition.needs_cpu(current_cpu())) {
       --spins;
       relax_processor();
     } else {

@@ -18,8 +18,17 @@ INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 COMPLEXES = ("complex64", "complex128")
 FLOAT8 = tuple(
-    name for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
-                      "float8_e4m3", "float8_e3m4", "float8_e4m3b11fnuz")
+    name
+    for name in (
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "float8_e4m3",
+        "float8_e3m4",
+        "float8_e4m3b11fnuz",
+    )
     if hasattr(ml_dtypes, name)
 )
 REDUCIBLE = ("bool", *INTEGERS, *FLOATS, *COMPLEXES)
@@ -49,11 +58,15 @@ def moved(name: str, count: int, rank: int, salt: int = 0) -> Array:
     """Return values for an operation that only moves: every byte depends on rank, index and ``salt``."""
     dtype = numpy_dtype(name)
     index = np.arange(count * dtype.itemsize, dtype=np.uint64)
-    raw = ((index * np.uint64(2654435761) + np.uint64(7919 * rank + 104729 * salt + 12345)) >> np.uint64(5)) % 251
+    raw = (
+        (index * np.uint64(2654435761) + np.uint64(7919 * rank + 104729 * salt + 12345))
+        >> np.uint64(5)
+    ) % 251
     if name == "bool":
         return (raw % 2 == 1)[:count]
     raw = raw.astype(np.uint8)
-    if dtype.kind == "c" or name in FLOATS:  # no NaN, whose payload bits a framework may change: exponents stay small
+    # no NaN, whose payload bits a framework may change: exponents stay small
+    if dtype.kind == "c" or name in FLOATS:
         parts = raw.view(f"uint{8 * (dtype.itemsize // (2 if dtype.kind == 'c' else 1))}")
         bits = 8 * parts.itemsize
         parts &= parts.dtype.type((1 << bits) - 1 - (1 << (bits - 2)))
@@ -66,7 +79,9 @@ def reduced(name: str, count: int, rank: int, salt: int = 0) -> Array:
     if name == "bool":
         return ((index + salt) >> rank) % 2 == 1
     if name in INTEGERS:
-        mixed = (index + 1 + salt).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15 + 2 * rank * 0x3C6EF372)
+        mixed = (index + 1 + salt).astype(np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15 + 2 * rank * 0x3C6EF372
+        )
         return (mixed >> np.uint64(7)).astype(name)
     scale = 2.0 ** ((index + rank) % 7 - 3)
     real = np.sin(index * 1.37 + rank * 2.11 + salt * 0.71 + 0.3) * scale
@@ -90,8 +105,15 @@ def combined(name: str, op: str, inputs: Sequence[Array]) -> tuple[Array, Array 
     if op in ("MIN", "MAX"):
         ordered = np.sort(stack, axis=0)  # NaN comes last, wherever it was
         found = ordered[-1] if op == "MAX" else ordered[0]
-        return np.where(np.isnan(stack).any(axis=0), np.nan, found).astype(name), np.zeros(stack.shape[1:])
-    wider = {"float32": np.float64, "float64": np.longdouble, "complex64": np.complex128, "complex128": np.clongdouble}
+        return np.where(np.isnan(stack).any(axis=0), np.nan, found).astype(name), np.zeros(
+            stack.shape[1:]
+        )
+    wider = {
+        "float32": np.float64,
+        "float64": np.longdouble,
+        "complex64": np.complex128,
+        "complex128": np.clongdouble,
+    }
     wide = stack.astype(wider[name])
     exact = np.prod(wide, axis=0) if op == "PRODUCT" else np.sum(wide, axis=0)
     size = np.abs(exact) if op == "PRODUCT" else np.sum(np.abs(wide), axis=0)
@@ -118,7 +140,9 @@ def _apart(name: str, op: str, inputs: Sequence[Array]) -> Array | None:
     wide = np.stack(inputs).astype(np.float64)
     size = np.abs(np.prod(wide, axis=0)) if op == "PRODUCT" else np.sum(np.abs(wide), axis=0)
     result = np.abs(_combined_halves(name, op, inputs).astype(np.float64))
-    unit = result * float(ml_dtypes.finfo(name).eps) + float(ml_dtypes.finfo(name).smallest_subnormal)
+    unit = result * float(ml_dtypes.finfo(name).eps) + float(
+        ml_dtypes.finfo(name).smallest_subnormal
+    )
     return unit + size * np.finfo(np.float32).eps * len(inputs)
 
 

@@ -105,7 +105,9 @@ def host_view(memory: Array, dtype: str, layout: Layout) -> Array:
     """View guarded memory as a numpy array."""
     itemsize = numpy_dtype(dtype).itemsize
     strides = [step * itemsize for step in layout.strides]
-    return np.ndarray(layout.shape, numpy_dtype(dtype), memory.data, GUARD + layout.offset * itemsize, strides)
+    return np.ndarray(
+        layout.shape, numpy_dtype(dtype), memory.data, GUARD + layout.offset * itemsize, strides
+    )
 
 
 def host_memory(dtype: str, layout: Layout) -> Array:
@@ -150,7 +152,13 @@ def as_numpy(tensor: Any, dtype: str) -> Array:
         torch = importlib.import_module("torch")
         if not tensor.numel():
             return np.empty(0, numpy_dtype(dtype))
-        raw = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()).reshape(-1).view(torch.uint8).numpy()
+        raw = (
+            torch.empty(tensor.shape, dtype=tensor.dtype)
+            .copy_(tensor.detach())
+            .reshape(-1)
+            .view(torch.uint8)
+            .numpy()
+        )
         return raw.view(numpy_dtype(dtype)).copy()
     if hasattr(tensor, "__array__") or isinstance(tensor, np.ndarray):
         return np.array(tensor, copy=True).reshape(-1)
@@ -210,4 +218,6 @@ class Sample:
         expected = self._before.copy()
         host_view(expected, self._dtype, self._layout)[...] = values.reshape(self._layout.shape)
         places = np.flatnonzero(expected != self._memory)
-        assert not len(places), f"memory that is not the tensor's was written, byte {places[0] - GUARD} first"
+        assert not len(places), (
+            f"memory that is not the tensor's was written, byte {places[0] - GUARD} first"
+        )

@@ -40,35 +40,62 @@ def every_operation(rank: int, world_size: int, world: World, libraries: tuple[s
     group = world.group()
 
     def array(value: float) -> Any:
-        return Sample(libraries[rank % len(libraries)], "float32", dense(3), np.full(3, value, np.float32)).tensor
+        return Sample(
+            libraries[rank % len(libraries)], "float32", dense(3), np.full(3, value, np.float32)
+        ).tensor
 
     total = sum(range(1, world_size + 1))
     works = {
         "allreduce": (group.allreduce(array(rank + 1), async_op=True), total),
-        "reduce": (group.reduce(array(rank + 1), 0, async_op=True), total if rank == 0 else rank + 1),
+        "reduce": (
+            group.reduce(array(rank + 1), 0, async_op=True),
+            total if rank == 0 else rank + 1,
+        ),
         "broadcast": (group.broadcast(array(rank + 1), 0, async_op=True), 1),
-        "scatter": (group.scatter(
-            array(0), [array(peer) for peer in range(world_size)] if rank == 0 else None, async_op=True), rank),
-        "reducescatter": (group.reducescatter(
-            array(0), [array(peer) for peer in range(world_size)], async_op=True), rank * world_size),
+        "scatter": (
+            group.scatter(
+                array(0),
+                [array(peer) for peer in range(world_size)] if rank == 0 else None,
+                async_op=True,
+            ),
+            rank,
+        ),
+        "reducescatter": (
+            group.reducescatter(
+                array(0), [array(peer) for peer in range(world_size)], async_op=True
+            ),
+            rank * world_size,
+        ),
     }
     lists = {
-        "allgather": group.allgather([array(0) for _ in range(world_size)], array(rank), async_op=True),
+        "allgather": group.allgather(
+            [array(0) for _ in range(world_size)], array(rank), async_op=True
+        ),
         "alltoall": group.alltoall(
-            [array(0) for _ in range(world_size)], [array(rank) for _ in range(world_size)], async_op=True),
+            [array(0) for _ in range(world_size)],
+            [array(rank) for _ in range(world_size)],
+            async_op=True,
+        ),
     }
     if world_size > 1:
         before, after = (rank - 1) % world_size, (rank + 1) % world_size
-        works["sendrecv"] = group.sendrecv(array(rank), after, array(0), before, async_op=True), before
+        works["sendrecv"] = (
+            group.sendrecv(array(rank), after, array(0), before, async_op=True),
+            before,
+        )
     for name, (work, expected) in works.items():
         assert isinstance(work, col.Work)
         assert as_numpy(work.result(), "float32").tolist() == [expected] * 3, name
         assert work.done()
     for name, work in lists.items():
-        assert [float(as_numpy(entry, "float32")[0]) for entry in work.result()] == list(range(world_size)), name
+        assert [float(as_numpy(entry, "float32")[0]) for entry in work.result()] == list(
+            range(world_size)
+        ), name
 
 
-def test_every_operation_runs_asynchronously(pool: RankPool, world: World, arrays: tuple[str, ...]) -> None:
+def test_every_operation_runs_asynchronously(
+    pool: RankPool, world: World, arrays: tuple[str, ...]
+) -> None:
     pool.run(world.size, every_operation, world, arrays)
 
 
@@ -79,7 +106,10 @@ def waits_and_timeouts(rank: int, world_size: int, world: World) -> None:
     if rank == 0:
         work = group.allreduce(x, async_op=True)
         began = time.monotonic()
-        with pytest.raises(col.CollectiveTimeoutError, match=r"allreduce: wait\(\) timed out after 0\.2 s.*wait again"):
+        with pytest.raises(
+            col.CollectiveTimeoutError,
+            match=r"allreduce: wait\(\) timed out after 0\.2 s.*wait again",
+        ):
             work.wait(0.2)
         assert 0.15 < time.monotonic() - began < 5
         assert not work.done()
@@ -149,7 +179,9 @@ def threads_on_one_group(rank: int, world_size: int, world: World) -> None:
     for thread in threads:
         thread.join(40)
     assert not errors, errors
-    assert [array.tolist() for array in arrays] == [[thread + float(world_size)] * 2 for thread in range(4)]
+    assert [array.tolist() for array in arrays] == [
+        [thread + float(world_size)] * 2 for thread in range(4)
+    ]
 
 
 def test_several_threads_on_one_group(pool: RankPool, world: World) -> None:
@@ -193,7 +225,8 @@ def threads_with_groups(rank: int, world_size: int, world: World) -> None:
         thread.join(40)
     base = sum(range(world_size))
     assert results == {
-        number: [world_size * (number * 100 + step) + base for step in range(20)] for number in range(3)
+        number: [world_size * (number * 100 + step) + base for step in range(20)]
+        for number in range(3)
     }
     for group in groups:
         group.destroy()

@@ -20,7 +20,13 @@ from test_containers import average_of_halves, sum_containers
 from test_groups import exchange_objects, forked_child, ranks_belong_to_their_group, split_every_way
 from test_layouts import work_on_layouts
 from test_moves import gather_in_place, move_all, move_from_every_root, move_large
-from test_reductions import accumulate_halves, allreduce_all, reduce_all, reduce_specials, reducescatter_all
+from test_reductions import (
+    accumulate_halves,
+    allreduce_all,
+    reduce_all,
+    reduce_specials,
+    reducescatter_all,
+)
 from test_stacks import work_on_stacks
 from test_zero_copy import addresses_stay, nothing_is_kept, refuse_copies
 from worlds import Report, World, assert_same_bits, stop_tracing
@@ -28,7 +34,10 @@ from worlds import Report, World, assert_same_bits, stop_tracing
 import colltensor as col
 from colltensor.backends import is_available, reason
 
-pytestmark = [pytest.mark.gloo, pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))]
+pytestmark = [
+    pytest.mark.gloo,
+    pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm"))),
+]
 
 PLACEMENTS = ("aabb", "abb", "aaab", "abab", "abcbb")
 """The host of each rank."""
@@ -80,7 +89,9 @@ def in_order_of_hosts(
 )
 def test_every_case(pool: RankPool, provider: str, hosts: str, case: str) -> None:
     function, arguments = CASES[case]
-    results = pool.run(len(hosts), in_order_of_hosts, world_of(hosts, provider), function, *arguments, timeout_s=90)
+    results = pool.run(
+        len(hosts), in_order_of_hosts, world_of(hosts, provider), function, *arguments, timeout_s=90
+    )
     if case in BITS:
         assert_same_bits(results)
 
@@ -88,14 +99,14 @@ def test_every_case(pool: RankPool, provider: str, hosts: str, case: str) -> Non
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
     """Cut buffers into slices of 4 KiB, so that a few elements take the way of many."""
-    from colltensor.backends.hierarchical import blocks, reductions
+    from colltensor.backends.hierarchical import reductions, shards
 
-    before = blocks.SLICE_NBYTES, reductions.LEADER_NBYTES
-    blocks.SLICE_NBYTES, reductions.LEADER_NBYTES = 4096, 0  # type: ignore[misc]
+    before = shards.SLICE_NBYTES, reductions.LEADER_NBYTES
+    shards.SLICE_NBYTES, reductions.LEADER_NBYTES = 4096, 0  # type: ignore[misc]
     try:
         yield
     finally:
-        blocks.SLICE_NBYTES, reductions.LEADER_NBYTES = before  # type: ignore[misc]
+        shards.SLICE_NBYTES, reductions.LEADER_NBYTES = before  # type: ignore[misc]
 
 
 def in_small_blocks(
@@ -105,16 +116,22 @@ def in_small_blocks(
         return function(rank, world_size, world, *arguments)
 
 
-@pytest.mark.parametrize("case", ["allreduce", "reduce", "special values", "moves", "moves of other sizes", "layouts"])
+@pytest.mark.parametrize(
+    "case", ["allreduce", "reduce", "special values", "moves", "moves of other sizes", "layouts"]
+)
 @pytest.mark.parametrize("hosts", PLACEMENTS)
 def test_every_case_in_small_blocks(pool: RankPool, provider: str, hosts: str, case: str) -> None:
     function, arguments = CASES[case]
-    results = pool.run(len(hosts), in_small_blocks, world_of(hosts, provider), function, *arguments, timeout_s=90)
+    results = pool.run(
+        len(hosts), in_small_blocks, world_of(hosts, provider), function, *arguments, timeout_s=90
+    )
     if case in BITS:
         assert_same_bits(results)
 
 
-def reduce_many_blocks(rank: int, world_size: int, world: World, dtype: str, op: str) -> dict[str, str]:
+def reduce_many_blocks(
+    rank: int, world_size: int, world: World, dtype: str, op: str
+) -> dict[str, str]:
     """A count that leaves something over, of more than a block."""
     group = world.group()
     report = Report(group)
@@ -124,7 +141,9 @@ def reduce_many_blocks(rank: int, world_size: int, world: World, dtype: str, op:
         expected, tolerance = combined(dtype, op, inputs)
     with report.case("allreduce", dtype, op) as name:
         sample = Sample("numpy", dtype, dense(count), inputs[rank])
-        got = sample.check_result(group.allreduce(sample.tensor, col.ReduceOp[op]), expected, tolerance)
+        got = sample.check_result(
+            group.allreduce(sample.tensor, col.ReduceOp[op]), expected, tolerance
+        )
         report.same_everywhere(name, got.tobytes())
     for root in (0, world_size - 1):
         with report.case("reduce", dtype, op, "to", root):
@@ -142,11 +161,16 @@ def reduce_many_blocks(rank: int, world_size: int, world: World, dtype: str, op:
     [
         *((hosts, "float32", "SUM") for hosts in PLACEMENTS),
         *((hosts, "int16", "MAX") for hosts in ("aabb", "abcbb")),
-        *((hosts, "bfloat16", "AVERAGE") for hosts in ("abb", "abab")),  # numpy takes seconds for what is expected
+        # numpy takes seconds for what is expected
+        *((hosts, "bfloat16", "AVERAGE") for hosts in ("abb", "abab")),
     ],
 )
-def test_more_than_one_block(pool: RankPool, provider: str, hosts: str, dtype: str, op: str) -> None:
-    reports = pool.run(len(hosts), reduce_many_blocks, world_of(hosts, provider), dtype, op, timeout_s=90)
+def test_more_than_one_block(
+    pool: RankPool, provider: str, hosts: str, dtype: str, op: str
+) -> None:
+    reports = pool.run(
+        len(hosts), reduce_many_blocks, world_of(hosts, provider), dtype, op, timeout_s=90
+    )
     assert_same_bits(reports)
 
 
@@ -160,8 +184,12 @@ def test_halves_accumulate_in_float32(pool: RankPool, provider: str, hosts: str)
 def test_copy_false_refuses_staging(pool: RankPool, provider: str, hosts: str) -> None:
     for found in pool.run(len(hosts), refuse_copies, world_of(hosts, provider)):
         assert found == [
-            *(f"strided {what}: refused" for what in ("allreduce", "broadcast", "leaf", "entry", "source")),
-            "emulated allreduce: refused", "emulated reduce: refused",
+            *(
+                f"strided {what}: refused"
+                for what in ("allreduce", "broadcast", "leaf", "entry", "source")
+            ),
+            "emulated allreduce: refused",
+            "emulated reduce: refused",
         ]
 
 
@@ -198,7 +226,10 @@ def test_a_forked_child_does_not_own_the_group(pool: RankPool, provider: str) ->
 
 def sums_of_floats(rank: int, world_size: int, world: World) -> list[Array]:
     group = world.group()
-    given = [np.float32(np.sin(np.arange(300_001) * 1.3 + peer * 2.1)) * 10 ** (peer % 3) for peer in range(world_size)]
+    given = [
+        np.float32(np.sin(np.arange(300_001) * 1.3 + peer * 2.1)) * 10 ** (peer % 3)
+        for peer in range(world_size)
+    ]
     total = given[rank].copy()
     group.allreduce(total)
     again = given[rank].copy()
@@ -211,5 +242,7 @@ def sums_of_floats(rank: int, world_size: int, world: World) -> list[Array]:
 def test_sums_are_of_the_hosts_sums(pool: RankPool, provider: str, hosts: str) -> None:
     """Bit by bit: the ranks of a host in their order, then the hosts in theirs."""
     for total, *given in pool.run(4, sums_of_floats, world_of(hosts, provider)):
-        first, second = ([given[rank] for rank, host in enumerate(hosts) if host == name] for name in "ab")
+        first, second = (
+            [given[rank] for rank, host in enumerate(hosts) if host == name] for name in "ab"
+        )
         assert total.tobytes() == ((first[0] + first[1]) + (second[0] + second[1])).tobytes()

@@ -11,7 +11,7 @@ import pytest
 from oracle import combined, moved, numpy_dtype, reduced
 from pool import RankPool
 from samples import LAYOUTS, Layout, Sample, as_numpy, dense, library_for
-from worlds import Report, Wire, World, assert_same_bits
+from worlds import Report, Transport, World, assert_same_bits
 
 import colltensor as col
 
@@ -91,22 +91,38 @@ def insertion_orders(rank: int, world_size: int, world: World) -> dict[str, floa
     return {name: float(leaf[0]) for name, leaf in tree.items()}
 
 
-def test_insertion_order_does_not_matter(pool: RankPool, wire: Wire) -> None:
+def test_insertion_order_does_not_matter(pool: RankPool, transport: Transport) -> None:
     """Plain dicts in any order; the OrderedDicts of odd ranks keep theirs, so they were made in sorted order."""
-    for found in pool.run(4, insertion_orders, World(4, *wire)):
-        assert found == {name: 400.0 * number + 6 for number, name in enumerate(("w", "b", "a", "z"))}
+    for found in pool.run(4, insertion_orders, World(4, *transport)):
+        assert found == {
+            name: 400.0 * number + 6 for number, name in enumerate(("w", "b", "a", "z"))
+        }
 
 
 LEAVES: tuple[tuple[str, Layout], ...] = (
-    ("float32", dense(3)), ("float32", dense(400_000)), ("int16", dense(5)), ("float32", dense()),
-    ("bfloat16", dense(7)), ("float32", LAYOUTS[4]), ("float64", LAYOUTS[2]), ("int16", dense(0)),
-    ("bool", dense(9)), ("float32", dense(2, 3)), ("int16", LAYOUTS[6]), ("bfloat16", dense(600_001)),
-    ("uint64", dense(1)), ("complex64", dense(4)), ("float16", dense(11)), ("float32", dense(300_000)),
+    ("float32", dense(3)),
+    ("float32", dense(400_000)),
+    ("int16", dense(5)),
+    ("float32", dense()),
+    ("bfloat16", dense(7)),
+    ("float32", LAYOUTS[4]),
+    ("float64", LAYOUTS[2]),
+    ("int16", dense(0)),
+    ("bool", dense(9)),
+    ("float32", dense(2, 3)),
+    ("int16", LAYOUTS[6]),
+    ("bfloat16", dense(600_001)),
+    ("uint64", dense(1)),
+    ("complex64", dense(4)),
+    ("float16", dense(11)),
+    ("float32", dense(300_000)),
 )
 """Small, large, strided, empty, of many dtypes."""
 
 
-def leaf_by_leaf(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def leaf_by_leaf(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
 
@@ -165,7 +181,9 @@ def many_small_leaves(rank: int, world_size: int, world: World) -> None:
     """More than one bucket: 300 leaves of up to 0.4 MB."""
     group = world.group()
     counts = [1 + (number * 7919) % 45_000 for number in range(300)]
-    tree = {number: np.full(count, rank + number, np.float32) for number, count in enumerate(counts)}
+    tree = {
+        number: np.full(count, rank + number, np.float32) for number, count in enumerate(counts)
+    }
     group.allreduce(tree)
     base = sum(range(world_size))
     for number, count in enumerate(counts):
@@ -173,8 +191,8 @@ def many_small_leaves(rank: int, world_size: int, world: World) -> None:
         assert len(tree[number]) == count
 
 
-def test_more_leaves_than_one_bucket(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, many_small_leaves, World(2, *wire))
+def test_more_leaves_than_one_bucket(pool: RankPool, transport: Transport) -> None:
+    pool.run(2, many_small_leaves, World(2, *transport))
 
 
 def mixed_tree(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> None:
@@ -183,7 +201,9 @@ def mixed_tree(rank: int, world_size: int, world: World, libraries: tuple[str, .
     tree: dict[str, Any] = {}
     for number, name in enumerate("abcd"):
         library = libraries[(rank + number) % len(libraries)]
-        tree[name] = Sample(library, "float32", dense(5), np.full(5, rank + number, np.float32)).tensor
+        tree[name] = Sample(
+            library, "float32", dense(5), np.full(5, rank + number, np.float32)
+        ).tensor
     given = dict(tree)
     result = group.allreduce(tree, col.ReduceOp.MAX)
     assert list(result) == list(tree)
@@ -193,7 +213,9 @@ def mixed_tree(rank: int, world_size: int, world: World, libraries: tuple[str, .
         assert type(result[name]) is type(tree[name])
 
 
-def test_mixed_libraries_in_one_tree(pool: RankPool, world: World, libraries: tuple[str, ...]) -> None:
+def test_mixed_libraries_in_one_tree(
+    pool: RankPool, world: World, libraries: tuple[str, ...]
+) -> None:
     pool.run(world.size, mixed_tree, world, libraries)
 
 

@@ -26,7 +26,7 @@ from oracle import DTYPES, REDUCIBLE, Array, in_another_order, ops_of
 from pool import RankPool, RanksFailedError, group_of
 from test_between_hosts import world_of
 from test_property import MOVES, REDUCTIONS, Runner, Step
-from worlds import Wire, World, assert_same_bits
+from worlds import Transport, World, assert_same_bits
 
 import colltensor as col
 from colltensor.backends import is_available, reason
@@ -38,14 +38,20 @@ PART = 100
 PENDING = 12
 MOST_FAILURES = 3
 """After so many the campaign ends; after fewer the next seed begins, with groups of its own."""
-ACTIONS = (*MOVES, *REDUCTIONS) * 4 + ("tree",) * 4 + ("barrier", "mismatch", "objects", "split", "timeout", "refused")
+ACTIONS = (
+    (*MOVES, *REDUCTIONS) * 4
+    + ("tree",) * 4
+    + ("barrier", "mismatch", "objects", "split", "timeout", "refused")
+)
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 class Fuzzer(Runner):
     """A runner whose deferred calls are awaited by and by, and that does what a single call does not show."""
 
-    def __init__(self, group: Any, libraries: tuple[str, ...], draw: random.Random, one_at_a_time: bool) -> None:
+    def __init__(
+        self, group: Any, libraries: tuple[str, ...], draw: random.Random, one_at_a_time: bool
+    ) -> None:
         super().__init__(group, libraries)
         self.hash = blake2b(digest_size=8)
         self._draw = draw
@@ -61,10 +67,16 @@ class Fuzzer(Runner):
         self.hash.update(got.tobytes())
 
     def _objects(self, step: Step) -> Callable[[], None]:
-        things = [{"rank": peer, "step": step.seed, "text": "x" * (step.count % 500)} for peer in range(self.size)]
+        things = [
+            {"rank": peer, "step": step.seed, "text": "x" * (step.count % 500)}
+            for peer in range(self.size)
+        ]
         root = step.root % self.size
         assert self.group.allgather_object(things[self.rank]) == things
-        assert self.group.broadcast_object(things[self.rank] if self.rank == root else None, root) == things[root]
+        assert (
+            self.group.broadcast_object(things[self.rank] if self.rank == root else None, root)
+            == things[root]
+        )
         return lambda: None
 
     def _split(self, step: Step) -> Callable[[], None]:
@@ -99,7 +111,13 @@ def drawn(draw: random.Random, actions: tuple[str, ...] = ACTIONS) -> Step:
     dtype = draw.choice(REDUCIBLE if operation in (*REDUCTIONS, "tree", "mismatch") else DTYPES)
     op = draw.choice(ops_of(dtype)) if dtype in REDUCIBLE else ""
     count = draw.choice([draw.randrange(10), draw.randrange(3000), 4096, 20_001])
-    deferred = draw.random() < 0.5 and operation not in ("mismatch", "objects", "split", "timeout", "refused")
+    deferred = draw.random() < 0.5 and operation not in (
+        "mismatch",
+        "objects",
+        "split",
+        "timeout",
+        "refused",
+    )
     return Step(operation, dtype, op, count, draw.randrange(6), draw.randrange(10_000), deferred)
 
 
@@ -151,7 +169,13 @@ def run_parts(pool: RankPool, world: World, libraries: tuple[str, ...]) -> None:
         steps = min(PART, STEPS - part * PART)
         try:
             results = pool.run(
-                world.size, run_program, world, libraries, SEED + part, steps, timeout_s=120 + 60 * LOOPS
+                world.size,
+                run_program,
+                world,
+                libraries,
+                SEED + part,
+                steps,
+                timeout_s=120 + 60 * LOOPS,
             )
             assert_same_bits(results)
         except (RanksFailedError, AssertionError) as error:
@@ -165,13 +189,17 @@ def run_parts(pool: RankPool, world: World, libraries: tuple[str, ...]) -> None:
 
 @pytest.mark.timeout(max(180, STEPS))
 @pytest.mark.usefixtures("loops")
-def test_a_long_random_program(pool: RankPool, wire: Wire, libraries: tuple[str, ...]) -> None:
-    run_parts(pool, World(3, *wire), libraries)
+def test_a_long_random_program(
+    pool: RankPool, transport: Transport, libraries: tuple[str, ...]
+) -> None:
+    run_parts(pool, World(3, *transport), libraries)
 
 
 @pytest.mark.gloo
 @pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
 @pytest.mark.timeout(max(180, STEPS))
 @pytest.mark.usefixtures("loops")
-def test_a_long_random_program_between_hosts(pool: RankPool, provider: str, libraries: tuple[str, ...]) -> None:
+def test_a_long_random_program_between_hosts(
+    pool: RankPool, provider: str, libraries: tuple[str, ...]
+) -> None:
     run_parts(pool, world_of("abb", provider), libraries)

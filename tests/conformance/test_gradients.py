@@ -17,16 +17,27 @@ import pytest
 from oracle import Array, combined, reduced
 from pool import RankPool
 from samples import LAYOUTS, Layout, Sample, as_numpy, dense, library_for
-from worlds import Report, Wire, World, assert_same_bits, stop_tracing
+from worlds import Report, Transport, World, assert_same_bits, stop_tracing
 
 import colltensor as col
 from colltensor.gradients import Synchronizer, sync_gradients
 
 LEAVES: tuple[tuple[str, Layout], ...] = (
-    ("float32", dense(3)), ("float32", dense(20_000)), ("float64", dense(5)), ("float32", dense()),
-    ("bfloat16", dense(7)), ("float32", LAYOUTS[4]), ("float64", LAYOUTS[2]), ("float16", dense(0)),
-    ("float32", dense(2, 3)), ("float32", LAYOUTS[6]), ("float32", dense(3, 0, 2)), ("complex64", dense(4)),
-    ("float16", dense(11)), ("float64", LAYOUTS[8]), ("float32", Layout("gaps", (130, 140), (200, 1), 3, 26_003)),
+    ("float32", dense(3)),
+    ("float32", dense(20_000)),
+    ("float64", dense(5)),
+    ("float32", dense()),
+    ("bfloat16", dense(7)),
+    ("float32", LAYOUTS[4]),
+    ("float64", LAYOUTS[2]),
+    ("float16", dense(0)),
+    ("float32", dense(2, 3)),
+    ("float32", LAYOUTS[6]),
+    ("float32", dense(3, 0, 2)),
+    ("complex64", dense(4)),
+    ("float16", dense(11)),
+    ("float64", LAYOUTS[8]),
+    ("float32", Layout("gaps", (130, 140), (200, 1), 3, 26_003)),
 )
 """Small, large, strided, empty, of many dtypes."""
 
@@ -38,7 +49,9 @@ class Gradients:
         self.inputs: list[list[Array]] = []
         self.samples: list[Sample] = []
         for number, (dtype, layout) in enumerate(LEAVES):
-            self.inputs.append([reduced(dtype, layout.count, peer, number + step) for peer in range(world_size)])
+            self.inputs.append(
+                [reduced(dtype, layout.count, peer, number + step) for peer in range(world_size)]
+            )
             choice = (libraries[(rank + number + step) % len(libraries)], "numpy")
             library = library_for(choice, 0, dtype, layout) or "numpy"
             self.samples.append(Sample(library, dtype, layout, self.inputs[-1][rank]))
@@ -52,7 +65,9 @@ class Gradients:
             report.same_everywhere(f"{name} {number}", got.tobytes())
 
 
-def step_by_step(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def step_by_step(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     for average, op in ((True, "AVERAGE"), (False, "SUM")):
@@ -69,8 +84,10 @@ def step_by_step(rank: int, world_size: int, world: World, libraries: tuple[str,
     return report.done()
 
 
-def test_gradients_become_the_mean(pool: RankPool, wire: Wire, arrays: tuple[str, ...]) -> None:
-    assert_same_bits(pool.run(3, step_by_step, World(3, *wire), arrays))
+def test_gradients_become_the_mean(
+    pool: RankPool, transport: Transport, arrays: tuple[str, ...]
+) -> None:
+    assert_same_bits(pool.run(3, step_by_step, World(3, *transport), arrays))
 
 
 def test_the_mean_of_one_rank(pool: RankPool, libraries: tuple[str, ...]) -> None:
@@ -92,11 +109,17 @@ def many_leaves(rank: int, world_size: int, world: World) -> None:
     assert Synchronizer({}, group=group).sync({}) == {}
 
 
-def test_many_leaves(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, many_leaves, World(2, *wire))
+def test_many_leaves(pool: RankPool, transport: Transport) -> None:
+    pool.run(2, many_leaves, World(2, *transport))
 
 
-def train(parameters: dict[str, Any], inputs: Array, targets: Array, sync: Callable[[Any], Any], steps: int) -> Array:
+def train(
+    parameters: dict[str, Any],
+    inputs: Array,
+    targets: Array,
+    sync: Callable[[Any], Any],
+    steps: int,
+) -> Array:
     """A linear model with two layers, trained; returns the losses."""
     losses = []
     for _ in range(steps):
@@ -133,8 +156,15 @@ def thousand_steps(rank: int, world_size: int, world: World, library: str) -> tu
     """Return by how much Python's and numpy's memory grew in the last 900 of 1,000 steps, and its highest peak."""
     group = world.group()
     layouts = [dense(3), dense(0), LAYOUTS[4], dense(300_000), LAYOUTS[6], *[dense(60, 100)] * 20]
-    samples = [Sample(library if layout.dense else "numpy", "float32", layout, np.ones(layout.count, np.float32))
-               for layout in layouts]
+    samples = [
+        Sample(
+            library if layout.dense else "numpy",
+            "float32",
+            layout,
+            np.ones(layout.count, np.float32),
+        )
+        for layout in layouts
+    ]
     tree = [sample.tensor for sample in samples]
     kept = Synchronizer(tree, group=group)
     for step in range(1000):
@@ -150,10 +180,12 @@ def thousand_steps(rank: int, world_size: int, world: World, library: str) -> tu
 
 
 @pytest.mark.slow
-def test_a_thousand_steps_allocate_nothing(pool: RankPool, wire: Wire, libraries: tuple[str, ...]) -> None:
+def test_a_thousand_steps_allocate_nothing(
+    pool: RankPool, transport: Transport, libraries: tuple[str, ...]
+) -> None:
     """A step takes its views and messages, which are far less than the 1.7 MB of the leaves, 0.5 MB of them fused."""
     library = "torch" if "torch" in libraries else "numpy"
-    for grown, peak in pool.run(2, thousand_steps, World(2, *wire), library):
+    for grown, peak in pool.run(2, thousand_steps, World(2, *transport), library):
         assert grown < 20_000
         assert peak < 250_000
 
@@ -186,15 +218,19 @@ def test_ranks_that_differ_are_named_with_the_leaf(pool: RankPool, ranks: World)
     found = pool.run(ranks.size, other_leaves, ranks)
     assert all(messages == found[0] for messages in found)
     last = ranks.size - 1
-    for message, expected in zip(found[0], (
-        f"leaf ['a'] is float64[4] on rank {last}, float64[3] on rank 0",
-        f"leaf ['b'][0] is float32[4, 2] on rank {last}, float32[2, 4] on rank 0",
-        f"leaf ['b'][0] is float64[2] on rank {last}, float32[2, 4] on rank 0",
-        f"leaf ['b'][0] is float16[2, 4] on rank {last}, float32[2, 4] on rank 0",
-        f"leaf ['c'][0] of rank {last} is where rank 0 has leaf ['b'][0]",
-        f"it has 4 leaves on rank {last}, 3 on rank 0",
-        f"average is False on rank {last}, True on rank 0",
-    ), strict=True):
+    for message, expected in zip(
+        found[0],
+        (
+            f"leaf ['a'] is float64[4] on rank {last}, float64[3] on rank 0",
+            f"leaf ['b'][0] is float32[4, 2] on rank {last}, float32[2, 4] on rank 0",
+            f"leaf ['b'][0] is float64[2] on rank {last}, float32[2, 4] on rank 0",
+            f"leaf ['b'][0] is float16[2, 4] on rank {last}, float32[2, 4] on rank 0",
+            f"leaf ['c'][0] of rank {last} is where rank 0 has leaf ['b'][0]",
+            f"it has 4 leaves on rank {last}, 3 on rank 0",
+            f"average is False on rank {last}, True on rank 0",
+        ),
+        strict=True,
+    ):
         assert f"rank {last} differs: {expected}" in message
 
 
@@ -206,15 +242,35 @@ def wrong_step(rank: int, world_size: int, world: World) -> None:
     locked.flags.writeable = False
     good = np.full((2, 4), rank, np.float32)
     cases: list[tuple[Any, type[Exception], str]] = [
-        ({"a": whole[:4], "b": [good]}, col.ShapeError, r"leaf \['a'\]: expected float64\[3\].*got float64\[4\]"),
-        ({"a": whole[:3], "b": [good.T]}, col.ShapeError, r"leaf \['b'\]\[0\]: expected float32\[2, 4\]"),
-        ({"a": whole[:3], "b": [good.astype(float)]}, col.UnsupportedDTypeError, r"leaf \['b'\]\[0\]: .* got float64"),
+        (
+            {"a": whole[:4], "b": [good]},
+            col.ShapeError,
+            r"leaf \['a'\]: expected float64\[3\].*got float64\[4\]",
+        ),
+        (
+            {"a": whole[:3], "b": [good.T]},
+            col.ShapeError,
+            r"leaf \['b'\]\[0\]: expected float32\[2, 4\]",
+        ),
+        (
+            {"a": whole[:3], "b": [good.astype(float)]},
+            col.UnsupportedDTypeError,
+            r"leaf \['b'\]\[0\]: .* got float64",
+        ),
         ({"a": whole[:3]}, col.ShapeError, r"leaf \['b'\]\[0\] is missing"),
-        ({"a": whole[:3], "b": [good, good]}, col.ShapeError, r"leaf \['b'\]\[1\] is not among them"),
+        (
+            {"a": whole[:3], "b": [good, good]},
+            col.ShapeError,
+            r"leaf \['b'\]\[1\] is not among them",
+        ),
         ({"a": None, "b": [good]}, col.ShapeError, r"leaf \['a'\] is missing"),
         ({"a": locked, "b": [good]}, col.ReadOnlyError, r"leaf \['a'\]: "),
         ({"a": [1.0, 2.0, 3.0], "b": [good]}, col.ShapeError, r"leaf \['a'\] is missing"),
-        ({"a": 3.0, "b": [good]}, col.ShapeError, r"leaf \['a'\]: expected float64\[3\].*got float64\[\]"),
+        (
+            {"a": 3.0, "b": [good]},
+            col.ShapeError,
+            r"leaf \['a'\]: expected float64\[3\].*got float64\[\]",
+        ),
     ]
     for tree, kind, message in cases:
         with pytest.raises(kind, match=message):
@@ -239,10 +295,19 @@ def test_a_step_that_does_not_fit(pool: RankPool, world: World) -> None:
     pool.run(world.size, wrong_step, world)
 
 
-def die_in_a_step(rank: int, world_size: int, world: World, url: str, victim: int) -> tuple[str, tuple[int, ...], str]:
+def die_in_a_step(
+    rank: int, world_size: int, world: World, url: str, victim: int
+) -> tuple[str, tuple[int, ...], str]:
     """The victim is killed in its fourth step; return the others' error, and what the Synchronizer says afterwards."""
     group = col.init_collective_group(
-        world_size, rank, world.backend, "mortal", init_method=url, provider=world.provider, timeout_s=20)
+        world_size,
+        rank,
+        world.backend,
+        "mortal",
+        init_method=url,
+        provider=world.provider,
+        timeout_s=20,
+    )
     gradients = {"a": np.ones(1000, np.float32), "b": np.ones((300, 700), np.float32)}
     kept = Synchronizer(gradients, group=group)
     for _ in range(3):
@@ -258,9 +323,11 @@ def die_in_a_step(rank: int, world_size: int, world: World, url: str, victim: in
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_dies_is_named(pool: RankPool, wire: Wire, victim: int, tmp_path: Path) -> None:
+def test_a_rank_that_dies_is_named(
+    pool: RankPool, transport: Transport, victim: int, tmp_path: Path
+) -> None:
     url = (tmp_path / "mortal").as_uri()
-    found = pool.run(3, die_in_a_step, World(3, *wire), url, victim, may_die={victim})
+    found = pool.run(3, die_in_a_step, World(3, *transport), url, victim, may_die={victim})
     for rank, outcome in enumerate(found):
         if rank != victim:
             kind, ranks, later = outcome
@@ -271,7 +338,9 @@ def test_a_rank_that_dies_is_named(pool: RankPool, wire: Wire, victim: int, tmp_
 def jax_nodes(rank: int, world_size: int, world: World) -> None:
     """Containers that only jax knows."""
     jax = importlib.import_module("jax")
-    state = jax.tree_util.Partial(max, np.full(2, float(rank)), key=jax.numpy.full(3, rank + 1.0, "float32"))
+    state = jax.tree_util.Partial(
+        max, np.full(2, float(rank)), key=jax.numpy.full(3, rank + 1.0, "float32")
+    )
     kept = Synchronizer({"state": state}, group=world.group(), average=False, compare=False)
     result = kept.sync({"state": state})["state"]
     assert isinstance(result, jax.tree_util.Partial)

@@ -34,7 +34,9 @@ def exchange_objects(rank: int, world_size: int, world: World) -> None:
     everyone = group.allgather_object(mine)
     assert everyone[rank] is mine
     assert [note.text for note in everyone] == [f"from {peer}" for peer in range(world_size)]
-    assert [len(note.values["array"]) for note in everyone] == [peer + 2 for peer in range(world_size)]
+    assert [len(note.values["array"]) for note in everyone] == [
+        peer + 2 for peer in range(world_size)
+    ]
     for root in range(world_size):
         found = group.broadcast_object(mine if rank == root else None, root)
         assert found.text == f"from {root}"
@@ -128,10 +130,18 @@ def make_and_destroy(rank: int, world_size: int, world: World, url: str) -> None
     for round_number in range(3):
         assert not col.is_group_initialized("again")
         group = col.init_collective_group(
-            world_size, rank, world.backend, "again", init_method=url, provider=world.provider, timeout_s=20)
+            world_size,
+            rank,
+            world.backend,
+            "again",
+            init_method=url,
+            provider=world.provider,
+            timeout_s=20,
+        )
         assert col.is_group_initialized("again")
         assert float(col.allreduce(np.full(2, rank + round_number), "again")[0]) == (
-            sum(range(world_size)) + round_number * world_size)
+            sum(range(world_size)) + round_number * world_size
+        )
         assert group.timeout_s == 20
         group.barrier()
         col.destroy_collective_group("again")
@@ -149,7 +159,14 @@ def test_groups_are_made_again_under_one_name(pool: RankPool, world: World) -> N
 def wait_for_ever(rank: int, world_size: int, world: World, url: str) -> None:
     for timeout_s in (1e10, 1e300):
         group = col.init_collective_group(
-            world_size, rank, world.backend, "patient", init_method=url, provider=world.provider, timeout_s=timeout_s)
+            world_size,
+            rank,
+            world.backend,
+            "patient",
+            init_method=url,
+            provider=world.provider,
+            timeout_s=timeout_s,
+        )
         tensor = np.full(3, float(rank))
         group.allreduce(tensor)
         group.allreduce([tensor, tensor.copy()], async_op=True).wait()
@@ -193,9 +210,13 @@ def forked_child(rank: int, world_size: int, world: World) -> None:
     if child == 0:
         try:
             words = []
-            for call in (lambda: group.allreduce(np.ones(3)), group.barrier,
-                         lambda: group.allreduce(np.ones(3), async_op=True),
-                         lambda: col.allreduce(np.ones(3), group.name), lambda: group.allgather_object(1)):
+            for call in (
+                lambda: group.allreduce(np.ones(3)),
+                group.barrier,
+                lambda: group.allreduce(np.ones(3), async_op=True),
+                lambda: col.allreduce(np.ones(3), group.name),
+                lambda: group.allgather_object(1),
+            ):
                 try:
                     call()
                     words.append("it worked")

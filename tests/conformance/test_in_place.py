@@ -34,7 +34,10 @@ def scatter(group: Any, count: int, as_list: bool, async_op: bool, strided: bool
         before = x.copy()
         if as_list:
             given = list(x)
-        finish(group.scatter(x[rank], given if rank == root else None, root, async_op=async_op), async_op)
+        finish(
+            group.scatter(x[rank], given if rank == root else None, root, async_op=async_op),
+            async_op,
+        )
         got = (rows(root, size, 2 * count)[:, ::2] if strided else rows(root, size, count))[rank]
         assert np.array_equal(x[rank], got)
         assert np.array_equal(np.delete(x, rank, 0), np.delete(before, rank, 0))
@@ -65,7 +68,11 @@ def work_in_place(rank: int, world_size: int, world: World) -> None:
     group = world.group()
     for operation in (scatter, reducescatter, sendrecv):
         for count in COUNTS:
-            for as_list, async_op, strided in ((True, False, False), (False, True, False), (True, False, True)):
+            for as_list, async_op, strided in (
+                (True, False, False),
+                (False, True, False),
+                (True, False, True),
+            ):
                 operation(group, count, as_list, async_op, strided)
     x = rows(rank, world_size, 4)
     with pytest.raises(col.OptionError, match="copy=False"):

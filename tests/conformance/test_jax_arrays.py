@@ -69,7 +69,9 @@ def donate(rank: int, world_size: int, world: World) -> None:
     report = Report(group)
     calls: dict[str, Callable[[Any], Any]] = {
         "allreduce": lambda x: group.allreduce(x, donate=True),
-        "scatter": lambda x: group.scatter(x, [_fresh(5)] * size if rank == 0 else None, donate=True),
+        "scatter": lambda x: group.scatter(
+            x, [_fresh(5)] * size if rank == 0 else None, donate=True
+        ),
         "reducescatter": lambda x: group.reducescatter(x, [_fresh(5)] * size, donate=True),
         "tree": lambda x: group.allreduce({"k": [x]}, donate=True)["k"][0],
     }
@@ -156,12 +158,16 @@ def sharers_keep_their_values(rank: int, world_size: int, world: World) -> None:
         assert (np.asarray(y) == total).all()
         assert (host == rank + 1).all()
     imports = {
-        "as it is": lambda x: x, "by clone": lambda x: x.clone(),
+        "as it is": lambda x: x,
+        "by clone": lambda x: x.clone(),
         "by addressable_data": lambda x: x.addressable_data(0),
-        "by reshape to its shape": lambda x: x.reshape(x.shape), "by jnp.asarray": jax.numpy.asarray,
+        "by reshape to its shape": lambda x: x.reshape(x.shape),
+        "by jnp.asarray": jax.numpy.asarray,
     }
     for name, derive in imports.items():
-        with report.case(f"an array imported with copy=True, which JAX 0.10.2 does not copy, {name}"):
+        with report.case(
+            f"an array imported with copy=True, which JAX 0.10.2 does not copy, {name}"
+        ):
             host[:] = rank + 1
             x = derive(jax.dlpack.from_dlpack(host, copy=True))
             y = group.allreduce(x, donate=True)
@@ -267,7 +273,9 @@ def arrays_that_cannot_be_used(rank: int, world_size: int, world: World) -> None
                 group.allreduce(tree, donate=donate)
                 return v
 
-            with pytest.raises(col.UnsupportedTensorError, match=r"use the collectives of colltensor\.jax"):
+            with pytest.raises(
+                col.UnsupportedTensorError, match=r"use the collectives of colltensor\.jax"
+            ):
                 jax.jit(call)(1.0)
     assert not concrete.is_deleted()
     assert (np.asarray(group.allreduce(concrete)) == world_size).all()
@@ -281,7 +289,11 @@ def wide_objects(rank: int, world_size: int, world: World) -> None:
     """What is 64 bits wide on one rank is so on all, whether or not they make such arrays themselves."""
     group = world.group()
     jax = _jax()
-    x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
+    x64 = (
+        jax.enable_x64
+        if hasattr(jax, "enable_x64")
+        else importlib.import_module("jax.experimental").enable_x64
+    )
     with x64(rank == 0):
         mine = jax.numpy.array([2**40 + 5, 7]) if rank == 0 else jax.numpy.array([rank, 7])
         everyone = group.allgather_object({"x": mine})

@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import RankPool
-from worlds import Report, Wire, World
+from worlds import Report, Transport, World
 
 import colltensor as col
 
-pytestmark = [pytest.mark.needs("jax"), pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"
-)]
+pytestmark = [
+    pytest.mark.needs("jax"),
+    pytest.mark.skipif(
+        sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"
+    ),
+]
 
 DTYPES = ("float32", "float64", "int32", "uint8", "bool", "complex64", "bfloat16", "float16")
 
@@ -39,10 +42,17 @@ def _values(rank: int, shape: tuple[int, ...], dtype: str = "float32") -> Any:
 
 
 @contextlib.contextmanager
-def _own_group(rank: int, size: int, wire: Wire, name: str, timeout_s: float = 10.0) -> Iterator[Any]:
+def _own_group(
+    rank: int, size: int, transport: Transport, name: str, timeout_s: float = 10.0
+) -> Iterator[Any]:
     group = col.init_collective_group(
-        size, rank, wire.backend, name, init_method=f"file://{os.environ['TMPDIR']}", timeout_s=timeout_s,
-        provider=wire.provider,
+        size,
+        rank,
+        transport.backend,
+        name,
+        init_method=f"file://{os.environ['TMPDIR']}",
+        timeout_s=timeout_s,
+        provider=transport.provider,
     )
     try:
         yield group
@@ -75,7 +85,9 @@ def every_collective(rank: int, size: int, world: World) -> None:
                 y = jax.jit(lambda a: cj.allgather(a, group))(x)
                 assert (np.asarray(y) == np.stack(everyone)).all()
             with report.case("sendrecv", dtype, shape):
-                y = jax.jit(lambda a: cj.sendrecv(a, (rank + 1) % size, (rank - 1) % size, group))(x)
+                y = jax.jit(lambda a: cj.sendrecv(a, (rank + 1) % size, (rank - 1) % size, group))(
+                    x
+                )
                 assert (np.asarray(y) == everyone[rank - 1]).all()
     lists = [_values(other, (size, 6)) for other in range(size)]
     with report.case("reducescatter"):
@@ -93,6 +105,7 @@ def every_collective(rank: int, size: int, world: World) -> None:
         assert (np.asarray(y) == (sum(everyone) if rank == 0 else everyone[rank])).all()
     if size > 1:
         with report.case("send and recv, the result of the send unused"):
+
             def move(a: Any) -> Any:
                 if rank == 0:
                     cj.send(a, size - 1, group)
@@ -119,26 +132,40 @@ def transformations(rank: int, size: int, world: World) -> None:
     total = sum(everyone)
     for name, wrap in (("plain", lambda f: f), ("ordered", cj.ordered)):
         with report.case(name, "fori_loop"):
+
             def loop(a: Any) -> Any:
                 return jax.lax.fori_loop(0, 5, lambda i, b: cj.allreduce(b, group) / size + i, a)
 
             y = jax.jit(wrap(loop))(x)
             assert np.allclose(y, total / size + 10)
         with report.case(name, "scan"):
+
             def summed(a: Any) -> Any:
-                return jax.lax.scan(lambda carry, row: (carry + cj.allreduce(row, group), row.sum()), a[0], a)
+                return jax.lax.scan(
+                    lambda carry, row: (carry + cj.allreduce(row, group), row.sum()), a[0], a
+                )
 
             carry, _ = jax.jit(wrap(summed))(x)
             assert np.allclose(carry, everyone[rank][0] + total.sum(axis=0))
         with report.case(name, "while_loop"):
-            y = jax.jit(wrap(lambda a: jax.lax.while_loop(
-                lambda b: b.max() < 100, lambda b: cj.allreduce(2 * b / size, group), jnp.ones_like(a)
-            )))(x)
+            y = jax.jit(
+                wrap(
+                    lambda a: jax.lax.while_loop(
+                        lambda b: b.max() < 100,
+                        lambda b: cj.allreduce(2 * b / size, group),
+                        jnp.ones_like(a),
+                    )
+                )
+            )(x)
             assert np.allclose(y, 128)
         with report.case(name, "cond"):
-            y = jax.jit(wrap(lambda a, on: jax.lax.cond(
-                on, lambda b: cj.allreduce(b, group), lambda b: cj.broadcast(b, 0, group), a
-            )))(x, False)
+            y = jax.jit(
+                wrap(
+                    lambda a, on: jax.lax.cond(
+                        on, lambda b: cj.allreduce(b, group), lambda b: cj.broadcast(b, 0, group), a
+                    )
+                )
+            )(x, False)
             assert np.allclose(y, everyone[0])
         for axis in (0, 1):
             with report.case(name, "vmap", axis):
@@ -149,22 +176,34 @@ def transformations(rank: int, size: int, world: World) -> None:
                 assert np.allclose(y, np.moveaxis(np.stack(everyone), axis + 1, 0))
         with report.case(name, "vmap of reducescatter"):
             lists = [_values(other, (size, 2, 3), "float64") for other in range(size)]
-            y = jax.vmap(wrap(lambda a: cj.reducescatter(a, group)), in_axes=1)(jnp.asarray(lists[rank]))
+            y = jax.vmap(wrap(lambda a: cj.reducescatter(a, group)), in_axes=1)(
+                jnp.asarray(lists[rank])
+            )
             assert np.allclose(y, sum(lists)[rank])
         with report.case(name, "nested jit, twice"):
             inner = jax.jit(lambda a: cj.allreduce(a, group))
             y = jax.jit(wrap(lambda a: inner(a) + inner(2 * a)))(x)
             assert np.allclose(y, 3 * total)
         with report.case(name, "checkpoint under grad"):
-            y = jax.grad(wrap(lambda a: jax.checkpoint(lambda b: (cj.allreduce(b, group) ** 2).sum())(a)))(x)
+            y = jax.grad(
+                wrap(lambda a: jax.checkpoint(lambda b: (cj.allreduce(b, group) ** 2).sum())(a))
+            )(x)
             assert np.allclose(y, 2 * size * total)
         with report.case(name, "vmap of grad"):
             y = jax.jit(jax.vmap(jax.grad(wrap(lambda a: (cj.allreduce(a, group) ** 2).sum()))))(x)
             assert np.allclose(y, 2 * size * total)
         with report.case(name, "grad of scan"):
-            y = jax.jit(jax.grad(wrap(lambda a: (
-                jax.lax.scan(lambda carry, row: (carry + cj.allreduce(row, group) ** 2, None), a[0], a)[0].sum()
-            ))))(x)
+            y = jax.jit(
+                jax.grad(
+                    wrap(
+                        lambda a: jax.lax.scan(
+                            lambda carry, row: (carry + cj.allreduce(row, group) ** 2, None),
+                            a[0],
+                            a,
+                        )[0].sum()
+                    )
+                )
+            )(x)
             expected = 2 * size * total
             expected[0] += 1
             assert np.allclose(y, expected)
@@ -191,36 +230,50 @@ def derivatives(rank: int, size: int, world: World) -> None:
     def as_rows(array: Any) -> Any:
         return array.reshape(size, 2)
 
-    everyone = np.array([_values(other, (entries,), "float64") * (1 + other) for other in range(size)])
+    everyone = np.array(
+        [_values(other, (entries,), "float64") * (1 + other) for other in range(size)]
+    )
     last = size - 1
     maps = {
         "allreduce": (lambda a: cj.allreduce(a, group), lambda e, r: e.sum(0)),
         "average": (lambda a: cj.allreduce(a, group, average), lambda e, r: e.mean(0)),
         "min": (lambda a: cj.allreduce(a, group, least), lambda e, r: e.min(0)),
-        "reduce": (lambda a: cj.reduce(a, last, group), lambda e, r: e.sum(0) if r == last else e[r]),
+        "reduce": (
+            lambda a: cj.reduce(a, last, group),
+            lambda e, r: e.sum(0) if r == last else e[r],
+        ),
         "reduce, average": (
-            lambda a: cj.reduce(a, last, group, average), lambda e, r: e.mean(0) if r == last else e[r]
+            lambda a: cj.reduce(a, last, group, average),
+            lambda e, r: e.mean(0) if r == last else e[r],
         ),
         "broadcast": (lambda a: cj.broadcast(a, last, group), lambda e, r: e[last]),
         "allgather": (lambda a: cj.allgather(a, group), lambda e, r: e),
-        "reducescatter": (lambda a: cj.reducescatter(as_rows(a), group), lambda e, r: as_rows(e.sum(0))[r]),
+        "reducescatter": (
+            lambda a: cj.reducescatter(as_rows(a), group),
+            lambda e, r: as_rows(e.sum(0))[r],
+        ),
         "reducescatter, average": (
-            lambda a: cj.reducescatter(as_rows(a), group, average), lambda e, r: as_rows(e.mean(0))[r]
+            lambda a: cj.reducescatter(as_rows(a), group, average),
+            lambda e, r: as_rows(e.mean(0))[r],
         ),
         "sendrecv": (
-            lambda a: cj.sendrecv(a, (rank + 1) % size, (rank - 1) % size, group), lambda e, r: e[r - 1]
+            lambda a: cj.sendrecv(a, (rank + 1) % size, (rank - 1) % size, group),
+            lambda e, r: e[r - 1],
         ),
     }
     if size > 1:
+
         def move(a: Any) -> Any:
             a = cj.send(a, last, group) if rank == 0 else a
             return cj.recv(a, 0, group) if rank == last else a
 
         maps["send and recv"] = (move, lambda e, r: e[0] if r == last else e[r])
     for name, (function, model) in maps.items():
+
         def losses(e: Any, model: Any = model) -> float:
             return sum(
-                float((np.ravel(model(e, r)) * _weights(r, np.ravel(model(e, r)).size)).sum()) for r in range(size)
+                float((np.ravel(model(e, r)) * _weights(r, np.ravel(model(e, r)).size)).sum())
+                for r in range(size)
             )
 
         step = 1e-6
@@ -236,8 +289,11 @@ def derivatives(rank: int, size: int, world: World) -> None:
             return (y * _weights(rank, y.size)).sum()
 
         x = jnp.asarray(everyone[rank])
-        for how, gradient in (("jit", jax.jit(jax.grad(loss))), ("eager", jax.grad(loss)),
-                              ("ordered", jax.jit(jax.grad(cj.ordered(loss))))):
+        for how, gradient in (
+            ("jit", jax.jit(jax.grad(loss))),
+            ("eager", jax.grad(loss)),
+            ("ordered", jax.jit(jax.grad(cj.ordered(loss)))),
+        ):
             with report.case("gradient", name, how):
                 assert np.allclose(gradient(x), expected, atol=1e-6)
         with report.case("tangent", name):
@@ -246,9 +302,14 @@ def derivatives(rank: int, size: int, world: World) -> None:
             moved = [np.ravel(model(everyone + sign * step * tangents, rank)) for sign in (1, -1)]
             assert np.allclose(np.ravel(tangent), (moved[0] - moved[1]) / (2 * step), atol=1e-6)
     with report.case("second derivative"):
-        y = jax.jit(jax.grad(lambda a: jax.grad(lambda b: (cj.allreduce(b, group) ** 3).sum())(a).sum()))(x)
+        y = jax.jit(
+            jax.grad(lambda a: jax.grad(lambda b: (cj.allreduce(b, group) ** 3).sum())(a).sum())
+        )(x)
         assert np.allclose(y, 6 * size**2 * everyone.sum(0))
-    with report.case("a product has none"), pytest.raises(NotImplementedError, match="SUM, AVERAGE"):
+    with (
+        report.case("a product has none"),
+        pytest.raises(NotImplementedError, match="SUM, AVERAGE"),
+    ):
         jax.grad(lambda a: cj.allreduce(a, group, col.ReduceOp.PRODUCT).sum())(x)
     report.done()
 
@@ -265,13 +326,17 @@ def _program(cj: Any, jnp: Any, group: Any, x: Any) -> list[Any]:
     first = x
     for _ in range(4):
         first = first @ first / x.shape[0]
-    return [cj.allreduce(first[0] * 0 + 1, group)] + [cj.allreduce(x[k] * 0 + k + 1, group) for k in range(1, MANY)]
+    return [cj.allreduce(first[0] * 0 + 1, group)] + [
+        cj.allreduce(x[k] * 0 + k + 1, group) for k in range(1, MANY)
+    ]
 
 
-def mixed_order(rank: int, size: int, wire: Wire, name: str, others: str, tokens: bool) -> bool:
+def mixed_order(
+    rank: int, size: int, transport: Transport, name: str, others: str, tokens: bool
+) -> bool:
     """Return whether a jitted rank's calls meet the same calls of eager ranks."""
     jax, jnp, cj = _jax()
-    with _own_group(rank, size, wire, name) as group:
+    with _own_group(rank, size, transport, name) as group:
         if rank != 0:
             found = []
             for k in range(MANY):
@@ -282,7 +347,10 @@ def mixed_order(rank: int, size: int, wire: Wire, name: str, others: str, tokens
         order = importlib.import_module("colltensor.jax._order")
         lower_to = order.lower_to
         if not tokens:
-            def without(target: str, context: Any, operand: Any, aliased: bool, attributes: Any) -> Any:
+
+            def without(
+                target: str, context: Any, operand: Any, aliased: bool, attributes: Any
+            ) -> Any:
                 rule = jax.ffi.ffi_lowering(target, has_side_effect=True)
                 context.set_tokens_out(context.tokens_in)
                 return rule(context, operand, **attributes)
@@ -295,27 +363,37 @@ def mixed_order(rank: int, size: int, wire: Wire, name: str, others: str, tokens
             order.lower_to = lower_to
 
 
-def test_order_among_eager_ranks(pool: RankPool, wire: Wire, libraries: tuple[str, ...]) -> None:
+def test_order_among_eager_ranks(
+    pool: RankPool, transport: Transport, libraries: tuple[str, ...]
+) -> None:
     for size in (2, 3):
         others = "torch" if "torch" in libraries else "numpy"
-        assert pool.run(size, mixed_order, wire, uuid.uuid4().hex, others, True) == [True] * size
+        assert (
+            pool.run(size, mixed_order, transport, uuid.uuid4().hex, others, True) == [True] * size
+        )
         # The proof that the tokens are needed: XLA's own order pairs equal shapes wrongly, and nobody notices.
-        assert pool.run(size, mixed_order, wire, uuid.uuid4().hex, "numpy", False) == [False] * size
+        assert (
+            pool.run(size, mixed_order, transport, uuid.uuid4().hex, "numpy", False)
+            == [False] * size
+        )
 
 
-def follows(rank: int, size: int, wire: Wire, name: str, waits: bool) -> bool:
+def follows(rank: int, size: int, transport: Transport, name: str, waits: bool) -> bool:
     """Return whether an eager call comes after a jitted one that was started before and is still computing."""
     jax, jnp, cj = _jax()
-    with _own_group(rank, size, wire, name) as group:
+    with _own_group(rank, size, transport, name) as group:
         if rank != 0:
             assert float(group.allreduce(np.full(4, 5.0))[0]) == 5.0 * size
-            return [float(group.allreduce(np.full(4, value))[0]) for value in (1.0, 10.0, 100.0)] == [
-                size * 1.0, size * 10.0, size * 100.0
-            ]
+            return [
+                float(group.allreduce(np.full(4, value))[0]) for value in (1.0, 10.0, 100.0)
+            ] == [size * 1.0, size * 10.0, size * 100.0]
 
         def slow(a: Any, value: Any) -> Any:
-            return cj.allreduce(jnp.full(4, value) + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0],
-                                group)
+            return cj.allreduce(
+                jnp.full(4, value)
+                + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0],
+                group,
+            )
 
         step, square = jax.jit(slow), jnp.ones((512, 512))
         assert float(step(square, 5.0)[0]) == 5.0 * size
@@ -324,21 +402,29 @@ def follows(rank: int, size: int, wire: Wire, name: str, waits: bool) -> bool:
         first = step(square, 1.0)
         second = group.allreduce(np.full(4, 10.0))
         third = step(square, 100.0)
-        return [float(y[0]) for y in (first, second, third)] == [size * 1.0, size * 10.0, size * 100.0]
+        return [float(y[0]) for y in (first, second, third)] == [
+            size * 1.0,
+            size * 10.0,
+            size * 100.0,
+        ]
 
 
-def test_eager_calls_follow_jitted_ones(pool: RankPool, wire: Wire) -> None:
-    assert pool.run(2, follows, wire, uuid.uuid4().hex, True) == [True, True]
-    assert pool.run(2, follows, wire, uuid.uuid4().hex, False) == [False, False]
+def test_eager_calls_follow_jitted_ones(pool: RankPool, transport: Transport) -> None:
+    assert pool.run(2, follows, transport, uuid.uuid4().hex, True) == [True, True]
+    assert pool.run(2, follows, transport, uuid.uuid4().hex, False) == [False, False]
 
 
-def started_one_after_the_other(rank: int, size: int, wire: Wire, name: str) -> None:
+def started_one_after_the_other(rank: int, size: int, transport: Transport, name: str) -> None:
     """A computation that takes long and one that does not, without waiting, in both spellings and mixed."""
     jax, jnp, cj = _jax()
-    with _own_group(rank, size, wire, name) as group:
+    with _own_group(rank, size, transport, name) as group:
+
         def slow(a: Any, value: Any) -> Any:
-            return cj.allreduce(jnp.full(4, value) + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0],
-                                group)
+            return cj.allreduce(
+                jnp.full(4, value)
+                + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0],
+                group,
+            )
 
         def quick(a: Any, value: Any) -> Any:
             return cj.allreduce(jnp.full(4, value), group)
@@ -350,31 +436,38 @@ def started_one_after_the_other(rank: int, size: int, wire: Wire, name: str) -> 
                     steps = (first, second, first, second)
                     numbers = [float(value + k) for k in range(4)]
                     if rank == 0:
-                        found = [step(square, number) for step, number in zip(steps, numbers, strict=True)]
+                        found = [
+                            step(square, number)
+                            for step, number in zip(steps, numbers, strict=True)
+                        ]
                     else:
                         found = [group.allreduce(np.full(4, number)) for number in numbers]
                     assert [float(y[0]) for y in found] == [size * number for number in numbers]
                     value += 4
 
 
-def test_computations_run_in_the_order_in_which_they_were_started(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, started_one_after_the_other, wire, uuid.uuid4().hex)
+def test_computations_run_in_the_order_in_which_they_were_started(
+    pool: RankPool, transport: Transport
+) -> None:
+    pool.run(2, started_one_after_the_other, transport, uuid.uuid4().hex)
 
 
-def jitted_after_asynchronous(rank: int, size: int, wire: Wire, name: str) -> None:
+def jitted_after_asynchronous(rank: int, size: int, transport: Transport, name: str) -> None:
     jax, jnp, cj = _jax()
-    with _own_group(rank, size, wire, name) as group:
+    with _own_group(rank, size, transport, name) as group:
         step = jax.jit(lambda a: cj.allreduce(a, group))
         assert float(step(jnp.ones(3, "float64"))[0]) == size
         for _ in range(5):
             works = [group.allreduce(np.full(3, k + 1.0), async_op=True) for k in range(4)]
             last = step(jnp.full(3, 10.0)) if rank == 0 else group.allreduce(np.full(3, 10.0))
-            assert [float(work.result()[0]) for work in works] == [size * (k + 1.0) for k in range(4)]
+            assert [float(work.result()[0]) for work in works] == [
+                size * (k + 1.0) for k in range(4)
+            ]
             assert float(last[0]) == size * 10
 
 
-def test_jitted_calls_follow_asynchronous_ones(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, jitted_after_asynchronous, wire, uuid.uuid4().hex)
+def test_jitted_calls_follow_asynchronous_ones(pool: RankPool, transport: Transport) -> None:
+    pool.run(2, jitted_after_asynchronous, transport, uuid.uuid4().hex)
 
 
 def mixed_operations(rank: int, size: int, world: World) -> None:
@@ -385,19 +478,30 @@ def mixed_operations(rank: int, size: int, world: World) -> None:
     lists = [_values(other, (size, 3)) for other in range(size)]
     mine = everyone[rank].copy()
     if rank == 0:
+
         def program(a: Any, rows: Any) -> Any:
             return (
-                cj.allreduce(a, group, col.ReduceOp.MAX), cj.broadcast(a, 1, group), cj.allgather(a, group),
-                cj.reducescatter(rows, group), cj.reduce(a, 1, group), cj.send(a, 1, group), cj.recv(a, 1, group),
+                cj.allreduce(a, group, col.ReduceOp.MAX),
+                cj.broadcast(a, 1, group),
+                cj.allgather(a, group),
+                cj.reducescatter(rows, group),
+                cj.reduce(a, 1, group),
+                cj.send(a, 1, group),
+                cj.recv(a, 1, group),
                 cj.sendrecv(a, 1, size - 1, group),
             )
 
-        results = [np.asarray(y) for y in jax.jit(program)(jnp.asarray(mine), jnp.asarray(lists[0]))]
+        results = [
+            np.asarray(y) for y in jax.jit(program)(jnp.asarray(mine), jnp.asarray(lists[0]))
+        ]
     else:
         gathered = [np.empty_like(mine) for _ in range(size)]
         results = [group.allreduce(mine.copy(), col.ReduceOp.MAX), group.broadcast(mine.copy(), 1)]
         results += [np.stack(group.allgather(gathered, mine))]
-        results += [group.reducescatter(np.empty(3, "float32"), list(lists[rank])), group.reduce(mine.copy(), 1)]
+        results += [
+            group.reducescatter(np.empty(3, "float32"), list(lists[rank])),
+            group.reduce(mine.copy(), 1),
+        ]
         received = mine.copy()
         if rank == 1:
             group.recv(received, 0)
@@ -405,9 +509,14 @@ def mixed_operations(rank: int, size: int, world: World) -> None:
         shifted = group.sendrecv(mine, (rank + 1) % size, np.empty_like(mine), rank - 1)
         results += [received, mine if rank else everyone[1], shifted]
     expected = [
-        np.max(everyone, axis=0), everyone[1], np.stack(everyone), sum(lists)[rank],
-        sum(everyone) if rank == 1 else everyone[rank], everyone[0] if rank < 2 else everyone[rank],
-        everyone[1] if rank == 0 else everyone[rank], everyone[rank - 1],
+        np.max(everyone, axis=0),
+        everyone[1],
+        np.stack(everyone),
+        sum(lists)[rank],
+        sum(everyone) if rank == 1 else everyone[rank],
+        everyone[0] if rank < 2 else everyone[rank],
+        everyone[1] if rank == 0 else everyone[rank],
+        everyone[rank - 1],
     ]
     for y, wanted in zip(results, expected, strict=True):
         assert (y == wanted).all()
@@ -420,7 +529,10 @@ def test_jitted_and_eager_ranks_make_every_call_together(pool: RankPool, ranks: 
 def donated(rank: int, size: int, world: World) -> None:
     group = world.group()
     jax, jnp, cj = _jax()
-    for function in (lambda a: cj.allreduce(a, group), cj.ordered(lambda a: cj.allreduce(a, group))):
+    for function in (
+        lambda a: cj.allreduce(a, group),
+        cj.ordered(lambda a: cj.allreduce(a, group)),
+    ):
         for count in (1000, 300_000):
             x = (jnp.zeros(count, "float32") + rank).block_until_ready()
             pointer = x.unsafe_buffer_pointer()
@@ -437,9 +549,9 @@ def test_a_donated_argument_keeps_its_memory(pool: RankPool, world: World) -> No
     pool.run(world.size, donated, world)
 
 
-def mismatch(rank: int, size: int, wire: Wire, name: str) -> None:
+def mismatch(rank: int, size: int, transport: Transport, name: str) -> None:
     jax, jnp, cj = _jax()
-    with _own_group(rank, size, wire, name) as group:
+    with _own_group(rank, size, transport, name) as group:
         step = jax.jit(lambda a: cj.allreduce(a, group))
         if rank == size - 1:
             with pytest.raises(col.MismatchError):
@@ -460,17 +572,20 @@ def mismatch(rank: int, size: int, wire: Wire, name: str) -> None:
         assert float(step(jnp.ones(4))[0]) == size
 
 
-def test_a_mismatch_is_an_error_and_the_group_goes_on(pool: RankPool, wire: Wire) -> None:
+def test_a_mismatch_is_an_error_and_the_group_goes_on(pool: RankPool, transport: Transport) -> None:
     for size in (2, 3):
-        pool.run(size, mismatch, wire, uuid.uuid4().hex)
+        pool.run(size, mismatch, transport, uuid.uuid4().hex)
 
 
 def failure_in_the_background(rank: int, size: int, name: str) -> None:
     """JAX keeps the failure of a computation that ran in its own threads: documented, with the way out."""
     jax, jnp, cj = _jax()
-    with _own_group(rank, size, Wire("shm", None), name) as group:
+    with _own_group(rank, size, Transport("shm", None), name) as group:
+
         def slow(a: Any, b: Any) -> Any:
-            return cj.allreduce(b + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0], group)
+            return cj.allreduce(
+                b + 0 * jax.lax.fori_loop(0, 60, lambda _, y: y @ y / 512, a)[0, 0], group
+            )
 
         square = jnp.ones((512, 512))
         for step in (jax.jit(slow), jax.jit(cj.ordered(slow))):
@@ -490,9 +605,9 @@ def test_a_failure_in_the_background_can_be_left_behind(pool: RankPool) -> None:
     pool.run(2, failure_in_the_background, uuid.uuid4().hex)
 
 
-def a_rank_dies(rank: int, size: int, wire: Wire, name: str, how: str) -> None:
+def a_rank_dies(rank: int, size: int, transport: Transport, name: str, how: str) -> None:
     jax, jnp, cj = _jax()
-    with _own_group(rank, size, wire, name, timeout_s=2.0 if how == "late" else 10.0) as group:
+    with _own_group(rank, size, transport, name, timeout_s=2.0 if how == "late" else 10.0) as group:
         step = jax.jit(lambda a: jax.lax.fori_loop(0, 3, lambda _, b: cj.allreduce(b, group), a))
         assert float(step(jnp.ones(4))[0]) == size**3
         if rank == size - 1:
@@ -512,15 +627,17 @@ def a_rank_dies(rank: int, size: int, wire: Wire, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["dies", "late"])
-def test_a_dead_or_late_rank_is_an_error_and_no_hang(pool: RankPool, wire: Wire, how: str) -> None:
-    pool.run(3, a_rank_dies, wire, uuid.uuid4().hex, how, may_die={2} if how == "dies" else ())
+def test_a_dead_or_late_rank_is_an_error_and_no_hang(
+    pool: RankPool, transport: Transport, how: str
+) -> None:
+    pool.run(3, a_rank_dies, transport, uuid.uuid4().hex, how, may_die={2} if how == "dies" else ())
 
 
-def remade(rank: int, size: int, wire: Wire, name: str) -> None:
+def remade(rank: int, size: int, transport: Transport, name: str) -> None:
     jax, jnp, cj = _jax()
     step = jax.jit(lambda a: cj.allreduce(a, name))
     for _ in range(2):
-        with _own_group(rank, size, wire, name):
+        with _own_group(rank, size, transport, name):
             fresh = jax.jit(lambda a: cj.allreduce(a, name))
             assert float(fresh(jnp.ones(4))[0]) == size
             if _ == 0:
@@ -533,8 +650,10 @@ def remade(rank: int, size: int, wire: Wire, name: str) -> None:
         fresh(jnp.ones(4)).block_until_ready()
 
 
-def test_a_function_of_a_group_that_was_made_again_says_so(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, remade, wire, uuid.uuid4().hex)
+def test_a_function_of_a_group_that_was_made_again_says_so(
+    pool: RankPool, transport: Transport
+) -> None:
+    pool.run(2, remade, transport, uuid.uuid4().hex)
 
 
 def optax_step(rank: int, size: int, world: World, average: bool) -> None:
@@ -542,12 +661,17 @@ def optax_step(rank: int, size: int, world: World, average: bool) -> None:
     jax, jnp, cj = _jax()
     optax = importlib.import_module("optax")
     transform = optax.chain(cj.sync_gradients(group, average=average), optax.sgd(1.0))
-    params = {"w": jnp.zeros((3, 2), "float32"), "b": [jnp.zeros(4, "float32"), jnp.zeros((), "bfloat16")]}
+    params = {
+        "w": jnp.zeros((3, 2), "float32"),
+        "b": [jnp.zeros(4, "float32"), jnp.zeros((), "bfloat16")],
+    }
     state = transform.init(params)
 
     @jax.jit
     def step(params: Any, state: Any, scale: Any) -> Any:
-        gradients = jax.tree.map(lambda leaf: jnp.ones_like(leaf) * scale.astype(leaf.dtype), params)
+        gradients = jax.tree.map(
+            lambda leaf: jnp.ones_like(leaf) * scale.astype(leaf.dtype), params
+        )
         updates, state = transform.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -579,7 +703,11 @@ def test_without_jax_tvm_ffi_the_error_names_the_extra() -> None:
         print(col.allreduce(jax.numpy.ones(3)))
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=True,
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert "pip install 'jax-tvm-ffi>=" in result.stdout

@@ -20,9 +20,13 @@ from worlds import World
 
 import colltensor as col
 
-pytestmark = [pytest.mark.needs("jax"), pytest.mark.shm, pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"
-)]
+pytestmark = [
+    pytest.mark.needs("jax"),
+    pytest.mark.shm,
+    pytest.mark.skipif(
+        sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"
+    ),
+]
 SHARED = World(2, "shm", None)
 
 
@@ -54,14 +58,16 @@ def replicated(rank: int, size: int, world: World) -> None:
     group = world.group()
     jax, jnp, cj = _jax()
     page = (Path(__file__).parents[2] / "docs" / "jax.md").read_text()
-    [recipe] = re.findall(r"```python\n(@functools.*?)```", page, re.DOTALL)
+    [options] = re.findall(r"```python\n(@functools.*?)```", page, re.DOTALL)
     names: dict[str, Any] = {"functools": functools, "jax": jax, "cj": cj}
-    exec(recipe, names)
+    exec(options, names)
     x = jnp.arange(3.0) + rank
     summed = sum(np.arange(3.0) + other for other in range(size))
     for function, factor in ((names["replicated_sum"], 1), (cj.allreduce, size)):
         for wrap in (lambda f: f, jax.jit):
-            value, gradient = wrap(jax.value_and_grad(lambda y, f=function: (f(y, group) ** 2).sum()))(x)
+            value, gradient = wrap(
+                jax.value_and_grad(lambda y, f=function: (f(y, group) ** 2).sum())
+            )(x)
             assert np.allclose(value, (summed**2).sum())
             assert np.allclose(gradient, factor * 2 * summed)
 
@@ -75,7 +81,8 @@ def sparse_operands(rank: int, size: int, world: World) -> None:
     jax, jnp, cj = _jax()
     array = importlib.import_module("jax.experimental.sparse").BCOO.fromdense(jnp.eye(2))
     calls = {
-        "allreduce": lambda x: cj.allreduce(x, group), "reduce": lambda x: cj.reduce(x, 0, group),
+        "allreduce": lambda x: cj.allreduce(x, group),
+        "reduce": lambda x: cj.reduce(x, 0, group),
         "allgather": lambda x: cj.allgather([x], group),
         "mean": lambda x: cj.allreduce({"a": x}, group, col.ReduceOp.AVERAGE),
         "tree_allreduce": lambda x: cj.tree_allreduce({"a": [x]}, group),
@@ -95,7 +102,9 @@ def axis_names(rank: int, size: int, world: World) -> None:
     group = world.group()
     jax, jnp, cj = _jax()
     for wrap in (lambda f: f, cj.ordered):
-        mapped = jax.vmap(wrap(lambda a: jax.lax.psum(cj.allreduce(a, group), "batch")), axis_name="batch")
+        mapped = jax.vmap(
+            wrap(lambda a: jax.lax.psum(cj.allreduce(a, group), "batch")), axis_name="batch"
+        )
         assert np.allclose(mapped(jnp.ones((3, 2))), 3 * size)
         assert np.allclose(jax.jit(mapped)(jnp.ones((3, 2))), 3 * size)
 
@@ -108,7 +117,10 @@ def without_jit(rank: int, size: int, world: World) -> None:
     group = world.group()
     jax, jnp, cj = _jax()
     with jax.disable_jit():
-        for function in (lambda a: cj.allreduce(a, group), cj.ordered(lambda a: cj.allreduce(a, group))):
+        for function in (
+            lambda a: cj.allreduce(a, group),
+            cj.ordered(lambda a: cj.allreduce(a, group)),
+        ):
             assert np.allclose(function(jnp.full(3, rank + 1.0)), sum(range(1, size + 1)))
             assert np.allclose(jax.grad(lambda a, f=function: f(a).sum())(jnp.ones(3)), size)
 
@@ -122,8 +134,11 @@ def wrong_ranks(rank: int, size: int, world: World) -> None:
     jax, jnp, cj = _jax()
     x = jnp.ones(3)
     calls = [
-        lambda r: cj.broadcast(x, r, group), lambda r: cj.reduce(x, r, group), lambda r: cj.send(x, r, group),
-        lambda r: cj.recv(x, r, group), lambda r: cj.sendrecv(x, r, rank, group),
+        lambda r: cj.broadcast(x, r, group),
+        lambda r: cj.reduce(x, r, group),
+        lambda r: cj.send(x, r, group),
+        lambda r: cj.recv(x, r, group),
+        lambda r: cj.sendrecv(x, r, rank, group),
         lambda r: cj.sendrecv(x, rank, r, group),
     ]
     for call in calls:
@@ -161,10 +176,17 @@ def trees(rank: int, size: int, world: World) -> None:
     jax, jnp, cj = _jax()
 
     def tree(of: int) -> Any:
-        return [jnp.full((2, 3), of + 1.0), {"b": jnp.arange(4.0) + of, "c": jnp.full((), of + 3)}, (jnp.int32(of),)]
+        return [
+            jnp.full((2, 3), of + 1.0),
+            {"b": jnp.arange(4.0) + of, "c": jnp.full((), of + 3)},
+            (jnp.int32(of),),
+        ]
 
     def lists(of: int) -> Any:
-        return [jnp.arange(2.0 * size).reshape(size, 2) + of, jnp.arange(6.0 * size).reshape(size, 3, 2) * (of + 1)]
+        return [
+            jnp.arange(2.0 * size).reshape(size, 2) + of,
+            jnp.arange(6.0 * size).reshape(size, 3, 2) * (of + 1),
+        ]
 
     to, source = (rank + 1) % size, (rank - 1) % size
     everyone = [tree(of) for of in range(size)]
@@ -174,10 +196,14 @@ def trees(rank: int, size: int, world: World) -> None:
         "allreduce": (lambda x: cj.allreduce(x, group), total),
         "reduce": (lambda x: cj.reduce(x, 0, group), everyone[rank] if rank else total),
         "broadcast": (lambda x: cj.broadcast(x, 1, group), everyone[1]),
-        "allgather": (lambda x: cj.allgather(x, group), jax.tree.map(lambda *leaves: jnp.stack(leaves), *everyone)),
+        "allgather": (
+            lambda x: cj.allgather(x, group),
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *everyone),
+        ),
         "sendrecv": (lambda x: cj.sendrecv(x, to, source, group), everyone[source]),
         "send and recv": (
-            (lambda x: cj.send(x, 1, group)) if rank == 0 else (lambda x: cj.recv(x, 0, group)), everyone[0]
+            (lambda x: cj.send(x, 1, group)) if rank == 0 else (lambda x: cj.recv(x, 0, group)),
+            everyone[0],
         ),
     }
     for wrap in (lambda f: f, jax.jit):
@@ -190,7 +216,9 @@ def trees(rank: int, size: int, world: World) -> None:
         found = wrap(lambda x: cj.reducescatter(x, group))(lists(rank))
         for got, wanted in zip(found, part, strict=True):
             np.testing.assert_array_equal(got, wanted)
-    gradient = jax.grad(lambda x: sum(leaf.sum() for leaf in cj.allreduce(x, group)))([jnp.ones(2), jnp.ones((2, 2))])
+    gradient = jax.grad(lambda x: sum(leaf.sum() for leaf in cj.allreduce(x, group)))(
+        [jnp.ones(2), jnp.ones((2, 2))]
+    )
     assert [leaf.shape for leaf in gradient] == [(2,), (2, 2)]
     assert all((np.asarray(leaf) == size).all() for leaf in gradient)
 
@@ -233,7 +261,11 @@ def _alone(script: str) -> str:
     """Run a script in a process of its own, with two devices of JAX's; return what it prints."""
     options = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env={**os.environ, **options},
     )
     assert result.returncode == 0, result.stderr

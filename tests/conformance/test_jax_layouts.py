@@ -35,7 +35,9 @@ def _laid_out(values: np.ndarray, order: Sequence[int]) -> Any:
     permuted = np.ascontiguousarray(values.transpose(order))
     layout = importlib.import_module("jax.experimental.layout")
     if hasattr(layout, "DeviceLocalLayout"):
-        x = jax.device_put(values, layout.Layout(layout.DeviceLocalLayout(tuple(order)), _sharding(jax)))
+        x = jax.device_put(
+            values, layout.Layout(layout.DeviceLocalLayout(tuple(order)), _sharding(jax))
+        )
     elif _from_dlpack:
         memory = np.empty(values.nbytes + 64, np.uint8)
         start = -memory.ctypes.data % 64
@@ -45,7 +47,8 @@ def _laid_out(values: np.ndarray, order: Sequence[int]) -> Any:
     else:
         x = jax.device_put(values, layout.Format(layout.Layout(tuple(order)), _sharding(jax)))
     raw = (ctypes.c_float * values.size).from_address(x.block_until_ready().unsafe_buffer_pointer())
-    assert (np.frombuffer(raw, np.float32) == permuted.ravel()).all()  # else the test would test nothing
+    # else the test would test nothing
+    assert (np.frombuffer(raw, np.float32) == permuted.ravel()).all()
     assert (np.asarray(x) == values).all()
     return x
 
@@ -65,9 +68,14 @@ def every_operation(rank: int, world_size: int, world: World, alone: bool) -> No
     report = Report(group)
     to, of = (rank + 1) % size, (rank - 1) % size
     for shape, order in LAYOUTS:
+
         def make(start: float, shape: Any = shape, order: Any = order) -> Any:
             values = _numbers(shape, start)
-            return importlib.import_module("jax").numpy.asarray(values) if alone and rank else _laid_out(values, order)
+            return (
+                importlib.import_module("jax").numpy.asarray(values)
+                if alone and rank
+                else _laid_out(values, order)
+            )
 
         def base(start: float, shape: Any = shape) -> np.ndarray:
             return _numbers(shape, start)
@@ -88,28 +96,47 @@ def every_operation(rank: int, world_size: int, world: World, alone: bool) -> No
             "broadcast of 0": (lambda: group.broadcast(make(rank), 0), base(0)),
             "broadcast, donated": (lambda: group.broadcast(make(rank), 0, donate=True), base(0)),
             "allgather": (lambda: group.allgather(blocks(9), make(rank)), everyone),
-            "gather": (lambda: group.gather(blocks(9), make(rank), 0), everyone if rank == 0 else blocks(9)),
-            "scatter": (lambda: group.scatter(make(9), blocks(0) if rank == 0 else None, 0), base(rank)),
+            "gather": (
+                lambda: group.gather(blocks(9), make(rank), 0),
+                everyone if rank == 0 else blocks(9),
+            ),
+            "scatter": (
+                lambda: group.scatter(make(9), blocks(0) if rank == 0 else None, 0),
+                base(rank),
+            ),
             "reducescatter": (lambda: group.reducescatter(make(9), blocks(0)), size * base(rank)),
             "alltoall": (
-                lambda: group.alltoall(blocks(9), blocks(size * rank)), [base(size * r + rank) for r in range(size)]
+                lambda: group.alltoall(blocks(9), blocks(size * rank)),
+                [base(size * r + rank) for r in range(size)],
             ),
             "sendrecv": (lambda: group.sendrecv(make(rank), to, make(9), of), base(of)),
-            "tree": (lambda: list(group.allreduce({"a": make(rank), "b": [make(rank + 1)]}).values()),
-                     [total, [total + size]]),
-            "tree, donated": (lambda: group.allreduce([make(rank), make(0)], donate=True), [total, size * base(0)]),
-            "tree, broadcast": (lambda: group.broadcast([make(rank), make(rank)], 0), [base(0)] * 2),
+            "tree": (
+                lambda: list(group.allreduce({"a": make(rank), "b": [make(rank + 1)]}).values()),
+                [total, [total + size]],
+            ),
+            "tree, donated": (
+                lambda: group.allreduce([make(rank), make(0)], donate=True),
+                [total, size * base(0)],
+            ),
+            "tree, broadcast": (
+                lambda: group.broadcast([make(rank), make(rank)], 0),
+                [base(0)] * 2,
+            ),
             "sync_gradients": (
-                lambda: sync_gradients([make(rank), make(rank)], group=group, average=False), [total, total]
+                lambda: sync_gradients([make(rank), make(rank)], group=group, average=False),
+                [total, total],
             ),
             "Synchronizer": (
-                lambda: Synchronizer([make(0), make(1)], group=group, average=False).sync([make(rank), make(0)]),
+                lambda: Synchronizer([make(0), make(1)], group=group, average=False).sync(
+                    [make(rank), make(0)]
+                ),
                 [total, size * base(0)],
             ),
         }
         if size > 1 and rank < 2:
             cases["send and recv"] = (
-                lambda: group.send(make(0), 1) if rank == 0 else group.recv(make(9), 0), base(0)
+                lambda: group.send(make(0), 1) if rank == 0 else group.recv(make(9), 0),
+                base(0),
             )
         for name, (call, expected) in cases.items():
             with report.case(name, shape):
@@ -117,7 +144,9 @@ def every_operation(rank: int, world_size: int, world: World, alone: bool) -> No
         with report.case("one array of all", shape):
             stack = group.allgather(_stacked(base(9), size, order), make(rank))
             assert (np.asarray(stack) == np.stack(everyone)).all()
-            stack = group.alltoall(_stacked(base(9), size, order), _stacked(base(rank), size, order))
+            stack = group.alltoall(
+                _stacked(base(9), size, order), _stacked(base(rank), size, order)
+            )
             assert (np.asarray(stack) == np.stack(everyone)).all()
         with report.case("what was given stays as it was", shape):
             x = make(rank)

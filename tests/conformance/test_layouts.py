@@ -8,18 +8,26 @@ from oracle import combined, moved, reduced
 from pool import RankPool
 from samples import EMPTY, LAYOUTS, SCALARS, Layout, Sample, dense, library_for
 from test_moves import OPERATIONS, Mover
-from worlds import Report, Wire, World, assert_same_bits
+from worlds import Report, Transport, World, assert_same_bits
 
 import colltensor as col
 
-REDUCTIONS = (("float32", "SUM"), ("bfloat16", "MAX"), ("int64", "MIN"), ("bool", "SUM"), ("complex64", "SUM"))
+REDUCTIONS = (
+    ("float32", "SUM"),
+    ("bfloat16", "MAX"),
+    ("int64", "MIN"),
+    ("bool", "SUM"),
+    ("complex64", "SUM"),
+)
 
 
 def layouts_of_all(libraries: tuple[str, ...]) -> list[tuple[int, Layout]]:
     return list(enumerate((*LAYOUTS, *SCALARS, *EMPTY)))
 
 
-def work_on_layouts(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def work_on_layouts(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     for number, layout in layouts_of_all(libraries):
@@ -31,7 +39,9 @@ def work_on_layouts(rank: int, world_size: int, world: World, libraries: tuple[s
         expected, tolerance = combined(dtype, op, inputs)
         with report.case("allreduce", layout.name, dtype) as name:
             sample = Sample(library, dtype, layout, inputs[rank])
-            got = sample.check_result(group.allreduce(sample.tensor, col.ReduceOp[op]), expected, tolerance)
+            got = sample.check_result(
+                group.allreduce(sample.tensor, col.ReduceOp[op]), expected, tolerance
+            )
             report.same_everywhere(name, got.tobytes())
         with report.case("reduce", layout.name, dtype):
             sample = Sample(library, dtype, layout, inputs[rank])
@@ -43,7 +53,9 @@ def work_on_layouts(rank: int, world_size: int, world: World, libraries: tuple[s
         with report.case("reducescatter", layout.name, dtype):
             source = Sample(library, dtype, layout, inputs[rank])
             target = Sample(library, dtype, layout, inputs[rank])
-            result = group.reducescatter(target.tensor, [source.tensor] * world_size, col.ReduceOp[op])
+            result = group.reducescatter(
+                target.tensor, [source.tensor] * world_size, col.ReduceOp[op]
+            )
             target.check_result(result, expected, tolerance)
             source.check_untouched()
         for operation in OPERATIONS:
@@ -52,11 +64,15 @@ def work_on_layouts(rank: int, world_size: int, world: World, libraries: tuple[s
     return report.done()
 
 
-def test_every_operation_on_every_layout(pool: RankPool, world: World, arrays: tuple[str, ...]) -> None:
+def test_every_operation_on_every_layout(
+    pool: RankPool, world: World, arrays: tuple[str, ...]
+) -> None:
     assert_same_bits(pool.run(world.size, work_on_layouts, world, arrays))
 
 
-def meet_with_different_layouts(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def meet_with_different_layouts(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     """Rank r brings layout r + n: elements are matched by row-major index, shapes are not compared."""
     group = world.group()
     report = Report(group)
@@ -67,7 +83,9 @@ def meet_with_different_layouts(rank: int, world_size: int, world: World, librar
         inputs = [reduced("float64", 24, peer, number) for peer in range(world_size)]
         with report.case("allreduce", number, layout.name) as name:
             sample = Sample(library, "float64", layout, inputs[rank])
-            got = sample.check_result(group.allreduce(sample.tensor), *combined("float64", "SUM", inputs))
+            got = sample.check_result(
+                group.allreduce(sample.tensor), *combined("float64", "SUM", inputs)
+            )
             report.same_everywhere(str(number), got.tobytes())
         with report.case("broadcast", number, layout.name) as name:
             sample = Sample(library, "float64", layout, moved("float64", 24, rank))
@@ -79,10 +97,11 @@ def meet_with_different_layouts(rank: int, world_size: int, world: World, librar
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_layouts_that_differ_between_ranks(pool: RankPool, wire: Wire, size: int,
-                                           libraries: tuple[str, ...]) -> None:
+def test_layouts_that_differ_between_ranks(
+    pool: RankPool, transport: Transport, size: int, libraries: tuple[str, ...]
+) -> None:
     order = ("numpy", *(name for name in libraries if name != "numpy"))
-    assert_same_bits(pool.run(size, meet_with_different_layouts, World(size, *wire), order))
+    assert_same_bits(pool.run(size, meet_with_different_layouts, World(size, *transport), order))
 
 
 def mix_layouts_within_a_call(rank: int, world_size: int, world: World) -> None:
@@ -90,7 +109,10 @@ def mix_layouts_within_a_call(rank: int, world_size: int, world: World) -> None:
     group = world.group()
     layouts = (LAYOUTS[2 + rank], LAYOUTS[4], LAYOUTS[0], LAYOUTS[8])[:world_size]
     targets = [Sample("numpy", "int16", layout, moved("int16", 24, 77)) for layout in layouts]
-    sources = [Sample("numpy", "int16", layout, moved("int16", 24, rank, part)) for part, layout in enumerate(layouts)]
+    sources = [
+        Sample("numpy", "int16", layout, moved("int16", 24, rank, part))
+        for part, layout in enumerate(layouts)
+    ]
     group.alltoall([target.tensor for target in targets], [source.tensor for source in sources])
     for peer, target in enumerate(targets):
         target.check_result(target.tensor, moved("int16", 24, peer, rank))
@@ -126,5 +148,5 @@ def stride_over_many_megabytes(rank: int, world_size: int, world: World) -> None
     assert dense(3).dense
 
 
-def test_a_large_strided_tensor(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, stride_over_many_megabytes, World(2, *wire))
+def test_a_large_strided_tensor(pool: RankPool, transport: Transport) -> None:
+    pool.run(2, stride_over_many_megabytes, World(2, *transport))

@@ -10,7 +10,7 @@ import pytest
 from oracle import DTYPES, Array, moved, numpy_dtype
 from pool import RankPool
 from samples import Layout, Sample, dense, library_for
-from worlds import Report, Wire, World
+from worlds import Report, Transport, World
 
 SIZES = (7, 0, 1, 2049)
 LARGE = 3_000_001
@@ -73,13 +73,18 @@ def gather(mover: Mover, root: int) -> None:
 def scatter(mover: Mover, root: int) -> None:
     target, sources = mover.target(), [mover.given(salt) for salt in range(mover.size)]
     tensors = [source.tensor for source in sources] if mover.rank == root else None
-    target.check_result(mover.group.scatter(target.tensor, tensors, root), mover.values(root, mover.rank))
+    target.check_result(
+        mover.group.scatter(target.tensor, tensors, root), mover.values(root, mover.rank)
+    )
     for source in sources:
         source.check_untouched()
 
 
 def alltoall(mover: Mover, root: int) -> None:
-    targets, sources = [mover.target() for _ in range(mover.size)], [mover.given(salt) for salt in range(mover.size)]
+    targets, sources = (
+        [mover.target() for _ in range(mover.size)],
+        [mover.given(salt) for salt in range(mover.size)],
+    )
     tensors = [target.tensor for target in targets]
     assert mover.group.alltoall(tensors, [source.tensor for source in sources]) is tensors
     for rank, target in enumerate(targets):
@@ -107,16 +112,26 @@ def sendrecv(mover: Mover, root: int) -> None:
         return
     source, target = mover.given(), mover.target()
     before, after = (mover.rank - 1) % mover.size, (mover.rank + 1) % mover.size
-    target.check_result(mover.group.sendrecv(source.tensor, after, target.tensor, before), mover.values(before))
+    target.check_result(
+        mover.group.sendrecv(source.tensor, after, target.tensor, before), mover.values(before)
+    )
     source.check_untouched()
 
 
 OPERATIONS: tuple[Callable[[Mover, int], None], ...] = (
-    broadcast, allgather, gather, scatter, alltoall, send_and_recv, sendrecv,
+    broadcast,
+    allgather,
+    gather,
+    scatter,
+    alltoall,
+    send_and_recv,
+    sendrecv,
 )
 
 
-def move_all(rank: int, world_size: int, world: World, libraries: tuple[str, ...], skip: int) -> dict[str, str]:
+def move_all(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...], skip: int
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     number = 0
@@ -137,9 +152,10 @@ def test_every_move_of_every_dtype(pool: RankPool, world: World, arrays: tuple[s
 
 
 @pytest.mark.parametrize("skip", [1, 2, 3])
-def test_every_move_of_every_dtype_at_other_sizes(pool: RankPool, wire: Wire, skip: int,
-                                                  libraries: tuple[str, ...]) -> None:
-    pool.run(3, move_all, World(3, *wire), libraries, skip)
+def test_every_move_of_every_dtype_at_other_sizes(
+    pool: RankPool, transport: Transport, skip: int, libraries: tuple[str, ...]
+) -> None:
+    pool.run(3, move_all, World(3, *transport), libraries, skip)
 
 
 def move_large(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> None:
@@ -151,8 +167,10 @@ def move_large(rank: int, world_size: int, world: World, libraries: tuple[str, .
     report.done()
 
 
-def test_moves_of_many_megabytes(pool: RankPool, wire: Wire, libraries: tuple[str, ...]) -> None:
-    pool.run(2, move_large, World(2, *wire), libraries)
+def test_moves_of_many_megabytes(
+    pool: RankPool, transport: Transport, libraries: tuple[str, ...]
+) -> None:
+    pool.run(2, move_large, World(2, *transport), libraries)
 
 
 def move_from_every_root(rank: int, world_size: int, world: World) -> None:
@@ -180,7 +198,9 @@ def gather_in_place(rank: int, world_size: int, world: World) -> None:
             group.gather(tensors if rank == dst else None, own, dst)
         assert tensors[rank] is own
         if dst in (None, rank):
-            assert [int(tensor[2]) for tensor in tensors] == [peer * 11 for peer in range(world_size)]
+            assert [int(tensor[2]) for tensor in tensors] == [
+                peer * 11 for peer in range(world_size)
+            ]
 
 
 def test_the_own_entry_may_be_the_tensor_itself(pool: RankPool, world: World) -> None:
@@ -197,7 +217,9 @@ def gather_into_tuple(rank: int, world_size: int, world: World, library: str) ->
         target.check_result(result[peer], mover.values(peer))
 
 
-def test_a_tuple_comes_back_as_a_tuple(pool: RankPool, ranks: World, libraries: tuple[str, ...]) -> None:
+def test_a_tuple_comes_back_as_a_tuple(
+    pool: RankPool, ranks: World, libraries: tuple[str, ...]
+) -> None:
     for library in libraries:
         pool.run(ranks.size, gather_into_tuple, ranks, library)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pool import RankPool
-from worlds import Report, Wire, World
+from worlds import Report, Transport, World
 
 import colltensor as col
 from colltensor.gradients import Synchronizer, compare_parameters, sync_gradients
@@ -49,17 +49,25 @@ def numbers(rank: int, world_size: int, world: World) -> None:
             assert gathered == [kind(r + 1) for r in range(world_size)]
             assert {type(number) for number in gathered} == {kind}
         with report.case("gather", kind.__name__):
-            assert group.gather([kind(0)] * world_size, kind(mine))[-1] == (kind(world_size) if rank == 0 else 0)
+            assert group.gather([kind(0)] * world_size, kind(mine))[-1] == (
+                kind(world_size) if rank == 0 else 0
+            )
         with report.case("scatter", kind.__name__):
             same(group.scatter(kind(0), [kind(r + 5) for r in range(world_size)]), kind(rank + 5))
         with report.case("reducescatter", kind.__name__):
-            same(group.reducescatter(kind(0), [kind(r + 5) for r in range(world_size)], R.SUM),
-                 kind(world_size * (rank + 5)))
+            same(
+                group.reducescatter(kind(0), [kind(r + 5) for r in range(world_size)], R.SUM),
+                kind(world_size * (rank + 5)),
+            )
         with report.case("alltoall", kind.__name__):
-            assert group.alltoall((kind(0),) * world_size, [kind(mine)] * world_size) == tuple(range(1, world_size + 1))
+            assert group.alltoall((kind(0),) * world_size, [kind(mine)] * world_size) == tuple(
+                range(1, world_size + 1)
+            )
         with report.case("sendrecv", kind.__name__):
-            same(group.sendrecv(kind(mine), following, kind(0), (rank - 1) % world_size),
-                 kind((rank - 1) % world_size + 1))
+            same(
+                group.sendrecv(kind(mine), following, kind(0), (rank - 1) % world_size),
+                kind((rank - 1) % world_size + 1),
+            )
         with report.case("async", kind.__name__):
             work = group.allreduce(kind(mine), async_op=True)
             work.wait()
@@ -73,7 +81,9 @@ def numbers(rank: int, world_size: int, world: World) -> None:
         same(group.allreduce(np.bool_(rank == last)), np.True_)
     with report.case("average"):
         same(group.allreduce(float(mine), R.AVERAGE), total / world_size)
-        with pytest.raises(col.UnsupportedDTypeError, match=r"AVERAGE is not defined for int64.*take the SUM"):
+        with pytest.raises(
+            col.UnsupportedDTypeError, match=r"AVERAGE is not defined for int64.*take the SUM"
+        ):
             group.allreduce(mine, R.AVERAGE)
     with report.case("a number and an array of none"):
         array = np.zeros((), np.float64)
@@ -82,7 +92,12 @@ def numbers(rank: int, world_size: int, world: World) -> None:
         else:
             assert group.broadcast(array + 2.5 if rank == 0 else array, 0) == 2.5
     with report.case("tree"):
-        given = {"loss": mine / 4, "steps": mine, "array": np.full(3, float(mine)), "numpy": [np.float32(mine)]}
+        given = {
+            "loss": mine / 4,
+            "steps": mine,
+            "array": np.full(3, float(mine)),
+            "numpy": [np.float32(mine)],
+        }
         kept = dict(given)
         result = group.allreduce(given)
         same(result["loss"], total / 4)
@@ -92,7 +107,10 @@ def numbers(rank: int, world_size: int, world: World) -> None:
         assert given["array"].tolist() == [total] * 3
         assert {**given, "array": 0} == {**kept, "array": 0}
         assert list(result) == list(given)
-    with report.case("too large"), pytest.raises(col.UnsupportedDTypeError, match=r"leaf \['x'\].*does not fit int64"):
+    with (
+        report.case("too large"),
+        pytest.raises(col.UnsupportedDTypeError, match=r"leaf \['x'\].*does not fit int64"),
+    ):
         group.broadcast({"x": 1 << 63})
     with report.case("gradients"):
         synchronizer = Synchronizer({"w": 1.5, "x": np.ones(2)}, group=group)
@@ -108,8 +126,16 @@ def constants(rank: int, world_size: int, world: World) -> None:
 
     def state(number: int) -> dict[str, Any]:
         return {
-            "name": "adam", "mode": Mode.FAST, "function": len, "kind": np.ndarray, "dtype": np.dtype("f4"),
-            "none": None, "lr": 0.1 * number, "step": number, "weights": np.full(3, float(number)), "raw": b"x",
+            "name": "adam",
+            "mode": Mode.FAST,
+            "function": len,
+            "kind": np.ndarray,
+            "dtype": np.dtype("f4"),
+            "none": None,
+            "lr": 0.1 * number,
+            "step": number,
+            "weights": np.full(3, float(number)),
+            "raw": b"x",
             "local": state,
         }
 
@@ -129,17 +155,28 @@ def constants(rank: int, world_size: int, world: World) -> None:
             elif rank == 1:
                 assert group.recv(state(2), 0)["step"] == 1
         with report.case("another value"):
-            tree = {"a": [np.zeros(2), "here" if rank == 0 else "there"], "b": [np.zeros(1) for _ in range(20)]}
-            with pytest.raises(col.MismatchError, match=r"\['a'\]\[1\] '(here|there)'.*\['a'\]\[1\] '(here|there)'"):
+            tree = {
+                "a": [np.zeros(2), "here" if rank == 0 else "there"],
+                "b": [np.zeros(1) for _ in range(20)],
+            }
+            with pytest.raises(
+                col.MismatchError, match=r"\['a'\]\[1\] '(here|there)'.*\['a'\]\[1\] '(here|there)'"
+            ):
                 group.broadcast(tree)
-        with report.case("another function"), pytest.raises(col.MismatchError, match=r"\[0\] builtins\.(len|abs)"):
+        with (
+            report.case("another function"),
+            pytest.raises(col.MismatchError, match=r"\[0\] builtins\.(len|abs)"),
+        ):
             group.broadcast([len if rank == 0 else abs, 1])
     for unknown in (object(), {1}, frozenset({"a"}), functools.partial(len), (x for x in [1])):
         with report.case("unknown", type(unknown).__name__):
             words = rf"broadcast: tensor \(rank {rank}\): leaf \['a'\]\[1\]: .*got .*{type(unknown).__name__}"
             with pytest.raises(col.UnsupportedTensorError, match=words):
                 group.broadcast({"a": [1.0, unknown]})
-    with report.case("a reduction"), pytest.raises(col.UnsupportedTensorError, match=r"leaf \['a'\]: .*got str"):
+    with (
+        report.case("a reduction"),
+        pytest.raises(col.UnsupportedTensorError, match=r"leaf \['a'\]: .*got str"),
+    ):
         group.allreduce({"a": "adam", "b": 1.0})
     report.done()
 
@@ -152,10 +189,19 @@ def optimizer_state(rank: int, world_size: int, world: World) -> None:
     def state_dict(number: int) -> Any:
         moments = {name: torch.full((3,), float(number)) for name in ("exp_avg", "exp_avg_sq")}
         options = {
-            "lr": 0.1 * number, "betas": (0.9, 0.999), "weight_decay": 0, "amsgrad": number > 1, "foreach": None,
-            "params": [0], "name": "all", "layout": torch.strided,
+            "lr": 0.1 * number,
+            "betas": (0.9, 0.999),
+            "weight_decay": 0,
+            "amsgrad": number > 1,
+            "foreach": None,
+            "params": [0],
+            "name": "all",
+            "layout": torch.strided,
         }
-        return {"state": {0: {"step": torch.tensor(float(number)), **moments}}, "param_groups": [options]}
+        return {
+            "state": {0: {"step": torch.tensor(float(number)), **moments}},
+            "param_groups": [options],
+        }
 
     mine = state_dict(rank + 1)
     result = group.broadcast(mine, world_size - 1)
@@ -166,18 +212,20 @@ def optimizer_state(rank: int, world_size: int, world: World) -> None:
 def jax_state(rank: int, world_size: int, world: World) -> None:
     jax = importlib.import_module("jax")
     group = world.group()
-    node = jax.tree_util.Partial(max, jax.numpy.full(3, float(rank)), step=rank, name="adam", activation=jax.nn.relu)
+    node = jax.tree_util.Partial(
+        max, jax.numpy.full(3, float(rank)), step=rank, name="adam", activation=jax.nn.relu
+    )
     result = group.broadcast({"model": node}, world_size - 1)["model"]
     assert result.args[0].tolist() == [world_size - 1] * 3
     assert result.keywords == {"step": world_size - 1, "name": "adam", "activation": jax.nn.relu}
 
 
-def test_numbers(pool: RankPool, wire: Wire) -> None:
-    pool.run(SIZE, numbers, World(SIZE, *wire))
+def test_numbers(pool: RankPool, transport: Transport) -> None:
+    pool.run(SIZE, numbers, World(SIZE, *transport))
 
 
-def test_constants(pool: RankPool, wire: Wire) -> None:
-    pool.run(SIZE, constants, World(SIZE, *wire))
+def test_constants(pool: RankPool, transport: Transport) -> None:
+    pool.run(SIZE, constants, World(SIZE, *transport))
 
 
 @pytest.mark.parametrize("function", [numbers, constants])
@@ -186,10 +234,10 @@ def test_one_rank(pool: RankPool, function: Any) -> None:
 
 
 @pytest.mark.needs("torch")
-def test_state_of_an_optimizer(pool: RankPool, wire: Wire) -> None:
-    pool.run(SIZE, optimizer_state, World(SIZE, *wire))
+def test_state_of_an_optimizer(pool: RankPool, transport: Transport) -> None:
+    pool.run(SIZE, optimizer_state, World(SIZE, *transport))
 
 
 @pytest.mark.needs("jax")
-def test_state_in_a_node_of_jax(pool: RankPool, wire: Wire) -> None:
-    pool.run(SIZE, jax_state, World(SIZE, *wire))
+def test_state_in_a_node_of_jax(pool: RankPool, transport: Transport) -> None:
+    pool.run(SIZE, jax_state, World(SIZE, *transport))

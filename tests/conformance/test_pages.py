@@ -36,7 +36,10 @@ def _parameters(names: Names) -> None:
     rank = names["rank"]
     names["parameters"] = {"w": np.full((4, 3), float(rank)), "b": np.zeros(3)}
     names["gradients"] = {"w": np.full((4, 3), float(rank)), "b": np.zeros(3)}
-    names["gradients_of"] = lambda parameters, batch: {"w": parameters["w"] + batch, "b": parameters["b"]}
+    names["gradients_of"] = lambda parameters, batch: {
+        "w": parameters["w"] + batch,
+        "b": parameters["b"],
+    }
     names["batches"] = [1.0, 2.0]
 
 
@@ -80,17 +83,26 @@ def _jax_operand(names: Names) -> None:
 
 def _adapter(names: Names) -> None:
     """Forget what the block registers."""
-    names["undo"].callback(setattr, colltensor.adapters, "_registered", list(colltensor.adapters._registered))
+    names["undo"].callback(
+        setattr, colltensor.adapters, "_registered", list(colltensor.adapters._registered)
+    )
     names["undo"].callback(colltensor.adapters.known.clear)
 
 
 def _backend(names: Names) -> None:
-    names["undo"].callback(setattr, colltensor.backends, "_registered", dict(colltensor.backends._registered))
+    names["undo"].callback(
+        setattr, colltensor.backends, "_registered", dict(colltensor.backends._registered)
+    )
 
 
 BEFORE: dict[str, Callable[[Names], None]] = {
-    "parameters": _parameters, "a checkpoint": _checkpoint, "a torch model": _torch_model, "a JAX model": _jax_model,
-    "JAX": _jax_operand, "adapter": _adapter, "backend": _backend,
+    "parameters": _parameters,
+    "a checkpoint": _checkpoint,
+    "a torch model": _torch_model,
+    "a JAX model": _jax_model,
+    "JAX": _jax_operand,
+    "adapter": _adapter,
+    "backend": _backend,
 }
 """What blocks count on."""
 
@@ -118,7 +130,9 @@ def _check_jax_model(names: Names) -> None:
 def _check_jax_operand(names: Names) -> None:
     jax, world_size = names["jax"], names["world_size"]
     group = col.get_group_handle()
-    value, gradient = jax.value_and_grad(lambda x: names["replicated_sum"](x, group))(float(names["rank"]))
+    value, gradient = jax.value_and_grad(lambda x: names["replicated_sum"](x, group))(
+        float(names["rank"])
+    )
     assert (float(value), float(gradient)) == (float(sum(range(world_size))), 1.0)
 
 
@@ -145,7 +159,11 @@ def _check_backend(names: Names) -> None:
 
     strided = np.full((3, 4), rank + 1.0).T[::2]
     assert (group.allreduce(strided, op=col.ReduceOp.AVERAGE) == (size + 1) / 2).all()
-    for op, expected in ((col.ReduceOp.SUM, sum(ranks)), (col.ReduceOp.MAX, size - 1), (col.ReduceOp.PRODUCT, 0)):
+    for op, expected in (
+        (col.ReduceOp.SUM, sum(ranks)),
+        (col.ReduceOp.MAX, size - 1),
+        (col.ReduceOp.PRODUCT, 0),
+    ):
         assert row(group.allreduce(mine(), op=op)) == [expected] * 2
     assert row(group.allreduce(np.array([rank == 1]), op=col.ReduceOp.BXOR)) == [True]
     assert row(group.reduce(mine(), 1)) == [float(sum(ranks) if rank == 1 else rank)] * 2
@@ -179,15 +197,24 @@ def _check_backend(names: Names) -> None:
 
 
 AFTER: dict[str, Callable[[Names], None]] = {
-    "a checkpoint": _check_checkpoint, "a torch model": _check_torch_model, "a JAX model": _check_jax_model,
-    "JAX": _check_jax_operand, "adapter": _check_adapter, "backend": _check_backend,
+    "a checkpoint": _check_checkpoint,
+    "a torch model": _check_torch_model,
+    "a JAX model": _check_jax_model,
+    "JAX": _check_jax_operand,
+    "adapter": _check_adapter,
+    "backend": _check_backend,
 }
 """What blocks did."""
 
 
 @contextlib.contextmanager
 def _torchrun(rank: int, world_size: int, port: int) -> Iterator[None]:
-    variables = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update({name: str(value) for name, value in variables.items()})
     try:
@@ -222,7 +249,8 @@ def _run(rank: int, world_size: int, block: pages.Block, folder: str, port: int)
 
 RUN = [
     pytest.param(block, marks=pytest.mark.needs(*(block.needs or ("numpy",))), id=str(block))
-    for block in pages.BLOCKS if block.ranks
+    for block in pages.BLOCKS
+    if block.ranks
 ]
 
 
@@ -242,9 +270,15 @@ def test_a_block_runs(pool: Any, tmp_path: Path, block: pages.Block) -> None:
 @pytest.mark.parametrize("block", [block for block in pages.BLOCKS if not block.words], ids=str)
 def test_a_program_prints_what_the_page_shows(tmp_path: Path, block: pages.Block) -> None:
     (tmp_path / "first.py").write_text(block.code)
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # lines stay whole
+    # lines stay whole
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     run = subprocess.run(
-        [sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, "first.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env={**variables, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert (run.returncode, run.stderr) == (0, "")

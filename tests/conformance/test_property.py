@@ -48,7 +48,15 @@ def steps(draw: st.DrawFn) -> Step:
     dtype = draw(st.sampled_from(DTYPES if operation in MOVES else REDUCIBLE))
     op = draw(st.sampled_from(ops_of(dtype))) if dtype in REDUCIBLE else ""
     deferred = draw(st.booleans()) and operation != "mismatch"
-    return Step(operation, dtype, op, draw(COUNTS), draw(st.integers(0, 5)), draw(st.integers(0, 9999)), deferred)
+    return Step(
+        operation,
+        dtype,
+        op,
+        draw(COUNTS),
+        draw(st.integers(0, 5)),
+        draw(st.integers(0, 9999)),
+        deferred,
+    )
 
 
 def random_layout(count: int, seed: int) -> Layout:
@@ -98,14 +106,19 @@ class Runner:
         seed = step.seed * 31 + self.rank * 7 + number
         layout = random_layout(len(values), seed)
         libraries = (self._libraries[seed % len(self._libraries)], "numpy")
-        return Sample(library_for(libraries, 0, step.dtype, layout) or "numpy", step.dtype, layout, values)
+        return Sample(
+            library_for(libraries, 0, step.dtype, layout) or "numpy", step.dtype, layout, values
+        )
 
     def _given(self, step: Step, rank: int, salt: int = 0) -> Array:
         make = moved if step.operation in MOVES else reduced
         return make(step.dtype, step.count, rank, step.seed + salt)
 
     def _blanks(self, step: Step) -> list[Sample]:
-        return [self._sample(step, np.zeros(step.count, numpy_dtype(step.dtype)), 50 + n) for n in range(self.size)]
+        return [
+            self._sample(step, np.zeros(step.count, numpy_dtype(step.dtype)), 50 + n)
+            for n in range(self.size)
+        ]
 
     def _issue(self, step: Step, *args: Any) -> Callable[[], Any]:
         outcome = getattr(self.group, step.operation)(*args, async_op=step.deferred)
@@ -115,7 +128,9 @@ class Runner:
         inputs = [self._given(step, peer) for peer in range(self.size)]
         sample = self._sample(step, inputs[self.rank])
         result = self._issue(step, sample.tensor, col.ReduceOp[step.op])
-        return lambda: self._keep(step, sample.check_result(result(), *combined(step.dtype, step.op, inputs)))
+        return lambda: self._keep(
+            step, sample.check_result(result(), *combined(step.dtype, step.op, inputs))
+        )
 
     def _keep(self, step: Step, got: Array) -> None:
         self.digests[repr(step)] = got.tobytes().hex()[:2000]
@@ -136,13 +151,20 @@ class Runner:
         return check
 
     def _reducescatter(self, step: Step) -> Callable[[], None]:
-        given = [[self._given(step, peer, part) for part in range(self.size)] for peer in range(self.size)]
+        given = [
+            [self._given(step, peer, part) for part in range(self.size)]
+            for peer in range(self.size)
+        ]
         sources = [self._sample(step, values, n) for n, values in enumerate(given[self.rank])]
         target = self._blanks(step)[0]
-        result = self._issue(step, target.tensor, [source.tensor for source in sources], col.ReduceOp[step.op])
+        result = self._issue(
+            step, target.tensor, [source.tensor for source in sources], col.ReduceOp[step.op]
+        )
 
         def check() -> None:
-            target.check_result(result(), *combined(step.dtype, step.op, [parts[self.rank] for parts in given]))
+            target.check_result(
+                result(), *combined(step.dtype, step.op, [parts[self.rank] for parts in given])
+            )
             for source in sources:
                 source.check_untouched()
 
@@ -165,7 +187,9 @@ class Runner:
     def _allgather(self, step: Step) -> Callable[[], None]:
         source, targets = self._sample(step, self._given(step, self.rank)), self._blanks(step)
         result = self._issue(step, [target.tensor for target in targets], source.tensor)
-        return lambda: self._check_list(result(), targets, [self._given(step, peer) for peer in range(self.size)])
+        return lambda: self._check_list(
+            result(), targets, [self._given(step, peer) for peer in range(self.size)]
+        )
 
     def _check_list(self, tensors: Any, targets: list[Sample], expected: list[Array]) -> None:
         for tensor, target, values in zip(tensors, targets, expected, strict=True):
@@ -175,12 +199,16 @@ class Runner:
         root = step.root % self.size
         source, targets = self._sample(step, self._given(step, self.rank)), self._blanks(step)
         here = self.rank == root
-        result = self._issue(step, [target.tensor for target in targets] if here else None, source.tensor, root)
+        result = self._issue(
+            step, [target.tensor for target in targets] if here else None, source.tensor, root
+        )
 
         def check() -> None:
             found = result()
             if here:
-                self._check_list(found, targets, [self._given(step, peer) for peer in range(self.size)])
+                self._check_list(
+                    found, targets, [self._given(step, peer) for peer in range(self.size)]
+                )
             source.check_untouched()
 
         return check
@@ -188,10 +216,15 @@ class Runner:
     def _scatter(self, step: Step) -> Callable[[], None]:
         root = step.root % self.size
         target = self._blanks(step)[0]
-        parts = [self._sample(step, self._given(step, self.rank, part), part) for part in range(self.size)]
+        parts = [
+            self._sample(step, self._given(step, self.rank, part), part)
+            for part in range(self.size)
+        ]
         given = [part.tensor for part in parts] if self.rank == root else None
         result = self._issue(step, target.tensor, given, root)
-        return lambda: self._keep_none(target.check_result(result(), self._given(step, root, self.rank)), parts)
+        return lambda: self._keep_none(
+            target.check_result(result(), self._given(step, root, self.rank)), parts
+        )
 
     def _keep_none(self, got: Array, untouched: list[Sample]) -> None:
         assert got is not None
@@ -200,10 +233,16 @@ class Runner:
 
     def _alltoall(self, step: Step) -> Callable[[], None]:
         targets = self._blanks(step)
-        sources = [self._sample(step, self._given(step, self.rank, part), part) for part in range(self.size)]
-        result = self._issue(step, [target.tensor for target in targets], [source.tensor for source in sources])
+        sources = [
+            self._sample(step, self._given(step, self.rank, part), part)
+            for part in range(self.size)
+        ]
+        result = self._issue(
+            step, [target.tensor for target in targets], [source.tensor for source in sources]
+        )
         return lambda: self._check_list(
-            result(), targets, [self._given(step, peer, self.rank) for peer in range(self.size)])
+            result(), targets, [self._given(step, peer, self.rank) for peer in range(self.size)]
+        )
 
     def _sendrecv(self, step: Step) -> Callable[[], None]:
         if self.size == 1:
@@ -212,7 +251,9 @@ class Runner:
         to, of = (self.rank + distance) % self.size, (self.rank - distance) % self.size
         source, target = self._sample(step, self._given(step, self.rank)), self._blanks(step)[0]
         result = self._issue(step, source.tensor, to, target.tensor, of)
-        return lambda: self._keep_none(target.check_result(result(), self._given(step, of)), [source])
+        return lambda: self._keep_none(
+            target.check_result(result(), self._given(step, of)), [source]
+        )
 
     def _send(self, step: Step) -> Callable[[], None]:
         root = step.root % self.size
@@ -225,13 +266,19 @@ class Runner:
             return lambda: self._keep_none(sent(), [sample])
         outcome = self.group.recv(sample.tensor, root, async_op=step.deferred)
         return lambda: self._keep_none(
-            sample.check_result(outcome.result() if step.deferred else outcome, self._given(step, root)), [])
+            sample.check_result(
+                outcome.result() if step.deferred else outcome, self._given(step, root)
+            ),
+            [],
+        )
 
     def _tree(self, step: Step) -> Callable[[], None]:
         """A dict of three leaves, inserted in an order of this rank's own."""
         names = random.Random(step.seed + self.rank).sample(["x", "y", "z"], 3)
-        inputs = {name: [self._given(step, peer, salt) for peer in range(self.size)]
-                  for salt, name in enumerate(("x", "y", "z"))}
+        inputs = {
+            name: [self._given(step, peer, salt) for peer in range(self.size)]
+            for salt, name in enumerate(("x", "y", "z"))
+        }
         samples = {name: self._sample(step, inputs[name][self.rank], ord(name)) for name in names}
         tree = {name: sample.tensor for name, sample in samples.items()}
         outcome = self.group.allreduce(tree, col.ReduceOp[step.op], async_op=step.deferred)

@@ -10,7 +10,7 @@ import pytest
 from oracle import FLOATS, REDUCIBLE, Array, assert_values, combined, numpy_dtype, ops_of, reduced
 from pool import RankPool
 from samples import Layout, Sample, dense, library_for
-from worlds import Report, Wire, World, assert_same_bits
+from worlds import Report, Transport, World, assert_same_bits
 
 import colltensor as col
 from colltensor.backends.gloo.backend import DIRECT_NBYTES
@@ -60,14 +60,18 @@ def check_allreduce(
     report.same_everywhere(name, got.tobytes())
 
 
-def allreduce_all(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def allreduce_all(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     for dtype, op, count in all_cases():
         library = library_for(libraries, rank, dtype, dense(count))
         if library is not None:
             with report.case("allreduce", dtype, op, count) as name:
-                check_allreduce(group, report, name, library, dtype, op, inputs_of(world_size, dtype, count))
+                check_allreduce(
+                    group, report, name, library, dtype, op, inputs_of(world_size, dtype, count)
+                )
     return report.done()
 
 
@@ -88,12 +92,16 @@ def allreduce_in_steps(rank: int, world_size: int, world: World) -> dict[str, st
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_allreduce_of_every_pair_in_more_than_one_step(pool: RankPool, wire: Wire, size: int) -> None:
-    world = World(size, *wire)
+def test_allreduce_of_every_pair_in_more_than_one_step(
+    pool: RankPool, transport: Transport, size: int
+) -> None:
+    world = World(size, *transport)
     assert_same_bits(pool.run(size, allreduce_in_steps, world, timeout_s=90))
 
 
-def reduce_all(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def reduce_all(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     for number, (dtype, op, count) in enumerate(some_cases(libraries)):
@@ -117,7 +125,9 @@ def test_reduce_of_every_pair(pool: RankPool, world: World, arrays: tuple[str, .
     pool.run(world.size, reduce_all, world, arrays)
 
 
-def reducescatter_all(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def reducescatter_all(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     for dtype, op, count in some_cases(libraries):
@@ -126,10 +136,14 @@ def reducescatter_all(rank: int, world_size: int, world: World, libraries: tuple
             continue
         with report.case("reducescatter", dtype, op, count):
             everyone = range(world_size)
-            given = [[reduced(dtype, count, peer, 10 + part) for part in everyone] for peer in everyone]
+            given = [
+                [reduced(dtype, count, peer, 10 + part) for part in everyone] for peer in everyone
+            ]
             sources = [Sample(library, dtype, dense(count), values) for values in given[rank]]
             target = Sample(library, dtype, dense(count), reduced(dtype, count, rank, 99))
-            result = group.reducescatter(target.tensor, [source.tensor for source in sources], col.ReduceOp[op])
+            result = group.reducescatter(
+                target.tensor, [source.tensor for source in sources], col.ReduceOp[op]
+            )
             expected, tolerance = combined(dtype, op, [parts[rank] for parts in given])
             target.check_result(result, expected, tolerance)
             for source in sources:
@@ -150,7 +164,9 @@ def reduce_large(rank: int, world_size: int, world: World) -> dict[str, str]:
         expected, tolerance = combined(dtype, op, inputs)
         with report.case("allreduce of", count, dtype, op) as name:
             sample = Sample("numpy", dtype, dense(count), inputs[rank])
-            got = sample.check_result(group.allreduce(sample.tensor, col.ReduceOp[op]), expected, tolerance)
+            got = sample.check_result(
+                group.allreduce(sample.tensor, col.ReduceOp[op]), expected, tolerance
+            )
             report.same_everywhere(name, got.tobytes())
         with report.case("reduce of", count, dtype, op):
             sample = Sample("numpy", dtype, dense(count), inputs[rank])
@@ -169,8 +185,8 @@ def reduce_large(rank: int, world_size: int, world: World) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_more_than_one_block(pool: RankPool, wire: Wire, size: int) -> None:
-    assert_same_bits(pool.run(size, reduce_large, World(size, *wire), timeout_s=90))
+def test_more_than_one_block(pool: RankPool, transport: Transport, size: int) -> None:
+    assert_same_bits(pool.run(size, reduce_large, World(size, *transport), timeout_s=90))
 
 
 def special_values(dtype: str, rank: int, world_size: int) -> Array:
@@ -188,7 +204,9 @@ def special_values(dtype: str, rank: int, world_size: int) -> Array:
     return values.astype(numpy_dtype(dtype))
 
 
-def reduce_specials(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def reduce_specials(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     layout = dense(64)
@@ -211,7 +229,13 @@ def reduce_specials(rank: int, world_size: int, world: World, libraries: tuple[s
 
 
 def _reduce_by(
-    operation: str, group: Any, library: str, dtype: str, layout: Layout, inputs: list[Array], op: str
+    operation: str,
+    group: Any,
+    library: str,
+    dtype: str,
+    layout: Layout,
+    inputs: list[Array],
+    op: str,
 ) -> Array | None:
     sample = Sample(library, dtype, layout, inputs[group.rank])
     reduce_op = col.ReduceOp[op]
@@ -224,16 +248,22 @@ def _reduce_by(
     else:
         target = Sample(library, dtype, layout, np.zeros(layout.count, numpy_dtype(dtype)))
         result = group.reducescatter(target.tensor, [sample.tensor] * group.world_size, reduce_op)
-    return np.asarray(result if library != "torch" else result.float().numpy().astype(numpy_dtype(dtype)))
+    return np.asarray(
+        result if library != "torch" else result.float().numpy().astype(numpy_dtype(dtype))
+    )
 
 
 def _check_specials(got: Array, expected: Array, tolerance: Array | None) -> None:
     """Compare as numbers: which NaN and which zero is not said."""
     got64, expected64 = got.astype(np.float64), expected.astype(np.float64)
-    assert (np.isnan(got64) == np.isnan(expected64)).all(), f"NaN at {np.flatnonzero(np.isnan(got64))}"
+    assert (np.isnan(got64) == np.isnan(expected64)).all(), (
+        f"NaN at {np.flatnonzero(np.isnan(got64))}"
+    )
     known = ~np.isnan(expected64)
     allowed = 0 if tolerance is None else np.nan_to_num(tolerance[known], posinf=0)
-    difference = np.where(got64[known] == expected64[known], 0, np.abs(got64[known] - expected64[known]))
+    difference = np.where(
+        got64[known] == expected64[known], 0, np.abs(got64[known] - expected64[known])
+    )
     assert (difference <= allowed).all(), f"{got64[known]} instead of {expected64[known]}"
 
 
@@ -253,6 +283,6 @@ def accumulate_halves(rank: int, world_size: int, world: World) -> list[list[flo
 
 
 @pytest.mark.parametrize("size", [4])
-def test_halves_accumulate_in_float32(pool: RankPool, wire: Wire, size: int) -> None:
-    for found in pool.run(size, accumulate_halves, World(size, *wire)):
+def test_halves_accumulate_in_float32(pool: RankPool, transport: Transport, size: int) -> None:
+    for found in pool.run(size, accumulate_halves, World(size, *transport)):
         assert found == [[2050.0] * 2] * 2 + [[258.0] * 2] * 2

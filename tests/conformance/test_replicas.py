@@ -16,14 +16,21 @@ import pytest
 from oracle import Array
 from pool import RankPool
 from samples import EMPTY, LAYOUTS, SCALARS, Sample, dense, library_for
-from worlds import Wire, World
+from worlds import Transport, World
 
 import colltensor as col
 from colltensor.gradients import Synchronizer, compare_parameters
 
 LEAVES = [
-    *[(dtype, layout) for dtype in ("float32", "bfloat16") for layout in (*LAYOUTS, *SCALARS, *EMPTY)],
-    *[(dtype, dense(5)) for dtype in ("bool", "uint8", "int64", "float16", "float64", "complex64", "float8_e4m3fn")],
+    *[
+        (dtype, layout)
+        for dtype in ("float32", "bfloat16")
+        for layout in (*LAYOUTS, *SCALARS, *EMPTY)
+    ],
+    *[
+        (dtype, dense(5))
+        for dtype in ("bool", "uint8", "int64", "float16", "float64", "complex64", "float8_e4m3fn")
+    ],
 ]
 
 
@@ -56,26 +63,39 @@ def alike(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) 
         parameters = parameters_of(rank, libraries, 0)
         if last:
             parameters[wrong] = parameters_of(rank, libraries, 1)[wrong]
-        with pytest.raises(col.MismatchError, match=rf"leaf \[{wrong}\] has other values on rank") as caught:
+        with pytest.raises(
+            col.MismatchError, match=rf"leaf \[{wrong}\] has other values on rank"
+        ) as caught:
             compare_parameters(parameters, group=group)
         assert caught.value.ranks == (world_size - 1,)
 
 
-def test_any_library_and_layout_compare_alike(pool: RankPool, wire: Wire, arrays: tuple[str, ...]) -> None:
-    pool.run(2, alike, World(2, *wire), arrays)
+def test_any_library_and_layout_compare_alike(
+    pool: RankPool, transport: Transport, arrays: tuple[str, ...]
+) -> None:
+    pool.run(2, alike, World(2, *transport), arrays)
 
 
 def unequal_start(rank: int, world_size: int, world: World) -> str:
     """Return the error of a Synchronizer of parameters that differ, the same on every rank."""
     group = world.group()
-    parameters = {"scale": np.ones(4), "weights": [np.full((2, 3), float(rank)), np.full(3, rank, np.float32)]}
+    parameters = {
+        "scale": np.ones(4),
+        "weights": [np.full((2, 3), float(rank)), np.full(3, rank, np.float32)],
+    }
     with pytest.raises(col.MismatchError) as caught:
         Synchronizer(parameters, group=group)
     assert caught.value.ranks == tuple(range(1, world_size))
-    with pytest.raises(col.MismatchError, match=r"leaves \['weights'\]\[0\], \['weights'\]\[1\] have other values"):
+    with pytest.raises(
+        col.MismatchError, match=r"leaves \['weights'\]\[0\], \['weights'\]\[1\] have other values"
+    ):
         compare_parameters(parameters, group=group)
-    gradients = {"scale": np.ones(4), "weights": [np.full((2, 3), float(rank)), np.full(3, rank, np.float32)]}
-    Synchronizer(parameters, group=group, compare=False).sync(gradients)  # as a template, or on purpose
+    gradients = {
+        "scale": np.ones(4),
+        "weights": [np.full((2, 3), float(rank)), np.full(3, rank, np.float32)],
+    }
+    # as a template, or on purpose
+    Synchronizer(parameters, group=group, compare=False).sync(gradients)
     assert gradients["weights"][0].tolist() == [[(world_size - 1) / 2] * 3] * 2
     with pytest.raises(col.MismatchError, match="compare is "):
         Synchronizer(np.ones(3), group=group, compare=rank != 0)
@@ -89,7 +109,10 @@ def test_a_synchronizer_of_unequal_parameters(pool: RankPool, ranks: World) -> N
     """They stayed unequal for ever, without a word."""
     found = pool.run(ranks.size, unequal_start, ranks)
     assert all(message == found[0] for message in found)
-    assert "leaves ['weights'][0], ['weights'][1] have other values on rank 1 than on rank 0; call" in found[0]
+    assert (
+        "leaves ['weights'][0], ['weights'][1] have other values on rank 1 than on rank 0; call"
+        in found[0]
+    )
     assert "colltensor.broadcast(parameters)" in found[0]
     assert "compare=False" in found[0]
 
@@ -97,18 +120,29 @@ def test_a_synchronizer_of_unequal_parameters(pool: RankPool, ranks: World) -> N
 def bits(rank: int, world_size: int, world: World) -> None:
     """NaN is equal to itself, 0.0 is not -0.0, and another NaN is another value; numbers of Python's count too."""
     group = world.group()
-    compare_parameters({"a": np.array([np.nan, np.inf, -0.0]), "step": 3, "name": "adam", "none": None}, group=group)
+    compare_parameters(
+        {"a": np.array([np.nan, np.inf, -0.0]), "step": 3, "name": "adam", "none": None},
+        group=group,
+    )
     last = rank == world_size - 1
     payload = np.array([0x7FC00001 if last else 0x7FC00000], np.uint32).view(np.float32)
     cases: list[Any] = [
-        np.array([-0.0 if last else 0.0]), payload, {"step": 4 if last else 3}, {"step": 3.0 if last else 3},
+        np.array([-0.0 if last else 0.0]),
+        payload,
+        {"step": 4 if last else 3},
+        {"step": 3.0 if last else 3},
     ]
     for parameters in cases:
         with pytest.raises(col.MismatchError):
             compare_parameters(parameters, group=group)
-    with pytest.raises(col.MismatchError, match=r"leaf \['a'\] is float64\[4\] on rank \d, float64\[3\] on rank 0"):
+    with pytest.raises(
+        col.MismatchError, match=r"leaf \['a'\] is float64\[4\] on rank \d, float64\[3\] on rank 0"
+    ):
         compare_parameters({"a": np.ones(4 if last else 3)}, group=group)
-    with pytest.raises(col.UnsupportedTensorError, match=r"compare_parameters of group '.*: leaf \['f'\]: expected a"):
+    with pytest.raises(
+        col.UnsupportedTensorError,
+        match=r"compare_parameters of group '.*: leaf \['f'\]: expected a",
+    ):
         compare_parameters({"a": np.ones(3), "f": print}, group=group)
     compare_parameters({}, group=group)
     step, rate = (np.int64(3), np.float64(0.5)) if last else (3, 0.5)  # as a checkpoint has them
@@ -165,14 +199,19 @@ def test_resuming_from_a_checkpoint_of_rank_0(pool: RankPool, ranks: World) -> N
 def mixed(rank: int, world_size: int, world: World) -> None:
     """A torch module's parameters on even ranks, and JAX arrays on odd ones."""
     torch, jnp = importlib.import_module("torch"), importlib.import_module("jax.numpy")
-    values = {"bias": np.arange(3, dtype=np.float32), "weight": np.arange(6, dtype=np.float32).reshape(3, 2)}
+    values = {
+        "bias": np.arange(3, dtype=np.float32),
+        "weight": np.arange(6, dtype=np.float32).reshape(3, 2),
+    }
     if rank % 2:
         parameters: dict[str, Any] = {name: jnp.asarray(value) for name, value in values.items()}
     else:
         linear = torch.nn.Linear(2, 3)
         with torch.no_grad():
             linear.bias.copy_(torch.from_numpy(values["bias"]))
-            linear.weight = torch.nn.Parameter(torch.from_numpy(values["weight"]).t().contiguous().t())
+            linear.weight = torch.nn.Parameter(
+                torch.from_numpy(values["weight"]).t().contiguous().t()
+            )
         assert not linear.weight.is_contiguous()
         parameters = dict(linear.named_parameters())
     Synchronizer(parameters, group=world.group())
@@ -190,7 +229,9 @@ def test_torch_on_some_ranks_and_jax_on_others(pool: RankPool, ranks: World) -> 
 # The transformation of optax.
 
 in_jax = pytest.mark.needs("jax")
-jitted = pytest.mark.skipif(sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10")
+jitted = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"
+)
 
 
 def _jax() -> tuple[Any, Any]:
@@ -208,8 +249,11 @@ def _optax(group: Any, **options: Any) -> tuple[Any, Any, Any]:
 
 def _parameters(jax: Any, rank: int) -> Any:
     jnp = jax.numpy
-    return {"a": jnp.arange(6.0, dtype="float32").reshape(2, 3), "b": [jnp.full(3, rank + 1, "bfloat16"), None],
-            "n": jnp.full((), jnp.nan, "float32")}
+    return {
+        "a": jnp.arange(6.0, dtype="float32").reshape(2, 3),
+        "b": [jnp.full(3, rank + 1, "bfloat16"), None],
+        "n": jnp.full((), jnp.nan, "float32"),
+    }
 
 
 @contextmanager
@@ -289,7 +333,12 @@ def without_init(rank: int, world_size: int, world: World) -> None:
     state = transform.init(params)  # a program without a group may do that
     assert jax.eval_shape(transform.init, params)
     group = col.init_collective_group(
-        world_size, rank, world.backend, "late", init_method=f"file://{os.environ['TMPDIR']}", provider=world.provider
+        world_size,
+        rank,
+        world.backend,
+        "late",
+        init_method=f"file://{os.environ['TMPDIR']}",
+        provider=world.provider,
     )
     try:
         with pytest.raises(col.MismatchError, match=r"leaf \['b'\]\[0\]"):
@@ -321,10 +370,22 @@ def hashes(rank: int, world_size: int) -> None:
     from colltensor.jax.replicas import _hash
 
     def of(array: Array, path: str = "x") -> bytes:
-        return np.asarray(jax.jit(_hash, static_argnums=1)(jax.numpy.asarray(array), path)).tobytes()
+        return np.asarray(
+            jax.jit(_hash, static_argnums=1)(jax.numpy.asarray(array), path)
+        ).tobytes()
 
-    for dtype in ("float32", "bfloat16", "float16", "float64", "int8", "int64", "uint16", "complex64", "complex128",
-                  "float8_e4m3fn"):
+    for dtype in (
+        "float32",
+        "bfloat16",
+        "float16",
+        "float64",
+        "int8",
+        "int64",
+        "uint16",
+        "complex64",
+        "complex128",
+        "float8_e4m3fn",
+    ):
         kind = np.dtype(ml_dtype(dtype))
         array = np.arange(7).astype(kind)
         found = {of(array), of(array, "y"), of(array[::-1]), of(array[:6]), of(array.reshape(7, 1))}
@@ -355,7 +416,8 @@ def through_python(rank: int, world_size: int, world: World) -> list[str]:
     logger.setLevel(logging.DEBUG)
     importlib.import_module("colltensor.jax._targets")._told.clear()
     deadline = time.monotonic() + 5
-    while not group._queue.idle and time.monotonic() < deadline:  # the worker of a call of the test before may be late
+    # the worker of a call of the test before may be late
+    while not group._queue.idle and time.monotonic() < deadline:
         time.sleep(0.001)
     try:
         for _ in range(3):
@@ -371,4 +433,6 @@ def through_python(rank: int, world_size: int, world: World) -> list[str]:
 def test_jitted_calls_that_go_through_python_are_logged_once(pool: RankPool, ranks: World) -> None:
     for lines in pool.run(ranks.size, through_python, ranks):
         assert len(lines) == (ranks.backend != "shm")
-        assert all("a jitted broadcast goes through Python" in line and "'gloo'" in line for line in lines)
+        assert all(
+            "a jitted broadcast goes through Python" in line and "'gloo'" in line for line in lines
+        )

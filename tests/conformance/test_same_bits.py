@@ -25,7 +25,7 @@ from worlds import Report, World, assert_same_bits
 
 import colltensor as col
 from colltensor.backends import is_available, reason
-from colltensor.backends.gloo.backend import CARRIED_NBYTES, DIRECT_NBYTES
+from colltensor.backends.gloo.backend import DIRECT_NBYTES, PIGGYBACKED_NBYTES
 
 COUNTS = (3, 33, 5003, 120_001)
 LARGE_DTYPES = ("float16", "float32", "complex64")
@@ -39,13 +39,21 @@ def _cases() -> Iterator[tuple[str, str, str, int]]:
         for op in ops_of(dtype):
             for count in COUNTS:
                 for operation in OPERATIONS:
-                    if count == COUNTS[1] or (operation == "allreduce" and (count < 33 or dtype in LARGE_DTYPES)):
+                    if count == COUNTS[1] or (
+                        operation == "allreduce" and (count < 33 or dtype in LARGE_DTYPES)
+                    ):
                         yield operation, dtype, op, count
 
 
 def _selected(world: World) -> list[tuple[str, str, str, int]]:
     """Return all cases where the session has everything in full, else one in so many."""
-    step = 4 if int(os.environ.get("COLLTENSOR_TEST_SEQUENCES") or "800") < 800 else 3 if world.hosts else 1
+    step = (
+        4
+        if int(os.environ.get("COLLTENSOR_TEST_SEQUENCES") or "800") < 800
+        else 3
+        if world.hosts
+        else 1
+    )
     return list(_cases())[::step]
 
 
@@ -57,12 +65,25 @@ def _values(dtype: str, op: str, count: int, rank: int) -> Array:
     generator = np.random.default_rng([rank, count, len(op)])
     kind, limits = numpy_dtype(dtype), ml_dtypes.finfo(numpy_dtype(dtype))
     least, smallest = float(limits.smallest_subnormal), float(limits.smallest_normal)
-    specials = [0.0, -0.0, np.inf, -np.inf, np.nan, least, -3 * least, smallest, -smallest / 2, float(limits.max)]
+    specials = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        least,
+        -3 * least,
+        smallest,
+        -smallest / 2,
+        float(limits.max),
+    ]
     with np.errstate(all="ignore"):
         tiny = generator.normal(size=count) * smallest
         ordinary = generator.normal(size=count) * 2.0 ** generator.integers(-8, 8, count)
         drawn = np.where(generator.random(count) < 0.6, tiny, ordinary)
-        values = np.where(generator.random(count) < 0.15, generator.choice(specials, count), drawn).astype(kind)
+        values = np.where(
+            generator.random(count) < 0.15, generator.choice(specials, count), drawn
+        ).astype(kind)
     values[0] = 3 * least * (rank + 1)
     return values + kind.type(0) if op in ("MIN", "MAX") else values
 
@@ -108,11 +129,20 @@ def _order(world: World, operation: str, op: str, nbytes: int) -> list[list[int]
     """Return the order of a reduction, as groups of ranks; None where it is Gloo's."""
     size, ranks = world.size, [[rank] for rank in range(world.size)]
     if world.backend == "hierarchical":
-        carried = operation == "allreduce" and world.provider == "native" and nbytes * size <= CARRIED_NBYTES
+        carried = (
+            operation == "allreduce"
+            and world.provider == "native"
+            and nbytes * size <= PIGGYBACKED_NBYTES
+        )
         if carried or operation == "reducescatter":
             return ranks
-        return [[rank for rank in range(size) if world.hosts[rank] == host] for host in dict.fromkeys(world.hosts)]
-    ring = world.provider in ("torch", "pygloo") and size > 2 and nbytes * (size - 1) > DIRECT_NBYTES
+        return [
+            [rank for rank in range(size) if world.hosts[rank] == host]
+            for host in dict.fromkeys(world.hosts)
+        ]
+    ring = (
+        world.provider in ("torch", "pygloo") and size > 2 and nbytes * (size - 1) > DIRECT_NBYTES
+    )
     return None if ring and operation == "allreduce" and op not in ("MIN", "MAX") else ranks
 
 
@@ -129,7 +159,9 @@ def _run(group: Any, operation: str, values: Array, op: str) -> Array | None:
 def _flushing(function: Callable[[], Any]) -> Any:
     """Run a function in a thread that flushes subnormals to zero, as after ``torch.set_flush_denormal(True)``."""
     libm = ctypes.CDLL("libm.so.6")
-    place, bits = {"x86_64": (28, 0x8040)}.get(importlib.import_module("platform").machine(), (0, 1 << 24))
+    place, bits = {"x86_64": (28, 0x8040)}.get(
+        importlib.import_module("platform").machine(), (0, 1 << 24)
+    )
     found: list[Any] = []
 
     def run() -> None:
@@ -146,7 +178,9 @@ def _flushing(function: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _ways(group: Any, libraries: tuple[str, ...]) -> list[Callable[[str, Array, str], Array | None]]:
+def _ways(
+    group: Any, libraries: tuple[str, ...]
+) -> list[Callable[[str, Array, str], Array | None]]:
     """Return the ways in which a rank may make a call."""
     ways: list[Callable[[str, Array, str], Array | None]] = [
         lambda operation, values, op: _run(group, operation, values, op),
@@ -180,7 +214,9 @@ def _ways(group: Any, libraries: tuple[str, ...]) -> list[Callable[[str, Array, 
                     return cj.reduce(x, last, group, col.ReduceOp[op])
                 return cj.reducescatter(x, group, col.ReduceOp[op])
 
-            given = np.stack([values] * group.world_size) if operation == "reducescatter" else values
+            given = (
+                np.stack([values] * group.world_size) if operation == "reducescatter" else values
+            )
             result = np.asarray(jax.jit(call)(given))
             return result if operation != "reduce" or group.rank == last else None
 
@@ -188,13 +224,16 @@ def _ways(group: Any, libraries: tuple[str, ...]) -> list[Callable[[str, Array, 
     return ways
 
 
-def reduce_every_way(rank: int, size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def reduce_every_way(
+    rank: int, size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     ways = _ways(group, libraries)
     for number, (operation, dtype, op, count) in enumerate(_selected(world)):
         inputs = [_values(dtype, op, count, other) for other in range(size)]
-        way = ways[(number + rank * (number // len(ways))) % len(ways)]  # on all ranks the same, or different ones
+        # on all ranks the same, or different ones
+        way = ways[(number + rank * (number // len(ways))) % len(ways)]
         with report.case(operation, dtype, op, count) as name:
             got = way(operation, inputs[rank], op)
             if got is None:
@@ -203,9 +242,13 @@ def reduce_every_way(rank: int, size: int, world: World, libraries: tuple[str, .
             if order is not None:
                 expected = _in_order(op, inputs, order)
                 wrong = np.flatnonzero(_bits(got) != _bits(expected))
-                first = "" if not len(wrong) else (
-                    f"{len(wrong)} of {count} differ, first {wrong[0]}: {[_show(x, wrong[0]) for x in inputs]} became "
-                    f"{_show(got, wrong[0])}, expected {_show(expected, wrong[0])}"
+                first = (
+                    ""
+                    if not len(wrong)
+                    else (
+                        f"{len(wrong)} of {count} differ, first {wrong[0]}: {[_show(x, wrong[0]) for x in inputs]} became "
+                        f"{_show(got, wrong[0])}, expected {_show(expected, wrong[0])}"
+                    )
                 )
                 assert not len(wrong), first
             if operation == "allreduce":
@@ -227,5 +270,7 @@ def test_every_way_of_calling_gives_the_bits_of_rank_order(
 @pytest.mark.gloo
 @pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
 @pytest.mark.parametrize("hosts", PLACEMENTS[1::2])
-def test_between_hosts(pool: RankPool, provider: str, hosts: str, libraries: tuple[str, ...]) -> None:
+def test_between_hosts(
+    pool: RankPool, provider: str, hosts: str, libraries: tuple[str, ...]
+) -> None:
     assert_same_bits(pool.run(len(hosts), reduce_every_way, world_of(hosts, provider), libraries))

@@ -10,7 +10,7 @@ import pytest
 from oracle import Array, moved, numpy_dtype
 from pool import RankPool
 from samples import Layout, Sample, as_numpy, dense, library_for
-from worlds import Report, Wire, World
+from worlds import Report, Transport, World
 
 import colltensor as col
 
@@ -112,7 +112,9 @@ def gather(stacks: Stacks, root: int) -> None:
 def scatter(stacks: Stacks, root: int) -> None:
     target = stacks.one()
     sources = stacks.all([stacks.values(stacks.rank, part) for part in range(stacks.size)])
-    result = stacks.group.scatter(target.tensor, sources.given if stacks.rank == root else None, root)
+    result = stacks.group.scatter(
+        target.tensor, sources.given if stacks.rank == root else None, root
+    )
     target.check_result(result, stacks.values(root, stacks.rank))
     sources.check_untouched()
 
@@ -135,6 +137,7 @@ def alltoall_from_an_array_into_a_list(stacks: Stacks, root: int) -> None:
 
 def reducescatter(stacks: Stacks, root: int) -> None:
     """SUM of small whole numbers, which every dtype adds exactly."""
+
     def small(rank: int, part: int) -> Array:
         return ((np.arange(stacks.count) + rank + 3 * part) % 5).astype(numpy_dtype(stacks.dtype))
 
@@ -146,11 +149,18 @@ def reducescatter(stacks: Stacks, root: int) -> None:
 
 
 OPERATIONS: tuple[Callable[[Stacks, int], None], ...] = (
-    allgather, gather, scatter, alltoall, alltoall_from_an_array_into_a_list, reducescatter,
+    allgather,
+    gather,
+    scatter,
+    alltoall,
+    alltoall_from_an_array_into_a_list,
+    reducescatter,
 )
 
 
-def work_on_stacks(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> dict[str, str]:
+def work_on_stacks(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     number = 0
@@ -163,12 +173,20 @@ def work_on_stacks(rank: int, world_size: int, world: World, libraries: tuple[st
                 if library is None:
                     continue
                 for mixed in (False, True):
-                    with report.case(operation.__name__, dtype, layout.name, layout.count, "mixed" if mixed else ""):
+                    with report.case(
+                        operation.__name__,
+                        dtype,
+                        layout.name,
+                        layout.count,
+                        "mixed" if mixed else "",
+                    ):
                         operation(Stacks(group, library, dtype, layout, mixed), number % world_size)
     return report.done()
 
 
-def test_every_operation_that_takes_lists(pool: RankPool, world: World, arrays: tuple[str, ...]) -> None:
+def test_every_operation_that_takes_lists(
+    pool: RankPool, world: World, arrays: tuple[str, ...]
+) -> None:
     pool.run(world.size, work_on_stacks, world, arrays)
 
 
@@ -183,14 +201,17 @@ def move_large(rank: int, world_size: int, world: World) -> None:
     report.done()
 
 
-def test_stacks_of_many_megabytes(pool: RankPool, wire: Wire) -> None:
-    pool.run(2, move_large, World(2, *wire))
+def test_stacks_of_many_megabytes(pool: RankPool, transport: Transport) -> None:
+    pool.run(2, move_large, World(2, *transport))
 
 
 def gather_in_place(rank: int, world_size: int, world: World) -> None:
     """As ``MPI_IN_PLACE`` does: the tensor that is sent is the own block of the result, contiguous and not."""
     group = world.group()
-    for wide in (np.zeros((world_size, 6), np.int32), np.zeros((world_size, 2, 5), np.int32)[:, :, ::2]):
+    for wide in (
+        np.zeros((world_size, 6), np.int32),
+        np.zeros((world_size, 2, 5), np.int32)[:, :, ::2],
+    ):
         for dst in (None, world_size - 1):
             wide[...] = 100
             wide[rank] = rank
@@ -242,7 +263,8 @@ def disagree(rank: int, world_size: int, world: World) -> list[str]:
         whole, given = np.zeros((world_size, count)), np.ones((world_size, count))
         outputs = list(whole) if as_list and rank == 0 else whole
         for call in (
-            lambda to=outputs, of=given: group.alltoall(to, of), lambda to=outputs, of=given: group.allgather(to, of[0])
+            lambda to=outputs, of=given: group.alltoall(to, of),
+            lambda to=outputs, of=given: group.allgather(to, of[0]),
         ):
             with pytest.raises(col.MismatchError) as caught:
                 call()
@@ -251,8 +273,8 @@ def disagree(rank: int, world_size: int, world: World) -> list[str]:
     return found
 
 
-def test_blocks_that_differ_between_ranks(pool: RankPool, wire: Wire) -> None:
-    for messages in pool.run(3, disagree, World(3, *wire)):
+def test_blocks_that_differ_between_ranks(pool: RankPool, transport: Transport) -> None:
+    for messages in pool.run(3, disagree, World(3, *transport)):
         assert all("float64[3]" in message and "float64[4]" in message for message in messages)
 
 

@@ -22,14 +22,18 @@ def versions_are_bumped(rank: int, world_size: int, world: World) -> None:
     group = world.group()
     torch = _torch()
     written = torch.ones(4)
-    for number, call in enumerate((
-        lambda x: group.allreduce(x),
-        lambda x: group.scatter(x, [torch.ones(4)] * world_size if rank == 0 else None),
-        lambda x: group.reducescatter(x, [torch.ones(4)] * world_size),
-        lambda x: group.allgather([x, *(torch.ones(4) for _ in range(world_size - 1))], torch.ones(4)),
-        lambda x: group.allreduce({"leaf": x}),
-        lambda x: group.allreduce(x, async_op=True).wait(),
-    )):
+    for number, call in enumerate(
+        (
+            lambda x: group.allreduce(x),
+            lambda x: group.scatter(x, [torch.ones(4)] * world_size if rank == 0 else None),
+            lambda x: group.reducescatter(x, [torch.ones(4)] * world_size),
+            lambda x: group.allgather(
+                [x, *(torch.ones(4) for _ in range(world_size - 1))], torch.ones(4)
+            ),
+            lambda x: group.allreduce({"leaf": x}),
+            lambda x: group.allreduce(x, async_op=True).wait(),
+        )
+    ):
         before = written._version
         call(written)
         assert written._version > before, f"call {number} did not bump the version"
@@ -38,7 +42,9 @@ def versions_are_bumped(rank: int, world_size: int, world: World) -> None:
     group.reduce(read, 0)
     group.broadcast(read, 0)
     group.allgather([torch.ones(4) for _ in range(world_size)], read)
-    assert read._version == before + 1, "one of the two wrote on this rank, and only that one bumps the version"
+    assert read._version == before + 1, (
+        "one of the two wrote on this rank, and only that one bumps the version"
+    )
 
 
 def test_a_write_bumps_the_version(pool: RankPool, world: World) -> None:
@@ -69,9 +75,13 @@ def gradients_are_refused_as_torch_does(rank: int, world_size: int, world: World
     group = world.group()
     torch = _torch()
     total = sum(range(1, world_size + 1))
-    for leaf in (torch.full((3,), float(rank + 1), requires_grad=True),
-                 torch.nn.Parameter(torch.full((3,), float(rank + 1)))):
-        with pytest.raises(col.ReadOnlyError, match=r"allreduce: tensor .*requires grad.*torch\.no_grad\(\)"):
+    for leaf in (
+        torch.full((3,), float(rank + 1), requires_grad=True),
+        torch.nn.Parameter(torch.full((3,), float(rank + 1))),
+    ):
+        with pytest.raises(
+            col.ReadOnlyError, match=r"allreduce: tensor .*requires grad.*torch\.no_grad\(\)"
+        ):
             group.allreduce(leaf)
         before = leaf._version
         with torch.no_grad():

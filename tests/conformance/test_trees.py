@@ -64,7 +64,10 @@ def _is_leaf(node: Any) -> bool:
 
 def _map(function: Callable[..., Any], node: Any, *others: Any) -> Any:
     if isinstance(node, dict):
-        return type(node)((name, _map(function, child, *(o[name] for o in others))) for name, child in node.items())
+        return type(node)(
+            (name, _map(function, child, *(o[name] for o in others)))
+            for name, child in node.items()
+        )
     if isinstance(node, _Nest):
         return _Nest(_map(function, node.inner, *(other.inner for other in others)))
     if isinstance(node, list):
@@ -84,7 +87,9 @@ def _tensor(library: str, layouts: np.random.Generator, values: Array) -> Any:
     return array
 
 
-def random_trees(rank: int, size: int, world: World, libraries: tuple[str, ...], seed: int) -> dict[str, str]:
+def random_trees(
+    rank: int, size: int, world: World, libraries: tuple[str, ...], seed: int
+) -> dict[str, str]:
     group = world.group()
     report = Report(group)
     generator = np.random.default_rng(seed)
@@ -110,7 +115,11 @@ def random_trees(rank: int, size: int, world: World, libraries: tuple[str, ...],
                 expected = _map(lambda *leaves: _total(leaves), *everyone)
             elif operation == "reduce":
                 done = group.reduce(tree, root, async_op=asynchronous)
-                expected = _map(lambda *leaves: _total(leaves), *everyone) if rank == root else everyone[rank]
+                expected = (
+                    _map(lambda *leaves: _total(leaves), *everyone)
+                    if rank == root
+                    else everyone[rank]
+                )
             else:
                 done = group.broadcast(tree, root, async_op=asynchronous)
                 expected = everyone[root]
@@ -120,7 +129,9 @@ def random_trees(rank: int, size: int, world: World, libraries: tuple[str, ...],
             found: list[Array] = []
             _map(functools.partial(_check, found), expected, result)
             if operation != "reduce":
-                report.same_everywhere(f"{step} {operation}", b"".join(values.tobytes() for values in found))
+                report.same_everywhere(
+                    f"{step} {operation}", b"".join(values.tobytes() for values in found)
+                )
     return report.done()
 
 
@@ -153,7 +164,10 @@ def what_changes(rank: int, size: int, world: World) -> None:
         for count, dtype in ((3, "float32"), (5, "float32"), (5, "float64"), (3, "int32")):
             for names in (("a", "b"), ("b", "a"), ("a", "c")):
                 with report.case(count, dtype, names):
-                    tree = {name: np.full(count, rank + number, dtype) for number, name in enumerate(sorted(names))}
+                    tree = {
+                        name: np.full(count, rank + number, dtype)
+                        for number, name in enumerate(sorted(names))
+                    }
                     tree = {name: tree[name] for name in names}  # in another order of insertion
                     assert group.allreduce(tree) is tree
                     for number, name in enumerate(sorted(names)):
@@ -170,7 +184,10 @@ def what_changes(rank: int, size: int, world: World) -> None:
         array.flags.writeable = False
         with pytest.raises(col.ReadOnlyError, match="leaf"):
             group.allreduce({"a": np.ones(2), "b": array})
-    with report.case("a leaf that is none"), pytest.raises(col.UnsupportedTensorError, match=r"\['b'\]"):
+    with (
+        report.case("a leaf that is none"),
+        pytest.raises(col.UnsupportedTensorError, match=r"\['b'\]"),
+    ):
         group.allreduce({"a": np.ones(2), "b": "text"})
     with report.case("a container where a leaf was"):
         tree = {"a": np.ones(2), "b": np.ones(2)}
@@ -213,7 +230,8 @@ def versions(rank: int, size: int, world: World) -> None:
         group.allreduce({"a": torch.ones(3, requires_grad=True), "b": torch.ones(2)})
     tree = {"a": torch.ones(3), "b": torch.ones(3)}
     group.allreduce(tree)
-    lazy = torch._neg_view(torch.ones(3))  # of the same structure and dtype, whose memory holds other values
+    # of the same structure and dtype, whose memory holds other values
+    lazy = torch._neg_view(torch.ones(3))
     with pytest.raises(col.UnsupportedTensorError, match=r"\['b'\].*lazy negation"):
         group.allreduce({"a": torch.ones(3), "b": lazy})
     before = torch.ones(3)
@@ -262,7 +280,9 @@ def many_of_jax(rank: int, size: int, world: World) -> None:
         tree += [jax.dlpack.from_dlpack(foreign), jax.numpy.arange(3)]
         result = group.allreduce(tree, donate=donate)
         for number in range(19):
-            assert np.asarray(result[number]).tolist() == [sum(range(size)) + number * size] * (number % 4)
+            assert np.asarray(result[number]).tolist() == [sum(range(size)) + number * size] * (
+                number % 4
+            )
         assert np.asarray(result[19]).tolist() == [sum(range(size))] * 5
         assert np.asarray(result[20]).tolist() == [0, size, 2 * size]
         assert [leaf.is_deleted() for leaf in tree] == [donate] * 21
@@ -275,7 +295,7 @@ def test_more_leaves_of_jax_than_are_copied_at_once(pool: RankPool, ranks: World
 
 
 def moved_only(rank: int, size: int, world: World) -> None:
-    """Types that have no name on the wire: torch on one rank, numpy on another."""
+    """Types that have no name on the transport: torch on one rank, numpy on another."""
     torch, ml_dtypes = importlib.import_module("torch"), importlib.import_module("ml_dtypes")
     group = world.group()
     for name in ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"):
@@ -283,9 +303,14 @@ def moved_only(rank: int, size: int, world: World) -> None:
             bits = np.arange(6, dtype=np.uint16 if name.endswith("16") else np.uint8) + (rank + 1)
             arrays = {"a": bits.copy(), "b": bits[::-1].copy()}
             if rank % 2:
-                tree = {key: array.view(getattr(ml_dtypes, name, name)) for key, array in arrays.items()}
+                tree = {
+                    key: array.view(getattr(ml_dtypes, name, name)) for key, array in arrays.items()
+                }
             else:
-                tree = {key: torch.from_numpy(array).view(getattr(torch, name)) for key, array in arrays.items()}
+                tree = {
+                    key: torch.from_numpy(array).view(getattr(torch, name))
+                    for key, array in arrays.items()
+                }
             group.broadcast(tree, size - 1)
             expected = np.arange(6, dtype=bits.dtype) + size
             assert (arrays["a"] == expected).all(), name
@@ -301,7 +326,10 @@ def one_takes_the_slow_path(rank: int, size: int, world: World) -> None:
     """The root's leaves are read-only, so that they are no plain ones: the transfers are the same."""
     group = world.group()
     for shape in ((3,), (40, 50)):
-        tree = {"a": np.full(shape, rank + 1.0, "float32"), "b": np.full(shape, rank + 2.0, "float32")}
+        tree = {
+            "a": np.full(shape, rank + 1.0, "float32"),
+            "b": np.full(shape, rank + 2.0, "float32"),
+        }
         if rank == 0:
             for array in tree.values():
                 array.flags.writeable = False

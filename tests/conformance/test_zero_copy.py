@@ -16,7 +16,7 @@ from exporters import ReadOnly
 from oracle import moved, reduced
 from pool import RankPool
 from samples import Sample, address, as_numpy, dense
-from worlds import Report, Wire, World, stop_tracing
+from worlds import Report, Transport, World, stop_tracing
 
 import colltensor as col
 
@@ -31,15 +31,34 @@ def _each_operation(group: Any) -> list[tuple[str, int, Callable[[list[Any]], An
         ("reduce", 1, lambda tensors: group.reduce(tensors[0], 0)),
         ("broadcast", 1, lambda tensors: group.broadcast(tensors[0], 0)),
         ("allgather", size + 1, lambda tensors: group.allgather(tensors[1:], tensors[0])),
-        ("gather", size + 1, lambda tensors: group.gather(tensors[1:] if rank == 0 else None, tensors[0])),
-        ("scatter", size + 1, lambda tensors: group.scatter(tensors[0], tensors[1:] if rank == 0 else None)),
+        (
+            "gather",
+            size + 1,
+            lambda tensors: group.gather(tensors[1:] if rank == 0 else None, tensors[0]),
+        ),
+        (
+            "scatter",
+            size + 1,
+            lambda tensors: group.scatter(tensors[0], tensors[1:] if rank == 0 else None),
+        ),
         ("reducescatter", size + 1, lambda tensors: group.reducescatter(tensors[0], tensors[1:])),
         ("alltoall", 2 * size, lambda tensors: group.alltoall(tensors[:size], tensors[size:])),
-        ("tree", 3, lambda tensors: group.allreduce({"a": tensors[0], "b": [tensors[1], None, tensors[2]]})),
+        (
+            "tree",
+            3,
+            lambda tensors: group.allreduce({"a": tensors[0], "b": [tensors[1], None, tensors[2]]}),
+        ),
     ]
     if size > 1:
-        calls.append(("sendrecv", 2, lambda tensors: group.sendrecv(
-            tensors[1], (rank + 1) % size, tensors[0], (rank - 1) % size)))
+        calls.append(
+            (
+                "sendrecv",
+                2,
+                lambda tensors: group.sendrecv(
+                    tensors[1], (rank + 1) % size, tensors[0], (rank - 1) % size
+                ),
+            )
+        )
     return calls
 
 
@@ -57,7 +76,9 @@ def addresses_stay(rank: int, world_size: int, world: World, library: str) -> No
     report.done()
 
 
-def test_tensors_keep_their_address(pool: RankPool, world: World, libraries: tuple[str, ...]) -> None:
+def test_tensors_keep_their_address(
+    pool: RankPool, world: World, libraries: tuple[str, ...]
+) -> None:
     for library in libraries:
         pool.run(world.size, addresses_stay, world, library)
 
@@ -71,7 +92,9 @@ def nothing_is_kept(rank: int, world_size: int, world: World, library: str) -> N
             gc.disable()
             try:
                 values = moved("float32", COUNT, rank)
-                tensors = [Sample(library, "float32", dense(COUNT), values).tensor for _ in range(number)]
+                tensors = [
+                    Sample(library, "float32", dense(COUNT), values).tensor for _ in range(number)
+                ]
                 counts = [sys.getrefcount(tensor) for tensor in tensors]
                 call(tensors)
                 assert [sys.getrefcount(tensor) for tensor in tensors] == counts
@@ -91,7 +114,9 @@ def nothing_is_kept(rank: int, world_size: int, world: World, library: str) -> N
     report.done()
 
 
-def test_nothing_is_kept_after_a_call(pool: RankPool, world: World, libraries: tuple[str, ...]) -> None:
+def test_nothing_is_kept_after_a_call(
+    pool: RankPool, world: World, libraries: tuple[str, ...]
+) -> None:
     for library in libraries:
         pool.run(world.size, nothing_is_kept, world, library)
 
@@ -107,7 +132,9 @@ def a_work_keeps_its_tensor(rank: int, world_size: int, world: World, library: s
     return bool((as_numpy(works[-1].result(), "float32") == sum(range(1, world_size + 1))).all())
 
 
-def test_a_work_keeps_its_tensors_alive(pool: RankPool, world: World, libraries: tuple[str, ...]) -> None:
+def test_a_work_keeps_its_tensors_alive(
+    pool: RankPool, world: World, libraries: tuple[str, ...]
+) -> None:
     for library in libraries:
         assert pool.run(world.size, a_work_keeps_its_tensor, world, library) == [True] * world.size
 
@@ -121,7 +148,9 @@ def memory_of_calls(rank: int, world_size: int, world: World) -> dict[str, int]:
         "broadcast": lambda: group.broadcast(arrays[0]),
         "allgather": lambda: group.allgather(arrays[1:], arrays[0]),
         "scatter": lambda: group.scatter(arrays[0], arrays[1:] if rank == 0 else None),
-        "alltoall": lambda: group.alltoall(arrays[:world_size], [*arrays[world_size:], *arrays[world_size:]]),
+        "alltoall": lambda: group.alltoall(
+            arrays[:world_size], [*arrays[world_size:], *arrays[world_size:]]
+        ),
         "send": lambda: group.send(arrays[0], 1) if rank == 0 else group.recv(arrays[0], 0),
         "tree": lambda: group.allreduce({"a": arrays[0], "b": arrays[1]}),
     }
@@ -135,12 +164,14 @@ def memory_of_calls(rank: int, world_size: int, world: World) -> dict[str, int]:
     return peaks
 
 
-def test_no_memory_is_allocated_for_a_payload(pool: RankPool, wire: Wire) -> None:
-    for peaks in pool.run(2, memory_of_calls, World(2, *wire)):
+def test_no_memory_is_allocated_for_a_payload(pool: RankPool, transport: Transport) -> None:
+    for peaks in pool.run(2, memory_of_calls, World(2, *transport)):
         assert all(peak < 100_000 for peak in peaks.values()), peaks
 
 
-def writes_are_seen_in_the_source(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) -> None:
+def writes_are_seen_in_the_source(
+    rank: int, world_size: int, world: World, libraries: tuple[str, ...]
+) -> None:
     """The memory belongs to a bytearray: what the collective wrote is there."""
     group = world.group()
     storage = bytearray(np.full(64, rank + 1, np.float32).tobytes())
@@ -154,10 +185,15 @@ def writes_are_seen_in_the_source(rank: int, world_size: int, world: World, libr
     for tensor in tensors:
         array[:] = rank + 1
         group.allreduce(tensor)
-        assert np.frombuffer(bytes(storage), np.float32).tolist() == [sum(range(1, world_size + 1))] * 64
+        assert (
+            np.frombuffer(bytes(storage), np.float32).tolist()
+            == [sum(range(1, world_size + 1))] * 64
+        )
 
 
-def test_writes_are_seen_in_the_source(pool: RankPool, world: World, libraries: tuple[str, ...]) -> None:
+def test_writes_are_seen_in_the_source(
+    pool: RankPool, world: World, libraries: tuple[str, ...]
+) -> None:
     pool.run(world.size, writes_are_seen_in_the_source, world, libraries)
 
 
@@ -207,7 +243,9 @@ def refuse_copies(rank: int, world_size: int, world: World) -> list[str]:
         "strided broadcast": lambda: group.broadcast(strided, copy=False),
         "strided leaf": lambda: group.allreduce({"a": np.ones(3), "b": strided}, copy=False),
         "strided entry": lambda: group.allgather([*lists[1:], strided], dense_array, copy=False),
-        "strided source": lambda: group.reducescatter(dense_array, [*lists[1:], strided], copy=False),
+        "strided source": lambda: group.reducescatter(
+            dense_array, [*lists[1:], strided], copy=False
+        ),
         "emulated allreduce": lambda: group.allreduce(half, copy=False),
         "emulated reduce": lambda: group.reduce(half, copy=False),
     }
@@ -224,7 +262,11 @@ def refuse_copies(rank: int, world_size: int, world: World) -> list[str]:
         found.append(f"{name}: {'refused' if message else 'fine'}")
     leaves = {"a": np.full(3, 1.0), "b": np.full((2, 2), 2.0), "c": np.full(5, 1, np.int32)}
     group.allreduce(leaves, copy=False)
-    assert [int(leaf.flat[-1]) for leaf in leaves.values()] == [world_size, 2 * world_size, world_size]
+    assert [int(leaf.flat[-1]) for leaf in leaves.values()] == [
+        world_size,
+        2 * world_size,
+        world_size,
+    ]
     group.allreduce(dense_array, copy=False)
     group.broadcast(half, copy=False)
     assert group.backend != "gloo" or strided.tolist() == np.arange(12.0)[::2].tolist()
@@ -234,8 +276,14 @@ def refuse_copies(rank: int, world_size: int, world: World) -> list[str]:
 def test_copy_false_refuses_staging_where_a_backend_needs_it(pool: RankPool, ranks: World) -> None:
     for found in pool.run(ranks.size, refuse_copies, ranks):
         # The native provider widens 16-bit floats in registers.
-        staged = ("strided", "emulated")[: 1 if ranks.provider == "native" else 2] if ranks.backend == "gloo" else ()
-        assert all(line.endswith("refused" if line.startswith(staged) else "fine") for line in found), found
+        staged = (
+            ("strided", "emulated")[: 1 if ranks.provider == "native" else 2]
+            if ranks.backend == "gloo"
+            else ()
+        )
+        assert all(
+            line.endswith("refused" if line.startswith(staged) else "fine") for line in found
+        ), found
         assert len(found) == 7
 
 

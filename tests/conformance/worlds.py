@@ -1,4 +1,4 @@
-"""Where a conformance case runs, and what its ranks report. Imports no framework."""
+"""Where a conformance case runs, and what its ranks report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pool import group_of
 SHOWN = 12
 
 
-class Wire(NamedTuple):
+class Transport(NamedTuple):
     """A backend between ranks, and its provider where it has several."""
 
     backend: str
@@ -98,7 +98,8 @@ def assert_same_bits(reports: Sequence[dict[str, str]]) -> None:
     first = reports[0]
     different = {
         name: [report.get(name) for report in reports]
-        for name in first if any(report.get(name) != first[name] for report in reports)
+        for name in first
+        if any(report.get(name) != first[name] for report in reports)
     }
     assert not different, f"ranks got different bits: {different}"
     assert all(report.keys() == first.keys() for report in reports)

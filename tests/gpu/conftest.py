@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from pool import RankPool, RanksFailedError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "conformance"))  # oracle, samples, worlds
+# oracle, samples, worlds
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "conformance"))
 
 _SESSION = str(Path(__file__).resolve().parent.parent / "conftest.py")
 _SHARED_SINCE = 23000
@@ -56,7 +57,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "libraries" in metafunc.fixturenames and "size" in metafunc.fixturenames:
         pairs = [
             pytest.param(size, case, id=f"{words}-{name}")
-            for words, size in _SIZES.items() for name, case in cases.items() if size < 4 or case == names
+            for words, size in _SIZES.items()
+            for name, case in cases.items()
+            if size < 4 or case == names
         ]
         metafunc.parametrize(("size", "libraries"), pairs)
     elif "size" in metafunc.fixturenames:
@@ -68,7 +71,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test here, and begin with what is quick; all of them need CuPy, which the backend is built on."""
-    places = [place for place, item in enumerate(items) if Path(__file__).parent in item.path.parents]
+    places = [
+        place for place, item in enumerate(items) if Path(__file__).parent in item.path.parents
+    ]
     ours = sorted((items[place] for place in places), key=_length)
     for place, item in zip(places, ours, strict=True):
         items[place] = item
@@ -140,11 +145,19 @@ class GpuPool(RankPool):
         folder.mkdir()
         return cls(folder, ENVIRONMENT)
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = _RUN_S,
-            **options: Any) -> list[Any]:
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout_s: float = _RUN_S,
+        **options: Any,
+    ) -> list[Any]:
         """Run a function in the ranks; see ``RankPool.run``."""
         try:
-            return super().run(world_size, function, *args, timeout_s=min(timeout_s, _LIMIT_S), **options)
+            return super().run(
+                world_size, function, *args, timeout_s=min(timeout_s, _LIMIT_S), **options
+            )
         except RanksFailedError:
             for log in sorted(self.folder.glob("rank*.log")):
                 print(f"--- {log.name}: ...{log.read_text(errors='replace')[-_LOG_TAIL:]}")
@@ -157,9 +170,12 @@ def gpu_pool(nothing_left: None, _device: None, pytestconfig: pytest.Config) -> 
     session: Any = pytestconfig.pluginmanager.get_plugin(_SESSION)
     ranks = GpuPool.below(pytestconfig.stash[session.FOLDER_KEY])
     warm_up = importlib.import_module("gpu_streams").warm_up
-    for size in (1, 1 if too_many(4) else 4):  # first alone, which leaves compiled kernels on the disk
+    # first alone, which leaves compiled kernels on the disk
+    for size in (1, 1 if too_many(4) else 4):
         ranks.run(size, warm_up, _libraries(pytestconfig), timeout_s=_WARM_UP_S)
     yield ranks
     ranks.close()
-    left = sorted(str(path.relative_to(ranks.folder)) for path in (ranks.folder / "rendezvous").iterdir())
+    left = sorted(
+        str(path.relative_to(ranks.folder)) for path in (ranks.folder / "rendezvous").iterdir()
+    )
     assert not left, f"rendezvous files were left: {left}"

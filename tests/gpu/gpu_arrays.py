@@ -27,7 +27,11 @@ class Refused(NamedTuple):
 
 REFUSED = frozenset(
     [Refused(dtype, op) for dtype in INTEGERS for op in ("BAND", "BOR", "BXOR")]
-    + [Refused(dtype, op) for dtype in ("int16", "uint16") for op in ("SUM", "PRODUCT", "MIN", "MAX")]
+    + [
+        Refused(dtype, op)
+        for dtype in ("int16", "uint16")
+        for op in ("SUM", "PRODUCT", "MIN", "MAX")
+    ]
     + [Refused("bool", "BXOR")]
 )
 
@@ -38,7 +42,11 @@ def supports(library: str, dtype: str, layout: Layout) -> bool:
         return True
     if library == "torch":
         return hasattr(importlib.import_module("torch"), dtype) and not layout.backwards
-    return layout.dense and dtype not in _JAX_LACKS and hasattr(importlib.import_module("jax.numpy"), dtype)
+    return (
+        layout.dense
+        and dtype not in _JAX_LACKS
+        and hasattr(importlib.import_module("jax.numpy"), dtype)
+    )
 
 
 def library_for(libraries: tuple[str, ...], rank: int, dtype: str, layout: Layout) -> str | None:
@@ -130,7 +138,9 @@ class DeviceSample:
         aligned[...] = wanted
         host_view(aligned, self._dtype, self._layout)[...] = got.reshape(self._layout.shape)
         places = np.flatnonzero(aligned != memory)
-        assert not len(places), f"memory that is not the tensor's was written, byte {places[0] - GUARD} first"
+        assert not len(places), (
+            f"memory that is not the tensor's was written, byte {places[0] - GUARD} first"
+        )
         return got
 
 

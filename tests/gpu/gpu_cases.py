@@ -43,7 +43,9 @@ def _pairs() -> Iterator[tuple[int, str, str, int]]:
             if Refused(dtype, op) not in REFUSED:
                 number += 1
                 yield number, dtype, op, SMALL
-    yield from ((number + 1, dtype, "SUM", MIDDLE) for dtype in ("bool", "float16", "float64", "complex128"))
+    yield from (
+        (number + 1, dtype, "SUM", MIDDLE) for dtype in ("bool", "float16", "float64", "complex128")
+    )
     yield from ((number + 2, "bfloat16", op, MIDDLE) for op in ("MIN", "AVERAGE"))
     yield from ((number + 3, "float32", op, LARGE) for op in ("SUM", "MAX"))
     yield from ((number + 4, dtype, "SUM", 0) for dtype in ("float32", "float64"))
@@ -76,14 +78,20 @@ def reductions(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
             _reducescatter(group, libraries, dtype, op, layout)
 
 
-def _reducescatter(group: Any, libraries: tuple[str, ...], dtype: str, op: str, layout: Layout) -> None:
+def _reducescatter(
+    group: Any, libraries: tuple[str, ...], dtype: str, op: str, layout: Layout
+) -> None:
     everyone = range(group.world_size)
-    given = [[reduced(dtype, layout.count, peer, 10 + part) for part in everyone] for peer in everyone]
+    given = [
+        [reduced(dtype, layout.count, peer, 10 + part) for part in everyone] for peer in everyone
+    ]
     library = library_for(libraries, group.rank, dtype, layout)
     assert library is not None
     sources = [DeviceSample(library, dtype, layout, values) for values in given[group.rank]]
     target = DeviceSample(library, dtype, layout, reduced(dtype, layout.count, group.rank, 99))
-    result = group.reducescatter(target.tensor, [source.tensor for source in sources], col.ReduceOp[op])
+    result = group.reducescatter(
+        target.tensor, [source.tensor for source in sources], col.ReduceOp[op]
+    )
     target.check_result(result, *expected_of(dtype, op, [parts[group.rank] for parts in given]))
     for source in sources:
         source.check_untouched()
@@ -116,7 +124,8 @@ def not_numbers(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
                 sample = _samples(group, libraries, dtype, dense(16), inputs)
                 assert sample is not None
                 result = group.allreduce(sample.tensor, col.ReduceOp[op])
-                wanted = np.max(inputs, 0) if op == "MAX" else np.min(inputs, 0)  # numpy's propagate it too
+                # numpy's propagate it too
+                wanted = np.max(inputs, 0) if op == "MAX" else np.min(inputs, 0)
                 sample.check_result(result, wanted.astype(numpy_dtype(dtype)), None)
 
 
@@ -196,7 +205,9 @@ def stacks(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
                 library = library_for(libraries, group.rank, dtype, layout)
                 assert library is not None
                 for mixed in (False, True):
-                    with report.case(operation.__name__, dtype, layout.name, "mixed" if mixed else ""):
+                    with report.case(
+                        operation.__name__, dtype, layout.name, "mixed" if mixed else ""
+                    ):
                         made = DeviceStacks(group, library, dtype, layout, mixed)
                         operation(made, number % group.world_size)
 
@@ -207,13 +218,23 @@ def trees(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
     for operation in ("allreduce", "broadcast"):
         with report.case(operation, "of a tree"):
             counts = (5, (1 << 18) + 1, 3, 0, 17)
-            names = [libraries[(group.rank + place) % len(libraries)] for place in range(len(counts))]
-            inputs = [[reduced("float32", count, rank, place) for place, count in enumerate(counts)]
-                      for rank in range(size)]
-            samples = [DeviceSample(name, "float32", dense(len(values)), values)
-                       for name, values in zip(names, inputs[group.rank], strict=True)]
+            names = [
+                libraries[(group.rank + place) % len(libraries)] for place in range(len(counts))
+            ]
+            inputs = [
+                [reduced("float32", count, rank, place) for place, count in enumerate(counts)]
+                for rank in range(size)
+            ]
+            samples = [
+                DeviceSample(name, "float32", dense(len(values)), values)
+                for name, values in zip(names, inputs[group.rank], strict=True)
+            ]
             tensors = [sample.tensor for sample in samples]
-            tree = {"a": tensors[0], "b": [tensors[1], None, tensors[2]], "c": (tensors[3], tensors[4])}
+            tree = {
+                "a": tensors[0],
+                "b": [tensors[1], None, tensors[2]],
+                "c": (tensors[3], tensors[4]),
+            }
             result = getattr(group, operation)(tree)
             flat = [result["a"], result["b"][0], result["b"][2], *result["c"]]
             assert result["b"][1] is None
@@ -236,14 +257,25 @@ def gradients(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
         with report.case("Synchronizer", op):
             kept = None
             for step in range(2):
-                inputs = [[reduced("float32", count, rank, place + step) for place, count in enumerate(counts)]
-                          for rank in range(group.world_size)]
-                samples = [DeviceSample(name, "float32", dense(len(values)), values)
-                           for name, values in zip(names, inputs[group.rank], strict=True)]
+                inputs = [
+                    [
+                        reduced("float32", count, rank, place + step)
+                        for place, count in enumerate(counts)
+                    ]
+                    for rank in range(group.world_size)
+                ]
+                samples = [
+                    DeviceSample(name, "float32", dense(len(values)), values)
+                    for name, values in zip(names, inputs[group.rank], strict=True)
+                ]
                 leaves = [sample.tensor for sample in samples]
                 kept = kept or Synchronizer(leaves, group=group, average=average, compare=False)
-                for place, (sample, found) in enumerate(zip(samples, kept.sync(leaves), strict=True)):
-                    sample.check_result(found, *expected_of("float32", op, [values[place] for values in inputs]))
+                for place, (sample, found) in enumerate(
+                    zip(samples, kept.sync(leaves), strict=True)
+                ):
+                    sample.check_result(
+                        found, *expected_of("float32", op, [values[place] for values in inputs])
+                    )
 
 
 def one_device_forms(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
@@ -262,8 +294,13 @@ def one_device_forms(group: Any, report: Report, libraries: tuple[str, ...]) -> 
             sample.check_result(result, inputs[size - 1])
     with report.case("allgather_multigpu"):
         source = DeviceSample(name, "float32", dense(SMALL), inputs[group.rank])
-        targets = [DeviceSample(name, "float32", dense(SMALL), np.zeros(SMALL, np.float32)) for _ in range(size)]
-        (found,) = group.multigpu.allgather([[target.tensor for target in targets]], [source.tensor])
+        targets = [
+            DeviceSample(name, "float32", dense(SMALL), np.zeros(SMALL, np.float32))
+            for _ in range(size)
+        ]
+        (found,) = group.multigpu.allgather(
+            [[target.tensor for target in targets]], [source.tensor]
+        )
         for rank, (target, entry) in enumerate(zip(targets, found, strict=True)):
             target.check_result(entry, inputs[rank])
 
@@ -272,7 +309,9 @@ def objects_and_parts(group: Any, report: Report, libraries: tuple[str, ...]) ->
     """split, barrier and objects beside device calls."""
     with report.case("split"):
         part = group.split(group.rank % 2)
-        inputs = [reduced("float32", SMALL, rank) for rank in range(group.rank % 2, group.world_size, 2)]
+        inputs = [
+            reduced("float32", SMALL, rank) for rank in range(group.rank % 2, group.world_size, 2)
+        ]
         sample = DeviceSample(libraries[0], "float32", dense(SMALL), inputs[part.rank])
         sample.check_result(part.allreduce(sample.tensor), *expected_of("float32", "SUM", inputs))
         part.destroy()
@@ -289,7 +328,9 @@ def donations(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
     with report.case("donated"):
         inputs = [reduced("float32", LARGE, rank) for rank in range(group.world_size)]
         # A copy, because on the host an array that was put there may be numpy's memory, which is not given away.
-        array = jax.numpy.copy(jax.device_put(inputs[group.rank], jax.devices(gpu_streams.PLATFORM)[0]))
+        array = jax.numpy.copy(
+            jax.device_put(inputs[group.rank], jax.devices(gpu_streams.PLATFORM)[0])
+        )
         before = array.unsafe_buffer_pointer()
         result = group.allreduce(array, donate=True)
         assert array.is_deleted()
@@ -302,8 +343,17 @@ def donations(group: Any, report: Report, libraries: tuple[str, ...]) -> None:
 CASES: dict[str, Callable[[Any, Report, tuple[str, ...]], None]] = {
     function.__name__: function
     for function in (
-        reductions, refusals, not_numbers, moves, layouts, stacks, trees, gradients, one_device_forms,
-        objects_and_parts, donations,
+        reductions,
+        refusals,
+        not_numbers,
+        moves,
+        layouts,
+        stacks,
+        trees,
+        gradients,
+        one_device_forms,
+        objects_and_parts,
+        donations,
     )
 }
 

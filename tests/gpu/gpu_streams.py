@@ -112,7 +112,10 @@ class Queue:
         """Read a tensor as the stream comes to it: copied there first, looked at afterwards."""
         copy = tensor.clone() if self.library == "torch" else tensor.copy()
         self.synchronize()
-        return {float(copy[place]) for place in (0, len(copy) // 2, -1)} | {float(copy.min()), float(copy.max())}
+        return {float(copy[place]) for place in (0, len(copy) // 2, -1)} | {
+            float(copy.min()),
+            float(copy.max()),
+        }
 
     def synchronize(self) -> None:
         """Wait, on the host, for the stream."""

@@ -19,7 +19,7 @@ from gpu_cases import CASES
 from worlds import Report
 
 from colltensor.group import connect
-from colltensor.recipe import Recipe
+from colltensor.options import GroupOptions
 from colltensor.rendezvous import meet, open_directory
 
 JOIN_S = 400.0
@@ -38,7 +38,12 @@ def own_streams(libraries: tuple[str, ...]) -> contextlib.ExitStack:
 
 
 def run(
-    size: int, folder: Path, function: Callable[[Any], Any], timeout_s: float = 60.0, *, check: bool = False,
+    size: int,
+    folder: Path,
+    function: Callable[[Any], Any],
+    timeout_s: float = 60.0,
+    *,
+    check: bool = False,
     libraries: tuple[str, ...] = ("torch", "cupy"),
 ) -> list[Any]:
     """Return what ``function(group)`` returns on every rank of a new group, each a thread of this process."""
@@ -50,10 +55,15 @@ def run(
             directory, _, _ = open_directory(f"file://{folder}", rank, size)
             deadline = time.monotonic() + timeout_s
             meeting = meet(
-                directory, group_name=f"threads-{size}", world_size=size, rank=rank, deadline=deadline, interface=None,
+                directory,
+                group_name=f"threads-{size}",
+                world_size=size,
+                rank=rank,
+                deadline=deadline,
+                interface=None,
                 backend="nccl",
             )
-            group = connect(meeting, Recipe("nccl", timeout_s, check=check), deadline)
+            group = connect(meeting, GroupOptions("nccl", timeout_s, check=check), deadline)
             try:
                 with own_streams(libraries):
                     results[rank] = function(group)
@@ -62,7 +72,9 @@ def run(
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -73,7 +85,9 @@ def run(
     return results
 
 
-def run_cases(rank: int, world_size: int, size: int, name: str, libraries: tuple[str, ...], folder: str) -> list[Any]:
+def run_cases(
+    rank: int, world_size: int, size: int, name: str, libraries: tuple[str, ...], folder: str
+) -> list[Any]:
     """Run one set of cases in threads of this one process.
 
     First one rank alone as each of the libraries, so that no kernel is compiled while another rank's waits.

@@ -161,7 +161,9 @@ def first_of_its_kind(rank: int, world_size: int, library: str, folder: str) -> 
         if rank == 1:
             time.sleep(TIMEOUT_S + 3)
         with contextlib.suppress(col.CollectiveError):
-            group.alltoall([queue.full(0.0), queue.full(0.0)], [tensor, tensor]) if rank == 0 else None
+            group.alltoall(
+                [queue.full(0.0), queue.full(0.0)], [tensor, tensor]
+            ) if rank == 0 else None
         if rank == 0:
             time.sleep(max(0.0, TIMEOUT_S + 2 - (time.monotonic() - began)))
         with pytest.raises(col.CollectiveError) as caught:
@@ -227,7 +229,9 @@ def leaves_early(rank: int, world_size: int, library: str, folder: str) -> None:
             group.destroy()
 
 
-def test_a_rank_that_leaves_at_once_harms_nobody(pair: RankPool, library: str, tmp_path: Path) -> None:
+def test_a_rank_that_leaves_at_once_harms_nobody(
+    pair: RankPool, library: str, tmp_path: Path
+) -> None:
     pair.run(2, leaves_early, library, str(tmp_path), timeout_s=120)
 
 

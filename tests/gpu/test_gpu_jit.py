@@ -67,7 +67,11 @@ def every_collective(rank: int, size: int) -> dict[str, str]:
         for shape in SHAPES_OF.get(dtype, SHAPES):
             everyone = [_values(other, shape, dtype) for other in range(size)]
             lists = [_values(other, (size, *shape), dtype) for other in range(size)]
-            total, sums = (np.any(everyone, 0), np.any(lists, 0)) if dtype == "bool" else (sum(everyone), sum(lists))
+            total, sums = (
+                (np.any(everyone, 0), np.any(lists, 0))
+                if dtype == "bool"
+                else (sum(everyone), sum(lists))
+            )
 
             def program(a: Any, rows: Any) -> Any:
                 moved = a
@@ -75,14 +79,24 @@ def every_collective(rank: int, size: int) -> dict[str, str]:
                     moved = cj.send(a, size - 1, group) if rank == 0 else a
                     moved = cj.recv(moved, 0, group) if rank == size - 1 else moved
                 return (
-                    cj.allreduce(a, group), cj.reduce(a, 0, group), cj.broadcast(a, size - 1, group),
-                    cj.allgather(a, group), cj.reducescatter(rows, group), cj.sendrecv(a, to, of, group), moved,
+                    cj.allreduce(a, group),
+                    cj.reduce(a, 0, group),
+                    cj.broadcast(a, size - 1, group),
+                    cj.allgather(a, group),
+                    cj.reducescatter(rows, group),
+                    cj.sendrecv(a, to, of, group),
+                    moved,
                 )
 
             x, rows = jnp.asarray(everyone[rank]), jnp.asarray(lists[rank])
             expected = [
-                total, total if rank == 0 else everyone[rank], everyone[size - 1], np.stack(everyone), sums[rank],
-                everyone[of], everyone[0 if rank == size - 1 else rank],
+                total,
+                total if rank == 0 else everyone[rank],
+                everyone[size - 1],
+                np.stack(everyone),
+                sums[rank],
+                everyone[of],
+                everyone[0 if rank == size - 1 else rank],
             ]
             for how, function in (("jit", program), ("ordered", cj.ordered(program))):
                 with report.case(how, dtype, shape):
@@ -90,10 +104,17 @@ def every_collective(rank: int, size: int) -> dict[str, str]:
                         assert y.devices() == x.devices()
                         np.testing.assert_array_equal(np.asarray(y), wanted)
                     np.testing.assert_array_equal(np.asarray(x), everyone[rank])
-    for op, function in (("AVERAGE", np.mean), ("MIN", np.min), ("MAX", np.max), ("PRODUCT", np.prod)):
+    for op, function in (
+        ("AVERAGE", np.mean),
+        ("MIN", np.min),
+        ("MAX", np.max),
+        ("PRODUCT", np.prod),
+    ):
         with report.case(op):
             everyone = [_values(other, (33,)) for other in range(size)]
-            y = jax.jit(lambda a, op=op: cj.allreduce(a, group, col.ReduceOp[op]))(jnp.asarray(everyone[rank]))
+            y = jax.jit(lambda a, op=op: cj.allreduce(a, group, col.ReduceOp[op]))(
+                jnp.asarray(everyone[rank])
+            )
             assert np.allclose(y, function(everyone, axis=0))
     return report.done()
 
@@ -110,23 +131,39 @@ def transformations(rank: int, size: int) -> dict[str, str]:
     x, total = jnp.asarray(everyone[rank]), sum(everyone)
 
     def summed(a: Any) -> Any:
-        return jax.lax.scan(lambda carry, row: (carry + cj.allreduce(row, group) ** 2, None), a[0], a)[0].sum()
+        return jax.lax.scan(
+            lambda carry, row: (carry + cj.allreduce(row, group) ** 2, None), a[0], a
+        )[0].sum()
 
     for how, wrap in (("plain", lambda f: f), ("ordered", cj.ordered)):
         with report.case(how, "fori_loop"):
-            y = jax.jit(wrap(lambda a: jax.lax.fori_loop(
-                0, 5, lambda i, b: cj.allreduce(b, group) / size + i, a
-            )))(x)
+            y = jax.jit(
+                wrap(
+                    lambda a: jax.lax.fori_loop(
+                        0, 5, lambda i, b: cj.allreduce(b, group) / size + i, a
+                    )
+                )
+            )(x)
             assert np.allclose(y, total / size + 10)
         with report.case(how, "while_loop"):
-            y = jax.jit(wrap(lambda a: jax.lax.while_loop(
-                lambda b: b.max() < 100, lambda b: cj.allreduce(2 * b / size, group), jnp.ones_like(a)
-            )))(x)
+            y = jax.jit(
+                wrap(
+                    lambda a: jax.lax.while_loop(
+                        lambda b: b.max() < 100,
+                        lambda b: cj.allreduce(2 * b / size, group),
+                        jnp.ones_like(a),
+                    )
+                )
+            )(x)
             assert np.allclose(y, 128)
         with report.case(how, "cond"):
-            y = jax.jit(wrap(lambda a, on: jax.lax.cond(
-                on, lambda b: cj.allreduce(b, group), lambda b: cj.broadcast(b, 0, group), a
-            )))(x, False)
+            y = jax.jit(
+                wrap(
+                    lambda a, on: jax.lax.cond(
+                        on, lambda b: cj.allreduce(b, group), lambda b: cj.broadcast(b, 0, group), a
+                    )
+                )
+            )(x, False)
             assert np.allclose(y, everyone[0])
         with report.case(how, "vmap"):
             assert np.allclose(jax.jit(jax.vmap(wrap(lambda a: cj.allreduce(a, group))))(x), total)
@@ -183,7 +220,9 @@ def counted(rank: int, size: int) -> None:
     group = shared_group(size)
     jax, jnp, cj = _jax()
     targets = importlib.import_module("colltensor.jax._targets")
-    step = jax.jit(lambda a: jax.lax.fori_loop(0, TURNS, lambda _, b: cj.allreduce(b + 1, group) / size, a))
+    step = jax.jit(
+        lambda a: jax.lax.fori_loop(0, TURNS, lambda _, b: cj.allreduce(b + 1, group) / size, a)
+    )
     move, names = targets._move, []
     targets._move = lambda *arguments: (names.append(arguments[1]), move(*arguments))
     try:
@@ -253,7 +292,10 @@ def test_order_of_computations_and_eager_calls(gpu_pool: RankPool, size: int, li
 def donated(rank: int, size: int) -> None:
     group = shared_group(size)
     jax, jnp, cj = _jax()
-    for function in (lambda a: cj.allreduce(a, group), cj.ordered(lambda a: cj.allreduce(a, group))):
+    for function in (
+        lambda a: cj.allreduce(a, group),
+        cj.ordered(lambda a: cj.allreduce(a, group)),
+    ):
         x = (jnp.zeros(1 << 20, "float32") + rank).block_until_ready()
         pointer = x.unsafe_buffer_pointer()
         y = jax.jit(function, donate_argnums=0)(x)
@@ -365,7 +407,9 @@ def alone(rank: int, size: int) -> None:
     group = col.init_collective_group(1, 0, group_name="alone")
     x = jnp.arange(6.0).reshape(1, 6)
     for wrap in (lambda f: f, cj.ordered):
-        np.testing.assert_array_equal(np.asarray(jax.jit(wrap(lambda a: cj.allreduce(a, group)))(x)), np.asarray(x))
+        np.testing.assert_array_equal(
+            np.asarray(jax.jit(wrap(lambda a: cj.allreduce(a, group)))(x)), np.asarray(x)
+        )
         assert jax.jit(wrap(lambda a: cj.allgather(a, group)))(x).shape == (1, 1, 6)
         assert jax.jit(wrap(lambda a: cj.reducescatter(a, group)))(x).shape == (6,)
     group.destroy()

@@ -30,7 +30,8 @@ def comes_after(rank: int, world_size: int, library: str, async_op: bool) -> Non
     group = shared_group(world_size)
     with Queue(library) as queue:
         tensor = queue.full(-1.0)
-        found = group.allreduce(queue.full(0.0), async_op=async_op)  # connects, and makes the group's own stream
+        # connects, and makes the group's own stream
+        found = group.allreduce(queue.full(0.0), async_op=async_op)
         if async_op:
             found.wait()
         queue.synchronize()
@@ -46,7 +47,9 @@ def comes_after(rank: int, world_size: int, library: str, async_op: bool) -> Non
 
 
 @pytest.mark.parametrize("async_op", [False, True])
-def test_a_call_comes_after_the_current_stream(gpu_pool: RankPool, size: int, library: str, async_op: bool) -> None:
+def test_a_call_comes_after_the_current_stream(
+    gpu_pool: RankPool, size: int, library: str, async_op: bool
+) -> None:
     gpu_pool.run(size, comes_after, library, async_op)
 
 
@@ -70,7 +73,9 @@ def gradients_come_after(rank: int, world_size: int, library: str) -> None:
             assert queue.read(leaf) == {2.0 * sum(range(1, world_size + 1))}
 
 
-def test_gradients_come_after_the_current_stream(gpu_pool: RankPool, size: int, library: str) -> None:
+def test_gradients_come_after_the_current_stream(
+    gpu_pool: RankPool, size: int, library: str
+) -> None:
     gpu_pool.run(size, gradients_come_after, library)
 
 
@@ -89,7 +94,13 @@ def alone(rank: int, world_size: int, library: str) -> None:
         queue.sleep(LONG_S)
         tree["a"] += 1.0
         group.allgather(work_outputs, tree["a"], async_op=True).wait()
-        values = (tree["a"], 2.0), (tree["b"][0], 1.0), (tree["b"][1], 1.0), (outputs[0], 1.0), (work_outputs[0], 2.0)
+        values = (
+            (tree["a"], 2.0),
+            (tree["b"][0], 1.0),
+            (tree["b"][1], 1.0),
+            (outputs[0], 1.0),
+            (work_outputs[0], 2.0),
+        )
         for tensor, value in values:
             assert queue.read(tensor) == {value}
     group.destroy()
@@ -117,7 +128,9 @@ def is_waited_for(rank: int, world_size: int, library: str, async_op: bool) -> N
 
 
 @pytest.mark.parametrize("async_op", [False, True])
-def test_the_current_stream_waits_for_the_call(pair: RankPool, library: str, async_op: bool) -> None:
+def test_the_current_stream_waits_for_the_call(
+    pair: RankPool, library: str, async_op: bool
+) -> None:
     pair.run(2, is_waited_for, library, async_op)
 
 
@@ -204,7 +217,11 @@ def stays_current(rank: int, world_size: int) -> None:
     try:
         for async_op in (False, True):
             for op in (col.ReduceOp.SUM, col.ReduceOp.MAX):
-                for array in (cupy.full(COUNT, rank), cupy.full(COUNT, rank, "float32"), cupy.zeros((8, 8)).T[::2]):
+                for array in (
+                    cupy.full(COUNT, rank),
+                    cupy.full(COUNT, rank, "float32"),
+                    cupy.zeros((8, 8)).T[::2],
+                ):
                     found = group.allreduce(array, op, async_op=async_op)
                     if async_op:
                         found.wait()
@@ -228,7 +245,8 @@ def memory_is_kept(rank: int, world_size: int) -> None:
         group.allreduce(queue.full(0.0), async_op=True).wait()
         queue.synchronize()
         group.barrier()
-        torch.cuda.empty_cache()  # so that the tensor's block is no part of a larger one that earlier tests left
+        # so that the tensor's block is no part of a larger one that earlier tests left
+        torch.cuda.empty_cache()
         tensor = queue.full(1.0 + rank)
         address = tensor.data_ptr()
         if rank == 1:
@@ -244,7 +262,7 @@ def memory_is_kept(rank: int, world_size: int) -> None:
         queue.synchronize()
         assert address not in [other.data_ptr() for other in others]
         group.synchronize()
-        time.sleep(0.2)  # the watcher lets go of it when it looks next
+        time.sleep(0.2)  # the watchdog lets go of it when it looks next
         gc.collect()
         fresh = [torch.empty(COUNT, device="cuda:0") for _ in range(8)]
         assert address in [tensor.data_ptr() for tensor in fresh], "it is never handed out again"

@@ -27,7 +27,10 @@ def _torch() -> tuple[Any, Any]:
 def _model(torch: Any) -> Any:
     torch.manual_seed(5)
     model = torch.nn.Sequential(
-        torch.nn.Linear(6, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh(),
+        torch.nn.Linear(6, WIDTH),
+        torch.nn.Tanh(),
+        torch.nn.Linear(WIDTH, WIDTH),
+        torch.nn.Tanh(),
         torch.nn.Linear(WIDTH, 3),
     )
     return model.double().to(DEVICE)
@@ -35,7 +38,11 @@ def _model(torch: Any) -> Any:
 
 def _loss(torch: Any, model: Any, rank: int, step: int) -> Any:
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return model(torch.randn(8, 6, generator=generator, dtype=torch.float64).to(DEVICE)).square().mean()
+    return (
+        model(torch.randn(8, 6, generator=generator, dtype=torch.float64).to(DEVICE))
+        .square()
+        .mean()
+    )
 
 
 def in_step(rank: int, world_size: int, overlap: bool | str) -> None:
@@ -55,8 +62,13 @@ def in_step(rank: int, world_size: int, overlap: bool | str) -> None:
                         total += parameter.grad / world_size
                 model.zero_grad()
                 _loss(torch, model, rank, step).backward()
-                for wanted, (name, parameter) in zip(expected, model.named_parameters(), strict=True):
-                    assert torch.allclose(parameter.grad, wanted, rtol=1e-9, atol=1e-12), (step, name)
+                for wanted, (name, parameter) in zip(
+                    expected, model.named_parameters(), strict=True
+                ):
+                    assert torch.allclose(parameter.grad, wanted, rtol=1e-9, atol=1e-12), (
+                        step,
+                        name,
+                    )
         group.synchronize()
 
 
@@ -107,7 +119,7 @@ def beside_a_capture(rank: int, world_size: int) -> None:
         y = x * 2
         with pytest.raises(col.DeviceError, match="CUDA graph"):
             group.allreduce(y)
-        time.sleep(0.5)  # the watcher asks ten times
+        time.sleep(0.5)  # the watchdog asks ten times
         graph.capture_end()
         if rank == 0:
             assert not work.done()

@@ -12,7 +12,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def world(
-    rank: int, world_size: int, path: Path, *, backend: str = "cpu:colltensor", timeout_s: float = 20.0
+    rank: int,
+    world_size: int,
+    path: Path,
+    *,
+    backend: str = "cpu:colltensor",
+    timeout_s: float = 20.0,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield torch and torch.distributed, initialised through a file of that name; destroyed in the end."""
     torch = importlib.import_module("torch")
@@ -20,7 +25,11 @@ def world(
     importlib.import_module("colltensor.torch")
     dist = torch.distributed
     dist.init_process_group(
-        backend, init_method=f"file://{path}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        backend,
+        init_method=f"file://{path}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
     )
     try:
         yield torch, dist

@@ -36,21 +36,38 @@ def collectives(pool: RankPool, wanted: int, most_ranks: int, seed: int) -> int:
     while done < wanted:
         size = 2 + turn % (most_ranks - 1)
         began = time.monotonic()
-        made = pool.run(size, play, fresh(), seed * 10_000 + turn, STEPS.get(size, 300), 1 + turn % 2, timeout_s=300)
+        made = pool.run(
+            size,
+            play,
+            fresh(),
+            seed * 10_000 + turn,
+            STEPS.get(size, 300),
+            1 + turn % 2,
+            timeout_s=300,
+        )
         done, turn = done + made[0], turn + 1
-        print(f"{done:6} collectives; the last {made[0]} over {size} ranks, seed {seed * 10_000 + turn - 1}: "
-              f"{time.monotonic() - began:.1f} s", flush=True)
+        print(
+            f"{done:6} collectives; the last {made[0]} over {size} ranks, seed {seed * 10_000 + turn - 1}: "
+            f"{time.monotonic() - began:.1f} s",
+            flush=True,
+        )
     return done
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--collectives", type=int, default=0)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--backend", choices=("shm", "gloo", "hierarchical"), default="shm",
-                        help="whose ranks are killed")
+    parser.add_argument(
+        "--backend",
+        choices=("shm", "gloo", "hierarchical"),
+        default="shm",
+        help="whose ranks are killed",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ct-") as name:
         folder = Path(name)
@@ -66,8 +83,10 @@ def main() -> None:
                 began = time.monotonic()
                 say = functools.partial(print, flush=True)
                 slowest = campaign(pool, options.kills, options.seed, options.backend, say)
-                print(f"{options.kills} ranks killed in {time.monotonic() - began:.0f} s; every survivor had its error "
-                      f"within {slowest:.2f} s")
+                print(
+                    f"{options.kills} ranks killed in {time.monotonic() - began:.0f} s; every survivor had its error "
+                    f"within {slowest:.2f} s"
+                )
         finally:
             pool.close()
         left = [line for line in Leftovers.since(before) if str(folder) not in line]

@@ -53,7 +53,9 @@ class Rank:
 
     def result(self, limit_s: float = LIMIT_S) -> Outcome:
         if not self.pipe.poll(limit_s):
-            raise AssertionError(f"the rank with pid {self.process.pid} gave no answer within {limit_s} s")
+            raise AssertionError(
+                f"the rank with pid {self.process.pid} gave no answer within {limit_s} s"
+            )
         outcome = self.pipe.recv()
         assert isinstance(outcome, Outcome)
         return outcome
@@ -90,16 +92,22 @@ def listen() -> tuple[str, int]:
     return host, port
 
 
-def join(rank: int, addresses: tuple[tuple[str, int], ...], generation: bytes, timeout_s: float) -> None:
+def join(
+    rank: int, addresses: tuple[tuple[str, int], ...], generation: bytes, timeout_s: float
+) -> None:
     from colltensor.control import Control
     from colltensor.rendezvous.meeting import Meeting
 
     hosts = ("here",) * len(addresses)
-    meeting = Meeting(rank, len(addresses), "tested", generation, SECRET, addresses, hosts, {}, State.listener)
+    meeting = Meeting(
+        rank, len(addresses), "tested", generation, SECRET, addresses, hosts, {}, State.listener
+    )
     State.control = Control(meeting, time.monotonic() + timeout_s)
 
 
-def agree(signature: bytes, text: str, timeout_s: float, times: int = 1, nap_s: float = 0.0) -> None:
+def agree(
+    signature: bytes, text: str, timeout_s: float, times: int = 1, nap_s: float = 0.0
+) -> None:
     for _ in range(times):
         time.sleep(nap_s)
         State.control.agree(signature, lambda: text, time.monotonic() + timeout_s)
@@ -107,7 +115,9 @@ def agree(signature: bytes, text: str, timeout_s: float, times: int = 1, nap_s: 
 
 def agree_and_gather(signature: bytes, text: str, payload: bytes, timeout_s: float) -> list[bytes]:
     deadline = time.monotonic() + timeout_s
-    gathered: list[bytes] = State.control.agree_and_gather(signature, payload, lambda: text, deadline)
+    gathered: list[bytes] = State.control.agree_and_gather(
+        signature, payload, lambda: text, deadline
+    )
     return gathered
 
 
@@ -118,7 +128,10 @@ def allgather(payload: bytes, timeout_s: float) -> list[bytes]:
 
 def allgather_sizes(nbytes: int, timeout_s: float) -> list[tuple[int, int]]:
     payload = bytes([State.control.rank]) * nbytes
-    return [(len(part), part[0]) for part in State.control.allgather(payload, time.monotonic() + timeout_s)]
+    return [
+        (len(part), part[0])
+        for part in State.control.allgather(payload, time.monotonic() + timeout_s)
+    ]
 
 
 def skewed(times: int, seed: int, timeout_s: float) -> int:
@@ -139,8 +152,13 @@ def skewed(times: int, seed: int, timeout_s: float) -> int:
             assert all(set(part) <= {number % 251} for part in parts)
         elif kind == 2:
             payload = bytes([number % 251, control.rank]) * common.randrange(1, 3000)
-            parts = control.agree_and_gather(number.to_bytes(4, "big"), payload, lambda: "skewed", deadline)
-            assert all(part == bytes([number % 251, rank]) * (len(payload) // 2) for rank, part in enumerate(parts))
+            parts = control.agree_and_gather(
+                number.to_bytes(4, "big"), payload, lambda: "skewed", deadline
+            )
+            assert all(
+                part == bytes([number % 251, rank]) * (len(payload) // 2)
+                for rank, part in enumerate(parts)
+            )
         else:
             ring(1, timeout_s)
         done += 1
@@ -285,7 +303,9 @@ def main() -> None:
             caught = error
         now = time.monotonic()
         error_name = type(caught).__name__ if caught is not None else ""
-        pipe.send(Outcome(value, error_name, str(caught), getattr(caught, "ranks", ()), now - start, now))
+        pipe.send(
+            Outcome(value, error_name, str(caught), getattr(caught, "ranks", ()), now - start, now)
+        )
 
 
 if __name__ == "__main__":

@@ -34,14 +34,22 @@ class Ranks:
         from colltensor.backends.gloo.composed import Composer
 
         if not self.shrunk:
-            self.restore = functools.partial(setattr, backend, "DIRECT_NBYTES", backend.DIRECT_NBYTES)
+            self.restore = functools.partial(
+                setattr, backend, "DIRECT_NBYTES", backend.DIRECT_NBYTES
+            )
             self.shrunk = True
         if self.backend._own is not None:
-            self.backend._provider.limit(direct_nbytes if whole_nbytes == 0 else whole_nbytes, block_nbytes, 2)
+            self.backend._provider.limit(
+                direct_nbytes if whole_nbytes == 0 else whole_nbytes, block_nbytes, 2
+            )
             return
         backend.DIRECT_NBYTES = direct_nbytes  # type: ignore[misc]
         self.backend._composer = Composer(
-            self.backend._provider, self.rank, self.size, block_nbytes=block_nbytes, whole_nbytes=whole_nbytes
+            self.backend._provider,
+            self.rank,
+            self.size,
+            block_nbytes=block_nbytes,
+            whole_nbytes=whole_nbytes,
         )
 
     def __enter__(self) -> Ranks:
@@ -67,9 +75,13 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, dtype.name))
 
 
-def view(array: np.ndarray[Any, Any], dtype: DType | None = None, *, readonly: bool = False) -> BufferView:
+def view(
+    array: np.ndarray[Any, Any], dtype: DType | None = None, *, readonly: bool = False
+) -> BufferView:
     dtype = dtype or DTYPES[array.dtype.name]
-    return BufferView.from_address(array.ctypes.data, array.shape, dtype, device=CPU, readonly=readonly, owner=array)
+    return BufferView.from_address(
+        array.ctypes.data, array.shape, dtype, device=CPU, readonly=readonly, owner=array
+    )
 
 
 def values(rank: int, count: int, dtype: DType, salt: int = 0) -> np.ndarray[Any, Any]:
@@ -86,18 +98,37 @@ def values(rank: int, count: int, dtype: DType, salt: int = 0) -> np.ndarray[Any
     return numbers.astype(numpy_dtype(dtype))
 
 
-def expected(op: ReduceOp, inputs: list[np.ndarray[Any, Any]], dtype: DType) -> np.ndarray[Any, Any]:
+def expected(
+    op: ReduceOp, inputs: list[np.ndarray[Any, Any]], dtype: DType
+) -> np.ndarray[Any, Any]:
     """Reduce in rank order with numpy, in float32 for types of 16 bits."""
     if dtype.kind == "b":
         inputs = [array.astype(np.int64) for array in inputs]
         either, both = np.stack(inputs).max(axis=0), np.stack(inputs).min(axis=0)
         odd = np.stack(inputs).sum(axis=0) % 2
-        chosen = {"SUM": either, "MAX": either, "BOR": either, "PRODUCT": both, "MIN": both, "BAND": both, "BXOR": odd}
+        chosen = {
+            "SUM": either,
+            "MAX": either,
+            "BOR": either,
+            "PRODUCT": both,
+            "MIN": both,
+            "BAND": both,
+            "BXOR": odd,
+        }
         return chosen[op.name].astype(bool)
-    wide = [array.astype(np.float32) if dtype.kind == "f" and dtype.itemsize == 2 else array for array in inputs]
+    wide = [
+        array.astype(np.float32) if dtype.kind == "f" and dtype.itemsize == 2 else array
+        for array in inputs
+    ]
     function = {
-        "SUM": np.add, "AVERAGE": np.add, "PRODUCT": np.multiply, "MIN": np.minimum, "MAX": np.maximum,
-        "BAND": np.bitwise_and, "BOR": np.bitwise_or, "BXOR": np.bitwise_xor,
+        "SUM": np.add,
+        "AVERAGE": np.add,
+        "PRODUCT": np.multiply,
+        "MIN": np.minimum,
+        "MAX": np.maximum,
+        "BAND": np.bitwise_and,
+        "BOR": np.bitwise_or,
+        "BXOR": np.bitwise_xor,
     }[op.name]
     with np.errstate(all="ignore"):
         result = wide[0].copy()
@@ -108,7 +139,9 @@ def expected(op: ReduceOp, inputs: list[np.ndarray[Any, Any]], dtype: DType) -> 
         return result.astype(inputs[0].dtype)
 
 
-def check(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], dtype: DType, label: str) -> None:
+def check(
+    got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], dtype: DType, label: str
+) -> None:
     """Compare bits; only native sums of floats may differ, by the order of addition."""
     if dtype.kind in "fc" and dtype.itemsize >= 4:
         np.testing.assert_allclose(got, wanted, rtol=1e-5, err_msg=label)

@@ -24,7 +24,13 @@ def group_on(
     folder.mkdir(exist_ok=True)
     with on_host(hosts[rank]):
         group = col.init_collective_group(
-            len(hosts), rank, backend, name, init_method=f"file://{folder}", timeout_s=timeout_s, **options
+            len(hosts),
+            rank,
+            backend,
+            name,
+            init_method=f"file://{folder}",
+            timeout_s=timeout_s,
+            **options,
         )
     try:
         yield group

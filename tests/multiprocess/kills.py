@@ -83,7 +83,9 @@ def asleep(group: Any, draw: random.Random) -> None:
 def transfers(group: Any, draw: random.Random) -> None:
     count = draw.randint(1, 800_000)
     source, target = np.ones(count), np.zeros(count)
-    group.sendrecv(source, (group.rank + 1) % group.world_size, target, (group.rank - 1) % group.world_size)
+    group.sendrecv(
+        source, (group.rank + 1) % group.world_size, target, (group.rank - 1) % group.world_size
+    )
 
 
 def asynchronous(group: Any, draw: random.Random) -> None:
@@ -99,7 +101,11 @@ def asynchronous(group: Any, draw: random.Random) -> None:
 def others(group: Any, draw: random.Random) -> None:
     """Repeat no order of operations either."""
     size, root, count = group.world_size, draw.randrange(group.world_size), draw.randint(1, 200_000)
-    ones, several, zeros = np.ones(count), [np.ones(count)] * size, [np.zeros(count) for _ in range(size)]
+    ones, several, zeros = (
+        np.ones(count),
+        [np.ones(count)] * size,
+        [np.zeros(count) for _ in range(size)],
+    )
     calls: list[Callable[[], object]] = [
         lambda: group.allgather(zeros, ones),
         lambda: group.reduce(ones, root),
@@ -166,7 +172,9 @@ def survive(rank: int, size: int, name: str, trial: Trial, pids: tuple[int, ...]
         if killer is not None and creating:
             killer.start()
         with ExitStack() as stack:
-            at_work = stack.enter_context(trial.group(rank, name, CREATION_TIMEOUT_S if creating else 20.0))
+            at_work = stack.enter_context(
+                trial.group(rank, name, CREATION_TIMEOUT_S if creating else 20.0)
+            )
             if trial.parted:
                 at_work = at_work.split(0, key=-rank)
                 stack.callback(at_work.destroy)
@@ -210,7 +218,11 @@ def run_trial(pool: RankPool, trial: Trial) -> float:
     slowest = 0.0
     for rank, seen in found.items():
         told = f"{trial}: rank {rank} saw {seen.at - killed_at:.2f} s after the death: {seen}"
-        allowed = {"PeerLostError", "CollectiveTimeoutError"} if trial.phase == "creation" else {"PeerLostError"}
+        allowed = (
+            {"PeerLostError", "CollectiveTimeoutError"}
+            if trial.phase == "creation"
+            else {"PeerLostError"}
+        )
         assert seen.kind in allowed, told
         assert seen.ranks == (trial.named(),), told
         assert seen.at - killed_at < LIMIT_S, told
@@ -237,12 +249,16 @@ def trials(number: int, seed: int, backend: str) -> list[Trial]:
     return made
 
 
-def campaign(pool: RankPool, number: int, seed: int, backend: str, say: Callable[[str], None]) -> float:
+def campaign(
+    pool: RankPool, number: int, seed: int, backend: str, say: Callable[[str], None]
+) -> float:
     """Run trials; return the longest time that a survivor waited for its error."""
     slowest = 0.0
     for turn, trial in enumerate(trials(number, seed, backend)):
         took = run_trial(pool, trial)
         slowest = max(slowest, took)
-        say(f"{turn + 1:3} of {number}: {trial.phase}, rank {trial.victim} of {trial.size} after "
-            f"{1000 * trial.delay_s:.0f} ms: errors within {took:.2f} s")
+        say(
+            f"{turn + 1:3} of {number}: {trial.phase}, rank {trial.victim} of {trial.size} after "
+            f"{1000 * trial.delay_s:.0f} ms: errors within {took:.2f} s"
+        )
     return slowest

@@ -26,10 +26,41 @@ COUNT_LIMIT = 1 << 20
 NEAR = (0, 1, 64, 4096, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20)
 """Bytes near which sizes are drawn: a message inline, without the interpreter lock, direct, in blocks, in halves."""
 LARGE_NBYTES = (2 << 20, 5 << 20)
-REDUCIBLE = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "bfloat16",
-             "float32", "float64", "complex64", "complex128")
-OPERATIONS = ("allreduce", "allreduce", "allreduce", "reduce", "reducescatter", "broadcast", "allgather", "gather",
-              "scatter", "alltoall", "sendrecv", "pairs", "barrier", "tree", "mismatch", "pair mismatch")
+REDUCIBLE = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+)
+OPERATIONS = (
+    "allreduce",
+    "allreduce",
+    "allreduce",
+    "reduce",
+    "reducescatter",
+    "broadcast",
+    "allgather",
+    "gather",
+    "scatter",
+    "alltoall",
+    "sendrecv",
+    "pairs",
+    "barrier",
+    "tree",
+    "mismatch",
+    "pair mismatch",
+)
 POOL = 1 << 14
 """Numbers from which values are cut; prime steps keep one place's values from another's."""
 
@@ -54,14 +85,20 @@ class Values:
     """Arguments by rank, step and part; every rank can compute everybody's."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self._numbers = [np.random.default_rng([seed, rank]).integers(1, 1 << 62, POOL) for rank in range(size)]
+        self._numbers = [
+            np.random.default_rng([seed, rank]).integers(1, 1 << 62, POOL) for rank in range(size)
+        ]
 
     def moved(self, rank: int, step: Step, part: int = 0) -> Array:
         """Bytes that no other rank, step or part has."""
         nbytes = step.count * step.dtype.itemsize
         first = zlib.crc32(b"%d %d" % (step.number, part)) % POOL
         words = self._cut(rank, first, nbytes // 8 + 1).view(np.uint8)[:nbytes]
-        return (words & 1).astype(bool) if step.dtype.kind == "b" else words.view(numpy_dtype(step.dtype))
+        return (
+            (words & 1).astype(bool)
+            if step.dtype.kind == "b"
+            else words.view(numpy_dtype(step.dtype))
+        )
 
     def reduced(self, rank: int, step: Step, part: int = 0) -> Array:
         """Numbers whose floating-point sums are inexact and depend on their order."""
@@ -80,14 +117,26 @@ class Values:
         if first + count <= POOL:
             return row[first : first + count]
         repeated = np.tile(row, (first + count) // POOL + 1)[first : first + count]
-        return repeated + np.arange(count) // POOL * 7  # no repetition that a shift by the pool's size would hide
+        # no repetition that a shift by the pool's size would hide
+        return repeated + np.arange(count) // POOL * 7
 
 
 FUNCTIONS: dict[str, Callable[..., Array]] = {
-    "SUM": np.add, "AVERAGE": np.add, "PRODUCT": np.multiply, "MIN": np.minimum, "MAX": np.maximum,
-    "BAND": np.bitwise_and, "BOR": np.bitwise_or, "BXOR": np.bitwise_xor,
+    "SUM": np.add,
+    "AVERAGE": np.add,
+    "PRODUCT": np.multiply,
+    "MIN": np.minimum,
+    "MAX": np.maximum,
+    "BAND": np.bitwise_and,
+    "BOR": np.bitwise_or,
+    "BXOR": np.bitwise_xor,
 }
-OF_BOOL = {"SUM": np.logical_or, "MAX": np.logical_or, "PRODUCT": np.logical_and, "MIN": np.logical_and}
+OF_BOOL = {
+    "SUM": np.logical_or,
+    "MAX": np.logical_or,
+    "PRODUCT": np.logical_and,
+    "MIN": np.logical_and,
+}
 
 
 def combined(step: Step, given: list[Array]) -> Array:
@@ -102,8 +151,14 @@ def combined(step: Step, given: list[Array]) -> Array:
         for array in parts[1:]:
             total = function(total, array)
         if op == "AVERAGE":
-            real = {8: np.float32, 16: np.float64}.get(step.dtype.itemsize if step.dtype.kind == "c" else 0)
-            total = total / len(given) if real is None else (total.view(real) / real(len(given))).view(dtype)
+            real = {8: np.float32, 16: np.float64}.get(
+                step.dtype.itemsize if step.dtype.kind == "c" else 0
+            )
+            total = (
+                total / len(given)
+                if real is None
+                else (total.view(real) / real(len(given))).view(dtype)
+            )
         return total.astype(dtype)
 
 
@@ -128,8 +183,16 @@ def draw(random_: random.Random, number: int, size: int) -> Step:
         nbytes //= size  # these pass all parts at once
     count = max(0, nbytes // dtype.itemsize + random_.choice((-1, 0, 0, 1, 3)))
     shift = random_.randrange(1, size)
-    return Step(number, operation, dtype, count, random_.choice(ops) if reduces else None, random_.randrange(size),
-                shift, random_.randrange(size))
+    return Step(
+        number,
+        operation,
+        dtype,
+        count,
+        random_.choice(ops) if reduces else None,
+        random_.randrange(size),
+        shift,
+        random_.randrange(size),
+    )
 
 
 class Player:
@@ -182,7 +245,9 @@ class Player:
         check()
         return step
 
-    def _call(self, step: Step, check: Callable[[], None], method: Callable[..., Any], *arguments: Any) -> None:
+    def _call(
+        self, step: Step, check: Callable[[], None], method: Callable[..., Any], *arguments: Any
+    ) -> None:
         """Call now and check, or issue and check later."""
         if self._own.random() < 0.2:
             self._pending.append((method(*arguments, async_op=True), check, step))
@@ -205,7 +270,13 @@ class Player:
     def _allreduce(self, step: Step) -> None:
         given = [self._values.reduced(rank, step) for rank in range(self._size)]
         mine = self._lay(given[self._rank])
-        self._call(step, lambda: same(mine, combined(step, given)), self._group.allreduce, mine, col.ReduceOp[step.op])
+        self._call(
+            step,
+            lambda: same(mine, combined(step, given)),
+            self._group.allreduce,
+            mine,
+            col.ReduceOp[step.op],
+        )
 
     def _reduce(self, step: Step) -> None:
         given = [self._values.reduced(rank, step) for rank in range(self._size)]
@@ -217,18 +288,31 @@ class Player:
         self._call(step, check, self._group.reduce, mine, step.root, col.ReduceOp[step.op])
 
     def _reducescatter(self, step: Step) -> None:
-        sources = [self._lay(self._values.reduced(self._rank, step, part)) for part in range(self._size)]
+        sources = [
+            self._lay(self._values.reduced(self._rank, step, part)) for part in range(self._size)
+        ]
         target = self._room(step)
 
         def check() -> None:
-            same(target, combined(step, [self._values.reduced(rank, step, self._rank) for rank in range(self._size)]))
+            same(
+                target,
+                combined(
+                    step,
+                    [self._values.reduced(rank, step, self._rank) for rank in range(self._size)],
+                ),
+            )
 
         self._call(step, check, self._group.reducescatter, target, sources, col.ReduceOp[step.op])
 
     def _broadcast(self, step: Step) -> None:
         mine = self._lay(self._values.moved(self._rank, step))
-        self._call(step, lambda: same(mine, self._values.moved(step.root, step)), self._group.broadcast, mine,
-                   step.root)
+        self._call(
+            step,
+            lambda: same(mine, self._values.moved(step.root, step)),
+            self._group.broadcast,
+            mine,
+            step.root,
+        )
 
     def _allgather(self, step: Step) -> None:
         outputs = [self._room(step) for _ in range(self._size)]
@@ -237,7 +321,13 @@ class Player:
             for rank, output in enumerate(outputs):
                 same(output, self._values.moved(rank, step))
 
-        self._call(step, check, self._group.allgather, outputs, self._lay(self._values.moved(self._rank, step)))
+        self._call(
+            step,
+            check,
+            self._group.allgather,
+            outputs,
+            self._lay(self._values.moved(self._rank, step)),
+        )
 
     def _gather(self, step: Step) -> None:
         outputs = [self._room(step) for _ in range(self._size)] if self._rank == step.root else None
@@ -246,17 +336,36 @@ class Player:
             for rank, output in enumerate(outputs or ()):
                 same(output, self._values.moved(rank, step))
 
-        self._call(step, check, self._group.gather, outputs, self._lay(self._values.moved(self._rank, step)), step.root)
+        self._call(
+            step,
+            check,
+            self._group.gather,
+            outputs,
+            self._lay(self._values.moved(self._rank, step)),
+            step.root,
+        )
 
     def _scatter(self, step: Step) -> None:
         target, here = self._room(step), self._rank == step.root
-        parts = [self._lay(self._values.moved(self._rank, step, part)) for part in range(self._size)] if here else None
-        self._call(step, lambda: same(target, self._values.moved(step.root, step, self._rank)), self._group.scatter,
-                   target, parts, step.root)
+        parts = (
+            [self._lay(self._values.moved(self._rank, step, part)) for part in range(self._size)]
+            if here
+            else None
+        )
+        self._call(
+            step,
+            lambda: same(target, self._values.moved(step.root, step, self._rank)),
+            self._group.scatter,
+            target,
+            parts,
+            step.root,
+        )
 
     def _alltoall(self, step: Step) -> None:
         outputs = [self._room(step) for _ in range(self._size)]
-        sources = [self._lay(self._values.moved(self._rank, step, part)) for part in range(self._size)]
+        sources = [
+            self._lay(self._values.moved(self._rank, step, part)) for part in range(self._size)
+        ]
 
         def check() -> None:
             for rank, output in enumerate(outputs):
@@ -266,26 +375,49 @@ class Player:
 
     def _sendrecv(self, step: Step) -> None:
         target, source = self._room(step), (self._rank - step.shift) % self._size
-        self._call(step, lambda: same(target, self._values.moved(source, step)), self._group.sendrecv,
-                   self._lay(self._values.moved(self._rank, step)), (self._rank + step.shift) % self._size, target,
-                   source)
+        self._call(
+            step,
+            lambda: same(target, self._values.moved(source, step)),
+            self._group.sendrecv,
+            self._lay(self._values.moved(self._rank, step)),
+            (self._rank + step.shift) % self._size,
+            target,
+            source,
+        )
 
     def _pairs(self, step: Step) -> None:
         """Some ranks send one after the other to one rank; the rest go on."""
         to = (step.root + step.shift) % self._size
         for source in {step.root, step.odd} - {to}:
             if self._rank == source:
-                self._call(step, lambda: None, self._group.send, self._lay(self._values.moved(source, step)), to)
+                self._call(
+                    step,
+                    lambda: None,
+                    self._group.send,
+                    self._lay(self._values.moved(source, step)),
+                    to,
+                )
             elif self._rank == to:
                 target = self._room(step)
-                self._call(step, lambda target=target, source=source: same(target, self._values.moved(source, step)),
-                           self._group.recv, target, source)
+                self._call(
+                    step,
+                    lambda target=target, source=source: same(
+                        target, self._values.moved(source, step)
+                    ),
+                    self._group.recv,
+                    target,
+                    source,
+                )
 
     def _tree(self, step: Step) -> None:
         """Leaves that share a transfer and leaves that do not, of two dtypes."""
         counts = (step.count, 3, 300_000 if step.number % 8 == 0 else 100)
-        leaves = {str(n): np.full(count, self._rank + n + step.number % 89, numpy_dtype(DTYPES[name]))
-                  for n, (count, name) in enumerate(zip(counts, ("int32", "float64", "float32"), strict=True))}
+        leaves = {
+            str(n): np.full(count, self._rank + n + step.number % 89, numpy_dtype(DTYPES[name]))
+            for n, (count, name) in enumerate(
+                zip(counts, ("int32", "float64", "float32"), strict=True)
+            )
+        }
 
         def check() -> None:
             for n, leaf in enumerate(leaves.values()):
@@ -296,7 +428,11 @@ class Player:
 
     def _mismatch(self, step: Step) -> None:
         """One rank brings another count; nobody's data is touched."""
-        mine = self._lay(self._values.reduced(self._rank, step._replace(count=step.count + (self._rank == step.odd))))
+        mine = self._lay(
+            self._values.reduced(
+                self._rank, step._replace(count=step.count + (self._rank == step.odd))
+            )
+        )
         kept = mine.copy()
         try:
             self._group.allreduce(mine, col.ReduceOp[step.op])
@@ -333,8 +469,10 @@ def same(got: Array, wanted: Array) -> None:
         unsigned = f"V{got.itemsize}"
         places = np.flatnonzero(got.view(unsigned) != np.ascontiguousarray(wanted).view(unsigned))
         first = places[0] if len(places) else -1
-        raise AssertionError(f"{len(places)} of {got.size} elements differ, first {first}: {got[first]} instead of "
-                             f"{wanted[first]}")
+        raise AssertionError(
+            f"{len(places)} of {got.size} elements differ, first {first}: {got[first]} instead of "
+            f"{wanted[first]}"
+        )
 
 
 def play(rank: int, size: int, name: str, seed: int, steps: int, threads: int) -> int:
@@ -347,7 +485,10 @@ def play(rank: int, size: int, name: str, seed: int, steps: int, threads: int) -
         except BaseException as error:
             failures.append(error)
 
-    with own_group(rank, size, name, timeout_s=60.0) as first, own_group(rank, size, name + "b", 60.0) as second:
+    with (
+        own_group(rank, size, name, timeout_s=60.0) as first,
+        own_group(rank, size, name + "b", 60.0) as second,
+    ):
         other = threading.Thread(target=run, args=(second, seed + 500_000))
         if threads > 1:
             other.start()

@@ -32,7 +32,15 @@ Case = Callable[[Any, Any, Any, int, int], Any]
 
 def all_reduces(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     found = []
-    for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.float16, torch.bfloat16):
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.float16,
+        torch.bfloat16,
+    ):
         for op in (dist.ReduceOp.SUM, dist.ReduceOp.PRODUCT, dist.ReduceOp.MIN, dist.ReduceOp.MAX):
             tensor = values(torch, rank, dtype=dtype)
             dist.all_reduce(tensor, op, group=group)
@@ -66,7 +74,10 @@ def asynchronous(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any
 
 
 def broadcasts(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
-    tensors = [values(torch, rank, dtype=dtype) for dtype in (torch.float32, torch.bool, torch.int8, torch.complex64)]
+    tensors = [
+        values(torch, rank, dtype=dtype)
+        for dtype in (torch.float32, torch.bool, torch.int8, torch.complex64)
+    ]
     for root, tensor in enumerate(tensors):
         dist.broadcast(tensor, src=root % size, group=group)
     objects = [{"rank": rank}, rank * "x"] if rank == 1 else [None, None]
@@ -101,9 +112,16 @@ def gathers(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
 
 def scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     target = torch.empty(3)
-    dist.scatter(target, [values(torch, r, 3) for r in range(size)] if rank == 2 else None, src=2, group=group)
+    dist.scatter(
+        target,
+        [values(torch, r, 3) for r in range(size)] if rank == 2 else None,
+        src=2,
+        group=group,
+    )
     objects: list[Any] = [None]
-    dist.scatter_object_list(objects, [f"to {r}" for r in range(size)] if rank == 0 else None, src=0, group=group)
+    dist.scatter_object_list(
+        objects, [f"to {r}" for r in range(size)] if rank == 0 else None, src=0, group=group
+    )
     chunks = list(values(torch, rank, 4 * size).view(size, 4))
     dist.scatter(chunks[rank], chunks if rank == 1 else None, src=1, group=group)
     return [target, objects, chunks]
@@ -113,7 +131,9 @@ def reduce_scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> 
     target, single, rowwise = torch.empty(3), torch.empty(4), torch.empty(2, 5)
     dist.reduce_scatter(target, [values(torch, rank + r, 3) for r in range(size)], group=group)
     dist.reduce_scatter_tensor(single, values(torch, rank, 4 * size), group=group)
-    dist.reduce_scatter_tensor(rowwise, values(torch, rank, 10 * size).view(2 * size, 5), group=group)
+    dist.reduce_scatter_tensor(
+        rowwise, values(torch, rank, 10 * size).view(2 * size, 5), group=group
+    )
     uneven = torch.empty(rank + 1)
     dist.reduce_scatter(uneven, [values(torch, rank + r, r + 1) for r in range(size)], group=group)
     return [target, single, rowwise, uneven]
@@ -122,13 +142,16 @@ def reduce_scatters(torch: Any, dist: Any, group: Any, rank: int, size: int) -> 
 def all_to_alls(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     even = torch.empty(2 * size, 2)
     dist.all_to_all_single(even, values(torch, rank, 4 * size).view(2 * size, 2), group=group)
-    given, taken = [rank + r for r in range(size)], [r + rank for r in range(size)]  # rank 0 gives itself nothing
+    # rank 0 gives itself nothing
+    given, taken = [rank + r for r in range(size)], [r + rank for r in range(size)]
     uneven = torch.empty(sum(taken), 3)
     dist.all_to_all_single(
         uneven, values(torch, rank, 3 * sum(given)).view(-1, 3), taken, given, group=group
     )
     mixed = torch.empty(size)  # one rank spells out what the others leave to be equal
-    dist.all_to_all_single(mixed, values(torch, rank, size), [1] * size if rank else None, None, group=group)
+    dist.all_to_all_single(
+        mixed, values(torch, rank, size), [1] * size if rank else None, None, group=group
+    )
     return [even, uneven, mixed]
 
 
@@ -143,7 +166,9 @@ def coalesced(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     several = [values(torch, rank, 3), values(torch, rank, 5)]
     group.allreduce_coalesced(several, c10d.AllreduceCoalescedOptions()).wait()
     outputs = [torch.empty(2 * size), torch.empty(size)]
-    group.allgather_into_tensor_coalesced(outputs, [values(torch, rank, 2), values(torch, rank, 1)]).wait()
+    group.allgather_into_tensor_coalesced(
+        outputs, [values(torch, rank, 2), values(torch, rank, 1)]
+    ).wait()
     parts = [torch.empty(2), torch.empty(1)]
     options = c10d.ReduceScatterOptions()
     group.reduce_scatter_tensor_coalesced(
@@ -162,16 +187,21 @@ def short_spellings(torch: Any, dist: Any, group: Any, rank: int, size: int) -> 
     outputs = [torch.empty(6) for _ in range(size)]
     group.allgather(outputs, values(torch, rank)).wait()
     part = torch.empty(2)
-    group.reduce_scatter(part, [values(torch, rank + r, 2) for r in range(size)], dist.ReduceOp.SUM).wait()
+    group.reduce_scatter(
+        part, [values(torch, rank + r, 2) for r in range(size)], dist.ReduceOp.SUM
+    ).wait()
     group.barrier(timeout=timedelta(seconds=9)).wait()
     return [tensor, other, third, outputs, part, group.rank(), group.size()]
 
 
 def sparse(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     found = []
-    for count in (rank + 1, rank, 0):  # another number of elements on each rank, none on one, none at all
+    # another number of elements on each rank, none on one, none at all
+    for count in (rank + 1, rank, 0):
         place = torch.arange(count) * 2 % 5
-        tensor = torch.sparse_coo_tensor(place[None], values(torch, rank, 3 * count).view(count, 3), (5, 3))
+        tensor = torch.sparse_coo_tensor(
+            place[None], values(torch, rank, 3 * count).view(count, 3), (5, 3)
+        )
         dist.all_reduce(tensor, group=group)
         found.append(tensor.to_dense())
     return found
@@ -182,8 +212,10 @@ def passed_round(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any
     found = []
     for first in (dist.isend, dist.irecv):  # all send first, then all receive first
         received = torch.empty(6)
-        operations = [dist.P2POp(dist.isend, values(torch, rank), after, group=group),
-                      dist.P2POp(dist.irecv, received, before, group=group)]
+        operations = [
+            dist.P2POp(dist.isend, values(torch, rank), after, group=group),
+            dist.P2POp(dist.irecv, received, before, group=group),
+        ]
         if first is dist.irecv:
             operations.reverse()
         for work in dist.batch_isend_irecv(operations):
@@ -202,7 +234,9 @@ def lengths(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
     """Messages about as long as travel in their header, and longer ones, taken in another order than they are sent."""
     after, before = (rank + 1) % size, (rank - 1) % size
     counts = [0, 1, 511, 512, 513, 100_000]
-    sends = [dist.isend(values(torch, rank, count), after, group=group, tag=count) for count in counts]
+    sends = [
+        dist.isend(values(torch, rank, count), after, group=group, tag=count) for count in counts
+    ]
     found = {count: torch.empty(count) for count in counts}
     for count in (513, 512, 0, 100_000, 1, 511):
         dist.recv(found[count], before, group=group, tag=count)
@@ -223,7 +257,8 @@ def tagged(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any:
         return answer
     if rank == 1:
         later, none, first, second = torch.empty(3), torch.empty(0), torch.empty(5), torch.empty(5)
-        dist.recv(later, 0, group=group, tag=8)  # sent after one with another tag, which nobody waits for yet
+        # sent after one with another tag, which nobody waits for yet
+        dist.recv(later, 0, group=group, tag=8)
         dist.recv(none, 0, group=group, tag=9)
         dist.recv(first, 0, group=group, tag=7)
         dist.recv(second, 0, group=group, tag=7)
@@ -245,18 +280,37 @@ def from_anybody(torch: Any, dist: Any, group: Any, rank: int, size: int) -> Any
 
 
 CASES: list[Case] = [
-    all_reduces, asynchronous, broadcasts, reduces, gathers, scatters, reduce_scatters, all_to_alls, lists_to_all,
-    coalesced, short_spellings, sparse, passed_round, lengths, tagged, from_anybody,
+    all_reduces,
+    asynchronous,
+    broadcasts,
+    reduces,
+    gathers,
+    scatters,
+    reduce_scatters,
+    all_to_alls,
+    lists_to_all,
+    coalesced,
+    short_spellings,
+    sparse,
+    passed_round,
+    lengths,
+    tagged,
+    from_anybody,
 ]
 
 
-def beside_gloo(rank: int, world_size: int, path: Path, wire: str = "shm") -> list[tuple[str, Any, Any]]:
+def beside_gloo(
+    rank: int, world_size: int, path: Path, transport: str = "shm"
+) -> list[tuple[str, Any, Any]]:
     """Run every case on our backend and on Gloo, in one process."""
     with world(rank, world_size, path) as (torch, dist):
         ours, gloo = dist.new_group(), dist.new_group(backend="gloo")
-        assert (ours.name(), ours._group.backend) == ("colltensor", wire)
+        assert (ours.name(), ours._group.backend) == ("colltensor", transport)
         return [
-            (case.__name__, *(plain(case(torch, dist, group, rank, world_size)) for group in (ours, gloo)))
+            (
+                case.__name__,
+                *(plain(case(torch, dist, group, rank, world_size)) for group in (ours, gloo)),
+            )
             for case in CASES
         ]
 
@@ -278,7 +332,8 @@ def chained(rank: int, world_size: int, path: Path) -> list[float]:
     """Callbacks wait for operations issued before and after their own; works may be forgotten."""
     with world(rank, world_size, path) as (torch, dist):
         first, second, third = torch.ones(1 << 22), torch.full((1,), 2.0), torch.full((1,), 3.0)
-        long = dist.all_reduce(first, async_op=True).get_future()  # still under way when it gets its callback
+        # still under way when it gets its callback
+        long = dist.all_reduce(first, async_op=True).get_future()
         later = dist.all_reduce(second, async_op=True).get_future()
 
         def waits(done: Any) -> Any:
@@ -289,8 +344,11 @@ def chained(rank: int, world_size: int, path: Path) -> list[float]:
         found = total.wait().item()
         before = threading.active_count()
         for _ in range(50):
-            dist.all_reduce(second, async_op=True).get_future().then(lambda done: done.value()).wait()
-        deadline = time.monotonic() + 5  # threads that told of an end while others ran go when they have
+            dist.all_reduce(second, async_op=True).get_future().then(
+                lambda done: done.value()
+            ).wait()
+        # threads that told of an end while others ran go when they have
+        deadline = time.monotonic() + 5
         while threading.active_count() > before + 1 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert threading.active_count() <= before + 1
@@ -329,7 +387,9 @@ def beyond_gloo(rank: int, world_size: int, path: Path) -> list[Any]:
         eighth = values(torch, rank).to(torch.float8_e4m3fn)
         dist.broadcast(eighth, 1)
         uneven = [torch.empty(r + rank + 1) for r in range(world_size)]
-        dist.all_to_all(uneven, [torch.full((r + rank + 1,), float(10 * rank + r)) for r in range(world_size)])
+        dist.all_to_all(
+            uneven, [torch.full((r + rank + 1,), float(10 * rank + r)) for r in range(world_size)]
+        )
         whole = values(torch, rank, 2 * world_size)
         dist.reduce_scatter_tensor(whole.narrow(0, 2 * rank, 2), whole)  # into the input itself
         with torch.inference_mode():
@@ -341,11 +401,14 @@ def beyond_gloo(rank: int, world_size: int, path: Path) -> list[Any]:
                     work.wait()
         if rank < 2:
             (dist.send if rank else dist.recv)(inferred.view(2), 1 - rank)
-        if rank < 2:  # torch's own functions refuse conjugate views, and Gloo sends what they are views of
+        # torch's own functions refuse conjugate views, and Gloo sends what they are views of
+        if rank < 2:
             conjugate = torch.full((3,), 1 + 2j).conj()
             taken = torch.zeros(3, dtype=conjugate.dtype)
             group = dist.group.WORLD
-            (group.send([conjugate], 1, 0) if rank == 0 else group.recv([taken.conj()], 0, 0)).wait()
+            (
+                group.send([conjugate], 1, 0) if rank == 0 else group.recv([taken.conj()], 0, 0)
+            ).wait()
             assert rank == 0 or taken.tolist() == [1 + 2j] * 3
         with pytest.raises(col.OptionError, match="PREMUL_SUM"):
             dist.all_reduce(torch.ones(2), torch._C._distributed_c10d._make_nccl_premul_sum(2.0))
@@ -356,7 +419,9 @@ def beyond_gloo(rank: int, world_size: int, path: Path) -> list[Any]:
         with pytest.raises(col.ShapeError, match="expected an output of"):
             dist.reduce_scatter(torch.ones(7), [torch.ones(r + 1) for r in range(world_size)])
         dist.group.WORLD.monitored_barrier(timedelta(seconds=5))
-        return plain([average, memory, short, eighth.float(), uneven, whole.narrow(0, 2 * rank, 2), inferred])
+        return plain(
+            [average, memory, short, eighth.float(), uneven, whole.narrow(0, 2 * rank, 2), inferred]
+        )
 
 
 def test_what_gloo_does_not_take(pool: RankPool, tmp_path: Path) -> None:
@@ -367,7 +432,9 @@ def test_what_gloo_does_not_take(pool: RankPool, tmp_path: Path) -> None:
         assert memory[2] == [6.0, 0.0] * 4
         assert short[2] == (3 * own + 3).tolist()
         assert eighth[2] == (own + 1).tolist()
-        assert [entry[2] for entry in uneven] == [[10.0 * r + rank] * (r + rank + 1) for r in range(3)]
+        assert [entry[2] for entry in uneven] == [
+            [10.0 * r + rank] * (r + rank + 1) for r in range(3)
+        ]
         assert part[2] == (3 * own + 3)[2 * rank : 2 * rank + 2].tolist()
         assert inferred[2] == [9.0, 9.0]
 
@@ -409,7 +476,9 @@ def averaging(rank: int, world_size: int, path: Path) -> list[Any]:
             assert torch.equal(kept, values(torch, rank, dtype=dtype))
         with pytest.raises(col.ShapeError):
             dist.group.WORLD.reduce_scatter(
-                [torch.ones(3, dtype=torch.int32)], [[torch.ones(2, dtype=torch.int32)] * world_size], op=average
+                [torch.ones(3, dtype=torch.int32)],
+                [[torch.ones(2, dtype=torch.int32)] * world_size],
+                op=average,
             ).wait()
         return [found, flags.tolist(), [entry.tolist() for entry in mixed]]
 
@@ -417,7 +486,9 @@ def averaging(rank: int, world_size: int, path: Path) -> list[Any]:
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
-def test_integers_and_bools_are_averaged_as_nccl_averages_them(pool: RankPool, tmp_path: Path) -> None:
+def test_integers_and_bools_are_averaged_as_nccl_averages_them(
+    pool: RankPool, tmp_path: Path
+) -> None:
     for rank, (found, flags, mixed) in enumerate(pool.run(4, averaging, tmp_path / "store")):
         for dtype, (everywhere, part) in zip(INTEGERS, found, strict=True):
             low = 101 if dtype.startswith("u") else -98  # -394 / 4, towards zero
@@ -491,14 +562,20 @@ def disagreeing(rank: int, world_size: int, path: Path) -> list[float]:
         return [*received.tolist(), *tensor.tolist()]
 
 
-def test_a_mismatch_is_an_error_on_all_ranks_and_the_group_goes_on(pool: RankPool, tmp_path: Path) -> None:
+def test_a_mismatch_is_an_error_on_all_ranks_and_the_group_goes_on(
+    pool: RankPool, tmp_path: Path
+) -> None:
     assert pool.run(2, disagreeing, tmp_path / "store")[0] == [2.0] * 3 + [1.0] * 5
 
 
 def net(torch: Any) -> Any:
     torch.manual_seed(3)
     return torch.nn.Sequential(
-        torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3)
+        torch.nn.Linear(6, 40),
+        torch.nn.Tanh(),
+        torch.nn.Linear(40, 40),
+        torch.nn.Tanh(),
+        torch.nn.Linear(40, 3),
     )
 
 
@@ -523,20 +600,28 @@ def data_parallel(rank: int, world_size: int, path: Path) -> list[tuple[Any, Any
             for group in (dist.new_group(), dist.new_group(backend="gloo")):
                 model = net(torch)
                 if case == "embedding":
-                    model = torch.nn.Sequential(torch.nn.Embedding(20, 6, sparse=True), torch.nn.Linear(6, 3))
+                    model = torch.nn.Sequential(
+                        torch.nn.Embedding(20, 6, sparse=True), torch.nn.Linear(6, 3)
+                    )
                     torch.nn.init.constant_(model[0].weight, 0.1 * rank)  # DDP starts from rank 0's
-                wrapped = parallel(model, process_group=group, bucket_cap_mb=0.002 if case == "buckets" else 25)
+                wrapped = parallel(
+                    model, process_group=group, bucket_cap_mb=0.002 if case == "buckets" else 25
+                )
                 if case == "fp16":
                     wrapped.register_comm_hook(group, hooks.fp16_compress_hook)
                 if case == "power":
-                    state = power.PowerSGDState(group, matrix_approximation_rank=1, start_powerSGD_iter=2)
+                    state = power.PowerSGDState(
+                        group, matrix_approximation_rank=1, start_powerSGD_iter=2
+                    )
                     wrapped.register_comm_hook(state, power.powerSGD_hook)
                 if case == "embedding":
                     wrapped(torch.tensor([rank, 3, 2 * rank + 1])).square().sum().backward()
                     both.append([p.grad.to_dense() for p in model.parameters()])
                 else:
                     both.append(train(torch, wrapped, rank))
-            found.append((case, *(plain([tensor.detach() for tensor in tensors]) for tensors in both)))
+            found.append(
+                (case, *(plain([tensor.detach() for tensor in tensors]) for tensors in both))
+            )
         return found
 
 
@@ -560,7 +645,9 @@ def fully_sharded(rank: int, world_size: int, path: Path) -> list[Any]:
                 if isinstance(layer, torch.nn.Linear):
                     fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
-            found.append([parameter.full_tensor().detach() for parameter in train(torch, model, rank)])
+            found.append(
+                [parameter.full_tensor().detach() for parameter in train(torch, model, rank)]
+            )
         return plain([*found, one_process(torch, world_size)])
 
 
@@ -570,7 +657,9 @@ def one_process(torch: Any, world_size: int) -> list[Any]:
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for step in range(3):
         seeds = [100 * step + rank for rank in range(world_size)]
-        batch = torch.cat([torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        batch = torch.cat(
+            [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
         optimizer.zero_grad()
         model(batch).square().mean().backward()
         optimizer.step()
@@ -593,10 +682,14 @@ def meshes(rank: int, world_size: int, path: Path) -> list[Any]:
         dist.all_reduce(along, group=mesh.get_group("b"))
         summed = functional.all_reduce(values(torch, rank, 4), "sum", mesh["a"]) + 0
         gathered = functional.all_gather_tensor(values(torch, rank, 2), 0, mesh["b"]) + 0
-        scattered = functional.reduce_scatter_tensor(values(torch, rank, 4), "sum", 0, mesh["a"]) + 0
+        scattered = (
+            functional.reduce_scatter_tensor(values(torch, rank, 4), "sum", 0, mesh["a"]) + 0
+        )
         given = torch.arange(24.0).view(8, 3)
         sharded = tensors.distribute_tensor(given, mesh, [tensors.Shard(0), tensors.Replicate()])
-        product = (sharded @ tensors.distribute_tensor(torch.ones(3, 2), mesh, [tensors.Replicate()] * 2)).full_tensor()
+        product = (
+            sharded @ tensors.distribute_tensor(torch.ones(3, 2), mesh, [tensors.Replicate()] * 2)
+        ).full_tensor()
         world_group = dist.group.WORLD
         part = world_group.split_group([0, 3] if rank in (0, 3) else [1, 2])
         dist.all_reduce(own := values(torch, rank, 1), group=part)
@@ -655,14 +748,18 @@ def dying(rank: int, world_size: int, path: Path, how: str) -> tuple[float, str]
         return took_s, type(caught.value).__name__
 
 
-@pytest.mark.parametrize("how", ["now", "async", "future", "first message", "another message", "ddp"])
+@pytest.mark.parametrize(
+    "how", ["now", "async", "future", "first message", "another message", "ddp"]
+)
 def test_a_dead_rank_is_an_error_within_a_second(pool: RankPool, tmp_path: Path, how: str) -> None:
     took_s, kind = pool.run(2, dying, tmp_path / "store", how, may_die=(1,))[0]
     assert took_s < 1.5
     assert kind == ("RuntimeError" if how in ("future", "ddp") else "PeerLostError")
 
 
-def lose_a_peer(rank: int, world_size: int, path: Path, sends: bool, acquainted: bool) -> tuple[tuple[int, ...], str]:
+def lose_a_peer(
+    rank: int, world_size: int, path: Path, sends: bool, acquainted: bool
+) -> tuple[tuple[int, ...], str]:
     """Rank 2 dies while rank 0 waits for it in a transfer; return whom rank 0 names."""
     with world(rank, world_size, path) as (torch, dist):
         tensor = torch.ones(100_000)
@@ -742,7 +839,9 @@ def test_a_call_and_a_wait_have_timeouts_of_their_own(pool: RankPool, tmp_path: 
     assert 0.2 < pool.run(2, waiting, tmp_path / "store")[0] < 0.9
 
 
-def leaving(rank: int, world_size: int, path: Path, how: str, asynchronous: bool) -> tuple[float, str]:
+def leaving(
+    rank: int, world_size: int, path: Path, how: str, asynchronous: bool
+) -> tuple[float, str]:
     """Rank 0 leaves in the middle of a call, which waits for rank 2, who does not come; or drops its group."""
     with world(rank, world_size, path, timeout_s=20.0) as (torch, dist):
         from colltensor.torch.c10d.process_group import ColltensorProcessGroup
@@ -770,7 +869,9 @@ def leaving(rank: int, world_size: int, path: Path, how: str, asynchronous: bool
         return took_s, error
 
 
-@pytest.mark.parametrize(("how", "asynchronous"), [("abort", True), ("shutdown", False), ("dropped", False)])
+@pytest.mark.parametrize(
+    ("how", "asynchronous"), [("abort", True), ("shutdown", False), ("dropped", False)]
+)
 def test_a_rank_that_leaves_in_a_call_ends_it_at_once(
     pool: RankPool, tmp_path: Path, how: str, asynchronous: bool
 ) -> None:
@@ -778,7 +879,9 @@ def test_a_rank_that_leaves_in_a_call_ends_it_at_once(
     assert max(took_s for took_s, _ in found) < 4.0
     assert re.match(r"PeerLostError: .*rank 0 .*Connection closed by peer", found[1][1]), found
     words = "destroyed" if how == "shutdown" else "aborted"
-    assert how == "dropped" or re.match(rf"GroupError: .*process group .* was {words}", found[0][1]), found
+    assert how == "dropped" or re.match(
+        rf"GroupError: .*process group .* was {words}", found[0][1]
+    ), found
 
 
 def broken_and_dropped(rank: int, world_size: int, path: Path) -> list[str]:
@@ -827,17 +930,24 @@ def again(rank: int, world_size: int, path: Path, port: int) -> list[float]:
     store = dist.TCPStore("127.0.0.1", port, world_size, rank == 0, timeout=timedelta(seconds=20))
     found = []
     for turn in range(3):
-        dist.init_process_group("cpu:colltensor,cuda:gloo", store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "cpu:colltensor,cuda:gloo", store=store, rank=rank, world_size=world_size
+        )
         dist.all_reduce(tensor := torch.full((1,), rank + 1.0))
         dist.isend(tensor, (rank + 1) % world_size)
         dist.recv(tensor, (rank - 1) % world_size)
         if not turn:  # Gloo finds its old keys when it is made again
-            assert type(dist.group.WORLD._get_backend(torch.device("cuda"))).__name__ == "ProcessGroupGloo"
+            assert (
+                type(dist.group.WORLD._get_backend(torch.device("cuda"))).__name__
+                == "ProcessGroupGloo"
+            )
         assert {device.type for device in dist.group.WORLD._device_types} == {"cpu", "cuda"}
         found.append(tensor.item())
         dist.barrier()
         dist.destroy_process_group()
-    assert not [key for key in store.list_keys() if "colltensor" in key or ">" in key or "/all/" in key]
+    assert not [
+        key for key in store.list_keys() if "colltensor" in key or ">" in key or "/all/" in key
+    ]
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(world_size)])
     if rank == 0:
@@ -855,7 +965,17 @@ def test_the_program_of_the_documentation_under_torchrun(tmp_path: Path) -> None
     page = (Path(__file__).parents[2] / "docs" / "torch_distributed.md").read_text()
     program = tmp_path / "program.py"
     program.write_text(page.split("```python\n")[1].split("```")[0])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(program),
+    ]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
     assert ran.stdout.count("[3.0, 3.0]") == 2, ran.stderr

@@ -16,7 +16,7 @@ import pytest
 from colltensor import net
 from colltensor.errors import CollectiveError, OptionError, PeerLostError
 from colltensor.rendezvous import Meeting
-from colltensor.rendezvous.messages import Hello, Table
+from colltensor.rendezvous.protocol import JoinRequest, Table
 
 pytestmark = pytest.mark.needs("torch")
 
@@ -45,7 +45,9 @@ def run_in_threads(function: Callable[[Any], None], arguments: Iterable[Any]) ->
         thread.join(30)
 
 
-def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch_distributed = pytest.importorskip("torch.distributed")
     from colltensor.torch.c10d.meeting import meet
 
@@ -71,7 +73,9 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(monkeypatch: pytest
     began = time.monotonic()
     run_in_threads(make, range(3))
     assert time.monotonic() - began < 4
-    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
+    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(
+        range(3), OptionError
+    )
     assert all("no such interface here" in str(error) for error in errors.values())
     assert store.num_keys() == 0
 
@@ -85,8 +89,11 @@ def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
 
     def make(rank: int) -> None:
         options = SimpleNamespace(
-            store=torch_distributed.PrefixStore("g", store), group_rank=rank, group_size=3,
-            timeout=timedelta(seconds=10), group_id="g",
+            store=torch_distributed.PrefixStore("g", store),
+            group_rank=rank,
+            group_size=3,
+            timeout=timedelta(seconds=10),
+            group_id="g",
         )
         try:
             create(options, {"high_priority": True} if rank == 1 else None)
@@ -96,8 +103,13 @@ def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
     began = time.monotonic()
     run_in_threads(make, range(3))
     assert time.monotonic() - began < 5
-    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
-    assert all("participant 1: " in str(error) and "high_priority" in str(error) for error in errors.values())
+    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(
+        range(3), OptionError
+    )
+    assert all(
+        "participant 1: " in str(error) and "high_priority" in str(error)
+        for error in errors.values()
+    )
     assert store.num_keys() == 0
 
 
@@ -140,7 +152,9 @@ class OpenStore:
 
 
 @pytest.mark.parametrize("given", [b"hush", b""])
-def test_whoever_reads_the_store_knows_no_secret(monkeypatch: pytest.MonkeyPatch, given: bytes) -> None:
+def test_whoever_reads_the_store_knows_no_secret(
+    monkeypatch: pytest.MonkeyPatch, given: bytes
+) -> None:
     torch_distributed = pytest.importorskip("torch.distributed")
     from colltensor.torch.c10d import meeting as c10d_meeting
 
@@ -149,24 +163,34 @@ def test_whoever_reads_the_store_knows_no_secret(monkeypatch: pytest.MonkeyPatch
     used: list[Meeting] = []
     both = threading.Barrier(2, timeout=5)
 
-    def connect(meeting: Meeting, recipe: Any, deadline: float) -> Any:
+    def connect(meeting: Meeting, options: Any, deadline: float) -> Any:
         meeting.listener.close()
         used.append(meeting)
         return SimpleNamespace(barrier=both.wait)
 
     monkeypatch.setattr(c10d_meeting, "connect", connect)
-    run_in_threads(lambda rank: c10d_meeting.meet(store, "all", rank, 2, name="g", meet_s=5, timeout_s=5), range(2))
+    run_in_threads(
+        lambda rank: c10d_meeting.meet(store, "all", rank, 2, name="g", meet_s=5, timeout_s=5),
+        range(2),
+    )
     assert len(used) == 2
     assert used[0].secret == used[1].secret
     read = json.loads(store.seen["all/1/0"][1:])
     table = Table.decode(read["table"].encode())
-    guess = Meeting.of(Hello.decode(read["hello"].encode()), table, used[0].listener, bytes.fromhex(read["secret"]))
+    guess = Meeting.of(
+        JoinRequest.decode(read["request"].encode()),
+        table,
+        used[0].listener,
+        bytes.fromhex(read["secret"]),
+    )
     assert (guess.secret == used[0].secret) == (not given)
     assert all(given not in value for value in store.seen.values()) or not given
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_another_secret_of_one_rank_is_heard_by_all(monkeypatch: pytest.MonkeyPatch, culprit: int) -> None:
+def test_another_secret_of_one_rank_is_heard_by_all(
+    monkeypatch: pytest.MonkeyPatch, culprit: int
+) -> None:
     torch_distributed = pytest.importorskip("torch.distributed")
     from colltensor.torch.c10d import meeting as c10d_meeting
 
@@ -185,7 +209,9 @@ def test_another_secret_of_one_rank_is_heard_by_all(monkeypatch: pytest.MonkeyPa
     began = time.monotonic()
     run_in_threads(make, range(3))
     assert time.monotonic() - began < 2
-    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(range(3), OptionError)
+    assert {rank: type(error) for rank, error in errors.items()} == dict.fromkeys(
+        range(3), OptionError
+    )
     assert all("another secret than rank 0" in str(error) for error in errors.values())
     assert "this rank" in str(errors[culprit or 1])
     assert store.num_keys() == 0

@@ -26,12 +26,16 @@ def net(torch: Any, seed: int = 3) -> Any:
 
 def step(torch: Any, model: Any, rank: int, turn: int, optimizer: Any) -> None:
     optimizer.zero_grad()
-    model(torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * turn + rank))).sum().backward()
+    model(
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * turn + rank))
+    ).sum().backward()
     optimizer.step()
 
 
 def parameters(model: Any) -> list[Any]:
-    return [getattr(tensor, "full_tensor", tensor.detach)().detach() for tensor in model.parameters()]
+    return [
+        getattr(tensor, "full_tensor", tensor.detach)().detach() for tensor in model.parameters()
+    ]
 
 
 def sharded(torch: Any, dist: Any, group: Any, seed: int) -> Any:
@@ -55,7 +59,9 @@ def checkpoint(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> An
         other, another, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
     )
     step(torch, other, rank, 1, another)
-    whole = states.get_model_state_dict(other, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = states.get_model_state_dict(
+        other, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     third = sharded(torch, dist, group, 5)
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(third, whole, options=options)
@@ -112,12 +118,18 @@ def hooked(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> Any:
         "local": lambda model: model.register_comm_hook(
             local.PostLocalSGDState(group, alone, 2), local.post_localSGD_hook
         ),
-        "built in": lambda model: model._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE),
-        "built in, float16": lambda model: model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS),
+        "built in": lambda model: model._register_builtin_comm_hook(
+            dist.BuiltinCommHookType.ALLREDUCE
+        ),
+        "built in, float16": lambda model: model._register_builtin_comm_hook(
+            dist.BuiltinCommHookType.FP16_COMPRESS
+        ),
     }
     found = []
     for name, register in registrations.items():
-        model = torch.nn.parallel.DistributedDataParallel(net(torch), process_group=group, bucket_cap_mb=0.0001)
+        model = torch.nn.parallel.DistributedDataParallel(
+            net(torch), process_group=group, bucket_cap_mb=0.0001
+        )
         register(model)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for turn in range(3):
@@ -133,8 +145,11 @@ def averaged(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> Any:
     averager = averagers.PeriodicModelAverager(period=2, warmup_steps=0, process_group=group)
     for _ in range(3):
         averager.average_parameters(list(model.parameters()))
-    normal = torch.nn.parallel.DistributedDataParallel(  # broadcasts buffers, leaves parameters out, accumulates
-        torch.nn.Sequential(net(torch), torch.nn.BatchNorm1d(4)), process_group=group, find_unused_parameters=True,
+    # broadcasts buffers, leaves parameters out, accumulates
+    normal = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Sequential(net(torch), torch.nn.BatchNorm1d(4)),
+        process_group=group,
+        find_unused_parameters=True,
         gradient_as_bucket_view=True,
     )
     with normal.no_sync():
@@ -148,10 +163,13 @@ def functional(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> An
     calls = importlib.import_module("torch.distributed._functional_collectives")
     given = values(torch, rank, 4).requires_grad_()
     found = [
-        calls.all_reduce(given.detach(), "max", group), calls.broadcast(given.detach(), 1, group),
+        calls.all_reduce(given.detach(), "max", group),
+        calls.broadcast(given.detach(), 1, group),
         *calls.all_reduce_coalesced([given.detach(), given.detach() + 1], "sum", group),
         *calls.all_gather_into_tensor_coalesced([given.detach(), given.detach() + 1], group),
-        *calls.reduce_scatter_tensor_coalesced([given.detach(), given.detach() + 1], "sum", [0, 0], group),
+        *calls.reduce_scatter_tensor_coalesced(
+            [given.detach(), given.detach() + 1], "sum", [0, 0], group
+        ),
         calls.all_to_all_single(given.detach(), [2, 2], [2, 2], group),
         calls.permute_tensor(given.detach(), [1, 0], group),
     ]
@@ -177,8 +195,10 @@ def differentiable(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -
     given = values(torch, rank, 4).requires_grad_()
     found = []
     for result in (
-        calls.all_reduce(given, group=group), calls.broadcast(given, 0, group=group),
-        sum(calls.all_gather(given, group=group)), sum(calls.gather(given, 0, group=group)),
+        calls.all_reduce(given, group=group),
+        calls.broadcast(given, 0, group=group),
+        sum(calls.all_gather(given, group=group)),
+        sum(calls.gather(given, 0, group=group)),
         calls.scatter([given, given + 1], 0, group=group),
         calls.reduce_scatter(torch.empty(4), [given, given * 2], group=group),
         sum(calls.all_to_all([torch.empty(4), torch.empty(4)], [given, given * 2], group=group)),
@@ -196,7 +216,9 @@ def tensors(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> Any:
     mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
     whole = torch.arange(24.0).view(6, 4)
     rows = kinds.distribute_tensor(whole, mesh, [kinds.Shard(0)])
-    found = [rows.redistribute(mesh, [place]).to_local() for place in (kinds.Shard(1), kinds.Replicate())]
+    found = [
+        rows.redistribute(mesh, [place]).to_local() for place in (kinds.Shard(1), kinds.Replicate())
+    ]
     for how in ("sum", "avg", "max"):
         part = kinds.DTensor.from_local(whole + rank, mesh, [kinds.Partial(how)])
         found += [part.redistribute(mesh, [kinds.Shard(0)]).to_local(), part.full_tensor()]
@@ -219,7 +241,10 @@ def pipeline(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> Any:
         schedule.step(target=torch.zeros(8, 4), losses=losses)
     else:
         schedule.step(torch.arange(32.0).view(8, 4))
-    return [[loss.detach() for loss in losses], [parameter.grad for parameter in layer.parameters()]]
+    return [
+        [loss.detach() for loss in losses],
+        [parameter.grad for parameter in layer.parameters()],
+    ]
 
 
 def objects(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> Any:
@@ -230,13 +255,24 @@ def objects(torch: Any, dist: Any, group: Any, rank: int, folder: Path) -> Any:
         dist.send_object_list([1, "two", {3: 4}], 1, group=group)
     utils = importlib.import_module("torch.distributed.collective_utils")
     return [
-        received, utils.broadcast(lambda: {"from": rank}, rank=1, pg=group), utils.all_gather(lambda: rank, pg=group)
+        received,
+        utils.broadcast(lambda: {"from": rank}, rank=1, pg=group),
+        utils.all_gather(lambda: rank, pg=group),
     ]
 
 
 PROGRAMS: list[Program] = [
-    checkpoint, checkpoint_meanwhile, fsdp1, zero_redundancy, hooked, averaged, functional, differentiable, tensors,
-    pipeline, objects,
+    checkpoint,
+    checkpoint_meanwhile,
+    fsdp1,
+    zero_redundancy,
+    hooked,
+    averaged,
+    functional,
+    differentiable,
+    tensors,
+    pipeline,
+    objects,
 ]
 
 
@@ -244,10 +280,17 @@ def run_all(rank: int, world_size: int, path: Path) -> list[tuple[str, Any, Any]
     with world(rank, world_size, path) as (torch, dist):
         groups = {"colltensor": dist.new_group(), "gloo": dist.new_group(backend="gloo")}
         return [
-            (program.__name__, *(
-                plain(program(torch, dist, group, rank, path.parent / f"{program.__name__} {name}"))
-                for name, group in groups.items()
-            ))
+            (
+                program.__name__,
+                *(
+                    plain(
+                        program(
+                            torch, dist, group, rank, path.parent / f"{program.__name__} {name}"
+                        )
+                    )
+                    for name, group in groups.items()
+                ),
+            )
             for program in PROGRAMS
         ]
 
@@ -261,13 +304,15 @@ def test_programs_give_what_they_give_on_gloo(pool: RankPool, tmp_path: Path) ->
 
 
 def merging(rank: int, world_size: int, path: Path) -> list[Any]:
-    """Two groups that know nothing of each other become one, twice through one store, in the order of arrival."""
+    """Two groups that know nothing of each other become one, twice through one store, in the order of joiner."""
     with world(rank % 2, 2, path.with_name(f"world {rank // 2}")) as (torch, dist):
         store = dist.FileStore(str(path), world_size)
         found = []
         for turn in range(2):
             name = (f"of world {rank // 2}", None)[turn]  # which may differ from rank to rank
-            merged = dist.group.WORLD.merge_remote_group(store, world_size, timedelta(seconds=20), name)
+            merged = dist.group.WORLD.merge_remote_group(
+                store, world_size, timedelta(seconds=20), name
+            )
             assert (merged.size(), merged.getBackendName()) == (world_size, "colltensor")
             assert (merged.group_name, merged.group_desc) == (name or "0:merge", "default_pg:merge")
             total = values(torch, rank)
@@ -284,7 +329,9 @@ def merging(rank: int, world_size: int, path: Path) -> list[Any]:
             merged.shutdown()
             found.append([total.tolist(), sorted(ranks.tolist()), turn])
         with pytest.raises(RuntimeError, match="did not come"):
-            dist.group.WORLD.merge_remote_group(store, world_size + 1, timedelta(seconds=0.5), "more", "never")
+            dist.group.WORLD.merge_remote_group(
+                store, world_size + 1, timedelta(seconds=0.5), "more", "never"
+            )
         return found
 
 
@@ -304,15 +351,27 @@ def asked(rank: int, world_size: int, path: Path) -> list[Any]:
             mine, theirs = torch.ones(2), torch.empty(2)
             for request in (dist.isend(mine, 1 - rank), dist.irecv(theirs, 1 - rank)):
                 request.wait()
-        seen = sorted(event.key for event in profile.key_averages() if event.key.startswith("colltensor::"))
-        group.bound_device_id = torch.device("cuda:0")  # what init_process_group(device_id=...) does on a GPU
+        seen = sorted(
+            event.key for event in profile.key_averages() if event.key.startswith("colltensor::")
+        )
+        # what init_process_group(device_id=...) does on a GPU
+        group.bound_device_id = torch.device("cuda:0")
         part = group.split_group([0, 1])
         kind = importlib.import_module("colltensor.torch.c10d.process_group").ColltensorProcessGroup
-        unknown = kind(dist.PrefixStore("unknown", group.get_group_store()), rank, 2, timedelta(seconds=9), "unknown")
+        unknown = kind(
+            dist.PrefixStore("unknown", group.get_group_store()),
+            rank,
+            2,
+            timedelta(seconds=9),
+            "unknown",
+        )
         cuda = torch.device("cuda")
         found = [
-            group._get_sequence_number_for_group() - before, seen, group.bound_device_id,
-            type(part._get_backend(cuda)).__name__, unknown._get_backend(cuda) is unknown,
+            group._get_sequence_number_for_group() - before,
+            seen,
+            group.bound_device_id,
+            type(part._get_backend(cuda)).__name__,
+            unknown._get_backend(cuda) is unknown,
         ]
         part.shutdown()
         unknown.shutdown()
@@ -328,7 +387,12 @@ def initialised(rank: int, world_size: int, path: Path, how: str, port: int) -> 
     torch = importlib.import_module("torch")
     importlib.import_module("colltensor.torch")
     dist = torch.distributed
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+    }
     given: dict[str, Any] = {"rank": rank, "world_size": world_size}
     if how == "env":
         os.environ.update(place)

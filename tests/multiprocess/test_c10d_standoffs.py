@@ -42,7 +42,8 @@ def block_each_other(rank: int, size: int, path: Path, calls: str) -> list[tuple
             for letter in calls:
                 mine = torch.full((count,), 100.0 + rank)
                 pending = {
-                    "s": lambda mine=mine: dist.send(mine, 1 - rank), "r": lambda mine=mine: dist.recv(mine, 1 - rank),
+                    "s": lambda mine=mine: dist.send(mine, 1 - rank),
+                    "r": lambda mine=mine: dist.recv(mine, 1 - rank),
                     "w": lambda mine=mine: dist.isend(mine, 1 - rank).wait(),
                 }
                 found.append(refused(pending[letter]))
@@ -60,7 +61,9 @@ def block_each_other(rank: int, size: int, path: Path, calls: str) -> list[tuple
 
 
 @pytest.mark.parametrize("calls", ["ss", "rr", "wsr"])
-def test_two_that_block_each_other_are_told_at_once(pool: RankPool, tmp_path: Path, calls: str) -> None:
+def test_two_that_block_each_other_are_told_at_once(
+    pool: RankPool, tmp_path: Path, calls: str
+) -> None:
     for found in pool.run(3, block_each_other, tmp_path / "meet", calls)[:2]:
         assert len(found) == 2 * len(calls)
         for took, words in found:
@@ -68,17 +71,29 @@ def test_two_that_block_each_other_are_told_at_once(pool: RankPool, tmp_path: Pa
             assert "batch_isend_irecv" in words
 
 
-def block_behind(rank: int, size: int, path: Path, senders: tuple[int, ...]) -> list[tuple[float, str]]:
+def block_behind(
+    rank: int, size: int, path: Path, senders: tuple[int, ...]
+) -> list[tuple[float, str]]:
     """Make blocking sends that cannot end, behind others that are not done: those remain, and go through."""
     with world(rank, size, path) as (torch, dist):
         found = []
         for count in (3, 100_000):
             for waits in (False, True):
-                before = [torch.full((count,), 10.0 + number) for number in range(2 if rank in senders else 0)]
+                before = [
+                    torch.full((count,), 10.0 + number)
+                    for number in range(2 if rank in senders else 0)
+                ]
                 works = [dist.isend(tensor, 1 - rank) for tensor in before]
                 mine = torch.full((count,), 100.0)
-                found.append(refused(lambda mine=mine, waits=waits:
-                    dist.isend(mine, 1 - rank).wait() if waits else dist.send(mine, 1 - rank)))
+                found.append(
+                    refused(
+                        lambda mine=mine, waits=waits: (
+                            dist.isend(mine, 1 - rank).wait()
+                            if waits
+                            else dist.send(mine, 1 - rank)
+                        )
+                    )
+                )
                 theirs = [torch.zeros(count) for _ in range(2 if 1 - rank in senders else 0)]
                 for number, tensor in enumerate(theirs):
                     dist.recv(tensor, 1 - rank)
@@ -96,7 +111,9 @@ def block_behind(rank: int, size: int, path: Path, senders: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("senders", [(0, 1), (0,), (1,)])
-def test_two_that_block_each_other_behind_other_sends(pool: RankPool, tmp_path: Path, senders: tuple[int, ...]) -> None:
+def test_two_that_block_each_other_behind_other_sends(
+    pool: RankPool, tmp_path: Path, senders: tuple[int, ...]
+) -> None:
     for found in pool.run(2, block_behind, tmp_path / "meet", senders):
         assert len(found) == 4
         for took, words in found:
@@ -121,7 +138,9 @@ def leave_behind_a_refused_send(rank: int, size: int, path: Path, number: int) -
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_refused_send_does_not_hold_up_the_end(pool: RankPool, tmp_path: Path, number: int) -> None:
+def test_a_refused_send_does_not_hold_up_the_end(
+    pool: RankPool, tmp_path: Path, number: int
+) -> None:
     assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet", number)) < 3.0
 
 
@@ -133,7 +152,9 @@ def wait_for_another_tag(rank: int, size: int, path: Path, count: int) -> str:
             dist.send(torch.ones(count), 1, tag=5)
             time.sleep(0.6)
             return ""
-        torch.distributed.group.WORLD._get_backend(torch.device("cpu")).set_timeout(timedelta(seconds=0.3))
+        torch.distributed.group.WORLD._get_backend(torch.device("cpu")).set_timeout(
+            timedelta(seconds=0.3)
+        )
         with pytest.raises(col.CollectiveTimeoutError) as caught:
             dist.recv(torch.zeros(count), 0, tag=7)
         assert caught.value.ranks == (0,)
@@ -142,8 +163,10 @@ def wait_for_another_tag(rank: int, size: int, path: Path, count: int) -> str:
 
 @pytest.mark.parametrize("count", [3, 100_000])
 def test_a_timeout_says_which_tags_came(pool: RankPool, tmp_path: Path, count: int) -> None:
-    assert "rank 0 did not come with that tag, only with 5" in pool.run(
-        2, wait_for_another_tag, tmp_path / "meet", count)[1]
+    assert (
+        "rank 0 did not come with that tag, only with 5"
+        in pool.run(2, wait_for_another_tag, tmp_path / "meet", count)[1]
+    )
 
 
 def waiting(made: Any, peer: int, operation: Any, release: Callable[[], None]) -> threading.Thread:
@@ -158,7 +181,9 @@ def waiting(made: Any, peer: int, operation: Any, release: Callable[[], None]) -
 def test_two_that_something_else_may_end_ask_each_other_now_and_then() -> None:
     """Here it is another thread; each question used to have the other rank ask back at once."""
     standoffs = importlib.import_module("colltensor.torch.c10d.standoffs")
-    operations = [importlib.import_module("colltensor.torch.c10d.work").Operation("send") for _ in range(2)]
+    operations = [
+        importlib.import_module("colltensor.torch.c10d.work").QueuedCall("send") for _ in range(2)
+    ]
     ranks: list[Any] = []
     questions: list[int] = []
 
@@ -167,7 +192,10 @@ def test_two_that_something_else_may_end_ask_each_other_now_and_then() -> None:
         answer: bytes = ranks[peer].answer(asker, question)
         return answer
 
-    ranks += [standoffs.Standoffs("tested", rank, functools.partial(ask, rank), print, print) for rank in range(2)]
+    ranks += [
+        standoffs.Standoffs("tested", rank, functools.partial(ask, rank), print, print)
+        for rank in range(2)
+    ]
     threads = [waiting(ranks[rank], 1 - rank, operations[rank], lambda: None) for rank in range(2)]
     time.sleep(0.3)
     for operation, thread in zip(operations, threads, strict=True):
@@ -181,7 +209,7 @@ def test_one_that_dies_when_it_was_asked_is_not_asked_on(monkeypatch: pytest.Mon
     """What waited for it goes on, and fails as any other does; it was asked without a pause for 30 s, and not named."""
     standoffs = importlib.import_module("colltensor.torch.c10d.standoffs")
     monkeypatch.setattr(standoffs, "_is_alone", lambda: True)
-    operation = importlib.import_module("colltensor.torch.c10d.work").Operation("send")
+    operation = importlib.import_module("colltensor.torch.c10d.work").QueuedCall("send")
     answers = [b"[1, true, true, 1, 0]", None, None, None]
     asked: list[int] = []
     failures: list[Exception] = []

@@ -13,7 +13,7 @@ import pytest
 from control_rank import SECRET, Outcome, Rank
 
 from colltensor import net
-from colltensor.control.links import ASK
+from colltensor.control.frames import ASK
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +128,9 @@ def of(*sizes: int) -> pytest.MarkDecorator:
 
 def assert_named(outcomes: dict[int, Outcome], error: str, ranks: tuple[int, ...]) -> None:
     found = {rank: (outcome.error, outcome.ranks) for rank, outcome in outcomes.items()}
-    assert found == dict.fromkeys(outcomes, (error, ranks)), [outcome.message for outcome in outcomes.values()]
+    assert found == dict.fromkeys(outcomes, (error, ranks)), [
+        outcome.message for outcome in outcomes.values()
+    ]
 
 
 def assert_soon(outcomes: dict[int, Outcome], since: float, limit_s: float = SOON_S) -> None:
@@ -162,7 +164,9 @@ def test_payloads_travel_with_an_agreement(group: Group) -> None:
     for nbytes in (0, 7, 1000, 300_000):
         for rank in group.all():
             group.start(rank, "agree_and_gather", b"same", "same", bytes([rank]) * nbytes, 10.0)
-        assert group.values() == [[bytes([rank]) * nbytes for rank in group.all()]] * len(group.ranks)
+        assert group.values() == [[bytes([rank]) * nbytes for rank in group.all()]] * len(
+            group.ranks
+        )
     group.agree()
 
 
@@ -221,10 +225,15 @@ def test_mismatch_names_the_same_ranks_everywhere_and_the_group_goes_on(
 def test_no_payload_is_taken_from_ranks_that_differ(group: Group, odd: int, command: str) -> None:
     for rank in group.all(odd):
         group.start(rank, "agree_and_gather", b"even", "even", b"x" * 5000, 10.0)
-    group.start(odd, command, b"odd", "odd", *([b"y" * 70] if command == "agree_and_gather" else []), 10.0)
+    group.start(
+        odd, command, b"odd", "odd", *([b"y" * 70] if command == "agree_and_gather" else []), 10.0
+    )
     outcomes = group.results()
     assert_named(outcomes, "MismatchError", (1,) if len(group.ranks) == 2 else (odd,))
-    assert all(f"rank {odd}: odd" in o.message or f"rank {1 - odd}: even" in o.message for o in outcomes.values())
+    assert all(
+        f"rank {odd}: odd" in o.message or f"rank {1 - odd}: even" in o.message
+        for o in outcomes.values()
+    )
     group.agree()
 
 
@@ -237,7 +246,9 @@ def test_mismatch_of_an_agreement_and_an_allgather(group: Group, odd: int) -> No
     group.start(odd, "allgather", b"x" * 500_000, 10.0)
     outcomes = group.results()
     assert_named(outcomes, "MismatchError", (1,) if len(group.ranks) == 2 else (odd,))
-    assert all("allgather_object #3" in o.message and "allreduce" in o.message for o in outcomes.values())
+    assert all(
+        "allgather_object #3" in o.message and "allreduce" in o.message for o in outcomes.values()
+    )
     group.agree()
 
 
@@ -268,7 +279,9 @@ def test_mismatch_of_a_pair(group: Group, low: int) -> None:
         group.start(3, "pair", low, b"recv", "recv(src_rank=0) of float32[8]", 10.0)
         outcomes = group.results([low, 3])
         assert_named(outcomes, "MismatchError", (3,))
-        assert all("float32[4]" in o.message and "float32[8]" in o.message for o in outcomes.values())
+        assert all(
+            "float32[4]" in o.message and "float32[8]" in o.message for o in outcomes.values()
+        )
     group.start(low, "pair", 3, b"same", "", 10.0)
     group.start(3, "pair", low, b"same", "", 10.0)
     group.values([low, 3])
@@ -288,7 +301,9 @@ def test_a_peer_that_is_no_other_rank(group: Group, peer: int) -> None:
 # Death.
 
 
-@pytest.mark.parametrize(("group", "victim"), [(2, 0), (2, 1), (5, 4), *((8, r) for r in range(8))], indirect=["group"])
+@pytest.mark.parametrize(
+    ("group", "victim"), [(2, 0), (2, 1), (5, 4), *((8, r) for r in range(8))], indirect=["group"]
+)
 def test_a_killed_rank_is_named_everywhere(group: Group, victim: int) -> None:
     others = group.all(victim)
     group.wait(others)
@@ -309,7 +324,8 @@ def test_a_killed_rank_is_named_although_a_rank_between_is_not_waiting(group: Gr
     outcomes = group.results(waiting)
     assert_named(outcomes, "PeerLostError", (1,))
     assert_soon(outcomes, killed)
-    while group.do(2, "broken") is None and time.monotonic() < killed + 2:  # the news travels by itself
+    # the news travels by itself
+    while group.do(2, "broken") is None and time.monotonic() < killed + 2:
         time.sleep(0.01)
     assert group.do(2, "broken") == ("PeerLostError", (1,))
     for error in ("PeerLostError", "GroupError"):
@@ -331,7 +347,9 @@ def test_ranks_killed_together_are_named_together(group: Group, victims: tuple[i
 @of(4)
 @pytest.mark.parametrize("acquainted", [True, False], ids=["linked", "no-link"])
 @pytest.mark.parametrize(("waiter", "victim"), [(1, 2), (2, 1)])
-def test_a_rank_killed_before_its_half_of_a_pair(group: Group, acquainted: bool, waiter: int, victim: int) -> None:
+def test_a_rank_killed_before_its_half_of_a_pair(
+    group: Group, acquainted: bool, waiter: int, victim: int
+) -> None:
     if acquainted:
         group.everywhere("ring", 1, 10.0)
     group.start(waiter, "pair", victim, b"pair", "pair", 10.0)
@@ -376,7 +394,9 @@ def test_a_stopped_rank_is_named_at_the_timeout_and_hears_of_it(group: Group, st
 
 
 @pytest.mark.parametrize(("group", "late"), [(2, 0), (2, 1), (4, 0), (8, 6)], indirect=["group"])
-def test_a_late_rank_is_named_with_what_it_does_and_gets_the_same_error(group: Group, late: int) -> None:
+def test_a_late_rank_is_named_with_what_it_does_and_gets_the_same_error(
+    group: Group, late: int
+) -> None:
     others = group.all(late)
     for rank in group.all():
         group.do(rank, "position", 3, None)
@@ -385,7 +405,10 @@ def test_a_late_rank_is_named_with_what_it_does_and_gets_the_same_error(group: G
     outcomes = group.results(others)
     assert_named(outcomes, "CollectiveTimeoutError", (late,))
     assert_soon(outcomes, start, 0.7 + SOON_S)
-    assert all(f"rank {late} has not called yet: its last operation was #3" in o.message for o in outcomes.values())
+    assert all(
+        f"rank {late} has not called yet: its last operation was #3" in o.message
+        for o in outcomes.values()
+    )
     group.start(late, "agree", b"wait", "wait", 10.0)
     outcomes = group.results([late])
     assert_named(outcomes, "CollectiveTimeoutError", (late,))
@@ -399,7 +422,9 @@ def test_several_late_ranks_and_different_timeouts(group: Group) -> None:
     group.start(2, "agree", b"wait", "wait", 0.5)
     outcomes = group.results([0, 2])
     assert_named(outcomes, "CollectiveTimeoutError", (1, 3))
-    assert all("rank 1 is in send(dst_rank=0) #4" in outcome.message for outcome in outcomes.values())
+    assert all(
+        "rank 1 is in send(dst_rank=0) #4" in outcome.message for outcome in outcomes.values()
+    )
     assert outcomes[0].seconds < 0.5 + 2 * SOON_S
 
 
@@ -445,7 +470,10 @@ def test_an_interrupt_ends_the_wait_and_is_told(group: Group, interrupted: int) 
     group.start(missing, "agree", b"wait", "wait", 5.0)
     outcomes[missing] = group.result(missing)
     assert {outcome.error for outcome in outcomes.values()} == {"GroupError"}
-    assert all(f"rank {interrupted} of" in o.message and "interrupted" in o.message for o in outcomes.values())
+    assert all(
+        f"rank {interrupted} of" in o.message and "interrupted" in o.message
+        for o in outcomes.values()
+    )
 
 
 @of(5)
@@ -485,7 +513,9 @@ def test_a_rank_that_leaves_while_others_wait(group: Group, leaver: int, how: st
     outcomes = group.results(others)
     assert_named(outcomes, "PeerLostError", (leaver,))
     assert_soon(outcomes, start)
-    assert all("has destroyed the group or ended" in outcome.message for outcome in outcomes.values())
+    assert all(
+        "has destroyed the group or ended" in outcome.message for outcome in outcomes.values()
+    )
     if how == "close":
         group.result(leaver)
         group.start(leaver, "agree", b"wait", "wait", 1.0)

@@ -79,7 +79,8 @@ def transfer_without_a_thread(rank: int, size: int, name: str, backend: str) -> 
                 for _ in range(2):
                     with pytest.raises(RuntimeError, match="can't start new thread"):
                         group.recv(data, peer, async_op=True)
-                assert group.allreduce(np.ones(3)).tolist() == [size] * 3  # behind the send, in its thread
+                # behind the send, in its thread
+                assert group.allreduce(np.ones(3)).tolist() == [size] * 3
             assert sending.done()
             assert group.recv(data, peer).tolist() == [9.0] * 3
         else:
@@ -88,7 +89,10 @@ def transfer_without_a_thread(rank: int, size: int, name: str, backend: str) -> 
             assert group.recv(data, peer).tolist() == [7.0] * 3
             group.allreduce(np.ones(3))
             group.send(np.full(3, 9.0), peer)
-        works = [group.send(np.full(3, float(rank)), peer, async_op=True), group.recv(data, peer, async_op=True)]
+        works = [
+            group.send(np.full(3, float(rank)), peer, async_op=True),
+            group.recv(data, peer, async_op=True),
+        ]
         for work in works:
             work.wait()
         assert data.tolist() == [peer] * 3
@@ -105,8 +109,10 @@ def call_torch_without_a_thread(rank: int, size: int, path: Path) -> None:
         if rank == 0:
             with no_threads():
                 for call in (
-                    lambda: dist.all_reduce(torch.ones(3), async_op=True), lambda: dist.isend(torch.ones(3), 1),
-                    lambda: dist.irecv(torch.ones(3), 1), lambda: dist.irecv(torch.ones(3), 1),
+                    lambda: dist.all_reduce(torch.ones(3), async_op=True),
+                    lambda: dist.isend(torch.ones(3), 1),
+                    lambda: dist.irecv(torch.ones(3), 1),
+                    lambda: dist.irecv(torch.ones(3), 1),
                 ):
                     with pytest.raises(RuntimeError, match="can't start new thread"):
                         call()
@@ -130,7 +136,9 @@ def test_no_thread_for_an_operation_of_torch_distributed(pool: RankPool, tmp_pat
     pool.run(2, call_torch_without_a_thread, tmp_path / "meet")
 
 
-def queue_behind_a_loss(rank: int, size: int, name: str, backend: str, how: str) -> list[tuple[str, tuple[int, ...]]]:
+def queue_behind_a_loss(
+    rank: int, size: int, name: str, backend: str, how: str
+) -> list[tuple[str, tuple[int, ...]]]:
     """The last rank does not take part; the first has several calls under way."""
     with made(backend, rank, size, name, timeout_s=1.5) as group:
         group.allreduce(np.ones(3))
@@ -143,8 +151,11 @@ def queue_behind_a_loss(rank: int, size: int, name: str, backend: str, how: str)
                 return []
             time.sleep(4.0)
             return []
-        works = [group.allreduce(np.ones(3), async_op=True), group.allreduce(np.ones(1000), async_op=True),
-                 group.barrier(async_op=True)]
+        works = [
+            group.allreduce(np.ones(3), async_op=True),
+            group.allreduce(np.ones(1000), async_op=True),
+            group.barrier(async_op=True),
+        ]
         found: list[tuple[str, tuple[int, ...]]] = []
         for call in (*(work.wait for work in reversed(works)), works[0].result):
             with pytest.raises(col.CollectiveError) as caught:
@@ -158,10 +169,17 @@ def queue_behind_a_loss(rank: int, size: int, name: str, backend: str, how: str)
 
 @pytest.mark.parametrize("how", ["dies", "leaves", "late"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_calls_behind_a_lost_one_name_the_same_ranks(pool: RankPool, backend: str, how: str) -> None:
+def test_calls_behind_a_lost_one_name_the_same_ranks(
+    pool: RankPool, backend: str, how: str
+) -> None:
     size = size_of(backend)
     found = pool.run(
-        size, queue_behind_a_loss, fresh(), backend, how, may_die=[size - 1] if how == "dies" else ()
+        size,
+        queue_behind_a_loss,
+        fresh(),
+        backend,
+        how,
+        may_die=[size - 1] if how == "dies" else (),
     )
     name = "CollectiveTimeoutError" if how == "late" else "PeerLostError"
     assert found[0] == [(name, (size - 1,))] * 4
@@ -179,7 +197,11 @@ def leave_in_a_call(
         previous = signal.getsignal(signal.SIGUSR2)
         if rank == 0:
             signal.signal(signal.SIGUSR2, lambda *_: group.destroy())
-            leave = functools.partial(os.kill, os.getpid(), signal.SIGUSR2) if by_signal else group.destroy
+            leave = (
+                functools.partial(os.kill, os.getpid(), signal.SIGUSR2)
+                if by_signal
+                else group.destroy
+            )
             threading.Timer(0.2, leave).start()
         began = time.monotonic()
         if rank == size - 1:
@@ -192,12 +214,18 @@ def leave_in_a_call(
         with pytest.raises(col.CollectiveError) as caught:
             group.broadcast(np.ones(3), size - 1) if work is None else work.wait()
         signal.signal(signal.SIGUSR2, previous)
-        return time.monotonic() - began, type(caught.value).__name__, getattr(caught.value, "ranks", ())
+        return (
+            time.monotonic() - began,
+            type(caught.value).__name__,
+            getattr(caught.value, "ranks", ()),
+        )
 
 
 @pytest.mark.parametrize("by_signal", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rank_that_leaves_in_a_call_ends_it_everywhere(pool: RankPool, backend: str, by_signal: bool) -> None:
+def test_a_rank_that_leaves_in_a_call_ends_it_everywhere(
+    pool: RankPool, backend: str, by_signal: bool
+) -> None:
     found = pool.run(max(3, size_of(backend)), leave_in_a_call, fresh(), backend, by_signal)
     assert max(took_s for took_s, _, _ in found) < 3.0
     assert found[0][1:] == ("GroupError", ())
@@ -210,8 +238,11 @@ def queue_in_torch(rank: int, size: int, path: Path) -> list[tuple[str, tuple[in
         if rank == 1:
             time.sleep(0.3)
             os._exit(0)
-        works = [dist.all_reduce(torch.ones(3), async_op=True), dist.barrier(async_op=True),
-                 dist.all_reduce(torch.ones(300_000), async_op=True)]
+        works = [
+            dist.all_reduce(torch.ones(3), async_op=True),
+            dist.barrier(async_op=True),
+            dist.all_reduce(torch.ones(300_000), async_op=True),
+        ]
         found: list[tuple[str, tuple[int, ...]]] = []
         for work in works:
             with pytest.raises(col.CollectiveError) as caught:

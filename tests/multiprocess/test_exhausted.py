@@ -56,7 +56,9 @@ def _refuse(*arguments: Any) -> Any:
     raise PermissionError(1, "Operation not permitted")
 
 
-def enter(rank: int, world_size: int, url: str, what: str, left: int, who: int, backend: str) -> str:
+def enter(
+    rank: int, world_size: int, url: str, what: str, left: int, who: int, backend: str
+) -> str:
     """Make a group on ranks of which one lacks something; return what came of it."""
     if backend == "gloo":
         col.is_backend_available("gloo")  # loads the library, which takes a descriptor for a moment
@@ -76,14 +78,49 @@ def enter(rank: int, world_size: int, url: str, what: str, left: int, who: int, 
 @pytest.mark.parametrize(
     ("what", "left", "who", "words"),
     [
-        ("files", 0, 1, r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)"),
-        ("files", 1, 1, r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)"),
-        ("files", 2, 1, r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)"),
+        (
+            "files",
+            0,
+            1,
+            r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)",
+        ),
+        (
+            "files",
+            1,
+            1,
+            r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)",
+        ),
+        (
+            "files",
+            2,
+            1,
+            r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)",
+        ),
         ("files", 3, 0, r"GroupError: .*: .*Too many open files.*; .*\(ulimit -n\)"),
-        ("threads", 0, 0, r"GroupError: .*rendezvous failed: can't start new thread; .*\(ulimit -u"),
-        ("threads", 0, 1, r"GroupError: .*it cannot be made: can't start new thread; .*\(ulimit -u"),
-        ("threads", 1, 0, r"CollectiveTimeoutError: .*rank 0 could not hear who came: can't start new thread"),
-        ("memfd", 0, 0, r"BackendUnavailableError: .*Operation not permitted; the system does not permit it: "),
+        (
+            "threads",
+            0,
+            0,
+            r"GroupError: .*rendezvous failed: can't start new thread; .*\(ulimit -u",
+        ),
+        (
+            "threads",
+            0,
+            1,
+            r"GroupError: .*it cannot be made: can't start new thread; .*\(ulimit -u",
+        ),
+        (
+            "threads",
+            1,
+            0,
+            r"CollectiveTimeoutError: .*rank 0 could not hear who came: can't start new thread",
+        ),
+        (
+            "memfd",
+            0,
+            0,
+            r"BackendUnavailableError: .*Operation not permitted; the system does not permit it: ",
+        ),
     ],
 )
 def test_the_rank_that_lacks_something_says_so(

@@ -18,13 +18,15 @@ from gloo_ranks import SUM, Ranks, check, expected, numpy_dtype, reducible, soon
 from pool import RankPool, RanksFailedError
 
 from colltensor.backends.gloo import library
-from colltensor.backends.gloo.backend import CARRIED_NBYTES
+from colltensor.backends.gloo.backend import PIGGYBACKED_NBYTES
 from colltensor.errors import BackendUnavailableError, MismatchError, OptionError
 from colltensor.types import DTYPES, DType, ReduceOp
 from colltensor.view import BufferView
 
 pytestmark = pytest.mark.gloo
-needs_native = pytest.mark.skipif(library.reason() is not None, reason="the library was built without Gloo")
+needs_native = pytest.mark.skipif(
+    library.reason() is not None, reason="the library was built without Gloo"
+)
 
 WORLD_SIZES = (1, 2, 3, 4)
 COUNTS = (0, 1, 7, 1000)
@@ -51,17 +53,24 @@ def reduce_every_pair(rank: int, size: int, path: str, provider: str, direct: in
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("direct", [0, 1 << 20], ids=["in parts", "direct"])
-def test_allreduce_of_every_pair(pool: RankPool, path: str, provider: str, world_size: int, direct: int) -> None:
+def test_allreduce_of_every_pair(
+    pool: RankPool, path: str, provider: str, world_size: int, direct: int
+) -> None:
     pool.run(world_size, reduce_every_pair, path, provider, direct)
 
 
 def carry_every_pair(rank: int, size: int, path: str) -> None:
     with Ranks(path, rank, size, "native") as ranks:
         for (dtype, op), count in itertools.product(reducible(), (1, 7, 300)):
-            inputs = [[values(source, count + part, dtype, part) for part in range(3)] for source in range(size)]
+            inputs = [
+                [values(source, count + part, dtype, part) for part in range(3)]
+                for source in range(size)
+            ]
             mine = [array.copy() for array in inputs[rank]]
-            views = [view(array, dtype) for array in (mine[0], np.zeros(0, mine[0].dtype), *mine[1:])]
-            assert ranks.backend.carries(views, op)
+            views = [
+                view(array, dtype) for array in (mine[0], np.zeros(0, mine[0].dtype), *mine[1:])
+            ]
+            assert ranks.backend.piggybacks(views, op)
             contributions = ranks.control.allgather(ranks.backend.pack(views), soon())
             ranks.backend.unpack(views, op, contributions)
             for part, array in enumerate(mine):
@@ -73,22 +82,33 @@ def carry_every_pair(rank: int, size: int, path: str) -> None:
 
 @needs_native
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_allreduce_of_every_pair_with_the_agreement(pool: RankPool, path: str, world_size: int) -> None:
+def test_allreduce_of_every_pair_with_the_agreement(
+    pool: RankPool, path: str, world_size: int
+) -> None:
     pool.run(world_size, carry_every_pair, path)
 
 
 def carry_some(rank: int, size: int, path: str, provider: str) -> list[bool]:
     with Ranks(path, rank, size, provider) as ranks:
-        most = CARRIED_NBYTES // size
+        most = PIGGYBACKED_NBYTES // size
         choices = []
-        for nbytes in ([0], [1], [most], [most + 1], [most // 2, 0, most - most // 2], [most // 2, most]):
+        for nbytes in (
+            [0],
+            [1],
+            [most],
+            [most + 1],
+            [most // 2, 0, most - most // 2],
+            [most // 2, most],
+        ):
             views = [view(np.zeros(part, np.uint8)) for part in nbytes]
-            choices.append(ranks.backend.carries(views, SUM))
+            choices.append(ranks.backend.piggybacks(views, SUM))
         return choices
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_what_travels_with_the_agreement(pool: RankPool, path: str, provider: str, world_size: int) -> None:
+def test_what_travels_with_the_agreement(
+    pool: RankPool, path: str, provider: str, world_size: int
+) -> None:
     expected = [False, True, True, False, True, False] if provider == "native" else [False] * 6
     assert pool.run(world_size, carry_some, path, provider) == [expected] * world_size
 
@@ -100,9 +120,16 @@ def reduce_to_every_root(rank: int, size: int, path: str, provider: str, whole: 
             for count in (0, 3, 1000):
                 inputs = [values(source, count, dtype) for source in range(size)]
                 mine = inputs[rank].copy()
-                label = f"reduce to {root}, {op.name} of {dtype}[{count}] on {size} ranks by {provider}"
+                label = (
+                    f"reduce to {root}, {op.name} of {dtype}[{count}] on {size} ranks by {provider}"
+                )
                 ranks.backend.reduce([view(mine, dtype)], root, op, soon())
-                check(mine, expected(op, inputs, dtype) if rank == root else inputs[rank], dtype, label)
+                check(
+                    mine,
+                    expected(op, inputs, dtype) if rank == root else inputs[rank],
+                    dtype,
+                    label,
+                )
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -118,14 +145,26 @@ def reduce_scatter_every_pair(rank: int, size: int, path: str, provider: str) ->
         ranks.shrink(0, 1024)
         for dtype, op in reducible():
             for count in (0, 3, 1000):
-                inputs = [[values(source, count, dtype, part) for part in range(size)] for source in range(size)]
+                inputs = [
+                    [values(source, count, dtype, part) for part in range(size)]
+                    for source in range(size)
+                ]
                 mine = [array.copy() for array in inputs[rank]]
                 target = np.zeros(count, numpy_dtype(dtype))
                 label = f"reducescatter {op.name} of {dtype}[{count}] on {size} ranks by {provider}"
-                ranks.backend.reducescatter(view(target, dtype), [view(array, dtype) for array in mine], op, soon())
-                check(target, expected(op, [inputs[source][rank] for source in range(size)], dtype), dtype, label)
+                ranks.backend.reducescatter(
+                    view(target, dtype), [view(array, dtype) for array in mine], op, soon()
+                )
+                check(
+                    target,
+                    expected(op, [inputs[source][rank] for source in range(size)], dtype),
+                    dtype,
+                    label,
+                )
                 for kept, given in zip(mine, inputs[rank], strict=True):
-                    np.testing.assert_array_equal(kept, given, err_msg=f"{label}: a source was changed")
+                    np.testing.assert_array_equal(
+                        kept, given, err_msg=f"{label}: a source was changed"
+                    )
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -137,8 +176,14 @@ def reduce_large(rank: int, size: int, path: str, provider: str) -> None:
     with Ranks(path, rank, size, provider) as ranks:
         ranks.shrink(1 << 16, 1 << 18)
         for name, op in (
-            ("float32", SUM), ("float32", ReduceOp.MAX), ("bfloat16", SUM), ("float64", ReduceOp.AVERAGE),
-            ("uint16", ReduceOp.PRODUCT), ("bool", SUM), ("complex64", SUM), ("int64", ReduceOp.BXOR),
+            ("float32", SUM),
+            ("float32", ReduceOp.MAX),
+            ("bfloat16", SUM),
+            ("float64", ReduceOp.AVERAGE),
+            ("uint16", ReduceOp.PRODUCT),
+            ("bool", SUM),
+            ("complex64", SUM),
+            ("int64", ReduceOp.BXOR),
         ):
             dtype, count = DTYPES[name], 300_007
             inputs = [values(source, count, dtype) for source in range(size)]
@@ -147,11 +192,18 @@ def reduce_large(rank: int, size: int, path: str, provider: str) -> None:
             check(mine, expected(op, inputs, dtype), dtype, f"allreduce {op.name} of {name}")
             assert len(set(ranks.control.allgather(mine.tobytes(), soon()))) == 1
             ranks.backend.reduce([view(rooted, dtype)], size - 1, op, soon())
-            check(rooted, expected(op, inputs, dtype) if rank == size - 1 else inputs[rank], dtype, f"reduce {name}")
+            check(
+                rooted,
+                expected(op, inputs, dtype) if rank == size - 1 else inputs[rank],
+                dtype,
+                f"reduce {name}",
+            )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_reductions_larger_than_a_block(pool: RankPool, path: str, provider: str, world_size: int) -> None:
+def test_reductions_larger_than_a_block(
+    pool: RankPool, path: str, provider: str, world_size: int
+) -> None:
     pool.run(world_size, reduce_large, path, provider)
 
 
@@ -170,7 +222,9 @@ def propagate_nan(rank: int, size: int, path: str, provider: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_nan_of_any_rank_reaches_every_rank(pool: RankPool, path: str, provider: str, world_size: int) -> None:
+def test_nan_of_any_rank_reaches_every_rank(
+    pool: RankPool, path: str, provider: str, world_size: int
+) -> None:
     pool.run(world_size, propagate_nan, path, provider)
 
 
@@ -180,7 +234,9 @@ def accumulate_halves(rank: int, size: int, path: str, provider: str) -> None:
             ranks.shrink(direct, 1 << 20)
             numbers = np.array([2048.0 if rank == 0 else 1.0], np.float16)
             ranks.backend.allreduce([view(numbers)], SUM, soon())
-            assert numbers[0] == 2052.0, "2048 + 1 + 1 + 1 is 2048 in float16, 2051 in float32, which rounds to 2052"
+            assert numbers[0] == 2052.0, (
+                "2048 + 1 + 1 + 1 is 2048 in float16, 2051 in float32, which rounds to 2052"
+            )
 
 
 def test_16_bit_floats_accumulate_in_float32(pool: RankPool, path: str, provider: str) -> None:
@@ -192,7 +248,10 @@ def move_everything(rank: int, size: int, path: str, provider: str) -> None:
         backend = ranks.backend
         for dtype, count in itertools.product(DTYPES.values(), (0, 5, 20_000)):
             label = f"{dtype}[{count}] on {size} ranks by {provider}"
-            def raw(source: int, salt: int = 0, dtype: DType = dtype, count: int = count) -> np.ndarray[Any, Any]:
+
+            def raw(
+                source: int, salt: int = 0, dtype: DType = dtype, count: int = count
+            ) -> np.ndarray[Any, Any]:
                 return values(source, count * dtype.itemsize, DTYPES["uint8"], salt)
 
             def seen(array: np.ndarray[Any, Any], dtype: DType = dtype) -> BufferView:
@@ -213,7 +272,12 @@ def move_everything(rank: int, size: int, path: str, provider: str) -> None:
                         np.testing.assert_array_equal(got, raw(source), err_msg=f"gather {label}")
                 target = np.zeros_like(raw(0))
                 parts = [raw(rank, salt) for salt in range(size)]
-                backend.scatter(seen(target), [seen(part) for part in parts] if rank == root else None, root, soon())
+                backend.scatter(
+                    seen(target),
+                    [seen(part) for part in parts] if rank == root else None,
+                    root,
+                    soon(),
+                )
                 np.testing.assert_array_equal(target, raw(root, rank), err_msg=f"scatter {label}")
             outputs = empty()
             backend.allgather([seen(array) for array in outputs], seen(raw(rank)), soon())
@@ -223,9 +287,15 @@ def move_everything(rank: int, size: int, path: str, provider: str) -> None:
             outputs[rank][:] = raw(rank)
             backend.allgather([seen(array) for array in outputs], seen(outputs[rank]), soon())
             for source, got in enumerate(outputs):
-                np.testing.assert_array_equal(got, raw(source), err_msg=f"allgather in place {label}")
+                np.testing.assert_array_equal(
+                    got, raw(source), err_msg=f"allgather in place {label}"
+                )
             outputs = empty()
-            backend.alltoall([seen(array) for array in outputs], [seen(raw(rank, to)) for to in range(size)], soon())
+            backend.alltoall(
+                [seen(array) for array in outputs],
+                [seen(raw(rank, to)) for to in range(size)],
+                soon(),
+            )
             for source, got in enumerate(outputs):
                 np.testing.assert_array_equal(got, raw(source, rank), err_msg=f"alltoall {label}")
 
@@ -245,7 +315,9 @@ def pass_messages(rank: int, size: int, path: str, provider: str) -> None:
             np.testing.assert_array_equal(target, values(of, count, dtype))
             if size > 1 and rank == 0:
                 several = [values(0, count, dtype, salt) for salt in range(3)]
-                ranks.backend.send([view(array, readonly=True) for array in several], size - 1, soon())
+                ranks.backend.send(
+                    [view(array, readonly=True) for array in several], size - 1, soon()
+                )
             if size > 1 and rank == size - 1:
                 arrived = [np.zeros(count, np.int32) for _ in range(3)]
                 ranks.backend.recv([view(array) for array in arrived], 0, soon())
@@ -254,7 +326,9 @@ def pass_messages(rank: int, size: int, path: str, provider: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_messages_between_two_ranks(pool: RankPool, path: str, provider: str, world_size: int) -> None:
+def test_messages_between_two_ranks(
+    pool: RankPool, path: str, provider: str, world_size: int
+) -> None:
     pool.run(world_size, pass_messages, path, provider)
 
 
@@ -280,8 +354,12 @@ def count_exchanges(rank: int, size: int, path: str, provider: str) -> int:
         return ranks.control.exchanges
 
 
-def test_setting_up_takes_a_fixed_number_of_exchanges(pool: RankPool, path: str, provider: str) -> None:
-    counts = {tuple(pool.run(size, count_exchanges, f"{path}{size}", provider)) for size in (2, 4, 8)}
+def test_setting_up_takes_a_fixed_number_of_exchanges(
+    pool: RankPool, path: str, provider: str
+) -> None:
+    counts = {
+        tuple(pool.run(size, count_exchanges, f"{path}{size}", provider)) for size in (2, 4, 8)
+    }
     keys = {"native": 2, "torch": 1, "pygloo": 2}[provider]
     # The choice of the provider, its keys (of the native one the addresses, and that all are taken), and the news that
     # all are connected.
@@ -304,16 +382,22 @@ def has_ipv6() -> bool:
     return True
 
 
-IPV6 = pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1"))
+IPV6 = pytest.param(
+    "::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+)
 
 
 @pytest.mark.parametrize("interface", ["lo", "127.0.0.1", IPV6])
-def test_interface_by_name_and_by_address(pool: RankPool, path: str, provider: str, interface: str) -> None:
+def test_interface_by_name_and_by_address(
+    pool: RankPool, path: str, provider: str, interface: str
+) -> None:
     assert pool.run(2, choose_interface, path, provider, interface) == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("interface", ["nosuch0", "203.0.113.7"])
-def test_an_interface_that_is_not_there(pool: RankPool, path: str, provider: str, interface: str) -> None:
+def test_an_interface_that_is_not_there(
+    pool: RankPool, path: str, provider: str, interface: str
+) -> None:
     with pytest.raises(RanksFailedError) as failure:
         pool.run(2, choose_interface, path, provider, interface)
     for error in failure.value.errors.values():
@@ -357,20 +441,32 @@ def disagree_on_providers(rank: int, size: int, path: str, case: str) -> str:
     [
         ("unknown", "OptionError", "provider (rank 1)"),
         ("different", "MismatchError", "rank 0: torch, rank 1: pygloo"),
-        ("none in common", "BackendUnavailableError", "torch is missing on ranks 0; pygloo is missing on ranks 1"),
+        (
+            "none in common",
+            "BackendUnavailableError",
+            "torch is missing on ranks 0; pygloo is missing on ranks 1",
+        ),
         ("versions", "MismatchError", "rank 0: 2.13.0, rank 1: 2.12.0"),
         ("native versions", "MismatchError", "rank 0: 1.500, rank 1: 2.500"),
-        ("asked for", "BackendUnavailableError", "native is missing on ranks 0, 1 (it was built without"),
+        (
+            "asked for",
+            "BackendUnavailableError",
+            "native is missing on ranks 0, 1 (it was built without",
+        ),
         ("ibverbs", "BackendUnavailableError", "ibverbs is missing on ranks 0, 1 (no device)"),
     ],
 )
-def test_ranks_that_cannot_share_a_provider(pool: RankPool, path: str, case: str, kind: str, says: str) -> None:
+def test_ranks_that_cannot_share_a_provider(
+    pool: RankPool, path: str, case: str, kind: str, says: str
+) -> None:
     for report in pool.run(2, disagree_on_providers, path, case):
         assert report.startswith(f"{kind}: "), report
         assert says in report
 
 
-def choose_a_provider(rank: int, size: int, path: str, without: dict[int, str], wanted: str | None) -> list[str]:
+def choose_a_provider(
+    rank: int, size: int, path: str, without: dict[int, str], wanted: str | None
+) -> list[str]:
     import colltensor.backends.gloo as module
 
     usable, lines = module._usable, []
@@ -396,7 +492,12 @@ def choose_a_provider(rank: int, size: int, path: str, without: dict[int, str], 
     ("without", "wanted", "name", "says"),
     [
         ({}, None, "native", "the first that all ranks have"),
-        ({1: "native"}, None, "torch", "native is missing on ranks 1 (it was built without Gloo's headers)"),
+        (
+            {1: "native"},
+            None,
+            "torch",
+            "native is missing on ranks 1 (it was built without Gloo's headers)",
+        ),
         ({0: "native", 1: "torch"}, None, "pygloo", "torch is missing on ranks 1"),
         ({}, "pygloo", "pygloo", "asked for by provider="),
     ],
@@ -412,7 +513,10 @@ def test_the_first_provider_that_all_ranks_have(
 
 def use_two_groups(rank: int, size: int, path: str, provider: str) -> None:
     for _ in range(3):
-        with Ranks(f"{path}a", rank, size, provider) as first, Ranks(f"{path}b", rank, size, provider) as second:
+        with (
+            Ranks(f"{path}a", rank, size, provider) as first,
+            Ranks(f"{path}b", rank, size, provider) as second,
+        ):
             number = np.array([float(rank + 1)])
             first.backend.allreduce([view(number)], SUM, soon())
             second.backend.allreduce([view(number)], SUM, soon())

@@ -39,7 +39,9 @@ WAITS = {
 """Calls of rank 0 that wait for rank 1."""
 
 
-def wait_alone(rank: int, size: int, path: str, provider: str, call: str, how: str) -> dict[str, Any]:
+def wait_alone(
+    rank: int, size: int, path: str, provider: str, call: str, how: str
+) -> dict[str, Any]:
     """Rank 0 calls and rank 1 does not; return what rank 0 saw."""
     ranks = Ranks(path, rank, size, provider)
     array = np.ones(1 << 20)
@@ -61,7 +63,11 @@ def wait_alone(rank: int, size: int, path: str, provider: str, call: str, how: s
         WAITS[call](ranks.backend, array, soon(1.0 if how == "expires" else 20.0))
     except (RuntimeError, OSError, KeyboardInterrupt) as error:
         seen = error
-    report = {"after_s": time.monotonic() - began, "cpu_s": time.process_time() - used, "error": repr(seen)}
+    report = {
+        "after_s": time.monotonic() - began,
+        "cpu_s": time.process_time() - used,
+        "error": repr(seen),
+    }
     timer.join()
     began = time.monotonic()
     ranks.backend.close()
@@ -97,7 +103,9 @@ def test_a_wait_ends_and_close_does_not_hang(
 ) -> None:
     if provider == "pygloo":
         pytest.skip("pygloo holds the GIL while it waits: nothing can end it")
-    report = pool.run(2, wait_alone, path, provider, call, how, may_die={1} if how == "dies" else ())[0]
+    report = pool.run(
+        2, wait_alone, path, provider, call, how, may_die={1} if how == "dies" else ()
+    )[0]
     assert report["error"].startswith(error), report
     assert report["after_s"] < after_s + 1.0, report
     assert report["close_s"] < 1.0, report
@@ -196,13 +204,19 @@ def test_a_process_ends_cleanly(path: str, provider: str, end: str) -> None:
     program = PROGRAM.format(path=sys.path, end=ENDS[end])
     arguments = [sys.executable, "-c", program]
     ranks = [
-        subprocess.Popen([*arguments, str(rank), path, provider], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [*arguments, str(rank), path, provider],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         for rank in range(2)
     ]
     try:
         for rank, process in enumerate(ranks):
             output, _ = process.communicate(timeout=25)
-            assert process.returncode == 0, f"rank {rank} ended with {process.returncode}: {output.decode()}"
+            assert process.returncode == 0, (
+                f"rank {rank} ended with {process.returncode}: {output.decode()}"
+            )
     finally:
         for process in ranks:
             process.kill()
@@ -248,12 +262,16 @@ def meet_a_stopped_peer(rank: int, size: int, path: str, provider: str, how: str
     return report
 
 
-@pytest.mark.parametrize(("how", "error"), [("expires", "TimeoutError"), ("is interrupted", "KeyboardInterrupt")])
+@pytest.mark.parametrize(
+    ("how", "error"), [("expires", "TimeoutError"), ("is interrupted", "KeyboardInterrupt")]
+)
 def test_a_payload_under_way_ends_and_its_memory_is_left_alone(
     pool: RankPool, path: str, provider: str, how: str, error: str
 ) -> None:
     if provider != "native":
-        pytest.skip("torch and pygloo let go of memory with close() only, which is why the backend keeps it")
+        pytest.skip(
+            "torch and pygloo let go of memory with close() only, which is why the backend keeps it"
+        )
     waiting, peer = pool.run(2, meet_a_stopped_peer, path, provider, how)
     assert waiting["error"].startswith(error), waiting
     assert waiting["after_s"] < 4.0, waiting

@@ -72,7 +72,10 @@ class Siege:
             threading.Thread(target=self._guess, args=(port,), daemon=True).start()
 
     def _guess(self, port: int) -> None:
-        with contextlib.suppress(OSError), net.dial(("127.0.0.1", port), time.monotonic() + 0.5) as sock:
+        with (
+            contextlib.suppress(OSError),
+            net.dial(("127.0.0.1", port), time.monotonic() + 0.5) as sock,
+        ):
             net.prove(sock, b"wrong", struct.pack("!II", 1, 0), time.monotonic() + 0.5)
 
     def turned_away(self) -> int:
@@ -101,13 +104,17 @@ def meet_besieged(rank: int, size: int, name: str, hosts: str) -> int:
     with contextlib.ExitStack() as stack:
         with mock.patch.object(Control, "allgather", besieged):
             if hosts:
-                group = stack.enter_context(group_on(hosts, rank, name, "hierarchical", 8.0, interface="lo"))
+                group = stack.enter_context(
+                    group_on(hosts, rank, name, "hierarchical", 8.0, interface="lo")
+                )
             else:
                 group = stack.enter_context(own_group(rank, size, name, 8.0, "gloo"))
         for count in (5, 300_000):
             assert (group.allreduce(np.full(count, rank + 1.0)) == size * (size + 1) / 2).all()
             target = np.zeros(count)
-            group.sendrecv(np.full(count, float(rank)), (rank + 1) % size, target, (rank - 1) % size)
+            group.sendrecv(
+                np.full(count, float(rank)), (rank + 1) % size, target, (rank - 1) % size
+            )
             assert (target == (rank - 1) % size).all()
         return siege.turned_away()
 
@@ -122,7 +129,9 @@ def differ_in_the_secret(rank: int, size: int, path: str) -> str:
     control = FakeControl(path, rank, size)
     control.secret = b"%d" % rank
     with pytest.raises(TimeoutError) as caught:
-        get_backend("gloo").create(control, control, timeout_s=0.4, interface="lo", provider="native")
+        get_backend("gloo").create(
+            control, control, timeout_s=0.4, interface="lo", provider="native"
+        )
     control.close()
     return str(caught.value)
 

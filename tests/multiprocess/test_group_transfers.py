@@ -29,7 +29,9 @@ def one_tensor(rank: int, world_size: int, provider: str) -> list[float]:
     return (group.send(values, 1, copy=False) if rank == 0 else group.recv(values, 0)).tolist()
 
 
-def test_ends_that_fuse_differently_disagree_before_anything_moves(pool: RankPool, provider: str) -> None:
+def test_ends_that_fuse_differently_disagree_before_anything_moves(
+    pool: RankPool, provider: str
+) -> None:
     for words, leaves in pool.run(2, one_end_fuses, provider):
         assert "copy=False" in words
         assert leaves == [[2.0] * 4, [2.0] * 3]

@@ -20,7 +20,14 @@ from colltensor.errors import is_from_handler
 pytestmark = [pytest.mark.shm, pytest.mark.slow]
 
 SOON_S, LATE_S = 0.04, 0.12
-CLASSES = (TimeoutError, OSError, ConnectionResetError, RuntimeError, ValueError, col.CollectiveTimeoutError)
+CLASSES = (
+    TimeoutError,
+    OSError,
+    ConnectionResetError,
+    RuntimeError,
+    ValueError,
+    col.CollectiveTimeoutError,
+)
 CALLS: dict[str, Callable[[Any], Any]] = {
     "small": lambda group: group.allreduce(np.zeros(3, np.float32)),
     "large": lambda group: group.allreduce(np.zeros(1_000_000, np.float32)),
@@ -46,13 +53,21 @@ def alarm(error: BaseException) -> None:
     signal.setitimer(signal.ITIMER_REAL, SOON_S)
 
 
-def interrupted(rank: int, size: int, path: Path, backend: str, provider: str | None, hosts: str) -> None:
+def interrupted(
+    rank: int, size: int, path: Path, backend: str, provider: str | None, hosts: str
+) -> None:
     options = {"provider": provider, "interface": "lo"} if provider else {}
-    for number, (name, kind) in enumerate(WAYS if backend == "shm" else WAYS[len(CLASSES) - 1:]):
+    for number, (name, kind) in enumerate(WAYS if backend == "shm" else WAYS[len(CLASSES) - 1 :]):
         label = f"{path.name}-{name}-{number}"
         with on_host(hosts[rank] if hosts else None):
             group = col.init_collective_group(
-                size, rank, backend, label, init_method=f"file://{path.parent / label}", timeout_s=10, **options
+                size,
+                rank,
+                backend,
+                label,
+                init_method=f"file://{path.parent / label}",
+                timeout_s=10,
+                **options,
             )
         if rank == 0:
             mine = kind("mine")
@@ -69,12 +84,16 @@ def interrupted(rank: int, size: int, path: Path, backend: str, provider: str | 
 
 
 @pytest.mark.parametrize(("backend", "hosts"), [("shm", ""), ("hierarchical", "aab")])
-def test_a_handlers_exception_comes_out_as_itself(pool: RankPool, tmp_path: Path, backend: str, hosts: str) -> None:
+def test_a_handlers_exception_comes_out_as_itself(
+    pool: RankPool, tmp_path: Path, backend: str, hosts: str
+) -> None:
     pool.run(len(hosts) or 2, interrupted, tmp_path / "meet", backend, None, hosts)
 
 
 @pytest.mark.gloo
-def test_a_handlers_exception_comes_out_of_gloo(pool: RankPool, tmp_path: Path, provider: str) -> None:
+def test_a_handlers_exception_comes_out_of_gloo(
+    pool: RankPool, tmp_path: Path, provider: str
+) -> None:
     pool.run(2, interrupted, tmp_path / "meet", "gloo", provider, "")
 
 
@@ -98,7 +117,9 @@ def interrupted_in_c10d(rank: int, size: int, path: Path) -> None:
 
 
 @pytest.mark.needs("torch")
-def test_a_handlers_exception_comes_out_of_torch_distributed(pool: RankPool, tmp_path: Path) -> None:
+def test_a_handlers_exception_comes_out_of_torch_distributed(
+    pool: RankPool, tmp_path: Path
+) -> None:
     pool.run(2, interrupted_in_c10d, tmp_path / "store")
 
 

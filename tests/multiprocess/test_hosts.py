@@ -26,7 +26,7 @@ import colltensor as col
 from colltensor.backends import get_backend, is_available, reason
 from colltensor.backends.auto import AutoSpec
 from colltensor.backends.gloo import library as gloo_library
-from colltensor.backends.hierarchical.hosts import Hosts
+from colltensor.backends.hierarchical.topology import Hosts
 
 pytestmark = pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
 
@@ -35,7 +35,9 @@ def fresh() -> str:
     return f"hosts-{uuid4().hex[:8]}"
 
 
-def choose(rank: int, size: int, hosts: str, name: str, options: dict[str, Any]) -> tuple[str, float]:
+def choose(
+    rank: int, size: int, hosts: str, name: str, options: dict[str, Any]
+) -> tuple[str, float]:
     with group_on(hosts, rank, name, **options) as group:
         return group.backend, float(group.allreduce(np.full(5, rank + 1.0))[0])
 
@@ -61,7 +63,9 @@ def test_the_backend_for_the_hosts(
     pool: RankPool, hosts: str, options: dict[str, Any], backend: str
 ) -> None:
     size = len(hosts)
-    assert pool.run(size, choose, hosts, fresh(), options) == [(backend, size * (size + 1) / 2)] * size
+    assert (
+        pool.run(size, choose, hosts, fresh(), options) == [(backend, size * (size + 1) / 2)] * size
+    )
 
 
 def test_one_host_needs_no_gloo(pool: RankPool) -> None:
@@ -79,7 +83,13 @@ MISSING = "/nowhere/libcolltensor.so"
 
 
 def without_library(
-    rank: int, size: int, hosts: str, name: str, lacking: int, options: dict[str, Any], instead: str = MISSING
+    rank: int,
+    size: int,
+    hosts: str,
+    name: str,
+    lacking: int,
+    options: dict[str, Any],
+    instead: str = MISSING,
 ) -> tuple[str, str]:
     """Make a group while one rank has no native library; return its backend or the error, and what was logged."""
     from colltensor.backends.shm import library
@@ -112,7 +122,13 @@ def without_library(
             os.environ.pop(variable)
             if place is not None:
                 os.environ[variable] = place
-    wait_for(lambda: held()[1:] == before[1:] and (options.get("backend") is None or nothing_more_than(before)), before)
+    wait_for(
+        lambda: (
+            held()[1:] == before[1:]
+            and (options.get("backend") is None or nothing_more_than(before))
+        ),
+        before,
+    )
     return found, "\n".join(logged)
 
 
@@ -155,14 +171,16 @@ def records() -> Iterator[list[logging.LogRecord]]:
         logger.setLevel(level)
 
 
-def told(rank: int, size: int, hosts: str, options: dict[str, Any], trouble: str) -> tuple[list[str], list[str]]:
+def told(
+    rank: int, size: int, hosts: str, options: dict[str, Any], trouble: str
+) -> tuple[list[str], list[str]]:
     """Make two groups while something is amiss on one rank; return what both say of it, and the warnings and hints."""
-    from colltensor import recipe
+    from colltensor import options as group_options
     from colltensor.backends import auto
     from colltensor.backends.shm import library, segment
 
     auto._warned.clear()
-    recipe._hinted.clear()
+    group_options._hinted.clear()
     if gloo_library.reason() is None:  # which lies beside the library that is missing below
         gloo_library.load()
     name = options.pop("name")
@@ -176,10 +194,17 @@ def told(rank: int, size: int, hosts: str, options: dict[str, Any], trouble: str
             patch.setattr(segment.cgroup, "spare_nbytes", lambda: 1 << 20)
         elif trouble == "reading" and rank == 0:
             patch.setenv("COLLTENSOR_READ_PEERS", "0")
-        with group_on(hosts, rank, name, **options) as first, group_on(hosts, rank, name + "-2", **options) as second:
+        with (
+            group_on(hosts, rank, name, **options) as first,
+            group_on(hosts, rank, name + "-2", **options) as second,
+        ):
             whys = [first.why, second.why, first.split(0).why]
     levels = {logging.WARNING: "warning", logging.INFO: "hint"}
-    return whys, [f"{levels[record.levelno]}: {record.getMessage()}" for record in found if record.levelno in levels]
+    return whys, [
+        f"{levels[record.levelno]}: {record.getMessage()}"
+        for record in found
+        if record.levelno in levels
+    ]
 
 
 def refused(name: str, flags: int) -> int:
@@ -191,16 +216,27 @@ def refused(name: str, flags: int) -> int:
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [
-        ("library", f"there is no file {MISSING}, which the variable COLLTENSOR_LIBRARY names: build it"),
-        ("filter", "shared memory cannot be reserved: [Errno 1] Operation not permitted; the system does not"),
-        ("memory", "its control group has 1.0 MiB left; free memory or raise the container's limit"),
+        (
+            "library",
+            f"there is no file {MISSING}, which the variable COLLTENSOR_LIBRARY names: build it",
+        ),
+        (
+            "filter",
+            "shared memory cannot be reserved: [Errno 1] Operation not permitted; the system does not",
+        ),
+        (
+            "memory",
+            "its control group has 1.0 MiB left; free memory or raise the container's limit",
+        ),
     ],
 )
 def test_gloo_in_the_place_of_shared_memory_is_told_once(
     pool: RankPool, hosts: str, trouble: str, words: str
 ) -> None:
     """Hundreds of times slower was a debug line, and on one rank."""
-    for rank, (whys, lines) in enumerate(pool.run(len(hosts), told, hosts, {"name": fresh()}, trouble)):
+    for rank, (whys, lines) in enumerate(
+        pool.run(len(hosts), told, hosts, {"name": fresh()}, trouble)
+    ):
         for why in whys:
             assert why.startswith("backend='auto': ranks of one host cannot share memory: "), rank
             assert words in why
@@ -219,21 +255,48 @@ def test_gloo_in_the_place_of_shared_memory_is_told_once(
     [
         ("a", {}, "a group of one rank needs no transport", False),
         ("aa", {}, "backend='auto': all 2 ranks are on one host", False),
-        ("ab", {}, "backend='auto': each rank is on a host of its own (rank 0: simulated-a, rank 1: sim", False),
+        (
+            "ab",
+            {},
+            "backend='auto': each rank is on a host of its own (rank 0: simulated-a, rank 1: sim",
+            False,
+        ),
         ("abcdef", {}, "host of its own (rank 0: simulated-a, rank 1: ", False),
-        ("aab", {}, "backend='auto': the 3 ranks are on 2 hosts, several of them on one; Gloo's provider is", False),
+        (
+            "aab",
+            {},
+            "backend='auto': the 3 ranks are on 2 hosts, several of them on one; Gloo's provider is",
+            False,
+        ),
         ("aa", {"backend": "shm"}, "backend='shm' was asked for; large messages", False),
-        ("aa", {"backend": "hierarchical"}, "backend='hierarchical' was asked for, and all ranks are on one", False),
-        ("ab", {"backend": "hierarchical"}, "backend='hierarchical' was asked for, and each rank is on a host", False),
+        (
+            "aa",
+            {"backend": "hierarchical"},
+            "backend='hierarchical' was asked for, and all ranks are on one",
+            False,
+        ),
+        (
+            "ab",
+            {"backend": "hierarchical"},
+            "backend='hierarchical' was asked for, and each rank is on a host",
+            False,
+        ),
         ("ab", {"backend": "gloo"}, "backend='gloo' was asked for; Gloo's provider is", False),
-        ("aa", {"backend": "gloo"}, "all ranks are on one host, where backend='auto' would use shared memory", True),
+        (
+            "aa",
+            {"backend": "gloo"},
+            "all ranks are on one host, where backend='auto' would use shared memory",
+            True,
+        ),
     ],
 )
 def test_why(pool: RankPool, hosts: str, options: dict[str, Any], words: str, hinted: bool) -> None:
     for whys, lines in pool.run(len(hosts), told, hosts, {"name": fresh(), **options}, ""):
         assert all(words in why for why in (whys if len(set(hosts)) == 1 else whys[:2])), whys
         assert len(lines) == hinted, lines
-        assert all("hint: group 'hosts-" in line and "with backend='auto'" in line for line in lines)
+        assert all(
+            "hint: group 'hosts-" in line and "with backend='auto'" in line for line in lines
+        )
 
 
 def test_why_a_provider(pool: RankPool, provider: str) -> None:
@@ -244,7 +307,10 @@ def test_why_a_provider(pool: RankPool, provider: str) -> None:
 
 def test_why_memory_is_not_read(pool: RankPool) -> None:
     for whys, lines in pool.run(2, told, "aa", {"name": fresh()}, "reading"):
-        assert "large messages are staged, because the ranks do not read each other's memory (rank 0: COLL" in whys[0]
+        assert (
+            "large messages are staged, because the ranks do not read each other's memory (rank 0: COLL"
+            in whys[0]
+        )
         assert not lines
 
 
@@ -264,10 +330,16 @@ def test_a_plain_script_shows_the_warning(tmp_path: Path) -> None:
     missing.parent.mkdir()
     if gloo.is_file():
         missing.with_name(gloo.name).symlink_to(gloo)
-    environment = {**os.environ, "COLLTENSOR_LIBRARY": str(missing), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "COLLTENSOR_LIBRARY": str(missing),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), tmp_path.as_uri()], env=environment, text=True,
+            [sys.executable, "-c", PROGRAM, str(rank), tmp_path.as_uri()],
+            env=environment,
+            text=True,
             stderr=subprocess.PIPE,
         )
         for rank in range(2)
@@ -291,14 +363,21 @@ def broken(tmp_path: Path) -> str:
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("hosts", "backend", "lacking"),
-    [("aa", "shm", 0), ("aa", "shm", 1), ("aabb", "hierarchical", 0), ("aabb", "hierarchical", 3),
-     ("abb", "hierarchical", 2)],
+    [
+        ("aa", "shm", 0),
+        ("aa", "shm", 1),
+        ("aabb", "hierarchical", 0),
+        ("aabb", "hierarchical", 3),
+        ("abb", "hierarchical", 2),
+    ],
 )
 def test_an_explicit_backend_is_not_replaced(
     pool: RankPool, broken: str, hosts: str, backend: str, lacking: int
 ) -> None:
     options = {"backend": backend}
-    for error, logged in pool.run(len(hosts), without_library, hosts, fresh(), lacking, options, broken):
+    for error, logged in pool.run(
+        len(hosts), without_library, hosts, fresh(), lacking, options, broken
+    ):
         assert f"'{backend}' cannot be used" in error
         assert f"{broken} cannot be loaded" in error
         assert "using 'gloo'" not in logged
@@ -345,7 +424,7 @@ def test_hosts_by_name() -> None:
     assert hosts.members == ((0, 2, 3), (1, 4))
     assert hosts.index == (0, 1, 0, 0, 1)
     assert hosts.local == (0, 0, 1, 2, 1)
-    assert (hosts.host, hosts.position, hosts.slices) == (0, 2, 2)
+    assert (hosts.host, hosts.position, hosts.shards) == (0, 2, 2)
     assert hosts.neighbours == (0, 2, 3)
     assert hosts.leaders() == (0, 1)
     assert hosts.leaders(root=4) == (0, 4)
@@ -399,8 +478,13 @@ def lose_a_rank(
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize(
     ("call", "count", "victims"),
-    [("allreduce", 8_000_000, (0, 1)), ("allreduce", 5, (1, 2)), ("broadcast", 8_000_000, (2, 3)),
-     ("reduce", 8_000_000, (3, 0)), ("allgather", 1_000_000, (0, 3))],
+    [
+        ("allreduce", 8_000_000, (0, 1)),
+        ("allreduce", 5, (1, 2)),
+        ("broadcast", 8_000_000, (2, 3)),
+        ("reduce", 8_000_000, (3, 0)),
+        ("allgather", 1_000_000, (0, 3)),
+    ],
 )
 @pytest.mark.parametrize("hosts", ["aabb", "abab"])
 def test_a_killed_rank_is_named_everywhere(
@@ -409,7 +493,9 @@ def test_a_killed_rank_is_named_everywhere(
     chance = random.Random(f"{hosts} {call} {count}")
     for victim in victims:
         after_s = chance.uniform(0.05, 0.5)
-        found = pool.run(4, lose_a_rank, hosts, fresh(), victim, after_s, call, count, may_die={victim})
+        found = pool.run(
+            4, lose_a_rank, hosts, fresh(), victim, after_s, call, count, may_die={victim}
+        )
         for rank, outcome in enumerate(found):
             if rank != victim:
                 took, kind, ranks, left = outcome
@@ -418,7 +504,9 @@ def test_a_killed_rank_is_named_everywhere(
                 assert left < 2.5, (rank, outcome)
 
 
-def stop_a_rank(rank: int, size: int, hosts: str, name: str, victim: int) -> tuple[str, tuple[int, ...], float]:
+def stop_a_rank(
+    rank: int, size: int, hosts: str, name: str, victim: int
+) -> tuple[str, tuple[int, ...], float]:
     with group_on(hosts, rank, name, timeout_s=1.5) as group:
         data = np.ones(4_000_000, np.float32)
         pids = group.allgather_object(os.getpid())
@@ -566,7 +654,9 @@ def error_of_calls(hosts: str, rank: int, name: str) -> tuple[str, tuple[int, ..
 @pytest.mark.needs("torch")
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.02, 0.05, 0.3])
 @pytest.mark.parametrize("victim", [0, 3])
-def test_a_rank_that_dies_while_the_group_is_made(pool: RankPool, victim: int, after_s: float) -> None:
+def test_a_rank_that_dies_while_the_group_is_made(
+    pool: RankPool, victim: int, after_s: float
+) -> None:
     found = pool.run(4, die_while_it_is_made, "aabb", fresh(), victim, after_s, may_die={victim})
     for rank, outcome in enumerate(found):
         if rank != victim:

@@ -24,7 +24,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def namespaces() -> Any:
-    spec = importlib.util.spec_from_file_location("namespaces", BENCHMARKS / "harness" / "namespaces.py")
+    spec = importlib.util.spec_from_file_location(
+        "namespaces", BENCHMARKS / "harness" / "namespaces.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -41,7 +43,17 @@ def test_an_allreduce_between_hosts_sends_the_buffer_once_each_way(tmp_path: Pat
         pytest.skip(f"network namespaces cannot be made here: {error}")
     assert not any(Path(f"/proc/{holder}").exists() for holder in holders), "a namespace was left"
     file = tmp_path / "counted.json"
-    command = [sys.executable, str(BENCHMARKS), "hosts", "--mib", "16", "--calls", "1", "--json", str(file)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS),
+        "hosts",
+        "--mib",
+        "16",
+        "--calls",
+        "1",
+        "--json",
+        str(file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
     [table] = json.loads(file.read_text())["tables"]

@@ -16,7 +16,9 @@ from shm_ranks import Held, fresh, own_group
 import colltensor as col
 from colltensor.backends.gloo import library, meshing
 
-needs_native = pytest.mark.skipif(library.reason() is not None, reason="the library was built without Gloo")
+needs_native = pytest.mark.skipif(
+    library.reason() is not None, reason="the library was built without Gloo"
+)
 NAMED = "{0.phase}-{0.victim}-of-{0.size}".format
 
 
@@ -40,11 +42,15 @@ def test_the_survivors_of_a_rank_killed_in_gloo(pool: RankPool, trial: Trial) ->
 @pytest.mark.gloo
 @needs_native
 @pytest.mark.parametrize("trial", trials(9, 7, "hierarchical")[4::2], ids=NAMED)
-def test_the_survivors_of_a_rank_killed_on_one_of_several_hosts(pool: RankPool, trial: Trial) -> None:
+def test_the_survivors_of_a_rank_killed_on_one_of_several_hosts(
+    pool: RankPool, trial: Trial
+) -> None:
     run_trial(pool, trial)
 
 
-def die_while_connecting(rank: int, size: int, name: str, victim: int) -> tuple[tuple[int, ...], float, list[str]]:
+def die_while_connecting(
+    rank: int, size: int, name: str, victim: int
+) -> tuple[tuple[int, ...], float, list[str]]:
     """A rank dies when all know its address and nobody has reached it; return what the others saw, and when."""
     death = Path(tempfile.gettempdir()) / f"{name}.died"
     if rank == victim:

@@ -49,7 +49,9 @@ def _made(backend: str, rank: int, size: int, name: str) -> Iterator[Any]:
         return
     options = {"provider": "torch", "interface": "lo"} if backend == "torch" else {}
     hosts = "aabb"[:size] if backend == "hierarchical" else "a" * size
-    with group_on(hosts, rank, name, "gloo" if backend == "torch" else backend, 20.0, **options) as group:
+    with group_on(
+        hosts, rank, name, "gloo" if backend == "torch" else backend, 20.0, **options
+    ) as group:
         yield group
 
 
@@ -127,7 +129,9 @@ def call_from_a_handler(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("outer", OUTER)
-def test_a_handler_that_calls_while_its_thread_waits(pool: RankPool, backend: str, outer: str) -> None:
+def test_a_handler_that_calls_while_its_thread_waits(
+    pool: RankPool, backend: str, outer: str
+) -> None:
     size = 4 if backend == "hierarchical" else 2
     found = pool.run(size, call_from_a_handler, fresh(), backend, outer, "allreduce")
     assert "inside another call" in found[0][1]
@@ -195,7 +199,8 @@ def call_from_a_callback(rank: int, size: int, name: str, backend: str) -> str:
             finally:
                 called.set()
 
-        if rank:  # later: a call whose peers have come is done at once, and so is what it calls back
+        # later: a call whose peers have come is done at once, and so is what it calls back
+        if rank:
             time.sleep(0.5)
         work = group.allreduce(np.ones(3), async_op=True)
         if rank == 0:
@@ -210,7 +215,8 @@ def call_from_a_callback(rank: int, size: int, name: str, backend: str) -> str:
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_a_done_callback_that_calls(pool: RankPool, backend: str) -> None:
     words, nothing = pool.run(2, call_from_a_callback, fresh(), backend)
-    assert "inside another call" in words or words == ""  # empty where it was done before the callback was added
+    # empty where it was done before the callback was added
+    assert "inside another call" in words or words == ""
     assert nothing == ""
 
 
@@ -225,8 +231,10 @@ def call_from_a_callback_of_a_transfer(rank: int, size: int, name: str, backend:
         def call_back(_: object) -> None:
             try:
                 for call in (
-                    lambda: group.send(np.ones(3), peer), lambda: group.recv(np.ones(3), peer),
-                    lambda: group.allreduce(np.ones(3)), group.barrier,
+                    lambda: group.send(np.ones(3), peer),
+                    lambda: group.recv(np.ones(3), peer),
+                    lambda: group.allreduce(np.ones(3)),
+                    group.barrier,
                 ):
                     with pytest.raises(col.GroupError) as caught:
                         call()
@@ -264,7 +272,9 @@ def test_a_done_callback_that_calls_while_other_transfers_run(pool: RankPool, ba
     assert "inside a call" in found[-1]
 
 
-def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str, inner: str) -> list[str]:
+def call_from_a_handler_in_jit(
+    rank: int, size: int, name: str, backend: str, inner: str
+) -> list[str]:
     import jax
     import jax.numpy as jnp
 
@@ -277,7 +287,9 @@ def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str, in
 
         def handle(*_: Any) -> None:
             with pytest.raises((col.GroupError, jax.errors.JaxRuntimeError)) as caught:
-                summed(jnp.ones(3)).block_until_ready() if inner == "jitted" else group.allreduce(np.ones(3))
+                summed(jnp.ones(3)).block_until_ready() if inner == "jitted" else group.allreduce(
+                    np.ones(3)
+                )
             refused.append(str(caught.value))
 
         if rank == 0:
@@ -297,7 +309,9 @@ def call_from_a_handler_in_jit(rank: int, size: int, name: str, backend: str, in
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10")
 @pytest.mark.parametrize("inner", ["eager", "jitted"])
 @pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_a_handler_that_calls_while_a_computation_waits(pool: RankPool, backend: str, inner: str) -> None:
+def test_a_handler_that_calls_while_a_computation_waits(
+    pool: RankPool, backend: str, inner: str
+) -> None:
     """Where XLA computes in the caller's thread, which it does as long as there is little to compute."""
     [words], nothing = pool.run(2, call_from_a_handler_in_jit, fresh(), backend, inner)
     assert "inside another call" in words
@@ -311,7 +325,8 @@ def call_c10d_from_a_handler(rank: int, size: int, path: Path) -> tuple[list[str
 
         def handle(*_: Any) -> None:
             for call in (
-                lambda: dist.all_reduce(torch.ones(3)), lambda: dist.barrier(),
+                lambda: dist.all_reduce(torch.ones(3)),
+                lambda: dist.barrier(),
                 lambda: dist.all_reduce(later, async_op=True).wait(),
             ):
                 with pytest.raises(RuntimeError) as caught:
@@ -363,7 +378,9 @@ def call_in_two_threads(rank: int, size: int, name: str, backend: str, at_once: 
                     group.allreduce(np.ones(3))
                     group.allreduce(np.ones(3))
                     continue
-                threads = [threading.Thread(target=group.allreduce, args=(np.ones(3),)) for _ in range(2)]
+                threads = [
+                    threading.Thread(target=group.allreduce, args=(np.ones(3),)) for _ in range(2)
+                ]
                 for thread in threads:
                     thread.start()
                     if not at_once:

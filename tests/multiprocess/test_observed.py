@@ -37,8 +37,10 @@ class Watch:
         return lambda: self.seen.append(operation)
 
 
-def wait_for_late(rank: int, world_size: int, backend: str, provider: str | None) -> list[tuple[str, int, int, bool]]:
-    """Rank 1 comes late to a synchronous and to an asynchronous call, in the direct and in the general way."""
+def wait_for_late(
+    rank: int, world_size: int, backend: str, provider: str | None
+) -> list[tuple[str, int, int, bool]]:
+    """Rank 1 comes late to a synchronous and to an asynchronous call, in the direct and in the slow path."""
     group = group_of(world_size, backend, provider)
     x = np.ones(64, np.float32)
     with Watch() as seen:
@@ -56,13 +58,22 @@ def wait_for_late(rank: int, world_size: int, backend: str, provider: str | None
         group.barrier()
     return [
         (operation.name, operation.rank, operation.nbytes, operation.duration_s > LATE_S / 2)  # type: ignore[operator]
-        for operation in seen if operation.name != "barrier"
+        for operation in seen
+        if operation.name != "barrier"
     ]
 
 
 def check_waits(found: list[list[tuple[str, int, int, bool]]]) -> None:
-    assert found[0] == [("allreduce", 0, 256, True), ("allreduce", 0, 128, True), ("allreduce", 0, 256, True)]
-    assert found[1] == [("allreduce", 1, 256, False), ("allreduce", 1, 128, False), ("allreduce", 1, 256, False)]
+    assert found[0] == [
+        ("allreduce", 0, 256, True),
+        ("allreduce", 0, 128, True),
+        ("allreduce", 0, 256, True),
+    ]
+    assert found[1] == [
+        ("allreduce", 1, 256, False),
+        ("allreduce", 1, 128, False),
+        ("allreduce", 1, 256, False),
+    ]
 
 
 @pytest.mark.shm
@@ -94,7 +105,11 @@ def only_rank_0_observes(rank: int, world_size: int) -> tuple[list[str], list[fl
 @pytest.mark.shm
 def test_one_rank_may_observe_alone(pool: RankPool) -> None:
     names = ["allreduce", "allgather", "send"]
-    assert pool.run(3, only_rank_0_observes) == [(names, [6.0] * 3), ([], [6.0] * 3), ([], [6.0] * 3)]
+    assert pool.run(3, only_rank_0_observes) == [
+        (names, [6.0] * 3),
+        ([], [6.0] * 3),
+        ([], [6.0] * 3),
+    ]
 
 
 def disagree(rank: int, world_size: int, name: str) -> tuple[list[str], list[str]]:
@@ -107,7 +122,10 @@ def disagree(rank: int, world_size: int, name: str) -> tuple[list[str], list[str
     level, _ = logger.level, logger.setLevel(logging.INFO)
     try:
         with Watch() as seen, own_group(rank, world_size, name) as group:
-            for call in (lambda: group.allreduce(np.zeros(3 + rank)), lambda: group.broadcast(np.zeros(3))):
+            for call in (
+                lambda: group.allreduce(np.zeros(3 + rank)),
+                lambda: group.broadcast(np.zeros(3)),
+            ):
                 if rank == 1 and seen:
                     break
                 try:
@@ -144,7 +162,7 @@ def jitted(rank: int, world_size: int, name: str) -> tuple[list[str], list[str],
             later = jax.jit(lambda x: cj.broadcast(x, group=group))
             jax.block_until_ready(later(x))
         jax.block_until_ready(step(x))
-    return first, [operation.name for operation in seen[len(first):]], before
+    return first, [operation.name for operation in seen[len(first) :]], before
 
 
 @pytest.mark.shm
@@ -159,7 +177,9 @@ def grouped_while_observed(rank: int, world_size: int, name: str) -> list[str]:
     """A group whose jitted calls are the first to come, when there is an observer already."""
     jax, cj = importlib.import_module("jax"), importlib.import_module("colltensor.jax")
     with Watch() as seen, own_group(rank, world_size, name) as group:
-        jax.block_until_ready(jax.jit(lambda x: cj.allreduce(x, group=group))(jax.numpy.ones(2, "float32")))
+        jax.block_until_ready(
+            jax.jit(lambda x: cj.allreduce(x, group=group))(jax.numpy.ones(2, "float32"))
+        )
     return [operation.name for operation in seen]
 
 
@@ -201,7 +221,7 @@ def asked_outside_ray(rank: int, world_size: int, name: str) -> tuple[str, bool]
 
 @pytest.mark.needs("ray")
 def test_what_only_ray_has_is_an_error_outside_of_it(pool: RankPool) -> None:
-    (error, made), = pool.run(1, asked_outside_ray, fresh())
+    ((error, made),) = pool.run(1, asked_outside_ray, fresh())
     assert "not part of a Ray cluster" in error
     assert not made
 

@@ -56,14 +56,14 @@ threading.Thread(target=lambda: group.allreduce(np.ones(4), async_op=True).wait(
 """,
     "daemon, objects": """
 threading.Thread(target=lambda: group.allgather_object(1), daemon=True).start(); time.sleep(0.3)""",
-    "daemon, again and again": '''
+    "daemon, again and again": """
 def again():
     while True:
         try:
             group.allreduce(np.ones(4))
         except col.CollectiveError:
             pass
-threading.Thread(target=again, daemon=True).start(); time.sleep(0.3)''',
+threading.Thread(target=again, daemon=True).start(); time.sleep(0.3)""",
 }
 """What rank 0 has under way when it ends; rank 1, or all others, wait for it in something else."""
 _OTHER = """
@@ -80,7 +80,9 @@ def run(tmp_path: Path, backend: str, *programs: str) -> list[tuple[int, str, st
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _BEGIN + program, str(rank), backend, str(tmp_path), path],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank, program in enumerate(programs)
     ]
@@ -92,21 +94,26 @@ def run(tmp_path: Path, backend: str, *programs: str) -> list[tuple[int, str, st
                 if rank not in ended and process.poll() is not None:
                     ended[rank] = time.time()
             time.sleep(0.02)
-        assert len(ended) == len(processes), f"ranks {set(range(len(processes))) - set(ended)} did not end"
+        assert len(ended) == len(processes), (
+            f"ranks {set(range(len(processes))) - set(ended)} did not end"
+        )
     finally:
         for process in processes:
             process.kill()
         outputs = [process.communicate() for process in processes]
     found = []
     for rank, (process, (output, errors)) in enumerate(zip(processes, outputs, strict=True)):
-        marks = [float(line.split()[1]) for line in output.splitlines() if line.startswith("ending")]
+        marks = [
+            float(line.split()[1]) for line in output.splitlines() if line.startswith("ending")
+        ]
         took = ended[rank] - marks[0] if marks else 0.0
         found.append((process.returncode, output, errors, took))
     return found
 
 
 BACKENDS = [
-    pytest.param("shm", marks=pytest.mark.shm), pytest.param("native", marks=pytest.mark.gloo),
+    pytest.param("shm", marks=pytest.mark.shm),
+    pytest.param("native", marks=pytest.mark.gloo),
     pytest.param("torch", marks=[pytest.mark.gloo, pytest.mark.needs("torch")]),
     pytest.param("hierarchical", marks=[pytest.mark.shm, pytest.mark.gloo]),
 ]
@@ -114,14 +121,24 @@ BACKENDS = [
 
 def _slow(backend: str, work: str) -> list[pytest.MarkDecorator]:
     """Mark what ends in the same way as a case that every Python runs."""
-    return [] if backend in ("shm", "native") and work in ("asynchronous", "daemon") else [pytest.mark.slow]
+    return (
+        []
+        if backend in ("shm", "native") and work in ("asynchronous", "daemon")
+        else [pytest.mark.slow]
+    )
 
 
-@pytest.mark.parametrize(("backend", "work"), [
-    pytest.param(backend.values[0], work, marks=[*backend.marks, *_slow(backend.values[0], work)])
-    for backend in BACKENDS for work in _WORK
-    if backend.values[0] in ("shm", "native") or work in ("asynchronous", "large", "daemon")
-])
+@pytest.mark.parametrize(
+    ("backend", "work"),
+    [
+        pytest.param(
+            backend.values[0], work, marks=[*backend.marks, *_slow(backend.values[0], work)]
+        )
+        for backend in BACKENDS
+        for work in _WORK
+        if backend.values[0] in ("shm", "native") or work in ("asynchronous", "large", "daemon")
+    ],
+)
 def test_the_end_with_work_under_way(tmp_path: Path, backend: str, work: str) -> None:
     others = [_OTHER] * (3 if backend == "hierarchical" else 1)
     (code, _, errors, took), *rest = run(tmp_path, backend, _WORK[work] + "\nend()", *others)
@@ -134,25 +151,41 @@ def test_the_end_with_work_under_way(tmp_path: Path, backend: str, work: str) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_end_of_all_with_work_under_way(tmp_path: Path, backend: str) -> None:
     """What all have under way ends; what only some have does not hold them up."""
-    program = _WORK["asynchronous"] + "\nlast = rank and group.allreduce(np.ones(4 + rank), async_op=True)\nend()"
-    for code, _, errors, took in run(tmp_path, backend, *[program] * (4 if backend == "hierarchical" else 2)):
+    program = (
+        _WORK["asynchronous"]
+        + "\nlast = rank and group.allreduce(np.ones(4 + rank), async_op=True)\nend()"
+    )
+    for code, _, errors, took in run(
+        tmp_path, backend, *[program] * (4 if backend == "hierarchical" else 2)
+    ):
         assert (code, errors) == (_CODE, "")
         assert took < _SOON_S
 
 
 _ARRAYS = "x, y = np.ones(3_000_000), np.ones(3_000_000)\n"
-_CROSSING = "works = [group.send(x, rank ^ 1, async_op=True), group.recv(y, rank ^ 1, async_op=True)]\n"
+_CROSSING = (
+    "works = [group.send(x, rank ^ 1, async_op=True), group.recv(y, rank ^ 1, async_op=True)]\n"
+)
 """Transfers in both directions of a pair."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("beside", [
-    pytest.param("", id="all"), pytest.param("last = group.recv(np.ones(4), rank ^ 1, async_op=True)\n", id="but one"),
-])
-def test_the_end_of_all_with_transfers_that_cross(tmp_path: Path, backend: str, beside: str) -> None:
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param("", id="all"),
+        pytest.param("last = group.recv(np.ones(4), rank ^ 1, async_op=True)\n", id="but one"),
+    ],
+)
+def test_the_end_of_all_with_transfers_that_cross(
+    tmp_path: Path, backend: str, beside: str
+) -> None:
     """They end; one that nobody sends does not hold the processes up."""
-    program = _ARRAYS + "group.barrier()\n" + _CROSSING + beside + "end()"  # all issue them before the first ends
-    for code, _, errors, took in run(tmp_path, backend, *[program] * (4 if backend == "hierarchical" else 2)):
+    # all issue them before the first ends
+    program = _ARRAYS + "group.barrier()\n" + _CROSSING + beside + "end()"
+    for code, _, errors, took in run(
+        tmp_path, backend, *[program] * (4 if backend == "hierarchical" else 2)
+    ):
         assert (code, errors) == (_CODE, "")
         assert took < _SOON_S
 
@@ -160,7 +193,9 @@ def test_the_end_of_all_with_transfers_that_cross(tmp_path: Path, backend: str, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_end_of_one_with_transfers_that_cross(tmp_path: Path, backend: str) -> None:
     others = ["time.sleep(5)" + _OTHER] * (3 if backend == "hierarchical" else 1)
-    (code, _, errors, took), *rest = run(tmp_path, backend, _ARRAYS + _CROSSING + "time.sleep(0.3)\nend()", *others)
+    (code, _, errors, took), *rest = run(
+        tmp_path, backend, _ARRAYS + _CROSSING + "time.sleep(0.3)\nend()", *others
+    )
     assert (code, errors) == (_CODE, "")
     assert took < _SOON_S
     for code, output, errors, _ in rest:
@@ -213,7 +248,9 @@ end()
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10")
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_the_end_with_a_computation_that_waits(tmp_path: Path, backend: str) -> None:
-    (code, _, errors, took), (_, output, _, _) = run(tmp_path, backend, _JITTED, "time.sleep(6)" + _OTHER)
+    (code, _, errors, took), (_, output, _, _) = run(
+        tmp_path, backend, _JITTED, "time.sleep(6)" + _OTHER
+    )
     assert code == _CODE
     assert "terminate" not in errors
     assert "its process ends" in errors
@@ -239,12 +276,15 @@ from colltensor.torch import sync_gradients
 model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(4)])
 synced = sync_gradients(model, "g")
 """
-    first = begin + """
+    first = (
+        begin
+        + """
 def work():
     model(torch.ones(2, 300)).sum().backward()
 threading.Thread(target=work, daemon=True).start(); time.sleep(0.5)
 end()
 """
+    )
     (code, _, errors, took), (_, output, _, _) = run(tmp_path, backend, first, begin + _OTHER)
     assert (code, errors) == (_CODE, "")
     assert took < _SOON_S

@@ -19,8 +19,13 @@ from pool import RankPool
 
 from colltensor import backends, init_collective_group, net, table
 from colltensor.backends.loopback import LoopbackSpec
-from colltensor.errors import BackendUnavailableError, CollectiveError, CollectiveTimeoutError, OptionError
-from colltensor.recipe import Recipe
+from colltensor.errors import (
+    BackendUnavailableError,
+    CollectiveError,
+    CollectiveTimeoutError,
+    OptionError,
+)
+from colltensor.options import GroupOptions
 from colltensor.rendezvous.hosting import _Assembly
 
 pytestmark = pytest.mark.slow
@@ -35,7 +40,9 @@ class Elsewhere(LoopbackSpec):
         return "there is no such device in this host"
 
 
-def ask(rank: int, world_size: int, init_method: str, attempts: Sequence[Sequence[Mapping[str, Any]]]) -> list[Any]:
+def ask(
+    rank: int, world_size: int, init_method: str, attempts: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[Any]:
     """Ask for a group with each of this rank's options in turn; return the backends and errors, and the seconds."""
     numbers: dict[str, Any] = {"world_size": world_size, "rank": rank, "init_method": init_method}
     came: list[Any] = []
@@ -46,7 +53,12 @@ def ask(rank: int, world_size: int, init_method: str, attempts: Sequence[Sequenc
         if init_method.startswith("env://"):
             numbers = {}
             port = init_method.rpartition(":")[2]
-            variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world_size}
+            variables = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "RANK": rank,
+                "WORLD_SIZE": world_size,
+            }
             for name, value in variables.items():
                 patch.setenv(name, str(value))
         for options in attempts[rank]:
@@ -79,9 +91,16 @@ WRONG: list[tuple[Mapping[str, Any], type[CollectiveError], str]] = [
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-@pytest.mark.parametrize(("options", "kind", "words"), WRONG, ids=[words.strip("'") for _, _, words in WRONG])
+@pytest.mark.parametrize(
+    ("options", "kind", "words"), WRONG, ids=[words.strip("'") for _, _, words in WRONG]
+)
 def test_a_refused_option_is_heard_by_the_others(
-    pool: RankPool, init_method: str, options: Mapping[str, Any], kind: type[CollectiveError], words: str, culprit: int
+    pool: RankPool,
+    init_method: str,
+    options: Mapping[str, Any],
+    kind: type[CollectiveError],
+    words: str,
+    culprit: int,
 ) -> None:
     attempts: list[list[Mapping[str, Any]]] = [[{}], [{}], [{}]]
     attempts[culprit] = [options]
@@ -106,7 +125,9 @@ def test_a_file_that_rank_0_cannot_write_is_heard_of_by_the_others(pool: RankPoo
         assert took_s < 5
 
 
-def ask_with_secrets(rank: int, world_size: int, init_method: str, files: Sequence[str]) -> list[Any]:
+def ask_with_secrets(
+    rank: int, world_size: int, init_method: str, files: Sequence[str]
+) -> list[Any]:
     """Ask for a group; each rank has its secret in a file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLLTENSOR_SECRET_FILE", files[rank])
@@ -124,7 +145,11 @@ def test_a_secret_that_a_rank_cannot_read_is_heard_of_by_the_others(
     results = pool.run(3, ask_with_secrets, init_method, files, timeout_s=40)
     for rank, (error, took_s) in enumerate(results):
         assert type(error) is OptionError
-        assert "missing" in str(error) if culprit or rank == culprit else "another secret" in str(error)
+        assert (
+            "missing" in str(error)
+            if culprit or rank == culprit
+            else "another secret" in str(error)
+        )
         assert took_s < 5
 
 
@@ -142,7 +167,9 @@ def test_all_may_ask_for_another_backend_where_one_rank_lacks_the_first(
         assert took_s < 8
 
 
-def ask_for_device(rank: int, world_size: int, init_method: str, attempts: Any, culprit: int) -> list[Any]:
+def ask_for_device(
+    rank: int, world_size: int, init_method: str, attempts: Any, culprit: int
+) -> list[Any]:
     """Ask for a backend of one name, which the culprit lacks."""
     with pytest.MonkeyPatch.context() as patch:
         if rank == culprit:
@@ -168,11 +195,13 @@ STOPS = {
     "before it gives addresses": (_Assembly, "decide"),
     "before it tells the table": (_Assembly, "conclude"),
     "before it connects": (table, "connect"),
-    "before it makes the backend": (Recipe, "make"),
+    "before it makes the backend": (GroupOptions, "make"),
 }
 
 
-def ask_and_stop(rank: int, world_size: int, init_method: str, attempts: Any, where: str) -> list[Any]:
+def ask_and_stop(
+    rank: int, world_size: int, init_method: str, attempts: Any, where: str
+) -> list[Any]:
     """Ask for a group; rank 0 stops in the middle of it."""
 
     def stop(*arguments: Any, **options: Any) -> Any:

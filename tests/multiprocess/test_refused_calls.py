@@ -29,19 +29,41 @@ def uneven(size: int) -> list[Any]:
 
 Case = Callable[[Any, int, int], Any]
 CASES: dict[str, tuple[int, type[BaseException], Case]] = {
-    "scatter": (1, col.ShapeError, lambda group, rank, size: group.scatter(np.ones(3), uneven(size), 1)),
-    "scatter, one array": (0, col.ShapeError, lambda group, rank, size: group.scatter(np.ones(3), np.ones(7))),
+    "scatter": (
+        1,
+        col.ShapeError,
+        lambda group, rank, size: group.scatter(np.ones(3), uneven(size), 1),
+    ),
+    "scatter, one array": (
+        0,
+        col.ShapeError,
+        lambda group, rank, size: group.scatter(np.ones(3), np.ones(7)),
+    ),
     "scatter, asynchronous": (
-        0, col.ShapeError, lambda group, rank, size: group.scatter(np.ones(3), uneven(size), async_op=True).wait(),
+        0,
+        col.ShapeError,
+        lambda group, rank, size: group.scatter(np.ones(3), uneven(size), async_op=True).wait(),
     ),
     "gather": (0, col.ShapeError, lambda group, rank, size: group.gather(uneven(size), np.ones(3))),
-    "gather, large": (1, col.ShapeError, lambda group, rank, size: group.gather([], np.ones(1 << 19), 1)),
-    "reduce": (0, col.ReadOnlyError, lambda group, rank, size: group.reduce(np.ones(3) if rank else read_only())),
+    "gather, large": (
+        1,
+        col.ShapeError,
+        lambda group, rank, size: group.gather([], np.ones(1 << 19), 1),
+    ),
+    "reduce": (
+        0,
+        col.ReadOnlyError,
+        lambda group, rank, size: group.reduce(np.ones(3) if rank else read_only()),
+    ),
     "broadcast": (
-        1, col.ReadOnlyError, lambda group, rank, size: group.broadcast(read_only() if rank == 1 else np.ones(3)),
+        1,
+        col.ReadOnlyError,
+        lambda group, rank, size: group.broadcast(read_only() if rank == 1 else np.ones(3)),
     ),
     "broadcast_object": (
-        0, Exception, lambda group, rank, size: group.broadcast_object(lambda: None),
+        0,
+        Exception,
+        lambda group, rank, size: group.broadcast_object(lambda: None),
     ),
 }
 """The rank that refuses, what it raises, and the call."""
@@ -57,7 +79,9 @@ def refuse(rank: int, size: int, name: str, backend: str) -> None:
             assert time.monotonic() - began < 4.0
             if rank != refusing:
                 assert caught.value.ranks == (refusing,), case
-                assert f"rank {refusing} refused its part of {case.split(',')[0]}: " in str(caught.value)
+                assert f"rank {refusing} refused its part of {case.split(',')[0]}: " in str(
+                    caught.value
+                )
             assert group.allreduce(np.ones(3)).tolist() == [size] * 3, case
             assert group.allreduce(np.ones(3), async_op=True).result().tolist() == [size] * 3, case
 
@@ -75,7 +99,9 @@ def refuse_under_autograd(rank: int, size: int, name: str) -> None:
     with made("shm", rank, size, name) as group:
         for number in (1, size):
             entries = [torch.ones(3 - place, requires_grad=True) for place in range(number)]
-            with pytest.raises(col.MismatchError if rank else col.ShapeError, match=r"refused its part|expected"):
+            with pytest.raises(
+                col.MismatchError if rank else col.ShapeError, match=r"refused its part|expected"
+            ):
                 ct.scatter(torch.ones(3), None if rank else entries, 0, group)
             assert group.allreduce(np.ones(3)).tolist() == [size] * 3
         for sparse in ((0,), (0, 1)):

@@ -33,10 +33,18 @@ from colltensor.errors import (
     PeerLostError,
     RankError,
 )
-from colltensor.rendezvous import FileDirectory, FixedDirectory, Meeting, files, meet, meet_through, open_directory
+from colltensor.rendezvous import (
+    FileDirectory,
+    FixedDirectory,
+    Meeting,
+    files,
+    meet,
+    meet_through,
+    open_directory,
+)
 from colltensor.rendezvous.hosting import _Assembly
-from colltensor.rendezvous.hub import Arrival, Inbox, Stranger
-from colltensor.rendezvous.messages import Hello, Invitation, Message
+from colltensor.rendezvous.protocol import Endpoint, JoinRequest, Message
+from colltensor.rendezvous.server import Joiner, JoinerQueue, Stranger
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +100,9 @@ def act(rank: int, world_size: int, plans: Sequence[Plan]) -> Outcome:
         for name, value in plan.variables.items():
             patch.setenv(name, value)
         time.sleep(plan.delay_s)
-        timers = [threading.Timer(delay, os.kill, (os.getpid(), number)) for delay, number in plan.signals]
+        timers = [
+            threading.Timer(delay, os.kill, (os.getpid(), number)) for delay, number in plan.signals
+        ]
         for timer in timers:
             timer.start()
         began = time.monotonic()
@@ -174,7 +184,9 @@ def check_met(outcomes: Sequence[Outcome]) -> Outcome:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("spelling", ["file", "folder", "tcp", "tcp-name", "env"])
-def test_ranks_meet(pool: RankPool, tmp_path: Path, free_port: int, spelling: str, world_size: int) -> None:
+def test_ranks_meet(
+    pool: RankPool, tmp_path: Path, free_port: int, spelling: str, world_size: int
+) -> None:
     (tmp_path / "x").touch()
     init_method = {
         "file": f"file://{tmp_path}/x",
@@ -183,9 +195,13 @@ def test_ranks_meet(pool: RankPool, tmp_path: Path, free_port: int, spelling: st
         "tcp-name": f"tcp://localhost:{free_port}",
         "env": "env://",
     }[spelling]
-    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port)} if spelling == "env" else {}
+    variables = (
+        {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port)} if spelling == "env" else {}
+    )
     name = "default" if spelling == "file" else "a/b: ünï"
-    plans = [Plan(init_method, rank, world_size, name, variables=variables) for rank in range(world_size)]
+    plans = [
+        Plan(init_method, rank, world_size, name, variables=variables) for rank in range(world_size)
+    ]
     met = check_met(run(pool, plans))
     assert {host for host, _ in met.addresses} == {"127.0.0.1"}
     left = [path.name for path in tmp_path.iterdir()]
@@ -210,7 +226,9 @@ def test_missing_rank_is_named(pool: RankPool, init_method: str) -> None:
 
 def test_earliest_deadline_counts(pool: RankPool, init_method: str) -> None:
     timeouts = {0: 15.0, 1: 15.0, 2: 0.8}
-    outcomes = run(pool, [Plan(init_method, rank, 4, timeout_s=timeouts[rank]) for rank in range(3)])
+    outcomes = run(
+        pool, [Plan(init_method, rank, 4, timeout_s=timeouts[rank]) for rank in range(3)]
+    )
     assert [error.ranks for error in errors_of(outcomes, net_timeout())] == [(3,)] * 3
     assert max(outcome.took_s for outcome in outcomes) < 3
 
@@ -239,7 +257,10 @@ def test_two_processes_with_one_rank(pool: RankPool, init_method: str) -> None:
 
 
 def test_two_processes_with_rank_0(pool: RankPool, init_method: str) -> None:
-    outcomes = run(pool, [Plan(init_method, rank, 3, delay_s=0.1 * index) for index, rank in enumerate((0, 1, 0))])
+    outcomes = run(
+        pool,
+        [Plan(init_method, rank, 3, delay_s=0.1 * index) for index, rank in enumerate((0, 1, 0))],
+    )
     for error in errors_of(outcomes, RankError):
         assert "rank 0 is claimed by" in str(error)
     assert max(outcome.took_s for outcome in outcomes) < 3
@@ -248,7 +269,9 @@ def test_two_processes_with_rank_0(pool: RankPool, init_method: str) -> None:
 @pytest.mark.parametrize("option", ["world_size", "backend"])
 def test_ranks_that_disagree(pool: RankPool, init_method: str, option: str) -> None:
     plans = [Plan(init_method, rank, 3, options={"backend": "gloo"}) for rank in range(3)]
-    plans[1] = replace(plans[1], world_size=2) if option == "world_size" else replace(plans[1], options={})
+    plans[1] = (
+        replace(plans[1], world_size=2) if option == "world_size" else replace(plans[1], options={})
+    )
     outcomes = run(pool, plans)
     for error in errors_of(outcomes, MismatchError):
         assert error.ranks == (1,)
@@ -267,13 +290,16 @@ def test_rank_that_dies_meanwhile(pool: RankPool, init_method: str) -> None:
 
 def test_rank_0_that_dies_meanwhile(pool: RankPool, init_method: str) -> None:
     plans = [Plan(init_method, rank, 4) for rank in range(3)]
-    plans[0] = replace(plans[0], signals=((1.5, signal.SIGKILL),))  # long enough for the others to have met it
+    # long enough for the others to have met it
+    plans[0] = replace(plans[0], signals=((1.5, signal.SIGKILL),))
     outcomes = run(pool, plans, may_die=[0])
     for error in errors_of(outcomes[1:], PeerLostError):
         assert error.ranks == (0,)
     assert outcomes[1].took_s < 4
     # The next meeting takes place over what the dead one left, with a rank that comes first and finds it.
-    check_met(run(pool, [Plan(init_method, rank, 3, delay_s=0.3 * (rank == 0)) for rank in range(3)]))
+    check_met(
+        run(pool, [Plan(init_method, rank, 3, delay_s=0.3 * (rank == 0)) for rank in range(3)])
+    )
     if init_method.startswith("file://"):
         assert not list(Path(init_method[len("file://") :]).iterdir())
 
@@ -300,7 +326,10 @@ def test_ctrl_c_while_rank_0_is_looked_for(pool: RankPool, init_method: str) -> 
 
 def test_rank_0_that_is_stopped(pool: RankPool, tmp_path: Path) -> None:
     method = f"file://{tmp_path}"
-    plans = [Plan(method, 0, 3, timeout_s=2.0, signals=((0.3, signal.SIGSTOP),)), Plan(method, 1, 3, timeout_s=0.6)]
+    plans = [
+        Plan(method, 0, 3, timeout_s=2.0, signals=((0.3, signal.SIGSTOP),)),
+        Plan(method, 1, 3, timeout_s=0.6),
+    ]
     watcher = threading.Timer(2.2, lambda: os.kill(pool.pids[0], signal.SIGCONT))
     watcher.start()
     outcomes = run(pool, plans)
@@ -351,14 +380,18 @@ def left_out(rank: int, world_size: int, port: int, signals: Path) -> tuple[str,
     return "", meeting.generation
 
 
-def test_process_left_out_is_not_taken_into_the_next_group(pool: RankPool, tmp_path: Path, free_port: int) -> None:
+def test_process_left_out_is_not_taken_into_the_next_group(
+    pool: RankPool, tmp_path: Path, free_port: int
+) -> None:
     results = pool.run(3, left_out, free_port, tmp_path, timeout_s=40)
     assert results[0] == results[1]
     assert results[0][1]
     assert "rank 1 was taken by another process" in results[2][0]
 
 
-def threads_meet(rank: int, world_size: int, init_methods: Sequence[str], seed: int) -> dict[str, bytes]:
+def threads_meet(
+    rank: int, world_size: int, init_methods: Sequence[str], seed: int
+) -> dict[str, bytes]:
     """Make a group for each method, every one in a thread of its own, in an order of this process's own."""
     names = [f"group {number}" for number in range(len(init_methods))]
     found: dict[str, bytes] = {}
@@ -366,7 +399,13 @@ def threads_meet(rank: int, world_size: int, init_methods: Sequence[str], seed: 
     def make(name: str, init_method: str, number: int) -> None:
         mine = (rank + number) % world_size
         directory, _, _ = open_directory(init_method, mine, world_size)
-        meeting = meet(directory, group_name=name, world_size=world_size, rank=mine, deadline=time.monotonic() + 20)
+        meeting = meet(
+            directory,
+            group_name=name,
+            world_size=world_size,
+            rank=mine,
+            deadline=time.monotonic() + 20,
+        )
         meeting.listener.close()
         found[name] = meeting.generation
 
@@ -378,11 +417,17 @@ def threads_meet(rank: int, world_size: int, init_methods: Sequence[str], seed: 
         time.sleep(0.02)
     for thread in threads:
         thread.join()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("colltensor-rendezvous")]
+    assert not [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("colltensor-rendezvous")
+    ]
     return found
 
 
-def test_groups_made_at_the_same_time_share_a_port_and_take_turns_as_rank_0(pool: RankPool, init_method: str) -> None:
+def test_groups_made_at_the_same_time_share_a_port_and_take_turns_as_rank_0(
+    pool: RankPool, init_method: str
+) -> None:
     """Each process is rank 0 of some groups: over TCP the processes have to leave each other the port."""
     results = pool.run(2, threads_meet, [init_method] * 6, 1, timeout_s=40)
     assert results[0] == results[1]
@@ -396,16 +441,27 @@ def test_groups_of_one_rank_0_share_a_port(pool: RankPool, free_port: int) -> No
     assert len(set(results[0].values())) == 8
 
 
-def threads_of_one_rank_0(rank: int, world_size: int, init_methods: Sequence[str]) -> dict[str, bytes]:
+def threads_of_one_rank_0(
+    rank: int, world_size: int, init_methods: Sequence[str]
+) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
 
     def make(name: str, init_method: str) -> None:
         directory, _, _ = open_directory(init_method, rank, world_size)
-        meeting = meet(directory, group_name=name, world_size=world_size, rank=rank, deadline=time.monotonic() + 20)
+        meeting = meet(
+            directory,
+            group_name=name,
+            world_size=world_size,
+            rank=rank,
+            deadline=time.monotonic() + 20,
+        )
         meeting.listener.close()
         found[name] = meeting.generation
 
-    threads = [threading.Thread(target=make, args=(f"g{n}", method)) for n, method in enumerate(init_methods)]
+    threads = [
+        threading.Thread(target=make, args=(f"g{n}", method))
+        for n, method in enumerate(init_methods)
+    ]
     random.Random(rank).shuffle(threads)
     for thread in threads:
         thread.start()
@@ -443,7 +499,11 @@ def stranger(answer: bytes | None) -> Iterator[int]:
 
 def test_port_taken_by_a_stranger(pool: RankPool) -> None:
     """By one that answers, one that hangs up, one that says nothing: to rank 0, and (the first two) to another."""
-    with stranger(b"HTTP/1.1 400 Bad Request\r\n\r\n") as talker, stranger(b"") as closer, stranger(None) as mute:
+    with (
+        stranger(b"HTTP/1.1 400 Bad Request\r\n\r\n") as talker,
+        stranger(b"") as closer,
+        stranger(None) as mute,
+    ):
         ports = [talker, closer, mute, talker, closer]
         ranks = [0, 0, 0, 1, 1]
         plans = [
@@ -469,12 +529,16 @@ def test_port_that_nobody_may_listen_at(pool: RankPool) -> None:
 def test_garbage_is_ignored(pool: RankPool, free_port: int) -> None:
     """Without a secret anybody may come, and even pass the handshake; only a rank counts."""
     stop = threading.Event()
-    threads = [threading.Thread(target=throw_garbage, args=(free_port, seed, stop)) for seed in range(4)]
+    threads = [
+        threading.Thread(target=throw_garbage, args=(free_port, seed, stop)) for seed in range(4)
+    ]
     for thread in threads:
         thread.start()
     try:
         method = f"tcp://127.0.0.1:{free_port}"
-        check_met(run(pool, [Plan(method, rank, 3, delay_s=1.2 * (rank == 2)) for rank in range(3)]))
+        check_met(
+            run(pool, [Plan(method, rank, 3, delay_s=1.2 * (rank == 2)) for rank in range(3)])
+        )
     finally:
         stop.set()
         for thread in threads:
@@ -497,8 +561,16 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
             spoilt = dict(hello)
             name = rng.choice(list(hello))
             spoilt[name] = rng.choice([[], {}, True, float("nan") if name == "patience_s" else 1j])
-            text = str(spoilt).replace("'", '"').replace("None", "null").replace("nan", "NaN").replace("True", "true")
-            payload = rng.choice([text.encode(), b"[" * 8000, rng.randbytes(50), b"9" * 8000, b"{}"])
+            text = (
+                str(spoilt)
+                .replace("'", '"')
+                .replace("None", "null")
+                .replace("nan", "NaN")
+                .replace("True", "true")
+            )
+            payload = rng.choice(
+                [text.encode(), b"[" * 8000, rng.randbytes(50), b"9" * 8000, b"{}"]
+            )
             net.send_frame(sock, rng.choice([1, 1, 3, 9]), payload)
             if rng.random() < 0.5:
                 net.recv_frame(sock, time.monotonic() + 0.2)
@@ -512,7 +584,9 @@ def test_a_rank_with_another_secret_is_told_to_all(
     """Within a second or so; and the port is free for the next meeting."""
     same = {"COLLTENSOR_SECRET": "the same"}
     plans = [Plan(f"tcp://127.0.0.1:{free_port}", rank, 3, variables=same) for rank in range(3)]
-    outcomes = run(pool, [*plans[:culprit], replace(plans[culprit], variables=wrong), *plans[culprit + 1 :]])
+    outcomes = run(
+        pool, [*plans[:culprit], replace(plans[culprit], variables=wrong), *plans[culprit + 1 :]]
+    )
     for error in errors_of(outcomes, OptionError):
         assert "another secret" in str(error)
         assert "COLLTENSOR_SECRET" in str(error)
@@ -527,7 +601,8 @@ def test_one_secret_spelt_in_several_ways(pool: RankPool, free_port: int, tmp_pa
     secret = b"\xff\xfe hush \xe9"
     (tmp_path / "secret").write_bytes(b"\n " + secret + b"\r\n")
     variables = [
-        {"COLLTENSOR_SECRET": os.fsdecode(secret)}, {"COLLTENSOR_SECRET": os.fsdecode(secret) + "\n"},
+        {"COLLTENSOR_SECRET": os.fsdecode(secret)},
+        {"COLLTENSOR_SECRET": os.fsdecode(secret) + "\n"},
         {"COLLTENSOR_SECRET_FILE": str(tmp_path / "secret")},
     ]
     method = f"tcp://127.0.0.1:{free_port}"
@@ -551,13 +626,16 @@ def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path:
 
     rank_0 = threading.Thread(target=be, args=(0,))
     rank_0.start()
-    invitation = Invitation.decode(directory.locate("g", deadline))
-    assert invitation.addresses == ("127.0.0.1",)
+    endpoint = Endpoint.decode(directory.locate("g", deadline))
+    assert endpoint.addresses == ("127.0.0.1",)
     for address in filter(lambda address: not net.is_loopback(address), net.local_addresses()):
         with pytest.raises(ConnectionError):
-            net.dial((address, invitation.port), deadline)
-    with net.dial(("127.0.0.1", invitation.port), deadline) as sock, pytest.raises(net.WrongSecretError):
-        net.prove(sock, invitation.secret, b"g", deadline)
+            net.dial((address, endpoint.port), deadline)
+    with (
+        net.dial(("127.0.0.1", endpoint.port), deadline) as sock,
+        pytest.raises(net.WrongSecretError),
+    ):
+        net.prove(sock, endpoint.secret, b"g", deadline)
     be(1)
     rank_0.join()
     for meeting in found:
@@ -566,7 +644,9 @@ def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path:
 
 
 @pytest.mark.needs("torch")
-def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from colltensor.torch.rendezvous import StoreDirectory
 
     directory = StoreDirectory("head", 1, b"")
@@ -579,7 +659,7 @@ def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(monkeypatch: pytest.
 def come_with_another_secret(port: int) -> None:
     """As rank 1, with a socket of another user's."""
     deadline = time.monotonic() + 10
-    hello = Hello(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a stranger", 0.0, 9.0)
+    hello = JoinRequest(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a stranger", 0.0, 9.0)
     os.seteuid(65534)
     try:
         sock = socket.socket()
@@ -589,11 +669,13 @@ def come_with_another_secret(port: int) -> None:
         sock.connect(("127.0.0.1", port))
         with pytest.raises(net.WrongSecretError):
             net.prove(sock, b"another", b"g", deadline)
-        net.send_frame(sock, Message.HELLO, hello.encode(), deadline)
+        net.send_frame(sock, Message.JOIN, hello.encode(), deadline)
         assert sock.recv(1) == b""
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes a socket of another user, which root alone can make")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="takes a socket of another user, which root alone can make"
+)
 def test_a_stranger_with_another_secret_does_not_end_a_meeting(
     free_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -622,12 +704,15 @@ def test_a_stranger_with_another_secret_does_not_end_a_meeting(
 
 def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_has_come() -> None:
     """As where two jobs of one user are given one port."""
-    hellos = [Hello(rank, 3, "g", "auto", "", None, "127.0.0.1", f"process {rank}", 0.0, 9.0) for rank in range(3)]
+    hellos = [
+        JoinRequest(rank, 3, "g", "auto", "", None, "127.0.0.1", f"process {rank}", 0.0, 9.0)
+        for rank in range(3)
+    ]
     near, far = socket.socketpair()
     with near, far:
-        inbox = Inbox()
+        inbox = JoinerQueue()
         assembly = _Assembly(hellos[0], inbox, time.monotonic() + 0.3)
-        inbox.put(Arrival(far, hellos[1], time.monotonic() + 9))
+        inbox.put(Joiner(far, hellos[1], time.monotonic() + 9))
         inbox.put(Stranger(hellos[1], is_own=True))
         with pytest.raises(net_timeout(), match="rank 2 did not come"):
             assembly.gather()
@@ -640,12 +725,18 @@ def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_h
 
 @pytest.mark.parametrize("culprit", [0, 2])
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_refused_interface_is_heard_by_all(pool: RankPool, init_method: str, culprit: int, missing: int) -> None:
+def test_a_refused_interface_is_heard_by_all(
+    pool: RankPool, init_method: str, culprit: int, missing: int
+) -> None:
     """At once, whether or not the ranks are complete, and in the culprit's own words."""
-    plans = [Plan(init_method, rank, 3 + missing, delay_s=0.3 * (rank != culprit)) for rank in range(3)]
+    plans = [
+        Plan(init_method, rank, 3 + missing, delay_s=0.3 * (rank != culprit)) for rank in range(3)
+    ]
     plans[culprit] = replace(plans[culprit], options={"interface": "eth99"})
     outcomes = run(pool, plans)
-    for error in errors_of([outcome for rank, outcome in enumerate(outcomes) if rank != culprit], OptionError):
+    for error in errors_of(
+        [outcome for rank, outcome in enumerate(outcomes) if rank != culprit], OptionError
+    ):
         assert f"rank {culprit}: {outcomes[culprit].error}" in str(error)
     assert "eth99" in str(outcomes[culprit].error)
     assert max(outcome.took_s for outcome in outcomes) < 3
@@ -677,7 +768,13 @@ def test_unusable_files(tmp_path: Path) -> None:
         for rank in range(2):
             directory, _, _ = open_directory(f"file://{tmp_path}/{name}", rank, 2)
             with pytest.raises(OptionError, match=complaint):
-                meet(directory, group_name="default", world_size=2, rank=rank, deadline=time.monotonic() + 5)
+                meet(
+                    directory,
+                    group_name="default",
+                    world_size=2,
+                    rank=rank,
+                    deadline=time.monotonic() + 5,
+                )
     assert (tmp_path / "data").read_text() == "somebody's data"
 
 
@@ -689,7 +786,9 @@ def test_a_world_beyond_reason_is_refused_at_once(tmp_path: Path, world_size: in
 
 def test_many_missing_ranks_are_counted(tmp_path: Path) -> None:
     directory, _, _ = open_directory(f"file://{tmp_path}", 0, 1000)
-    with pytest.raises(net_timeout(), match=r"999 ranks \(1, 2, 3, .*, 20, \.\.\.\) did not come") as caught:
+    with pytest.raises(
+        net_timeout(), match=r"999 ranks \(1, 2, 3, .*, 20, \.\.\.\) did not come"
+    ) as caught:
         meet(directory, group_name="g", world_size=1000, rank=0, deadline=time.monotonic() + 0.2)
     assert caught.value.ranks == tuple(range(1, 1000))
 
@@ -700,14 +799,18 @@ def bind_a_socket(path: Path) -> None:
 
 
 NO_FILES: dict[str, Callable[[Path], object]] = {
-    "named pipe": os.mkfifo, "socket": bind_a_socket, "link to nothing": lambda path: path.symlink_to("nothing"),
+    "named pipe": os.mkfifo,
+    "socket": bind_a_socket,
+    "link to nothing": lambda path: path.symlink_to("nothing"),
     "link to a file": lambda path: path.symlink_to("an empty file"),
 }
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file_is_refused_at_once_and_left_alone(tmp_path: Path, kind: str, rank: int) -> None:
+def test_what_is_no_file_is_refused_at_once_and_left_alone(
+    tmp_path: Path, kind: str, rank: int
+) -> None:
     (tmp_path / "an empty file").touch()
     NO_FILES[kind](tmp_path / "x")
     before = (tmp_path / "x").lstat()
@@ -722,14 +825,16 @@ def test_what_is_no_file_is_refused_at_once_and_left_alone(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes files of another user, which root alone can make")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="takes files of another user, which root alone can make"
+)
 def test_other_users_folders_and_files_are_refused_at_once(tmp_path: Path, rank: int) -> None:
-    """Whoever owns a folder decides what is in it, and in one for everybody anybody may leave an invitation."""
+    """Whoever owns a folder decides what is in it, and in one for everybody anybody may leave an endpoint."""
     theirs, public = tmp_path / "theirs", tmp_path / "public"
     (theirs / "ours").mkdir(parents=True)
     public.mkdir()
     public.chmod(0o1777)
-    (public / "x").write_bytes(Invitation(net.host_id(), ("127.0.0.1",), 1, b"").encode())
+    (public / "x").write_bytes(Endpoint(net.host_id(), ("127.0.0.1",), 1, b"").encode())
     (public / "x").chmod(0o644)
     for path in (theirs, public / "x"):
         os.chown(path, 65534, 65534)
@@ -749,7 +854,11 @@ def test_a_folder_for_everybody_of_a_user_who_has_no_number_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As /tmp has in a rootless container; one that is not for everybody may be anybody's."""
-    for mode, knows_all, expected in ((0o1777, False, None), (0o755, False, OptionError), (0o1777, True, OptionError)):
+    for mode, knows_all, expected in (
+        (0o1777, False, None),
+        (0o755, False, OptionError),
+        (0o1777, True, OptionError),
+    ):
         folder = tmp_path / f"{mode:o}{knows_all}"
         folder.mkdir()
         folder.chmod(mode)
@@ -757,7 +866,7 @@ def test_a_folder_for_everybody_of_a_user_who_has_no_number_here(
         monkeypatch.setattr(files, "_knows_all_users", lambda knows_all=knows_all: knows_all)
         directory = FileDirectory(str(folder / "x"))
         with pytest.raises(expected) if expected else contextlib.nullcontext():
-            directory.publish("default", Invitation("", ("127.0.0.1",), 1, b"").encode())
+            directory.publish("default", Endpoint("", ("127.0.0.1",), 1, b"").encode())
 
 
 def test_a_folder_of_ours_in_one_for_everybody_serves(pool: RankPool, tmp_path: Path) -> None:
@@ -767,7 +876,9 @@ def test_a_folder_of_ours_in_one_for_everybody_serves(pool: RankPool, tmp_path: 
         check_met(run(pool, [Plan(f"file://{path}", rank, 2) for rank in range(2)]))
 
 
-def test_a_port_is_free_again_where_no_thread_could_listen_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_is_free_again_where_no_thread_could_listen_at_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whoever keeps the error has all that it came through."""
     with net.listen("127.0.0.1") as sock:
         port = sock.getsockname()[1]
@@ -798,14 +909,16 @@ def test_who_waits_for_a_file_asks_whether_rank_0_can_write_it(
 
 
 def die_before_publishing(rank: int, world_size: int, path: str) -> None:
-    """As rank 0, be killed when the invitation is written and not yet in its place."""
+    """As rank 0, be killed when the endpoint is written and not yet in its place."""
     os.link = os.replace = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     directory, _, _ = open_directory(f"file://{path}", 0, 2)
     meet(directory, group_name="default", world_size=2, rank=0, deadline=time.monotonic() + 10)
 
 
 @pytest.mark.parametrize("name", ["meet", ""])
-def test_what_a_killed_rank_0_left_is_removed_by_the_next(pool: RankPool, tmp_path: Path, name: str) -> None:
+def test_what_a_killed_rank_0_left_is_removed_by_the_next(
+    pool: RankPool, tmp_path: Path, name: str
+) -> None:
     """And nothing else: neither the draft of a process that runs, nor a file of somebody else's."""
     path = tmp_path / name
     assert pool.run(1, die_before_publishing, str(path), may_die=[0], timeout_s=30) == [None]
@@ -823,23 +936,32 @@ def test_what_a_killed_rank_0_left_is_removed_by_the_next(pool: RankPool, tmp_pa
 def say_hello_and_leave(port: int, secret: bytes, **said: Any) -> None:
     """Come to a meeting as a process of another run, and be gone before rank 0 looks."""
     deadline = time.monotonic() + 10
-    hello = Hello(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a process of another run", 0.0, 9.0)
+    hello = JoinRequest(
+        1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a process of another run", 0.0, 9.0
+    )
     with net.dial(("127.0.0.1", port), deadline) as sock:
         net.prove(sock, secret, b"g", deadline)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # the end arrives together with what was said
-        net.send_frame(sock, Message.HELLO, replace(hello, **said).encode(), deadline)
+        # the end arrives together with what was said
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        net.send_frame(sock, Message.JOIN, replace(hello, **said).encode(), deadline)
         sock.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("said", [{"world_size": 3}, {"backend": "gloo"}, {"world_size": 3, "rank": 2}])
-def test_processes_of_another_run_that_are_gone_do_not_count(free_port: int, said: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "said", [{"world_size": 3}, {"backend": "gloo"}, {"world_size": 3, "rank": 2}]
+)
+def test_processes_of_another_run_that_are_gone_do_not_count(
+    free_port: int, said: dict[str, Any]
+) -> None:
     deadline = time.monotonic() + 15
     directory = FixedDirectory("127.0.0.1", free_port)
     found: dict[int, Any] = {}
 
     def be(rank: int) -> None:
         try:
-            found[rank] = meet(directory, group_name="g", world_size=2, rank=rank, deadline=deadline)
+            found[rank] = meet(
+                directory, group_name="g", world_size=2, rank=rank, deadline=deadline
+            )
             found[rank].listener.close()
         except CollectiveError as error:
             found[rank] = error
@@ -885,7 +1007,9 @@ def test_file_is_private_while_it_lasts(tmp_path: Path) -> None:
         ("properties", {"x": float}, OptionError),
     ],
 )  # fmt: skip
-def test_bad_arguments(tmp_path: Path, argument: str, value: object, kind: type[BaseException]) -> None:
+def test_bad_arguments(
+    tmp_path: Path, argument: str, value: object, kind: type[BaseException]
+) -> None:
     directory, _, _ = open_directory(f"file://{tmp_path}", 0, 2)
     arguments: dict[str, Any] = {"group_name": "g", "world_size": 2, "rank": 0, argument: value}
     with pytest.raises(kind, match=argument):
@@ -898,7 +1022,9 @@ def fork_meanwhile(rank: int, world_size: int, port: int) -> bool:
     directory = FixedDirectory("127.0.0.1", port)
     if rank == 1:
         time.sleep(0.5)
-        meet(directory, group_name="g", world_size=2, rank=1, deadline=time.monotonic() + 10).listener.close()
+        meet(
+            directory, group_name="g", world_size=2, rank=1, deadline=time.monotonic() + 10
+        ).listener.close()
         return True
     pids: list[int] = []
 
@@ -912,7 +1038,9 @@ def fork_meanwhile(rank: int, world_size: int, port: int) -> bool:
     timer = threading.Timer(0.2, fork)
     timer.start()
     try:
-        meet(directory, group_name="g", world_size=2, rank=0, deadline=time.monotonic() + 10).listener.close()
+        meet(
+            directory, group_name="g", world_size=2, rank=0, deadline=time.monotonic() + 10
+        ).listener.close()
         net.listen("127.0.0.1", port).close()
         return True
     finally:
@@ -957,10 +1085,21 @@ def exchange_in_threads(arguments: Sequence[dict[str, Any]]) -> list[Any]:
 def test_meet_through() -> None:
     ranks = (2, 0, 1)
     meetings = exchange_in_threads(
-        [{"group_name": "s", "world_size": 3, "rank": rank, "properties": {"by": rank}} for rank in ranks]
+        [
+            {"group_name": "s", "world_size": 3, "rank": rank, "properties": {"by": rank}}
+            for rank in ranks
+        ]
     )
     assert [meeting.rank for meeting in meetings] == [2, 0, 1]
-    assert len({(meeting.generation, meeting.secret, meeting.addresses, meeting.host_ids) for meeting in meetings}) == 1
+    assert (
+        len(
+            {
+                (meeting.generation, meeting.secret, meeting.addresses, meeting.host_ids)
+                for meeting in meetings
+            }
+        )
+        == 1
+    )
     for meeting in meetings:
         assert meeting.properties == {"by": 0}
         assert meeting.listener.getsockname() == meeting.addresses[meeting.rank]
@@ -977,7 +1116,9 @@ def test_meet_through() -> None:
         ({"interface": "eth99"}, OptionError, "participant 1: interface"),
     ],
 )
-def test_meet_through_fails_everywhere_alike(change: dict[str, Any], kind: type[BaseException], named: str) -> None:
+def test_meet_through_fails_everywhere_alike(
+    change: dict[str, Any], kind: type[BaseException], named: str
+) -> None:
     arguments = [{"group_name": "s", "world_size": 2, "rank": rank} for rank in range(2)]
     arguments[1].update(change)
     errors = exchange_in_threads(arguments)
@@ -1012,11 +1153,20 @@ def test_torchrun(tmp_path: Path) -> None:
                "--rdzv-endpoint", "127.0.0.1:0", "--log-dir", str(tmp_path / "log"), str(program)]  # fmt: skip
     paths = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("MET")]
     assert {(line[0], line[3]) for line in lines} == {("StoreDirectory", "2")}
-    assert sorted(line[1] + line[2] for line in lines) == ["one0", "one0", "one1", "one1", "two0", "two1"]
+    assert sorted(line[1] + line[2] for line in lines) == [
+        "one0",
+        "one0",
+        "one1",
+        "one1",
+        "two0",
+        "two1",
+    ]
     assert len({line[4] for line in lines}) == 3
     assert "LEFT False False" in done.stdout
 

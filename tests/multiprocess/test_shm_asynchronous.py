@@ -30,7 +30,11 @@ def both_ways(rank: int, size: int, name: str, seed: int) -> None:
             for _ in range(40):
                 part = x[: int(random.choice((1, 300, 3000, 70_000)))]
                 ranks = expected[:, : len(part)]
-                kind, root, async_op = random.integers(5), int(random.integers(size)), bool(random.random() < 0.8)
+                kind, root, async_op = (
+                    random.integers(5),
+                    int(random.integers(size)),
+                    bool(random.random() < 0.8),
+                )
                 if own.random() < 0.02:
                     time.sleep(0.002)
                 if kind == 0:
@@ -84,7 +88,9 @@ def order_of_issue(rank: int, size: int, name: str, late: int) -> list[str]:
             kinds = {type(work).__name__ for work in works}
             group.allreduce(x)
             assert all(work.done() for work in works)
-            np.testing.assert_array_equal(x, np.full(count, sum(range(1, size + 1)) * float(size) ** 6))
+            np.testing.assert_array_equal(
+                x, np.full(count, sum(range(1, size + 1)) * float(size) ** 6)
+            )
         outputs = [np.zeros(5) for _ in range(size)]
         stack = np.zeros((size, 5))
         parts = [np.full(5, 10.0 * rank + part) for part in range(size)]
@@ -101,8 +107,12 @@ def order_of_issue(rank: int, size: int, name: str, late: int) -> list[str]:
         assert results[:4] == [outputs, stack, target, turned] or results[0] is outputs
         np.testing.assert_array_equal(outputs, stack)
         np.testing.assert_array_equal(stack[:, 0], np.arange(size))
-        np.testing.assert_array_equal(target, np.full(5, sum(10.0 * peer + rank for peer in range(size))))
-        np.testing.assert_array_equal([array[0] for array in turned], [10.0 * peer + rank for peer in range(size)])
+        np.testing.assert_array_equal(
+            target, np.full(5, sum(10.0 * peer + rank for peer in range(size)))
+        )
+        np.testing.assert_array_equal(
+            [array[0] for array in turned], [10.0 * peer + rank for peer in range(size)]
+        )
         assert rank != 0 or (got == 11.0).all()
         return sorted(kinds)
 
@@ -127,7 +137,10 @@ def mismatched(rank: int, size: int, name: str, late: int) -> None:
             works[1].add_done_callback(told.append)
             works[0].wait()
             for _ in range(2):
-                with pytest.raises(col.MismatchError, match=r"float64\[3\].*float64\[4\]|float64\[4\].*float64\[3\]"):
+                with pytest.raises(
+                    col.MismatchError,
+                    match=r"float64\[3\].*float64\[4\]|float64\[4\].*float64\[3\]",
+                ):
                     works[1].wait()
             works[2].wait()
             assert before.tolist() == after.tolist() == [size] * 3, step
@@ -151,7 +164,9 @@ def lost(rank: int, size: int, name: str, way: str) -> None:
             time.sleep(2.0 if way == "late" else 0.2)
             return
         works = [group.allreduce(np.ones(3), async_op=True) for _ in range(3)]
-        with pytest.raises(col.CollectiveTimeoutError if way == "late" else col.PeerLostError) as caught:
+        with pytest.raises(
+            col.CollectiveTimeoutError if way == "late" else col.PeerLostError
+        ) as caught:
             works[0].wait()
         assert caught.value.ranks == (1,)
         for work in works[1:]:
@@ -256,6 +271,7 @@ def interrupted(rank: int, size: int, name: str) -> None:
             time.sleep(0.6)
             group.allreduce(x)
         else:
+
             def handler(number: int, frame: object) -> None:
                 raise KeyboardInterrupt
 
@@ -338,7 +354,9 @@ def overtaken(rank: int, size: int, name: str) -> None:
             def late(*arguments: object, first: bool = False) -> bool:
                 if first:
                     group._queue.issue = issue
-                    other = threading.Thread(target=lambda: works.append(group.allreduce(data[1], async_op=True)))
+                    other = threading.Thread(
+                        target=lambda: works.append(group.allreduce(data[1], async_op=True))
+                    )
                     other.start()
                     other.join()
                 return issue(*arguments, first=first)
@@ -376,7 +394,9 @@ def drop_what_nobody_asks_about(rank: int, size: int, name: str) -> int:
         native = group._engine.queue._native
         assert native.wait(native.issued(), 20.0)
         deadline = time.monotonic() + 5
-        while (alive := sum(ref() is not None for ref in made)) > 15 and time.monotonic() < deadline:
+        while (
+            alive := sum(ref() is not None for ref in made)
+        ) > 15 and time.monotonic() < deadline:
             time.sleep(0.01)
         return alive
 
@@ -418,6 +438,7 @@ def test_a_finalizer_that_calls_while_a_call_is_awaited_is_refused(pool: RankPoo
 
 def leave_a_done_callback(rank: int, size: int, name: str) -> None:
     """A callback raises what ends a thread; what comes after it in the queue is done all the same."""
+
     def leave(_: object) -> None:
         raise SystemExit(3)
 

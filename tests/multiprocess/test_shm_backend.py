@@ -21,7 +21,13 @@ pytestmark = pytest.mark.shm
 WORLD_SIZES = (1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4)))
 COUNTS = (0, 1, 7, 1024, 1025, 20_001, 300_007, 1_300_003)
 """Inline, direct, in blocks, and more than all staging together."""
-PAIRS = (("float32", "SUM"), ("float64", "AVERAGE"), ("int16", "PRODUCT"), ("uint8", "BXOR"), ("float16", "SUM"))
+PAIRS = (
+    ("float32", "SUM"),
+    ("float64", "AVERAGE"),
+    ("int16", "PRODUCT"),
+    ("uint8", "BXOR"),
+    ("float16", "SUM"),
+)
 
 
 def move_all(rank: int, size: int) -> None:
@@ -31,7 +37,10 @@ def move_all(rank: int, size: int) -> None:
         way = (count + len(dtype)) % 5
         root = count % size
         given = [values(source, count, dtype) for source in range(size)]
-        parts = [[values(source, count, dtype, salt=1 + part) for part in range(size)] for source in range(size)]
+        parts = [
+            [values(source, count, dtype, salt=1 + part) for part in range(size)]
+            for source in range(size)
+        ]
         label = f"{dtype}[{count}] way {way} root {root}"
 
         mine = strided(given[rank].copy(), way)
@@ -41,7 +50,9 @@ def move_all(rank: int, size: int) -> None:
         outputs = [strided(np.zeros_like(given[0]), (way + other) % 5) for other in range(size)]
         group.allgather(outputs, strided(given[rank], way))
         for source, output in enumerate(outputs):
-            np.testing.assert_array_equal(output.ravel(), given[source], err_msg=f"allgather {label}")
+            np.testing.assert_array_equal(
+                output.ravel(), given[source], err_msg=f"allgather {label}"
+            )
 
         outputs = [np.zeros_like(given[0]) for _ in range(size)]
         group.gather(outputs if rank == root else None, strided(given[rank], way), root)
@@ -50,18 +61,24 @@ def move_all(rank: int, size: int) -> None:
             np.testing.assert_array_equal(output, wanted, err_msg=f"gather {label}")
 
         target = strided(np.zeros_like(given[0]), way)
-        group.scatter(target, [strided(part, way) for part in parts[root]] if rank == root else None, root)
+        group.scatter(
+            target, [strided(part, way) for part in parts[root]] if rank == root else None, root
+        )
         np.testing.assert_array_equal(target.ravel(), parts[root][rank], err_msg=f"scatter {label}")
 
         outputs = [strided(np.zeros_like(given[0]), way) for _ in range(size)]
         group.alltoall(outputs, [strided(part, (way + 1) % 5) for part in parts[rank]])
         for source, output in enumerate(outputs):
-            np.testing.assert_array_equal(output.ravel(), parts[source][rank], err_msg=f"alltoall {label}")
+            np.testing.assert_array_equal(
+                output.ravel(), parts[source][rank], err_msg=f"alltoall {label}"
+            )
 
         if size > 1:
             target = strided(np.zeros_like(given[0]), way)
             group.sendrecv(strided(given[rank], way), (rank + 1) % size, target, (rank - 1) % size)
-            np.testing.assert_array_equal(target.ravel(), given[(rank - 1) % size], err_msg=f"sendrecv {label}")
+            np.testing.assert_array_equal(
+                target.ravel(), given[(rank - 1) % size], err_msg=f"sendrecv {label}"
+            )
             if rank == root:
                 group.send(strided(given[rank], way), (rank + 1) % size)
             elif rank == (root + 1) % size:
@@ -84,7 +101,12 @@ def reduce_all(rank: int, size: int) -> None:
         root = count % size
         given = [values(source, count, dtype) for source in range(size)]
         wide = [array.astype(np.float32) if dtype == "float16" else array for array in given]
-        function = {"SUM": np.add, "AVERAGE": np.add, "PRODUCT": np.multiply, "BXOR": np.bitwise_xor}[op]
+        function = {
+            "SUM": np.add,
+            "AVERAGE": np.add,
+            "PRODUCT": np.multiply,
+            "BXOR": np.bitwise_xor,
+        }[op]
         wanted = wide[0].copy()
         for array in wide[1:]:
             wanted = function(wanted, array)
@@ -101,11 +123,16 @@ def reduce_all(rank: int, size: int) -> None:
             target = strided(np.zeros_like(given[0]), layout)
             sources = [strided(given[(rank + part) % size].copy(), layout) for part in range(size)]
             group.reducescatter(target, sources, col.ReduceOp[op])
-            if op != "SUM" and op != "AVERAGE":  # those depend on the order, which differs from rank to rank here
-                np.testing.assert_array_equal(target.ravel(), wanted, err_msg=f"reducescatter {label}")
+            # those depend on the order, which differs from rank to rank here
+            if op != "SUM" and op != "AVERAGE":
+                np.testing.assert_array_equal(
+                    target.ravel(), wanted, err_msg=f"reducescatter {label}"
+                )
             else:
                 np.testing.assert_allclose(
-                    target.ravel().astype(float), wanted.astype(float), rtol=2e-3 if dtype == "float16" else 1e-6
+                    target.ravel().astype(float),
+                    wanted.astype(float),
+                    rtol=2e-3 if dtype == "float16" else 1e-6,
                 )
 
 
@@ -121,7 +148,8 @@ def call_often(rank: int, size: int, name: str) -> None:
         parts = [values(source, 70_003, "float64") for source in range(size)]
         first = None
         for turn in range(280):
-            mine = strided(given[rank].copy(), 1) if turn % 50 == 49 else given[rank].copy()  # that cannot be read
+            # that cannot be read
+            mine = strided(given[rank].copy(), 1) if turn % 50 == 49 else given[rank].copy()
             group.allreduce(mine)
             first = mine.copy() if first is None else first
             np.testing.assert_array_equal(mine.ravel(), first.ravel(), err_msg=f"allreduce {turn}")
@@ -130,7 +158,9 @@ def call_often(rank: int, size: int, name: str) -> None:
             np.testing.assert_array_equal(outputs, parts, err_msg=f"allgather {turn}")
             received = np.zeros_like(parts[0])
             group.sendrecv(parts[rank], (rank + 1) % size, received, (rank - 1) % size)
-            np.testing.assert_array_equal(received, parts[(rank - 1) % size], err_msg=f"sendrecv {turn}")
+            np.testing.assert_array_equal(
+                received, parts[(rank - 1) % size], err_msg=f"sendrecv {turn}"
+            )
         np.testing.assert_allclose(first.ravel(), np.sum(given, axis=0), rtol=1e-5, atol=1e-5)
 
 
@@ -157,11 +187,15 @@ def disagree(rank: int, size: int) -> list[tuple[int, ...]]:
     group = group_of(size, "shm")
     found = []
     odd = size - 1
-    for large, change in itertools.product((8, 2_000_000), ("count", "dtype", "op", "operation", "root")):
+    for large, change in itertools.product(
+        (8, 2_000_000), ("count", "dtype", "op", "operation", "root")
+    ):
         mine = np.full(large, rank + 1.0, np.float32)
         kept = mine.copy()
         with pytest.raises(col.MismatchError) as caught:
-            call_oddly(group, mine, change if rank == odd or change == "root" else "", int(rank == odd))
+            call_oddly(
+                group, mine, change if rank == odd or change == "root" else "", int(rank == odd)
+            )
         np.testing.assert_array_equal(mine, kept)
         found.append(caught.value.ranks)
         assert "float32" in str(caught.value)
@@ -172,7 +206,9 @@ def disagree(rank: int, size: int) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("world_size", [3, 4])
-def test_disagreement_is_found_everywhere_before_anything_is_written(pool: RankPool, world_size: int) -> None:
+def test_disagreement_is_found_everywhere_before_anything_is_written(
+    pool: RankPool, world_size: int
+) -> None:
     for found in pool.run(world_size, disagree):
         assert set(found) == {(world_size - 1,)}
 
@@ -211,7 +247,9 @@ def repeat(group: Any, data: np.ndarray[Any, Any]) -> None:
         group.allreduce(data)
 
 
-def lose_a_rank(rank: int, size: int, name: str, large: int) -> tuple[float, tuple[int, ...], str] | None:
+def lose_a_rank(
+    rank: int, size: int, name: str, large: int
+) -> tuple[float, tuple[int, ...], str] | None:
     with own_group(rank, size, name) as group:
         data = np.ones(large, np.float32)
         group.allreduce(data)
@@ -228,7 +266,9 @@ def lose_a_rank(rank: int, size: int, name: str, large: int) -> tuple[float, tup
 
 @pytest.mark.parametrize("large", [4, 4_000_000])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_killed_rank_is_named_within_a_second(pool: RankPool, world_size: int, large: int) -> None:
+def test_a_killed_rank_is_named_within_a_second(
+    pool: RankPool, world_size: int, large: int
+) -> None:
     results = pool.run(world_size, lose_a_rank, fresh(), large, may_die=[1])
     for rank, result in enumerate(results):
         if rank != 1:
@@ -389,7 +429,10 @@ def test_parts_share_memory_of_their_own(pool: RankPool) -> None:
 def other_hosts(rank: int, size: int, name: str) -> Any:
     os.environ["COLLTENSOR_HOST_ID"] = f"host{rank}"
     try:
-        with pytest.raises(col.BackendUnavailableError, match="different hosts"), own_group(rank, size, name):
+        with (
+            pytest.raises(col.BackendUnavailableError, match="different hosts"),
+            own_group(rank, size, name),
+        ):
             pass
     finally:
         del os.environ["COLLTENSOR_HOST_ID"]
@@ -412,7 +455,10 @@ def with_instructions(rank: int, size: int, name: str) -> list[str]:
             ran.append(instructions)
             for dtype in ("float16", "bfloat16"):
                 bits = np.arange(1 << 16, dtype=np.uint16)
-                given = [np.roll(bits, 7 * source).view(values(0, 1, dtype).dtype) for source in range(size)]
+                given = [
+                    np.roll(bits, 7 * source).view(values(0, 1, dtype).dtype)
+                    for source in range(size)
+                ]
                 for op, function in (("SUM", np.add), ("MAX", np.maximum)):
                     mine = given[rank].copy()
                     group.allreduce(mine, col.ReduceOp[op])

@@ -1,4 +1,4 @@
-"""The short way of calls in shared memory: it meets the general one, refuses what it must, and reads large messages."""
+"""The fast path of calls in shared memory: it meets the general one, refuses what it must, and reads large messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pool import RankPool, group_of
 from shm_ranks import own_group, values
 
 import colltensor as col
-from colltensor.backends.shm.outcomes import PENDING
+from colltensor.backends.shm.error_mapping import PENDING
 from colltensor.gradients import Synchronizer
 
 COUNTS = (0, 1, 6, 7, 1024, 1025, 5000, 20_001, 300_007, 1_200_001)
@@ -28,10 +28,15 @@ def fresh() -> str:
     return f"shm-{uuid4().hex[:8]}"
 
 
-def every_operation(rank: int, size: int, count: int, step: int, way: bool | None, group: Any) -> None:
-    """Run and check all operations; ``way`` None is the short way, True the general one."""
+def every_operation(
+    rank: int, size: int, count: int, step: int, way: bool | None, group: Any
+) -> None:
+    """Run and check all operations; ``way`` None is the fast path, True the general one."""
     given = [values(source, count, "float32") for source in range(size)]
-    parts = [[values(source, count, "float32", salt=1 + part) for part in range(size)] for source in range(size)]
+    parts = [
+        [values(source, count, "float32", salt=1 + part) for part in range(size)]
+        for source in range(size)
+    ]
     root, up, down = step % size, (rank + 1) % size, (rank - 1) % size
     total = given[0].copy()
     for array in given[1:]:
@@ -93,19 +98,27 @@ def both_ways(rank: int, size: int) -> None:
     group = group_of(size, "shm")
     for step, count in enumerate(COUNTS):
         for turn in range(3):
-            every_operation(rank, size, count, step, True if (step + rank + turn) % 3 == 0 else None, group)
+            every_operation(
+                rank, size, count, step, True if (step + rank + turn) % 3 == 0 else None, group
+            )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
+@pytest.mark.parametrize(
+    "world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
+)
 def test_the_short_way_meets_the_general_one(pool: RankPool, world_size: int) -> None:
     pool.run(world_size, both_ways, timeout_s=110.0)
 
 
 def shortly(rank: int, size: int, name: str) -> None:
-    """Lists and stacks alike need nothing of the general way."""
+    """Lists and stacks alike need nothing of the slow path."""
     with own_group(rank, size, name) as group:
         group._arguments = None
-        block, blocks, others = np.full(5, rank, np.int64), np.zeros((size, 5), np.int64), np.ones((size, 5), np.int64)
+        block, blocks, others = (
+            np.full(5, rank, np.int64),
+            np.zeros((size, 5), np.int64),
+            np.ones((size, 5), np.int64),
+        )
         for given, taken in ((list(others), list(blocks)), (others, blocks)):
             blocks[:] = 0
             group.allgather(taken, block)
@@ -124,7 +137,8 @@ def test_lists_and_stacks_go_the_short_way(pool: RankPool) -> None:
 
 
 def without_reading(rank: int, size: int, name: str) -> None:
-    os.environ["COLLTENSOR_READ_PEERS"] = "0" if rank == 0 else "1"  # one rank that does not want to is enough
+    # one rank that does not want to is enough
+    os.environ["COLLTENSOR_READ_PEERS"] = "0" if rank == 0 else "1"
     try:
         with own_group(rank, size, name) as group:
             for step, count in enumerate(COUNTS[-3:]):
@@ -134,7 +148,9 @@ def without_reading(rank: int, size: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_large_messages_where_ranks_may_not_read_each_other(pool: RankPool, world_size: int) -> None:
+def test_large_messages_where_ranks_may_not_read_each_other(
+    pool: RankPool, world_size: int
+) -> None:
     pool.run(world_size, without_reading, fresh())
 
 
@@ -161,7 +177,7 @@ def test_a_strided_array_among_readable_ones(pool: RankPool, world_size: int) ->
 
 
 def refused(rank: int, size: int, name: str) -> None:
-    """What the short way does not take is explained by the general one, before anything is sent."""
+    """What the fast path does not take is explained by the general one, before anything is sent."""
     with own_group(rank, size, name) as group:
         data = np.ones(6, np.float32)
         locked = data.copy()
@@ -187,7 +203,7 @@ def refused(rank: int, size: int, name: str) -> None:
         with pytest.raises(col.AliasError):
             group.sendrecv(data[:4], 1 - rank, data[2:], 1 - rank)
         if rank == 0:
-            group.send(locked, 1)  # only read: allowed, by the general way
+            group.send(locked, 1)  # only read: allowed, by the slow path
         else:
             group.recv(data, 0)
         strided = np.ones((4, 4), np.float32).T[1:]
@@ -207,12 +223,24 @@ def disagreeing(rank: int, size: int, name: str) -> list[str]:
         x, y = np.full(3 + rank, 1.0 + rank), np.full(4, 1.0 + rank, np.float32)
         calls: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
             (lambda **way: group.allreduce(x, **way), lambda **way: group.allreduce(x, **way)),
-            (lambda **way: group.allreduce(y, col.ReduceOp.MAX, **way), lambda **way: group.allreduce(y, **way)),
-            (lambda **way: group.broadcast(y, 0, **way), lambda **way: group.broadcast(y, 1, **way)),
+            (
+                lambda **way: group.allreduce(y, col.ReduceOp.MAX, **way),
+                lambda **way: group.allreduce(y, **way),
+            ),
+            (
+                lambda **way: group.broadcast(y, 0, **way),
+                lambda **way: group.broadcast(y, 1, **way),
+            ),
             (lambda **way: group.barrier(), lambda **way: group.allreduce(y, **way)),
-            (lambda **way: group.reduce(y, 0, **way), lambda **way: group.allgather([y.copy(), y], y, **way)),
+            (
+                lambda **way: group.reduce(y, 0, **way),
+                lambda **way: group.allgather([y.copy(), y], y, **way),
+            ),
             (lambda **way: group.send(x, 1, **way), lambda **way: group.recv(x, 0, **way)),
-            (lambda **way: group.broadcast_object("word", 0), lambda **way: group.allreduce(y, **way)),
+            (
+                lambda **way: group.broadcast_object("word", 0),
+                lambda **way: group.allreduce(y, **way),
+            ),
         ]
         for number, pair in enumerate(calls):
             for ways in ((None, None), (None, True), (True, None)):
@@ -251,9 +279,9 @@ def test_the_number_of_a_call_is_the_same_on_all_ranks(pool: RankPool) -> None:
 
 
 def calls_in_a_handler(rank: int, size: int, name: str) -> None:
-    """A signal's handler calls another group while a direct call waits with tensors of its own."""
+    """A signal's handler calls another group while a fast call waits with tensors of its own."""
     with own_group(rank, size, name) as group, own_group(rank, size, f"{name}-2") as other:
-        group.allreduce(np.zeros(1))  # the first call with a type goes the general way
+        group.allreduce(np.zeros(1))  # the first call with a type goes the slow path
         outputs = [np.zeros(5, np.float32) for _ in range(size)]
         inner: list[list[float]] = []
 
@@ -274,7 +302,9 @@ def calls_in_a_handler(rank: int, size: int, name: str) -> None:
             time.sleep(0.2)
             group.allgather(outputs, np.full(5, 1.0 + rank, np.float32))
         assert inner == [[10.0 + source for source in range(size)]]
-        assert [array.tolist() for array in outputs] == [[1.0 + source] * 5 for source in range(size)]
+        assert [array.tolist() for array in outputs] == [
+            [1.0 + source] * 5 for source in range(size)
+        ]
 
 
 def test_a_signal_handler_calls_another_group(pool: RankPool) -> None:
@@ -319,12 +349,12 @@ def test_a_bad_tensor_beside_a_waiting_call(pool: RankPool) -> None:
 def has_steps(group: Any) -> bool:
     """Make a first call, and return whether one can be left between its steps: not where the ranks share a core."""
     group.allreduce(np.zeros(1))
-    return not group._signer._crowded
+    return not group._agreeing._crowded
 
 
 def begin(group: Any, data: np.ndarray) -> Any:
     """Begin an allreduce that the other ranks do not come to, and return what finishes it."""
-    call = group._direct.allreduce[col.ReduceOp.SUM]
+    call = group._fastpath.allreduce[col.ReduceOp.SUM]
     assert call.function(data) == PENDING
     return call
 
@@ -387,7 +417,7 @@ def call_between_steps(rank: int, size: int, name: str) -> bool:
             return False
         data = np.ones(3)
         if rank == 0:
-            steps = group._direct.allreduce[col.ReduceOp.SUM]
+            steps = group._fastpath.allreduce[col.ReduceOp.SUM]
             finish, refused = steps.finish, []
 
             class Steps:
@@ -408,7 +438,7 @@ def call_between_steps(rank: int, size: int, name: str) -> bool:
                 group.allreduce(data)
             finally:
                 signal.signal(signal.SIGUSR2, previous)
-                group._allreduce = group._direct.allreduce
+                group._allreduce = group._fastpath.allreduce
             assert refused == [True]
         else:
             time.sleep(0.3)
@@ -427,10 +457,15 @@ def raising_after_the_call(rank: int, size: int, name: str, operation: str) -> N
     """A handler's ValueError that comes when the call is done is not taken for a tensor that cannot be exported."""
     with own_group(rank, size, name) as group:
         group.allreduce(np.zeros(1))
-        direct = group._direct
-        call = {"allreduce": direct.allreduce[col.ReduceOp.SUM], "barrier": direct.barrier,
-                "broadcast": direct.broadcast[0]}[operation]
-        arguments = {"allreduce": (np.ones(3),), "barrier": (), "broadcast": (np.ones(3), 0)}[operation]
+        direct = group._fastpath
+        call = {
+            "allreduce": direct.allreduce[col.ReduceOp.SUM],
+            "barrier": direct.barrier,
+            "broadcast": direct.broadcast[0],
+        }[operation]
+        arguments = {"allreduce": (np.ones(3),), "barrier": (), "broadcast": (np.ones(3), 0)}[
+            operation
+        ]
         run = getattr(group, operation)
         if rank == 0:
             function = call.function
@@ -508,7 +543,8 @@ def donated(rank: int, size: int, name: str) -> None:
             kept = jnp.full(count, 1.0 + rank)
             assert (group.allreduce(kept) == 3.0).all()
             assert (kept == 1.0 + rank).all()
-            shared = np.asarray(kept)  # somebody else holds the memory: it is copied, and they see no change
+            # somebody else holds the memory: it is copied, and they see no change
+            shared = np.asarray(kept)
             assert (group.allreduce(kept, donate=True) == 3.0).all()
             assert (shared == 1.0 + rank).all()
             if rank == 0:
@@ -560,13 +596,18 @@ def test_an_array_that_is_given_away_while_its_call_waits(pool: RankPool) -> Non
 
 
 def immutable_beside_others(rank: int, size: int, name: str) -> None:
-    """JAX's short way meets numpy's and the general one, and takes its turn after an asynchronous call."""
+    """JAX's fast path meets numpy's and the general one, and takes its turn after an asynchronous call."""
     jnp = pytest.importorskip("jax.numpy")
     with own_group(rank, size, name) as group:
-        group._engine.run = _never if rank == 0 else group._engine.run  # JAX's short way needs nothing of the engine
+        # JAX's fast path needs nothing of the engine
+        group._engine.run = _never if rank == 0 else group._engine.run
         for donate in (False, True):
             x = jnp.full(7, 1.0 + rank, jnp.float32)
-            y = group.allreduce(x, donate=donate) if rank == 0 else group.allreduce(np.full(7, 2.0, np.float32))
+            y = (
+                group.allreduce(x, donate=donate)
+                if rank == 0
+                else group.allreduce(np.full(7, 2.0, np.float32))
+            )
             assert y.tolist() == [3.0] * 7
             if rank == 0:
                 assert x.is_deleted() == donate
@@ -576,14 +617,16 @@ def immutable_beside_others(rank: int, size: int, name: str) -> None:
         assert float(group.allreduce(large, col.ReduceOp.MAX)[-1]) == 2.0
         assert work.result().tolist() == [3.0] * 3
         with pytest.raises(col.MismatchError, match=r"float32\[3\].*MAX|MAX.*float32\[3\]"):
-            group.allreduce(jnp.ones(3, jnp.float32), col.ReduceOp.MAX if rank else col.ReduceOp.SUM)
+            group.allreduce(
+                jnp.ones(3, jnp.float32), col.ReduceOp.MAX if rank else col.ReduceOp.SUM
+            )
         assert group.allreduce(jnp.ones(0)).shape == (0,)
         assert group.allreduce(jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
         assert group.allreduce({"a": jnp.ones(3, jnp.float32)})["a"].tolist() == [2.0] * 3
 
 
 def _never(*arguments: Any) -> None:
-    raise AssertionError("the general way")
+    raise AssertionError("the slow path")
 
 
 @pytest.mark.needs("jax")
@@ -614,19 +657,26 @@ def counted_frames(rank: int, size: int, name: str) -> int:
     with own_group(rank, size, name) as group:
         for _ in range(3):  # compiled, and by way of XLA's own fast path
             group.allreduce(array)
-        return min(frames_of(lambda: group.allreduce(array)) for _ in range(5))  # else a collection may run in it
+        # else a collection may run in it
+        return min(frames_of(lambda: group.allreduce(array)) for _ in range(5))
 
 
 @pytest.mark.needs("jax")
 def test_an_eager_call_of_jax_enters_few_functions(pool: RankPool) -> None:
-    assert max(pool.run(2, counted_frames, fresh())) <= 20  # 37 and more when it was viewed twice in Python
+    # 37 and more when it was viewed twice in Python
+    assert max(pool.run(2, counted_frames, fresh())) <= 20
 
 
 def trees_sent(rank: int, size: int, name: str) -> str:
-    """Trees go the short way in both directions, meet the slow path, and are compared leaf by leaf."""
+    """Trees go the fast path in both directions, meet the slow path, and are compared leaf by leaf."""
+
     def tree(scale: float) -> Any:
         grid = np.arange(24, dtype=np.float32).reshape(4, 6) * scale
-        return {"a": grid.T, "b": [np.full(300, scale), np.full(3, scale, np.int32)], "c": grid[:, ::2].copy()}
+        return {
+            "a": grid.T,
+            "b": [np.full(300, scale), np.full(3, scale, np.int32)],
+            "c": grid[:, ::2].copy(),
+        }
 
     to, source = (rank + 1) % size, (rank - 1) % size
     with own_group(rank, size, name) as group:
@@ -680,7 +730,10 @@ def steps(rank: int, size: int, name: str, library: str) -> float:
         for _ in range(2):
             assert kept.sync(tree)["a"].shape == (2, 6)
         del kept.check
-        for wrong in ({"a": made.ones((3, 4)), "b": [made.ones(3)]}, {"a": made.ones(12), "b": [made.ones(3)]}):
+        for wrong in (
+            {"a": made.ones((3, 4)), "b": [made.ones(3)]},
+            {"a": made.ones(12), "b": [made.ones(3)]},
+        ):
             with pytest.raises(col.ShapeError, match=r"leaf \['a'\]"):
                 kept.sync(wrong)
         with pytest.raises(col.ShapeError):

@@ -39,7 +39,9 @@ WAITS: dict[str, Callable[[Any], Any]] = {
     "barrier": lambda group: group.barrier(),
     "small": lambda group: group.allreduce(np.zeros(3)),
     "large": lambda group: group.allreduce(np.zeros(1_000_000)),
-    "tree": lambda group: group.allreduce([np.zeros(300_000), np.zeros(3), np.zeros(300_000, np.int32)]),
+    "tree": lambda group: group.allreduce(
+        [np.zeros(300_000), np.zeros(3), np.zeros(300_000, np.int32)]
+    ),
     "broadcast": lambda group: group.broadcast(np.zeros(1_000_000), 1),
     "reduce": lambda group: group.reduce(np.zeros(1_000_000), 0),
     "send": lambda group: group.send(np.zeros(1_000_000), 1),
@@ -78,7 +80,7 @@ def test_ctrl_c_ends_every_wait_and_the_others_hear_of_it(pool: RankPool, way: s
 def interrupt_behind_another_call(rank: int, size: int, name: str) -> float:
     """Rank 0 waits for its turn, which another thread's call has that waits for rank 1."""
     with own_group(rank, size, name) as group:
-        group.allreduce(np.zeros(1))  # the first call with a type goes the general way
+        group.allreduce(np.zeros(1))  # the first call with a type goes the slow path
         if rank == 1:
             time.sleep(1.5)
             with pytest.raises(col.GroupError, match="rank 0"):
@@ -135,6 +137,7 @@ def come_while_the_handler_runs(rank: int, size: int, name: str, sign: str) -> s
     with own_group(rank, size, name) as group:
         group.barrier()
         if rank == 0:
+
             def handler(*_: Any) -> None:
                 Path(sign).touch()
                 time.sleep(0.4)
@@ -183,7 +186,7 @@ def interrupt_the_question(rank: int, size: int, name: str) -> float:
         group.barrier()
         began = time.monotonic()
         if rank == 0:
-            outcomes = group._backend._outcomes
+            outcomes = group._backend._error_mapping
             outcomes._control = Interrupting(outcomes._control, began + 0.2)
             with pytest.raises(KeyboardInterrupt):
                 group.barrier()

@@ -24,7 +24,11 @@ def laid_out(values: Array, layout: int) -> tuple[Array, Array]:
     back = np.argsort(order)
     shape = [values.shape[axis] for axis in order]
     gap = layout // len(ORDERS) % 3  # none, behind each row, between elements
-    room = np.full((*shape[:2], shape[2] + 3 if gap == 1 else shape[2] * (2 if gap == 2 else 1)), 1, values.dtype)
+    room = np.full(
+        (*shape[:2], shape[2] + 3 if gap == 1 else shape[2] * (2 if gap == 2 else 1)),
+        1,
+        values.dtype,
+    )
     inside = room[:, :, 2:-1] if gap == 1 else room[:, :, ::2] if gap == 2 else room
     if layout // len(ORDERS) == 3:
         inside = inside[::-1]
@@ -38,7 +42,9 @@ def meet(rank: int, size: int, name: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     with own_group(rank, size, name) as group:
         for step in range(30):
-            dtype = numpy_dtype(DTYPES[("float32", "uint8", "float64", "int16", "complex128", "float16")[step % 6]])
+            dtype = numpy_dtype(
+                DTYPES[("float32", "uint8", "float64", "int16", "complex128", "float16")[step % 6]]
+            )
             shape = SHAPE if step % 2 else (1, *SHAPE[1:])
             values = [random.integers(0, 20, shape).astype(dtype) for _ in range(size)]
             layouts = random.integers(0, 4 * len(ORDERS), size)
@@ -65,7 +71,8 @@ def test_layouts_alike_and_not(pool: RankPool, size: int) -> None:
 def turned(rank: int, size: int, name: str) -> None:
     """Ranks whose elements lie in an order of their own match them by index."""
     with own_group(rank, size, name) as group:
-        for count in (3, 40, 700, 1100):  # beside the signature, in one block, in several, read from the other's memory
+        # beside the signature, in one block, in several, read from the other's memory
+        for count in (3, 40, 700, 1100):
             index = np.arange(count * count, dtype=np.float32).reshape(count, count) % 1009
             for alike in (True, False):
                 x = index.copy() if rank == 0 and not alike else np.asfortranarray(index)

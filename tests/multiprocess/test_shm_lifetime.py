@@ -30,8 +30,12 @@ def many_groups(rank: int, size: int, names: list[str]) -> None:
             group.allreduce(np.ones(3), async_op=True).wait()
             assert shared_mappings() == mapped + 1
     assert before.left_behind() == []
-    groups = [col.init_collective_group(size, rank, "shm", name, init_method=f"file://{os.environ['TMPDIR']}")
-              for name in names[:20]]
+    groups = [
+        col.init_collective_group(
+            size, rank, "shm", name, init_method=f"file://{os.environ['TMPDIR']}"
+        )
+        for name in names[:20]
+    ]
     assert shared_mappings() == mapped + 20
     for group in reversed(groups):
         assert float(group.allreduce(np.ones(1))[0]) == size
@@ -50,13 +54,16 @@ def no_memory(rank: int, size: int, name: str, way: str) -> tuple[str, list[str]
     fallocate = os.posix_fallocate
     try:
         if way == "reserve" and rank == 0:
+
             def refuse(*_: Any) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
             os.posix_fallocate = refuse
         if way == "map" and rank == size - 1:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), limits[1]))
+            resource.setrlimit(
+                resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), limits[1])
+            )
         with pytest.raises(col.BackendUnavailableError) as caught, own_group(rank, size, name):
             pass
     finally:
@@ -67,9 +74,13 @@ def no_memory(rank: int, size: int, name: str, way: str) -> tuple[str, list[str]
     return str(caught.value), before.left_behind()
 
 
-@pytest.mark.parametrize(("way", "words"), [
-    ("reserve", "cannot be reserved: [Errno 28]"), ("map", "rank 2: the shared memory cannot be mapped"),
-])
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("reserve", "cannot be reserved: [Errno 28]"),
+        ("map", "rank 2: the shared memory cannot be mapped"),
+    ],
+)
 def test_not_enough_memory_is_said_on_every_rank(pool: RankPool, way: str, words: str) -> None:
     for message, left in pool.run(3, no_memory, fresh(), way):
         assert words in message
@@ -96,7 +107,11 @@ def in_control_group(rank: int, size: int, name: str, folder: str) -> tuple[str,
 
     native = library.load()
     nbytes = native.shm_nbytes(size, native.shm_half_nbytes(size))
-    limit = next(path for path in (Path(folder, "memory.limit_in_bytes"), Path(folder, "memory.max")) if path.exists())
+    limit = next(
+        path
+        for path in (Path(folder, "memory.limit_in_bytes"), Path(folder, "memory.max"))
+        if path.exists()
+    )
     members = Path(folder, "cgroup.procs")
     if rank == 0:
         limit.write_text(str(nbytes - (64 << 10)))
@@ -224,9 +239,13 @@ def test_memory_that_could_shrink_is_refused(pool: RankPool) -> None:
         assert "not sealed" in message
 
 
-def end_otherwise(rank: int, size: int, name: str, way: str) -> tuple[float, tuple[int, ...]] | None:
+def end_otherwise(
+    rank: int, size: int, name: str, way: str
+) -> tuple[float, tuple[int, ...]] | None:
     """The last rank goes in its own way while the others wait for it, one of them in a transfer."""
-    group = col.init_collective_group(size, rank, "shm", name, init_method=f"file://{os.environ['TMPDIR']}")
+    group = col.init_collective_group(
+        size, rank, "shm", name, init_method=f"file://{os.environ['TMPDIR']}"
+    )
     group.barrier()
     if rank == size - 1:
         time.sleep(0.2)
@@ -260,7 +279,9 @@ def fork_in_the_middle(rank: int, size: int, name: str) -> None:
 
     def make_and_destroy() -> None:
         while not stop.is_set():
-            col.init_collective_group(1, 0, "shm", name + "-alone", init_method=f"file://{os.environ['TMPDIR']}/{rank}")
+            col.init_collective_group(
+                1, 0, "shm", name + "-alone", init_method=f"file://{os.environ['TMPDIR']}/{rank}"
+            )
             col.destroy_collective_group(name + "-alone")
 
     Path(f"{os.environ['TMPDIR']}/{rank}").mkdir(exist_ok=True)
@@ -287,7 +308,11 @@ def _child(group: Any) -> int:
         code = 1
         try:
             signal.alarm(0)
-            for call in (lambda: group.allreduce(np.ones(3)), group.barrier, lambda: group.send(np.ones(3), 0)):
+            for call in (
+                lambda: group.allreduce(np.ones(3)),
+                group.barrier,
+                lambda: group.send(np.ones(3), 0),
+            ):
                 try:
                     call()
                     os._exit(2)
@@ -339,7 +364,8 @@ def destroy_under_a_wait(rank: int, size: int, name: str, way: str) -> tuple[flo
             waiter.join(5.0)
             return time.monotonic() - began, str(found[0])
         with pytest.raises(col.PeerLostError) as caught:
-            group.barrier() if way == "recv" else group.recv(np.ones(3), 0)  # two that both receive would be told so
+            # two that both receive would be told so
+            group.barrier() if way == "recv" else group.recv(np.ones(3), 0)
         assert caught.value.ranks == (0,)
         return time.monotonic() - began, str(caught.value)
 

@@ -77,7 +77,7 @@ def disagree_late(rank: int, size: int, name: str, transfer: bool) -> None:
         group.barrier()
         if rank == 1:
             time.sleep(0.6)
-            outcomes = group._backend._outcomes
+            outcomes = group._backend._error_mapping
             outcomes._control = Slow(outcomes._control)
         mine = np.ones(5 + rank)
         call = group.allreduce

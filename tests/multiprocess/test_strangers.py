@@ -75,6 +75,7 @@ def meet_among_strangers(rank: int, size: int, name: str, port: int) -> tuple[fl
     """Rank 0 listens; rank 1 lets the strangers in first and comes after them."""
     os.environ["COLLTENSOR_SECRET"] = "a secret of this test"
     try:
+
         def connect() -> socket.socket:
             return stranger(("127.0.0.1", port))
 
@@ -108,7 +109,12 @@ def work_among_strangers(rank: int, size: int, name: str, backend: str) -> int:
         How many threads there were more than before the strangers came.
     """
     group = col.init_collective_group(
-        size, rank, backend, name, init_method=f"file://{Path(tempfile.gettempdir()) / name}", timeout_s=15.0
+        size,
+        rank,
+        backend,
+        name,
+        init_method=f"file://{Path(tempfile.gettempdir()) / name}",
+        timeout_s=15.0,
     )
     group.allreduce(np.ones(3))
     before = len(os.listdir("/proc/self/fd"))
@@ -139,9 +145,10 @@ def work_among_strangers(rank: int, size: int, name: str, backend: str) -> int:
     return threads
 
 
-@pytest.mark.parametrize("backend", [
-    pytest.param("gloo", marks=pytest.mark.gloo), pytest.param("shm", marks=pytest.mark.shm),
-])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("gloo", marks=pytest.mark.gloo), pytest.param("shm", marks=pytest.mark.shm)],
+)
 def test_a_group_among_strangers(pool: RankPool, backend: str) -> None:
     assert max(pool.run(3, work_among_strangers, fresh(), backend)) < 20
 
@@ -152,8 +159,11 @@ def share_among_strangers(rank: int, size: int, name: str) -> float:
         fetch = segment._fetch
 
         def late(*arguments: Any) -> int:
-            [place] = {found for found in re.findall(r"@(colltensor-\w+)", Path("/proc/net/unix").read_text())
-                       if found in offered}
+            [place] = {
+                found
+                for found in re.findall(r"@(colltensor-\w+)", Path("/proc/net/unix").read_text())
+                if found in offered
+            }
             clients = []
             for _ in range(STRANGERS):
                 clients.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -175,7 +185,12 @@ def share_among_strangers(rank: int, size: int, name: str) -> float:
     began = time.monotonic()
     try:
         group = col.init_collective_group(
-            size, rank, "shm", name, init_method=f"file://{Path(tempfile.gettempdir()) / name}", timeout_s=15.0
+            size,
+            rank,
+            "shm",
+            name,
+            init_method=f"file://{Path(tempfile.gettempdir()) / name}",
+            timeout_s=15.0,
         )
     finally:
         if rank == 1:
@@ -202,7 +217,12 @@ def go_without_memory(rank: int, size: int, name: str) -> str:
 
             patch.setattr(segment, "_fetch", fail)
         group = col.init_collective_group(
-            size, rank, "auto", name, init_method=f"file://{Path(tempfile.gettempdir()) / name}", timeout_s=2.5
+            size,
+            rank,
+            "auto",
+            name,
+            init_method=f"file://{Path(tempfile.gettempdir()) / name}",
+            timeout_s=2.5,
         )
     assert int(group.allreduce(np.ones(3))[0]) == size
     group.destroy()

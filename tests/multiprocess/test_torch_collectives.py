@@ -37,13 +37,17 @@ def operations(ct: Any, group: Any) -> dict[str, Callable[[Any], Any]]:
         "gather": lambda x: torch.stack(ct.gather(x * x, 1, group)) * x,
         "scatter": lambda x: ct.scatter(x[0], list(x * x) if rank == 1 else None, 1, group) * x,
         "reducescatter SUM": lambda x: ct.reducescatter(list(x * x), group),
-        "reducescatter AVERAGE": lambda x: ct.reducescatter(list(x * x), group, col.ReduceOp.AVERAGE),
+        "reducescatter AVERAGE": lambda x: ct.reducescatter(
+            list(x * x), group, col.ReduceOp.AVERAGE
+        ),
         "alltoall": lambda x: torch.stack(ct.alltoall(list(x * x), group)),
         "send and recv": sent_along,
     }
 
 
-def checks(rank: int, world_size: int, backend: str, provider: str | None, name: str, dtype: str) -> None:
+def checks(
+    rank: int, world_size: int, backend: str, provider: str | None, name: str, dtype: str
+) -> None:
     """Compare with finite differences, of first and second order.
 
     Every rank runs the same gradcheck of ``everything``: all ranks' tensors in, all ranks' results out. The average
@@ -67,8 +71,20 @@ def checks(rank: int, world_size: int, backend: str, provider: str | None, name:
 
 
 NAMES = [
-    "allreduce SUM", "allreduce AVERAGE", "allreduce MIN", "allreduce MAX", "reduce SUM", "reduce AVERAGE", "broadcast",
-    "allgather", "gather", "scatter", "reducescatter SUM", "reducescatter AVERAGE", "alltoall", "send and recv",
+    "allreduce SUM",
+    "allreduce AVERAGE",
+    "allreduce MIN",
+    "allreduce MAX",
+    "reduce SUM",
+    "reduce AVERAGE",
+    "broadcast",
+    "allgather",
+    "gather",
+    "scatter",
+    "reducescatter SUM",
+    "reducescatter AVERAGE",
+    "alltoall",
+    "send and recv",
 ]
 
 
@@ -78,7 +94,9 @@ def test_derivatives(pool: RankPool, world_size: int, name: str) -> None:
     pool.run(world_size, checks, "shm", None, name, "float64")
 
 
-@pytest.mark.parametrize("name", ["allreduce SUM", "allgather", "reducescatter AVERAGE", "send and recv"])
+@pytest.mark.parametrize(
+    "name", ["allreduce SUM", "allgather", "reducescatter AVERAGE", "send and recv"]
+)
 def test_derivatives_of_complex_tensors(pool: RankPool, name: str) -> None:
     pool.run(2, checks, "shm", None, name, "complex128")
 
@@ -96,7 +114,9 @@ def values(rank: int, world_size: int) -> None:
     all_of = [torch.arange(4.0).reshape(2, 2) + 10 * r for r in range(world_size)]
     mine = all_of[rank]
     before = mine.clone()
-    entries = [[torch.tensor([100.0 * r + s]) for s in range(world_size)] for r in range(world_size)]
+    entries = [
+        [torch.tensor([100.0 * r + s]) for s in range(world_size)] for r in range(world_size)
+    ]
     assert torch.equal(ct.allreduce(mine, group), sum(all_of))
     assert torch.equal(ct.allreduce(mine, group, col.ReduceOp.PRODUCT), torch.stack(all_of).prod(0))
     assert torch.equal(ct.reduce(mine, 1, group), sum(all_of) if rank == 1 else torch.zeros(2, 2))
@@ -106,12 +126,21 @@ def values(rank: int, world_size: int) -> None:
     assert torch.equal(found, torch.stack(all_of) if rank == 0 else torch.zeros(world_size, 2, 2))
     sent = ct.scatter(torch.empty(1), entries[1] if rank == 1 else None, 1, group)
     assert sent.tolist() == [100.0 + rank]
-    assert ct.reducescatter(entries[rank], group).tolist() == [sum(100.0 * r + rank for r in range(world_size))]
-    assert torch.cat(ct.alltoall(entries[rank], group)).tolist() == [100.0 * s + rank for s in range(world_size)]
-    assert ct.allreduce(torch.tensor([rank, 1]), group).tolist() == [sum(range(world_size)), world_size]
+    assert ct.reducescatter(entries[rank], group).tolist() == [
+        sum(100.0 * r + rank for r in range(world_size))
+    ]
+    assert torch.cat(ct.alltoall(entries[rank], group)).tolist() == [
+        100.0 * s + rank for s in range(world_size)
+    ]
+    assert ct.allreduce(torch.tensor([rank, 1]), group).tolist() == [
+        sum(range(world_size)),
+        world_size,
+    ]
     assert not ct.allreduce(mine, group).requires_grad
     assert torch.equal(mine, before)
-    with pytest.raises(col.ShapeError, match=r"alltoall: tensor_list \(rank \d\): expected 3 tensors"):
+    with pytest.raises(
+        col.ShapeError, match=r"alltoall: tensor_list \(rank \d\): expected 3 tensors"
+    ):
         ct.alltoall(entries[rank][:2], group)
 
 
@@ -135,8 +164,14 @@ def one_requires_grad(rank: int, world_size: int) -> None:
     with torch.no_grad():
         assert not ct.allreduce(ties, group).requires_grad
     for call, words in (
-        (lambda: ct.allreduce(x, group, col.ReduceOp.PRODUCT), r"allreduce: op: .*PRODUCT, which has no derivative"),
-        (lambda: ct.reduce(x, 0, group, col.ReduceOp.MAX), r"reduce: op: .*MAX.*allreduce has a rule for it"),
+        (
+            lambda: ct.allreduce(x, group, col.ReduceOp.PRODUCT),
+            r"allreduce: op: .*PRODUCT, which has no derivative",
+        ),
+        (
+            lambda: ct.reduce(x, 0, group, col.ReduceOp.MAX),
+            r"reduce: op: .*MAX.*allreduce has a rule for it",
+        ),
         (lambda: ct.reducescatter([x] * 3, group, col.ReduceOp.MIN), r"reducescatter: op: .*MIN"),
     ):
         with pytest.raises(col.OptionError, match=words):

@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.needs("torch"), pytest.mark.shm, pytest.mark.slow]
 def data_parallel(torch: Any, dist: Any, group: Any, rank: int) -> Any:
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 2)
-    model = torch.compile(torch.nn.parallel.DistributedDataParallel(net, process_group=group), backend="eager")
+    model = torch.compile(
+        torch.nn.parallel.DistributedDataParallel(net, process_group=group), backend="eager"
+    )
     for _ in range(3):
         model(torch.full((3, 4), rank + 1.0)).sum().backward()
     return [parameter.grad for parameter in net.parameters()]
@@ -61,7 +63,12 @@ def gathered(torch: Any, dist: Any, group: Any, rank: int) -> Any:
     operators = torch.ops._c10d_functional
 
     def gather(x: Any, out: Any) -> Any:
-        return operators.wait_tensor(operators.all_gather_into_tensor_out(x, 2, group.group_name, out=out)) + 1
+        return (
+            operators.wait_tensor(
+                operators.all_gather_into_tensor_out(x, 2, group.group_name, out=out)
+            )
+            + 1
+        )
 
     eager = gather(values(torch, rank), torch.empty(12))
     return [eager, torch.compile(gather, backend="aot_eager")(values(torch, rank), torch.empty(12))]
@@ -81,8 +88,12 @@ def in_torch_distributed(rank: int, world_size: int, path: Path) -> list[tuple[s
         return found
 
 
-def test_compiled_functions_with_torch_distributed_give_what_gloo_gives(pool: RankPool, tmp_path: Path) -> None:
-    for rank, found in enumerate(pool.run(2, in_torch_distributed, tmp_path / "store", timeout_s=120)):
+def test_compiled_functions_with_torch_distributed_give_what_gloo_gives(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    for rank, found in enumerate(
+        pool.run(2, in_torch_distributed, tmp_path / "store", timeout_s=120)
+    ):
         for name, ours, gloo in found:
             assert ours == gloo, (rank, name)
 

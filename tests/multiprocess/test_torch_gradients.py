@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.needs("torch"), pytest.mark.shm]
 
 MODES = [True, False, "worker"]
 CHOICES: list[dict[str, Any]] = [
-    {"overlap": False}, {"overlap": "worker"}, {"overlap": "worker", "bucket_nbytes": 256},
+    {"overlap": False},
+    {"overlap": "worker"},
+    {"overlap": "worker", "bucket_nbytes": 256},
     {"overlap": False, "bucket_nbytes": 1},
 ]
 
@@ -37,7 +39,10 @@ def torch_of() -> Any:
 def mlp(torch: Any, width: int = 40) -> Any:
     torch.manual_seed(5)
     return torch.nn.Sequential(
-        torch.nn.Linear(6, width), torch.nn.Tanh(), torch.nn.Linear(width, width), torch.nn.Tanh(),
+        torch.nn.Linear(6, width),
+        torch.nn.Tanh(),
+        torch.nn.Linear(width, width),
+        torch.nn.Tanh(),
         torch.nn.Linear(width, 3),
     )
 
@@ -48,10 +53,15 @@ def part(torch: Any, rank: int, step: int = 0, count: int = 8) -> Any:
 
 
 def gradients(model: Any) -> dict[str, Any]:
-    return {name: None if p.grad is None else p.grad.numpy().copy() for name, p in model.named_parameters()}
+    return {
+        name: None if p.grad is None else p.grad.numpy().copy()
+        for name, p in model.named_parameters()
+    }
 
 
-def reference(torch: Any, model: Any, world_size: int, backward: Callable[[Any, int], None]) -> dict[str, Any]:
+def reference(
+    torch: Any, model: Any, world_size: int, backward: Callable[[Any, int], None]
+) -> dict[str, Any]:
     """Run ``backward(copy, rank)`` for each rank on a copy in this process; return the averages by numpy."""
     found = []
     for rank in range(world_size):
@@ -62,7 +72,8 @@ def reference(torch: Any, model: Any, world_size: int, backward: Callable[[Any, 
         found.append(gradients(copy))
     names = found[0]
     return {
-        name: None if all(each[name] is None for each in found)
+        name: None
+        if all(each[name] is None for each in found)
         else sum(each[name] for each in found if each[name] is not None) / world_size
         for name in names
     }
@@ -74,33 +85,47 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
             assert found[name] is None, name
         else:
             assert found[name] is not None, name
-            np.testing.assert_allclose(found[name], np.broadcast_to(value, found[name].shape), tolerance, tolerance,
-                                       err_msg=name)
+            np.testing.assert_allclose(
+                found[name],
+                np.broadcast_to(value, found[name].shape),
+                tolerance,
+                tolerance,
+                err_msg=name,
+            )
 
 
 @contextlib.contextmanager
 def ddp_world(torch: Any, rank: int, world_size: int, folder: str) -> Iterator[None]:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.distributed.init_process_group("gloo", f"file://{folder}/ddp", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/ddp", rank=rank, world_size=world_size
+    )
     try:
         yield
     finally:
-        gc.collect()  # a DDP module that outlives its process group was seen to hang in its destructor
+        # a DDP module that outlives its process group was seen to hang in its destructor
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
-def like_ddp(rank: int, world_size: int, folder: str, options: dict[str, Any], accumulate: bool) -> None:
+def like_ddp(
+    rank: int, world_size: int, folder: str, options: dict[str, Any], accumulate: bool
+) -> None:
     torch = torch_of()
     with ddp_world(torch, rank, world_size, folder):
         beside_ddp(torch, rank, world_size, options, accumulate)
 
 
-def beside_ddp(torch: Any, rank: int, world_size: int, options: dict[str, Any], accumulate: bool) -> None:
+def beside_ddp(
+    torch: Any, rank: int, world_size: int, options: dict[str, Any], accumulate: bool
+) -> None:
     group = group_of(world_size, "shm")
     ours, theirs = mlp(torch), mlp(torch)
     ddp = torch.nn.parallel.DistributedDataParallel(theirs)
     with torch.col.sync_gradients(ours, group, **options) as handle:
-        both = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (ours, theirs)]
+        both = [
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (ours, theirs)
+        ]
         for step in range(6):
             for optimizer in both:
                 optimizer.zero_grad(set_to_none=step % 3 != 2)
@@ -133,7 +158,9 @@ def test_like_ddp(
     pool.run(world_size, like_ddp, str(tmp_path), options, accumulate)
 
 
-def synced_over(rank: int, world_size: int, backend: str, provider: str | None, overlap: bool | str) -> None:
+def synced_over(
+    rank: int, world_size: int, backend: str, provider: str | None, overlap: bool | str
+) -> None:
     torch = torch_of()
     group = group_of(world_size, backend, provider)
 
@@ -166,7 +193,6 @@ def test_one_rank(pool: RankPool) -> None:
     pool.run(1, one_rank)
 
 
-
 def branches(torch: Any) -> Any:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -197,7 +223,8 @@ def unused(rank: int, world_size: int, options: dict[str, Any]) -> None:
     model = make()
     with torch.col.sync_gradients(model, group, **options):
         for step in range(8):
-            kinds = [uses(r, step) if step < 6 else () for r in range(world_size)]  # at last nobody uses them
+            # at last nobody uses them
+            kinds = [uses(r, step) if step < 6 else () for r in range(world_size)]
 
             def backward(m: Any, r: int, kinds: list[tuple[str, ...]] = kinds) -> None:
                 m(part(torch, r), kinds[r]).backward()
@@ -212,7 +239,9 @@ def unused(rank: int, world_size: int, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", CHOICES, ids=str)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_parameters_without_a_gradient(pool: RankPool, world_size: int, options: dict[str, Any]) -> None:
+def test_parameters_without_a_gradient(
+    pool: RankPool, world_size: int, options: dict[str, Any]
+) -> None:
     """What some rank has counts as zeros on the others; what no rank has stays None."""
     pool.run(world_size, unused, options)
 
@@ -250,8 +279,13 @@ def checkpointed(rank: int, world_size: int, overlap: bool | str, reentrant: boo
     def backward(model: Any, number: int) -> None:
         x = part(torch, number).requires_grad_()
         x = checkpoint(model[:2], x, use_reentrant=reentrant)
-        for _ in range(2):  # one parameter in two checkpoints; inside them, a checkpoint in a checkpoint
-            x = checkpoint(lambda y: checkpoint(model[2:4], y, use_reentrant=reentrant), x, use_reentrant=reentrant)
+        # one parameter in two checkpoints; inside them, a checkpoint in a checkpoint
+        for _ in range(2):
+            x = checkpoint(
+                lambda y: checkpoint(model[2:4], y, use_reentrant=reentrant),
+                x,
+                use_reentrant=reentrant,
+            )
         checkpoint(model[4], x, use_reentrant=reentrant).square().mean().backward()
 
     expected = reference(torch, None, world_size, backward)
@@ -267,14 +301,22 @@ def only_gradients(rank: int, world_size: int, options: dict[str, Any]) -> None:
     """What the group is given as tensors, once the module is there: a group may reach no other device than theirs."""
     torch = torch_of()
     group = group_of(world_size, "shm")
-    expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+    expected = reference(
+        torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward()
+    )
     model = mlp(torch)
     with torch.col.sync_gradients(model, group, **options):
         dtypes = set()
         originals = {name: getattr(group, name) for name in ("allreduce", "broadcast")}
         for name, original in originals.items():
-            setattr(group, name, lambda tensor, *rest, f=original, **more: (dtypes.add(tensor.dtype),
-                                                                            f(tensor, *rest, **more))[1])
+            setattr(
+                group,
+                name,
+                lambda tensor, *rest, f=original, **more: (
+                    dtypes.add(tensor.dtype),
+                    f(tensor, *rest, **more),
+                )[1],
+            )
         try:
             for _ in range(3):
                 model.zero_grad()
@@ -300,7 +342,9 @@ def test_checkpointing(pool: RankPool, overlap: bool | str, reentrant: bool) -> 
 def compiled(rank: int, world_size: int, backend: str) -> None:
     torch = torch_of()
     group = group_of(world_size, "shm")
-    expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+    expected = reference(
+        torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward()
+    )
     model = mlp(torch)
     with torch.col.sync_gradients(model, group, overlap="worker"):
         fast = torch.compile(model, backend=backend)
@@ -310,7 +354,9 @@ def compiled(rank: int, world_size: int, backend: str) -> None:
             assert_close(gradients(model), expected, 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_compiled_modules(pool: RankPool, backend: str) -> None:
     pool.run(2, compiled, backend)
 
@@ -320,7 +366,13 @@ def mixed(rank: int, world_size: int, overlap: bool | str) -> None:
     torch = torch_of()
     group = group_of(world_size, "shm")
     shapes = {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,), "e": (300, 200)}
-    dtypes = {"a": torch.float64, "b": torch.float32, "c": torch.float32, "d": torch.bfloat16, "e": torch.float32}
+    dtypes = {
+        "a": torch.float64,
+        "b": torch.float32,
+        "c": torch.float32,
+        "d": torch.bfloat16,
+        "e": torch.float32,
+    }
     parameters = {name: torch.zeros(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
     parameters["f"] = torch.zeros(4, 6).t()  # column-major
     parameters["g"] = torch.zeros(3, dtype=torch.complex64)
@@ -331,12 +383,21 @@ def mixed(rank: int, world_size: int, overlap: bool | str) -> None:
         for _ in range(2):
             total = 0
             for number, parameter in enumerate(parameters.values()):
-                weights = (torch.arange(parameter.numel()) * 2 + number + rank * 4).reshape(parameter.shape)
-                total = total + (parameter * weights.to(parameter.dtype)).real.sum().to(torch.float64)
+                weights = (torch.arange(parameter.numel()) * 2 + number + rank * 4).reshape(
+                    parameter.shape
+                )
+                total = total + (parameter * weights.to(parameter.dtype)).real.sum().to(
+                    torch.float64
+                )
                 parameter.grad = None
             (total + parameters["a"].sum()).backward()
             for number, (name, parameter) in enumerate(parameters.items()):
-                weights = np.arange(parameter.numel()) * 2 + number + 4 * (world_size - 1) / 2 + (name == "a")
+                weights = (
+                    np.arange(parameter.numel()) * 2
+                    + number
+                    + 4 * (world_size - 1) / 2
+                    + (name == "a")
+                )
                 found = parameter.grad.resolve_conj().to(torch.complex128).numpy()
                 assert found.ravel().tolist() == weights.tolist(), name
             assert parameters["f"].grad.stride() == parameters["f"].stride()
@@ -366,9 +427,13 @@ def scaled(rank: int, world_size: int) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
-            moved = any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+            moved = any(
+                not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)
+            )
             assert moved == (step != 1), "one rank's overflow is every rank's, for one step"
-        everyone = group.allgather_object([p.detach().numpy().tobytes() for p in model.parameters()])
+        everyone = group.allgather_object(
+            [p.detach().numpy().tobytes() for p in model.parameters()]
+        )
         assert all(each == everyone[0] for each in everyone)
         assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -386,7 +451,9 @@ def start(rank: int, world_size: int) -> None:
     model[0].bias.requires_grad_(False)
     model[1].running_mean.fill_(rank)
     handle = torch.col.sync_gradients(model, group)
-    state = group.allgather_object({name: value.tolist() for name, value in model.state_dict().items()})
+    state = group.allgather_object(
+        {name: value.tolist() for name, value in model.state_dict().items()}
+    )
     assert all(each == state[0] for each in state)
     assert state[0]["1.running_mean"] == [0] * 4
     if rank:
@@ -413,10 +480,26 @@ def differing(rank: int, world_size: int) -> None:
     group = group_of(world_size, "shm")
     here = rank == 1
     cases = [
-        (torch.nn.Linear(4, 5 if here else 3), {}, r"rank 1 has weight: parameter float32 5x4 \(rank 0: .*3x4\)"),
-        (torch.nn.Linear(4, 3, bias=not here), {}, r"rank 1 has no bias \(rank 0: parameter float32 3\)"),
-        (torch.nn.Linear(4, 3).to(torch.float64 if here else torch.float32), {}, "rank 1 has weight: .*float64"),
-        (torch.nn.Linear(4, 3), {"average": not here}, r"rank 1 has average: False \(rank 0: True\)"),
+        (
+            torch.nn.Linear(4, 5 if here else 3),
+            {},
+            r"rank 1 has weight: parameter float32 5x4 \(rank 0: .*3x4\)",
+        ),
+        (
+            torch.nn.Linear(4, 3, bias=not here),
+            {},
+            r"rank 1 has no bias \(rank 0: parameter float32 3\)",
+        ),
+        (
+            torch.nn.Linear(4, 3).to(torch.float64 if here else torch.float32),
+            {},
+            "rank 1 has weight: .*float64",
+        ),
+        (
+            torch.nn.Linear(4, 3),
+            {"average": not here},
+            r"rank 1 has average: False \(rank 0: True\)",
+        ),
         (torch.nn.Linear(4, 3).requires_grad_(not here), {}, "frozen"),
     ]
     for module, options, words in cases:
@@ -433,15 +516,25 @@ def test_a_difference_is_named_on_every_rank(pool: RankPool) -> None:
 def refusals(rank: int, world_size: int, overlap: bool | str) -> None:
     torch = torch_of()
     group = col.init_collective_group(
-        world_size, rank, group_name=f"refusals {overlap}", init_method=f"file://{os.environ['TMPDIR']}", timeout_s=10
+        world_size,
+        rank,
+        group_name=f"refusals {overlap}",
+        init_method=f"file://{os.environ['TMPDIR']}",
+        timeout_s=10,
     )
     embedding = torch.nn.Embedding(10, 3, sparse=True)
-    with (torch.col.sync_gradients(embedding, group, overlap=overlap),
-          pytest.raises(col.UnsupportedTensorError, match=r"gradient of weight is sparse .*sparse=False")):
+    with (
+        torch.col.sync_gradients(embedding, group, overlap=overlap),
+        pytest.raises(
+            col.UnsupportedTensorError, match=r"gradient of weight is sparse .*sparse=False"
+        ),
+    ):
         embedding(torch.tensor([1, 2])).sum().backward()
     model = mlp(torch)
-    with (torch.col.sync_gradients(model, group, overlap=overlap),
-          pytest.raises(col.UnsupportedTensorError, match=r"has a history .*create_graph=True")):
+    with (
+        torch.col.sync_gradients(model, group, overlap=overlap),
+        pytest.raises(col.UnsupportedTensorError, match=r"has a history .*create_graph=True"),
+    ):
         model(part(torch, rank)).square().sum().backward(create_graph=True)
     group.destroy()
 
@@ -454,7 +547,9 @@ def test_refusals(pool: RankPool, overlap: bool | str) -> None:
 def compressed(rank: int, world_size: int, kind: str, overlap: bool | str, average: bool) -> None:
     torch = torch_of()
     group = group_of(world_size, "shm")
-    expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+    expected = reference(
+        torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward()
+    )
     model = mlp(torch)
     power = torch.col.PowerSGD(40, min_rate=0.1)
     compression = {"power": power, "own": Halving()}.get(kind, kind)
@@ -465,8 +560,14 @@ def compressed(rank: int, world_size: int, kind: str, overlap: bool | str, avera
             model(part(torch, rank)).square().mean().backward()
             tolerance = {"fp16": 2e-3, "bf16": 2e-2, "power": 1e-5, "own": 1e-6}[kind]
             factor = 1 if average else world_size
-            assert_close(gradients(model), {name: value * factor for name, value in expected.items()}, tolerance)
-            everyone = group.allgather_object({name: g.tobytes() for name, g in gradients(model).items()})
+            assert_close(
+                gradients(model),
+                {name: value * factor for name, value in expected.items()},
+                tolerance,
+            )
+            everyone = group.allgather_object(
+                {name: g.tobytes() for name, g in gradients(model).items()}
+            )
             assert all(each == everyone[0] for each in everyone)
 
 
@@ -506,7 +607,9 @@ def launched(rank: int, world_size: int, overlap: bool | str) -> None:
     model = mlp(torch)
     notes: list[str] = []
     model[1].register_full_backward_hook(lambda *_: notes.append("the first layer"))
-    with torch.col.sync_gradients(model, group, overlap=overlap, compression=Noting(notes), bucket_nbytes=1):
+    with torch.col.sync_gradients(
+        model, group, overlap=overlap, compression=Noting(notes), bucket_nbytes=1
+    ):
         for step in range(3):
             notes.clear()
             model(part(torch, rank)).square().mean().backward()
@@ -549,10 +652,17 @@ def test_error_feedback(pool: RankPool) -> None:
     pool.run(2, error_feedback)
 
 
-def dies(rank: int, world_size: int, backend: str, provider: str | None, overlap: bool | str) -> str:
+def dies(
+    rank: int, world_size: int, backend: str, provider: str | None, overlap: bool | str
+) -> str:
     torch = torch_of()
     group = col.init_collective_group(
-        world_size, rank, backend, f"dies {backend} {overlap}", provider=provider, timeout_s=20,
+        world_size,
+        rank,
+        backend,
+        f"dies {backend} {overlap}",
+        provider=provider,
+        timeout_s=20,
         init_method=f"file://{os.environ['TMPDIR']}",
     )
     model = mlp(torch)
@@ -604,7 +714,9 @@ def fails_alone(rank: int, world_size: int) -> None:
                 handle.remove()
                 model.zero_grad()
             model(part(torch, rank)).square().mean().backward()
-            expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+            expected = reference(
+                torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward()
+            )
             assert_close(gradients(model), expected)
 
 
@@ -617,7 +729,9 @@ def fails_outside_a_checkpoint(rank: int, world_size: int) -> None:
     torch = torch_of()
     group = group_of(world_size, "shm")
     checkpoint = importlib.import_module("torch.utils.checkpoint").checkpoint
-    expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+    expected = reference(
+        torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward()
+    )
     model = mlp(torch)
 
     def fail(gradient: Any) -> None:
@@ -696,7 +810,11 @@ def once_more(rank: int, world_size: int) -> None:
     """A parameter that is accumulated more often than in the first pass, after it was reduced."""
     torch = torch_of()
     group = col.init_collective_group(
-        world_size, rank, group_name="once more", init_method=f"file://{os.environ['TMPDIR']}", timeout_s=10
+        world_size,
+        rank,
+        group_name="once more",
+        init_method=f"file://{os.environ['TMPDIR']}",
+        timeout_s=10,
     )
     checkpoint = importlib.import_module("torch.utils.checkpoint").checkpoint
     model = mlp(torch)
@@ -705,9 +823,12 @@ def once_more(rank: int, world_size: int) -> None:
         x = checkpoint(model[:2], part(torch, rank).requires_grad_(), use_reentrant=True)
         for _ in range(2):
             x = checkpoint(model[2:4], x, use_reentrant=True)
-        with pytest.raises(col.GroupError, match=r"2\.(weight|bias) was accumulated once more .*overlap=False"):
+        with pytest.raises(
+            col.GroupError, match=r"2\.(weight|bias) was accumulated once more .*overlap=False"
+        ):
             model[4](x).sum().backward()
-    group_of(world_size, "shm").barrier()  # not before both are out of their pass, which destroying would end
+    # not before both are out of their pass, which destroying would end
+    group_of(world_size, "shm").barrier()
     group.destroy()
 
 
@@ -723,7 +844,9 @@ def test_errors_reach_the_test(pool: RankPool) -> None:
 
 def without_sync(rank: int, world_size: int) -> None:
     torch = torch_of()
-    expected = reference(torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward())
+    expected = reference(
+        torch, None, world_size, lambda m, r: m(part(torch, r)).square().mean().backward()
+    )
     model = mlp(torch)
     model(part(torch, rank)).square().mean().backward()
     assert_close(gradients(model), expected)

@@ -18,7 +18,9 @@ pytestmark = [pytest.mark.needs("torch"), pytest.mark.shm]
 
 
 def averages(torch: Any, step: int = 0) -> dict[str, Any]:
-    return reference(torch, None, 2, lambda m, r: m(part(torch, r, step)).square().mean().backward())
+    return reference(
+        torch, None, 2, lambda m, r: m(part(torch, r, step)).square().mean().backward()
+    )
 
 
 def backward(torch: Any, model: Any, rank: int, step: int = 0) -> Any:
@@ -51,7 +53,9 @@ def converted(rank: int, world_size: int, keep: bool) -> None:
         backward(torch, model, rank)
         model.zero_grad(set_to_none=not keep)
         model.double()
-        with pytest.raises(col.UnsupportedTensorError, match=r"4\.bias is float64\[3\].* float32\[3\].*remove\(\)"):
+        with pytest.raises(
+            col.UnsupportedTensorError, match=r"4\.bias is float64\[3\].* float32\[3\].*remove\(\)"
+        ):
             model(part(torch, rank).double()).square().mean().backward()
         assert all(p.grad.dtype == torch.float64 for p in model.parameters())
     model.zero_grad()
@@ -68,7 +72,9 @@ def test_a_module_that_was_converted(pool: RankPool, keep: bool) -> None:
 
 def wider_gradients(rank: int, world_size: int) -> None:
     torch = torch_of()
-    small, large = (torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((5,), (300, 300)))
+    small, large = (
+        torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((5,), (300, 300))
+    )
     small.grad_dtype = large.grad_dtype = torch.float32
     with torch.col.sync_gradients([small, large], group_of(world_size, "shm")):
         total = (small.float() * (1 + rank / 128)).sum()
@@ -93,7 +99,9 @@ def names(rank: int, world_size: int) -> None:
     with pytest.raises(col.OptionError, match="several parameters named 'weight'"):
         torch.col.sync_gradients([*first.named_parameters(), *second.named_parameters()], group)
     with torch.col.sync_gradients([*first.parameters(), *second.parameters()], group):
-        values = group.allgather_object([p.tolist() for m in (first, second) for p in m.parameters()])
+        values = group.allgather_object(
+            [p.tolist() for m in (first, second) for p in m.parameters()]
+        )
         assert all(each == values[0] for each in values)
 
 
@@ -156,7 +164,9 @@ def shared_memory(rank: int, world_size: int) -> None:
     model.register_buffer("ones", torch.full((1,), float(rank)).expand(4))
     group = group_of(world_size, "shm")
     with torch.col.sync_gradients(model, group):
-        values = group.allgather_object({name: value.tolist() for name, value in model.state_dict().items()})
+        values = group.allgather_object(
+            {name: value.tolist() for name, value in model.state_dict().items()}
+        )
         assert all(each == values[0] for each in values)
         assert values[0]["ones"] == [0.0] * 4
 
@@ -212,7 +222,9 @@ def listed(rank: int, world_size: int) -> None:
     torch = torch_of()
     for overlap in (False, "worker"):
         model = mlp(torch)
-        with torch.col.sync_gradients(model, group_of(world_size, "shm"), overlap=overlap, compression=Listing()):
+        with torch.col.sync_gradients(
+            model, group_of(world_size, "shm"), overlap=overlap, compression=Listing()
+        ):
             backward(torch, model, rank)
             assert_close(gradients(model), averages(torch))
 

@@ -55,7 +55,9 @@ def bytes_view(torch: Any, start: float) -> Any:
 
 def expanded(torch: Any, start: float) -> Any:
     values = torch.arange(3.0) + start
-    return model_with(torch, rows=values.expand(5, 3), one=torch.full((1,), start).expand(4, 4), values=values)
+    return model_with(
+        torch, rows=values.expand(5, 3), one=torch.full((1,), start).expand(4, 4), values=values
+    )
 
 
 def windows(torch: Any, start: float) -> Any:
@@ -64,11 +66,15 @@ def windows(torch: Any, start: float) -> Any:
 
 def conjugated(torch: Any, start: float) -> Any:
     numbers = torch.complex(torch.arange(4.0) + start, torch.arange(4.0) - start)
-    return model_with(torch, conjugate=numbers.conj(), numbers=torch.complex(torch.ones(2), torch.ones(2)).conj())
+    return model_with(
+        torch, conjugate=numbers.conj(), numbers=torch.complex(torch.ones(2), torch.ones(2)).conj()
+    )
 
 
 def negated(torch: Any, start: float) -> Any:
-    return model_with(torch, negation=torch.complex(torch.ones(3), torch.arange(3.0) + start).conj().imag)
+    return model_with(
+        torch, negation=torch.complex(torch.ones(3), torch.arange(3.0) + start).conj().imag
+    )
 
 
 def tied(torch: Any, start: float) -> Any:
@@ -86,7 +92,17 @@ def tied_on_some(torch: Any, start: float) -> Any:
 
 
 MODELS: list[Callable[[Any, float], Any]] = [
-    overlapping, flat, masked, real_view, lone_real_view, bytes_view, expanded, windows, conjugated, negated, tied,
+    overlapping,
+    flat,
+    masked,
+    real_view,
+    lone_real_view,
+    bytes_view,
+    expanded,
+    windows,
+    conjugated,
+    negated,
+    tied,
     tied_on_some,
 ]
 
@@ -96,8 +112,10 @@ def taken(rank: int, world_size: int, make: Callable[[Any, float], Any], backend
     group = group_of(world_size, backend)
 
     def values(model: Any) -> dict[str, Any]:
-        return {name: np.array(value.detach().resolve_conj().resolve_neg()) for name, value in
-                [*model.named_parameters(), *model.named_buffers()]}
+        return {
+            name: np.array(value.detach().resolve_conj().resolve_neg())
+            for name, value in [*model.named_parameters(), *model.named_buffers()]
+        }
 
     model = make(torch, 100.0 * rank)
     mine = group.broadcast_object(values(model), 0)
@@ -107,8 +125,12 @@ def taken(rank: int, world_size: int, make: Callable[[Any, float], Any], backend
         with torch.no_grad():
             next(model.parameters()).add_(rank + 1)
         handle.broadcast()
-        assert all((a == b).all() for a, b in zip(*[each.values() for each in group.allgather_object(values(model))],
-                                                  strict=True))
+        assert all(
+            (a == b).all()
+            for a, b in zip(
+                *[each.values() for each in group.allgather_object(values(model))], strict=True
+            )
+        )
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
@@ -137,7 +159,9 @@ def half_complex(torch: Any) -> Any:
     return torch.zeros(2, dtype=torch.complex32)
 
 
-def refused(rank: int, world_size: int, make: Callable[[Any], Any], refusing: tuple[int, ...]) -> None:
+def refused(
+    rank: int, world_size: int, make: Callable[[Any], Any], refusing: tuple[int, ...]
+) -> None:
     torch = torch_of()
     group = group_of(world_size, "shm")
     model = model_with(torch, odd=make(torch) if rank in refusing else torch.zeros(3))
@@ -159,7 +183,9 @@ def refused(rank: int, world_size: int, make: Callable[[Any], Any], refusing: tu
 
 
 @pytest.mark.parametrize("refusing", [(0, 1), (1,)])
-@pytest.mark.parametrize("make", [sparse, nested, jagged, int4, half_complex], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [sparse, nested, jagged, int4, half_complex], ids=lambda make: make.__name__
+)
 def test_buffers_that_are_refused_by_name(
     pool: RankPool, make: Callable[[Any], Any], refusing: tuple[int, ...]
 ) -> None:
@@ -171,7 +197,9 @@ def mistaken(rank: int, world_size: int, options: dict[str, Any]) -> None:
     torch = torch_of()
     group = group_of(world_size, "shm")
     model = torch.nn.Linear(3, 2)
-    with pytest.raises(col.OptionError if rank == 1 else col.MismatchError, match=next(iter(options))) as caught:
+    with pytest.raises(
+        col.OptionError if rank == 1 else col.MismatchError, match=next(iter(options))
+    ) as caught:
         torch.col.sync_gradients(model, group, **(options if rank == 1 else {}))
     assert rank == 1 or caught.value.ranks == (1,)
     torch.col.sync_gradients(model, group).remove()

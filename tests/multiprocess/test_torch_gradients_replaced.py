@@ -28,12 +28,18 @@ def check(torch: Any, group: Any, model: Any, rank: int, step: int, average: boo
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = model(part(torch, rank, step)).square().mean()
     own = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
-    everyone = group.allgather_object([np.zeros(p.shape) if g is None else g.numpy().copy()
-                                       for g, p in zip(own, trained.values(), strict=True)])
+    everyone = group.allgather_object(
+        [
+            np.zeros(p.shape) if g is None else g.numpy().copy()
+            for g, p in zip(own, trained.values(), strict=True)
+        ]
+    )
     model.zero_grad()
     loss.backward()
-    expected = {name: sum(parts) / (len(everyone) if average else 1)
-                for name, parts in zip(trained, zip(*everyone, strict=True), strict=True)}
+    expected = {
+        name: sum(parts) / (len(everyone) if average else 1)
+        for name, parts in zip(trained, zip(*everyone, strict=True), strict=True)
+    }
     assert_close({name: p.grad.numpy() for name, p in trained.items()}, expected)
 
 
@@ -48,7 +54,9 @@ def weight(torch: Any, model: Any) -> None:
 def everything(torch: Any, model: Any) -> None:
     """Where the old parameters live on, and none of the new ones had a hook."""
     model.kept = [list(model.parameters())]
-    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {name: value.clone() for name, value in model.state_dict().items()}, assign=True
+    )
 
 
 def every_layer(torch: Any, model: Any) -> None:
@@ -86,11 +94,22 @@ def exchanged(torch: Any, model: Any) -> None:
 
 
 CHANGES: list[Callable[[Any, Any], None]] = [
-    head, weight, everything, every_layer, another, removed, parametrised, frozen, unfrozen, exchanged,
+    head,
+    weight,
+    everything,
+    every_layer,
+    another,
+    removed,
+    parametrised,
+    frozen,
+    unfrozen,
+    exchanged,
 ]
 
 
-def changed(rank: int, world_size: int, change: Callable[[Any, Any], None], options: dict[str, Any]) -> None:
+def changed(
+    rank: int, world_size: int, change: Callable[[Any, Any], None], options: dict[str, Any]
+) -> None:
     torch = torch_of()
     group = group_of(world_size, "shm")
     model = mlp(torch)
@@ -103,7 +122,9 @@ def changed(rank: int, world_size: int, change: Callable[[Any, Any], None], opti
         torch.manual_seed(rank)
         change(torch, model)
         handle.broadcast()
-        values = group.allgather_object({name: value.numpy() for name, value in model.state_dict().items()})
+        values = group.allgather_object(
+            {name: value.numpy() for name, value in model.state_dict().items()}
+        )
         assert all((each[name] == values[0][name]).all() for each in values for name in values[0])
         for step in range(3):
             check(torch, group, model, rank, step, average)
@@ -147,7 +168,9 @@ def unlike(rank: int, world_size: int, overlap: bool | str) -> None:
     with torch.col.sync_gradients(model, group, overlap=overlap):
         model(inputs).sum().backward()
         model[rank].requires_grad_(True)
-        with pytest.raises(col.MismatchError, match=rf"unfrozen or removed \({rank}\.weight, {rank}\.bias\)") as caught:
+        with pytest.raises(
+            col.MismatchError, match=rf"unfrozen or removed \({rank}\.weight, {rank}\.bias\)"
+        ) as caught:
             model(inputs).sum().backward()
         assert caught.value.ranks == (1,)
         model[1 - rank].requires_grad_(True)
@@ -213,7 +236,9 @@ def reassigned(rank: int, world_size: int) -> None:
         assert model.later.item() == 12.0
         if rank == 1:
             model.later = None
-        with pytest.raises(col.MismatchError, match=r"rank 1 has no later \(rank 0: buffer float32 scalar\)"):
+        with pytest.raises(
+            col.MismatchError, match=r"rank 1 has no later \(rank 0: buffer float32 scalar\)"
+        ):
             handle.broadcast()
 
 
@@ -243,7 +268,8 @@ def converted(rank: int, world_size: int) -> None:
         assert all((mine == theirs).all() for mine, theirs in zip(*found, strict=True))
         future.set_swap_module_params_on_conversion(True)
         try:
-            with pytest.raises(RuntimeError, match=r"Couldn't swap Linear\.weight"):  # without its hooks, else
+            # without its hooks, else
+            with pytest.raises(RuntimeError, match=r"Couldn't swap Linear\.weight"):
                 model.float()
         finally:
             future.set_swap_module_params_on_conversion(False)
@@ -262,7 +288,9 @@ def swapped(rank: int, world_size: int, options: dict[str, Any], listed: bool) -
     future.set_swap_module_params_on_conversion(True)
     try:
         model = mlp(torch)
-        handle = torch.col.sync_gradients(list(model.parameters()) if listed else model, group, **options)
+        handle = torch.col.sync_gradients(
+            list(model.parameters()) if listed else model, group, **options
+        )
         check(torch, group, model, rank, 0, average)
         model.zero_grad()
         values = {name: value + 1 for name, value in model.state_dict().items()}
@@ -307,7 +335,9 @@ def swapped(rank: int, world_size: int, options: dict[str, Any], listed: bool) -
 
 @WAYS
 @pytest.mark.parametrize("listed", [False, True])
-def test_parameters_that_are_swapped_keep_their_hooks(pool: RankPool, options: dict[str, Any], listed: bool) -> None:
+def test_parameters_that_are_swapped_keep_their_hooks(
+    pool: RankPool, options: dict[str, Any], listed: bool
+) -> None:
     """Torch could not swap what our hooks knew weakly, nor after they were removed."""
     pool.run(2, swapped, options, listed)
 
@@ -318,7 +348,9 @@ def nothing_kept(rank: int, world_size: int, average: bool) -> None:
     told = importlib.import_module("torch.nn.modules.module")
 
     def hooks() -> tuple[int, int]:
-        return len(told._global_parameter_registration_hooks), len(told._global_module_registration_hooks)
+        return len(told._global_parameter_registration_hooks), len(
+            told._global_module_registration_hooks
+        )
 
     gc.collect()
     before = hooks()

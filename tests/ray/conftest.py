@@ -43,7 +43,9 @@ def cluster(nothing_left: None) -> Iterator[Cluster]:
     The dashboard serves Ray's state API.
     """
     environment = {
-        **ONE_THREAD, "PYTHONPATH": search_path(), "RAY_DEDUP_LOGS": "0",
+        **ONE_THREAD,
+        "PYTHONPATH": search_path(),
+        "RAY_DEDUP_LOGS": "0",
         "RAY_metrics_report_interval_ms": "1000",  # so that tests need not wait for 10 s
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +64,8 @@ def cluster(nothing_left: None) -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             cluster.shutdown()
-            for folder in Path(tempfile.gettempdir()).glob("pymp-*"):  # the dashboard's, which Ray kills
+            # the dashboard's, which Ray kills
+            for folder in Path(tempfile.gettempdir()).glob("pymp-*"):
                 shutil.rmtree(folder)
 
 
@@ -109,7 +112,9 @@ def transports(frameworks: tuple[str, ...], cluster: Any) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def actors(transports: None) -> Iterator[SimpleNamespace]:
     """For direct transport: two actors on one node, ``far`` on the other; the tests leave them as they were."""
-    made = [_direct(Member, resources={node: 0.01}) for node in (FIRST_NODE, FIRST_NODE, SECOND_NODE)]
+    made = [
+        _direct(Member, resources={node: 0.01}) for node in (FIRST_NODE, FIRST_NODE, SECOND_NODE)
+    ]
     yield SimpleNamespace(first=made[0], second=made[1], far=made[2], all=made)
     for actor in made:
         ray.kill(actor)

@@ -67,7 +67,9 @@ class Crew:
     def __init__(self, size: int) -> None:
         nodes = (FIRST_NODE, SECOND_NODE)
         remote = ray.remote(num_cpus=0)(Member)
-        self.actors = [remote.options(resources={nodes[rank % 2]: 0.01}).remote() for rank in range(size)]
+        self.actors = [
+            remote.options(resources={nodes[rank % 2]: 0.01}).remote() for rank in range(size)
+        ]
 
     @contextlib.contextmanager
     def group(self, world_size: int, **options: Any) -> Iterator[str]:
@@ -89,7 +91,10 @@ class Crew:
 
     def start(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """As ``run``, without waiting."""
-        return [actor.run.remote(function, rank, *args) for rank, actor in enumerate(self.actors[:world_size])]
+        return [
+            actor.run.remote(function, rank, *args)
+            for rank, actor in enumerate(self.actors[:world_size])
+        ]
 
 
 def new_name() -> str:
@@ -108,7 +113,9 @@ def outcome(call: Any) -> Any:
 def named_actors() -> list[str]:
     """The names of all named actors that live, once those that are ending had a moment for it."""
     deadline = time.monotonic() + 5.0
-    while names := [str(entry["name"]) for entry in ray.util.list_named_actors(all_namespaces=True)]:
+    while names := [
+        str(entry["name"]) for entry in ray.util.list_named_actors(all_namespaces=True)
+    ]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
@@ -126,7 +133,10 @@ def left_in_ray() -> list[str]:
 
 
 def _live_actors() -> list[str]:
-    return [f"actor {entry.class_name} {entry.name!r}" for entry in list_actors(filters=[("state", "!=", "DEAD")])]
+    return [
+        f"actor {entry.class_name} {entry.name!r}"
+        for entry in list_actors(filters=[("state", "!=", "DEAD")])
+    ]
 
 
 def _placement_groups() -> list[str]:
@@ -137,14 +147,18 @@ def _placement_groups() -> list[str]:
 def _keys() -> list[str]:
     """The keys in Ray's store that are named after us, or that its own groups meet by."""
     names = (b"colltensor", b"collective")
-    return [f"key {key!r}" for key in _internal_kv_list(b"") if any(name in key.lower() for name in names)]
+    return [
+        f"key {key!r}"
+        for key in _internal_kv_list(b"")
+        if any(name in key.lower() for name in names)
+    ]
 
 
 def await_named_actor() -> None:
-    """Return once a rank 0 has left its invitation."""
+    """Return once a rank 0 has left its endpoint."""
     deadline = time.monotonic() + PATIENCE_S
     while not ray.util.list_named_actors(all_namespaces=True):
-        assert time.monotonic() < deadline, "rank 0 left no invitation"
+        assert time.monotonic() < deadline, "rank 0 left no endpoint"
         time.sleep(0.02)
 
 

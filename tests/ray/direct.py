@@ -87,9 +87,17 @@ def receive_by_hand(description: Any, shape: tuple[int, ...]) -> Any:
 
 def samples(framework: str) -> dict[str, Any]:
     """Arrays of all kinds in nested containers, equal in every process."""
-    make: dict[str, Callable[[], dict[str, Any]]] = {"numpy": numpy_samples, "torch": torch_samples, "jax": jax_samples}
+    make: dict[str, Callable[[], dict[str, Any]]] = {
+        "numpy": numpy_samples,
+        "torch": torch_samples,
+        "jax": jax_samples,
+    }
     found = make[framework]()
-    return {"plain": 7, "arrays": found, "nested": [(found["big"], "text"), {"again": array(framework, np.ones(3))}]}
+    return {
+        "plain": 7,
+        "arrays": found,
+        "nested": [(found["big"], "text"), {"again": array(framework, np.ones(3))}],
+    }
 
 
 def numpy_samples() -> dict[str, Any]:
@@ -99,10 +107,17 @@ def numpy_samples() -> dict[str, Any]:
     read_only = np.arange(4.0)
     read_only.flags.writeable = False
     arrays = {
-        "scalar": np.array(2.5), "empty": np.empty((0, 3), np.float32), "strided": grid[:, ::2, ::-1],
-        "transposed": grid.T, "fortran": np.asfortranarray(grid), "read_only": read_only,
-        "bfloat16": np.arange(9).astype(ml_dtypes.bfloat16), "float8": np.arange(9).astype(ml_dtypes.float8_e4m3fn),
-        "bool": np.array([True, False, True]), "complex": np.arange(3) + 1j, "big": np.arange(1 << 19, dtype=np.uint32),
+        "scalar": np.array(2.5),
+        "empty": np.empty((0, 3), np.float32),
+        "strided": grid[:, ::2, ::-1],
+        "transposed": grid.T,
+        "fortran": np.asfortranarray(grid),
+        "read_only": read_only,
+        "bfloat16": np.arange(9).astype(ml_dtypes.bfloat16),
+        "float8": np.arange(9).astype(ml_dtypes.float8_e4m3fn),
+        "bool": np.array([True, False, True]),
+        "complex": np.arange(3) + 1j,
+        "big": np.arange(1 << 19, dtype=np.uint32),
     }
     return {name: cr.NumpyArray(value) for name, value in arrays.items()}
 
@@ -112,11 +127,16 @@ def torch_samples() -> dict[str, Any]:
 
     grid = torch.arange(60, dtype=torch.int16).reshape(3, 4, 5)
     return {
-        "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "strided": grid[:, ::2, 1:4],
-        "transposed": grid.permute(2, 0, 1), "expanded": torch.arange(3.0).expand(4, 3),
-        "bfloat16": torch.arange(9, dtype=torch.bfloat16), "float8": torch.arange(9).to(torch.float8_e5m2),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "strided": grid[:, ::2, 1:4],
+        "transposed": grid.permute(2, 0, 1),
+        "expanded": torch.arange(3.0).expand(4, 3),
+        "bfloat16": torch.arange(9, dtype=torch.bfloat16),
+        "float8": torch.arange(9).to(torch.float8_e5m2),
         "bool": torch.tensor([True, False]),
-        "complex": torch.tensor([1 + 2j]), "big": torch.arange(1 << 21, dtype=torch.int32),
+        "complex": torch.tensor([1 + 2j]),
+        "big": torch.arange(1 << 21, dtype=torch.int32),
         "parameter": torch.nn.Parameter(torch.arange(4.0)),
     }
 
@@ -129,9 +149,16 @@ def jax_samples() -> dict[str, Any]:
         wide = jnp.arange(3, dtype=jnp.float64) / 3
     grid = jnp.arange(60, dtype=jnp.int16).reshape(3, 4, 5)
     return {
-        "scalar": jnp.float32(2.5), "empty": jnp.zeros((0, 3)), "strided": grid[:, ::2, ::-1], "transposed": grid.T,
-        "bfloat16": jnp.arange(9, dtype=jnp.bfloat16), "float8": jnp.arange(9).astype(jnp.float8_e5m2), "wide": wide,
-        "bool": jnp.array([True, False]), "complex": jnp.array([1 + 2j]), "big": jnp.arange(1 << 19, dtype=jnp.int32),
+        "scalar": jnp.float32(2.5),
+        "empty": jnp.zeros((0, 3)),
+        "strided": grid[:, ::2, ::-1],
+        "transposed": grid.T,
+        "bfloat16": jnp.arange(9, dtype=jnp.bfloat16),
+        "float8": jnp.arange(9).astype(jnp.float8_e5m2),
+        "wide": wide,
+        "bool": jnp.array([True, False]),
+        "complex": jnp.array([1 + 2j]),
+        "big": jnp.arange(1 << 19, dtype=jnp.int32),
     }
 
 
@@ -152,7 +179,10 @@ def check_samples(value: dict[str, Any], framework: str) -> int:
         assert found.shape == wanted.shape, name
         if framework == "torch":
             torch = importlib.import_module("torch")
-            found, wanted = (x.detach().contiguous().reshape(-1).view(torch.uint8).numpy() for x in (found, wanted))
+            found, wanted = (
+                x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+                for x in (found, wanted)
+            )
         assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes(), name
     return len(pairs)
 

@@ -33,7 +33,9 @@ def make(framework: str, array: np.ndarray[Any, Any]) -> Any:
     return importlib.import_module("jax.numpy").array(array)
 
 
-def every_collective(rank: int, name: str, framework: str, world_size: int) -> dict[str, np.ndarray[Any, Any]]:
+def every_collective(
+    rank: int, name: str, framework: str, world_size: int
+) -> dict[str, np.ndarray[Any, Any]]:
     """Call the collectives; check here what only the process itself can see."""
     tensor = make(framework, values(rank))
     reduced = col.allreduce(tensor, name)
@@ -49,7 +51,9 @@ def every_collective(rank: int, name: str, framework: str, world_size: int) -> d
         "max": col.allreduce(make(framework, values(rank)), name, col.ReduceOp.MAX),
         "reduce": col.reduce(make(framework, values(rank)), 1, name),
         "broadcast": col.broadcast(make(framework, values(rank)), 1, name),
-        "reducescatter": col.reducescatter(make(framework, np.zeros(1001, np.float32)), blocks, name),
+        "reducescatter": col.reducescatter(
+            make(framework, np.zeros(1001, np.float32)), blocks, name
+        ),
         **{f"allgather {source}": tensor for source, tensor in enumerate(gathered)},
     }
     if rank == 0:
@@ -68,7 +72,9 @@ def expected_of(rank: int, world_size: int) -> dict[str, np.ndarray[Any, Any]]:
         "max": everyone[-1],
         "reduce": total if rank == 1 else everyone[rank],
         "broadcast": everyone[1],
-        "reducescatter": np.sum([values(10 * source + rank) for source in range(world_size)], axis=0),
+        "reducescatter": np.sum(
+            [values(10 * source + rank) for source in range(world_size)], axis=0
+        ),
         **{f"allgather {source}": array for source, array in enumerate(everyone)},
     }
     return {**found, "recv": values(7)} if rank == world_size - 1 else found
@@ -79,7 +85,9 @@ def check(results: list[dict[str, np.ndarray[Any, Any]]], world_size: int) -> No
         expected = expected_of(rank, world_size)
         assert found.keys() == expected.keys()
         for operation, array in found.items():
-            np.testing.assert_array_equal(array, expected[operation], err_msg=f"{operation} on rank {rank}")
+            np.testing.assert_array_equal(
+                array, expected[operation], err_msg=f"{operation} on rank {rank}"
+            )
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

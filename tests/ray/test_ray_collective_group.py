@@ -30,14 +30,18 @@ def rank_and_backend(rank: int, name: str) -> tuple[int, str]:
 
 
 def in_each(actors: Any, function: Callable[..., Any], *args: Any) -> list[Any]:
-    return ray.get([actor.run.remote(function, rank, *args) for rank, actor in enumerate(actors)], timeout=60)
+    return ray.get(
+        [actor.run.remote(function, rank, *args) for rank, actor in enumerate(actors)], timeout=60
+    )
 
 
 def test_ranks_of_one_node_are_neighbours(crew: Crew) -> None:
     """The crew's actors are on the two nodes in turn."""
     with col.collective_group(crew.actors, timeout_s=20) as group:
         assert list(group.actors) == [crew.actors[number] for number in (0, 2, 1, 3)]
-        assert in_each(group.actors, rank_and_backend, group.name) == [(rank, "hierarchical") for rank in range(4)]
+        assert in_each(group.actors, rank_and_backend, group.name) == [
+            (rank, "hierarchical") for rank in range(4)
+        ]
         assert (group.name, group.world_size) == ("default", 4)
         assert in_each(group.actors, total) == [[10.0] * 2] * 4
     assert crew.run(4, has_group, "default") == [False] * 4
@@ -46,7 +50,9 @@ def test_ranks_of_one_node_are_neighbours(crew: Crew) -> None:
 def test_ranks_that_are_given_are_kept(crew: Crew) -> None:
     with col.collective_group(crew.actors[:3], "gloo", new_name(), ranks=[2, 0, 1]) as group:
         assert list(group.actors) == [crew.actors[number] for number in (1, 2, 0)]
-        assert in_each(group.actors, rank_and_backend, group.name) == [(rank, "gloo") for rank in range(3)]
+        assert in_each(group.actors, rank_and_backend, group.name) == [
+            (rank, "gloo") for rank in range(3)
+        ]
 
 
 def test_groups_without_a_name_and_actors_in_several(crew: Crew) -> None:
@@ -57,9 +63,9 @@ def test_groups_without_a_name_and_actors_in_several(crew: Crew) -> None:
     ):
         assert len({one.name, two.name, three.name}) == 3
         for group in (two, three, one):
-            assert in_each(group.actors, total, group.name) == [[sum(range(group.world_size + 1))] * 2] * len(
-                group.actors
-            )
+            assert in_each(group.actors, total, group.name) == [
+                [sum(range(group.world_size + 1))] * 2
+            ] * len(group.actors)
     assert [crew.run(3, has_group, group.name) for group in (one, two, three)] == [[False] * 3] * 3
 
 
@@ -154,7 +160,9 @@ class Placed(Member):
 def states() -> list[str]:
     """The states of the placement groups that are not removed, once those that are going had a moment for it."""
     deadline = time.monotonic() + 5
-    while found := [entry["state"] for entry in placement_group_table().values() if entry["state"] != "REMOVED"]:
+    while found := [
+        entry["state"] for entry in placement_group_table().values() if entry["state"] != "REMOVED"
+    ]:
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
@@ -173,7 +181,9 @@ def await_free_nodes() -> None:
 def test_placed_actors(crew: Crew, strategy: str, nodes: int) -> None:
     await_free_nodes()
     options = {"strategy": strategy, "num_cpus": 0.25, "max_restarts": 1}
-    with placed_actors(ray.remote(Placed), 4, lambda place: (place, "x"), {"key": 1}, **options) as actors:
+    with placed_actors(
+        ray.remote(Placed), 4, lambda place: (place, "x"), {"key": 1}, **options
+    ) as actors:
         told = ray.get([actor.where.remote() for actor in actors], timeout=60)
         assert [made for _, made in told] == [((place, "x"), {"key": 1}) for place in range(4)]
         found = [node for node, _ in told]
@@ -195,7 +205,9 @@ def test_a_block_of_placed_actors_that_raises(crew: Crew) -> None:
 
 def test_a_cluster_without_room(crew: Crew) -> None:
     began = time.monotonic()
-    with pytest.raises(col.CollectiveTimeoutError, match="timed out after 1 s: the cluster has no room"):
+    with pytest.raises(
+        col.CollectiveTimeoutError, match="timed out after 1 s: the cluster has no room"
+    ):
         placed_actors(ray.remote(Placed), 2, resources={FIRST_NODE: 0.9}, timeout_s=1).__enter__()
     assert time.monotonic() - began < 5
     assert states() == []
@@ -206,7 +218,9 @@ WRONG: list[Any] = [
     pytest.param((ray.remote(Placed), 0), {}, "at least 1 actor", id="none"),
     pytest.param((ray.remote(Placed), 1), {"strategy": "STACK"}, "strategy", id="strategy"),
     pytest.param((ray.remote(Placed), 1), {"num_cpus": 0}, "some resource", id="nothing reserved"),
-    pytest.param((ray.remote(Placed), 1), {"resources": {SECOND_NODE: -1}}, "below 0", id="negative"),
+    pytest.param(
+        (ray.remote(Placed), 1), {"resources": {SECOND_NODE: -1}}, "below 0", id="negative"
+    ),
 ]
 
 

@@ -58,7 +58,10 @@ def test_src_rank_is_a_rank_of_this_group(crew: Crew) -> None:
         group = col.create_collective_group([crew.actors[2], crew.actors[1]], group_name=second)
         assert crew.run(3, broadcast_own, first, 0) == [100.0] * 3
         for src_rank, whose in ((0, 102.0), (1, 101.0)):
-            calls = [crew.actors[rank].run.remote(broadcast_own, rank, second, src_rank) for rank in (1, 2)]
+            calls = [
+                crew.actors[rank].run.remote(broadcast_own, rank, second, src_rank)
+                for rank in (1, 2)
+            ]
             assert ray.get(calls, timeout=60) == [whose] * 2
         error = outcome(crew.actors[1].run.remote(broadcast_own, 1, second, 2))
         assert isinstance(error, col.RankError)
@@ -149,12 +152,17 @@ def test_read_only_arrays_of_the_object_store(crew: Crew) -> None:
     reference = ray.put(content)
     with crew.group(2) as name:
         assert crew.run(2, write_to_the_store, name, [reference]) == [str(content.sum())] * 2
-        assert crew.run(2, read_the_store, name, [reference]) == [(content.sum(), 2 * content.sum())] * 2
+        assert (
+            crew.run(2, read_the_store, name, [reference])
+            == [(content.sum(), 2 * content.sum())] * 2
+        )
         assert_group_works(crew, 2, name)
     np.testing.assert_array_equal(ray.get(reference), content)
 
 
-def disagree(rank: int, name: str, arrays: list[np.ndarray[Any, Any]], ops: list[col.ReduceOp]) -> None:
+def disagree(
+    rank: int, name: str, arrays: list[np.ndarray[Any, Any]], ops: list[col.ReduceOp]
+) -> None:
     """Call with this rank's array and op; whatever happens, the array stays as it was."""
     array = arrays[rank].copy()
     try:
@@ -165,9 +173,17 @@ def disagree(rank: int, name: str, arrays: list[np.ndarray[Any, Any]], ops: list
 
 FLOATS = np.arange(4, dtype=np.float32)
 DISAGREEMENTS = {
-    "float32 against int32": ([FLOATS, FLOATS.astype(np.int32)], [col.ReduceOp.SUM] * 2, ("float32", "int32")),
+    "float32 against int32": (
+        [FLOATS, FLOATS.astype(np.int32)],
+        [col.ReduceOp.SUM] * 2,
+        ("float32", "int32"),
+    ),
     "MAX against SUM": ([FLOATS, FLOATS], [col.ReduceOp.MAX, col.ReduceOp.SUM], ("MAX", "SUM")),
-    "shape 4 against 8": ([FLOATS, np.arange(8, dtype=np.float32)], [col.ReduceOp.SUM] * 2, ("4", "8")),
+    "shape 4 against 8": (
+        [FLOATS, np.arange(8, dtype=np.float32)],
+        [col.ReduceOp.SUM] * 2,
+        ("4", "8"),
+    ),
 }
 
 
@@ -185,7 +201,9 @@ def test_ranks_that_disagree(crew: Crew, case: str) -> None:
 
 def test_a_world_size_that_is_not_the_number_of_actors(crew: Crew) -> None:
     for world_size in (1, 3):
-        with pytest.raises(col.RankError, match=f"expected 2, the number of actors, got {world_size}"):
+        with pytest.raises(
+            col.RankError, match=f"expected 2, the number of actors, got {world_size}"
+        ):
             col.create_collective_group(crew.actors[:2], world_size, [0, 1], "gloo", new_name())
 
 
@@ -224,7 +242,9 @@ def reduce_and_scatter(rank: int, name: str) -> list[list[float]]:
 
 def test_reducescatter_leaves_its_inputs_alone(crew: Crew) -> None:
     with crew.group(2) as name:
-        assert crew.run(2, reduce_and_scatter, name) == [[[10.0 * r] * 3, [10.0 * r + 1] * 3] for r in range(2)]
+        assert crew.run(2, reduce_and_scatter, name) == [
+            [[10.0 * r] * 3, [10.0 * r + 1] * 3] for r in range(2)
+        ]
 
 
 def change_ops(rank: int, name: str) -> list[float]:

@@ -43,7 +43,10 @@ def test_every_actor_has_the_group_when_the_call_returns(crew: Crew) -> None:
 def test_a_name_is_free_again_at_once(crew: Crew, again: int) -> None:
     for world_size in (2, 3, 2):
         group = col.create_collective_group(crew.actors[:world_size], group_name="again and again")
-        assert crew.run(world_size, total, "again and again") == [[sum(range(world_size + 1))] * 2] * world_size
+        assert (
+            crew.run(world_size, total, "again and again")
+            == [[sum(range(world_size + 1))] * 2] * world_size
+        )
         group.destroy()
         group.destroy()
 
@@ -86,27 +89,62 @@ def test_an_actor_declares_a_group_of_others(crew: Crew) -> None:
 
 def declare_and_destroy(actors: list[Any], name: str) -> None:
     group = col.create_collective_group(actors, group_name=name)
-    assert ray.get([actor.run.remote(total, rank, name) for rank, actor in enumerate(actors)]) == [[3.0, 3.0]] * 2
+    assert (
+        ray.get([actor.run.remote(total, rank, name) for rank, actor in enumerate(actors)])
+        == [[3.0, 3.0]] * 2
+    )
     group.destroy()
 
 
 MALFORMED: list[Any] = [
     pytest.param(lambda a: ([a[0], a[1], a[0]],), col.RankError, "twice", id="an actor twice"),
-    pytest.param(lambda a: (a, 2), col.RankError, "expected 3, the number of actors, got 2", id="world size too small"),
-    pytest.param(lambda a: (a, 4), col.RankError, "expected 3, the number of actors, got 4", id="world size too large"),
+    pytest.param(
+        lambda a: (a, 2),
+        col.RankError,
+        "expected 3, the number of actors, got 2",
+        id="world size too small",
+    ),
+    pytest.param(
+        lambda a: (a, 4),
+        col.RankError,
+        "expected 3, the number of actors, got 4",
+        id="world size too large",
+    ),
     pytest.param(lambda a: (a, "3"), col.RankError, "world_size", id="world size no number"),
-    pytest.param(lambda a: (a, 3, [0, 1]), col.RankError, "each of 0 to 2 once", id="too few ranks"),
-    pytest.param(lambda a: (a, 3, [0, 1, 1]), col.RankError, "each of 0 to 2 once", id="a rank twice"),
-    pytest.param(lambda a: (a, 3, [1, 2, 3]), col.RankError, "each of 0 to 2 once", id="a rank outside"),
-    pytest.param(lambda a: (a, 3, ["0", "1", "2"]), col.RankError, "each of 0 to 2 once", id="ranks no numbers"),
+    pytest.param(
+        lambda a: (a, 3, [0, 1]), col.RankError, "each of 0 to 2 once", id="too few ranks"
+    ),
+    pytest.param(
+        lambda a: (a, 3, [0, 1, 1]), col.RankError, "each of 0 to 2 once", id="a rank twice"
+    ),
+    pytest.param(
+        lambda a: (a, 3, [1, 2, 3]), col.RankError, "each of 0 to 2 once", id="a rank outside"
+    ),
+    pytest.param(
+        lambda a: (a, 3, ["0", "1", "2"]),
+        col.RankError,
+        "each of 0 to 2 once",
+        id="ranks no numbers",
+    ),
     pytest.param(lambda a: ([],), col.OptionError, "actor handles", id="no actors"),
     pytest.param(lambda a: (a[0],), col.OptionError, "actor handles", id="no list"),
     pytest.param(lambda a: ([a[0], "actor"],), col.OptionError, "actor handles", id="no handle"),
-    pytest.param(lambda a: (a, 3, None, "carrier-pigeon"), ValueError, "carrier-pigeon", id="unknown backend"),
-    pytest.param(lambda a: (a, 3, None, "loopback"), col.OptionError, "one rank", id="loopback for three"),
+    pytest.param(
+        lambda a: (a, 3, None, "carrier-pigeon"), ValueError, "carrier-pigeon", id="unknown backend"
+    ),
+    pytest.param(
+        lambda a: (a, 3, None, "loopback"), col.OptionError, "one rank", id="loopback for three"
+    ),
     pytest.param(lambda a: (a, 3, None, "gloo", ""), col.OptionError, "group_name", id="no name"),
-    pytest.param(lambda a: (a, 3, None, "gloo", "x", -1), col.OptionError, "timeout_s", id="negative timeout"),
-    pytest.param(lambda a: (a, 3, None, "gloo", "x", "1 s"), col.OptionError, "milliseconds", id="timeout no number"),
+    pytest.param(
+        lambda a: (a, 3, None, "gloo", "x", -1), col.OptionError, "timeout_s", id="negative timeout"
+    ),
+    pytest.param(
+        lambda a: (a, 3, None, "gloo", "x", "1 s"),
+        col.OptionError,
+        "milliseconds",
+        id="timeout no number",
+    ),
 ]
 
 
@@ -140,7 +178,9 @@ class Stillborn(Member):
 def test_an_actor_whose_constructor_fails_is_named(crew: Crew, spawn: Spawn) -> None:
     name = new_name()
     with pytest.raises(col.PeerLostError, match="the constructor failed") as caught:
-        col.create_collective_group([crew.actors[0], crew.actors[1], spawn(Stillborn)], group_name=name)
+        col.create_collective_group(
+            [crew.actors[0], crew.actors[1], spawn(Stillborn)], group_name=name
+        )
     assert caught.value.ranks == (2,)
     assert crew.run(2, has_group, name) == [False] * 2
 
@@ -222,15 +262,17 @@ def test_an_actor_that_dies_while_the_others_connect(crew: Crew, spawn: Spawn) -
     ray.get(doomed.run.remote(die_when_connecting), timeout=60)
     name = new_name()
     with pytest.raises(col.PeerLostError) as caught:
-        col.create_collective_group([crew.actors[0], crew.actors[1], doomed], group_name=name, timeout_s=10)
+        col.create_collective_group(
+            [crew.actors[0], crew.actors[1], doomed], group_name=name, timeout_s=10
+        )
     assert caught.value.ranks == (2,)
     assert crew.run(2, has_group, name) == [False] * 2
 
 
 def die_when_connecting() -> None:
-    from colltensor.ray import seat
+    from colltensor.ray import actor_member
 
-    seat.connect = lambda *arguments: os._exit(1)
+    actor_member.connect = lambda *arguments: os._exit(1)
 
 
 def test_an_actor_that_stops_while_the_others_connect(crew: Crew, spawn: Spawn) -> None:
@@ -239,7 +281,9 @@ def test_an_actor_that_stops_while_the_others_connect(crew: Crew, spawn: Spawn) 
     name = new_name()
     began = time.monotonic()
     with pytest.raises(col.CollectiveTimeoutError) as caught:
-        col.create_collective_group([crew.actors[0], slow, crew.actors[1]], group_name=name, timeout_s=2)
+        col.create_collective_group(
+            [crew.actors[0], slow, crew.actors[1]], group_name=name, timeout_s=2
+        )
     assert caught.value.ranks == (1,)
     assert time.monotonic() - began < 10
     assert crew.run(2, has_group, name) == [False] * 2
@@ -247,15 +291,15 @@ def test_an_actor_that_stops_while_the_others_connect(crew: Crew, spawn: Spawn) 
 
 
 def sleep_when_connecting(seconds: float) -> None:
-    from colltensor.ray import seat
+    from colltensor.ray import actor_member
 
-    connect = seat.connect
+    connect = actor_member.connect
 
     def connect_late(*arguments: Any) -> None:
         time.sleep(seconds)
         connect(*arguments)
 
-    seat.connect = connect_late
+    actor_member.connect = connect_late
 
 
 def test_destroy_where_an_actor_died(crew: Crew, spawn: Spawn) -> None:
@@ -275,7 +319,9 @@ def test_threaded_actors(crew: Crew, spawn: Spawn, tmp_path: Path) -> None:
     actors = [threaded, crew.actors[0]]
     names = [new_name(), new_name()]
     groups = [col.create_collective_group(actors, group_name=name) for name in names]
-    calls = [actor.run.remote(total, rank, name) for name in names for rank, actor in enumerate(actors)]
+    calls = [
+        actor.run.remote(total, rank, name) for name in names for rank, actor in enumerate(actors)
+    ]
     assert ray.get(calls, timeout=60) == [[3.0, 3.0]] * 4
     for group in groups:
         group.destroy()
@@ -285,19 +331,32 @@ def test_threaded_actors(crew: Crew, spawn: Spawn, tmp_path: Path) -> None:
     assert caught.value.ranks == (0,)
     gate.touch()
     ray.get(busy, timeout=60)
-    assert [ray.get(actor.run.remote(has_group, 0, names[0]), timeout=60) for actor in actors] == [False, False]
+    assert [ray.get(actor.run.remote(has_group, 0, names[0]), timeout=60) for actor in actors] == [
+        False,
+        False,
+    ]
 
 
 def test_async_actors(crew: Crew, spawn: Spawn) -> None:
     actors = [spawn(AsyncMember), crew.actors[0]]
     name = new_name()
     group = col.create_collective_group(actors, group_name=name)
-    assert ray.get([actor.run.remote(total, r, name) for r, actor in enumerate(actors)], timeout=60) == [[3.0, 3.0]] * 2
+    assert (
+        ray.get([actor.run.remote(total, r, name) for r, actor in enumerate(actors)], timeout=60)
+        == [[3.0, 3.0]] * 2
+    )
     group.destroy()
-    steps: list[Any] = [(join, (2, name), None), (total, (name,), [3.0, 3.0]), (leave, (name,), None)]
+    steps: list[Any] = [
+        (join, (2, name), None),
+        (total, (name,), [3.0, 3.0]),
+        (leave, (name,), None),
+    ]
     for way in (actors[0].run, actors[0].run_in_thread):
         for function, arguments, expected in steps:
-            calls = [way.remote(function, 0, *arguments), actors[1].run.remote(function, 1, *arguments)]
+            calls = [
+                way.remote(function, 0, *arguments),
+                actors[1].run.remote(function, 1, *arguments),
+            ]
             assert ray.get(calls, timeout=60) == [expected] * 2
 
 
@@ -307,19 +366,30 @@ def test_a_call_that_comes_after_the_driver_gave_up(crew: Crew) -> None:
 
 
 def late_calls() -> None:
-    from colltensor.ray import seat
+    from colltensor.ray import actor_member
 
-    options = {"backend": "auto", "group_name": "late", "timeout_s": 5.0, "interface": None, "provider": None}
-    first, second = (seat.Place(seat.Token("driver", number), 0, 1, options) for number in (1, 2))
-    said = seat.introduce(None, first, 5.0)
-    seat.leave(None, first.token)
+    options = {
+        "backend": "auto",
+        "group_name": "late",
+        "timeout_s": 5.0,
+        "interface": None,
+        "provider": None,
+    }
+    first, second = (
+        actor_member.MemberSpec(actor_member.Token("driver", number), 0, 1, options)
+        for number in (1, 2)
+    )
+    said = actor_member.introduce(None, first, 5.0)
+    actor_member.leave(None, first.token)
     with pytest.raises(col.GroupError, match="gave it up"):
-        seat.listen(None, first.token, "late", [said])
-    where = seat.listen(None, second.token, "late", [seat.introduce(None, second, 5.0)])
+        actor_member.listen(None, first.token, "late", [said])
+    where = actor_member.listen(
+        None, second.token, "late", [actor_member.introduce(None, second, 5.0)]
+    )
     with pytest.raises(col.GroupError, match="makes it anew"):
-        seat.introduce(None, first, 5.0)
-    seat._seats[second.token].leave()
+        actor_member.introduce(None, first, 5.0)
+    actor_member._members[second.token].leave()
     with pytest.raises(col.GroupError, match="gave it up"):
-        seat.connect(None, second.token, "late", [where], 5.0)
+        actor_member.connect(None, second.token, "late", [where], 5.0)
     assert not col.is_group_initialized("late")
-    seat.leave(None, second.token)
+    actor_member.leave(None, second.token)

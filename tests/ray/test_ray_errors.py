@@ -13,13 +13,17 @@ import colltensor as col
 from colltensor import errors
 
 KINDS = [
-    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.CollectiveError)
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.CollectiveError)
 ]
 WITH_RANKS = (col.MismatchError, col.PeerLostError, col.CollectiveTimeoutError)
 
 
 def raise_error(rank: int, kind: type[col.CollectiveError]) -> None:
-    raise kind("what went wrong", (2, 5)) if issubclass(kind, WITH_RANKS) else kind("what went wrong")
+    raise (
+        kind("what went wrong", (2, 5)) if issubclass(kind, WITH_RANKS) else kind("what went wrong")
+    )
 
 
 def pass_on(rank: int, actor: Any, kind: type[col.CollectiveError]) -> None:
@@ -27,7 +31,9 @@ def pass_on(rank: int, actor: Any, kind: type[col.CollectiveError]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_an_error_of_an_actor_is_of_its_own_class_on_the_driver(crew: Crew, kind: type[col.CollectiveError]) -> None:
+def test_an_error_of_an_actor_is_of_its_own_class_on_the_driver(
+    crew: Crew, kind: type[col.CollectiveError]
+) -> None:
     for call in (
         crew.actors[0].run.remote(raise_error, 0, kind),
         crew.actors[0].run.remote(pass_on, 0, crew.actors[1], kind),

@@ -15,7 +15,8 @@ import colltensor as col
 from colltensor.backends import is_available, reason
 
 pytestmark = [
-    pytest.mark.gloo, pytest.mark.needs("torch"),
+    pytest.mark.gloo,
+    pytest.mark.needs("torch"),
     pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm"))),
 ]
 
@@ -29,7 +30,9 @@ def node(rank: int) -> str:
 def sums(rank: int, name: str) -> tuple[str, list[float]]:
     """The group's backend, and sums of arrays of one step and of many."""
     group = col.get_group_handle(name)
-    return group.backend, [float(col.allreduce(np.full(n, rank + 1.0), name)[-1]) for n in (3, 100_000, 3_000_001)]
+    return group.backend, [
+        float(col.allreduce(np.full(n, rank + 1.0), name)[-1]) for n in (3, 100_000, 3_000_001)
+    ]
 
 
 def meet(rank: int, world_size: int, name: str, host: str | None) -> tuple[str, list[float]]:
@@ -63,7 +66,9 @@ def test_one_actor_on_each_node(crew: Crew) -> None:
 def test_actors_of_one_node(crew: Crew) -> None:
     """Ranks 0 and 1 are the crew's first and third actor."""
     name = new_name()
-    calls = [actor.run.remote(meet, rank, 2, name, None) for rank, actor in enumerate(crew.actors[::2])]
+    calls = [
+        actor.run.remote(meet, rank, 2, name, None) for rank, actor in enumerate(crew.actors[::2])
+    ]
     assert ray.get(calls, timeout=60) == [("shm", [3.0] * 3)] * 2
 
 

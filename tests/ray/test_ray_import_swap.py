@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 import colltensor as col
 
-PROGRAM = '''
+PROGRAM = """
     import numpy as np
     import ray
     import ray.util.collective as col
@@ -99,7 +99,7 @@ PROGRAM = '''
     col.create_collective_group(workers, 2, [0, 1], backend="gloo")
     print([found[0] for found in ray.get([worker.compute.remote("default") for worker in workers])])
     print(col.gloo_available(), col.is_backend_available("GLOO"))
-'''
+"""
 
 SECOND = [[0.0, 0.0, 1.0, 1.0], [1.0, 1.0], [1, 1]]
 THIRD = [[0.0, 0.0, 1.0, 1.0], [3.0, 3.0], [1, 1]]
@@ -149,7 +149,12 @@ def test_a_program_starts_ray_itself(cluster: Cluster, tmp_path: Path) -> None:
 
 def printed_by(script: Path, **environment: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=script.parent, capture_output=True, text=True, timeout=90, check=False,
+        [sys.executable, str(script)],
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(Path(col.__file__).parent.parent), **environment},
     )
     assert done.returncode == 0, done.stderr
@@ -162,10 +167,14 @@ THEIRS = sorted({*ray.util.collective.__all__, "synchronize"} - {"register_colle
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_a_signature_begins_as_rays_does(name: str) -> None:
-    their = getattr(ray.util.collective, name, None) or getattr(ray.util.collective.collective, name)
+    their = getattr(ray.util.collective, name, None) or getattr(
+        ray.util.collective.collective, name
+    )
     expected = list(inspect.signature(their).parameters.values())
     found = list(inspect.signature(getattr(col, name)).parameters.values())
-    assert [parameter.name for parameter in found[: len(expected)]] == [parameter.name for parameter in expected]
+    assert [parameter.name for parameter in found[: len(expected)]] == [
+        parameter.name for parameter in expected
+    ]
     for ours, theirs in zip(found, expected, strict=False):
         assert ours.kind is theirs.kind
         if theirs.default is not inspect.Parameter.empty:

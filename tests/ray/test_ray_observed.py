@@ -26,7 +26,11 @@ Tags = tuple[str, str, str]
 def sample(line: str) -> tuple[str, dict[str, str], float] | None:
     """The name, tags and value of one line of Prometheus' text format."""
     found = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line)
-    return None if found is None else (found[1], dict(re.findall(r'(\w+)="([^"]*)"', found[2])), float(found[3]))
+    return (
+        None
+        if found is None
+        else (found[1], dict(re.findall(r'(\w+)="([^"]*)"', found[2])), float(found[3]))
+    )
 
 
 def exported(group: str) -> dict[str, dict[tuple[str, str], float]]:
@@ -40,13 +44,19 @@ def exported(group: str) -> dict[str, dict[tuple[str, str], float]]:
                 if found is not None and found[1].get("group") == group and "le" not in found[1]:
                     name, tags, value = found
                     assert {"group", "operation", "rank"} <= tags.keys()
-                    values.setdefault(name.removeprefix("ray_colltensor_"), {})[tags["operation"], tags["rank"]] = value
+                    values.setdefault(name.removeprefix("ray_colltensor_"), {})[
+                        tags["operation"], tags["rank"]
+                    ] = value
     return values
 
 
 def events(group: str) -> list[dict[str, Any]]:
     """The events of a group in ``ray timeline``."""
-    return [event for event in ray.timeline() if event["cat"] == "colltensor" and event["args"]["group"] == group]
+    return [
+        event
+        for event in ray.timeline()
+        if event["cat"] == "colltensor" and event["args"]["group"] == group
+    ]
 
 
 def awaited(read: Callable[[], Any], is_there: Callable[[Any], bool]) -> Any:
@@ -88,7 +98,8 @@ def test_metrics_and_events_of_a_group(crew: Crew, observing: None) -> None:
     found = awaited(lambda: exported(name), lambda values: len(values.get("errors_total", {})) == 2)
     ranks = ("0", "1")
     assert found["operations_total"] == {
-        **{("allreduce", rank): 3 for rank in ranks}, **{("barrier", rank): 1 for rank in ranks},
+        **{("allreduce", rank): 3 for rank in ranks},
+        **{("barrier", rank): 1 for rank in ranks},
     }
     assert found["bytes_total"] == {("allreduce", rank): 3 * 4096 for rank in ranks}
     assert found["errors_total"] == {("broadcast", rank): 1 for rank in ranks}
@@ -98,9 +109,14 @@ def test_metrics_and_events_of_a_group(crew: Crew, observing: None) -> None:
 
     shown = awaited(lambda: events(name), lambda events: len(events) == 10)
     for rank in ranks:
-        own = sorted((event for event in shown if event["args"]["rank"] == rank), key=lambda event: event["ts"])
+        own = sorted(
+            (event for event in shown if event["args"]["rank"] == rank),
+            key=lambda event: event["ts"],
+        )
         assert [event["name"] for event in own] == [
-            *[f"allreduce '{name}'"] * 3, f"barrier '{name}'", f"broadcast '{name}'",
+            *[f"allreduce '{name}'"] * 3,
+            f"barrier '{name}'",
+            f"broadcast '{name}'",
         ]
         assert [event["args"]["nbytes"] for event in own] == ["4096"] * 3 + ["0", "0"]
         assert "UnsupportedTensorError" in own[-1]["args"]["error"]
@@ -128,15 +144,23 @@ def in_a_task(rank: int, name: str) -> list[float]:
         col.destroy_collective_group(name)
 
 
-def test_the_variable_asks_for_it_in_tasks_and_actors(crew: Crew, spawn: Callable[..., Any]) -> None:
+def test_the_variable_asks_for_it_in_tasks_and_actors(
+    crew: Crew, spawn: Callable[..., Any]
+) -> None:
     """A runtime environment reaches every worker that it is for, and no program is changed."""
     asked = {"runtime_env": {"env_vars": {"COLLTENSOR_OBSERVE": "metrics,timeline"}}}
     name = new_name()
     actor = spawn(Member, resources={FIRST_NODE: 0.01}, **asked)
     task = ray.remote(num_cpus=0, resources={SECOND_NODE: 0.01}, **asked)(in_a_task)
-    assert ray.get([actor.run.remote(in_a_task, 0, name), task.remote(1, name)], timeout=60) == [[3.0, 3.0]] * 2
+    assert (
+        ray.get([actor.run.remote(in_a_task, 0, name), task.remote(1, name)], timeout=60)
+        == [[3.0, 3.0]] * 2
+    )
     expected = {("allreduce", "0"): 1.0, ("allreduce", "1"): 1.0}
-    assert awaited(lambda: exported(name).get("operations_total"), lambda counts: counts == expected) == expected
+    assert (
+        awaited(lambda: exported(name).get("operations_total"), lambda counts: counts == expected)
+        == expected
+    )
     shown = awaited(lambda: events(name), lambda events: len(events) == 2)
     assert {event["args"]["rank"] for event in shown} == {"0", "1"}
 
@@ -150,6 +174,10 @@ def test_a_driver_is_observed_as_well(crew: Crew) -> None:
         observe(metrics=False, timeline=False)
         col.destroy_collective_group("of the driver")
     expected = {("allreduce", "0"): 16.0}
-    found = awaited(lambda: exported("of the driver").get("bytes_total"), lambda values: values == expected)
+    found = awaited(
+        lambda: exported("of the driver").get("bytes_total"), lambda values: values == expected
+    )
     assert found == expected
-    assert [event["name"] for event in awaited(lambda: events("of the driver"), bool)] == ["allreduce 'of the driver'"]
+    assert [event["name"] for event in awaited(lambda: events("of the driver"), bool)] == [
+        "allreduce 'of the driver'"
+    ]

@@ -18,7 +18,13 @@ from crew import FIRST_NODE, Member, errors_of, kill_process, new_name, outcome
 from ray.cluster_utils import Cluster
 from ray.util.collective import backend_registry
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
-from ray.util.collective.types import AllReduceOptions, RecvOptions, ReduceOp, ReduceOptions, SendOptions
+from ray.util.collective.types import (
+    AllReduceOptions,
+    RecvOptions,
+    ReduceOp,
+    ReduceOptions,
+    SendOptions,
+)
 
 import colltensor as col
 import colltensor.ray
@@ -45,11 +51,16 @@ def workers(cluster: Cluster) -> Iterator[list[Any]]:
 
 
 def run(actors: list[Any], function: Callable[..., Any], *args: Any) -> list[Any]:
-    return ray.get([actor.run.remote(function, rank, *args) for rank, actor in enumerate(actors)], timeout=60)
+    return ray.get(
+        [actor.run.remote(function, rank, *args) for rank, actor in enumerate(actors)], timeout=60
+    )
 
 
 def outcomes(actors: list[Any], function: Callable[..., Any], *args: Any) -> list[Any]:
-    return [outcome(call) for call in [actor.run.remote(function, rank, *args) for rank, actor in enumerate(actors)]]
+    return [
+        outcome(call)
+        for call in [actor.run.remote(function, rank, *args) for rank, actor in enumerate(actors)]
+    ]
 
 
 def init(rank: int, name: str, backend: str = "COLLTENSOR") -> None:
@@ -77,7 +88,10 @@ def made_by(kind: str, values: Any) -> Any:
 
 def every_operation(rank: int, name: str, kind: str) -> dict[str, Any]:
     """What each of Ray's functions leaves in the tensors, as lists."""
-    found: dict[str, Any] = {"rank": collective.get_rank(name), "size": collective.get_collective_group_size(name)}
+    found: dict[str, Any] = {
+        "rank": collective.get_rank(name),
+        "size": collective.get_collective_group_size(name),
+    }
     for op in ReduceOp:
         found[op.name] = made_by(kind, [rank + 2.0, 3.0 - rank])
         collective.allreduce(found[op.name], name, op)
@@ -147,7 +161,9 @@ def of_one_device(rank: int, name: str) -> list[Any]:
     collective.broadcast_multigpu([told], 1, 0, name)
     gathered, piece = [np.zeros(1), np.zeros(1)], np.zeros(1)
     collective.allgather_multigpu([gathered], [np.full(1, rank + 1.0)], name)
-    collective.reducescatter_multigpu([piece], [[np.full(1, rank + 1.0), np.full(1, rank + 2.0)]], name)
+    collective.reducescatter_multigpu(
+        [piece], [[np.full(1, rank + 1.0), np.full(1, rank + 2.0)]], name
+    )
     moved = np.arange(4.0) + 10 * rank
     if rank == 0:
         collective.send_multigpu(moved, 1, 0, name, 2)
@@ -188,7 +204,9 @@ def through_the_handle(rank: int, name: str) -> list[Any]:
     assert given.tolist() == [rank + 1.0] * 2
     assert (handle.rank, handle.world_size, handle.group_name) == (rank, 2, name)
     assert col.get_group_handle(name) is handle.group
-    return [array.tolist() for array in (listed, told, *gathered, piece, tree["a"], tree["b"][0], moved)]
+    return [
+        array.tolist() for array in (listed, told, *gathered, piece, tree["a"], tree["b"][0], moved)
+    ]
 
 
 def test_jax_through_the_handle(workers: list[Any], name: str) -> None:
@@ -216,7 +234,9 @@ def ops_of_options(rank: int, name: str) -> list[float]:
 
 
 def test_the_objects_of_options(workers: list[Any], name: str) -> None:
-    assert run(workers, ops_of_options, name) == [[5.0, 5.0, 5.0, 6.0, 3.0, 3.0, root] for root in (2.0, 5.0)]
+    assert run(workers, ops_of_options, name) == [
+        [5.0, 5.0, 5.0, 6.0, 3.0, 3.0, root] for root in (2.0, 5.0)
+    ]
 
 
 def misuse(rank: int, name: str) -> None:
@@ -239,7 +259,10 @@ def misuse(rank: int, name: str) -> None:
     with pytest.raises(col.OptionError, match="a list of one"):
         handle.send([np.ones(2)] * 2, SendOptions())
     for wrong in (np.ones((2, 2)).T, np.ones(2)):
-        with as_if_cupy_were_here(), pytest.raises(col.OptionError, match="n_elements=3: expected a contiguous tensor"):
+        with (
+            as_if_cupy_were_here(),
+            pytest.raises(col.OptionError, match="n_elements=3: expected a contiguous tensor"),
+        ):
             collective.send_multigpu(wrong, 1 - rank, 0, name, 3)
     with pytest.raises(ValueError, match="less than world size"):
         collective.broadcast(np.ones(2), 2, name)
@@ -256,7 +279,7 @@ def test_errors_are_ours(workers: list[Any], name: str) -> None:
     run(workers, misuse, name)
 
 
-def wires(rank: int, name: str) -> str:
+def transports(rank: int, name: str) -> str:
     init(rank, name, "colltensor_gloo")
     backend: str = collective.get_group_handle(name).group.backend
     collective.destroy_collective_group(name)
@@ -269,7 +292,7 @@ def wires(rank: int, name: str) -> str:
 
 
 def test_a_name_for_every_backend(workers: list[Any]) -> None:
-    assert run(workers, wires, new_name()) == ["gloo"] * 2
+    assert run(workers, transports, new_name()) == ["gloo"] * 2
 
 
 def test_a_peer_that_does_not_come_is_named_in_time(workers: list[Any]) -> None:
@@ -340,7 +363,9 @@ def add_one(rank: int, name: str) -> None:
     collective.allreduce(np.ones(2), name)
 
 
-def test_registering_again_and_over_others(workers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registering_again_and_over_others(
+    workers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     colltensor.ray.register()
     with pytest.raises(col.OptionError, match="timeout_s"):
         colltensor.ray.register(timeout_s=0)
@@ -350,13 +375,11 @@ def test_registering_again_and_over_others(workers: list[Any], monkeypatch: pyte
 
 
 def test_our_package_for_ray_does_not_import_rays_api(cluster: Cluster) -> None:
-    program = (
-        "import sys, colltensor.ray; print(sorted({'torch', 'jax', 'cupy', 'ray.util.collective'} & {*sys.modules}))"
-    )
+    program = "import sys, colltensor.ray; print(sorted({'torch', 'jax', 'cupy', 'ray.util.collective'} & {*sys.modules}))"
     assert printed_by(program) == ["[]"]
 
 
-PROGRAM = '''
+PROGRAM = """
 import numpy as np
 import ray
 import ray.util.collective as col
@@ -396,7 +419,7 @@ ray.get([worker.teardown.remote("declared") for worker in workers])
 workers[0].setup.remote(2, 0, "GLOO", "with a task")
 print(ray.get([workers[0].compute.remote("with a task"), task.remote(1, "GLOO")])[1])
 print(ray.util.list_named_actors(all_namespaces=True))
-'''
+"""
 
 REPLACED = {
     '"GLOO"': '"COLLTENSOR"',
@@ -417,8 +440,13 @@ def test_a_program_runs_on_us_with_a_setup_hook(cluster: Cluster) -> None:
 
 def printed_by(program: str, **environment: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=90,
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=90,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if "(raylet)" not in line]  # Ray's own remarks
+    # Ray's own remarks
+    return [line for line in done.stdout.splitlines() if "(raylet)" not in line]

@@ -50,7 +50,9 @@ def meet_and_add(rank: int, world_size: int, name: str) -> list[float]:
 def test_tasks_meet(cluster: object) -> None:
     task = ray.remote(num_cpus=0)(meet_and_add)
     name = new_name()
-    assert ray.get([task.remote(rank, 2, name) for rank in range(2)], timeout=60) == [[3.0, 3.0]] * 2
+    assert (
+        ray.get([task.remote(rank, 2, name) for rank in range(2)], timeout=60) == [[3.0, 3.0]] * 2
+    )
 
 
 @pytest.mark.parametrize("driver", [0, 1])
@@ -66,7 +68,9 @@ def test_one_rank_alone(crew: Crew) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["grüße/%s\n../..", "x" * 1024, " ", "colltensor:"], ids=["odd", "long", "space", "colon"]
+    "name",
+    ["grüße/%s\n../..", "x" * 1024, " ", "colltensor:"],
+    ids=["odd", "long", "space", "colon"],
 )
 def test_names_of_every_kind(crew: Crew, name: str) -> None:
     assert crew.run(2, meet_and_add, 2, name) == [[3.0, 3.0]] * 2
@@ -79,7 +83,10 @@ def meet_many(rank: int, names: list[str], world_size: int) -> list[list[float]]
     def meet(name: str) -> None:
         found[name] = meet_and_add(rank, world_size, name)
 
-    threads = [threading.Thread(target=meet, args=(name,)) for name in (names if rank % 2 else reversed(names))]
+    threads = [
+        threading.Thread(target=meet, args=(name,))
+        for name in (names if rank % 2 else reversed(names))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -155,8 +162,14 @@ def test_a_driver_that_is_rank_0_crashes(crew: Crew, cluster: Cluster) -> None:
     name = new_name()
     program = f"import ray, crew; ray.init(log_to_driver=False); crew.join(0, 2, {name!r})"
     folders = [str(Path(__file__).parent), str(Path(col.__file__).parent.parent)]
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": os.pathsep.join(folders)}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL) as driver:
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": cluster.address,
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL
+    ) as driver:
         await_named_actor()
         driver.kill()
     assert named_actors() == []
@@ -202,7 +215,9 @@ def test_two_ranks_0(crew: Crew) -> None:
 
 def test_ranks_that_disagree_about_the_group(crew: Crew) -> None:
     name = new_name()
-    calls = [actor.run.remote(join, rank, 2 + rank, name) for rank, actor in enumerate(crew.actors[:2])]
+    calls = [
+        actor.run.remote(join, rank, 2 + rank, name) for rank, actor in enumerate(crew.actors[:2])
+    ]
     for error in errors_of([outcome(call) for call in calls], col.MismatchError):
         assert error.ranks == (1,)
 
@@ -222,7 +237,13 @@ def test_an_actor_of_somebody_else_has_the_name(crew: Crew) -> None:
 def test_a_member_dies_and_the_group_is_made_again(crew: Crew, spawn: Spawn) -> None:
     name = new_name()
     mortal = spawn(Member)
-    ray.get([actor.run.remote(join, rank, 2, name) for rank, actor in enumerate((crew.actors[0], mortal))], timeout=60)
+    ray.get(
+        [
+            actor.run.remote(join, rank, 2, name)
+            for rank, actor in enumerate((crew.actors[0], mortal))
+        ],
+        timeout=60,
+    )
     pid = ray.get(mortal.pid.remote(), timeout=60)
     waiting = crew.actors[0].run.remote(total, 0, name)
     time.sleep(0.3)
@@ -239,7 +260,13 @@ def test_a_member_dies_and_the_group_is_made_again(crew: Crew, spawn: Spawn) -> 
 def test_rank_0_of_a_finished_meeting_dies(crew: Crew, spawn: Spawn) -> None:
     name = new_name()
     mortal = spawn(Member)
-    ray.get([actor.run.remote(join, rank, 2, name) for rank, actor in enumerate((mortal, crew.actors[0]))], timeout=60)
+    ray.get(
+        [
+            actor.run.remote(join, rank, 2, name)
+            for rank, actor in enumerate((mortal, crew.actors[0]))
+        ],
+        timeout=60,
+    )
     assert named_actors() == []
     kill_process(mortal, ray.get(mortal.pid.remote(), timeout=60))
     error = outcome(crew.actors[0].run.remote(total, 1, name))

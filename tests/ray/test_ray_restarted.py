@@ -23,10 +23,14 @@ def total(rank: int, name: str) -> list[float]:
 
 
 def totals(actors: list[Any], name: str) -> list[Any]:
-    return ray.get([actor.run.remote(total, rank, name) for rank, actor in enumerate(actors)], timeout=60)
+    return ray.get(
+        [actor.run.remote(total, rank, name) for rank, actor in enumerate(actors)], timeout=60
+    )
 
 
-def test_a_group_is_made_anew_after_an_actor_was_killed_in_a_collective(crew: Crew, spawn: Spawn) -> None:
+def test_a_group_is_made_anew_after_an_actor_was_killed_in_a_collective(
+    crew: Crew, spawn: Spawn
+) -> None:
     mortal = spawn(Member, max_restarts=1)
     actors = [crew.actors[0], mortal, crew.actors[1]]
     name = new_name()
@@ -40,7 +44,8 @@ def test_a_group_is_made_anew_after_an_actor_was_killed_in_a_collective(crew: Cr
         assert error.ranks == (1,)
     began = time.monotonic()
     group.recreate()
-    assert time.monotonic() - began < 10  # Ray takes some two seconds to notice and to start a process
+    # Ray takes some two seconds to notice and to start a process
+    assert time.monotonic() - began < 10
     assert group.generation > first
     assert ray.get(mortal.pid.remote(), timeout=60) != pid
     assert totals(actors, name) == [[6.0, 6.0]] * 3
@@ -122,10 +127,15 @@ def test_a_late_member_stays_out(crew: Crew, spawn: Spawn, tmp_path: Path) -> No
     ray.get(busy, timeout=60)
     assert totals(actors, name) == [[3.0, 3.0]] * 2
     group.destroy()
-    assert [ray.get(actor.run.remote(has_group, 0, name), timeout=60) for actor in actors] == [False, False]
+    assert [ray.get(actor.run.remote(has_group, 0, name), timeout=60) for actor in actors] == [
+        False,
+        False,
+    ]
 
 
-def test_a_member_that_still_connects_to_the_old_group_gives_way(crew: Crew, spawn: Spawn, tmp_path: Path) -> None:
+def test_a_member_that_still_connects_to_the_old_group_gives_way(
+    crew: Crew, spawn: Spawn, tmp_path: Path
+) -> None:
     """One thread of an actor is in the old creation, while another takes part in the new one."""
     slow = spawn(Member, max_concurrency=3)
     gate, began = tmp_path / "gate", tmp_path / "began"

@@ -37,6 +37,10 @@ def test_sixteen_actors_meet(spawn: Callable[..., Any]) -> None:
             joined = [actor.run.remote(join, rank, name) for rank, actor in enumerate(actors)]
             assert set(ray.get(joined, timeout=60)) == {"shm"}
         assert time.monotonic() - began < MEET_WITHIN_S, way
-        sums = ray.get([actor.run.remote(total, rank, name) for rank, actor in enumerate(actors)], timeout=60)
+        sums = ray.get(
+            [actor.run.remote(total, rank, name) for rank, actor in enumerate(actors)], timeout=60
+        )
         assert sums == [[RANKS * (RANKS + 1) / 2] * 2] * RANKS
-        ray.get([actor.run.remote(col.destroy_collective_group, name) for actor in actors], timeout=60)
+        ray.get(
+            [actor.run.remote(col.destroy_collective_group, name) for actor in actors], timeout=60
+        )

@@ -51,7 +51,12 @@ def test_arrays_of_all_kinds(actors: SimpleNamespace, framework: str, receiver: 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_driver_gets_and_puts(actors: SimpleNamespace, framework: str) -> None:
-    assert check_samples(ray.get(give(actors.far, framework, samples, framework), timeout=PATIENCE_S), framework) >= 12
+    assert (
+        check_samples(
+            ray.get(give(actors.far, framework, samples, framework), timeout=PATIENCE_S), framework
+        )
+        >= 12
+    )
     ref = ray.put(samples(framework), _tensor_transport=TRANSPORT[framework])
     assert result(actors.first, check_samples, ref, framework) >= 12
 
@@ -65,7 +70,10 @@ def test_nothing_but_a_note_is_in_the_object_store(actors: SimpleNamespace) -> N
 
 def test_ordinary_arrays_travel_as_they_did(actors: SimpleNamespace) -> None:
     """An actor that returned wrapped arrays still reads others from the object store without a copy."""
-    ray.get(actors.second.run.remote(total, give(actors.first, "numpy", counted, "numpy", 4)), timeout=PATIENCE_S)
+    ray.get(
+        actors.second.run.remote(total, give(actors.first, "numpy", counted, "numpy", 4)),
+        timeout=PATIENCE_S,
+    )
     ref = actors.first.run.remote(np.ones, 1 << 17)
     assert not ray.get(ref, timeout=PATIENCE_S).flags.writeable
     wrapped = actors.first.run.remote(counted, "numpy", 5)
@@ -76,7 +84,10 @@ def test_one_object_to_several_actors_and_back_to_its_own(actors: SimpleNamespac
     ref = give(actors.first, "numpy", remember, counted("numpy", 1000))
     receivers = (actors.second, actors.far, actors.second, actors.first)
     with pytest.warns(UserWarning, match="passed back to the actor that created it"):
-        assert ray.get([actor.run.remote(total, ref) for actor in receivers], timeout=PATIENCE_S) == [499_500.0] * 4
+        assert (
+            ray.get([actor.run.remote(total, ref) for actor in receivers], timeout=PATIENCE_S)
+            == [499_500.0] * 4
+        )
     assert result(actors.first, is_remembered, ref)
 
 
@@ -88,14 +99,19 @@ def test_all_pairs_at_once_in_both_directions(actors: SimpleNamespace) -> None:
     for count in (10, 1 << 18):
         refs = {
             (sender, turn): give(actor, "numpy", counted, "numpy", count, 1000 * sender + turn)
-            for turn in range(3) for sender, actor in enumerate(actors.all)
+            for turn in range(3)
+            for sender, actor in enumerate(actors.all)
         }
         sums = {
             (key, receiver): actor.run.remote(total, ref)
-            for key, ref in refs.items() for receiver, actor in enumerate(actors.all) if receiver != key[0]
+            for key, ref in refs.items()
+            for receiver, actor in enumerate(actors.all)
+            if receiver != key[0]
         }
         for ((sender, turn), _), call in sums.items():
-            assert ray.get(call, timeout=PATIENCE_S) == count * (count - 1) / 2 + count * (1000 * sender + turn)
+            assert ray.get(call, timeout=PATIENCE_S) == count * (count - 1) / 2 + count * (
+                1000 * sender + turn
+            )
 
 
 def test_threads_of_one_receiver(actors: SimpleNamespace, spawn_direct: Callable[..., Any]) -> None:
@@ -111,13 +127,22 @@ def test_threads_of_one_receiver(actors: SimpleNamespace, spawn_direct: Callable
     assert ray.get(calls, timeout=PATIENCE_S)[::2] == expected
     assert ray.get(calls, timeout=PATIENCE_S)[1::2] == expected
     found: dict[int, float] = {}
-    threads = [threading.Thread(target=lambda n=n: found.update({n: total(ray.get(refs[n]))})) for n in range(9)]
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: total(ray.get(refs[n]))}))
+        for n in range(9)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE_S)
     assert [found[n] for n in range(9)] == expected
-    (nested,) = ray.get([loop.run.remote(list, [ray.put(counted("numpy", 5), _tensor_transport="COLLTENSOR_NUMPY")])])
+    (nested,) = ray.get(
+        [
+            loop.run.remote(
+                list, [ray.put(counted("numpy", 5), _tensor_transport="COLLTENSOR_NUMPY")]
+            )
+        ]
+    )
     assert total(ray.get(nested, timeout=PATIENCE_S)) == 10
 
 

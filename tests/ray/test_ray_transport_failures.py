@@ -226,7 +226,9 @@ def test_a_stranger_gets_nothing(actors: SimpleNamespace) -> None:
     result(actors.first, source.let_go, "secret")
 
 
-def test_an_actor_that_restarted_sends_again(actors: SimpleNamespace, spawn_direct: Callable[..., Any]) -> None:
+def test_an_actor_that_restarted_sends_again(
+    actors: SimpleNamespace, spawn_direct: Callable[..., Any]
+) -> None:
     """Ray registers transports in an actor once; the module of the class does it in every process."""
     phoenix = spawn_direct(Counter, max_restarts=1)
     assert result(actors.first, total, phoenix.count.remote(10)) == 45.0
@@ -253,7 +255,8 @@ def hold(where: tuple[str, int], number: int) -> list[int]:
     for client in clients:
         client.sendall(b"?")  # else the kernel would keep them from the source
     time.sleep(0.2)
-    after = threading.active_count(), len(os.listdir("/proc/self/fd")) - number  # without our own ends
+    # without our own ends
+    after = threading.active_count(), len(os.listdir("/proc/self/fd")) - number
     for client in clients:
         client.close()
     return [now - then for now, then in zip(after, before, strict=True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-PROGRAM = '''
+PROGRAM = """
 import os
 import time
 
@@ -64,7 +64,7 @@ while time.monotonic() < deadline:
     except ray.exceptions.RayActorError:
         time.sleep(0.05)
 print(ray.get(source.count.remote(7), timeout=60).array.sum())
-'''
+"""
 
 NUMPY_ALONE = """
 import importlib.util
@@ -83,4 +83,8 @@ def test_workers_make_actors_take_objects_and_restart(cluster: Cluster, tmp_path
         capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if "(raylet)" not in line] == ["10", "15", "21"]
+    assert [line for line in done.stdout.splitlines() if "(raylet)" not in line] == [
+        "10",
+        "15",
+        "21",
+    ]

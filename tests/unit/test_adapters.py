@@ -33,7 +33,8 @@ from colltensor.adapters._numpy_dtypes import numpy_dtype
 from colltensor.types import CPU, DTYPES, Device
 
 exports_by_version = pytest.mark.skipif(
-    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="numpy says since 2.1 what an export is, by its version"
+    np.lib.NumpyVersion(np.__version__) < "2.1.0",
+    reason="numpy says since 2.1 what an export is, by its version",
 )
 
 
@@ -57,11 +58,18 @@ def source(tensor: Any) -> BufferView:
 class TestNumpy:
     """numpy.ndarray."""
 
-    @pytest.mark.parametrize("name", [name for name in DTYPES if name == "bool" or hasattr(np, name)])
+    @pytest.mark.parametrize(
+        "name", [name for name in DTYPES if name == "bool" or hasattr(np, name)]
+    )
     def test_numpy_dtypes(self, name: str) -> None:
         array = np.zeros((2, 3), name)
         view = target(array)
-        assert (view.pointer, view.dtype, view.shape, view.strides) == (array.ctypes.data, DTYPES[name], (2, 3), None)
+        assert (view.pointer, view.dtype, view.shape, view.strides) == (
+            array.ctypes.data,
+            DTYPES[name],
+            (2, 3),
+            None,
+        )
         assert (view.device, view.readonly, view.owner is array) == (CPU, False, True)
 
     def test_dtypes_of_ml_dtypes(self) -> None:
@@ -69,10 +77,15 @@ class TestNumpy:
         for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
             array = np.zeros(6, getattr(ml_dtypes, name))[::2]
             for view in (target(array), source(array)):
-                assert (view.pointer, view.dtype.name, view.strides) == (array.ctypes.data, name, (2,))
+                assert (view.pointer, view.dtype.name, view.strides) == (
+                    array.ctypes.data,
+                    name,
+                    (2,),
+                )
 
     @pytest.mark.parametrize(
-        "index", [np.s_[::-1, ::2], np.s_[1:3, 1], np.s_[:, None, 2:4], np.s_[3:, :0], np.s_[0, 0:1]]
+        "index",
+        [np.s_[::-1, ::2], np.s_[1:3, 1], np.s_[:, None, 2:4], np.s_[3:, :0], np.s_[0, 0:1]],
     )
     def test_any_layout(self, index: Any) -> None:
         array = np.arange(24, dtype=np.int16).reshape(4, 6)[index]
@@ -97,7 +110,9 @@ class TestNumpy:
         with pytest.raises(ReadOnlyError):
             target(np.frombuffer(b"12345678", np.float64))
 
-    @pytest.mark.parametrize("dtype", ["O", "M8[s]", "m8[s]", "U3", "S3", "V4", ">i4", "g", "G", [("a", "f4")]])
+    @pytest.mark.parametrize(
+        "dtype", ["O", "M8[s]", "m8[s]", "U3", "S3", "V4", ">i4", "g", "G", [("a", "f4")]]
+    )
     def test_other_dtypes(self, dtype: Any) -> None:
         for look in (target, source):
             with pytest.raises(UnsupportedDTypeError, match="is not supported"):
@@ -108,7 +123,12 @@ class TestNumpy:
         class Tagged(np.ndarray):
             pass
 
-        for array in (np.ma.zeros(3), np.asmatrix([[1.0]]), np.zeros(3).view(Tagged), np.rec.array([(1, 2)])):
+        for array in (
+            np.ma.zeros(3),
+            np.asmatrix([[1.0]]),
+            np.zeros(3).view(Tagged),
+            np.rec.array([(1, 2)]),
+        ):
             with pytest.raises(UnsupportedTensorError, match="subclasses are refused"):
                 target(array)
 
@@ -130,14 +150,20 @@ class TestHostMemory:
             assert view.pointer % 64 == 0
             assert view.nbytes == nbytes
 
-    @pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "complex128", "bfloat16", "float8_e4m3fn"])
+    @pytest.mark.parametrize(
+        "dtype", ["bool", "uint8", "int64", "complex128", "bfloat16", "float8_e4m3fn"]
+    )
     def test_copies_between_layouts(self, dtype: str) -> None:
         kind = np.dtype(getattr(importlib.import_module("ml_dtypes"), dtype, dtype))
         raw = np.arange(24 * kind.itemsize, dtype=np.uint8)
         values = (raw % 2 == 1)[:24] if dtype == "bool" else raw.view(kind)
         spread = np.zeros((8, 6), kind)
-        for one, other in ((values.reshape(4, 6), spread[::2]), (values.reshape(4, 6).T, spread[::-2, :]),
-                           (values[::-1], spread[:4, :]), (values.reshape(6, 4), spread[4:])):
+        for one, other in (
+            (values.reshape(4, 6), spread[::2]),
+            (values.reshape(4, 6).T, spread[::-2, :]),
+            (values[::-1], spread[:4, :]),
+            (values.reshape(6, 4), spread[4:]),
+        ):
             memory_of("cpu").copy(target(other), source(one))
             assert np.ascontiguousarray(other).tobytes() == np.ascontiguousarray(one).tobytes()
         assert spread[4:].any() or dtype == "bool"
@@ -162,14 +188,28 @@ class TestTorch:
             tensor = torch.zeros((2, 3), dtype=getattr(torch, name))
             view = target(tensor)
             assert (view.pointer, view.dtype.name, tuple(view.shape), view.strides) == (
-                tensor.data_ptr(), name, (2, 3), None)
+                tensor.data_ptr(),
+                name,
+                (2, 3),
+                None,
+            )
 
     def test_layouts(self) -> None:
         tensor = self.torch().arange(24).reshape(4, 6)
-        for part in (tensor.T, tensor[1::2, ::3], tensor[:, 2], tensor[2:], tensor.permute(1, 0)[:, :1]):
+        for part in (
+            tensor.T,
+            tensor[1::2, ::3],
+            tensor[:, 2],
+            tensor[2:],
+            tensor.permute(1, 0)[:, :1],
+        ):
             view = target(part)
             assert view.pointer == part.data_ptr()
-            assert view.strides is None if part.is_contiguous() else tuple(view.strides) == part.stride()
+            assert (
+                view.strides is None
+                if part.is_contiguous()
+                else tuple(view.strides) == part.stride()
+            )
 
     def test_channels_last(self) -> None:
         torch = self.torch()
@@ -207,15 +247,22 @@ class TestTorch:
         x = torch.ones(3, dtype=torch.complex64)
         for lazy in (x.conj(), x.conj().imag):
             for look in (source, target):
-                with pytest.raises(UnsupportedTensorError, match=r"resolve_neg\(\)\.resolve_conj\(\)"):
+                with pytest.raises(
+                    UnsupportedTensorError, match=r"resolve_neg\(\)\.resolve_conj\(\)"
+                ):
                     look(lazy)
         assert target(x.conj().resolve_conj()).count == 3
 
-    @pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls sparse and nested tensors prototypes
+    # torch calls sparse and nested tensors prototypes
+    @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_no_plain_memory(self) -> None:
         torch = self.torch()
-        for tensor in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.eye(3).to_sparse_csc(),
-                       torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])):
+        for tensor in (
+            torch.eye(3).to_sparse(),
+            torch.eye(3).to_sparse_csr(),
+            torch.eye(3).to_sparse_csc(),
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        ):
             for look in (source, target):
                 with pytest.raises(UnsupportedTensorError):
                     look(tensor)
@@ -252,22 +299,35 @@ class TestJax:
 
     def test_views(self) -> None:
         jnp = self.jax().numpy
-        for name in ("bool", "int8", "uint32", "float16", "bfloat16", "float32", "complex64", "float8_e4m3fn"):
+        for name in (
+            "bool",
+            "int8",
+            "uint32",
+            "float16",
+            "bfloat16",
+            "float32",
+            "complex64",
+            "float8_e4m3fn",
+        ):
             array = jnp.zeros((2, 3), getattr(jnp, name))
             for view in (source(array), target(array)):
-                assert (view.pointer, view.dtype.name, view.shape) == (array.unsafe_buffer_pointer(), name, (2, 3))
+                assert (view.pointer, view.dtype.name, view.shape) == (
+                    array.unsafe_buffer_pointer(),
+                    name,
+                    (2, 3),
+                )
                 assert view.readonly
 
-    def test_claim_copies_or_takes(self) -> None:
+    def test_allocate_result_copies_or_takes(self) -> None:
         jnp = self.jax().numpy
         adapter = adapter_of(jnp.ones(3))
         assert adapter.immutable
         x = jnp.arange(1000.0)
-        copy, view = adapter.claim(x, False)
+        copy, view = adapter.allocate_result(x, False)
         assert view.pointer == copy.unsafe_buffer_pointer() != x.unsafe_buffer_pointer()
         assert not view.readonly
         pointer = x.unsafe_buffer_pointer()
-        taken, view = adapter.claim(x, True)
+        taken, view = adapter.allocate_result(x, True)
         assert x.is_deleted()
         assert view.pointer == taken.unsafe_buffer_pointer() == pointer
 
@@ -285,7 +345,8 @@ class TestJax:
             jax.jit(source)(jax.numpy.ones(3))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of libraries that a machine without a GPU lacks
+# of libraries that a machine without a GPU lacks
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.needs("cupy")
 class TestCupy:
     """cupy.ndarray, over host memory that poses as a device's: the adapter looks at addresses only."""
@@ -297,7 +358,9 @@ class TestCupy:
         return 7
 
     @staticmethod
-    def array(host: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, offset: int = 0) -> Any:
+    def array(
+        host: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None = None, offset: int = 0
+    ) -> Any:
         cupy = importlib.import_module("cupy")
         memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, 0)
         return cupy.ndarray(shape, host.dtype, cupy.cuda.MemoryPointer(memory, offset), strides)
@@ -307,7 +370,12 @@ class TestCupy:
         host = np.zeros(12, name)
         for look in (source, target):
             view = look(self.array(host, (3, 4)))
-            assert (view.pointer, view.dtype.name, view.shape, view.strides) == (host.ctypes.data, name, (3, 4), None)
+            assert (view.pointer, view.dtype.name, view.shape, view.strides) == (
+                host.ctypes.data,
+                name,
+                (3, 4),
+                None,
+            )
             assert (view.device, view.stream) == (Device("cuda", 0), stream)
             assert not view.readonly
 
@@ -340,13 +408,29 @@ class TestDlpack:
     """Any object with ``__dlpack__`` and ``__dlpack_device__``."""
 
     @pytest.mark.parametrize(
-        "name", ["bool", "int8", "int64", "uint8", "uint64", "float16", "float32", "float64", "complex64", "complex128"]
+        "name",
+        [
+            "bool",
+            "int8",
+            "int64",
+            "uint8",
+            "uint64",
+            "float16",
+            "float32",
+            "float64",
+            "complex64",
+            "complex128",
+        ],
     )
     def test_views(self, name: str) -> None:
         array = np.zeros((2, 6), name)
         for tensor, strides in ((array, None), (array[:, ::-2], (6, -2)), (array.T, (1, 6))):
             view = target(Exporter(tensor))
-            assert (view.pointer, view.dtype.name, view.strides) == (tensor.ctypes.data, name, strides)
+            assert (view.pointer, view.dtype.name, view.strides) == (
+                tensor.ctypes.data,
+                name,
+                strides,
+            )
             assert view.device == CPU
 
     def test_device_numbers(self) -> None:
@@ -417,7 +501,7 @@ class TestTensorflow:
             y, z = alone.allreduce(x), alone.allreduce(x, donate=True)
             assert y.__class__ is z.__class__ is tf.EagerTensor
             assert len({entry.array.ctypes.data for entry in (x, y, z)}) == 3
-            _, view = adapter_of(x).claim(x, False)
+            _, view = adapter_of(x).allocate_result(x, False)
             view.memory()[:] = bytes(4)
             assert float(tf.constant(2.0).array) == 2.0
 
@@ -425,7 +509,11 @@ class TestTensorflow:
         with imitated("tensorflow") as tf:
             x = tf.constant([[1, 2], [3, 4]])
             view = source(x)
-            assert (view.pointer, view.dtype.name, view.readonly) == (x.array.ctypes.data, "int64", True)
+            assert (view.pointer, view.dtype.name, view.readonly) == (
+                x.array.ctypes.data,
+                "int64",
+                True,
+            )
 
     def test_what_it_cannot_export(self) -> None:
         ml_dtypes = importlib.import_module("ml_dtypes")
@@ -442,7 +530,10 @@ class TestTensorflow:
                 target(x)
 
     def test_variables_are_refused_by_name(self) -> None:
-        with imitated("tensorflow") as tf, pytest.raises(UnsupportedTensorError, match=r"v\.assign\("):
+        with (
+            imitated("tensorflow") as tf,
+            pytest.raises(UnsupportedTensorError, match=r"v\.assign\("),
+        ):
             source(tf.Variable())
 
 
@@ -454,13 +545,18 @@ class TestMlx:
             mx = mlx.core
             x = mx.array(np.arange(6, dtype=np.float32).reshape(2, 3))
             assert (source(x).pointer, source(x).readonly) == (x.array.ctypes.data, True)
-            for given in (x, mx.transpose(x), mx.array(np.float32(3)), mx.array(np.zeros((0, 3), np.float32))):
+            for given in (
+                x,
+                mx.transpose(x),
+                mx.array(np.float32(3)),
+                mx.array(np.zeros((0, 3), np.float32)),
+            ):
                 before = given.array.copy()
                 result = alone.allreduce([given, np.ones(1)])[0]
                 assert result.__class__ is mx.array
                 assert result.shape == given.shape
                 assert (result.array == before).all()
-                _, view = adapter_of(given).claim(given, False)
+                _, view = adapter_of(given).allocate_result(given, False)
                 assert view.strides is None
                 if view.count:
                     view.memory()[:] = bytes(view.nbytes)
@@ -523,7 +619,7 @@ class CustomAdapter:
     def target(self, tensor: Any) -> BufferView:
         return target(tensor.array)
 
-    def claim(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
+    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         return tensor, self.target(tensor)
 
     def written(self, tensor: Any) -> None:
@@ -544,7 +640,7 @@ def test_register_adapter() -> None:
     for attributes, words in (
         ({"name": None}, "attribute name of type str, got None"),
         ({"immutable": 1}, "attribute immutable of type bool"),
-        ({"plain": True}, "plain: expected a function, got True"),
+        ({"directly_exportable": True}, "plain: expected a function, got True"),
     ):
         with pytest.raises(OptionError, match=words):
             register_adapter(type("Wrong", (CustomAdapter,), attributes)())
@@ -557,21 +653,28 @@ def test_register_adapter() -> None:
 def test_read_only_views_of_a_registered_adapter_are_not_written(alone: Any) -> None:
     class Locked(CustomAdapter):
         def source(self, tensor: Any) -> BufferView:
-            return BufferView.from_dlpack(ReadOnly(tensor.array), dtype=DTYPES["float64"], device=CPU)
+            return BufferView.from_dlpack(
+                ReadOnly(tensor.array), dtype=DTYPES["float64"], device=CPU
+            )
 
         target = source
 
     register_adapter(Locked())
     tensor = Custom()
     alone.broadcast(tensor, 0)
-    calls = [lambda: alone.allreduce(tensor), lambda: alone.allreduce([tensor]), lambda: target_of(Locked(), tensor)]
+    calls = [
+        lambda: alone.allreduce(tensor),
+        lambda: alone.allreduce([tensor]),
+        lambda: target_of(Locked(), tensor),
+    ]
     for call in calls:
         with pytest.raises(ReadOnlyError, match="Custom is read-only"):
             call()
 
 
 @pytest.mark.parametrize(
-    "thing", [None, "x", b"x", [], {}, object(), np.longdouble(1), np.dtype("f4"), Custom, np.str_("x")]
+    "thing",
+    [None, "x", b"x", [], {}, object(), np.longdouble(1), np.dtype("f4"), Custom, np.str_("x")],
 )
 def test_what_is_no_tensor(thing: Any) -> None:
     assert find_adapter(type(thing)) is None
@@ -583,8 +686,13 @@ def test_what_is_no_tensor(thing: Any) -> None:
 def test_numbers_are_no_tensors_but_have_an_adapter(number: Any) -> None:
     assert find_adapter(type(number)) is None
     adapter = adapter_of(number)
-    result, view = adapter.claim(number, donate=False)
-    assert (view.count, view.shape, view.readonly, adapter.source(number).readonly) == (1, (), False, True)
+    result, view = adapter.allocate_result(number, donate=False)
+    assert (view.count, view.shape, view.readonly, adapter.source(number).readonly) == (
+        1,
+        (),
+        False,
+        True,
+    )
     result[()] = 0
     assert repr(adapter.restored(result, number)) == repr(type(number)(0))
 
@@ -598,10 +706,18 @@ def named(name: str) -> Any:
 @pytest.mark.parametrize(
     ("thing", "advice"),
     [
-        ("abc", "broadcast_object"), (b"abc", "broadcast_object"), (None, "pass a tensor"), ({1}, "pass a list"),
-        (frozenset({1}), "pass a list"), ((x for x in [1]), r"list\(x\)"), (map(int, []), r"list\(x\)"),
-        ({}.values(), r"list\(x\)"), (bytearray(2), r"numpy\.frombuffer\(x, numpy\.uint8\)"),
-        (memoryview(b""), r"numpy\.asarray\(x\), which shares"), (len, "register_adapter"), (int, "leave it out"),
+        ("abc", "broadcast_object"),
+        (b"abc", "broadcast_object"),
+        (None, "pass a tensor"),
+        ({1}, "pass a list"),
+        (frozenset({1}), "pass a list"),
+        ((x for x in [1]), r"list\(x\)"),
+        (map(int, []), r"list\(x\)"),
+        ({}.values(), r"list\(x\)"),
+        (bytearray(2), r"numpy\.frombuffer\(x, numpy\.uint8\)"),
+        (memoryview(b""), r"numpy\.asarray\(x\), which shares"),
+        (len, "register_adapter"),
+        (int, "leave it out"),
         (named("h5py._hl.dataset.Dataset"), r"x\[\.\.\.\] = a"),
         (named("zarr.core.array.Array"), r"x\[\.\.\.\] = a"),
         (named("h5py._hl.group.Group"), r"x\[name\]\[\.\.\.\]"),
@@ -612,7 +728,9 @@ def named(name: str) -> Any:
         (named("pandas.core.frame.DataFrame"), r"x\[:\]"),
         (named("pandas.Index"), r"pandas\.Index\(a\)"),
         (named("tensordict.base.TensorDictBase"), "flatten_keys"),
-        pytest.param(named("jax._src.random.prng.PRNGKeyArray"), "key_data", marks=pytest.mark.needs("jax")),
+        pytest.param(
+            named("jax._src.random.prng.PRNGKeyArray"), "key_data", marks=pytest.mark.needs("jax")
+        ),
         (named("some.Table"), r"numpy\.array\(x\), a copy"),
     ],
     ids=lambda thing: thing if isinstance(thing, str) else type(thing).__name__,
@@ -626,7 +744,10 @@ def test_what_is_no_tensor_says_what_is(thing: Any, advice: str) -> None:
 def test_advice_for_what_holds_tensors_of_torch_can_be_followed(alone: Any) -> None:
     torch = importlib.import_module("torch")
     module, tensors = torch.nn.Linear(2, 2), torch.nn.ParameterList([torch.zeros(2)])
-    for thing, advice in ((module, r"x\.state_dict\(\)"), (tensors, r"list\(x\), under torch\.no_grad")):
+    for thing, advice in (
+        (module, r"x\.state_dict\(\)"),
+        (tensors, r"list\(x\), under torch\.no_grad"),
+    ):
         for given in (thing, {"a": thing}):
             with pytest.raises(UnsupportedTensorError, match=advice):
                 alone.broadcast(given)
@@ -643,12 +764,16 @@ def test_torch_tells_tensors_that_are_not_as_plain_as_others() -> None:
     first, second = torch.ones(3), torch.ones(2, dtype=torch.complex64)
     gone = weakref.ref(first)
     alike = adapter.alike((first, second))
-    assert alike is not None, "this torch has no such check any more: each tensor is asked, at ten times the cost"
+    assert alike is not None, (
+        "this torch has no such check any more: each tensor is asked, at ten times the cost"
+    )
     del first
     assert gone() is None
     plain, pair = torch.ones(3), torch.ones(2, dtype=torch.complex64)
     assert alike(plain, pair)
-    assert alike(torch.ones(8)[::2], torch.ones(5, dtype=torch.complex64)), "layouts and counts are looked at later"
+    assert alike(torch.ones(8)[::2], torch.ones(5, dtype=torch.complex64)), (
+        "layouts and counts are looked at later"
+    )
     with torch.no_grad():
         assert not alike(torch.ones(3, requires_grad=True), pair)
     with torch.inference_mode():
@@ -660,7 +785,9 @@ def test_torch_tells_tensors_that_are_not_as_plain_as_others() -> None:
     assert not alike(torch.ones(3, dtype=torch.float64), pair)
     assert not alike(torch.ones(3, device="meta"), pair)
     assert not alike(torch.ones(3).to_sparse(), pair)
-    assert not alike(torch.nn.Parameter(plain, requires_grad=False), pair), "another type, which may have its own rules"
+    assert not alike(torch.nn.Parameter(plain, requires_grad=False), pair), (
+        "another type, which may have its own rules"
+    )
     assert not alike(np.ones(3, np.float32), pair)
     asked: list[bool] = []
     torch.vmap(lambda x: asked.append(alike(x, pair)) or x)(torch.ones(2, 3))
@@ -674,9 +801,11 @@ def test_a_guard_knows_only_what_its_adapter_said(own_adapters: None) -> None:
     guard, tensors = adapters_module.Guard(), [torch.ones(2), torch.ones(3)]
     find_adapter(torch.Tensor)
     assert not guard.knows(tensors)
-    assert adapters_module.are_plain(tensors, guard)
+    assert adapters_module.are_exportable(tensors, guard)
     assert guard.knows(tensors)
-    assert not adapters_module.are_plain([torch.ones(2), torch.ones(3, requires_grad=True)], guard)
+    assert not adapters_module.are_exportable(
+        [torch.ones(2), torch.ones(3, requires_grad=True)], guard
+    )
     assert guard.knows(tensors)
 
     class Own:
@@ -690,14 +819,16 @@ def test_a_guard_knows_only_what_its_adapter_said(own_adapters: None) -> None:
     register_adapter(Own())
     find_adapter(torch.Tensor)
     assert not guard.knows(tensors)
-    assert not adapters_module.are_plain(tensors, guard)
+    assert not adapters_module.are_exportable(tensors, guard)
 
 
 @pytest.mark.needs("torch")
 def test_a_functional_tensor_is_called_so(alone: Any) -> None:
     """It has no address either, and was told of freed storage."""
     torch = importlib.import_module("torch")
-    with pytest.raises(UnsupportedTensorError, match=r"stands for others inside.*outside the traced function"):
+    with pytest.raises(
+        UnsupportedTensorError, match=r"stands for others inside.*outside the traced function"
+    ):
         torch.func.functionalize(alone.allreduce)(torch.zeros(2))
 
 
@@ -706,7 +837,9 @@ def test_advice_for_types_of_ml_dtypes_that_were_lost(alone: Any, tmp_path: Path
         kind = getattr(importlib.import_module("ml_dtypes"), name)
         np.save(tmp_path / "x.npy", np.ones(3, kind))
         array = np.load(tmp_path / "x.npy")
-        with pytest.raises(UnsupportedDTypeError, match=rf"dtype \|{lost} .*x\.view\(ml_dtypes\.{name}\)"):
+        with pytest.raises(
+            UnsupportedDTypeError, match=rf"dtype \|{lost} .*x\.view\(ml_dtypes\.{name}\)"
+        ):
             alone.broadcast(array)
         assert alone.broadcast(array.view(kind)).tolist() == [1.0] * 3
 
@@ -726,8 +859,11 @@ def test_a_framework_imported_later_is_found() -> None:
         "import numpy; assert find_adapter(numpy.ndarray).name == 'numpy'"
     )
     run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{program}"], capture_output=True, text=True,
-        timeout=60, check=False,
+        [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{program}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
 
@@ -760,8 +896,12 @@ def test_native_copies_between_layouts(monkeypatch: pytest.MonkeyPatch, dtype: s
     memory = memory_of("cpu")
     grid = (np.arange(96 * 80 * 5) % 251 + 1).astype(dtype).reshape(96, 80, 5)
     layouts: tuple[Callable[[Any], Any], ...] = (
-        lambda a: a.T, lambda a: a[:, ::2], lambda a: a[::-1], lambda a: a[:, :, ::-3],
-        lambda a: a.transpose(1, 0, 2), lambda a: a[5:, 3:-3, 1],
+        lambda a: a.T,
+        lambda a: a[:, ::2],
+        lambda a: a[::-1],
+        lambda a: a[:, :, ::-3],
+        lambda a: a.transpose(1, 0, 2),
+        lambda a: a[5:, 3:-3, 1],
     )
     for layout in layouts:
         wanted, whole = layout(grid), np.zeros_like(grid)
@@ -799,18 +939,33 @@ def test_native_code_reads_what_numpy_exports_and_no_more() -> None:
             words = read(np.ndarray, sample)
             assert words is not None, dtype
             strides = [step // sample.itemsize for step in sample.strides]
-            assert words[2 : 4 + 2 * sample.ndim] == [8 * dtype.itemsize, sample.ndim, *sample.shape, *strides]
+            assert words[2 : 4 + 2 * sample.ndim] == [
+                8 * dtype.itemsize,
+                sample.ndim,
+                *sample.shape,
+                *strides,
+            ]
             assert words[0] == sample.ctypes.data
             if dtype.name != "bfloat16":  # which numpy does not export
-                assert words[1] == {"b": 6, "i": 0, "u": 1, "f": 2, "c": 5}[dtype.kind], "DLPack's code"
+                assert words[1] == {"b": 6, "i": 0, "u": 1, "f": 2, "c": 5}[dtype.kind], (
+                    "DLPack's code"
+                )
                 assert dlpack.export(sample).data_ptr() == words[0]
     for alike in "bhilqBHILQ":
         assert read(np.ndarray, np.zeros(2, alike)) is not None
     fields = np.zeros(3, np.dtype([("a", "<i2"), ("b", "<f4")]))
     frozen = np.zeros(3)
     frozen.flags.writeable = False
-    for refused in (fields, fields["b"], frozen, np.zeros(2, ">f4"), np.zeros(2, "U3"), np.zeros(2, object),
-                    np.zeros(2, "M8[s]"), np.zeros(2, np.longdouble)):
+    for refused in (
+        fields,
+        fields["b"],
+        frozen,
+        np.zeros(2, ">f4"),
+        np.zeros(2, "U3"),
+        np.zeros(2, object),
+        np.zeros(2, "M8[s]"),
+        np.zeros(2, np.longdouble),
+    ):
         assert read(np.ndarray, refused) is None, refused.dtype
 
 

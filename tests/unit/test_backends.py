@@ -38,7 +38,11 @@ LATER = float("inf")
 
 
 def seen(array: np.ndarray[Any, Any], name: str | None = None) -> BufferView:
-    steps = None if array.flags.c_contiguous else tuple(step // array.itemsize for step in array.strides)
+    steps = (
+        None
+        if array.flags.c_contiguous
+        else tuple(step // array.itemsize for step in array.strides)
+    )
     address = array.__array_interface__["data"][0]
     dtype = DTYPES[name or array.dtype.name]
     return BufferView.from_address(address, array.shape, dtype, strides=steps, owner=array)
@@ -71,7 +75,9 @@ class TestTable:
 
     @pytest.mark.parametrize("name", ["mpi", "", None, 3])
     def test_an_unknown_name(self, name: object) -> None:
-        with pytest.raises(OptionError, match=r"'auto' or one of gloo, hierarchical, loopback, nccl, shm, got"):
+        with pytest.raises(
+            OptionError, match=r"'auto' or one of gloo, hierarchical, loopback, nccl, shm, got"
+        ):
             get_backend(name)
         assert "there is no backend" in str(reason(name))
         assert not is_available(name)
@@ -90,21 +96,36 @@ class TestTable:
         assert get_backend("pigeon") is spec
         assert reason("pigeon") == "wants a licence"
         assert not is_available("pigeon")
-        assert backends.backend_names() == ["gloo", "hierarchical", "loopback", "nccl", "pigeon", "shm"]
+        assert backends.backend_names() == [
+            "gloo",
+            "hierarchical",
+            "loopback",
+            "nccl",
+            "pigeon",
+            "shm",
+        ]
 
-    def test_what_lacks_an_attribute_makes_no_group(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_what_lacks_an_attribute_makes_no_group(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         """It ended in an AttributeError, and the group's listener stayed."""
+
         class Spec:
             def available(self) -> str | None:
                 return None
 
             def create(self, control: Any, meeting: Any, **options: Any) -> Any:
-                return types.SimpleNamespace(name="pigeon", device_types=frozenset({"cpu"}), allreduce=1)
+                return types.SimpleNamespace(
+                    name="pigeon", device_types=frozenset({"cpu"}), allreduce=1
+                )
 
         monkeypatch.setattr(backends, "_registered", {})
         register_backend("pigeon", Spec())
         before = threading.active_count()
-        with pytest.raises(OptionError, match=r"backend 'pigeon': .* without takes_strided.*, agrees.*allreduce\(\)"):
+        with pytest.raises(
+            OptionError,
+            match=r"backend 'pigeon': .* without takes_strided.*, needs_agreement.*allreduce\(\)",
+        ):
             col.init_collective_group(1, 0, "pigeon", init_method=f"file://{tmp_path}/x")
         assert threading.active_count() == before
         assert not col.is_group_initialized()
@@ -128,7 +149,9 @@ class TestTable:
 
 
 class TestRequire:
-    @pytest.mark.parametrize("operation", ["broadcast", "allgather", "gather", "scatter", "alltoall", "send", "recv"])
+    @pytest.mark.parametrize(
+        "operation", ["broadcast", "allgather", "gather", "scatter", "alltoall", "send", "recv"]
+    )
     def test_moves_take_every_dtype(self, operation: str) -> None:
         for dtype in DTYPES.values():
             base.require(operation, dtype, None)
@@ -139,14 +162,21 @@ class TestRequire:
         kind = "moves" if name.startswith("float8") else DTYPES[name].kind
         bitwise, average = op.name in ("BAND", "BOR", "BXOR"), op.name == "AVERAGE"
         defined = {
-            "moves": False, "b": not average, "i": not average, "u": not average, "f": not bitwise,
+            "moves": False,
+            "b": not average,
+            "i": not average,
+            "u": not average,
+            "f": not bitwise,
             "c": op.name in ("SUM", "AVERAGE"),
         }[kind]
         for operation in base.REDUCTIONS:
             if defined:
                 base.require(operation, DTYPES[name], op)
                 continue
-            with pytest.raises(UnsupportedDTypeError, match=f"{operation} with op={op.name} is not defined for {name}"):
+            with pytest.raises(
+                UnsupportedDTypeError,
+                match=f"{operation} with op={op.name} is not defined for {name}",
+            ):
                 base.require(operation, DTYPES[name], op)
 
     def test_a_reduction_without_op(self) -> None:
@@ -184,7 +214,12 @@ class TestLoopback:
     @pytest.mark.parametrize("name", ["uint8", "int16", "float32", "complex64", "complex128"])
     def test_strided_copies_match_in_row_major_order(self, name: str) -> None:
         source = np.arange(24).reshape(2, 3, 4).astype(name)
-        for given in (source, source[::-1, :, ::-1], source.transpose(2, 0, 1), np.asfortranarray(source)):
+        for given in (
+            source,
+            source[::-1, :, ::-1],
+            source.transpose(2, 0, 1),
+            np.asfortranarray(source),
+        ):
             memory = np.full((8, 8), 9, name)
             target = memory[1:7, ::-2]
             self.backend.allgather([seen(target)], seen(given), LATER)
@@ -206,11 +241,16 @@ class TestLoopback:
         with pytest.raises(RankError, match="recv: rank 1"):
             self.backend.recv([], 1, LATER)
 
-    def test_a_device_that_no_loaded_framework_reaches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_device_that_no_loaded_framework_reaches(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         for framework in ("torch", "cupy"):
             monkeypatch.delitem(sys.modules, framework, raising=False)
         far = Device("cuda", 0)
-        views = [BufferView.from_address(place, (1,), DTYPES["int8"], device=far, owner=None) for place in (64, 128)]
+        views = [
+            BufferView.from_address(place, (1,), DTYPES["int8"], device=far, owner=None)
+            for place in (64, 128)
+        ]
         with pytest.raises(DeviceError, match="import torch or cupy first"):
             self.backend.allgather([views[0]], views[1], LATER)
 
@@ -247,35 +287,59 @@ class TestArithmetic:
         kind = np.float16 if name == "float16" else ml_dtypes.bfloat16
         bits = np.arange(1 << 16, dtype=np.uint16)
         other = np.random.default_rng(1).permutation(bits)
-        for op, function in ((SUM, np.add), (ReduceOp.PRODUCT, np.multiply), (ReduceOp.MIN, np.minimum)):
+        for op, function in (
+            (SUM, np.add),
+            (ReduceOp.PRODUCT, np.multiply),
+            (ReduceOp.MIN, np.minimum),
+        ):
             out = np.zeros_like(bits)
-            arithmetic.combine(out.ctypes.data, [bits.ctypes.data, other.ctypes.data], len(bits), DTYPES[name], op)
+            arithmetic.combine(
+                out.ctypes.data, [bits.ctypes.data, other.ctypes.data], len(bits), DTYPES[name], op
+            )
             with np.errstate(all="ignore"):
-                wanted = function(bits.view(kind).astype(np.float32), other.view(kind).astype(np.float32)).astype(kind)
-            np.testing.assert_array_equal(out.view(kind).astype(np.float32), wanted.astype(np.float32))
+                wanted = function(
+                    bits.view(kind).astype(np.float32), other.view(kind).astype(np.float32)
+                ).astype(kind)
+            np.testing.assert_array_equal(
+                out.view(kind).astype(np.float32), wanted.astype(np.float32)
+            )
             numbers = ~np.isnan(wanted.astype(np.float32))
             np.testing.assert_array_equal(out[numbers], wanted.view(np.uint16)[numbers])
 
     def test_warns_of_nothing(self, recwarn: pytest.WarningsRecorder) -> None:
         array = np.array([np.inf, np.nan, 3e38], np.float32)
         other, dtype = -array, DTYPES["float32"]
-        arithmetic.combine(array.ctypes.data, [array.ctypes.data, other.ctypes.data], 3, dtype, ReduceOp.AVERAGE)
+        arithmetic.combine(
+            array.ctypes.data, [array.ctypes.data, other.ctypes.data], 3, dtype, ReduceOp.AVERAGE
+        )
         arithmetic.divide(array.ctypes.data, 3, dtype, 2)
         assert not recwarn.list
 
 
 class TestGlooParts:
     def test_pairs_of_a_provider_with_bitwise_operations(self) -> None:
-        pairs = provider.native_pairs(("int8", "uint8", "int32", "int64", "float32", "float64"), bitwise=True)
-        named = {(dtype.name, op.name): (wire.name, native.name) for (dtype, op), (wire, native) in pairs.items()}
+        pairs = provider.native_pairs(
+            ("int8", "uint8", "int32", "int64", "float32", "float64"), bitwise=True
+        )
+        named = {
+            (dtype.name, op.name): (transport.name, native.name)
+            for (dtype, op), (transport, native) in pairs.items()
+        }
         assert named["uint32", "SUM"] == ("int32", "SUM")
         assert named["uint16", "BXOR"] == ("uint8", "BXOR")
         assert named["bool", "SUM"] == ("uint8", "MAX")
         assert named["bool", "PRODUCT"] == ("uint8", "MIN")
         assert named["complex128", "AVERAGE"] == ("float64", "SUM")
         for missing in (
-            ("uint32", "MAX"), ("int16", "SUM"), ("float32", "MAX"), ("float64", "MIN"), ("float16", "SUM"),
-            ("bfloat16", "AVERAGE"), ("complex64", "PRODUCT"), ("int32", "AVERAGE"), ("float32", "BAND"),
+            ("uint32", "MAX"),
+            ("int16", "SUM"),
+            ("float32", "MAX"),
+            ("float64", "MIN"),
+            ("float16", "SUM"),
+            ("bfloat16", "AVERAGE"),
+            ("complex64", "PRODUCT"),
+            ("int32", "AVERAGE"),
+            ("float32", "BAND"),
         ):
             assert missing not in named
         assert set(pairs) <= base._PAIRS
@@ -290,14 +354,19 @@ class TestGlooParts:
             assert len(busy) == len(set(busy)), "a rank has two transfers at the same turn"
 
     def test_listeners_are_read_from_what_gloo_publishes(self) -> None:
-        four = struct.pack("<HH4s", socket.AF_INET, socket.htons(40001), socket.inet_aton("10.1.2.3")) + os.urandom(120)
+        four = struct.pack(
+            "<HH4s", socket.AF_INET, socket.htons(40001), socket.inet_aton("10.1.2.3")
+        ) + os.urandom(120)
         address = socket.inet_pton(socket.AF_INET6, "fd00::7")
         six = struct.pack("<HHI16s", socket.AF_INET6, socket.htons(40002), 0, address) + bytes(104)
         published = [struct.pack("<Q2sQ", 2, b"vm", 136) + part + bytes(8) for part in (four, six)]
         assert sockets.listeners(published) == {("10.1.2.3", 40001), ("fd00::7", 40002)}
 
     def test_only_connections_of_the_listeners_are_shut(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as gloo, socket.create_server(("127.0.0.1", 0)) as other:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as gloo,
+            socket.create_server(("127.0.0.1", 0)) as other,
+        ):
             pairs = []
             for server in (gloo, other):
                 dialled = socket.create_connection(server.getsockname())
@@ -325,7 +394,11 @@ class TestGlooParts:
         try:
             assert threads._threads == [thread.native_id]
             assert os.sched_getscheduler(0) == os.SCHED_OTHER
-            for nbytes, policy in ((1024, os.SCHED_BATCH), (1 << 20, os.SCHED_OTHER), (0, os.SCHED_BATCH)):
+            for nbytes, policy in (
+                (1024, os.SCHED_BATCH),
+                (1 << 20, os.SCHED_OTHER),
+                (0, os.SCHED_BATCH),
+            ):
                 threads.prepare(nbytes)
                 assert os.sched_getscheduler(thread.native_id or -1) == policy
                 assert os.sched_getscheduler(bystander.native_id or -1) == os.SCHED_OTHER
@@ -349,11 +422,15 @@ class TestGlooParts:
     def test_gloo_needs_a_provider(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("colltensor.backends.gloo._packages", dict)
         monkeypatch.setattr("colltensor.backends.gloo.library._loaded", [])
-        monkeypatch.setattr("colltensor.backends.gloo.library.path", lambda: Path("/nowhere/libcolltensor_gloo.so"))
+        monkeypatch.setattr(
+            "colltensor.backends.gloo.library.path", lambda: Path("/nowhere/libcolltensor_gloo.so")
+        )
         assert "libgloo-dev" in str(GlooSpec().available())
         assert "pip install" in str(GlooSpec().available())
         assert reason("gloo") is not None
-        with pytest.raises(BackendUnavailableError, match=r"native is missing on ranks 0 \(/nowhere/lib.*torch"):
+        with pytest.raises(
+            BackendUnavailableError, match=r"native is missing on ranks 0 \(/nowhere/lib.*torch"
+        ):
             GlooSpec().create(Lonely(), Lonely(), timeout_s=1.0, interface=None, provider=None)
 
     def test_gloo_needs_a_control_plane(self) -> None:
@@ -362,7 +439,9 @@ class TestGlooParts:
 
     @pytest.mark.gloo
     def test_one_rank_on_its_own(self, provider: str) -> None:
-        backend = GlooSpec().create(Lonely(), Lonely(), timeout_s=5.0, interface=None, provider=provider)
+        backend = GlooSpec().create(
+            Lonely(), Lonely(), timeout_s=5.0, interface=None, provider=provider
+        )
         array, target = np.arange(3.0), np.zeros(3)
         deadline = time.monotonic() + 5
         backend.allreduce([seen(array)], ReduceOp.AVERAGE, deadline)

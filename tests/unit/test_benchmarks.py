@@ -26,14 +26,17 @@ for subject in sys.argv[2:]:
 
 
 def run(*words: str) -> str:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_every_subject_is_listed_and_says_what_it_measures() -> None:
     listed = run(str(BENCHMARKS))
-    said = run("-c", HELP, str(BENCHMARKS), *SUBJECTS)  # in one process, because each would import the same
+    # in one process, because each would import the same
+    said = run("-c", HELP, str(BENCHMARKS), *SUBJECTS)
     for subject in SUBJECTS:
         assert f"\n  {subject} " in listed
         assert f"usage: python benchmarks {subject} " in said
@@ -45,12 +48,18 @@ def test_every_subject_is_listed_and_says_what_it_measures() -> None:
     ("words", "columns", "rows"),
     [
         (("asynchronous", *SMALL), 4, 9),
-        (("offsets", *SMALL, "--sizes", "4096", "--operations", "broadcast", "--places", "0,16"), 4, 1),
+        (
+            ("offsets", *SMALL, "--sizes", "4096", "--operations", "broadcast", "--places", "0,16"),
+            4,
+            1,
+        ),
         (("control", *SMALL, "--ranks", "2"), 5, 2),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_small_run_prints_a_table(words: tuple[str, ...], columns: int, rows: int, tmp_path: Path) -> None:
+def test_a_small_run_prints_a_table(
+    words: tuple[str, ...], columns: int, rows: int, tmp_path: Path
+) -> None:
     file = tmp_path / "found.json"
     said = run(str(BENCHMARKS), *words, "--json", str(file))
     found: dict[str, Any] = json.loads(file.read_text())

@@ -14,8 +14,14 @@ from colltensor.buffers import BUCKET_NBYTES, FUSE_BELOW_NBYTES, adapt, refuse_o
 SMALL = FUSE_BELOW_NBYTES // 4
 
 
-def staged(tensor: Any, *, write: bool = True, strided: bool = False, bytewise: bool = False,
-           copy: bool | None = None) -> Any:
+def staged(
+    tensor: Any,
+    *,
+    write: bool = True,
+    strided: bool = False,
+    bytewise: bool = False,
+    copy: bool | None = None,
+) -> Any:
     buffers = adapt(tensor, write, False, True)
     buffers.stage(strided, bytewise, copy)
     return buffers
@@ -68,7 +74,8 @@ def test_small_leaves_of_one_dtype_share_a_transfer() -> None:
     tree = {"a": np.ones(3, np.float32), "b": np.ones(4, np.int32), "c": np.ones(5, np.float32)}
     buffers = staged(tree)
     assert sorted((str(transfer.dtype), transfer.count) for transfer in buffers.transfers) == [
-        ("float32", 8), ("int32", 4),
+        ("float32", 8),
+        ("int32", 4),
     ]
     together = staged(tree, bytewise=True)
     assert [transfer.nbytes for transfer in together.transfers] == [48]
@@ -83,7 +90,9 @@ def test_large_leaves_travel_as_they_lie() -> None:
 
 
 def test_buckets_are_closed_when_full() -> None:
-    leaves = [np.ones(SMALL - 1, np.float32) for _ in range(2 * BUCKET_NBYTES // FUSE_BELOW_NBYTES + 1)]
+    leaves = [
+        np.ones(SMALL - 1, np.float32) for _ in range(2 * BUCKET_NBYTES // FUSE_BELOW_NBYTES + 1)
+    ]
     transfers = staged(leaves).transfers
     assert len(transfers) == 3
     assert all(transfer.nbytes <= BUCKET_NBYTES for transfer in transfers)
@@ -101,14 +110,19 @@ def test_leaves_that_are_not_to_share_a_transfer_are_packed_alone() -> None:
     buffers = adapt(leaves, True, False, True)
     buffers.stage(False, False, None, False)
     assert [transfer.count for transfer in buffers.transfers] == [3, 4, 4]
-    assert [pointer == leaf.ctypes.data for pointer, leaf in zip(pointers(buffers), leaves, strict=True)] == [
-        True, False, True,
-    ]
+    assert [
+        pointer == leaf.ctypes.data for pointer, leaf in zip(pointers(buffers), leaves, strict=True)
+    ] == [True, False, True]
 
 
 @pytest.mark.parametrize("bytewise", [False, True])
 def test_fused_leaves_load_and_store(bytewise: bool) -> None:
-    leaves = {"a": np.arange(3.0), "b": np.arange(6.0)[::2], "c": np.arange(4).astype(np.int16), "d": np.empty(0)}
+    leaves = {
+        "a": np.arange(3.0),
+        "b": np.arange(6.0)[::2],
+        "c": np.arange(4).astype(np.int16),
+        "d": np.empty(0),
+    }
     buffers = staged(leaves, bytewise=bytewise)
     buffers.load()
     for transfer in buffers.transfers:
@@ -116,7 +130,9 @@ def test_fused_leaves_load_and_store(bytewise: bool) -> None:
     buffers.store()
     assert leaves["a"].tobytes() == bytes(byte ^ 1 for byte in np.arange(3.0).tobytes())
     assert leaves["b"].tobytes() == bytes(byte ^ 1 for byte in np.arange(6.0)[::2].tobytes())
-    assert leaves["c"].tobytes() == bytes(byte ^ 1 for byte in np.arange(4).astype(np.int16).tobytes())
+    assert leaves["c"].tobytes() == bytes(
+        byte ^ 1 for byte in np.arange(4).astype(np.int16).tobytes()
+    )
 
 
 def test_the_plan_depends_on_counts_and_dtypes_alone() -> None:
@@ -132,8 +148,12 @@ def test_what_ranks_compare() -> None:
     one = staged({"a": np.ones(3), "b": np.ones(4)})
     assert one.count() == 7
     assert one.leaves_hash() == staged({"b": np.ones((2, 2)), "a": np.ones(6)[::2]}).leaves_hash()
-    for other in ({"a": np.ones(3), "c": np.ones(4)}, {"a": np.ones(4), "b": np.ones(3)}, [np.ones(3), np.ones(4)],
-                  {"a": np.ones(3), "b": np.ones(4, np.float32)}):
+    for other in (
+        {"a": np.ones(3), "c": np.ones(4)},
+        {"a": np.ones(4), "b": np.ones(3)},
+        [np.ones(3), np.ones(4)],
+        {"a": np.ones(3), "b": np.ones(4, np.float32)},
+    ):
         assert one.leaves_hash() != staged(other).leaves_hash()
     assert staged(np.ones(3)).leaves_hash() != staged(np.ones(3, np.float32)).leaves_hash()
 
@@ -153,12 +173,21 @@ def test_an_error_in_a_leaf_has_its_path() -> None:
 
 
 def views(*arrays: Any) -> list[Any]:
-    return [(adapt(array, False, False, False).views[0], f"argument {number}") for number, array in enumerate(arrays)]
+    return [
+        (adapt(array, False, False, False).views[0], f"argument {number}")
+        for number, array in enumerate(arrays)
+    ]
 
 
 def test_overlaps() -> None:
     x = np.zeros((6, 4))
-    for written in ((x[:, 0], x[:, 1]), (x[0], x[1]), (x[::2], x[1::2]), (x[:0], x[:0]), (x[:3, ::2], x[:3, 1::2])):
+    for written in (
+        (x[:, 0], x[:, 1]),
+        (x[0], x[1]),
+        (x[::2], x[1::2]),
+        (x[:0], x[:0]),
+        (x[:3, ::2], x[:3, 1::2]),
+    ):
         refuse_overlaps(views(*written), [])
         refuse_overlaps(views(written[0]), views(written[1]))
     for written in ((x, x), (x[:, 0], x[0]), (x[:3], x[2:]), (x[::2], x[2]), (x, x.T)):
@@ -180,10 +209,12 @@ def test_jax_leaves_are_claimed_apart_from_loading() -> None:
     buffers.load()
     assert not x.is_deleted()
     staging, transfers = buffers.views, list(buffers.transfers)
-    buffers.claim()
+    buffers.allocate_result()
     assert x.is_deleted()
     assert buffers.views is staging
-    assert all(transfer is before for transfer, before in zip(buffers.transfers, transfers, strict=True))
+    assert all(
+        transfer is before for transfer, before in zip(buffers.transfers, transfers, strict=True)
+    )
     buffers.store()
     assert buffers.result()["j"].tolist() == [0, 1, 2, 3]
 
@@ -194,7 +225,7 @@ def test_one_jax_array_may_be_two_leaves_unless_donated() -> None:
     x = jnp.arange(4.0)
     buffers = adapt([x, x], True, False, True)
     buffers.stage(False, False, None)
-    buffers.claim()
+    buffers.allocate_result()
     first, second = buffers.result()
     assert first.unsafe_buffer_pointer() != second.unsafe_buffer_pointer()
     with pytest.raises(AliasError, match=r"leaf \[0\] and leaf \[1\]"):

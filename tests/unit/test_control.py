@@ -10,12 +10,28 @@ from collections.abc import Iterator
 import pytest
 
 from colltensor import errors, net
-from colltensor.control.exchange import neighbours, read_alike, read_same
-from colltensor.control.links import DIFFERS, EXCHANGE, FAILURE, GOODBYE, HEAD_NBYTES, PAIR, Link, pack, tell
-from colltensor.control.lookout import Lookout
-from colltensor.control.reception import Reception
-from colltensor.control.status import Absence, Failure, Status, differing_ranks, judge, mismatch
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
+from colltensor.control.failure_detector import FailureDetector
+from colltensor.control.frames import (
+    DIFFERS,
+    EXCHANGE,
+    FAILURE,
+    GOODBYE,
+    HEAD_NBYTES,
+    PAIR,
+    Link,
+    pack,
+    propagate_failure,
+)
+from colltensor.control.listener import ControlListener
+from colltensor.control.messages import Absence, Failure, Status, differing_ranks, judge, mismatch
+from colltensor.control.tree import neighbours, read_alike, read_same
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    GroupError,
+    MismatchError,
+    PeerLostError,
+)
 from colltensor.rendezvous.meeting import Meeting
 
 
@@ -35,7 +51,10 @@ def ends() -> Iterator[tuple[Link, socket.socket]]:
 def test_every_rank_is_the_child_of_its_parent_and_near_the_root(world_size: int) -> None:
     for rank in range(world_size):
         parent, children = neighbours(rank, world_size)
-        assert all(rank < child < world_size and neighbours(child, world_size)[0] == rank for child in children)
+        assert all(
+            rank < child < world_size and neighbours(child, world_size)[0] == rank
+            for child in children
+        )
         depth = 0
         while parent is not None:
             assert rank in neighbours(parent, world_size)[1]
@@ -48,7 +67,9 @@ def test_every_rank_is_the_child_of_its_parent_and_near_the_root(world_size: int
 # Frames.
 
 
-def test_a_frame_that_equals_the_expected_one_is_agreement(ends: tuple[Link, socket.socket]) -> None:
+def test_a_frame_that_equals_the_expected_one_is_agreement(
+    ends: tuple[Link, socket.socket],
+) -> None:
     link, other = ends
     frame = pack(EXCHANGE, 0, 7, b"signature")
     other.send(frame)
@@ -56,7 +77,9 @@ def test_a_frame_that_equals_the_expected_one_is_agreement(ends: tuple[Link, soc
     assert not link.inbox[EXCHANGE]
 
 
-@pytest.mark.parametrize("came", [pack(EXCHANGE, DIFFERS, 7, b"s"), pack(EXCHANGE, 0, 8, b"s"), pack(PAIR, 0, 7, b"s")])
+@pytest.mark.parametrize(
+    "came", [pack(EXCHANGE, DIFFERS, 7, b"s"), pack(EXCHANGE, 0, 8, b"s"), pack(PAIR, 0, 7, b"s")]
+)
 def test_another_frame_goes_to_the_inbox(ends: tuple[Link, socket.socket], came: bytes) -> None:
     link, other = ends
     other.send(came)
@@ -82,7 +105,9 @@ def test_a_frame_with_the_expected_head_is_agreement(ends: tuple[Link, socket.so
 
 
 @pytest.mark.parametrize("nbytes", [3, 4])
-def test_a_frame_of_another_head_or_size_goes_to_the_inbox(ends: tuple[Link, socket.socket], nbytes: int) -> None:
+def test_a_frame_of_another_head_or_size_goes_to_the_inbox(
+    ends: tuple[Link, socket.socket], nbytes: int
+) -> None:
     link, other = ends
     came = pack(EXCHANGE, 0, 7, b"t", nbytes)
     other.send(came + b"body"[:nbytes])
@@ -108,7 +133,9 @@ def test_frames_in_pieces(ends: tuple[Link, socket.socket], step: int) -> None:
     for start in range(0, len(stream), step):
         other.send(stream[start : start + step])
         link.pump()
-    assert list(link.inbox[PAIR]) == [(pack(PAIR, 0, n, b"", len(b)), b) for n, b in enumerate(bodies)]
+    assert list(link.inbox[PAIR]) == [
+        (pack(PAIR, 0, n, b"", len(b)), b) for n, b in enumerate(bodies)
+    ]
     assert link.goodbye
     assert link.clean
     assert link.ended_at is None
@@ -130,7 +157,7 @@ def test_sending_never_waits(ends: tuple[Link, socket.socket]) -> None:
     assert sent[0] > 0
     assert sent[-1] == 0
     other.close()
-    assert link.send(b"the end is for the reader to tell") > 0
+    assert link.send(b"the end is for the reader to propagate_failure") > 0
 
 
 def test_counters_wrap() -> None:
@@ -160,7 +187,11 @@ def test_a_failure_arrives_as_the_same_class_with_the_same_ranks(error: Collecti
     failure = Failure.decode(Failure.of(error, origin=2).encode())
     here, there = failure.exception(2), failure.exception(0)
     assert type(here) is type(there) is type(error)
-    assert getattr(here, "ranks", None) == getattr(there, "ranks", None) == getattr(error, "ranks", None)
+    assert (
+        getattr(here, "ranks", None)
+        == getattr(there, "ranks", None)
+        == getattr(error, "ranks", None)
+    )
     assert str(here) == str(error)
     assert str(there) == f"{error} (rank 2 told rank 0)"
 
@@ -191,17 +222,21 @@ def test_who_has_told_a_failure_knows_that_it_was_heard() -> None:
     """It may leave then. Whoever misses it but has not heard would say that it died as well."""
     with net.listen("127.0.0.1") as listener:
         address = listener.getsockname()[:2]
-        meeting = Meeting(0, 2, "g", b"12345678", b"s" * 32, (address,) * 2, ("h",) * 2, {}, listener)
+        meeting = Meeting(
+            0, 2, "g", b"12345678", b"s" * 32, (address,) * 2, ("h",) * 2, {}, listener
+        )
         host, failure = SlowToHear(), Failure("PeerLostError", "m", (1,), 0)
-        reception = Reception(meeting, host)
+        listener = ControlListener(meeting, host)
         try:
-            tell(meeting, 0, failure, time.monotonic() + 5.0)
+            propagate_failure(meeting, 0, failure, time.monotonic() + 5.0)
             assert host.heard == [failure]
         finally:
-            reception.close()
+            listener.close()
 
 
-def test_a_rank_that_told_a_failure_before_it_went_is_not_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_told_a_failure_before_it_went_is_not_the_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Rank 1 waited for rank 2 in vain and has ended; rank 0, which waits for it, asks who knows why."""
     told = Failure("CollectiveTimeoutError", "late", (2,), 1)
 
@@ -210,17 +245,19 @@ def test_a_rank_that_told_a_failure_before_it_went_is_not_the_loss(monkeypatch: 
             raise ConnectionRefusedError
         return Status(peer, 0, None, 0, {}, failure=told)
 
-    monkeypatch.setattr("colltensor.control.links.ask", ask)
+    monkeypatch.setattr("colltensor.control.frames.ask", ask)
     with net.listen("127.0.0.1") as listener:
         address = listener.getsockname()[:2]
-        meeting = Meeting(0, 3, "g", b"12345678", b"s" * 32, (address,) * 3, ("h",) * 3, {}, listener)
-        lookout = Lookout(meeting)
+        meeting = Meeting(
+            0, 3, "g", b"12345678", b"s" * 32, (address,) * 3, ("h",) * 3, {}, listener
+        )
+        detector = FailureDetector(meeting)
         try:
             with pytest.raises(CollectiveTimeoutError) as caught:
-                lookout.overdue(lookout.partner(1, -1), lambda: False)
+                detector.overdue(detector.partner(1, -1), lambda: False)
             assert caught.value.ranks == (2,)
         finally:
-            lookout.board.close()
+            detector.connections.close()
 
 
 def test_a_failure_of_a_class_of_somebody_else_travels_as_its_nearest_relative_of_ours() -> None:
@@ -242,7 +279,9 @@ def test_a_status_survives_the_journey() -> None:
 
 def test_where_a_rank_is() -> None:
     assert Status(2, 4, "send(dst_rank=0)", 4, {}).place() == "rank 2 is in send(dst_rank=0) #4"
-    assert Status(1, 3, None, 3, {}).place() == "rank 1 has not called yet: its last operation was #3"
+    assert (
+        Status(1, 3, None, 3, {}).place() == "rank 1 has not called yet: its last operation was #3"
+    )
     assert "no operation" in Status(1, 0, None, 0, {}).place()
 
 
@@ -250,7 +289,12 @@ def test_where_a_rank_is() -> None:
 
 
 def test_the_gone_are_named_before_the_late() -> None:
-    answers = {1: Absence.SILENT, 2: Absence.GONE, 3: Status(3, 0, None, 0, {}), 4: Status(4, 0, None, 9, {})}
+    answers = {
+        1: Absence.SILENT,
+        2: Absence.GONE,
+        3: Status(3, 0, None, 0, {}),
+        4: Status(4, 0, None, 9, {}),
+    }
     found = judge("allreduce", answers, lambda status: status.exchange < 9)
     assert isinstance(found, PeerLostError)
     assert found.ranks == (2,)
@@ -277,12 +321,20 @@ def test_who_waits_for_another_is_not_to_blame() -> None:
 
     idle = Status(3, 0, None, 0, {})
     assert found(waiting(1, 2, 0), waiting(2, 3, 0), idle) == (CollectiveTimeoutError, (3,))
-    assert found(waiting(1, 2, 0), waiting(2, 3, 0), Absence.SILENT) == (CollectiveTimeoutError, (3,))
+    assert found(waiting(1, 2, 0), waiting(2, 3, 0), Absence.SILENT) == (
+        CollectiveTimeoutError,
+        (3,),
+    )
     assert found(waiting(1, 2, 0), waiting(2, 3, 0), Absence.GONE) == (PeerLostError, (3,))
-    assert found(waiting(1, 2, 0), waiting(2, 1, 0), idle) == (CollectiveTimeoutError, (1,)), "they wait for each other"
-    assert found(waiting(1, 0, 0), idle, idle) == (CollectiveTimeoutError, (1,)), "and for the one that asks"
+    assert found(waiting(1, 2, 0), waiting(2, 1, 0), idle) == (CollectiveTimeoutError, (1,)), (
+        "they wait for each other"
+    )
+    assert found(waiting(1, 0, 0), idle, idle) == (CollectiveTimeoutError, (1,)), (
+        "and for the one that asks"
+    )
     assert found(waiting(1, 2, 0), waiting(2, 3, 0), Status(3, 0, "recv", 0, {2: 1})) == (
-        CollectiveTimeoutError, (1,),
+        CollectiveTimeoutError,
+        (1,),
     ), "rank 3 has come"
 
 

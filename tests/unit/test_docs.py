@@ -26,7 +26,9 @@ def _links(text: str) -> list[str]:
 def _anchors(text: str) -> set[str]:
     """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", _FENCED.sub("", text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def _broken(page: Path, text: str) -> list[str]:
@@ -35,7 +37,9 @@ def _broken(page: Path, text: str) -> list[str]:
     for link in _links(text):
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve()
-        if not target.exists() or (anchor and anchor not in _anchors(target.read_text() if name else text)):
+        if not target.exists() or (
+            anchor and anchor not in _anchors(target.read_text() if name else text)
+        ):
             broken.append(link)
     return broken
 
@@ -68,5 +72,9 @@ def test_a_block_is_found_with_its_mark() -> None:
 
 
 def test_the_page_of_variables_has_them_all() -> None:
-    rows = re.findall(r"^\| `(COLLTENSOR_\w+)` \|", (pages.ROOT / "docs" / "environment.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(COLLTENSOR_\w+)` \|",
+        (pages.ROOT / "docs" / "environment.md").read_text(),
+        re.MULTILINE,
+    )
     assert sorted(rows) == sorted(environment._KNOWN)

@@ -20,7 +20,8 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [("", True), ("1", True), ("On", True), ("0", False), ("off", False), (" FALSE ", False)]
+    ("value", "expected"),
+    [("", True), ("1", True), ("On", True), ("0", False), ("off", False), (" FALSE ", False)],
 )
 def test_a_switch(monkeypatch: pytest.MonkeyPatch, value: str, expected: bool) -> None:
     monkeypatch.setenv("COLLTENSOR_READ_PEERS", value)
@@ -29,9 +30,14 @@ def test_a_switch(monkeypatch: pytest.MonkeyPatch, value: str, expected: bool) -
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
-    [("READ_PEERS", "of", r"expected 0 \(off\) or 1 \(on\), got 'of'"), ("HOST_ID", "x" * 9000, "256 bytes, got 9000")],
+    [
+        ("READ_PEERS", "of", r"expected 0 \(off\) or 1 \(on\), got 'of'"),
+        ("HOST_ID", "x" * 9000, "256 bytes, got 9000"),
+    ],
 )
-def test_what_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str) -> None:
+def test_what_means_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
     monkeypatch.setenv(f"COLLTENSOR_{name}", value)
     with pytest.raises(col.OptionError, match=f"COLLTENSOR_{name}: .*{words}"):
         col.init_collective_group(1, 0, group_name="alone")
@@ -39,11 +45,21 @@ def test_what_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, name: st
 
 
 def test_an_unknown_variable_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    for name in ("COLLTENSOR_HOSTID", "COLLTENSOR_ZZZZ", "COLLTENSOR_TEST_ANYTHING", "COLLTENSOR_SECRET"):
+    for name in (
+        "COLLTENSOR_HOSTID",
+        "COLLTENSOR_ZZZZ",
+        "COLLTENSOR_TEST_ANYTHING",
+        "COLLTENSOR_SECRET",
+    ):
         monkeypatch.setenv(name, "1")
     for _ in range(2):
         col.init_collective_group(1, 0, group_name="alone").destroy()
-    warnings = [record.getMessage() for record in caplog.records if "means nothing" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "means nothing" in record.getMessage()
+    ]
     assert len(warnings) == 2
-    assert "COLLTENSOR_HOSTID means nothing to colltensor (did you mean 'COLLTENSOR_HOST_ID'?)" in warnings[0]
+    assert (
+        "COLLTENSOR_HOSTID means nothing to colltensor (did you mean 'COLLTENSOR_HOST_ID'?)"
+        in warnings[0]
+    )
     assert "COLLTENSOR_ZZZZ means nothing to colltensor; it knows" in warnings[1]

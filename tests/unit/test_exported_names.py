@@ -10,16 +10,66 @@ import pytest
 import colltensor as col
 
 NAMES = [
-    "AliasError", "BackendUnavailableError", "BufferView", "CollectiveError", "CollectiveTimeoutError", "DType",
-    "Device", "DeviceError", "Group", "GroupError", "MismatchError", "Operation", "OptionError", "PeerLostError",
-    "RankError", "ReadOnlyError", "ReduceOp", "ShapeError", "TensorError", "UnsupportedDTypeError",
-    "UnsupportedTensorError", "Work", "add_observer", "allgather", "allgather_multigpu", "allgather_object",
-    "allreduce", "allreduce_multigpu", "alltoall", "backend_unavailable_reason", "barrier", "broadcast",
-    "broadcast_multigpu", "broadcast_object", "collective_group", "create_collective_group", "destroy_collective_group",
-    "gather", "get_collective_group_size", "get_group_handle", "get_rank", "gloo_available", "init_collective_group",
-    "is_backend_available", "is_group_initialized", "nccl_available", "recv", "recv_multigpu", "reduce",
-    "reduce_multigpu", "reducescatter", "reducescatter_multigpu", "register_adapter", "register_backend",
-    "remove_observer", "scatter", "send", "send_multigpu", "sendrecv", "synchronize",
+    "AliasError",
+    "BackendUnavailableError",
+    "BufferView",
+    "CollectiveError",
+    "CollectiveTimeoutError",
+    "DType",
+    "Device",
+    "DeviceError",
+    "Group",
+    "GroupError",
+    "MismatchError",
+    "Operation",
+    "OptionError",
+    "PeerLostError",
+    "RankError",
+    "ReadOnlyError",
+    "ReduceOp",
+    "ShapeError",
+    "TensorError",
+    "UnsupportedDTypeError",
+    "UnsupportedTensorError",
+    "Work",
+    "add_observer",
+    "allgather",
+    "allgather_multigpu",
+    "allgather_object",
+    "allreduce",
+    "allreduce_multigpu",
+    "alltoall",
+    "backend_unavailable_reason",
+    "barrier",
+    "broadcast",
+    "broadcast_multigpu",
+    "broadcast_object",
+    "collective_group",
+    "create_collective_group",
+    "destroy_collective_group",
+    "gather",
+    "get_collective_group_size",
+    "get_group_handle",
+    "get_rank",
+    "gloo_available",
+    "init_collective_group",
+    "is_backend_available",
+    "is_group_initialized",
+    "nccl_available",
+    "recv",
+    "recv_multigpu",
+    "reduce",
+    "reduce_multigpu",
+    "reducescatter",
+    "reducescatter_multigpu",
+    "register_adapter",
+    "register_backend",
+    "remove_observer",
+    "scatter",
+    "send",
+    "send_multigpu",
+    "sendrecv",
+    "synchronize",
 ]
 
 RAY_SIGNATURES = {
@@ -69,10 +119,19 @@ GROUP_SIGNATURES = {
 }
 
 ERRORS = {
-    "OptionError": ValueError, "GroupError": RuntimeError, "BackendUnavailableError": RuntimeError,
-    "MismatchError": RuntimeError, "PeerLostError": ConnectionError, "CollectiveTimeoutError": TimeoutError,
-    "RankError": ValueError, "UnsupportedTensorError": TypeError, "UnsupportedDTypeError": TypeError,
-    "ReadOnlyError": ValueError, "DeviceError": ValueError, "ShapeError": ValueError, "AliasError": ValueError,
+    "OptionError": ValueError,
+    "GroupError": RuntimeError,
+    "BackendUnavailableError": RuntimeError,
+    "MismatchError": RuntimeError,
+    "PeerLostError": ConnectionError,
+    "CollectiveTimeoutError": TimeoutError,
+    "RankError": ValueError,
+    "UnsupportedTensorError": TypeError,
+    "UnsupportedDTypeError": TypeError,
+    "ReadOnlyError": ValueError,
+    "DeviceError": ValueError,
+    "ShapeError": ValueError,
+    "AliasError": ValueError,
 }
 
 
@@ -84,7 +143,9 @@ def positional(function: object, *, defaults: bool = True) -> str:
             continue
         default = parameter.default
         shown = default.name if isinstance(default, col.ReduceOp) else repr(default)
-        words.append(f"{name}={shown}" if defaults and default is not inspect.Parameter.empty else name)
+        words.append(
+            f"{name}={shown}" if defaults and default is not inspect.Parameter.empty else name
+        )
     return ", ".join(words)
 
 
@@ -112,11 +173,14 @@ def test_group_signatures(name: str) -> None:
     assert positional(getattr(col.Group, name)) == GROUP_SIGNATURES[name]
 
 
-@pytest.mark.parametrize("name", [name for name in GROUP_SIGNATURES if name not in ("split", "destroy")])
+@pytest.mark.parametrize(
+    "name", [name for name in GROUP_SIGNATURES if name not in ("split", "destroy")]
+)
 def test_functions_take_what_methods_take(name: str) -> None:
     """A function is the method with ``group_name`` before ``op`` or at the end, keyword-only arguments included."""
     method = {
-        keyword: parameter for keyword, parameter in inspect.signature(getattr(col.Group, name)).parameters.items()
+        keyword: parameter
+        for keyword, parameter in inspect.signature(getattr(col.Group, name)).parameters.items()
         if keyword != "self" and not keyword.startswith("_")  # the package's own
     }
     function = inspect.signature(getattr(col, name)).parameters
@@ -130,13 +194,24 @@ def test_functions_take_what_methods_take(name: str) -> None:
 def test_the_signatures_are_those_of_the_installed_ray() -> None:
     collective = importlib.import_module("ray.util.collective.collective")
     for name in RAY_SIGNATURES:
-        theirs = [word for word in inspect.signature(getattr(collective, name)).parameters if word != "self"]
+        theirs = [
+            word
+            for word in inspect.signature(getattr(collective, name)).parameters
+            if word != "self"
+        ]
         assert positional(getattr(col, name), defaults=False).split(", ") == theirs, name
 
 
 def test_reduce_ops_have_rays_numbers() -> None:
     assert {op.name: int(op) for op in col.ReduceOp} == {
-        "SUM": 0, "PRODUCT": 1, "MIN": 2, "MAX": 3, "AVERAGE": 4, "BAND": 5, "BOR": 6, "BXOR": 7,
+        "SUM": 0,
+        "PRODUCT": 1,
+        "MIN": 2,
+        "MAX": 3,
+        "AVERAGE": 4,
+        "BAND": 5,
+        "BOR": 6,
+        "BXOR": 7,
     }
 
 
@@ -150,5 +225,7 @@ def test_errors_are_also_python_errors(name: str) -> None:
 
 def test_every_public_name_has_a_docstring() -> None:
     missing = [name for name in NAMES if not inspect.getdoc(getattr(col, name))]
-    missing += [f"Group.{name}" for name in GROUP_SIGNATURES if not inspect.getdoc(getattr(col.Group, name))]
+    missing += [
+        f"Group.{name}" for name in GROUP_SIGNATURES if not inspect.getdoc(getattr(col.Group, name))
+    ]
     assert not missing

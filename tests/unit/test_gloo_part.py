@@ -1,4 +1,4 @@
-"""The wire between some of a group's ranks, over a provider of threads and queues."""
+"""The transport between some of a group's ranks, over a provider of threads and queues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from colltensor.backends.gloo.part import GlooPart
 from colltensor.backends.gloo.provider import ANY_MEMORY, Transfer
-from colltensor.backends.hierarchical import blocks
+from colltensor.backends.hierarchical import shards
 from colltensor.types import DTYPES, ReduceOp
 from colltensor.view import BufferView
 
@@ -32,12 +32,16 @@ class Threads:
         self.rank, self.sent, self._queues = rank, 0, queues
 
     def reductions(self, members: Sequence[int]) -> None:
-        """Return None: parts compose theirs."""
+        """Return None: shards compose theirs."""
 
-    def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
+    def exchange(
+        self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
+    ) -> None:
         for peer, pointer, nbytes in sends:
             self.sent += nbytes
-            self._queues[self.rank, peer].put(bytes(memoryview(ANY_MEMORY.from_address(pointer))[:nbytes]))
+            self._queues[self.rank, peer].put(
+                bytes(memoryview(ANY_MEMORY.from_address(pointer))[:nbytes])
+            )
         for peer, pointer, nbytes in receives:
             data = self._queues[peer, self.rank].get(timeout=max(0.0, deadline - time.monotonic()))
             assert len(data) == nbytes
@@ -66,12 +70,15 @@ def run(size: int, call: Callable[[int, GlooPart, float], Any]) -> tuple[list[An
 
 
 def seen(array: np.ndarray[Any, Any]) -> BufferView:
-    return BufferView.from_address(array.ctypes.data, array.shape, DTYPES[array.dtype.name], owner=array)
+    return BufferView.from_address(
+        array.ctypes.data, array.shape, DTYPES[array.dtype.name], owner=array
+    )
 
 
 @pytest.mark.parametrize("size", range(1, len(MEMBERS) + 1))
 def test_a_broadcast_reaches_every_member_once(size: int) -> None:
     for root in range(size):
+
         def call(position: int, part: GlooPart, deadline: float, root: int = root) -> list[int]:
             array = np.full(5, position, np.int16)
             part.broadcast(seen(array), root, deadline)
@@ -85,8 +92,12 @@ def test_a_broadcast_reaches_every_member_once(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("count", [1, 1000, 200_000])
 @pytest.mark.parametrize(("op", "function"), [(ReduceOp.SUM, np.add), (ReduceOp.MAX, np.maximum)])
-def test_reductions_in_the_order_of_the_members(size: int, count: int, op: ReduceOp, function: Any) -> None:
-    given = [np.sin(np.arange(count) * 1.7 + position).astype(np.float32) for position in range(size)]
+def test_reductions_in_the_order_of_the_members(
+    size: int, count: int, op: ReduceOp, function: Any
+) -> None:
+    given = [
+        np.sin(np.arange(count) * 1.7 + position).astype(np.float32) for position in range(size)
+    ]
     expected = given[0]
     for other in given[1:]:
         expected = function(expected, other)
@@ -115,13 +126,15 @@ def test_reductions_in_the_order_of_the_members(size: int, count: int, op: Reduc
 def test_blocks_cover_a_buffer_in_order(slices: int, name: str, count: int) -> None:
     view = BufferView.from_address(1 << 20, (count,), DTYPES[name], owner=None)
     end = view.pointer
-    pieces = list(blocks.blocks(view, slices))
+    pieces = list(shards.blocks(view, slices))
     for number, piece in enumerate(pieces):
         assert piece.pointer == end
         end += piece.nbytes
-        assert piece.nbytes <= min(slices * blocks.SLICE_NBYTES, blocks.BLOCK_NBYTES + slices * 64)
+        assert piece.nbytes <= min(slices * shards.SHARD_NBYTES, shards.BLOCK_NBYTES + slices * 64)
         if number < len(pieces) - 1 or count % slices == 0:
             assert piece.count % slices == 0
-            assert [part.count for part in blocks.parts(piece, slices)] == [piece.count // slices] * slices
+            assert [part.count for part in shards.shards(piece, slices)] == [
+                piece.count // slices
+            ] * slices
     assert end == view.pointer + view.nbytes
     assert sum(piece.count < slices for piece in pieces) <= 1

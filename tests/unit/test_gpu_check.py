@@ -17,17 +17,26 @@ import pytest
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "gpu_check"
 INJECTED = {
-    "fails": "FAIL", "hangs": "FAIL", "dies": "FAIL", "leaves": "FAIL", "spoils": "FAIL", "goes on": "ok",
+    "fails": "FAIL",
+    "hangs": "FAIL",
+    "dies": "FAIL",
+    "leaves": "FAIL",
+    "spoils": "FAIL",
+    "goes on": "ok",
     "is left out": "skip",
 }
 SAID = {
-    "fails": "it failed on purpose", "hangs": "injected.py", "dies": "SIGKILL", "leaves": "SystemExit",
+    "fails": "it failed on purpose",
+    "hangs": "injected.py",
+    "dies": "SIGKILL",
+    "leaves": "SystemExit",
     "spoils": "it spoilt its process",
     "is left out": "left out on purpose",
 }
 """A part of the error: of a check that hangs, where it did."""
 WITHOUT_TORCH = {
-    "host time of 4 KiB, beside torch.distributed", "1 GiB on one rank, beside torch.distributed",
+    "host time of 4 KiB, beside torch.distributed",
+    "1 GiB on one rank, beside torch.distributed",
     "bandwidth of two ranks",
 }
 
@@ -42,7 +51,9 @@ def checked(out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
 
 @pytest.mark.slow
 def test_a_check_that_fails_hangs_or_dies_does_not_end_the_others(tmp_path: Path) -> None:
-    code, report, lines = checked(tmp_path, "--inject", "--stages", "i", "--wheels", str(tmp_path / "none"))
+    code, report, lines = checked(
+        tmp_path, "--inject", "--stages", "i", "--wheels", str(tmp_path / "none")
+    )
     assert code == 1
     assert report["complete"]
     wheels, *found = report["checks"]

@@ -118,7 +118,9 @@ def test_bad_spellings(init_method: object) -> None:
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"])
 @pytest.mark.parametrize("value", [None, "", " "])
-def test_missing_variable_is_named(name: str, value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_variable_is_named(
+    name: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if value is None:
         monkeypatch.delenv(name)
     else:
@@ -142,9 +144,15 @@ def test_bad_variable_is_named(name: str, value: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("rank", "world_size", "named"),
-    [(1, None, "rank=1 .*RANK=2"), (None, 3, "world_size=3 .*WORLD_SIZE=4"), (0, 5, "world_size=5 .*WORLD_SIZE=4")],
+    [
+        (1, None, "rank=1 .*RANK=2"),
+        (None, 3, "world_size=3 .*WORLD_SIZE=4"),
+        (0, 5, "world_size=5 .*WORLD_SIZE=4"),
+    ],
 )
-def test_contradicting_the_environment(rank: int | None, world_size: int | None, named: str) -> None:
+def test_contradicting_the_environment(
+    rank: int | None, world_size: int | None, named: str
+) -> None:
     with pytest.raises(OptionError, match=named):
         open_directory("env://", rank, world_size)
 
@@ -155,8 +163,12 @@ def test_group_of_some_of_the_processes() -> None:
     assert open_directory(None, 3, 4)[1:] == (3, 4)
 
 
-@pytest.mark.parametrize(("rank", "world_size", "named"), [(None, 2, "rank"), (0, None, "world_size")])
-def test_only_the_environment_fills_in(rank: int | None, world_size: int | None, named: str) -> None:
+@pytest.mark.parametrize(
+    ("rank", "world_size", "named"), [(None, 2, "rank"), (0, None, "world_size")]
+)
+def test_only_the_environment_fills_in(
+    rank: int | None, world_size: int | None, named: str
+) -> None:
     for init_method in ("tcp://10.0.0.1:29500", "file:///tmp/x"):
         with pytest.raises(OptionError, match=f"^{named} must be given"):
             open_directory(init_method, rank, world_size)
@@ -205,8 +217,11 @@ def test_ray_worker_meets_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("/tmp/x", "file:///tmp/x"), ("file:/tmp/x", "file:///tmp/x"), ("localhost:1234", "tcp://localhost:1234"),
-        ("tpc://host:12", "tcp://host:12"), ("env", "env://"),
+        ("/tmp/x", "file:///tmp/x"),
+        ("file:/tmp/x", "file:///tmp/x"),
+        ("localhost:1234", "tcp://localhost:1234"),
+        ("tpc://host:12", "tcp://host:12"),
+        ("env", "env://"),
     ],
 )
 def test_a_likely_spelling_is_asked_for(given: str, meant: str) -> None:

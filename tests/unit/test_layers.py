@@ -13,8 +13,23 @@ from pathlib import Path
 
 import pytest
 
-FRAMEWORKS = {"numpy", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "ml_dtypes", "tvm_ffi", "optree",
-              "jax_tvm_ffi", "optax", "tensorflow", "mlx", "paddle"}
+FRAMEWORKS = {
+    "numpy",
+    "torch",
+    "jax",
+    "jaxlib",
+    "cupy",
+    "ray",
+    "pygloo",
+    "ml_dtypes",
+    "tvm_ffi",
+    "optree",
+    "jax_tvm_ffi",
+    "optax",
+    "tensorflow",
+    "mlx",
+    "paddle",
+}
 """Packages that only the modules named in FRAMEWORKS_OF may import."""
 
 VALUES = {"errors", "types", "view"}
@@ -40,24 +55,78 @@ MAY_IMPORT: dict[str, set[str]] = {
     "native_queue": {"backends", "turn", "work"},
     "operation_queue": {"errors", "backends", "native_queue", "turn", "work"},
     "engine": {*VALUES, "backends", "control", "buffers", "operation_queue", "work"},
-    "direct": {*VALUES, "adapters", "backends", "arguments", "buffers", "dlpack", "engine", "work"},
+    "fastpath": {
+        *VALUES,
+        "adapters",
+        "backends",
+        "arguments",
+        "buffers",
+        "dlpack",
+        "engine",
+        "work",
+    },
     "tree_plans": {*VALUES, "adapters", "buffers", "tree"},
     "gathered": {*VALUES, "adapters", "backends", "buffers", "tree_plans"},
-    "direct_trees": {*VALUES, "adapters", "backends", "direct", "engine", "tree", "tree_plans"},
+    "fastpath_trees": {*VALUES, "adapters", "backends", "fastpath", "engine", "tree", "tree_plans"},
     "multigpu": {*VALUES, "backends", "buffers", "arguments", "engine"},
-    "recipe": {"errors", "backends", "objects"},
-    "devices": {*VALUES, "backends", "control", "engine", "recipe", "rendezvous", "work"},
+    "options": {"errors", "backends", "objects"},
+    "devices": {*VALUES, "backends", "control", "engine", "options", "rendezvous", "work"},
     "group": {
-        *VALUES, "adapters", "backends", "rendezvous", "control", "buffers", "arguments", "direct", "direct_trees",
-        "engine", "environment", "work", "multigpu", "devices", "recipe", "objects", "untraced",
+        *VALUES,
+        "adapters",
+        "backends",
+        "rendezvous",
+        "control",
+        "buffers",
+        "arguments",
+        "fastpath",
+        "fastpath_trees",
+        "engine",
+        "environment",
+        "work",
+        "multigpu",
+        "devices",
+        "options",
+        "objects",
+        "untraced",
     },
     "observers": {"errors", "adapters", "tree", "work", "multigpu", "group"},
-    "table": {"errors", "environment", "objects", "backends", "control", "rendezvous", "group", "observers", "recipe"},
+    "table": {
+        "errors",
+        "environment",
+        "objects",
+        "backends",
+        "control",
+        "rendezvous",
+        "group",
+        "observers",
+        "options",
+    },
     "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
     "replicas": {*VALUES, "adapters", "tree", "group"},
-    "gradients": {*VALUES, "adapters", "tree", "tree_plans", "buffers", "work", "group", "table", "replicas"},
-    "": {*VALUES, "adapters", "backends", "tree", "work", "group", "observers", "table", "collectives",
-         "gradients"},
+    "gradients": {
+        *VALUES,
+        "adapters",
+        "tree",
+        "tree_plans",
+        "buffers",
+        "work",
+        "group",
+        "table",
+        "replicas",
+    },
+    "": {
+        *VALUES,
+        "adapters",
+        "backends",
+        "tree",
+        "work",
+        "group",
+        "observers",
+        "table",
+        "collectives",
+        "gradients",
+    },
 }
 """The units of the package (a top-level module or folder; "" is ``__init__``) and what each may import."""
 
@@ -79,7 +148,8 @@ FRAMEWORKS_OF = {
     "adapters.paddle": {"paddle"},
     "backends.nccl.driver": {"cupy"},
     "backends.loopback": {"numpy"},  # copies strided host memory with numpy's loops
-    "backends.gloo.arithmetic": {"numpy", "ml_dtypes"},  # reduces host memory where Gloo lacks the type
+    # reduces host memory where Gloo lacks the type
+    "backends.gloo.arithmetic": {"numpy", "ml_dtypes"},
     "backends.gloo.composed": {"numpy"},
     "backends.gloo.pygloo_provider": {"pygloo", "numpy"},
     "backends.gloo.torch_provider": {"torch"},
@@ -122,9 +192,17 @@ def _imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
             base = package[: len(package) + 1 - node.level] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             # `from colltensor import errors` names a unit in the alias, not in the module.
-            names = [f"{origin}.{alias.name}" for alias in node.names] if origin == "colltensor" else [origin]
+            names = (
+                [f"{origin}.{alias.name}" for alias in node.names]
+                if origin == "colltensor"
+                else [origin]
+            )
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            names = [
+                arg.value
+                for arg in node.args[:1]
+                if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            ]
             # The package's own plug-ins (adapters, providers, a framework's folder) are looked up by name on purpose.
             names = [name for name in names if not name.startswith("colltensor")]
         for name in names:
@@ -154,8 +232,14 @@ def _complaints(source: str, module: str, is_package: bool = False) -> list[str]
     for found in _imports(source, module, is_package):
         where = f"{module}:{found.line}"
         top = found.name.split(".")[0]
-        if top in FRAMEWORKS and not found.for_types_only and top not in _allowed_frameworks(module):
-            complaints.append(f"{where} imports {top}, which belongs to its adapter or provider only")
+        if (
+            top in FRAMEWORKS
+            and not found.for_types_only
+            and top not in _allowed_frameworks(module)
+        ):
+            complaints.append(
+                f"{where} imports {top}, which belongs to its adapter or provider only"
+            )
         if top != "colltensor":
             continue
         target = _unit(found.name)
@@ -232,10 +316,22 @@ def test_the_check_sees_a_wrong_import(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("colltensor.adapters.torch", "import torch\nfrom colltensor.view import BufferView"),
-        ("colltensor.backends.gloo.torch_provider", "import torch\nfrom colltensor.backends.base import Backend"),
-        ("colltensor.group", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy"),
-        ("colltensor.rendezvous", "import importlib\nimportlib.import_module('colltensor.ray.rendezvous')"),
-        ("colltensor.ray.groups", "import ray\nimport colltensor\nfrom colltensor import Group, errors"),
+        (
+            "colltensor.backends.gloo.torch_provider",
+            "import torch\nfrom colltensor.backends.base import Backend",
+        ),
+        (
+            "colltensor.group",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy",
+        ),
+        (
+            "colltensor.rendezvous",
+            "import importlib\nimportlib.import_module('colltensor.ray.rendezvous')",
+        ),
+        (
+            "colltensor.ray.groups",
+            "import ray\nimport colltensor\nfrom colltensor import Group, errors",
+        ),
     ],
 )
 def test_the_check_lets_a_right_import_pass(module: str, source: str) -> None:

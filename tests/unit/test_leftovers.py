@@ -68,10 +68,14 @@ def test_folder_and_file_are_seen(tmp_path: Path) -> None:
     assert Leftovers.since(before) == [str(tmp_path / "left")]
 
 
-def test_the_folder_of_the_gpu_tests_is_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_the_gpu_tests_is_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their pool is made on a GPU only, where a complaint about its folder would come after the last test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    found = importlib.util.spec_from_file_location("gpu_conftest", Path(__file__).parents[1] / "gpu" / "conftest.py")
+    found = importlib.util.spec_from_file_location(
+        "gpu_conftest", Path(__file__).parents[1] / "gpu" / "conftest.py"
+    )
     assert found is not None
     assert found.loader is not None
     conftest = importlib.util.module_from_spec(found)

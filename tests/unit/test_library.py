@@ -59,8 +59,13 @@ def test_the_library_is_part_of_an_installed_package() -> None:
     libraries = {file.name for file in files if file.suffix == ".so"}
     assert libraries - {"libcolltensor_gloo.so"} == {"libcolltensor.so"}
     assert ("libcolltensor_gloo.so" in libraries) == (gloo_library.reason() is None)
-    tags = [line for line in str(importlib.metadata.distribution("colltensor").read_text("WHEEL")).splitlines()
-            if line.startswith("Tag:")]
+    tags = [
+        line
+        for line in str(
+            importlib.metadata.distribution("colltensor").read_text("WHEEL")
+        ).splitlines()
+        if line.startswith("Tag:")
+    ]
     assert tags
     assert all(tag.startswith(("Tag: py3-none-linux", "Tag: py3-none-manylinux")) for tag in tags)
 
@@ -76,21 +81,29 @@ def test_it_is_found_in_whichever_folder_of_an_editable_install_has_it(
 
 
 def test_a_missing_library(folder: Path) -> None:
-    with pytest.raises(BackendUnavailableError, match=r"missing.*pip install.*apt-get install g\+\+.*-e \.") as caught:
+    with pytest.raises(
+        BackendUnavailableError, match=r"missing.*pip install.*apt-get install g\+\+.*-e \."
+    ) as caught:
         library.load()
     assert str(folder / "libcolltensor.so") in str(caught.value)
     assert reason("shm") == str(caught.value).removeprefix("backend 'shm': ")
 
 
-def test_the_variable_names_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_variable_names_a_file_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("COLLTENSOR_LIBRARY", str(tmp_path / "elsewhere.so"))
-    with pytest.raises(BackendUnavailableError, match=r"no file .*elsewhere\.so, which .* COLLTENSOR_LIBRARY names"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"no file .*elsewhere\.so, which .* COLLTENSOR_LIBRARY names"
+    ):
         library.load()
 
 
 def test_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(BackendUnavailableError, match=r"needs Linux, and this is darwin; use backend='gloo'"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"needs Linux, and this is darwin; use backend='gloo'"
+    ):
         library.load()
     assert not is_available("shm")
 
@@ -98,16 +111,24 @@ def test_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     place = file_of(folder)
     assert is_available("shm")  # which loads nothing
-    with pytest.raises(BackendUnavailableError, match=r"cannot be loaded: .*; pip install --force-reinstall") as caught:
+    with pytest.raises(
+        BackendUnavailableError, match=r"cannot be loaded: .*; pip install --force-reinstall"
+    ) as caught:
         library.load()
     assert str(place) in str(caught.value)
     monkeypatch.setenv("COLLTENSOR_LIBRARY", str(place))
-    with pytest.raises(BackendUnavailableError, match=r"cannot be loaded: .*; build .*libcolltensor\.so again"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"cannot be loaded: .*; build .*libcolltensor\.so again"
+    ):
         library.load()
 
 
 def test_a_library_of_something_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libc.so" in line]
+    found = [
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "libc.so" in line
+    ]
     if not found:
         pytest.skip("there is no libc.so to take for it")
     other = tmp_path / "other.so"
@@ -117,7 +138,9 @@ def test_a_library_of_something_else(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         library.load()
 
 
-def fake_tvm_ffi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, interface: int) -> list[str]:
+def fake_tvm_ffi(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, interface: int
+) -> list[str]:
     """Put a tvm_ffi of this version, and a library of this interface, in place of the real ones."""
     asked: list[str] = []
 
@@ -139,7 +162,9 @@ def test_a_library_of_another_interface(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "1.0", "0.10.1", "0.2.0rc1"])
-def test_a_tvm_ffi_of_another_abi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str) -> None:
+def test_a_tvm_ffi_of_another_abi(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str
+) -> None:
     asked = fake_tvm_ffi(monkeypatch, tmp_path, version, library.INTERFACE)
     wanted = rf"{version} is installed: pip install 'apache-tvm-ffi==0\.1\.\*'"
     with pytest.raises(BackendUnavailableError, match=wanted):
@@ -148,7 +173,9 @@ def test_a_tvm_ffi_of_another_abi(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize("version", ["0.1", "0.1.99", "0.1.13.post2"])
-def test_a_tvm_ffi_of_the_same_series(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str) -> None:
+def test_a_tvm_ffi_of_the_same_series(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str
+) -> None:
     asked = fake_tvm_ffi(monkeypatch, tmp_path, version, library.INTERFACE)
     library.load()
     assert asked == [str(library.path())]
@@ -162,7 +189,11 @@ def test_it_exports_its_own_functions_alone() -> None:
     if nm is None:
         pytest.skip("no nm to read the library's symbols with (apt-get install binutils)")
     ran = subprocess.run(
-        [nm, "-D", "--defined-only", str(library.path())], capture_output=True, text=True, check=True, timeout=60
+        [nm, "-D", "--defined-only", str(library.path())],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     names = [line.split()[-1] for line in ran.stdout.splitlines()]
     assert "__tvm_ffi_shm_interface" in names

@@ -33,7 +33,9 @@ class Door:
         self.proven = 0
         self.notes: list[str] = []
         self.hold = threading.Event()
-        self.listener = Listener(self.sock, self.serve, lambda what, error: self.notes.append(what), "test-door", ranks)
+        self.listener = Listener(
+            self.sock, self.serve, lambda what, error: self.notes.append(what), "test-door", ranks
+        )
         self.listener.start()
 
     def serve(self, sock: socket.socket) -> None:
@@ -73,7 +75,9 @@ def door(ranks: int = 0) -> Iterator[Door]:
         made.listener.join(2)
         made.sock.close()
         deadline = time.monotonic() + 5
-        while (made.threads() or len(os.listdir("/proc/self/fd")) > before) and time.monotonic() < deadline:
+        while (
+            made.threads() or len(os.listdir("/proc/self/fd")) > before
+        ) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert made.threads() == 0
         assert len(os.listdir("/proc/self/fd")) == before
@@ -120,7 +124,9 @@ def test_silent_strangers_have_no_thread_and_no_rank_waits_for_them() -> None:
         del ranks
 
 
-@pytest.mark.skipif(not net._has_syn_cookies(), reason="the kernel would keep ranks out with the strangers")
+@pytest.mark.skipif(
+    not net._has_syn_cookies(), reason="the kernel would keep ranks out with the strangers"
+)
 def test_who_says_nothing_takes_no_place() -> None:
     with door() as made, ExitStack() as stack:
         strangers = [stack.enter_context(made.stranger()) for _ in range(200)]
@@ -132,7 +138,9 @@ def test_who_says_nothing_takes_no_place() -> None:
         assert net.recv_frame(strangers[0], time.monotonic() + 5)[0] == 0xC2
 
 
-def test_silent_ones_are_not_kept_where_the_kernel_would_drop_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_ones_are_not_kept_where_the_kernel_would_drop_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(net, "_has_syn_cookies", lambda: False)
     with door() as made, made.stranger():
         assert eventually(lambda: len(made.listener._silent) == 1)
@@ -163,7 +171,8 @@ def test_strangers_that_speak_and_prove_nothing_make_room(monkeypatch: pytest.Mo
         for _ in range(24):
             stack.enter_context(made.stranger(OPENING))
         began = time.monotonic()
-        ranks = [stack.enter_context(made.rank()) for _ in range(20)]  # more than there are places: they have proved
+        # more than there are places: they have proved
+        ranks = [stack.enter_context(made.rank()) for _ in range(20)]
         assert time.monotonic() - began < 10
         assert eventually(lambda: made.proven == 20)
         assert made.threads() <= 20 + 8

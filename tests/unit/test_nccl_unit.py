@@ -14,7 +14,7 @@ import pytest
 
 import colltensor as col
 from colltensor import ReduceOp
-from colltensor.backends.nccl import elements
+from colltensor.backends.nccl import reductions
 from colltensor.types import DTYPES, Device
 from colltensor.view import BufferView
 
@@ -35,7 +35,9 @@ class TestWithoutGpu:
 
     def test_a_group_cannot_be_made(self) -> None:
         with pytest.raises(col.BackendUnavailableError, match="nccl") as caught:
-            col.init_collective_group(2, 0, "nccl", "without a gpu", init_method="tcp://127.0.0.1:1")
+            col.init_collective_group(
+                2, 0, "nccl", "without a gpu", init_method="tcp://127.0.0.1:1"
+            )
         assert str(col.backend_unavailable_reason("nccl")) in str(caught.value)
         assert not col.is_group_initialized("without a gpu")
 
@@ -59,25 +61,27 @@ class TestElements:
             for op in ReduceOp:
                 refused = None
                 try:
-                    elements.require("allreduce", dtype, op)
+                    reductions.require("allreduce", dtype, op)
                 except col.UnsupportedDTypeError as error:
                     refused = str(error)
                 if refused is None:
-                    assert elements.spelling(dtype, op) is not None
+                    assert reductions.reduction(dtype, op) is not None
                 else:
                     assert dtype.name in refused
 
     def test_moves_take_everything(self) -> None:
         for dtype in DTYPES.values():
-            elements.require("broadcast", dtype, None)
+            reductions.require("broadcast", dtype, None)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
     def test_keys_keep_order_and_values(self, dtype: str) -> None:
-        way = elements.keying(DTYPES[dtype])
+        way = reductions.order_encoding(DTYPES[dtype])
         limits = np.iinfo(way.bits.name)
         random = np.random.default_rng(3)
-        bits = np.arange(1 << 16, dtype=np.uint16).view(np.int16) if way.bits.itemsize == 2 else (
-            random.integers(limits.min, limits.max, 20_000, way.bits.name, endpoint=True)
+        bits = (
+            np.arange(1 << 16, dtype=np.uint16).view(np.int16)
+            if way.bits.itemsize == 2
+            else (random.integers(limits.min, limits.max, 20_000, way.bits.name, endpoint=True))
         )
         bits = np.concatenate([bits, _bits(np.array([0.0, -0.0, np.inf, -np.inf]), dtype)])
         bits = bits[~np.isnan(_floats(bits, dtype))]
@@ -89,7 +93,7 @@ class TestElements:
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
     def test_nan_is_least_for_min_and_greatest_for_max(self, dtype: str) -> None:
-        way = elements.keying(DTYPES[dtype])
+        way = reductions.order_encoding(DTYPES[dtype])
         bits = _bits(np.array([np.nan, -np.nan, np.inf, -np.inf, 0]), dtype).astype(way.keys.name)
         for op, found in ((ReduceOp.MAX, np.max), (ReduceOp.MIN, np.min)):
             keys = device.keys_of(bits, way.mask, way.infinity, way.nan(op))
@@ -119,7 +123,9 @@ def _widened(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 def _need_libnccl() -> None:
     if not importlib.import_module("cupy.cuda.nccl").available:
-        pytest.skip("CuPy finds no libnccl (300 MB, which only `nox -s gpu` installs) and has no NCCL without it")
+        pytest.skip(
+            "CuPy finds no libnccl (300 MB, which only `nox -s gpu` installs) and has no NCCL without it"
+        )
 
 
 @pytest.mark.needs("cupy")
@@ -134,7 +140,9 @@ class TestWithCupy:
         with pytest.raises(driver.error):
             nccl.check_status(status)
 
-    @pytest.mark.parametrize("module", ["colltensor.backends.nccl.driver", "colltensor.adapters.cupy"])
+    @pytest.mark.parametrize(
+        "module", ["colltensor.backends.nccl.driver", "colltensor.adapters.cupy"]
+    )
     def test_the_object_of_a_stream_is_made_once_and_does_not_warn(self, module: str) -> None:
         if module.endswith("driver"):
             _need_libnccl()
@@ -148,7 +156,9 @@ class TestWithCupy:
     def test_every_type_can_be_packed(self, dtype: str) -> None:
         adapter = importlib.import_module("colltensor.adapters.cupy")
         size = DTYPES[dtype].itemsize
-        view = BufferView.from_address(4096, (6,), DTYPES[dtype], device=Device("cuda", 0), owner=self)
+        view = BufferView.from_address(
+            4096, (6,), DTYPES[dtype], device=Device("cuda", 0), owner=self
+        )
         array = adapter.device_array(view)
         assert (array.itemsize, array.shape, array.data.ptr) == (size, (6,), 4096)
         assert array.dtype.name in ("uint8", "uint16", "uint32", "uint64", "complex128")
@@ -166,7 +176,9 @@ class TestDriver:
         return importlib.import_module("colltensor.backends.nccl.driver").CupyDriver()
 
     @pytest.mark.needs("cupy")
-    def test_an_error_that_stays_is_raised(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_error_that_stays_is_raised(
+        self, driver: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         runtime = importlib.import_module("cupy.cuda.runtime")
         for status in (0, 600, 900):  # done, not ready, not while another thread captures
             monkeypatch.setattr(runtime, "eventQuery", lambda event, status=status: status)
@@ -191,7 +203,9 @@ class TestDriver:
         assert asked == ["libcuda.so.1"]
 
     @pytest.mark.needs("cupy")
-    def test_the_default_stream_beside_a_capture(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_default_stream_beside_a_capture(
+        self, driver: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         runtime = importlib.import_module("cupy.cuda.runtime")
         status = 906  # cudaErrorStreamCaptureImplicit
 
@@ -217,7 +231,8 @@ class TestDriver:
                     raise self.error
 
         assert driver.error_of(Communicator(None)) is None
-        assert driver.error_of(Communicator(KeyError(7))) is None  # CuPy's way to say ncclInProgress
+        # CuPy's way to say ncclInProgress
+        assert driver.error_of(Communicator(KeyError(7))) is None
         for error in (KeyError(8), nccl.NcclError(6)):
             assert driver.error_of(Communicator(error)) is error
 

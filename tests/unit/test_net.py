@@ -51,7 +51,9 @@ def together(*calls: Callable[[], object]) -> list[object]:
 def test_frame_arrives_as_sent(pair: tuple[socket.socket, socket.socket], nbytes: int) -> None:
     near, far = pair
     payload = random.Random(nbytes).randbytes(nbytes)
-    _, received = together(lambda: net.send_frame(near, 7, payload, soon()), lambda: net.recv_frame(far, soon()))
+    _, received = together(
+        lambda: net.send_frame(near, 7, payload, soon()), lambda: net.recv_frame(far, soon())
+    )
     assert received == (7, payload)
 
 
@@ -59,7 +61,9 @@ def test_frames_keep_their_order_and_borders(pair: tuple[socket.socket, socket.s
     near, far = pair
     for number in range(50):
         net.send_frame(near, number, b"x" * number)
-    assert [net.recv_frame(far, soon()) for _ in range(50)] == [(number, b"x" * number) for number in range(50)]
+    assert [net.recv_frame(far, soon()) for _ in range(50)] == [
+        (number, b"x" * number) for number in range(50)
+    ]
 
 
 def test_end_of_connection_is_a_connection_error(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -70,7 +74,9 @@ def test_end_of_connection_is_a_connection_error(pair: tuple[socket.socket, sock
         net.recv_frame(far, soon())
 
 
-def test_deadline_holds_against_one_who_sends_a_byte_at_a_time(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_deadline_holds_against_one_who_sends_a_byte_at_a_time(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     near, far = pair
     stop = threading.Event()
 
@@ -89,7 +95,9 @@ def test_deadline_holds_against_one_who_sends_a_byte_at_a_time(pair: tuple[socke
     thread.join()
 
 
-def test_sending_to_one_who_does_not_read_times_out(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_sending_to_one_who_does_not_read_times_out(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     near, _ = pair
     with pytest.raises(TimeoutError):
         net.send_frame(near, 1, bytes(64 << 20), soon(0.2))
@@ -114,7 +122,9 @@ def test_promised_length_takes_no_memory(pair: tuple[socket.socket, socket.socke
 
 
 @pytest.mark.parametrize("secret", [b"", b"s", os.urandom(32)], ids=["empty", "short", "random"])
-def test_both_sides_prove_themselves(pair: tuple[socket.socket, socket.socket], secret: bytes) -> None:
+def test_both_sides_prove_themselves(
+    pair: tuple[socket.socket, socket.socket], secret: bytes
+) -> None:
     near, far = pair
     asked: list[bytes] = []
 
@@ -122,7 +132,10 @@ def test_both_sides_prove_themselves(pair: tuple[socket.socket, socket.socket], 
         asked.append(context)
         return secret
 
-    results = together(lambda: net.prove(near, secret, b"a group", soon()), lambda: net.verify(far, secret_of, soon()))
+    results = together(
+        lambda: net.prove(near, secret, b"a group", soon()),
+        lambda: net.verify(far, secret_of, soon()),
+    )
     assert results == [None, b"a group"]
     assert asked == [b"a group"]
     net.send_frame(near, 3, b"after")
@@ -130,14 +143,23 @@ def test_both_sides_prove_themselves(pair: tuple[socket.socket, socket.socket], 
 
 
 @pytest.mark.parametrize("known", [b"another", None])
-def test_wrong_secret_fails_on_both_sides(pair: tuple[socket.socket, socket.socket], known: bytes | None) -> None:
+def test_wrong_secret_fails_on_both_sides(
+    pair: tuple[socket.socket, socket.socket], known: bytes | None
+) -> None:
     near, far = pair
-    results = together(lambda: net.prove(near, b"mine", b"g", soon()), lambda: net.verify(far, lambda _: known, soon()))
-    assert [type(result) for result in results] == [net.WrongSecretError if known else net.AuthenticationError] * 2
+    results = together(
+        lambda: net.prove(near, b"mine", b"g", soon()),
+        lambda: net.verify(far, lambda _: known, soon()),
+    )
+    assert [type(result) for result in results] == [
+        net.WrongSecretError if known else net.AuthenticationError
+    ] * 2
     assert "refuses" in str(results[0])
 
 
-def test_listener_without_the_secret_is_found_out(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_listener_without_the_secret_is_found_out(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     """One that accepts any proof, and plays the dialler's own proof back as its own."""
     near, far = pair
 
@@ -159,14 +181,18 @@ def test_old_proof_is_worth_nothing(pair: tuple[socket.socket, socket.socket]) -
         net.send_frame(near, 0xC1, opening)
         net.recv_frame(near, soon())
         transcript = bytes(64) + b"g"
-        net.send_frame(near, 0xC3, hmac.new(b"s", b"colltensor/1/dial/" + transcript, hashlib.sha256).digest())
+        net.send_frame(
+            near, 0xC3, hmac.new(b"s", b"colltensor/1/dial/" + transcript, hashlib.sha256).digest()
+        )
 
     results = together(replay, lambda: net.verify(far, lambda _: b"s", soon()))
     assert isinstance(results[1], net.AuthenticationError)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_garbage_ends_a_handshake_with_an_os_error(pair: tuple[socket.socket, socket.socket], seed: int) -> None:
+def test_garbage_ends_a_handshake_with_an_os_error(
+    pair: tuple[socket.socket, socket.socket], seed: int
+) -> None:
     near, far = pair
     rng = random.Random(seed)
     garbage = rng.choice(
@@ -176,7 +202,11 @@ def test_garbage_ends_a_handshake_with_an_os_error(pair: tuple[socket.socket, so
             struct.pack("!BQ", rng.randrange(256), rng.randrange(64)) + rng.randbytes(64),
             struct.pack("!BQ", 0xC1, 44) + b"colltensor/1" + rng.randbytes(31),
             struct.pack("!BQ", 0xC1, 12) + b"colltensor/2",
-            struct.pack("!BQ", 0xC1, 44) + b"colltensor/1" + bytes(32) + struct.pack("!BQ", 0xC3, 5) + b"wrong",
+            struct.pack("!BQ", 0xC1, 44)
+            + b"colltensor/1"
+            + bytes(32)
+            + struct.pack("!BQ", 0xC3, 5)
+            + b"wrong",
         ]
     )
     near.sendall(garbage)
@@ -185,8 +215,12 @@ def test_garbage_ends_a_handshake_with_an_os_error(pair: tuple[socket.socket, so
         net.verify(far, lambda _: b"secret", soon())
 
 
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-Open\r\n", struct.pack("!BQ", 9, 0)])
-def test_dialling_a_stranger_is_a_frame_error(pair: tuple[socket.socket, socket.socket], answer: bytes) -> None:
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-Open\r\n", struct.pack("!BQ", 9, 0)]
+)
+def test_dialling_a_stranger_is_a_frame_error(
+    pair: tuple[socket.socket, socket.socket], answer: bytes
+) -> None:
     near, far = pair
     far.sendall(answer)
     with pytest.raises(net.FrameError):
@@ -213,7 +247,9 @@ def test_nobody_listens() -> None:
         net.dial(address, soon())
 
 
-def test_dialling_a_name_with_addresses_that_are_silent_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dialling_a_name_with_addresses_that_are_silent_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
         full.bind(("127.0.0.1", 0))
@@ -224,16 +260,19 @@ def test_dialling_a_name_with_addresses_that_are_silent_ends_in_time(monkeypatch
             waiting.connect_ex(full.getsockname())
         listening = stack.enter_context(net.listen("127.0.0.1"))
         silent, good = [
-            (socket.AF_INET, socket.SOCK_STREAM, 6, "", sock.getsockname()) for sock in (full, listening)
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", sock.getsockname())
+            for sock in (full, listening)
         ]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent] * 3)
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             net.dial(("several", 1), began + 0.3)
         assert time.monotonic() - began < 0.6
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent, good])  # the first leaves it some time
+        # the first leaves it some time
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [silent, good])
         net.dial(("several", 1), time.monotonic() + 0.3).close()
-        unknown = (max(socket.AddressFamily) + 1000, *silent[1:])  # as IPv6 is to a host that has none
+        # as IPv6 is to a host that has none
+        unknown = (max(socket.AddressFamily) + 1000, *silent[1:])
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [unknown, good])
         net.dial(("several", 1), time.monotonic() + 0.3).close()
 
@@ -299,7 +338,9 @@ def test_interface_by_name_and_by_address() -> None:
         assert net.interface_address(address) == address
 
 
-@pytest.mark.parametrize("interface", ["eth99", "", "192.0.2.77", "not an interface", "0.0.0.0", "::", 3, None])
+@pytest.mark.parametrize(
+    "interface", ["eth99", "", "192.0.2.77", "not an interface", "0.0.0.0", "::", 3, None]
+)
 def test_unknown_interface_lists_what_there_is(interface: object) -> None:
     with pytest.raises(OptionError, match=r"interface must be .*lo \(127\.0\.0\.1\)"):
         net.interface_address(interface)  # type: ignore[arg-type]

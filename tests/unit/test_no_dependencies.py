@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 
 FRAMEWORKS = (
-    "numpy", "ml_dtypes", "torch", "jax", "jaxlib", "cupy", "ray", "pygloo", "tvm_ffi", "tensorflow", "mlx", "paddle",
+    "numpy",
+    "ml_dtypes",
+    "torch",
+    "jax",
+    "jaxlib",
+    "cupy",
+    "ray",
+    "pygloo",
+    "tvm_ffi",
+    "tensorflow",
+    "mlx",
+    "paddle",
 )
 
 ON_THE_HOST = ("numpy", "torch", "jax")
@@ -27,7 +38,11 @@ def _loaded_after(program: str) -> set[str]:
     tail = f"import json, sys; print(json.dumps([m for m in {FRAMEWORKS!r} if sys.modules.get(m)]))"
     setup = f"import sys; sys.path[:] = {sys.path!r}"
     run = subprocess.run(
-        [sys.executable, "-c", f"{setup}\n{program}\n{tail}"], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", f"{setup}\n{program}\n{tail}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     return set(json.loads(run.stdout.splitlines()[-1]))
@@ -38,7 +53,12 @@ def test_import_loads_no_framework() -> None:
 
 
 def test_public_names_load_no_framework() -> None:
-    assert _loaded_after("import colltensor\nfor name in colltensor.__all__: getattr(colltensor, name)") == set()
+    assert (
+        _loaded_after(
+            "import colltensor\nfor name in colltensor.__all__: getattr(colltensor, name)"
+        )
+        == set()
+    )
 
 
 def test_asking_which_backends_there_are_loads_no_array_framework() -> None:
@@ -46,7 +66,9 @@ def test_asking_which_backends_there_are_loads_no_array_framework() -> None:
     assert loaded == set()
 
 
-@pytest.mark.parametrize("framework", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ON_THE_HOST])
+@pytest.mark.parametrize(
+    "framework", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ON_THE_HOST]
+)
 def test_one_framework_does_not_load_another(framework: str) -> None:
     """A rank that uses one framework pays for that one: torch alone takes a second and 200 MB."""
     make = {
@@ -60,7 +82,9 @@ def test_one_framework_does_not_load_another(framework: str) -> None:
         "assert float(group.allreduce(x)[1]) == 1.0\n"
         "group.destroy()"
     )
-    allowed = {"numpy", "ml_dtypes", "tvm_ffi", framework} | ({"jaxlib"} if framework == "jax" else set())
+    allowed = {"numpy", "ml_dtypes", "tvm_ffi", framework} | (
+        {"jaxlib"} if framework == "jax" else set()
+    )
     assert _loaded_after(program) <= allowed
 
 
@@ -81,9 +105,13 @@ def test_torch_knows_the_backend_without_an_import_of_ours(tmp_path: Path) -> No
     if not metadata.entry_points(group="torch.backends", name="colltensor"):
         information = tmp_path / "colltensor-0.dist-info"
         information.mkdir()
-        (information / "METADATA").write_text("Metadata-Version: 2.1\nName: colltensor\nVersion: 0\n")
+        (information / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: colltensor\nVersion: 0\n"
+        )
         project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-        [line] = re.findall(r'^\[project\.entry-points\."torch\.backends"\]\n(.*)$', project, re.MULTILINE)
+        [line] = re.findall(
+            r'^\[project\.entry-points\."torch\.backends"\]\n(.*)$', project, re.MULTILINE
+        )
         (information / "entry_points.txt").write_text("[torch.backends]\n" + line.replace('"', ""))
     program = (
         f"sys.path.append({str(tmp_path)!r})\n"
@@ -122,16 +150,18 @@ def test_the_installed_package_is_typed() -> None:
     pytest.param("gloo", "native", marks=pytest.mark.shm),
     pytest.param("gloo", "torch", marks=pytest.mark.needs("torch")),
 ])  # fmt: skip
-def test_a_group_has_imported_what_its_backend_needs_before_that_connects(backend: str, chosen: str | None) -> None:
+def test_a_group_has_imported_what_its_backend_needs_before_that_connects(
+    backend: str, chosen: str | None
+) -> None:
     """Its timeout is for the other ranks: torch alone took 30 seconds of it on a busy machine."""
     program = (
         "import sys, colltensor\n"
-        "from colltensor.recipe import Recipe\n"
+        "from colltensor.options import GroupOptions\n"
         "before = set()\n"
-        "def make(*arguments, made=Recipe.make):\n"
+        "def make(*arguments, made=GroupOptions.make):\n"
         "    before.update(sys.modules)\n"
         "    return made(*arguments)\n"
-        "Recipe.make = make\n"
+        "GroupOptions.make = make\n"
         f"options = dict(backend={backend!r}, provider={chosen!r}, init_method='tcp://127.0.0.1:1')\n"
         "try: colltensor.init_collective_group(1, 0, **options).destroy()\n"
         "except colltensor.BackendUnavailableError: assert options['provider'] == 'native'\n"
@@ -143,11 +173,11 @@ def test_a_group_has_imported_what_its_backend_needs_before_that_connects(backen
 
 def test_what_ranks_of_several_hosts_need_is_loaded_when_the_hosts_are_known() -> None:
     program = (
-        "import sys, colltensor.recipe\n"
-        "recipe = colltensor.recipe.Recipe()\n"
-        "recipe.prepare(3, ('a', 'a', 'a'))\n"
+        "import sys, colltensor.options\n"
+        "options = colltensor.options.GroupOptions()\n"
+        "options.prepare(3, ('a', 'a', 'a'))\n"
         "assert 'colltensor.backends.hierarchical.backend' not in sys.modules\n"
-        "recipe.prepare(3, ('a', 'a', 'b'))\n"
+        "options.prepare(3, ('a', 'a', 'b'))\n"
         "assert 'colltensor.backends.hierarchical.watch' in sys.modules\n"
         "assert 'colltensor.backends.gloo.backend' in sys.modules"
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from colltensor.control import links
+from colltensor.control import frames
 from colltensor.operation_queue import OperationQueue
 from colltensor.work import Work
 
@@ -61,7 +61,7 @@ def test_a_lane_has_its_thread_before_its_turn_comes(monkeypatch: pytest.MonkeyP
 
 def test_peers_are_called_without_threads(no_threads: pytest.MonkeyPatch) -> None:
     called: list[int] = []
-    links.in_parallel([3, 1, 2], called.append, time.monotonic() + 5.0)
+    frames.in_parallel([3, 1, 2], called.append, time.monotonic() + 5.0)
     assert called == [3, 1, 2]
 
 

@@ -44,7 +44,9 @@ class Elsewhere:
 
 
 def test_what_cannot_be_made_here_names_both_ranks() -> None:
-    with pytest.raises(CollectiveError, match=r"broadcast_object \(rank 1\).* of rank 0 .*no_such_package") as caught:
+    with pytest.raises(
+        CollectiveError, match=r"broadcast_object \(rank 1\).* of rank 0 .*no_such_package"
+    ) as caught:
         copied([Elsewhere()])
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
@@ -53,22 +55,38 @@ def test_plain_data_passes_without_pickles_that_call() -> None:
     data = {"a": [1, -(2**70), 2.5, 1j, None, True], b"b": ("x", {3, "y"}, frozenset())}
     assert plain(data) == data
     leaf = Leaf("['w']", (2, 3), DTYPES["float32"], "abc")
-    assert plain((("average", True), leaf, Plain("", "3"))) == (("average", True), leaf, Plain("", "3"))
+    assert plain((("average", True), leaf, Plain("", "3"))) == (
+        ("average", True),
+        leaf,
+        Plain("", "3"),
+    )
 
 
-@pytest.mark.parametrize(("obj", "name"), [
-    ([len], "builtins.len"), (np.arange(3), "numpy"), ({"e": CollectiveError("x")}, "colltensor.errors.Collective"),
-    (Path("x"), "pathlib"), (range(3), "builtins.range"), (Elsewhere(), "importlib.import_module"),
-])
+@pytest.mark.parametrize(
+    ("obj", "name"),
+    [
+        ([len], "builtins.len"),
+        (np.arange(3), "numpy"),
+        ({"e": CollectiveError("x")}, "colltensor.errors.Collective"),
+        (Path("x"), "pathlib"),
+        (range(3), "builtins.range"),
+        (Elsewhere(), "importlib.import_module"),
+    ],
+)
 def test_objects_are_refused_by_name_where_none_are_wanted(obj: Any, name: str) -> None:
-    with pytest.raises(CollectiveError, match=rf"broadcast_object \(rank 1\): the object of rank 0 holds {name}"):
+    with pytest.raises(
+        CollectiveError, match=rf"broadcast_object \(rank 1\): the object of rank 0 holds {name}"
+    ):
         plain(obj)
 
 
 def test_no_pickle_changes_what_the_process_shares() -> None:
     """Opcodes may set the attributes of what was made before."""
     named = b"\x80\x04\x8c\x10colltensor.types\x8c\x06_named\x93"
-    for payload in (named + b"\x8c\x07float32\x85R}\x8c\x08itemsizeK@sb.", named + b"}\x8c\x0c__defaults__)sb."):
+    for payload in (
+        named + b"\x8c\x07float32\x85R}\x8c\x08itemsizeK@sb.",
+        named + b"}\x8c\x0c__defaults__)sb.",
+    ):
         with pytest.raises(CollectiveError, match="cannot be unpickled here"):
             loads(payload, "broadcast_object", 1, 0, allow_pickle=False)
     assert DTYPES["float32"].itemsize == 4
@@ -87,13 +105,19 @@ def test_the_variable_that_refuses_objects(monkeypatch: pytest.MonkeyPatch) -> N
 def refuse_on_one_rank(rank: int, size: int, name: str) -> list[Any]:
     """Rank 1 wants no objects: it refuses those of others and its own, and the group goes on."""
     group = col.init_collective_group(
-        size, rank, group_name=name, init_method=f"file://{Path(tempfile.gettempdir()) / name}", timeout_s=20.0,
+        size,
+        rank,
+        group_name=name,
+        init_method=f"file://{Path(tempfile.gettempdir()) / name}",
+        timeout_s=20.0,
         allow_pickle=None if rank == 0 else False,
     )
     found: list[Any] = []
     for call in (
-        lambda: group.broadcast_object(len, 0), lambda: group.broadcast_object(len, 1),
-        lambda: group.allgather_object(Path("x")), lambda: group.allgather_object({"rank": rank}),
+        lambda: group.broadcast_object(len, 0),
+        lambda: group.broadcast_object(len, 1),
+        lambda: group.allgather_object(Path("x")),
+        lambda: group.allgather_object({"rank": rank}),
         lambda: group.split(0).broadcast_object(len, 0),
         lambda: replicas.compare_tree({"w": np.ones(3)}, group, "compare", "make them equal"),
         lambda: int(group.allreduce(np.ones(1))[0]),
@@ -111,7 +135,10 @@ def test_a_rank_that_wants_no_objects(pool: RankPool) -> None:
     assert zero == [len, len, [Path("x")] * 2, [{"rank": 0}, {"rank": 1}], len, None, 2]
     refused = [words for words in one if isinstance(words, str)]
     assert [words.split(" does not ")[0].split("holds ")[1].split(",")[0] for words in refused] == [
-        "builtins.len", "builtins.len", PosixPath.__module__ + ".PosixPath", "builtins.len",
+        "builtins.len",
+        "builtins.len",
+        PosixPath.__module__ + ".PosixPath",
+        "builtins.len",
     ]
     assert all("allow_pickle=False" in words for words in refused)
     assert one[3] == [{"rank": 0}, {"rank": 1}]
@@ -122,7 +149,11 @@ def test_a_rank_that_wants_no_objects(pool: RankPool) -> None:
 @pytest.mark.parametrize("name", ["int64", "uint64", "float64", "complex128"])
 def test_wide_arrays_of_jax_stay_wide(name: str) -> None:
     jax = importlib.import_module("jax")
-    x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental").enable_x64
+    x64 = (
+        jax.enable_x64
+        if hasattr(jax, "enable_x64")
+        else importlib.import_module("jax.experimental").enable_x64
+    )
     with x64(True):
         array = jax.numpy.array(np.array([2**40 + 5, 7], name))
         weak = jax.jit(lambda value: value)(2.0)
@@ -139,7 +170,9 @@ def test_wide_arrays_of_jax_stay_wide(name: str) -> None:
 def test_other_arrays_of_jax() -> None:
     jax = importlib.import_module("jax")
     assert copied(jax.numpy.ones(3, "bfloat16")).dtype == "bfloat16"
-    assert (jax.random.key_data(copied(jax.random.key(7))) == jax.random.key_data(jax.random.key(7))).all()
+    assert (
+        jax.random.key_data(copied(jax.random.key(7))) == jax.random.key_data(jax.random.key(7))
+    ).all()
 
 
 @pytest.mark.needs("torch")
@@ -149,7 +182,13 @@ def test_a_view_of_torch_brings_its_elements_alone() -> None:
     view, column = whole[3:6], whole.reshape(1000, 1000)[:, 1]
     view.note = "kept"
     parameter = torch.nn.Parameter(whole[:2], requires_grad=True)
-    given = [view, column, parameter, whole[:4].clone().requires_grad_(), torch.ones(1).expand(1000)]
+    given = [
+        view,
+        column,
+        parameter,
+        whole[:4].clone().requires_grad_(),
+        torch.ones(1).expand(1000),
+    ]
     payload = dumps(given)
     assert len(payload) < 10_000
     found = loads(payload, "broadcast_object", 1, 0, allow_pickle=True)

@@ -68,11 +68,17 @@ def test_every_operation_is_seen_once(group: col.Group, name: str) -> None:
     with observed() as seen:
         call(group)
     (operation,) = seen
-    assert (operation.name, operation.group, operation.rank, operation.world_size) == (name, "watched", 0, 1)
+    assert (operation.name, operation.group, operation.rank, operation.world_size) == (
+        name,
+        "watched",
+        0,
+        1,
+    )
     assert operation.error is None
     assert operation.duration_s is not None
     assert 0 < operation.duration_s < 10
-    assert abs(operation.nbytes - nbytes) < (16 if "object" in name else 1)  # pickle's frame differs by version
+    # pickle's frame differs by version
+    assert abs(operation.nbytes - nbytes) < (16 if "object" in name else 1)
     call(group)
     assert len(seen) == 1
 
@@ -84,7 +90,8 @@ def test_a_split_is_one_operation_and_its_parts_are_seen(group: col.Group) -> No
         part.allreduce(array())
         part.destroy()
     assert [(operation.name, operation.group, operation.nbytes) for operation in seen] == [
-        ("split", "watched", 0), ("allreduce", "part", 16),
+        ("split", "watched", 0),
+        ("allreduce", "part", 16),
     ]
 
 
@@ -98,8 +105,14 @@ def test_the_functions_by_name_are_seen_too(group: col.Group) -> None:
 def test_every_tensor_has_its_size(group: col.Group, framework: str) -> None:
     if framework == "cupy":
         pytest.skip("CuPy makes no array without a device")
-    module = pytest.importorskip(framework, reason=f"{framework} is selected; its absence ended the session")
-    tensor = module.zeros(5, dtype=module.float32) if framework != "jax" else module.numpy.zeros(5, "float32")
+    module = pytest.importorskip(
+        framework, reason=f"{framework} is selected; its absence ended the session"
+    )
+    tensor = (
+        module.zeros(5, dtype=module.float32)
+        if framework != "jax"
+        else module.numpy.zeros(5, "float32")
+    )
     with observed() as seen:
         group.allreduce(tensor)
         group.allreduce([tensor, (tensor + 1, None)])
@@ -126,7 +139,9 @@ def test_the_size_of_a_tensor_that_does_not_say_it(group: col.Group) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [None, 1 << 64, "text", object(), np.ma.masked_array([1.0])], ids=lambda value: type(value).__name__
+    "wrong",
+    [None, 1 << 64, "text", object(), np.ma.masked_array([1.0])],
+    ids=lambda value: type(value).__name__,
 )
 def test_a_refused_call_has_its_error(group: col.Group, wrong: object) -> None:
     with observed() as seen, pytest.raises(col.TensorError) as raised:
@@ -188,7 +203,8 @@ def test_an_observer_that_raises_changes_nothing_and_is_logged(
     assert len(lines) == 6
     assert all(line.startswith("group 'watched' (rank 0): ") for line in lines)
     assert {str(record.exc_info[1]) for record in caplog.records if record.exc_info} == {
-        "at the beginning", "at the end",
+        "at the beginning",
+        "at the end",
     }
 
 
@@ -207,7 +223,11 @@ def test_two_observers_and_an_end_after_the_removal(group: col.Group) -> None:
 
 
 def test_without_observers_the_methods_are_the_plain_ones(group: col.Group) -> None:
-    plain = {(owner, name): getattr(owner, name) for owner in (col.Group, MultiGpu) for name in vars(owner)}
+    plain = {
+        (owner, name): getattr(owner, name)
+        for owner in (col.Group, MultiGpu)
+        for name in vars(owner)
+    }
     with observed(), observed():
         assert col.Group.allreduce is not plain[col.Group, "allreduce"]
     assert {(owner, name): getattr(owner, name) for owner, name in plain} == plain
@@ -218,13 +238,31 @@ def test_without_observers_the_methods_are_the_plain_ones(group: col.Group) -> N
 def test_every_collective_of_a_group_can_be_observed() -> None:
     """A new method of Group or MultiGpu must get its line, or say here that it is none."""
     others = {
-        "broadcast_object", "allgather_object",  # seen in _exchange
-        "follow", "shared_memory", "settle", "destroy", "end", "progress", "synchronize", "set_timeout", "lost",
-        "ask", "answer_with",
+        "broadcast_object",
+        "allgather_object",  # seen in _exchange
+        "follow",
+        "shared_memory",
+        "complete",
+        "destroy",
+        "end",
+        "progress",
+        "synchronize",
+        "set_timeout",
+        "lost",
+        "ask",
+        "answer_with",
     }
-    methods = {name for name, value in vars(col.Group).items() if callable(value) and not name.startswith("_")}
+    methods = {
+        name
+        for name, value in vars(col.Group).items()
+        if callable(value) and not name.startswith("_")
+    }
     assert methods - others == set(observers._OPERATIONS)
-    methods = {name for name, value in vars(MultiGpu).items() if callable(value) and not name.startswith("_")}
+    methods = {
+        name
+        for name, value in vars(MultiGpu).items()
+        if callable(value) and not name.startswith("_")
+    }
     assert methods == set(observers._MULTIGPU_OPERATIONS)
 
 

@@ -30,7 +30,9 @@ def test_reductions_leave_the_tensor(group: col.Group) -> None:
 def test_leaves_are_not_packed(group: col.Group, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that would be on a stream that the frameworks know nothing of."""
     memory = importlib.import_module("colltensor.adapters").host_memory()
-    monkeypatch.setattr(type(memory), "allocate", lambda *arguments: pytest.fail("something was packed"))
+    monkeypatch.setattr(
+        type(memory), "allocate", lambda *arguments: pytest.fail("something was packed")
+    )
     tree = {"a": np.arange(3.0), "b": [np.arange(8.0)[::2], np.ones(2)]}
     assert group.allreduce(tree) is tree
     assert group.broadcast(tree, async_op=True).result() is tree

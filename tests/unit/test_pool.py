@@ -20,7 +20,10 @@ def rank_and_pid(rank: int, world_size: int, factor: int) -> tuple[int, int, int
 
 
 def threads_and_platform(rank: int, world_size: int) -> list[str | None]:
-    return [os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "JAX_PLATFORMS")]
+    return [
+        os.environ.get(name)
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "JAX_PLATFORMS")
+    ]
 
 
 def raise_in_rank(rank: int, world_size: int, culprit: int) -> int:
@@ -109,7 +112,9 @@ def test_ranks_have_one_thread_each(pool: RankPool) -> None:
 
 def test_failure_shows_the_traceback_and_keeps_the_processes(pool: RankPool) -> None:
     pids = [result[2] for result in pool.run(2, rank_and_pid, 1)]
-    with pytest.raises(RanksFailedError, match=r"1 of 2 ranks failed in test_pool\.raise_in_rank") as failure:
+    with pytest.raises(
+        RanksFailedError, match=r"1 of 2 ranks failed in test_pool\.raise_in_rank"
+    ) as failure:
         pool.run(2, raise_in_rank, 1)
     assert "ValueError: rank 1 of 2 does not want to" in str(failure.value)
     assert "in raise_in_rank" in failure.value.reports[1]

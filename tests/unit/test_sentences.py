@@ -31,7 +31,13 @@ def test_what_a_sentence_is(tool: ModuleType) -> None:
         "- **Bold.** More\n<!-- a comment. -->\n"
     )
     assert tool.sentences(text) == [
-        "A heading", "One np.ones(3) here, e.g. this.", "Two words!", "Three?", "an item goes on", "**Bold.", "More",
+        "A heading",
+        "One np.ones(3) here, e.g. this.",
+        "Two words!",
+        "Three?",
+        "an item goes on",
+        "**Bold.",
+        "More",
     ]
     assert tool.words("One `np.ones(3)` - here, e.g. this.") == 5
 
@@ -42,7 +48,9 @@ def test_the_percentile(tool: ModuleType) -> None:
     assert tool.percentile([]) == 0
 
 
-def test_long_sentences_fail(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_sentences_fail(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.md"
     page.write_text("Short. " * 9 + LONG)
     assert tool.main([str(page)]) == 0  # one in ten may be long

@@ -25,7 +25,11 @@ WORDS = (1, 2, 3)
     ],
 )
 def test_every_transfer_has_a_view(
-    destination: int, source: int, sent: BufferView | None, received: BufferView | None, views: list[int]
+    destination: int,
+    source: int,
+    sent: BufferView | None,
+    received: BufferView | None,
+    views: list[int],
 ) -> None:
     """Also one of nothing: the library reads one for each peer."""
     request = requests.transfer(sent, destination, WORDS, received, source, WORDS, 0)

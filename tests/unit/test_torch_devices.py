@@ -46,7 +46,9 @@ def torch() -> Any:
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     made = Group()
-    monkeypatch.setattr(importlib.import_module("colltensor.torch.collectives"), "find_group", lambda name: made)
+    monkeypatch.setattr(
+        importlib.import_module("colltensor.torch.collectives"), "find_group", lambda name: made
+    )
     return made
 
 
@@ -61,7 +63,12 @@ def test_whether_autograd_records(torch: Any, group: Group) -> None:
     as_far_as_it_reads(lambda: collectives.allreduce(tensor))
     as_far_as_it_reads(lambda: collectives.recv(tensor, 1))
     assert collectives.send(tensor, 1).device.type == "meta"
-    assert group.given == [("allreduce", "meta"), ("recv", "meta"), ("send", "meta"), ("send", "meta")]
+    assert group.given == [
+        ("allreduce", "meta"),
+        ("recv", "meta"),
+        ("send", "meta"),
+        ("send", "meta"),
+    ]
 
 
 def test_what_is_received_lies_where_the_argument_does(torch: Any, group: Group) -> None:
@@ -75,7 +82,9 @@ def test_what_is_received_lies_where_the_argument_does(torch: Any, group: Group)
 def test_the_presence_of_gradients(torch: Any, group: Group) -> None:
     reducer = importlib.import_module("colltensor.torch.reducer")
     parameter = torch.zeros(8, device="meta", requires_grad=True)
-    options = reducer.Options(bucket_nbytes=8, lone_nbytes=8, average=True, early=False, compression=None)
+    options = reducer.Options(
+        bucket_nbytes=8, lone_nbytes=8, average=True, early=False, compression=None
+    )
     made = reducer.Reducer(group, None, [("weight", parameter)], options)
     made._settle_missing()
     assert group.given == [("allreduce", "meta")]

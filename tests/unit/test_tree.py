@@ -68,8 +68,16 @@ def test_insertion_order_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "container",
     [
-        {"b": [1, (2,)], "a": None}, [], (), {}, None, Pair(1, {"k": 2}), OrderedDict([("z", 1), ("a", 2)]), [[], [()]],
-        {10: 1, 2: 2}, ({"x": [{"y": 5}]},),
+        {"b": [1, (2,)], "a": None},
+        [],
+        (),
+        {},
+        None,
+        Pair(1, {"k": 2}),
+        OrderedDict([("z", 1), ("a", 2)]),
+        [[], [()]],
+        {10: 1, 2: 2},
+        ({"x": [{"y": 5}]},),
     ],
 )
 def test_rebuild_gives_the_same_structure(container: Any) -> None:
@@ -121,10 +129,15 @@ class Unordered:
 
 
 @pytest.mark.parametrize("flatten", [tree.flatten, tree.structure_of, tree.flat_tree])
-@pytest.mark.parametrize("error", [RuntimeError("ambiguous"), ValueError("ambiguous"), ZeroDivisionError("ambiguous")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("ambiguous"), ValueError("ambiguous"), ZeroDivisionError("ambiguous")]
+)
 def test_keys_that_cannot_be_ordered_are_named(flatten: Any, error: Exception) -> None:
     keys = {Unordered(error): np.zeros(1), Unordered(error): np.ones(2)}
-    with pytest.raises(UnsupportedTensorError, match=r"keys of type test_tree\.Unordered, .*list\(tree\.values\(\)\)"):
+    with pytest.raises(
+        UnsupportedTensorError,
+        match=r"keys of type test_tree\.Unordered, .*list\(tree\.values\(\)\)",
+    ):
         flatten({"state": [keys], "other": np.zeros(2)})
 
 
@@ -134,7 +147,9 @@ def test_parameters_as_keys_are_named() -> None:
     torch = importlib.import_module("torch")
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3)]
     gradients = {parameter: torch.zeros(2) for parameter in parameters}
-    with pytest.raises(UnsupportedTensorError, match=r"keys of type torch\.nn\.parameter\.Parameter"):
+    with pytest.raises(
+        UnsupportedTensorError, match=r"keys of type torch\.nn\.parameter\.Parameter"
+    ):
         tree.flatten(gradients)
 
 
@@ -145,9 +160,14 @@ def test_keys_that_mean_nothing_elsewhere_are_named() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     scalars = [torch.nn.Parameter(torch.tensor(value)) for value in (2.0, 1.0)]
     for keys, kind in (
-        ([parameter], "Parameter"), (scalars, "Parameter"), ([(0, parameter)], "tuple"), ([object()], "object"),
+        ([parameter], "Parameter"),
+        (scalars, "Parameter"),
+        ([(0, parameter)], "tuple"),
+        ([object()], "object"),
     ):
-        with pytest.raises(UnsupportedTensorError, match=rf"keys of type .*\.{kind}, which mean nothing in other"):
+        with pytest.raises(
+            UnsupportedTensorError, match=rf"keys of type .*\.{kind}, which mean nothing in other"
+        ):
             tree.flatten([{key: np.zeros(1) for key in keys}])
     assert tree.flatten({(1, "a"): 1.0, None: 2.0, 1.5: 3.0})[0] == [2.0, 3.0, 1.0]
 
@@ -158,15 +178,25 @@ def test_keys_that_jax_cannot_order_are_named() -> None:
     jax = importlib.import_module("jax")
     for keys, kinds in (((1, "a"), "int and builtins.str"), ((object(), object()), "object")):
         node = jax.tree_util.Partial(max, {"a": dict.fromkeys(keys, np.zeros(1))})
-        with pytest.raises(UnsupportedTensorError, match=rf"keys of type builtins\.{kinds}, which have no order"):
+        with pytest.raises(
+            UnsupportedTensorError, match=rf"keys of type builtins\.{kinds}, which have no order"
+        ):
             tree.flatten([node])
     node = jax.tree_util.Partial(max, {object(): np.zeros(1)})
-    with pytest.raises(UnsupportedTensorError, match=r"keys of type builtins\.object, which mean nothing"):
+    with pytest.raises(
+        UnsupportedTensorError, match=r"keys of type builtins\.object, which mean nothing"
+    ):
         tree.flatten([node])
 
 
 def test_a_tree_built_anew_keeps_the_order_of_its_keys() -> None:
-    for node in ({"b": 1, "a": 2}, {"b": [1, (2,)], "a": {"y": 3, "x": 4}}, [1, 2], (1, [2]), {2: 1, 1: 2}):
+    for node in (
+        {"b": 1, "a": 2},
+        {"b": [1, (2,)], "a": {"y": 3, "x": 4}},
+        [1, 2],
+        (1, [2]),
+        {2: 1, 1: 2},
+    ):
         leaves, structure = tree.flat_tree(node)
         build = tree.builder_of(structure)
         assert build is not None

@@ -26,7 +26,9 @@ def listener(request: pytest.FixtureRequest) -> Iterator[socket.socket]:
         yield sock
 
 
-def connected(listener: socket.socket, user: int | None = None) -> tuple[socket.socket, socket.socket]:
+def connected(
+    listener: socket.socket, user: int | None = None
+) -> tuple[socket.socket, socket.socket]:
     """Return both ends of a connection, of which the one that dialled is ``user``'s."""
     is_v6 = listener.getsockname()[0] == "::1"
     if user is not None:
@@ -46,7 +48,9 @@ def test_a_process_of_this_user_is_known(listener: socket.socket) -> None:
         assert is_own(far)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes a socket of another user, which root alone can make")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="takes a socket of another user, which root alone can make"
+)
 def test_another_user_is_not_taken_for_this_one(listener: socket.socket) -> None:
     near, far = connected(listener, 65534)
     with near, far:

@@ -18,7 +18,9 @@ class Owner:
     """Stands for whoever owns the memory."""
 
 
-def view_of(shape: tuple[int, ...], strides: tuple[int, ...] | None = None, pointer: int = 4096) -> BufferView:
+def view_of(
+    shape: tuple[int, ...], strides: tuple[int, ...] | None = None, pointer: int = 4096
+) -> BufferView:
     return BufferView.from_address(pointer, shape, FLOAT32, strides=strides, owner=None)
 
 
@@ -93,13 +95,19 @@ def test_slice_and_cast() -> None:
     ],
 )
 def test_blocks(
-    shape: tuple[int, ...], strides: tuple[int, ...] | None, number: int, starts: list[int],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    number: int,
+    starts: list[int],
     layout: tuple[tuple[int, ...], tuple[int, ...] | None],
 ) -> None:
     view = view_of(shape, strides)
     blocks = view.blocks(number)
     assert [(block.pointer - 4096) // 4 for block in blocks] == starts
-    assert all((block.shape, block.strides, block.count) == (*layout, view.count // number) for block in blocks)
+    assert all(
+        (block.shape, block.strides, block.count) == (*layout, view.count // number)
+        for block in blocks
+    )
     assert all(block is view or block.owner is view for block in blocks)
 
 
@@ -148,7 +156,9 @@ def test_from_dlpack_takes_the_exporters_layout() -> None:
 
 def test_what_a_view_says_of_itself() -> None:
     assert repr(view_of((2, 2))) == "BufferView(float32[2, 2] on cpu, contiguous)"
-    strided = BufferView.from_address(0, (2,), UINT8, device=Device("cuda", 1), strides=(3,), readonly=True, owner=None)
+    strided = BufferView.from_address(
+        0, (2,), UINT8, device=Device("cuda", 1), strides=(3,), readonly=True, owner=None
+    )
     assert repr(strided) == "BufferView(uint8[2] on cuda:1, strides=(3,), read-only)"
 
 

@@ -22,11 +22,12 @@ LIBRARIES = Path(colltensor.__file__).parents[1] / "colltensor.libs"
 LIMIT_MB = 60
 
 
-
 def carries_gloo(test: Callable[..., None]) -> Callable[..., None]:
     """A test of a wheel with Gloo inside, once that is installed."""
     reason = "colltensor was built here and not repaired: its Gloo, if any, is the system's"
-    marked: Callable[..., None] = pytest.mark.gloo(pytest.mark.skipif(not LIBRARIES.is_dir(), reason=reason)(test))
+    marked: Callable[..., None] = pytest.mark.gloo(
+        pytest.mark.skipif(not LIBRARIES.is_dir(), reason=reason)(test)
+    )
     return marked
 
 
@@ -42,8 +43,11 @@ print(json.dumps([name for name in names if re.search("/lib(gloo|hiredis|ibverbs
 def mapped_by_the_provider(*prefix: str) -> list[str]:
     """The files of Gloo and of what it needs that a new process has, once the native provider is loaded."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
-    command = [*prefix, sys.executable, "-I", "-c", MAPPED]  # nothing of the folder that this runs in
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    # nothing of the folder that this runs in
+    command = [*prefix, sys.executable, "-I", "-c", MAPPED]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     names: list[str] = json.loads(done.stdout)
     return names
@@ -59,13 +63,17 @@ def test_gloo_comes_out_of_the_wheel() -> None:
 @carries_gloo
 def test_the_systems_libraries_are_not_needed() -> None:
     """Where the wheel was built they are installed: nothing is behind their names in a namespace of our own."""
-    cache = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=True).stdout
+    cache = subprocess.run(
+        ["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=True
+    ).stdout
     systems = [
         line.split()[-1]
         for line in cache.splitlines()
         if line.split()[0].startswith(("libgloo.", "libhiredis.", "libibverbs.", "libnl-"))
     ]
-    hide = " && ".join(["true", *(f"mount --bind /dev/null {name}" for name in sorted(set(systems)))])
+    hide = " && ".join(
+        ["true", *(f"mount --bind /dev/null {name}" for name in sorted(set(systems)))]
+    )
     prefix = ["unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh"]
     permitted = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
     if permitted.returncode:
@@ -92,7 +100,11 @@ def test_the_licences_of_what_is_inside_are_installed() -> None:
 def test_colltensor_and_what_it_brings_beside_numpy_is_small() -> None:
     names = ["colltensor", "apache-tvm-ffi", "ml_dtypes", "optree", "typing-extensions"]
     files = [file for name in names for file in metadata.distribution(name).files or ()]
-    total = sum(path.stat().st_size for path in (Path(str(file.locate())) for file in files) if path.is_file())
+    total = sum(
+        path.stat().st_size
+        for path in (Path(str(file.locate())) for file in files)
+        if path.is_file()
+    )
     assert total < LIMIT_MB * 1e6
 
 
@@ -156,7 +168,12 @@ def test_added_licences_are_recorded(tmp_path: Path) -> None:
         assert lines[0] == "License-Expression: Apache-2.0 AND BSD-3-Clause"
         assert lines[-2] == "License-Expression: x"
         assert lines[1:3] == ["License-File: LICENSE", "License-File: libgloo.txt"]
-        record = dict(line.split(",", 1) for line in archive.read(f"{info}RECORD").decode().splitlines())
+        record = dict(
+            line.split(",", 1) for line in archive.read(f"{info}RECORD").decode().splitlines()
+        )
         assert record.keys() == set(archive.namelist())
         # What `printf 'Copyright: somebody' | openssl dgst -sha256 -binary | basenc --base64url` says, without its "=".
-        assert record[f"{info}licenses/libgloo.txt"] == "sha256=JJiEpYzfH-_MZcBiXcmWBGP5CcLwgPYImbZdfMii0LI,19"
+        assert (
+            record[f"{info}licenses/libgloo.txt"]
+            == "sha256=JJiEpYzfH-_MZcBiXcmWBGP5CcLwgPYImbZdfMii0LI,19"
+        )

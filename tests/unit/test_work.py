@@ -39,7 +39,9 @@ def test_result_and_done(queue: OperationQueue) -> None:
     go = threading.Event()
     work = queue.put(Work("allreduce", lambda: go.wait(10) and "sum"))
     assert not work.done()
-    with pytest.raises(CollectiveTimeoutError, match=r"allreduce: wait\(\) timed out after 0\.01 s"):
+    with pytest.raises(
+        CollectiveTimeoutError, match=r"allreduce: wait\(\) timed out after 0\.01 s"
+    ):
         work.wait(0.01)
     go.set()
     assert work.result() == "sum"
@@ -105,7 +107,9 @@ def test_closing_fails_what_waits() -> None:
     leave(queue)
 
 
-def test_a_queue_is_busy_while_a_work_runs_although_the_next_could_not_be_put(queue: OperationQueue) -> None:
+def test_a_queue_is_busy_while_a_work_runs_although_the_next_could_not_be_put(
+    queue: OperationQueue,
+) -> None:
     began, go = threading.Event(), threading.Event()
     runs = queue.put(Work("op", lambda: began.set() or go.wait(10.0)))
     assert began.wait(5.0)
@@ -242,7 +246,9 @@ def interrupter(seed: int) -> Iterator[Interrupter]:
         sys.unraisablehook = hook
 
 
-before_3_11 = pytest.mark.skipif(sys.version_info < (3, 11), reason="a handler may come between any two instructions")
+before_3_11 = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="a handler may come between any two instructions"
+)
 
 
 def interrupt_turns(queue: Any) -> None:
@@ -271,7 +277,7 @@ def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) 
 @before_3_11
 @pytest.mark.needs("torch")
 def test_an_interrupt_at_any_moment_leaves_no_turn_of_torch_distributed_taken() -> None:
-    line = c10d("line").Line("tested")
+    line = c10d("queue").ProcessGroupQueue("tested")
     interrupt_turns(line)
     line.close(GroupError("over"))
 
@@ -284,14 +290,14 @@ def c10d(name: str) -> Any:
 @pytest.mark.needs("torch")
 def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
     """Its error has the frames of what has failed, and those the process group, which could never be collected."""
-    line = c10d("line").Line("tested")
+    line = c10d("queue").ProcessGroupQueue("tested")
 
     def fail(held: object) -> None:
         raise GroupError("broken")
 
     held = Interrupter(0)
     alive = weakref.ref(held)
-    operation = c10d("work").Operation("op", functools.partial(fail, held))
+    operation = c10d("work").QueuedCall("op", functools.partial(fail, held))
     del held
     line.put(operation)
     with pytest.raises(GroupError):
@@ -305,8 +311,14 @@ def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
 
 
 @pytest.mark.needs("torch")
-def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    line, work, start = c10d("line").Line("tested"), c10d("work"), threading.Thread.start
+def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line, work, start = (
+        c10d("queue").ProcessGroupQueue("tested"),
+        c10d("work"),
+        threading.Thread.start,
+    )
 
     def interrupted(thread: threading.Thread) -> None:
         start(thread)
@@ -314,10 +326,10 @@ def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(monke
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(Interruption):
-        line.put(work.Operation("lost"))
+        line.put(work.QueuedCall("lost"))
     monkeypatch.undo()
     time.sleep(0.01)
-    operation = work.Operation("op")
+    operation = work.QueuedCall("op")
     line.put(operation)
     assert operation.is_done_within(2.0)
     line.close(GroupError("over"))
@@ -327,7 +339,7 @@ def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(monke
 def test_a_deadline_keeps_no_operation() -> None:
     deadlines, expired = c10d("deadlines"), []
     made = deadlines.Deadlines(lambda entry: expired.append(entry.operation()))
-    done, late = (c10d("work").Operation("op") for _ in range(2))
+    done, late = (c10d("work").QueuedCall("op") for _ in range(2))
     alive = weakref.ref(done)
     made.add(done, 60.0, ())
     del done

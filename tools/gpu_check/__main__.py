@@ -40,10 +40,14 @@ def main() -> int:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("gather", help="download the wheels to bring, and build this project's")
+    fetch = commands.add_parser(
+        "gather", help="download the wheels to bring, and build this project's"
+    )
     fetch.add_argument("folder", type=Path)
     fetch.add_argument("--python", default="3.12", help="of the machine with the device")
-    fetch.add_argument("--nccl", action="store_true", help="libnccl too, in parts to bring one at a time")
+    fetch.add_argument(
+        "--nccl", action="store_true", help="libnccl too, in parts to bring one at a time"
+    )
     run = commands.add_parser("run", help="run the checks")
     run.add_argument("--wheels", type=Path, help="the folder that gather filled")
     run.add_argument("--out", type=Path, default=Path(), help="where gpu_check.json goes")
@@ -72,7 +76,9 @@ def check(options: argparse.Namespace) -> int:
             until = began + options.seconds - _SPARE_S
             for stage in stages_for(cpu=options.cpu, inject=options.inject):
                 if options.stages is None or stage.name[0] in options.stages:
-                    more = _shared(options.wheels, folder) if stage.shares and not options.cpu else {}
+                    more = (
+                        _shared(options.wheels, folder) if stage.shares and not options.cpu else {}
+                    )
                     words = ["--cpu"] if options.cpu else []
                     Runner(report, folder, environment | more, words, until).run(stage)
             report.content["complete"] = True
@@ -84,7 +90,9 @@ def check(options: argparse.Namespace) -> int:
     if options.cpu:
         print("a fake device: what was measured means nothing")
     count, failed = len(report.content["checks"]), report.failed()
-    print(f"{count} lines, {failed} failed, {report.seconds():.0f} s; see {options.out / 'gpu_check.json'}")
+    print(
+        f"{count} lines, {failed} failed, {report.seconds():.0f} s; see {options.out / 'gpu_check.json'}"
+    )
     return 1 if failed or not report.content["complete"] else 0
 
 
@@ -107,7 +115,9 @@ def _facts() -> dict[str, Any]:
         "machine": " ".join([*os.uname()[:3:2], os.uname().machine, f"{os.cpu_count()} CPUs"]),
         "shared_memory_mib": shm.free >> 20 if shm else 0,
         "card": card,
-        "nccl_variables": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
+        "nccl_variables": {
+            name: value for name, value in os.environ.items() if name.startswith("NCCL_")
+        },
     }
 
 

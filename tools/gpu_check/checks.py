@@ -46,14 +46,22 @@ def imports(*, channel: Channel, folder: Path, cpu: bool) -> str:
             found[f"{name} from"] = str(getattr(module, "__file__", ""))
     channel.facts(**found)
     if not cpu and not broken:
-        torch, runtime = importlib.import_module("torch"), importlib.import_module("cupy.cuda.runtime")
+        torch, runtime = (
+            importlib.import_module("torch"),
+            importlib.import_module("cupy.cuda.runtime"),
+        )
         card = torch.cuda.get_device_properties(0)
         channel.facts(
             device=f"{card.name}, {card.total_memory >> 20} MiB, {torch.cuda.device_count()} devices",
             cuda=f"torch {torch.version.cuda}, CuPy {runtime.runtimeGetVersion()}, driver {runtime.driverGetVersion()}",
         )
     backends = importlib.import_module("colltensor.backends")
-    channel.facts(**{f"backend {name}": backends.reason(name) or "can be used" for name in ("nccl", "shm", "gloo")})
+    channel.facts(
+        **{
+            f"backend {name}": backends.reason(name) or "can be used"
+            for name in ("nccl", "shm", "gloo")
+        }
+    )
     assert not broken, "; ".join(broken)
     return ", ".join(took)
 
@@ -74,7 +82,11 @@ def same_sources() -> str:
     """Check that the package which is used, a wheel's say, is that of the checkout, whose tests are run."""
     used = Path(importlib.import_module("colltensor").__file__ or "").parent
     ours = {path.relative_to(ROOT / "colltensor"): path for path in ROOT.glob("colltensor/**/*.py")}
-    same = {name for name, path in ours.items() if (used / name).is_file() and filecmp.cmp(path, used / name, False)}
+    same = {
+        name
+        for name, path in ours.items()
+        if (used / name).is_file() and filecmp.cmp(path, used / name, False)
+    }
     other = ", ".join(sorted(map(str, set(ours) - same)))
     assert not other, f"gather the wheels again: in {used} these are missing, or others: {other}"
     return f"{len(ours)} files in {used}"

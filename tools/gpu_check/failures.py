@@ -92,7 +92,9 @@ def never_connects(library: str, *, channel: Channel, folder: Path, cpu: bool) -
     _one_rank_works(library)
     try:
         with seams.replaced_connect(connect):
-            said, _ = gpu_threads.run(2, folder / "never-connects", function, TIMEOUT_S, libraries=(library,))
+            said, _ = gpu_threads.run(
+                2, folder / "never-connects", function, TIMEOUT_S, libraries=(library,)
+            )
             _one_rank_works(library)
     finally:
         over.set()
@@ -109,7 +111,9 @@ def is_killed(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str
     )
     if cpu:  # as for a rank that has a device; it makes no use of it
         program = f"import sys; sys.path[:] = {sys.path!r}; import stand_in; stand_in.install()\n{program}"
-    peer = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    peer = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         group = col.init_collective_group(
             2, 0, gpu_streams.BACKEND, name, timeout_s=patience_s, init_method=f"file://{place}"
@@ -167,7 +171,9 @@ def destroyed_early(library: str, *, channel: Channel, folder: Path, cpu: bool) 
 def long_before(library: str, *, channel: Channel, folder: Path, cpu: bool) -> None:
     """The timeout counts from when the call's turn has come on the device."""
     with gpu_streams.Queue(library) as queue:
-        group = col.init_collective_group(1, 0, gpu_streams.BACKEND, "long before", timeout_s=TIMEOUT_S / 4)
+        group = col.init_collective_group(
+            1, 0, gpu_streams.BACKEND, "long before", timeout_s=TIMEOUT_S / 4
+        )
         tensor = queue.full(3.0)
         group.allreduce(queue.full(0.0))
         queue.synchronize()
@@ -233,7 +239,9 @@ def _broken(queue: Any) -> tuple[str, BaseException | None]:
     return where, None
 
 
-def _refused(group: Any, library: str, kind: type[col.CollectiveError], ranks: tuple[int, ...] = (1,)) -> str:
+def _refused(
+    group: Any, library: str, kind: type[col.CollectiveError], ranks: tuple[int, ...] = (1,)
+) -> str:
     """Check that an allreduce fails in time with the right error, and that the stream runs on; returns which."""
     with gpu_streams.Queue(library) as queue:
         began = time.monotonic()

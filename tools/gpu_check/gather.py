@@ -32,7 +32,17 @@ def gather(folder: Path, python: str, *, nccl: bool) -> int:
     for old in [*folder.glob("*.whl"), folder / _SUMS]:
         old.unlink(missing_ok=True)
     _download(folder, python, *PACKAGES)
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     # The system's libgloo would be missed there.
     without_gloo = "--config-settings=cmake.define.CMAKE_DISABLE_FIND_PACKAGE_Gloo=ON"
     subprocess.run([*wheel, without_gloo], check=True)
@@ -49,8 +59,18 @@ def gather(folder: Path, python: str, *, nccl: bool) -> int:
 
 def _download(folder: Path, python: str, *packages: str) -> None:
     platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    subprocess.run([*command, "--python-version", python, *platforms, "-d", str(folder), *packages], check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
+    subprocess.run(
+        [*command, "--python-version", python, *platforms, "-d", str(folder), *packages], check=True
+    )
 
 
 def _gather_nccl(beside: Path, python: str) -> None:
@@ -68,7 +88,9 @@ def _gather_nccl(beside: Path, python: str) -> None:
     # Every part knows all sums, so that a missing one is seen.
     for number in range(len(sums)):
         (beside / f"nccl-{number}" / _SUMS).write_text("\n".join(sums))
-    print(f"{len(content) / 2**20:7.2f} MiB  {wheel.name}, in {len(sums)} parts: {beside / 'nccl-*'}")
+    print(
+        f"{len(content) / 2**20:7.2f} MiB  {wheel.name}, in {len(sums)} parts: {beside / 'nccl-*'}"
+    )
 
 
 def install(wheels: Path, site: Path) -> str:
@@ -79,13 +101,19 @@ def install(wheels: Path, site: Path) -> str:
         OSError: There are none.
     """
     sums = dict(line.split("  ", 1)[::-1] for line in (wheels / _SUMS).read_text().splitlines())
-    wrong = [name for name, wanted in sums.items() if not (wheels / name).is_file() or _sum(wheels / name) != wanted]
+    wrong = [
+        name
+        for name, wanted in sums.items()
+        if not (wheels / name).is_file() or _sum(wheels / name) != wanted
+    ]
     total = 0
     for name in sorted(set(sums) - set(wrong)):
         total += (wheels / name).stat().st_size
         _unpack(wheels / name, site)
     if wrong:
-        raise ValueError(f"missing, or with another sum than when they were gathered: {', '.join(wrong)}")
+        raise ValueError(
+            f"missing, or with another sum than when they were gathered: {', '.join(wrong)}"
+        )
     return f"{len(sums)} wheels, {total / 2**20:.1f} MiB, sums agree"
 
 
@@ -112,7 +140,9 @@ def brought_nccl(beside: Path, folder: Path) -> Path | None:
         return None
     sums = first.read_text().split()
     parts = [beside / f"nccl-{number}" / _PART for number in range(len(sums))]
-    if not all(part.exists() and _sum(part) == wanted for part, wanted in zip(parts, sums, strict=True)):
+    if not all(
+        part.exists() and _sum(part) == wanted for part, wanted in zip(parts, sums, strict=True)
+    ):
         return None
     wheel = folder / "nccl.whl"
     with wheel.open("wb") as whole:

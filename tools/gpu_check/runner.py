@@ -45,12 +45,21 @@ class Report:
     def add(self, stage: str, name: str, outcome: str, seconds: float, **more: Any) -> None:
         """Note a check and print its line: ``ok``, ``FAIL`` or ``skip``."""
         more = {key: value for key, value in more.items() if value}
-        check = {"stage": stage, "name": name, "outcome": outcome, "seconds": round(seconds, 3), **more}
+        check = {
+            "stage": stage,
+            "name": name,
+            "outcome": outcome,
+            "seconds": round(seconds, 3),
+            **more,
+        }
         self.content["checks"].append(check)
         text = str(more.get("figure") or more.get("error") or "").strip()
         # The last line of an error names it; a figure is one line.
         said = text.splitlines()[-1] if text else ""
-        print(f"{self.seconds():6.1f} s  {outcome:4}  {stage}  {name}  ({seconds:.1f} s)  {said[:_SHOWN]}", flush=True)
+        print(
+            f"{self.seconds():6.1f} s  {outcome:4}  {stage}  {name}  ({seconds:.1f} s)  {said[:_SHOWN]}",
+            flush=True,
+        )
         self.write()
 
     def failed(self) -> int:
@@ -69,7 +78,12 @@ class Runner:
     """Runs the checks of stages until a given time."""
 
     def __init__(
-        self, report: Report, folder: Path, environment: Mapping[str, str], options: Sequence[str], until: float
+        self,
+        report: Report,
+        folder: Path,
+        environment: Mapping[str, str],
+        options: Sequence[str],
+        until: float,
     ) -> None:
         """Run nothing yet.
 
@@ -94,13 +108,17 @@ class Runner:
         while left:
             if time.monotonic() >= until:
                 for check in left:
-                    self._report.add(stage.name, check.name, "skip", 0.0, error="no time was left for it")
+                    self._report.add(
+                        stage.name, check.name, "skip", 0.0, error="no time was left for it"
+                    )
                 break
             alone = next((place for place, check in enumerate(left) if check.alone), len(left))
             done = _Process(self, stage, left[: alone or 1], until).watch()
             left = left[done:]
         took = round(time.monotonic() - began, 1)
-        self._report.content["stages"].append({"name": stage.name, "seconds": took, "limit_s": stage.limit_s})
+        self._report.content["stages"].append(
+            {"name": stage.name, "seconds": took, "limit_s": stage.limit_s}
+        )
         self._report.write()
 
 
@@ -164,7 +182,13 @@ class _Process:
             self._report.content.setdefault("versions", {}).update(event["facts"])
             return running
         if kind == "part":
-            self._report.add(self._stage.name, event["name"], event["outcome"], event["seconds"], error=event["error"])
+            self._report.add(
+                self._stage.name,
+                event["name"],
+                event["outcome"],
+                event["seconds"],
+                error=event["error"],
+            )
             return running
         if kind == "begin":
             return True
@@ -205,7 +229,9 @@ class _Process:
             self._report.add(self._stage.name, "after a check", "FAIL", seconds, error=error)
             return
         check = self._checks[self._done]
-        self._report.add(self._stage.name, check.name, "FAIL", seconds, limit_s=check.limit_s, error=error)
+        self._report.add(
+            self._stage.name, check.name, "FAIL", seconds, limit_s=check.limit_s, error=error
+        )
         self._done += 1
 
     def _tail(self) -> str:
@@ -219,5 +245,6 @@ class _Process:
         """End the process and what it started."""
         with contextlib.suppress(ProcessLookupError):  # an empty group is no longer there
             os.killpg(self._child.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it; the others go on
+        # a driver may hold it; the others go on
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(_EXIT_S)

@@ -24,7 +24,9 @@ def host_time(*, channel: Channel, folder: Path, cpu: bool) -> str:
     """Measure what a call of 4 KiB takes the host; the target is no condition of the check."""
     names = (benchmark.OURS_TORCH, benchmark.OURS_CUPY, benchmark.THEIRS)
     with _here(folder / "host-time", cpu) as started:
-        times = _times(started, benchmark.contestants(*names), benchmark.SMALL_NBYTES, ROUNDS, CALLS)
+        times = _times(
+            started, benchmark.contestants(*names), benchmark.SMALL_NBYTES, ROUNDS, CALLS
+        )
     rows, holds = benchmark.host_rows(times)
     channel.facts(host_time=[_line(row) for row in rows])
     said = ", ".join(f"{name} {samples.median_us:.1f} us" for name, samples in times.items())
@@ -34,14 +36,18 @@ def host_time(*, channel: Channel, folder: Path, cpu: bool) -> str:
 def large_call(*, channel: Channel, folder: Path, cpu: bool) -> str:
     """Measure 1 GiB on one rank: an allreduce in place, which should cost nothing, and an allgather, which copies."""
     nbytes, said = FAKE_NBYTES if cpu else benchmark.LARGE_NBYTES, []
-    pairs = {"allreduce in place": (benchmark.OURS_TORCH, benchmark.THEIRS),
-             "allgather": ("allgather, ours", "allgather, theirs")}
+    pairs = {
+        "allreduce in place": (benchmark.OURS_TORCH, benchmark.THEIRS),
+        "allgather": ("allgather, ours", "allgather, theirs"),
+    }
     with _here(folder / "large", cpu) as started:
         for name, pair in pairs.items():
             times = _times(started, benchmark.until_done(*pair), nbytes, LARGE_ROUNDS, 1)
             ours, theirs = (times[label].median_us for label in pair)
-            said.append(f"{name}: ours {ours / 1e3:.3f} ms, {nbytes / ours / 1e3:.0f} GB/s, "
-                        f"{theirs / ours:.3f} of torch.distributed's")
+            said.append(
+                f"{name}: ours {ours / 1e3:.3f} ms, {nbytes / ours / 1e3:.0f} GB/s, "
+                f"{theirs / ours:.3f} of torch.distributed's"
+            )
     channel.facts(large_call=said)
     return "; ".join(said)
 
@@ -58,7 +64,9 @@ def two_ranks(*, channel: Channel, folder: Path, cpu: bool) -> str:
         times = _times(started, benchmark.until_done(*both), ways, LARGE_ROUNDS, 1)
     line, found = _line(row), {name: times[name].median_us / 1e6 for name in both}
     channel.facts(two_ranks=line, through_the_host=found)
-    return f"{line} {', '.join(f'{name} {seconds * 1e3:.1f} ms' for name, seconds in found.items())}"
+    return (
+        f"{line} {', '.join(f'{name} {seconds * 1e3:.1f} ms' for name, seconds in found.items())}"
+    )
 
 
 @contextlib.contextmanager

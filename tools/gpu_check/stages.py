@@ -85,7 +85,9 @@ def _calls(streams: tuple[str, ...], cpu: bool) -> Iterator[Check]:
     yield Check("the native library can be loaded", "checks:native")
     yield Check("the package is the checkout's", "checks:same_sources")
     for library in (*streams, "jax"):
-        yield Check(f"allreduce in place, {library}", "checks:in_place", (library,), 30, _needs(library))
+        yield Check(
+            f"allreduce in place, {library}", "checks:in_place", (library,), 30, _needs(library)
+        )
     yield Check("an allreduce of donated memory, jax", "checks:donated", needs=("jax",))
     yield Check("which libnccl", "checks:libnccl", informed=True)
 
@@ -104,10 +106,22 @@ def _streams(streams: tuple[str, ...], cpu: bool) -> Iterator[Check]:
         yield _case("reductions", library)
     for library in streams:
         yield Check(f"synchronize, {library}", "test_gpu_streams:synchronized", (0, 1, library))
-        yield Check(f"calls on two streams, {library}", "test_gpu_streams:on_two_streams", (0, 1, library))
+        yield Check(
+            f"calls on two streams, {library}", "test_gpu_streams:on_two_streams", (0, 1, library)
+        )
     if not cpu:
-        yield Check("1 GiB in place needs no memory", "checks:memory_of_a_large_call", needs=("torch",), limit_s=30)
-        yield Check("a stream in use stays current", "test_gpu_streams:stays_current", (0, 1), needs=("cupy",))
+        yield Check(
+            "1 GiB in place needs no memory",
+            "checks:memory_of_a_large_call",
+            needs=("torch",),
+            limit_s=30,
+        )
+        yield Check(
+            "a stream in use stays current",
+            "test_gpu_streams:stays_current",
+            (0, 1),
+            needs=("cupy",),
+        )
     for name in ("not_numbers", "refusals", "stacks", "trees"):
         yield _case(name, streams[0])
     if not cpu:
@@ -115,7 +129,11 @@ def _streams(streams: tuple[str, ...], cpu: bool) -> Iterator[Check]:
         for library in streams:
             function = "test_gpu_streams:gradients_come_after"
             yield Check(f"gradients after a long kernel, {library}", function, (0, 1, library))
-            yield Check(f"a group that nobody asked NCCL for, {library}", "test_gpu_streams:alone", (0, 1, library))
+            yield Check(
+                f"a group that nobody asked NCCL for, {library}",
+                "test_gpu_streams:alone",
+                (0, 1, library),
+            )
     for library in streams:
         for name in ("moves", "gradients", "one_device_forms", "objects_and_parts"):
             yield _case(name, library)
@@ -141,7 +159,9 @@ def _jitted(streams: tuple[str, ...], cpu: bool) -> Iterator[Check]:
 def _failures(library: str, cpu: bool) -> Iterator[Check]:
     # CuPy's: half of these need a process of their own, and torch takes the longest to import.
     def failure(name: str, function: str, *, alone: bool = False) -> Check:
-        return Check(name, f"failures:{function}", (library,), alone=alone and not cpu, informed=True)
+        return Check(
+            name, f"failures:{function}", (library,), alone=alone and not cpu, informed=True
+        )
 
     yield failure("a peer that never calls", "never_calls")
     yield failure("a peer that is killed", "is_killed")
@@ -155,12 +175,28 @@ def _failures(library: str, cpu: bool) -> Iterator[Check]:
 
 def _speed() -> Iterator[Check]:
     needs = ("torch",)
-    yield Check("host time of 4 KiB, beside torch.distributed", "speed:host_time", (), 30, needs, informed=True)
-    yield Check("1 GiB on one rank, beside torch.distributed", "speed:large_call", (), 30, needs, informed=True)
+    yield Check(
+        "host time of 4 KiB, beside torch.distributed",
+        "speed:host_time",
+        (),
+        30,
+        needs,
+        informed=True,
+    )
+    yield Check(
+        "1 GiB on one rank, beside torch.distributed",
+        "speed:large_call",
+        (),
+        30,
+        needs,
+        informed=True,
+    )
 
 
 def _two_ranks(cpu: bool) -> Iterator[Check]:
-    yield Check("bandwidth of two ranks", "speed:two_ranks", (), 80, ("torch",), alone=True, informed=True)
+    yield Check(
+        "bandwidth of two ranks", "speed:two_ranks", (), 80, ("torch",), alone=True, informed=True
+    )
     if not cpu:  # together, because their ranks take long to start
         words = "2_ranks and reductions and torch or test_gpu_failures and (torch or cupy)"
         yield _part("two ranks: values and failures", words, limit_s=160, shares=True)
@@ -172,7 +208,11 @@ def _tests(cpu: bool) -> Iterator[Check]:
         return
     for words in ("1_rank and mixed", "1_rank and not mixed and not threads", "1_rank and threads"):
         yield _part(f"tests: {words}", words, shares=False)
-    for words in ("not 1_rank and not 4_ranks and not threads", "4_ranks and not threads", "not 1_rank and threads"):
+    for words in (
+        "not 1_rank and not 4_ranks and not threads",
+        "4_ranks and not threads",
+        "not 1_rank and threads",
+    ):
         yield _part(f"tests: {words}", words, shares=True)
 
 
@@ -181,7 +221,9 @@ def _part(name: str, words: str, *, shares: bool, limit_s: float = REST) -> Chec
 
 
 def _case(name: str, library: str) -> Check:
-    return Check(f"{name}, {library}", "gpu_cases:run", (0, 1, name, (library,)), 40, _needs(library))
+    return Check(
+        f"{name}, {library}", "gpu_cases:run", (0, 1, name, (library,)), 40, _needs(library)
+    )
 
 
 def _needs(library: str) -> tuple[str, ...]:

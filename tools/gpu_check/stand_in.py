@@ -136,7 +136,10 @@ def install() -> None:
     jit = importlib.import_module("test_gpu_jit")
     jit.DTYPES, jit.SHAPES_OF, jit.PRODUCTS, jit.TURNS = ("float32",), {"float32": ((7,),)}, 1, 3
     cases = importlib.import_module("gpu_cases")
-    cases.REDUCIBLE, cases.DTYPES = ("bool", "int32", "float32", "bfloat16"), ("uint8", "float32", "complex64")
+    cases.REDUCIBLE, cases.DTYPES = (
+        ("bool", "int32", "float32", "bfloat16"),
+        ("uint8", "float32", "complex64"),
+    )
     cases.LARGE = 1 << 12
     failures = importlib.import_module("failures")
     failures.seams = FakeSeams

@@ -27,7 +27,11 @@ class Reporter:
             return
         outcome = _OUTCOMES[report.outcome]
         self.counts[outcome] += 1
-        error = "" if report.passed else str(report.longrepr[2] if report.skipped else report.longrepr)[-6000:]
+        error = (
+            ""
+            if report.passed
+            else str(report.longrepr[2] if report.skipped else report.longrepr)[-6000:]
+        )
         self._channel.part(report.nodeid.rpartition("/")[2], outcome, report.duration, error)
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -45,8 +49,12 @@ def run(words: str, shares: bool, *, channel: Channel, folder: Path, cpu: bool) 
     """
     version = 0 if cpu else importlib.import_module("cupy.cuda.nccl").get_version()
     if shares and not cpu and version < _SHARED_SINCE:
-        raise SkippedError(f"several ranks on one device need libnccl 2.30 or later, this is {version}")
-    where = ["tests/multiprocess/nccl/test_nccl_operations.py"] if cpu else ["tests/gpu", "-m", "gpu"]
+        raise SkippedError(
+            f"several ranks on one device need libnccl 2.30 or later, this is {version}"
+        )
+    where = (
+        ["tests/multiprocess/nccl/test_nccl_operations.py"] if cpu else ["tests/gpu", "-m", "gpu"]
+    )
     frameworks = "numpy" if cpu else "torch,cupy,jax"
     reporter = Reporter(channel)
     before = signal.getsignal(signal.SIGTERM)

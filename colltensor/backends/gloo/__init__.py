@@ -1,6 +1,6 @@
 """Gloo: collectives of host memory between any number of hosts.
 
-Chooses one provider for all ranks. Imports neither torch nor pygloo nor numpy until a group is made.
+Chooses one provider for all ranks.
 """
 
 from __future__ import annotations
@@ -65,7 +65,13 @@ class GlooSpec:
             importlib.import_module(_PROVIDERS[name][0])
 
     def create(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> GlooBackend:
         """Agree on a provider and connect it. All ranks call.
 
@@ -83,8 +89,14 @@ class GlooSpec:
             MismatchError: The ranks asked for different providers, or have versions that may not meet.
         """
         if control is None:
-            raise GroupError("backend 'gloo' needs a control plane; use backend='loopback' for one rank on its own")
-        address = meeting.addresses[control.rank][0] if interface is None else interface_address(interface)
+            raise GroupError(
+                "backend 'gloo' needs a control plane; use backend='loopback' for one rank on its own"
+            )
+        address = (
+            meeting.addresses[control.rank][0]
+            if interface is None
+            else interface_address(interface)
+        )
         deadline = time.monotonic() + timeout_s
         name, reason = _agree(control, provider, deadline)
         from colltensor.backends.gloo.backend import GlooBackend
@@ -94,7 +106,9 @@ class GlooSpec:
         make = _imported(name, control)
         deadline += time.monotonic() - began
         details = f"Gloo's provider is {name!r}: {reason}"
-        backend = GlooBackend(make(control, meeting, address=address, timeout_s=timeout_s), control, details)
+        backend = GlooBackend(
+            make(control, meeting, address=address, timeout_s=timeout_s), control, details
+        )
         # A rank that closes while another still connects to it would end that one's process (pygloo 0.2.1: getpeername
         # fails in Gloo's own thread, where nothing can catch it).
         try:
@@ -132,12 +146,16 @@ def _usable() -> tuple[dict[str, str], dict[str, str]]:
     try:
         found["native"] = library.version()
     except BackendUnavailableError as error:
-        lacking = dict.fromkeys(("native", "ibverbs"), str(error).removeprefix("backend 'gloo', provider 'native': "))
+        lacking = dict.fromkeys(
+            ("native", "ibverbs"), str(error).removeprefix("backend 'gloo', provider 'native': ")
+        )
     else:
         if library.load().gloo_ibverbs_names():
             found["ibverbs"] = found["native"]
         else:
-            lacking["ibverbs"] = "this host has no ibverbs device (there is none in /sys/class/infiniband)"
+            lacking["ibverbs"] = (
+                "this host has no ibverbs device (there is none in /sys/class/infiniband)"
+            )
     return found, lacking
 
 
@@ -148,7 +166,10 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
     """
     ballot = json.dumps([wanted if wanted is None else str(wanted), *_usable()]).encode()
     replies = control.allgather(ballot, deadline)
-    ballots = [cast("tuple[str | None, dict[str, str], dict[str, str]]", json.loads(reply)) for reply in replies]
+    ballots = [
+        cast("tuple[str | None, dict[str, str], dict[str, str]]", json.loads(reply))
+        for reply in replies
+    ]
     where = f"group '{control.group_name}' (rank {control.rank}), backend 'gloo'"
     wishes = [wish for wish, _, _ in ballots]
     for rank, wish in enumerate(wishes):
@@ -170,8 +191,16 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
             f"{where}: no provider is installed on all ranks: {'; '.join(map(str, lacks.values()))}; {_INSTALL} on all"
         )
     passed = [str(lacks[other]) for other in candidates[: candidates.index(name)]]
-    reason = "asked for by provider=" if asked else "; ".join(["the first that all ranks have", *passed])
-    _LOG.debug("group %r (rank %d): Gloo's provider is %r: %s", control.group_name, control.rank, name, reason)
+    reason = (
+        "asked for by provider=" if asked else "; ".join(["the first that all ranks have", *passed])
+    )
+    _LOG.debug(
+        "group %r (rank %d): Gloo's provider is %r: %s",
+        control.group_name,
+        control.rank,
+        name,
+        reason,
+    )
     versions = [has[name] for _, has, _ in ballots]
     series = [".".join(text.split(".")[:2]) for text in versions]
     if len(set(series)) > 1:

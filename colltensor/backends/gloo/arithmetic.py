@@ -1,8 +1,7 @@
 """Combine the ranks' elements on the host, in rank order.
 
 What Gloo or its provider has not, or has wrong: 16-bit floats that accumulate in float32, MIN and
-MAX that keep NaN, integers of any width, bool. Imports numpy and no other framework (bfloat16 is
-handled as bits, so that ml_dtypes is not needed).
+MAX that keep NaN, integers of any width, bool.
 """
 
 from __future__ import annotations
@@ -24,18 +23,28 @@ CHUNK: Final = 1 << 16
 """Elements worked on at a time: what is read and written of them stays in a core's cache."""
 
 _FUNCTIONS: Final[dict[ReduceOp, np.ufunc]] = {
-    ReduceOp.SUM: np.add, ReduceOp.PRODUCT: np.multiply, ReduceOp.MIN: np.minimum, ReduceOp.MAX: np.maximum,
+    ReduceOp.SUM: np.add,
+    ReduceOp.PRODUCT: np.multiply,
+    ReduceOp.MIN: np.minimum,
+    ReduceOp.MAX: np.maximum,
     ReduceOp.AVERAGE: np.add,
-    ReduceOp.BAND: np.bitwise_and, ReduceOp.BOR: np.bitwise_or, ReduceOp.BXOR: np.bitwise_xor,
+    ReduceOp.BAND: np.bitwise_and,
+    ReduceOp.BOR: np.bitwise_or,
+    ReduceOp.BXOR: np.bitwise_xor,
 }
 _BOOL_FUNCTIONS: Final[dict[ReduceOp, np.ufunc]] = {
-    ReduceOp.SUM: np.logical_or, ReduceOp.MAX: np.logical_or, ReduceOp.BOR: np.logical_or,
-    ReduceOp.PRODUCT: np.logical_and, ReduceOp.MIN: np.logical_and, ReduceOp.BAND: np.logical_and,
+    ReduceOp.SUM: np.logical_or,
+    ReduceOp.MAX: np.logical_or,
+    ReduceOp.BOR: np.logical_or,
+    ReduceOp.PRODUCT: np.logical_and,
+    ReduceOp.MIN: np.logical_and,
+    ReduceOp.BAND: np.logical_and,
     ReduceOp.BXOR: np.logical_xor,
 }
 _STORED_AS: Final = {
     dtype: np.dtype({"bfloat16": "uint16", "bool": "uint8"}.get(name, name))
-    for name, dtype in DTYPES.items() if not dtype.moves_only
+    for name, dtype in DTYPES.items()
+    if not dtype.moves_only
 }
 _FENV_NBYTES: Final = 64
 """More than any C library's ``fenv_t`` has (glibc: 32 on x86-64, 8 on arm64)."""
@@ -104,7 +113,9 @@ def narrow(target: int, source: int, count: int, dtype: DType) -> None:
         for start in range(0, count, CHUNK):
             part = wide[start : start + CHUNK]
             own = scratch[: len(part)]
-            (_narrow_float16 if dtype is _FLOAT16 else _narrow_bfloat16)(part, own, halves[start : start + CHUNK])
+            (_narrow_float16 if dtype is _FLOAT16 else _narrow_bfloat16)(
+                part, own, halves[start : start + CHUNK]
+            )
 
 
 @contextlib.contextmanager
@@ -157,7 +168,11 @@ def _combine_chunks(out: Array, arrays: Sequence[Array], function: np.ufunc) -> 
 
 
 def _combine_halves(out: Array, arrays: Sequence[Array], dtype: DType, op: ReduceOp) -> None:
-    widen, narrow = (_widen_float16, _narrow_float16) if dtype is _FLOAT16 else (_widen_bfloat16, _narrow_bfloat16)
+    widen, narrow = (
+        (_widen_float16, _narrow_float16)
+        if dtype is _FLOAT16
+        else (_widen_bfloat16, _narrow_bfloat16)
+    )
     function = _FUNCTIONS[op]
     size = min(CHUNK, len(out))
     partial, operand = np.empty(size, np.float32), np.empty(size, np.float32)
@@ -200,5 +215,3 @@ def _narrow_bfloat16(wide: Array, scratch: Array, halves: Array) -> None:
     np.copyto(halves, rounded, casting="unsafe")
     if lost.any():
         halves[lost] = (bits[lost] >> 16) | 0x40
-
-

@@ -1,7 +1,4 @@
-"""GlooBackend: every collective over a Gloo provider, or composed where Gloo has none or a wrong one.
-
-Imports no framework; the provider does, and the arithmetic of composed reductions imports numpy.
-"""
+"""GlooBackend: every collective over a Gloo provider, or composed where Gloo has none or a wrong one."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ DIRECT_NBYTES: Final = 256 << 10
 """Up to this size of all that a rank sends, an allreduce sends everything to everyone. Measured with torch on one
 host of 2 cores: 0.14 ms against 0.27 of Gloo's ring for 1 KiB and 2 ranks, 0.37 against 1.0 for 4 ranks."""
 
-CARRIED_NBYTES: Final = 64 << 10
+PIGGYBACKED_NBYTES: Final = 64 << 10
 """Up to this size of all ranks' elements together, the native provider's allreduces travel with the agreement. On one
 host of 2 cores that took 0.06 ms in place of 0.14 for 32 KiB and 2 ranks, 0.36 in place of 0.48 for 16 KiB and 4;
 for twice as much it took longer."""
@@ -51,7 +48,7 @@ class GlooBackend:
     """Collectives of host memory between any number of hosts.
 
     Every rank chooses the same way through: by operation, dtype, op, size and provider, on which
-    all agree. Zero bytes stay off the wire, and so does a group of one rank.
+    all agree. Zero bytes stay off the transport, and so does a group of one rank.
 
     Attributes:
         kept: The arguments of calls that failed.
@@ -62,9 +59,9 @@ class GlooBackend:
     name = "gloo"
     device_types = frozenset({"cpu"})
     takes_strided = False
-    fuses = True
-    joins: frozenset[str] = frozenset()
-    agrees = True
+    packs_small_leaves = True
+    copies_lists: frozenset[str] = frozenset()
+    needs_agreement = True
 
     require = staticmethod(require)
 
@@ -79,19 +76,26 @@ class GlooBackend:
         self._composer = Composer(provider, self._rank, self._size)
         self._own = provider.reductions(range(self._size))
 
-    def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+    def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Return True for reductions of 16-bit floats that numpy widens to float32 and rounds back."""
         return self._own is None and dtype.name in _EMULATED and operation in REDUCTIONS
 
-    def carries(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
+    def piggybacks(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
         """Return whether an allreduce of the buffers travels with the ranks' agreement."""
-        return self._own is not None and 0 < sum(buffer.nbytes for buffer in buffers) * self._size <= CARRIED_NBYTES
+        return (
+            self._own is not None
+            and 0 < sum(buffer.nbytes for buffer in buffers) * self._size <= PIGGYBACKED_NBYTES
+        )
 
     def pack(self, buffers: Sequence[BufferView]) -> bytes:
         """Return the buffers' bytes, one after the other."""
-        return b"".join(ctypes.string_at(buffer.pointer, buffer.nbytes) for buffer in buffers if buffer.count)
+        return b"".join(
+            ctypes.string_at(buffer.pointer, buffer.nbytes) for buffer in buffers if buffer.count
+        )
 
-    def unpack(self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]) -> None:
+    def unpack(
+        self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]
+    ) -> None:
         """Combine into the buffers what all ranks packed, in their order."""
         assert self._own is not None
         start = 0
@@ -130,21 +134,29 @@ class GlooBackend:
             divide(buffer.pointer, count, dtype, self._size)
 
     @_keeps_buffers
-    def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
+    def reduce(
+        self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place on ``root``; elsewhere the buffers are only read."""
         for buffer in buffers:
             if buffer.count and self._size > 1:
-                (self._own or self._composer).reduce(buffer.pointer, buffer.count, buffer.dtype, root, op, deadline)
+                (self._own or self._composer).reduce(
+                    buffer.pointer, buffer.count, buffer.dtype, root, op, deadline
+                )
 
     @_keeps_buffers
-    def reducescatter(self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+    def reducescatter(
+        self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
+    ) -> None:
         """Combine all ranks' ``sources[rank]`` into ``target``."""
         if self._size == 1:
             copy(target.pointer, sources[0].pointer, target.nbytes)
         elif target.count:
             pointers = [source.pointer for source in sources]
             reductions = self._own or self._composer
-            reductions.reducescatter(target.pointer, pointers, target.count, target.dtype, op, deadline)
+            reductions.reducescatter(
+                target.pointer, pointers, target.count, target.dtype, op, deadline
+            )
 
     @_keeps_buffers
     def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
@@ -156,7 +168,9 @@ class GlooBackend:
     @_keeps_buffers
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
         """Send ``source`` to every rank; receive straight into ``outputs``."""
-        self._move(list(enumerate(outputs)), [(rank, source) for rank in range(self._size)], deadline)
+        self._move(
+            list(enumerate(outputs)), [(rank, source) for rank in range(self._size)], deadline
+        )
 
     @_keeps_buffers
     def gather(
@@ -173,7 +187,9 @@ class GlooBackend:
         self._move([(root, target)], list(enumerate(sources or ())), deadline)
 
     @_keeps_buffers
-    def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
+    def alltoall(
+        self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float
+    ) -> None:
         """Send every rank its source; receive straight into ``outputs``."""
         self._move(list(enumerate(outputs)), list(enumerate(sources)), deadline)
 
@@ -190,13 +206,18 @@ class GlooBackend:
             self._move([(peer, buffer)], [], deadline)
 
     @_keeps_buffers
-    def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
+    def sendrecv(
+        self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float
+    ) -> None:
         """Send to ``dst`` and receive from ``src`` at once; both may be one rank, this one included."""
         self._move([(src, target)], [(dst, source)], deadline)
 
     @_keeps_buffers
     def exchange(
-        self, targets: list[tuple[int, BufferView]], sources: list[tuple[int, BufferView]], deadline: float
+        self,
+        targets: list[tuple[int, BufferView]],
+        sources: list[tuple[int, BufferView]],
+        deadline: float,
     ) -> None:
         """Receive into ``targets`` and send ``sources``, at most one of each a peer, all at once."""
         self._move(targets, sources, deadline)
@@ -219,7 +240,10 @@ class GlooBackend:
         self.kept = []
 
     def _move(
-        self, targets: list[tuple[int, BufferView]], sources: list[tuple[int, BufferView]], deadline: float
+        self,
+        targets: list[tuple[int, BufferView]],
+        sources: list[tuple[int, BufferView]],
+        deadline: float,
     ) -> None:
         """Move bytes to and from other ranks; what this rank has for itself is copied."""
         own = self._rank
@@ -227,7 +251,15 @@ class GlooBackend:
         if mine:
             given = next(view for peer, view in sources if peer == own)
             copy(mine[0].pointer, given.pointer, given.nbytes)
-        receives = [Transfer(peer, view.pointer, view.nbytes) for peer, view in targets if peer != own and view.count]
-        sends = [Transfer(peer, view.pointer, view.nbytes) for peer, view in sources if peer != own and view.count]
+        receives = [
+            Transfer(peer, view.pointer, view.nbytes)
+            for peer, view in targets
+            if peer != own and view.count
+        ]
+        sends = [
+            Transfer(peer, view.pointer, view.nbytes)
+            for peer, view in sources
+            if peer != own and view.count
+        ]
         if receives or sends:
             self._provider.exchange(receives, sends, deadline)

@@ -3,7 +3,7 @@
 For what Gloo's own allreduce lacks or does wrongly, for reduce and reduce-scatter (Gloo's reduce
 overwrites the other ranks' inputs, torch's reduce-scatter copies all of them), and for small
 buffers, where one exchange takes half the time of Gloo's ring. Elements are combined in rank order
-in one place, so all ranks get the same bits. Imports numpy and no other framework.
+in one place, so all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ class Composer:
     """Composed reductions of one rank, over ``provider.exchange``. Addresses are of contiguous host memory."""
 
     def __init__(
-        self, provider: Provider, rank: int, world_size: int, *,
-        block_nbytes: int = BLOCK_NBYTES, whole_nbytes: int = WHOLE_NBYTES,
+        self,
+        provider: Provider,
+        rank: int,
+        world_size: int,
+        *,
+        block_nbytes: int = BLOCK_NBYTES,
+        whole_nbytes: int = WHOLE_NBYTES,
     ) -> None:
         self._provider = provider
         self._rank = rank
@@ -42,7 +47,9 @@ class Composer:
         self._peers = [peer for peer in range(world_size) if peer != rank]
         self._memory = np.empty(0, np.uint8)
 
-    def allreduce_direct(self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float) -> None:
+    def allreduce_direct(
+        self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float
+    ) -> None:
         """Send everything to everyone and combine it everywhere: one step, for small buffers."""
         nbytes = count * dtype.itemsize
         inputs = self._inputs(pointer, nbytes)
@@ -53,7 +60,9 @@ class Composer:
         )
         combine(pointer, inputs, count, dtype, op)
 
-    def allreduce(self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float) -> None:
+    def allreduce(
+        self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place: each rank combines its part of a block, and sends the result to everyone."""
         for block, length in self._blocks(pointer, count, dtype, self._block_nbytes):
             parts = self._parts(block, length, dtype)
@@ -67,11 +76,16 @@ class Composer:
                 deadline,
             )
 
-    def reduce(self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float) -> None:
+    def reduce(
+        self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place on ``root``; on other ranks the memory is only read."""
         for block, length in self._blocks(pointer, count, dtype, self._block_nbytes):
             if self._size == 2 or length * dtype.itemsize <= self._whole_nbytes:
-                parts = [(block, length * dtype.itemsize if rank == root else 0) for rank in range(self._size)]
+                parts = [
+                    (block, length * dtype.itemsize if rank == root else 0)
+                    for rank in range(self._size)
+                ]
             else:
                 parts = self._parts(block, length, dtype)
             own, nbytes = parts[self._rank]
@@ -86,7 +100,13 @@ class Composer:
                 self._exchange([], [Transfer(root, result, nbytes)], deadline)
 
     def reducescatter(
-        self, target: int, sources: Sequence[int], count: int, dtype: DType, op: ReduceOp, deadline: float
+        self,
+        target: int,
+        sources: Sequence[int],
+        count: int,
+        dtype: DType,
+        op: ReduceOp,
+        deadline: float,
     ) -> None:
         """Combine all ranks' ``sources[rank]`` into ``target``; each of ``count`` elements."""
         starts = self._blocks(0, count, dtype, self._block_nbytes // self._size)
@@ -111,8 +131,13 @@ class Composer:
         )
         return inputs
 
-    def _exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
-        receives, sends = [item for item in receives if item.nbytes], [item for item in sends if item.nbytes]
+    def _exchange(
+        self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
+    ) -> None:
+        receives, sends = (
+            [item for item in receives if item.nbytes],
+            [item for item in sends if item.nbytes],
+        )
         if receives or sends:
             self._provider.exchange(receives, sends, deadline)
 
@@ -132,11 +157,14 @@ class Composer:
         bounds = [min(rank * step, nbytes) for rank in range(self._size + 1)]
         return [(block + start, stop - start) for start, stop in itertools.pairwise(bounds)]
 
-    def _blocks(self, pointer: int, count: int, dtype: DType, block_nbytes: int) -> list[tuple[int, int]]:
+    def _blocks(
+        self, pointer: int, count: int, dtype: DType, block_nbytes: int
+    ) -> list[tuple[int, int]]:
         """Divide a buffer into blocks; return each one's address and number of elements."""
         step = max(block_nbytes // dtype.itemsize, 1)
         return [
-            (pointer + start * dtype.itemsize, min(step, count - start)) for start in range(0, count, step)
+            (pointer + start * dtype.itemsize, min(step, count - start))
+            for start in range(0, count, step)
         ]
 
 

@@ -1,6 +1,6 @@
 """Loads the native library of Gloo, ``libcolltensor_gloo.so``, on first use, and says why where there is none.
 
-It lies beside ``libcolltensor.so`` and was built where Gloo's headers were found. Imports no framework.
+It lies beside ``libcolltensor.so`` and was built where Gloo's headers were found.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def load() -> Any:
         why = reason()
         if why is not None:
             raise BackendUnavailableError(f"backend 'gloo', provider 'native': {why}")
-        _loaded.append(library.open_library(path(), "backend 'gloo', provider 'native'", "gloo_interface", INTERFACE))
+        _loaded.append(
+            library.open_library(
+                path(), "backend 'gloo', provider 'native'", "gloo_interface", INTERFACE
+            )
+        )
     return _loaded[0]
 
 

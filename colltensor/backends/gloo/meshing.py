@@ -2,7 +2,6 @@
 
 Gloo takes whoever comes first to one of its ports for the rank that it waits for. Strangers are turned away here: they
 keep no rank out and end nothing, and what they send is read by nobody but ``net``. The higher of two ranks dials.
-Imports no framework.
 """
 
 from __future__ import annotations
@@ -50,7 +49,9 @@ class Meeting(Protocol):
         """Which incarnation of the group this is."""
 
 
-def connect(control: ControlPlane, meeting: Meeting, address: str, deadline: float) -> dict[int, socket.socket]:
+def connect(
+    control: ControlPlane, meeting: Meeting, address: str, deadline: float
+) -> dict[int, socket.socket]:
     """Return a connection to each other rank. All ranks call.
 
     Args:
@@ -82,7 +83,9 @@ class _Mesh:
     def __init__(self, control: ControlPlane, meeting: Meeting, listener: socket.socket) -> None:
         self._control = control
         self._rank, self._size = control.rank, control.world_size
-        self._key = hmac.new(meeting.secret, b"connections of Gloo/" + meeting.generation, hashlib.sha256).digest()
+        self._key = hmac.new(
+            meeting.secret, b"connections of Gloo/" + meeting.generation, hashlib.sha256
+        ).digest()
         self._listener = listener
         self._addresses: list[tuple[str, int]] = []
         self._to_dial = deque(range(self._rank))
@@ -97,7 +100,9 @@ class _Mesh:
         """Return once there is a connection to each other rank."""
         self._door.start()  # before strangers can fill the kernel's queue
         own = json.dumps(self._listener.getsockname()[:2]).encode()
-        self._addresses = [(host, port) for host, port in map(json.loads, self._control.allgather(own, deadline))]
+        self._addresses = [
+            (host, port) for host, port in map(json.loads, self._control.allgather(own, deadline))
+        ]
         for _ in range(min(self._rank, _DIALLERS)):
             name = f"colltensor-{self._control.group_name}-connecting"
             threading.Thread(target=self._dial, name=name, daemon=True).start()
@@ -162,7 +167,9 @@ class _Mesh:
         while not self._over:
             attempt += 1
             try:
-                self._take(peer, attempt, self._joined(peer, attempt, time.monotonic() + _HANDSHAKE_S))
+                self._take(
+                    peer, attempt, self._joined(peer, attempt, time.monotonic() + _HANDSHAKE_S)
+                )
             except OSError as error:  # whether the rank is gone the control plane finds out
                 self._note(f"cannot connect to rank {peer}", error)
                 time.sleep(_PAUSE_S)
@@ -193,7 +200,9 @@ class _Mesh:
         with self._changed:
             last, replaced = self._taken.get(peer, (0, None))
             if self._over or attempt <= last:
-                raise ConnectionAbortedError(f"rank {peer} has another connection, or needs none any more")
+                raise ConnectionAbortedError(
+                    f"rank {peer} has another connection, or needs none any more"
+                )
             self._dialled.discard(sock)
             self._taken[peer] = attempt, sock
             self._changed.notify_all()

@@ -2,7 +2,7 @@
 
 Connections are made by ``meshing``; messages with bounded waits and all reductions are in native/gloo. Waiting holds no
 GIL and looks at the control plane ten times a second. When a call fails, its connections are shut before the error is
-raised, so that Gloo touches its memory no more. Imports no framework.
+raised, so that Gloo touches its memory no more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class NativeProvider:
     crosses = True
     natives: Mapping[Pair, Pair] = {}
 
-    def __init__(self, control: ControlPlane, meeting: Meeting, *, address: str, timeout_s: float) -> None:
+    def __init__(
+        self, control: ControlPlane, meeting: Meeting, *, address: str, timeout_s: float
+    ) -> None:
         """Connect. All ranks call.
 
         Args:
@@ -55,14 +57,17 @@ class NativeProvider:
         place, port = self._place(address)
         try:
             self._handle, threads = SocketThreads.started_by(
-                lambda: self._library.gloo_open(control.rank, self._size, place, port, int(timeout_s * 1000) + 1)
+                lambda: self._library.gloo_open(
+                    control.rank, self._size, place, port, int(timeout_s * 1000) + 1
+                )
             )
         except RuntimeError as error:
             raise BackendUnavailableError(
                 f"group '{control.group_name}' (rank {control.rank}), backend 'gloo': provider {self.name!r} cannot "
                 f"use {place!r}: {error}"
             ) from error
-        threads.prepare(0)  # calm whatever the size: 64 MiB and 2 ranks took 42 ms in place of 114 and 125 on 2 cores
+        # calm whatever the size: 64 MiB and 2 ranks took 42 ms in place of 114 and 125 on 2 cores
+        threads.prepare(0)
         self._everyone = NativeReductions(self, range(self._size))
         track(self)
         try:
@@ -92,7 +97,9 @@ class NativeProvider:
         """Overwrite with the root's bytes."""
         self._everyone.broadcast(pointer, nbytes, root, deadline)
 
-    def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
+    def exchange(
+        self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
+    ) -> None:
         """Do all transfers at once."""
         numbers = array.array("q")
         for item in (*receives, *sends):
@@ -119,7 +126,9 @@ class NativeProvider:
         """Forget the parent's connections, which the library in the child knows nothing of."""
         self._handle = 0
 
-    def _call(self, operation: str, function: Callable[..., int], *arguments: Any, deadline: float) -> None:
+    def _call(
+        self, operation: str, function: Callable[..., int], *arguments: Any, deadline: float
+    ) -> None:
         """Call the library, which asks ten times a second while it waits whether to go on."""
         try:
             wait, stops = self._waits.pop()
@@ -176,7 +185,10 @@ class IbverbsProvider(NativeProvider):
 
     def _connect(self, meeting: Meeting, address: str, deadline: float) -> None:
         """Connect queue pairs, which the adapter accepts from nobody but the peer that each is told."""
-        own = [bytes(self._library.gloo_address(self._handle, peer)).hex() for peer in range(self._size)]
+        own = [
+            bytes(self._library.gloo_address(self._handle, peer)).hex()
+            for peer in range(self._size)
+        ]
         frames = self._control.allgather(json.dumps(own).encode(), deadline)
         addresses = [bytes.fromhex(json.loads(frame)[self._control.rank]) for frame in frames]
         blob = b"".join(struct.pack("=I", len(address)) + address for address in addresses)
@@ -195,35 +207,54 @@ class NativeReductions:
         self._ranks = (self._members.buffer_info()[0], len(self._members))
         functions = provider._library
         self._allreduce, self._reduce = functions.gloo_allreduce, functions.gloo_reduce
-        self._reducescatter, self._broadcast = functions.gloo_reducescatter, functions.gloo_broadcast
+        self._reducescatter, self._broadcast = (
+            functions.gloo_reducescatter,
+            functions.gloo_broadcast,
+        )
         self._combine = functions.gloo_combine
 
-    def allreduce(self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float) -> None:
+    def allreduce(
+        self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place."""
         provider = self._provider
         arguments = (pointer, count, dtype.code, int(op))
         provider._call("allreduce", self._allreduce, *self._ranks, *arguments, deadline=deadline)
 
-    def combine(self, pointer: int, contributions: Sequence[bytes], dtype: DType, op: ReduceOp) -> None:
+    def combine(
+        self, pointer: int, contributions: Sequence[bytes], dtype: DType, op: ReduceOp
+    ) -> None:
         """Combine contributions, in their order, into memory of the size of one; sends nothing."""
         self._combine(pointer, b"".join(contributions), len(contributions), dtype.code, int(op))
 
-    def reduce(self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float) -> None:
+    def reduce(
+        self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place on ``root``; on other ranks the memory is only read."""
         provider = self._provider
         arguments = (pointer, count, dtype.code, int(op), root)
         provider._call("reduce", self._reduce, *self._ranks, *arguments, deadline=deadline)
 
     def reducescatter(
-        self, target: int, sources: Sequence[int], count: int, dtype: DType, op: ReduceOp, deadline: float
+        self,
+        target: int,
+        sources: Sequence[int],
+        count: int,
+        dtype: DType,
+        op: ReduceOp,
+        deadline: float,
     ) -> None:
         """Combine all ranks' ``sources[rank]`` into ``target``; each of ``count`` elements."""
         provider = self._provider
         places = array.array("q", sources)
         arguments = (target, places.buffer_info()[0], count, dtype.code, int(op))
-        provider._call("reducescatter", self._reducescatter, *self._ranks, *arguments, deadline=deadline)
+        provider._call(
+            "reducescatter", self._reducescatter, *self._ranks, *arguments, deadline=deadline
+        )
 
     def broadcast(self, pointer: int, nbytes: int, root: int, deadline: float) -> None:
         """Overwrite with the root's bytes."""
         provider = self._provider
-        provider._call("broadcast", self._broadcast, *self._ranks, pointer, nbytes, root, deadline=deadline)
+        provider._call(
+            "broadcast", self._broadcast, *self._ranks, pointer, nbytes, root, deadline=deadline
+        )

@@ -1,7 +1,6 @@
 """Some of a group's ranks, over the Gloo connections of all of them.
 
-What the hierarchical backend sends between hosts. Imports no framework; the arithmetic of composed reductions
-imports numpy.
+What the hierarchical backend sends between hosts.
 """
 
 from __future__ import annotations
@@ -40,14 +39,20 @@ class PartProvider:
         turned = (self._rank - root) % size
         lowest = turned & -turned or 1 << (size - 1).bit_length()
         if turned:
-            self.exchange([Transfer((turned - lowest + root) % size, pointer, nbytes)], [], deadline)
+            self.exchange(
+                [Transfer((turned - lowest + root) % size, pointer, nbytes)], [], deadline
+            )
         step = lowest >> 1
         while step:
             if turned + step < size:
-                self.exchange([], [Transfer((turned + step + root) % size, pointer, nbytes)], deadline)
+                self.exchange(
+                    [], [Transfer((turned + step + root) % size, pointer, nbytes)], deadline
+                )
             step >>= 1
 
-    def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
+    def exchange(
+        self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
+    ) -> None:
         """Do all transfers at once."""
         self._provider.exchange(self._named(receives), self._named(sends), deadline)
 
@@ -62,7 +67,9 @@ class PartProvider:
         """Leave the connections to the group of all."""
 
     def _named(self, transfers: Sequence[Transfer]) -> list[Transfer]:
-        return [Transfer(self._members[peer], pointer, nbytes) for peer, pointer, nbytes in transfers]
+        return [
+            Transfer(self._members[peer], pointer, nbytes) for peer, pointer, nbytes in transfers
+        ]
 
 
 class GlooPart:
@@ -71,7 +78,9 @@ class GlooPart:
     Elements are combined in the order of the members, so that all get the same bits.
     """
 
-    def __init__(self, provider: Provider, members: Sequence[int], rank: int, kept: list[object]) -> None:
+    def __init__(
+        self, provider: Provider, members: Sequence[int], rank: int, kept: list[object]
+    ) -> None:
         """Serve ``members``, of which this rank is one.
 
         Args:
@@ -93,7 +102,9 @@ class GlooPart:
         try:
             if self._own is not None:
                 self._own.allreduce(view.pointer, count, dtype, op, deadline)
-            elif self._decided_anywhere(dtype, op) and (self._size == 2 or self._sent(view) <= DIRECT_NBYTES):
+            elif self._decided_anywhere(dtype, op) and (
+                self._size == 2 or self._sent(view) <= DIRECT_NBYTES
+            ):
                 self._composer.allreduce_direct(view.pointer, count, dtype, op, deadline)
             else:
                 self._composer.allreduce(view.pointer, count, dtype, op, deadline)
@@ -104,7 +115,9 @@ class GlooPart:
     def reduce(self, view: BufferView, root: int, op: ReduceOp, deadline: float) -> None:
         """Combine in place on ``root``; elsewhere the view is only read."""
         try:
-            (self._own or self._composer).reduce(view.pointer, view.count, view.dtype, root, op, deadline)
+            (self._own or self._composer).reduce(
+                view.pointer, view.count, view.dtype, root, op, deadline
+            )
         except BaseException:
             self._kept.append((view, self._composer))
             raise

@@ -1,7 +1,4 @@
-"""Provider: the few things the Gloo backend needs of a library that binds Gloo.
-
-Imports no framework.
-"""
+"""Provider: the few things the Gloo backend needs of a library that binds Gloo."""
 
 from __future__ import annotations
 
@@ -36,17 +33,29 @@ class Transfer(NamedTuple):
 class Reductions(Protocol):
     """Reductions of some ranks, in their order; roots are positions among them. Addresses are of contiguous memory."""
 
-    def allreduce(self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float) -> None:
+    def allreduce(
+        self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place."""
 
-    def combine(self, pointer: int, contributions: Sequence[bytes], dtype: DType, op: ReduceOp) -> None:
+    def combine(
+        self, pointer: int, contributions: Sequence[bytes], dtype: DType, op: ReduceOp
+    ) -> None:
         """Combine contributions, in their order, into memory of the size of one; sends nothing."""
 
-    def reduce(self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float) -> None:
+    def reduce(
+        self, pointer: int, count: int, dtype: DType, root: int, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place on ``root``; on other ranks the memory is only read."""
 
     def reducescatter(
-        self, target: int, sources: Sequence[int], count: int, dtype: DType, op: ReduceOp, deadline: float
+        self,
+        target: int,
+        sources: Sequence[int],
+        count: int,
+        dtype: DType,
+        op: ReduceOp,
+        deadline: float,
     ) -> None:
         """Combine all ranks' ``sources[rank]`` into ``target``; each of ``count`` elements."""
 
@@ -74,7 +83,9 @@ class Provider(Protocol):
     def broadcast(self, pointer: int, nbytes: int, root: int, deadline: float) -> None:
         """Overwrite with the root's bytes."""
 
-    def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
+    def exchange(
+        self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
+    ) -> None:
         """Do all transfers at once: at most one to and one from each peer, none of zero bytes, none to itself."""
 
     def reductions(self, members: Sequence[int]) -> Reductions | None:
@@ -101,16 +112,27 @@ def native_pairs(own: Sequence[str], *, bitwise: bool) -> dict[Pair, Pair]:
     pairs: dict[Pair, Pair] = {}
     for name, dtype in DTYPES.items():
         for op in (ReduceOp.SUM, ReduceOp.PRODUCT):
-            wire = name if name in own else name.removeprefix("u")
-            if dtype.kind in "iuf" and wire in own:
-                pairs[dtype, op] = (DTYPES[wire], op)
+            carried = name if name in own else name.removeprefix("u")
+            if dtype.kind in "iuf" and carried in own:
+                pairs[dtype, op] = (DTYPES[carried], op)
         if dtype.kind in "iu" and name in own:
             pairs |= {(dtype, op): (dtype, op) for op in (ReduceOp.MIN, ReduceOp.MAX)}
         if dtype.kind in "iu" and bitwise:
-            pairs |= {(dtype, op): (DTYPES["uint8"], op) for op in (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)}
-    either, both, byte = (DTYPES["bool"], ReduceOp.MAX), (DTYPES["bool"], ReduceOp.MIN), DTYPES["uint8"]
-    pairs |= {(either[0], op): (byte, either[1]) for op in (ReduceOp.SUM, ReduceOp.MAX, ReduceOp.BOR)}
-    pairs |= {(both[0], op): (byte, both[1]) for op in (ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.BAND)}
+            pairs |= {
+                (dtype, op): (DTYPES["uint8"], op)
+                for op in (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
+            }
+    either, both, byte = (
+        (DTYPES["bool"], ReduceOp.MAX),
+        (DTYPES["bool"], ReduceOp.MIN),
+        DTYPES["uint8"],
+    )
+    pairs |= {
+        (either[0], op): (byte, either[1]) for op in (ReduceOp.SUM, ReduceOp.MAX, ReduceOp.BOR)
+    }
+    pairs |= {
+        (both[0], op): (byte, both[1]) for op in (ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.BAND)
+    }
     if bitwise:
         pairs[DTYPES["bool"], ReduceOp.BXOR] = (byte, ReduceOp.BXOR)
     for name, part in (("complex64", "float32"), ("complex128", "float64")):
@@ -136,7 +158,9 @@ class KeyExchange:
     def set(self, key: str, value: bytes) -> None:
         """Publish ``value`` and learn what the other ranks publish; all ranks call."""
         name = key.encode()
-        frames = self._control.allgather(struct.pack("<I", len(name)) + name + value, self._deadline)
+        frames = self._control.allgather(
+            struct.pack("<I", len(name)) + name + value, self._deadline
+        )
         for frame in frames:
             start = 4 + struct.unpack_from("<I", frame)[0]
             self._values[frame[4:start].decode()] = frame[start:]

@@ -34,7 +34,8 @@ _TYPES: Final = {
     for name in ("int8", "uint8", "int32", "uint32", "int64", "uint64", "float32", "float64")
 }
 _OPS: Final = {
-    op: getattr(pygloo.ReduceOp, op.name) for op in (ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX)
+    op: getattr(pygloo.ReduceOp, op.name)
+    for op in (ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX)
 }
 _UINT8: Final = _TYPES["uint8"]
 
@@ -46,7 +47,9 @@ class PyglooProvider:
     crosses = False
     natives: Mapping[Pair, Pair] = native_pairs(tuple(_TYPES), bitwise=False)
 
-    def __init__(self, control: ControlPlane, meeting: object, *, address: str, timeout_s: float) -> None:
+    def __init__(
+        self, control: ControlPlane, meeting: object, *, address: str, timeout_s: float
+    ) -> None:
         """Connect. All ranks call.
 
         Args:
@@ -62,7 +65,9 @@ class PyglooProvider:
         keys = _Keys(KeyExchange(control, time.monotonic() + timeout_s))
         self._store: Any = (keys, pygloo.rendezvous.CustomStore(keys))
         self._device: Any
-        self._device, self._threads = SocketThreads.started_by(lambda: pygloo.transport.tcp.CreateDevice(attributes))
+        self._device, self._threads = SocketThreads.started_by(
+            lambda: pygloo.transport.tcp.CreateDevice(attributes)
+        )
         self._context: Any = pygloo.rendezvous.Context(self._rank, self._size)
         self._context.connectFullMesh(self._store[1], self._device)
         track(self)
@@ -72,16 +77,25 @@ class PyglooProvider:
         self._threads.prepare(nbytes)
         dtype, op = pair
         pygloo.allreduce(
-            self._connected("allreduce", deadline), pointer, pointer, nbytes // dtype.itemsize, _TYPES[dtype.name],
-            _OPS[op], pygloo.allreduceAlgorithm.RING,
+            self._connected("allreduce", deadline),
+            pointer,
+            pointer,
+            nbytes // dtype.itemsize,
+            _TYPES[dtype.name],
+            _OPS[op],
+            pygloo.allreduceAlgorithm.RING,
         )
 
     def broadcast(self, pointer: int, nbytes: int, root: int, deadline: float) -> None:
         """Overwrite with the root's bytes."""
         self._threads.prepare(nbytes)
-        pygloo.broadcast(self._connected("broadcast", deadline), pointer, pointer, nbytes, _UINT8, root)
+        pygloo.broadcast(
+            self._connected("broadcast", deadline), pointer, pointer, nbytes, _UINT8, root
+        )
 
-    def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
+    def exchange(
+        self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
+    ) -> None:
         """Do all transfers, one after the other, in an order in which no two ranks wait for each other.
 
         pygloo's send waits until the receiver takes.

@@ -6,7 +6,7 @@ A Gloo device has a thread that serves its sockets. While another thread holds a
 very thread that holds the lock, and it spins for the rest of its time slice: a 1 KiB exchange takes
 4 ms instead of 0.15 (2 ranks on 2 cores). Under ``SCHED_BATCH`` a thread preempts nobody when it wakes.
 It then shares a busy core less eagerly too, which delays large transfers that run beside
-computation, so the policy is chosen by size. Imports no framework.
+computation, so the policy is chosen by size.
 """
 
 from __future__ import annotations

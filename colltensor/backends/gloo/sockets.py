@@ -2,7 +2,7 @@
 
 ``ProcessGroupGloo.abort()`` and ``shutdown()`` leave an operation in flight until its own timeout,
 and the destructor waits for it (torch 2.13). Shutting the sockets ends it at once: Gloo's loop reads
-the end of the stream and fails what waits. Imports no framework.
+the end of the stream and fails what waits.
 """
 
 from __future__ import annotations

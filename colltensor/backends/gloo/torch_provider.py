@@ -36,7 +36,9 @@ from colltensor.types import ReduceOp
 
 _log = logging.getLogger(__name__)
 
-_TYPES: Final = {name: getattr(torch, name) for name in ("int8", "uint8", "int32", "int64", "float32", "float64")}
+_TYPES: Final = {
+    name: getattr(torch, name) for name in ("int8", "uint8", "int32", "int64", "float32", "float64")
+}
 _OPS: Final[dict[ReduceOp, Any]] = {
     op: getattr(dist.ReduceOp, op.name) for op in ReduceOp if op is not ReduceOp.AVERAGE
 }
@@ -57,7 +59,9 @@ class TorchProvider:
     crosses = True
     natives: Mapping[Pair, Pair] = native_pairs(tuple(_TYPES), bitwise=True)
 
-    def __init__(self, control: ControlPlane, meeting: object, *, address: str, timeout_s: float) -> None:
+    def __init__(
+        self, control: ControlPlane, meeting: object, *, address: str, timeout_s: float
+    ) -> None:
         """Connect. All ranks call.
 
         Args:
@@ -69,7 +73,9 @@ class TorchProvider:
         self._control = control
         options = _ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
-        device, self._threads = SocketThreads.started_by(lambda: _ProcessGroupGloo.create_device(hostname=address))
+        device, self._threads = SocketThreads.started_by(
+            lambda: _ProcessGroupGloo.create_device(hostname=address)
+        )
         options._devices = [device]
         keys = KeyExchange(control, time.monotonic() + timeout_s)
         self._store: Any = _Store(keys)
@@ -85,7 +91,9 @@ class TorchProvider:
         """Combine in place."""
         dtype, op = pair
         tensor = torch.frombuffer(
-            ANY_MEMORY.from_address(pointer), dtype=_TYPES[dtype.name], count=nbytes // dtype.itemsize
+            ANY_MEMORY.from_address(pointer),
+            dtype=_TYPES[dtype.name],
+            count=nbytes // dtype.itemsize,
         )
         self._threads.prepare(nbytes)
         options = self._allreduce_options
@@ -99,9 +107,16 @@ class TorchProvider:
         options = self._broadcast_options
         options.rootRank = root
         options.timeout = timedelta(seconds=remaining_s(deadline))
-        self._finish("broadcast", self._connected().broadcast([_bytes(pointer, nbytes)], options), nbytes, deadline)
+        self._finish(
+            "broadcast",
+            self._connected().broadcast([_bytes(pointer, nbytes)], options),
+            nbytes,
+            deadline,
+        )
 
-    def exchange(self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float) -> None:
+    def exchange(
+        self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
+    ) -> None:
         """Do all transfers at once.
 
         Gloo gives its unbound buffers, which need neither a copy nor a worker thread; but their wait
@@ -139,7 +154,8 @@ class TorchProvider:
         if not ended:
             _log.debug(
                 "group %r (rank %d): an operation of Gloo in flight does not end; its process group is never freed",
-                self._control.group_name, self._control.rank,
+                self._control.group_name,
+                self._control.rank,
             )
             never_free(group, self._unfinished)
         self._unfinished = []
@@ -183,7 +199,8 @@ class TorchProvider:
                 except RuntimeError as error:
                     if is_from_handler(error):
                         raise
-                    if work.is_completed():  # it failed, or ended just after the wait expired: this tells
+                    # it failed, or ended just after the wait expired: this tells
+                    if work.is_completed():
                         work.wait()
                         return
                 self._control.check()
@@ -197,7 +214,8 @@ class TorchProvider:
         """Wait for works in the waiter's thread, and look at the control plane meanwhile."""
         waiter = None
         try:
-            waiter = self._wait_beside(works, deadline)  # if it cannot be started, the works go on all the same
+            # if it cannot be started, the works go on all the same
+            waiter = self._wait_beside(works, deadline)
             while not waiter.finished(_SLICE_S):
                 self._control.check()
                 if time.monotonic() > deadline:

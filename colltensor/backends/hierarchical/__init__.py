@@ -1,7 +1,4 @@
-"""Hierarchical: shared memory within hosts, Gloo between them; every element crosses between two hosts once each way.
-
-Imports no framework; numpy and a Gloo provider only when a group is made.
-"""
+"""Hierarchical: shared memory within hosts, Gloo between them; every element crosses between two hosts once each way."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from colltensor.backends.base import Backend, ControlPlane
 from colltensor.backends.gloo import SPEC as GLOO
-from colltensor.backends.hierarchical.hosts import Hosts
+from colltensor.backends.hierarchical.topology import Hosts
 from colltensor.backends.shm import SPEC as SHM
 from colltensor.errors import BackendUnavailableError, GroupError
 
@@ -39,7 +36,13 @@ class HierarchicalSpec:
             from colltensor.backends.hierarchical import backend, watch  # noqa: F401 - for create()
 
     def create(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> Backend:
         """Share memory on every host and connect Gloo between all ranks. All ranks call.
 
@@ -58,12 +61,18 @@ class HierarchicalSpec:
             CollectiveError: As the other two backends.
         """
         if control is None:
-            raise GroupError("backend 'hierarchical' needs a control plane; use backend='loopback' for one rank")
+            raise GroupError(
+                "backend 'hierarchical' needs a control plane; use backend='loopback' for one rank"
+            )
         hosts = Hosts.of(meeting.host_ids, control.rank)
         if len(hosts.members) == 1:
-            return SHM.create(control, meeting, timeout_s=timeout_s, interface=interface, provider=None)
+            return SHM.create(
+                control, meeting, timeout_s=timeout_s, interface=interface, provider=None
+            )
         if max(map(len, hosts.members)) == 1:
-            return GLOO.create(control, meeting, timeout_s=timeout_s, interface=interface, provider=provider)
+            return GLOO.create(
+                control, meeting, timeout_s=timeout_s, interface=interface, provider=provider
+            )
         return share(control, meeting, timeout_s).connect(
             meeting, timeout_s=timeout_s, interface=interface, provider=provider
         )
@@ -79,14 +88,16 @@ class Sharing:
     Attributes:
         hosts: The hosts.
         watch: The control plane for what is between and within them.
-        local: This host's wire, None where it has one rank.
+        local: This host's transport, None where it has one rank.
     """
 
     hosts: Hosts
     watch: Watch
     local: ShmBackend | None
 
-    def connect(self, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None) -> Backend:
+    def connect(
+        self, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+    ) -> Backend:
         """Connect Gloo between all ranks, or close what there is. All ranks call; arguments as for ``create``.
 
         Raises:
@@ -95,7 +106,9 @@ class Sharing:
         from colltensor.backends.hierarchical.backend import HierarchicalBackend
 
         try:
-            gloo = GLOO.create(self.watch, meeting, timeout_s=timeout_s, interface=interface, provider=provider)
+            gloo = GLOO.create(
+                self.watch, meeting, timeout_s=timeout_s, interface=interface, provider=provider
+            )
         except BaseException:
             if self.local is not None:
                 self.local.close()

@@ -1,7 +1,4 @@
-"""HierarchicalBackend: every collective in shared memory within a host and over Gloo between hosts.
-
-Imports no framework; the arithmetic between hosts imports numpy.
-"""
+"""HierarchicalBackend: every collective in shared memory within a host and over Gloo between hosts."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from typing import Concatenate, Final, ParamSpec
 from colltensor.backends.base import REDUCTIONS, require
 from colltensor.backends.gloo.backend import GlooBackend
 from colltensor.backends.gloo.composed import copy
-from colltensor.backends.hierarchical.courier import Courier
-from colltensor.backends.hierarchical.hosts import Hosts
-from colltensor.backends.hierarchical.moves import Moves
+from colltensor.backends.hierarchical.data_movement import DataMovement
 from colltensor.backends.hierarchical.reductions import WIDENED, Reductions
+from colltensor.backends.hierarchical.topology import Hosts
 from colltensor.backends.hierarchical.watch import HaltedError, Watch
+from colltensor.backends.hierarchical.worker import Worker
 from colltensor.backends.shm.backend import ShmBackend
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, is_from_handler
 from colltensor.types import DType, ReduceOp
@@ -73,37 +70,41 @@ class HierarchicalBackend:
     name = "hierarchical"
     device_types = frozenset({"cpu"})
     takes_strided = False
-    fuses = True
-    joins: frozenset[str] = frozenset()
-    agrees = True
+    packs_small_leaves = True
+    copies_lists: frozenset[str] = frozenset()
+    needs_agreement = True
 
     require = staticmethod(require)
 
-    def __init__(self, hosts: Hosts, watch: Watch, local: ShmBackend | None, gloo: GlooBackend) -> None:
-        """Take over both wires; ``local`` is None on a host with one rank."""
+    def __init__(
+        self, hosts: Hosts, watch: Watch, local: ShmBackend | None, gloo: GlooBackend
+    ) -> None:
+        """Take over both transports; ``local`` is None on a host with one rank."""
         self._hosts = hosts
         self._watch = watch
         self._local = local
         self._gloo = gloo
         self.details = gloo.details
         self.crosses = gloo.crosses
-        self._courier = Courier(f"colltensor {watch.group_name} hosts", watch.halt)
-        self._moves = Moves(hosts, local, gloo, self._courier)
-        self._reductions = Reductions(hosts, local, gloo, self._courier)
+        self._worker = Worker(f"colltensor {watch.group_name} hosts", watch.halt)
+        self._data_movement = DataMovement(hosts, local, gloo, self._worker)
+        self._reductions = Reductions(hosts, local, gloo, self._worker)
 
-    def emulates(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+    def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
         """Return True for reductions of 16-bit floats, which are widened to float32 and rounded back."""
         return dtype.name in WIDENED and operation in REDUCTIONS
 
-    def carries(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
+    def piggybacks(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
         """Return whether an allreduce of the buffers travels with the ranks' agreement, past hosts and Gloo."""
-        return self._gloo.carries(buffers, op)
+        return self._gloo.piggybacks(buffers, op)
 
     def pack(self, buffers: Sequence[BufferView]) -> bytes:
         """Return the buffers' bytes, one after the other."""
         return self._gloo.pack(buffers)
 
-    def unpack(self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]) -> None:
+    def unpack(
+        self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]
+    ) -> None:
         """Combine into the buffers what all ranks packed, in their order."""
         self._gloo.unpack(buffers, op, contributions)
 
@@ -115,7 +116,9 @@ class HierarchicalBackend:
                 self._reductions.allreduce(buffer, op, deadline)
 
     @_in_two_halves
-    def reduce(self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float) -> None:
+    def reduce(
+        self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float
+    ) -> None:
         """Combine in place on ``root``; elsewhere the buffers are only read."""
         for buffer in buffers:
             if buffer.count:
@@ -126,13 +129,13 @@ class HierarchicalBackend:
         """Overwrite with ``root``'s bytes on the other ranks, each buffer on its own."""
         for buffer in buffers:
             if buffer.count:
-                self._moves.broadcast(buffer, root, deadline)
+                self._data_movement.broadcast(buffer, root, deadline)
 
     @_in_two_halves
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
         """Send ``source`` to one rank of every other host, and copy what arrives to its neighbours."""
         if source.count:
-            self._moves.allgather(outputs, source, deadline)
+            self._data_movement.allgather(outputs, source, deadline)
 
     @_in_two_halves
     def gather(
@@ -149,12 +152,16 @@ class HierarchicalBackend:
         self._gloo.scatter(target, sources, root, deadline)
 
     @_in_two_halves
-    def reducescatter(self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
+    def reducescatter(
+        self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
+    ) -> None:
         """Combine all ranks' ``sources[rank]`` into ``target``, over Gloo."""
         self._gloo.reducescatter(target, sources, op, deadline)
 
     @_in_two_halves
-    def alltoall(self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float) -> None:
+    def alltoall(
+        self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float
+    ) -> None:
         """Send every rank its source, over Gloo."""
         self._gloo.alltoall(outputs, sources, deadline)
 
@@ -179,7 +186,9 @@ class HierarchicalBackend:
                 local.recv(buffers, self._hosts.local[peer], deadline)
 
     @_in_two_halves
-    def sendrecv(self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float) -> None:
+    def sendrecv(
+        self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float
+    ) -> None:
         """Send to ``dst`` and receive from ``src`` at once; both may be one rank, this one included."""
         to, of = self._local_to(dst), self._local_to(src)
         if dst == self._watch.rank:
@@ -187,13 +196,13 @@ class HierarchicalBackend:
         elif to is not None and of is not None:
             to.sendrecv(source, self._hosts.local[dst], target, self._hosts.local[src], deadline)
         elif to is not None:
-            errand = self._courier.send(lambda: self._gloo.recv([target], src, deadline))
+            task = self._worker.send(lambda: self._gloo.recv([target], src, deadline))
             to.send([source], self._hosts.local[dst], deadline)
-            errand.wait()
+            task.wait()
         elif of is not None:
-            errand = self._courier.send(lambda: self._gloo.send([source], dst, deadline))
+            task = self._worker.send(lambda: self._gloo.send([source], dst, deadline))
             of.recv([target], self._hosts.local[src], deadline)
-            errand.wait()
+            task.wait()
         else:
             self._gloo.sendrecv(source, dst, target, src, deadline)
 
@@ -202,15 +211,15 @@ class HierarchicalBackend:
         self._watch.allgather(b"", deadline)
 
     def close(self) -> None:
-        """End what is in flight and free both wires."""
+        """End what is in flight and free both transports."""
         self._watch.halt()
         if self._local is not None:
             self._local.close()
-        self._courier.end(_END_S)
+        self._worker.end(_END_S)
         self._gloo.close()
 
     def _local_to(self, peer: int) -> ShmBackend | None:
-        """Return the wire to a rank of this host, None to one of another."""
+        """Return the transport to a rank of this host, None to one of another."""
         return self._local if self._hosts.index[peer] == self._hosts.host else None
 
     def _verdict(self, error: BaseException) -> BaseException:
@@ -220,11 +229,11 @@ class HierarchicalBackend:
         memory found out names positions on a host: a plain error has the group ask every rank itself.
         """
         self._watch.halt()
-        self._courier.end(_END_S)
+        self._worker.end(_END_S)
         if not isinstance(error, Exception) or is_from_handler(error):
             return error
-        if isinstance(error, HaltedError) and self._courier.failure is not None:
-            error = self._courier.failure
+        if isinstance(error, HaltedError) and self._worker.failure is not None:
+            error = self._worker.failure
         if self._watch.failure is not None:
             return self._watch.failure
         if isinstance(error, CollectiveTimeoutError):

@@ -1,7 +1,7 @@
 """Reductions between hosts: in shared memory on each, then over Gloo between them.
 
 Elements are combined on each host in the order of its ranks, and then in the order of the hosts, each in one place or
-in one order: all ranks get the same bits. Imports no framework; arithmetic imports numpy.
+in one order: all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from colltensor.backends.gloo.arithmetic import divide, narrow, widen
 from colltensor.backends.gloo.backend import GlooBackend
 from colltensor.backends.gloo.composed import copy
 from colltensor.backends.gloo.part import GlooPart
-from colltensor.backends.hierarchical.blocks import Scratch, blocks, flat, parts
-from colltensor.backends.hierarchical.courier import NOTHING, Courier, Errand
-from colltensor.backends.hierarchical.hosts import Hosts
+from colltensor.backends.hierarchical.shards import Scratch, blocks, flat, shards
+from colltensor.backends.hierarchical.topology import Hosts
+from colltensor.backends.hierarchical.worker import NOTHING, Task, Worker
 from colltensor.backends.shm.backend import ShmBackend
 from colltensor.types import DTYPES, ReduceOp
 from colltensor.view import BufferView
@@ -26,7 +26,7 @@ WIDENED: Final = frozenset({"float16", "bfloat16"})
 
 LEADER_NBYTES: Final = 256 << 10
 """Up to this size one rank of each host sends everything: one exchange between hosts. Measured with 2 x 2 ranks on one
-machine of 2 cores, medians: 0.64 ms against 0.93 in slices for 16 KiB, 0.94 against 1.28 for 256 KiB."""
+machine of 2 cores, medians: 0.64 ms against 0.93 in shards for 16 KiB, 0.94 against 1.28 for 256 KiB."""
 
 _FLOAT32: Final = DTYPES["float32"]
 _EXACT: Final = frozenset({ReduceOp.MIN, ReduceOp.MAX})
@@ -35,27 +35,31 @@ _EXACT: Final = frozenset({ReduceOp.MIN, ReduceOp.MAX})
 class Reductions:
     """allreduce and reduce of one rank. Views are contiguous host memory, none empty."""
 
-    def __init__(self, hosts: Hosts, local: ShmBackend | None, gloo: GlooBackend, courier: Courier) -> None:
+    def __init__(
+        self, hosts: Hosts, local: ShmBackend | None, gloo: GlooBackend, worker: Worker
+    ) -> None:
         self._hosts = hosts
         self._local = local
-        self._courier = courier
+        self._worker = worker
         self._gloo = gloo
         self._size = len(hosts.index)
         self._scratch = Scratch()
-        self._slices = hosts.slices
-        self._parts: dict[tuple[int, ...], GlooPart] = {}
+        self._shards = hosts.shards
+        self._shards_of: dict[tuple[int, ...], GlooPart] = {}
         self._between_leaders = self._part(hosts.leaders()) if hosts.position == 0 else None
-        self._between_counterparts = self._part(hosts.counterparts()) if hosts.position < hosts.slices else None
+        self._between_counterparts = (
+            self._part(hosts.counterparts()) if hosts.position < hosts.shards else None
+        )
 
     def allreduce(self, view: BufferView, op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank."""
         if view.nbytes <= LEADER_NBYTES:
             self._through_leaders(flat(view), op, deadline)
             return
-        pieces = list(blocks(view, self._slices, _itemsize(view, op)))
-        waiting: deque[tuple[BufferView, Errand]] = deque()
+        pieces = list(blocks(view, self._shards, _itemsize(view, op)))
+        waiting: deque[tuple[BufferView, Task]] = deque()
         for number, block in enumerate(pieces):
-            if block.count < self._slices:  # what the slices leave over
+            if block.count < self._shards:  # what the shards leave over
                 while waiting:
                     self._spread(*waiting.popleft(), deadline)
                 self._through_leaders(block, op, deadline)
@@ -74,7 +78,7 @@ class Reductions:
         leads = self._hosts.neighbours[self._hosts.position] == leader
         between = self._part(leaders) if leads else None
         pieces = list(blocks(view, 1, _itemsize(view, op)))
-        waiting: deque[Errand] = deque()
+        waiting: deque[Task] = deque()
         for number, block in enumerate(pieces):
             if len(waiting) == 2:  # whose scratch memory is used again
                 waiting.popleft().wait()
@@ -90,15 +94,15 @@ class Reductions:
             waiting.popleft().wait()
 
     def _part(self, members: tuple[int, ...]) -> GlooPart:
-        """Return the wire between some ranks; its memory is kept for the next call."""
-        if members not in self._parts:
-            self._parts[members] = self._gloo.part(members)
-        return self._parts[members]
+        """Return the transport between some ranks; its memory is kept for the next call."""
+        if members not in self._shards_of:
+            self._shards_of[members] = self._gloo.part(members)
+        return self._shards_of[members]
 
-    def _send(self, crossing: Callable[[], None] | None, of: int) -> Errand:
-        """Give the courier what crosses the network, one of ``of`` in this call; a single one needs no other thread."""
+    def _send(self, crossing: Callable[[], None] | None, of: int) -> Task:
+        """Give the worker what crosses the network, one of ``of`` in this call; a single one needs no other thread."""
         if crossing is not None and of > 1:
-            return self._courier.send(crossing)
+            return self._worker.send(crossing)
         if crossing is not None:
             crossing()
         return NOTHING
@@ -108,8 +112,8 @@ class Reductions:
     ) -> Callable[[], None] | None:
         """Combine a block on this host; return what makes this rank's slice the result of all hosts, if it has one."""
         summed = self._widened(piece, block, op)
-        sums = parts(summed, self._slices)
-        if self._local is not None and self._slices == len(self._hosts.neighbours):
+        sums = shards(summed, self._shards)
+        if self._local is not None and self._shards == len(self._hosts.neighbours):
             self._local.reducescatter(sums[self._hosts.position], sums, _inner(op), deadline)
         elif self._local is not None:
             for position, part in enumerate(sums):
@@ -117,7 +121,7 @@ class Reductions:
         between = self._between_counterparts
         if between is None:
             return None
-        own, result = sums[self._hosts.position], parts(block, self._slices)[self._hosts.position]
+        own, result = sums[self._hosts.position], shards(block, self._shards)[self._hosts.position]
 
         def cross() -> None:
             between.allreduce(own, _inner(op), deadline)
@@ -125,13 +129,13 @@ class Reductions:
 
         return cross
 
-    def _spread(self, block: BufferView, errand: Errand, deadline: float) -> None:
-        """Give the slices of a block to all ranks of this host, once this rank's own is there."""
-        errand.wait()
+    def _spread(self, block: BufferView, task: Task, deadline: float) -> None:
+        """Give the shards of a block to all ranks of this host, once this rank's own is there."""
+        task.wait()
         if self._local is None:
             return
-        results = parts(block, self._slices)
-        if self._slices == len(self._hosts.neighbours):
+        results = shards(block, self._shards)
+        if self._shards == len(self._hosts.neighbours):
             self._local.allgather(results, results[self._hosts.position], deadline)
         else:
             for position, part in enumerate(results):
@@ -169,7 +173,13 @@ class Reductions:
         return summed
 
     def _crossing_to(
-        self, between: GlooPart, root: int, is_root: bool, summed: BufferView, block: BufferView, op: ReduceOp,
+        self,
+        between: GlooPart,
+        root: int,
+        is_root: bool,
+        summed: BufferView,
+        block: BufferView,
+        op: ReduceOp,
         deadline: float,
     ) -> Callable[[], None]:
         def cross() -> None:
@@ -197,7 +207,11 @@ class Reductions:
 
 def _itemsize(view: BufferView, op: ReduceOp) -> int:
     """Return the bytes of an element as it is summed."""
-    return _FLOAT32.itemsize if view.dtype.name in WIDENED and op not in _EXACT else view.dtype.itemsize
+    return (
+        _FLOAT32.itemsize
+        if view.dtype.name in WIDENED and op not in _EXACT
+        else view.dtype.itemsize
+    )
 
 
 def _inner(op: ReduceOp) -> ReduceOp:

@@ -1,7 +1,4 @@
-"""The control plane as the wires inside a call see it: the whole group's, looked at by two threads.
-
-Imports no framework.
-"""
+"""The control plane as the transports inside a call see it: the whole group's, looked at by two threads."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, Protocol
 
 from colltensor.backends.base import ControlPlane
-from colltensor.backends.hierarchical.hosts import Hosts
+from colltensor.backends.hierarchical.topology import Hosts
 from colltensor.errors import BackendUnavailableError, CollectiveError, GroupError
 
 _TAKES_PART: Final = b"\1"
@@ -39,7 +36,8 @@ class Watch:
         self.group_name = control.group_name
         self.failure: CollectiveError | None = None
         self._control = control
-        self._looking = threading.Lock()  # only ever tried: whoever does not get it knows that the other one looks
+        # only ever tried: whoever does not get it knows that the other one looks
+        self._looking = threading.Lock()
         self._halted = False
 
     def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
@@ -51,7 +49,9 @@ class Watch:
         if self.failure is not None:
             raise self.failure
         if self._halted:
-            raise HaltedError(f"group '{self.group_name}' (rank {self.rank}): another part of the call has failed")
+            raise HaltedError(
+                f"group '{self.group_name}' (rank {self.rank}): another part of the call has failed"
+            )
         if self._looking.acquire(blocking=False):
             try:
                 self._control.check()
@@ -99,7 +99,9 @@ class HostControl:
         self.world_size = len(hosts.neighbours)
         self.group_name = f"{watch.group_name}, ranks {', '.join(map(str, hosts.neighbours))}"
         self.generation = meeting.generation
-        self.secret = hmac.new(meeting.secret, b"host" + bytes(str(hosts.neighbours), "ascii"), hashlib.sha256).digest()
+        self.secret = hmac.new(
+            meeting.secret, b"host" + bytes(str(hosts.neighbours), "ascii"), hashlib.sha256
+        ).digest()
         self.host_ids = ("this host",) * self.world_size
         self._watch = watch
         self._members: Sequence[int] = hosts.neighbours
@@ -115,7 +117,9 @@ class HostControl:
         own = [frames[member] for member in self._members]
         for member, frame in zip(self._members, own, strict=True):
             if frame[:1] == _IS_OVER:
-                raise BackendUnavailableError(f"group '{self.group_name}': rank {member}: {frame[1:].decode()}")
+                raise BackendUnavailableError(
+                    f"group '{self.group_name}': rank {member}: {frame[1:].decode()}"
+                )
         return [frame[1:] for frame in own]
 
     def conclude(self, trouble: str, deadline: float) -> list[str]:
@@ -135,7 +139,9 @@ class HostControl:
         Raises:
             GroupError: Always: the ranks have not taken the same steps.
         """
-        raise GroupError(f"group '{self.group_name}': the steps of a call differ between ranks, here {describe()}")
+        raise GroupError(
+            f"group '{self.group_name}': the steps of a call differ between ranks, here {describe()}"
+        )
 
     def agree_beside(
         self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float, lane: int
@@ -144,13 +150,25 @@ class HostControl:
         self.agree(signature, describe, deadline)
 
     def start_pair(
-        self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float, lane: int, bound: bool
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Callable[[], str],
+        deadline: float,
+        lane: int,
+        bound: bool,
     ) -> None:
         """As ``agree``."""
         self.agree(signature, describe, deadline)
 
     def finish_pair(
-        self, peer: int, signature: bytes, describe: Callable[[], str], deadline: float, lane: int, bound: bool
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Callable[[], str],
+        deadline: float,
+        lane: int,
+        bound: bool,
     ) -> None:
         """As ``agree``."""
         self.agree(signature, describe, deadline)

@@ -4,8 +4,8 @@ __init__    whether NCCL can be used here
 backend     the operations, as calls of NCCL
 elements    how data types and reduce ops are spelt, and what stands in where NCCL has none
 members     communicators: made on first use, one for all ranks and one for each pair
-lanes       streams and events: what comes after what
-watcher     the thread that notices late and dead peers, and ends what waits for them
+stream_manager       streams and events: what comes after what
+watchdog     the thread that notices late and dead peers, and ends what waits for them
 driver      CUDA and NCCL as cupy offers them
 """
 
@@ -22,7 +22,9 @@ from colltensor.errors import BackendUnavailableError
 if TYPE_CHECKING:
     from colltensor.backends.nccl.backend import NcclBackend
 
-_INSTALL: Final = "pip install 'cupy-cuda13x>=14', which needs CUDA 13 (for CUDA 12: pip install cupy-cuda12x)"
+_INSTALL: Final = (
+    "pip install 'cupy-cuda13x>=14', which needs CUDA 13 (for CUDA 12: pip install cupy-cuda12x)"
+)
 
 
 class NcclSpec:
@@ -35,7 +37,13 @@ class NcclSpec:
         return _missing(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     def create(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> NcclBackend:
         """Make the backend. Nothing is connected before the first call that needs it.
 
@@ -53,9 +61,9 @@ class NcclSpec:
         if reason is not None:
             raise BackendUnavailableError(f"backend 'nccl' cannot be used here: {reason}")
         driver = importlib.import_module("colltensor.backends.nccl.driver").CupyDriver()
-        backend: NcclBackend = importlib.import_module("colltensor.backends.nccl.backend").NcclBackend(
-            control, timeout_s, driver
-        )
+        backend: NcclBackend = importlib.import_module(
+            "colltensor.backends.nccl.backend"
+        ).NcclBackend(control, timeout_s, driver)
         return backend
 
 

@@ -102,7 +102,8 @@ class CupyDriver:
                 try:
                     _stream(stream, device).use()
                     yield
-                finally:  # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
+                finally:
+                    # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
                     before.use()
 
     def new_stream(self) -> int:
@@ -154,12 +155,14 @@ class CupyDriver:
         (cuThreadExchangeStreamCaptureMode). CuPy 14 has no name for it.
         """
         mode = ctypes.c_int(_THREAD_LOCAL)
-        with contextlib.suppress(OSError, AttributeError):  # captures are disturbed then, and nothing else
+        # captures are disturbed then, and nothing else
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
     def free(self, streams: list[int], events: list[int]) -> None:
         """Free streams and events of the current device; CUDA does it once their work is done."""
-        with contextlib.suppress(runtime.CUDARuntimeError):  # an earlier error of the device is raised by every call
+        # an earlier error of the device is raised by every call
+        with contextlib.suppress(runtime.CUDARuntimeError):
             for event in events:
                 runtime.eventDestroy(event)
             for stream in streams:
@@ -169,15 +172,24 @@ class CupyDriver:
         """Return memory of CuPy's pool for use on CuPy's current stream, on ``like``'s device, as bytes."""
         raw = cp.empty(nbytes, cp.uint8)
         return BufferView.from_address(
-            raw.data.ptr, (nbytes,), UINT8, device=like.device, owner=raw, stream=cp.cuda.get_current_stream().ptr
+            raw.data.ptr,
+            (nbytes,),
+            UINT8,
+            device=like.device,
+            owner=raw,
+            stream=cp.cuda.get_current_stream().ptr,
         )
 
     def copy(self, target: BufferView, source: BufferView, stream: int) -> None:
         """Queue a copy between contiguous views of one size."""
-        runtime.memcpyAsync(target.pointer, source.pointer, source.nbytes, runtime.memcpyDeviceToDevice, stream)
+        runtime.memcpyAsync(
+            target.pointer, source.pointer, source.nbytes, runtime.memcpyDeviceToDevice, stream
+        )
 
-    def to_keys(self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int) -> None:
-        """Queue, on CuPy's current stream, making keys of the bits of floats; see ``elements.Keying``."""
+    def to_keys(
+        self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int
+    ) -> None:
+        """Queue, on CuPy's current stream, making keys of the bits of floats; see ``elements.OrderEncoding``."""
         given, result = _array(bits), _array(keys)
         kind = result.dtype.type
         _TO_KEYS(given, kind(mask), kind(infinity), kind(nan), result)
@@ -189,8 +201,10 @@ class CupyDriver:
 
 
 _TO_KEYS: Final = cp.ElementwiseKernel(
-    "B bits, K mask, K infinity, K nan", "K key",
-    "K b = bits; key = (b & mask) > infinity ? nan : b < 0 ? b ^ mask : b", "colltensor_to_keys",
+    "B bits, K mask, K infinity, K nan",
+    "K key",
+    "K b = bits; key = (b & mask) > infinity ? nan : b < 0 ? b ^ mask : b",
+    "colltensor_to_keys",
 )
 _FROM_KEYS: Final = cp.ElementwiseKernel(
     "K key, K mask", "B bits", "bits = key < 0 ? key ^ mask : key", "colltensor_from_keys"

@@ -1,7 +1,4 @@
-"""Shared memory: collectives of host memory between the ranks of one host, in a native library.
-
-Imports no framework; the library and what loads it only when a group is made.
-"""
+"""Shared memory: collectives of host memory between the ranks of one host, in a native library."""
 
 from __future__ import annotations
 
@@ -31,7 +28,13 @@ class ShmSpec:
         library.load()
 
     def create(
-        self, control: Any, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
+        self,
+        control: Any,
+        meeting: Any,
+        *,
+        timeout_s: float,
+        interface: str | None,
+        provider: str | None,
     ) -> ShmBackend:
         """Make the segment and share it. All ranks call.
 
@@ -48,13 +51,19 @@ class ShmSpec:
             OptionError: A ``provider``.
         """
         if control is None:
-            raise GroupError("backend 'shm' needs a control plane; use backend='loopback' for one rank on its own")
+            raise GroupError(
+                "backend 'shm' needs a control plane; use backend='loopback' for one rank on its own"
+            )
         if provider is not None:
-            raise OptionError(f"backend 'shm' has no providers: expected provider=None, got {provider!r}")
+            raise OptionError(
+                f"backend 'shm' has no providers: expected provider=None, got {provider!r}"
+            )
         from colltensor.backends.shm import segment
         from colltensor.backends.shm.backend import ShmBackend
 
-        return ShmBackend(control, segment.share(control, meeting, time.monotonic() + timeout_s), timeout_s)
+        return ShmBackend(
+            control, segment.share(control, meeting, time.monotonic() + timeout_s), timeout_s
+        )
 
 
 SPEC: Final = ShmSpec()

@@ -1,8 +1,6 @@
 """What its control groups grant this process: processors' time and memory.
 
 Version 1 and 2, as https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html describe their files.
-
-Imports no framework.
 """
 
 from __future__ import annotations
@@ -15,8 +13,17 @@ from typing import Final
 
 _MOUNTED: Final = Path("/sys/fs/cgroup")
 _MEMBERSHIPS: Final = Path("/proc/self/cgroup")
-_RECLAIMABLE: Final = ("total_active_file", "total_inactive_file", "active_file", "inactive_file", "slab_reclaimable")
-_FILES: Final = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+_RECLAIMABLE: Final = (
+    "total_active_file",
+    "total_inactive_file",
+    "active_file",
+    "inactive_file",
+    "slab_reclaimable",
+)
+_FILES: Final = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def processors() -> float:
@@ -50,7 +57,9 @@ def _processors(folder: Path) -> float:
         quota, period = (folder / "cpu.max").read_text().split()
         return float(quota) / float(period)
     with contextlib.suppress(OSError):
-        quota, period = ((folder / name).read_text() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+        quota, period = (
+            (folder / name).read_text() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        )
         return float(quota) / float(period) if int(quota) > 0 else math.inf
     return math.inf
 
@@ -61,6 +70,8 @@ def _spare_nbytes(folder: Path) -> float:
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
             lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
             pages = {name: int(value) for name, value in lines if name in _RECLAIMABLE}
-            whole = [nbytes for name, nbytes in pages.items() if name.startswith("total_")] or pages.values()
+            whole = [
+                nbytes for name, nbytes in pages.items() if name.startswith("total_")
+            ] or pages.values()
             return max(0, left + sum(whole))
     return math.inf

@@ -1,7 +1,4 @@
-"""The native queue of a group's asynchronous calls, whose twin is native/src/queue.h.
-
-Imports no framework.
-"""
+"""The native queue of a group's asynchronous calls, whose twin is native/src/queue.h."""
 
 from __future__ import annotations
 
@@ -51,7 +48,12 @@ class IssueQueue:
     def wait(self, number: int, timeout_s: float | None) -> bool:
         """Wait until a call has ended; False if it has not in time."""
         endless = timeout_s is None or math.isinf(timeout_s) or timeout_s > _NEVER_NS / 1e9
-        return bool(self._wait(number, _NEVER_NS if timeout_s is None or endless else int(max(0.0, timeout_s) * 1e9)))
+        return bool(
+            self._wait(
+                number,
+                _NEVER_NS if timeout_s is None or endless else int(max(0.0, timeout_s) * 1e9),
+            )
+        )
 
     def notify(self, number: int) -> bool:
         """Have ``serve`` return when a call has ended; False if it has."""

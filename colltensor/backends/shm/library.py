@@ -1,7 +1,4 @@
-"""Loads the native library ``libcolltensor.so`` on first use, and says what to do where there is none.
-
-Imports no framework.
-"""
+"""Loads the native library ``libcolltensor.so`` on first use, and says what to do where there is none."""
 
 from __future__ import annotations
 
@@ -34,7 +31,13 @@ REINSTALL: Final = "pip install --force-reinstall --no-deps . in the folder of c
 """Nothing of the package's name is published."""
 _loaded: list[Any] = []
 
-_PYTHON_API: Final = ("PyList_Size", "PyList_GetItem", "PyErr_Clear", "PyEval_SaveThread", "PyEval_RestoreThread")
+_PYTHON_API: Final = (
+    "PyList_Size",
+    "PyList_GetItem",
+    "PyErr_Clear",
+    "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+)
 """Of the stable ABI, in the order of ``PythonApi`` in native/src/python.h."""
 
 
@@ -98,7 +101,9 @@ def reads_python() -> bool:
     if ctypes.c_void_p.from_address(id(sample) + ctypes.sizeof(ctypes.c_void_p)).value != id(list):
         return False
     functions = (getattr(ctypes.pythonapi, name) for name in _PYTHON_API)
-    addresses = array.array("q", (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+    addresses = array.array(
+        "q", (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    )
     load().shm_set_python_api(addresses.buffer_info()[0])
     return True
 
@@ -127,7 +132,9 @@ def open_library(place: Path, where: str, function: str, interface: int) -> Any:
         module = tvm_ffi.load_module(str(place))
         version = getattr(module, function)()
     except (RuntimeError, AttributeError, OSError) as error:
-        raise BackendUnavailableError(f"{where}: {place} cannot be loaded: {error}; {remedy}") from error
+        raise BackendUnavailableError(
+            f"{where}: {place} cannot be loaded: {error}; {remedy}"
+        ) from error
     if version != interface:
         raise BackendUnavailableError(
             f"{where}: {place} has interface {version}, and this colltensor needs {interface}; {remedy}"

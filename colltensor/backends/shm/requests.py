@@ -1,6 +1,6 @@
 """How a call is packed for the native library: 64-bit integers, a fixed head and then the views.
 
-Its twin is native/src/request.h. Imports no framework.
+Its twin is native/src/request.h.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import Final
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView, JoinedView, row_major
 
-BARRIER, ALLREDUCE, REDUCE, BROADCAST, ALLGATHER, GATHER, REDUCESCATTER, SCATTER, ALLTOALL, TRANSFER = range(10)
+(
+    BARRIER,
+    ALLREDUCE,
+    REDUCE,
+    BROADCAST,
+    ALLGATHER,
+    GATHER,
+    REDUCESCATTER,
+    SCATTER,
+    ALLTOALL,
+    TRANSFER,
+) = range(10)
 
 Words = tuple[int, int, int]
 """A signature without its sequence number, as the library compares it."""
@@ -33,15 +44,22 @@ def words(signature: bytes) -> Words:
     return first, second, third
 
 
-def own_words(operation: int, dtype: DType | None, count: int, op: ReduceOp | None, root: int) -> Words:
-    """Return the signature of a call that nobody has signed: what is known of it here."""
+def own_words(
+    operation: int, dtype: DType | None, count: int, op: ReduceOp | None, root: int
+) -> Words:
+    """Return the signature of a call whose signature nobody has set: what is known of it here."""
     leaves = 0 if dtype is None else dtype.code
     packed = _CALL.pack(100 + operation, _NO_OP if op is None else op, root, 1, count, leaves)
     return words(bytes(_SEQUENCE_NBYTES) + packed)
 
 
 def collective(
-    operation: int, shape: BufferView | None, op: ReduceOp | None, root: int, signature: Words, index: int,
+    operation: int,
+    shape: BufferView | None,
+    op: ReduceOp | None,
+    root: int,
+    signature: Words,
+    index: int,
     views: Iterable[BufferView],
 ) -> array.array[int]:
     """Pack a collective.
@@ -55,7 +73,9 @@ def collective(
         index: The number of this transfer within its call.
         views: All views in the order that the library expects for the operation.
     """
-    code, item, count = (0, 1, 0) if shape is None else (shape.dtype.code, shape.dtype.itemsize, shape.count)
+    code, item, count = (
+        (0, 1, 0) if shape is None else (shape.dtype.code, shape.dtype.itemsize, shape.count)
+    )
     number = _NO_OP if op is None else op
     fields = [operation, number, code, item, root, count, *signature, index, 0, *_NO_SOURCE]
     for view in views:
@@ -64,8 +84,14 @@ def collective(
 
 
 def transfer(
-    source: BufferView | None, destination_rank: int, signature: Words, target: BufferView | None, source_rank: int,
-    target_signature: Words, index: int, beside: bool = False,
+    source: BufferView | None,
+    destination_rank: int,
+    signature: Words,
+    target: BufferView | None,
+    source_rank: int,
+    target_signature: Words,
+    index: int,
+    beside: bool = False,
 ) -> array.array[int]:
     """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 for what there is not.
 
@@ -74,13 +100,26 @@ def transfer(
     item, count = (1, 0) if source is None else (source.dtype.itemsize, source.count)
     target_item, target_count = (1, 0) if target is None else (target.dtype.itemsize, target.count)
     fields = [
-        TRANSFER, _NO_OP, 0, item, destination_rank, count, *signature, index, int(beside),
-        source_rank, target_item, target_count, *target_signature, index,
+        TRANSFER,
+        _NO_OP,
+        0,
+        item,
+        destination_rank,
+        count,
+        *signature,
+        index,
+        int(beside),
+        source_rank,
+        target_item,
+        target_count,
+        *target_signature,
+        index,
     ]
     for peer, view in ((destination_rank, source), (source_rank, target)):
         if view is not None:
             _append(fields, view)
-        elif peer >= 0:  # a transfer of nothing, such as an empty tree: the library reads a view of each transfer
+        elif peer >= 0:
+            # a transfer of nothing, such as an empty tree: the library reads a view of each transfer
             fields += (0, 0)
     return array.array("q", fields)
 

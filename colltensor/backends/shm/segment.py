@@ -3,8 +3,6 @@
 The memory is a memfd: it has no name, and is gone with the last process that maps it, however that ends. Its pages
 are reserved before anybody maps it, and it is sealed against changes of size, so that no access can fail later. It
 is handed over on a socket whose two ends have proved to know the group's secret.
-
-Imports no framework.
 """
 
 from __future__ import annotations
@@ -38,7 +36,8 @@ _LOG: Final = logging.getLogger(__name__)
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _RANK: Final = struct.Struct("!I")
-_OVERFLOW_UID: Final = 65534  # of a process whose user the user namespace does not know, user_namespaces(7)
+# of a process whose user the user namespace does not know, user_namespaces(7)
+_OVERFLOW_UID: Final = 65534
 _SLICE_S: Final = 0.1
 _PAUSE_S: Final = 0.02
 _BACKLOG: Final = 1024
@@ -74,7 +73,7 @@ class Segment:
         handle: The library's number for this rank's part.
         crowded: Whether there are more ranks than processors for them.
         details: Whether large messages are read from the peers' memory, and what stands against it, in words.
-        stop: Asked by the library every 100 ms while it waits, see ``Outcomes.stop``. Set by the owner.
+        stop: Asked by the library every 100 ms while it waits, see ``ErrorMapping.stop``. Set by the owner.
     """
 
     library: Any
@@ -102,7 +101,10 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
         BackendUnavailableError: On every rank, where one cannot take part.
         CollectiveError: A rank died or did not come.
     """
-    ballots = [_Ballot(**json.loads(vote)) for vote in control.allgather(_own_ballot(control, meeting), deadline)]
+    ballots = [
+        _Ballot(**json.loads(vote))
+        for vote in control.allgather(_own_ballot(control, meeting), deadline)
+    ]
     _refuse(control, [ballot.trouble for ballot in ballots])
     cores = _cores(ballots)
     fd, listener, trouble = _make(control, cores) if control.rank == 0 else (-1, None, None)
@@ -123,7 +125,13 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
         except OSError as error:
             trouble = f"the shared memory could not be handed over: {error} (another network namespace than rank 0's?)"
         # Rank 0 waits for nobody who cannot reach it; and for the others not so long that no time is left for Gloo.
-        _refuse(control, [json.loads(vote) for vote in control.allgather(json.dumps(trouble).encode(), deadline)])
+        _refuse(
+            control,
+            [
+                json.loads(vote)
+                for vote in control.allgather(json.dumps(trouble).encode(), deadline)
+            ],
+        )
         until = time.monotonic() + min(_HAND_OUT_S, (deadline - time.monotonic()) / 2)
         try:
             if handing is not None:
@@ -172,13 +180,21 @@ def _own_ballot(control: ControlPlane, meeting: Meeting) -> bytes:
     cores = sorted(os.sched_getaffinity(0))
     quota = cgroup.processors()
     return json.dumps(
-        {"trouble": trouble, "pid": os.getpid(), "pid_namespace": namespace, "cores": cores, "quota": quota}
+        {
+            "trouble": trouble,
+            "pid": os.getpid(),
+            "pid_namespace": namespace,
+            "cores": cores,
+            "quota": quota,
+        }
     ).encode()
 
 
 def _refuse(control: ControlPlane, troubles: list[str | None]) -> None:
     """Raise on every rank where one has trouble."""
-    found = [f"rank {rank}: {trouble}" for rank, trouble in enumerate(troubles) if trouble is not None]
+    found = [
+        f"rank {rank}: {trouble}" for rank, trouble in enumerate(troubles) if trouble is not None
+    ]
     if found:
         shown = "; ".join(found) if len(set(troubles)) > 1 else found[0].partition(": ")[2]
         raise BackendUnavailableError(
@@ -188,7 +204,10 @@ def _refuse(control: ControlPlane, troubles: list[str | None]) -> None:
 
 def _cores(ballots: list[_Ballot]) -> int:
     cores = len({core for ballot in ballots for core in ballot.cores})
-    return max(1, min([cores, *(math.ceil(ballot.quota) for ballot in ballots if ballot.quota != math.inf)]))
+    return max(
+        1,
+        min([cores, *(math.ceil(ballot.quota) for ballot in ballots if ballot.quota != math.inf)]),
+    )
 
 
 def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None, str | None]:
@@ -218,9 +237,13 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
             listener.close()
         if fd >= 0:
             os.close(fd)
-        return -1, None, (
-            f"{nbytes >> 20} MiB of shared memory cannot be reserved: {error}; "
-            + remedy_for_system(error, "free memory or raise the container's limit")
+        return (
+            -1,
+            None,
+            (
+                f"{nbytes >> 20} MiB of shared memory cannot be reserved: {error}; "
+                + remedy_for_system(error, "free memory or raise the container's limit")
+            ),
         )
     return fd, listener, None
 
@@ -228,13 +251,17 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
 class _HandOut:
     """Gives the segment's descriptor to every other rank, once. Strangers are turned away; nobody waits for another."""
 
-    def __init__(self, listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting) -> None:
+    def __init__(
+        self, listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting
+    ) -> None:
         self._fd = fd
         self._control = control
         self._meeting = meeting
         self._missing = set(range(1, control.world_size))
         self._came, self._turn = threading.Event(), threading.Lock()
-        self._listener = Listener(listener, self._serve, self._note, "colltensor-hand-out", control.world_size)
+        self._listener = Listener(
+            listener, self._serve, self._note, "colltensor-hand-out", control.world_size
+        )
 
     def start(self) -> str | None:
         """Begin, before anybody knows of the socket; return why not where no thread can be started."""
@@ -269,7 +296,9 @@ class _HandOut:
     def _serve(self, link: socket.socket) -> None:
         with link, contextlib.suppress(OSError):
             if not _may_be_a_rank(link):
-                net.refuse(link, b"it belongs to another user than rank 0", time.monotonic() + HANDSHAKE_S)
+                net.refuse(
+                    link, b"it belongs to another user than rank 0", time.monotonic() + HANDSHAKE_S
+                )
                 return
             context = net.verify(link, self._secret_of, time.monotonic() + HANDSHAKE_S)
             self._listener.proven(link)
@@ -287,12 +316,20 @@ class _HandOut:
 
     def _note(self, what: str, error: Exception) -> None:
         control = self._control
-        _LOG.debug("group %r (rank %d): shared memory: %s: %s", control.group_name, control.rank, what, error)
+        _LOG.debug(
+            "group %r (rank %d): shared memory: %s: %s",
+            control.group_name,
+            control.rank,
+            what,
+            error,
+        )
 
 
 def _may_be_a_rank(link: socket.socket) -> bool:
     """Whether the other side's user may be this one's; who is in another user namespace shows as nobody."""
-    _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, user, _ = struct.unpack(
+        "3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     return user in (os.geteuid(), 0, _OVERFLOW_UID)
 
 
@@ -312,7 +349,9 @@ def _reach(name: bytes, deadline: float) -> socket.socket:
             raise
 
 
-def _fetch(name: bytes, link: socket.socket, control: ControlPlane, meeting: Meeting, until: float) -> int:
+def _fetch(
+    name: bytes, link: socket.socket, control: ControlPlane, meeting: Meeting, until: float
+) -> int:
     """Return the segment's descriptor, over a connection to rank 0, or over others where strangers took its place.
 
     Raises:
@@ -346,7 +385,11 @@ def _map(
     pidfds = _pidfds(control.rank, ballots)
     stop: list[Callable[[], int]] = []
     handle = native.shm_open(
-        fd, os.fstat(fd).st_size, control.rank, control.world_size, pidfds.buffer_info()[0],
+        fd,
+        os.fstat(fd).st_size,
+        control.rank,
+        control.world_size,
+        pidfds.buffer_info()[0],
         lambda: stop[0]() if stop else 0,
     )
     if handle < 0:
@@ -364,7 +407,11 @@ def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
     pidfds = array.array("i")
     for rank, ballot in enumerate(ballots):
         pidfd = -1
-        if rank != own and ballot.pid_namespace == ballots[own].pid_namespace and ballot.pid != os.getpid():
+        if (
+            rank != own
+            and ballot.pid_namespace == ballots[own].pid_namespace
+            and ballot.pid != os.getpid()
+        ):
             with contextlib.suppress(OSError, AttributeError):
                 pidfd = os.pidfd_open(ballot.pid)
         pidfds.append(pidfd)
@@ -372,7 +419,11 @@ def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
 
 
 def _prove(
-    segment: Segment | None, trouble: str | None, control: ControlPlane, ballots: list[_Ballot], deadline: float
+    segment: Segment | None,
+    trouble: str | None,
+    control: ControlPlane,
+    ballots: list[_Ballot],
+    deadline: float,
 ) -> str:
     """Let every rank write a fresh number and find everybody's, or raise on every rank.
 
@@ -390,22 +441,34 @@ def _prove(
     nonces = control.allgather(nonce, deadline)
     if segment is not None:
         unseen = [
-            rank for rank, number in enumerate(nonces)
-            if not segment.library.shm_has_nonce(segment.handle, rank, *struct.unpack("<qq", number))
+            rank
+            for rank, number in enumerate(nonces)
+            if not segment.library.shm_has_nonce(
+                segment.handle, rank, *struct.unpack("<qq", number)
+            )
         ]
         if unseen:
             trouble = f"its memory is not the memory of ranks {unseen}"
-    obstacle = None if segment is None or trouble else _obstacle_to_reading(segment, control.rank, ballots)
-    votes = [json.loads(vote) for vote in control.allgather(json.dumps([trouble, obstacle]).encode(), deadline)]
+    obstacle = (
+        None if segment is None or trouble else _obstacle_to_reading(segment, control.rank, ballots)
+    )
+    votes = [
+        json.loads(vote)
+        for vote in control.allgather(json.dumps([trouble, obstacle]).encode(), deadline)
+    ]
     _refuse(control, [vote[0] for vote in votes])
-    obstacles = [f"rank {rank}: {vote[1]}" for rank, vote in enumerate(votes) if vote[1] is not None]
+    obstacles = [
+        f"rank {rank}: {vote[1]}" for rank, vote in enumerate(votes) if vote[1] is not None
+    ]
     if segment is not None:
         segment.library.shm_allow_reading(segment.handle, not obstacles)
     if not obstacles:
         return "large messages may be read from the other processes' memory"
     _LOG.debug(
-        "group %r (rank %d): large messages are staged, which may take twice as long: %s", control.group_name,
-        control.rank, obstacles[0],
+        "group %r (rank %d): large messages are staged, which may take twice as long: %s",
+        control.group_name,
+        control.rank,
+        obstacles[0],
     )
     return f"large messages are staged, because the ranks do not read each other's memory ({obstacles[0]})"
 
@@ -415,7 +478,9 @@ def _obstacle_to_reading(segment: Segment, own: int, ballots: list[_Ballot]) -> 
     if not environment.is_on(environment.READ_PEERS):
         return f"{environment.READ_PEERS}={os.environ[environment.READ_PEERS]}"
     namespace = ballots[own].pid_namespace
-    pids = array.array("i", [ballot.pid if ballot.pid_namespace == namespace else 0 for ballot in ballots])
+    pids = array.array(
+        "i", [ballot.pid if ballot.pid_namespace == namespace else 0 for ballot in ballots]
+    )
     if segment.library.shm_try_reading(segment.handle, pids.buffer_info()[0]):
         return None
     if 0 in pids:

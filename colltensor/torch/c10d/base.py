@@ -1,7 +1,4 @@
-"""BaseProcessGroup: what a process group is made of, how its operations run, point-to-point, and its end.
-
-Imports torch, and of the package errors and group.
-"""
+"""BaseProcessGroup: what a process group is made of, how its operations run, point-to-point, and its end."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ from torch.distributed import distributed_c10d
 
 from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError, is_from_handler
 from colltensor.group import Group
-from colltensor.recipe import timeout_of
+from colltensor.options import timeout_of
+from colltensor.torch.c10d.delegated import DelegatedBackends
 from colltensor.torch.c10d.identity import Identity
 from colltensor.torch.c10d.inbox import CLOSED, translated
-from colltensor.torch.c10d.line import Line
 from colltensor.torch.c10d.meeting import meet
-from colltensor.torch.c10d.others import Others
+from colltensor.torch.c10d.queue import ProcessGroupQueue
 from colltensor.torch.c10d.tensors import apart, bare, only
 from colltensor.torch.c10d.transfers import PATIENCE_S, Connect, Transfers
-from colltensor.torch.c10d.work import FinishedWork, Operation, PendingWork
+from colltensor.torch.c10d.work import FinishedWork, PendingWork, QueuedCall
 from colltensor.work import consequence, nested
 
 _profiler_enabled: Final = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # private
@@ -41,7 +38,13 @@ class BaseProcessGroup(Identity):
     """The part of a process group that is not about collectives."""
 
     def __init__(
-        self, store: Any, rank: int, size: int, timeout: timedelta, name: str, refusal: CollectiveError | None = None
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        name: str,
+        refusal: CollectiveError | None = None,
     ) -> None:
         """Meet the other ranks; all of them call.
 
@@ -61,29 +64,39 @@ class BaseProcessGroup(Identity):
         self._store = store.clone()  # torch waits in the other one, which nobody can use meanwhile
         seconds = timeout.total_seconds()
         self._group: Group = meet(
-            self._store, "all", rank, size, name=f"c10d {name}", meet_s=seconds, timeout_s=seconds, refusal=refusal
+            self._store,
+            "all",
+            rank,
+            size,
+            name=f"c10d {name}",
+            meet_s=seconds,
+            timeout_s=seconds,
+            refusal=refusal,
         )
-        self._line = Line(self._group.name)
+        self._queue = ProcessGroupQueue(self._group.name)
         self._transfers = Transfers(
             self._group.name, rank, size, _weakly(self._connect), self._group.ask, self._group.lost
         )
         self._group.answer_with(self._transfers.standoffs.answer)
-        self._others = Others(store, rank, size, timeout)
+        self._delegated = DelegatedBackends(store, rank, size, timeout)
         self._parts = itertools.count()
         self._issued = 0
         self._ended: str | None = None
         # Whoever drops a process group has left it, as with torch's own, so that no other rank waits for this one.
-        self._dropped = weakref.finalize(self, _leave_beside, self._line, self._transfers, self._group, name)
+        self._dropped = weakref.finalize(
+            self, _leave_beside, self._queue, self._transfers, self._group, name
+        )
         self._dropped.atexit = False
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu"), *self._others.devices(self)]
+        return [torch.device("cpu"), *self._delegated.devices(self)]
 
     def _get_backend(self, device: torch.device) -> Any:
-        if device.type == "cpu" or not self._others.known(self):  # a group in the making connects nothing early
+        # a group in the making connects nothing early
+        if device.type == "cpu" or not self._delegated.known(self):
             return self
-        return self._others.backend_for(self, device)
+        return self._delegated.backend_for(self, device)
 
     def send(self, tensors: Any, dstRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
         """Send one tensor to a rank; done when a receive there has taken it, or that rank has it where it is short."""
@@ -118,8 +131,8 @@ class BaseProcessGroup(Identity):
         """
         seconds = timeout_of(timeout.total_seconds())
         self._timeout = timeout
-        self._others.set_timeout(timeout)
-        self._line_up(Operation("set_timeout", lambda: self._group.set_timeout(seconds)))
+        self._delegated.set_timeout(timeout)
+        self._enqueue(QueuedCall("set_timeout", lambda: self._group.set_timeout(seconds)))
 
     _set_default_timeout = set_timeout
 
@@ -131,8 +144,13 @@ class BaseProcessGroup(Identity):
         return self._issued
 
     def split_group(
-        self, new_ranks: Sequence[int], timeout: timedelta | None = None, opts: Any = None,
-        group_name: str | None = None, group_desc: str | None = None, device_types: Any = None,
+        self,
+        new_ranks: Sequence[int],
+        timeout: timedelta | None = None,
+        opts: Any = None,
+        group_name: str | None = None,
+        group_desc: str | None = None,
+        device_types: Any = None,
     ) -> Any:
         """Make a process group of some ranks of this one, in the order of their ranks; None on the others.
 
@@ -142,7 +160,9 @@ class BaseProcessGroup(Identity):
         members = sorted(new_ranks)
         if self.rank() not in members:
             return None
-        store = distributed_c10d.PrefixStore(f"split/{number}/{'-'.join(map(str, members))}/", self.get_group_store())
+        store = distributed_c10d.PrefixStore(
+            f"split/{number}/{'-'.join(map(str, members))}/", self.get_group_store()
+        )
         description = group_desc or f"{self.group_desc}:split:{number}"
         rank = members.index(self.rank())
         name = f"{self._group.name}:split:{number}"  # that of the meeting, the same on all ranks
@@ -151,7 +171,11 @@ class BaseProcessGroup(Identity):
         return made
 
     def merge_remote_group(
-        self, store: Any, size: int, timeout: timedelta = _MERGE_TIMEOUT, group_name: str | None = None,
+        self,
+        store: Any,
+        size: int,
+        timeout: timedelta = _MERGE_TIMEOUT,
+        group_name: str | None = None,
         group_desc: str | None = None,
     ) -> Any:
         """Make a process group of the ranks of several, which need not know each other; all of their ranks call.
@@ -170,14 +194,17 @@ class BaseProcessGroup(Identity):
         prefixed = distributed_c10d.PrefixStore(f"merge/{size}/{turn}/", store)
         description = group_desc or f"{self.group_desc}:merge"
         made = self._related(prefixed, rank, size, timeout, f"merge {turn} of {size}", description)
-        made._set_group_name(group_name or f"{self._label}:merge")  # which may differ from rank to rank
+        # which may differ from rank to rank
+        made._set_group_name(group_name or f"{self._label}:merge")
         return made
 
-    def _related(self, store: Any, rank: int, size: int, timeout: timedelta, name: str, description: str) -> Any:
+    def _related(
+        self, store: Any, rank: int, size: int, timeout: timedelta, name: str, description: str
+    ) -> Any:
         """Make a group that has the backends for other devices that this one has."""
         made = type(self)(store, rank, size, timeout, name)
         made._description = description
-        made._others.inherit(self, self._others)
+        made._delegated.inherit(self, self._delegated)
         return made
 
     def shutdown(self) -> None:
@@ -186,46 +213,57 @@ class BaseProcessGroup(Identity):
         A call without ``async_op`` that another thread is in ends at once, on all ranks.
         """
         deadline = time.monotonic() + _DRAIN_S
-        self._line.drain(deadline)
+        self._queue.drain(deadline)
         self._transfers.drain(deadline)
-        self._others.shutdown()
+        self._delegated.shutdown()
         self._end("destroyed")
 
     def abort(self) -> None:
         """Leave the group at once; what was issued fails, here and on the ranks that are in a call."""
-        self._others.abort()
+        self._delegated.abort()
         self._end("aborted")
 
     def _end(self, how: str) -> None:
         self._dropped.detach()
         self._ended = self._ended or f"process group '{self._label}' (rank {self.rank()}) was {how}"
-        _leave(self._line, self._transfers, self._group, self._ended)
-        self._store = self._given_store = None  # a FileStore's file goes when the last of these does
+        _leave(self._queue, self._transfers, self._group, self._ended)
+        # a FileStore's file goes when the last of these does
+        self._store = self._given_store = None
 
     def _run(
-        self, name: str, opts: Any, tensors: list[torch.Tensor], call: Callable[..., Any], *arguments: Any
+        self,
+        name: str,
+        opts: Any,
+        tensors: list[torch.Tensor],
+        call: Callable[..., Any],
+        *arguments: Any,
     ) -> Any:
         """Make a call, which a profiler sees: all of it, or how it is issued."""
         return _seen(name, self._issue, name, opts, tensors, call, *arguments)
 
     def _issue(
-        self, name: str, opts: Any, tensors: list[torch.Tensor], call: Callable[..., Any], *arguments: Any
+        self,
+        name: str,
+        opts: Any,
+        tensors: list[torch.Tensor],
+        call: Callable[..., Any],
+        *arguments: Any,
     ) -> Any:
-        """Make a call in its turn: here if no handle is asked for and none is before it, else in the line's thread."""
+        """Make a call in its turn: here if no handle is asked for and none is before it, else in the queue's thread."""
         self._issued += 1
         if opts.timeout != _UNSET:
             call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
-        if not opts.asyncOp and self._line.enter():
+        if not opts.asyncOp and self._queue.enter():
             try:
                 call(*arguments)
             except (PeerLostError, GroupError) as error:
                 self._reword(error)
                 raise
             finally:
-                self._line.turn.release()
-                self._line.pass_on()
+                self._queue.turn.release()
+                self._queue.pass_on()
             return FinishedWork(tensors)
-        if not opts.asyncOp and self._line.is_inside():
+        if not opts.asyncOp and self._queue.is_inside():
             raise nested(name, self._group.name)
         arguments = apart(arguments)
         inference = bool(tensors) and tensors[0].is_inference()
@@ -240,7 +278,7 @@ class BaseProcessGroup(Identity):
                 self._reword(error)
                 raise
 
-        return self._line_up(Operation(name, run), tensors)
+        return self._enqueue(QueuedCall(name, run), tensors)
 
     def _reword(self, error: PeerLostError | GroupError) -> None:
         """Say that this rank has left if that is why; else say of lost ranks what programs for torch look for."""
@@ -258,11 +296,13 @@ class BaseProcessGroup(Identity):
         if lost is not None:
             raise lost
 
-    def _line_up(self, operation: Operation, tensors: Sequence[torch.Tensor] = ()) -> Any:
-        self._line.put(operation)
+    def _enqueue(self, operation: QueuedCall, tensors: Sequence[torch.Tensor] = ()) -> Any:
+        self._queue.put(operation)
         return PendingWork(operation, list(tensors))
 
-    def _within(self, timeout_s: float, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def _within(
+        self, timeout_s: float, call: Callable[..., Any], arguments: tuple[Any, ...]
+    ) -> None:
         """Make a call that has a timeout of its own."""
         usual_s = self._group.timeout_s
         self._group.set_timeout(timeout_s)
@@ -306,8 +346,14 @@ class BaseProcessGroup(Identity):
 
         try:
             return meet(
-                self._store, f"{source}>{destination}", 0 if sends else 1, 2, meet_s=PATIENCE_S, timeout_s=PATIENCE_S,
-                name=f"{self._group.name} {source}>{destination}", check=look,
+                self._store,
+                f"{source}>{destination}",
+                0 if sends else 1,
+                2,
+                meet_s=PATIENCE_S,
+                timeout_s=PATIENCE_S,
+                name=f"{self._group.name} {source}>{destination}",
+                check=look,
             )
         except CollectiveError as error:
             if error is told:
@@ -316,7 +362,7 @@ class BaseProcessGroup(Identity):
             raise translated(error, where, source, destination)  # noqa: B904 - it has its cause, or is the error itself
 
     def _elsewhere(self, tensor: torch.Tensor) -> Any:
-        return self._others.group_for(self, tensor.device)
+        return self._delegated.group_for(self, tensor.device)
 
 
 def _seen(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -340,22 +386,25 @@ def _weakly(connect: Connect) -> Connect:
     def connected(source: int, destination: int, check: Callable[[], None]) -> Group:
         found = method()
         if found is None:
-            raise GroupError(f"the transfers from rank {source} to rank {destination}: the process group was dropped")
+            raise GroupError(
+                f"the transfers from rank {source} to rank {destination}: the process group was dropped"
+            )
         return found(source, destination, check)
 
     return connected
 
 
-def _leave(line: Line, transfers: Transfers, group: Group, why: str) -> None:
+def _leave(queue: ProcessGroupQueue, transfers: Transfers, group: Group, why: str) -> None:
     error = GroupError(why)
     transfers.close(error)
     group.destroy()
-    line.close(error)
+    queue.close(error)
 
 
-def _leave_beside(line: Line, transfers: Transfers, group: Group, name: str) -> None:
+def _leave_beside(queue: ProcessGroupQueue, transfers: Transfers, group: Group, name: str) -> None:
     """Leave a group in a thread of its own: this one may have any lock, because it collects garbage."""
     why = f"process group '{name}' was dropped"
-    with contextlib.suppress(RuntimeError):  # no thread can be started: the interpreter ends, and its groups with it
-        leaving = threading.Thread(target=_leave, args=(line, transfers, group, why), daemon=True)
+    # no thread can be started: the interpreter ends, and its groups with it
+    with contextlib.suppress(RuntimeError):
+        leaving = threading.Thread(target=_leave, args=(queue, transfers, group, why), daemon=True)
         leaving.start()

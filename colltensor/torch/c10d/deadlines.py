@@ -1,7 +1,4 @@
-"""Deadlines: ends the operations that last too long, in a thread of its own.
-
-Imports nothing but the operations.
-"""
+"""Deadlines: ends the operations that last too long, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
-from colltensor.torch.c10d.work import Operation
+from colltensor.torch.c10d.work import QueuedCall
 
 _PRUNE_FROM = 64
 _LONGEST_WAIT_S = 86400.0
@@ -21,7 +18,7 @@ class Deadline(NamedTuple):
     """When an operation expires, and what is said then."""
 
     at: float
-    operation: weakref.ref[Operation]
+    operation: weakref.ref[QueuedCall]
     timeout_s: float
     ranks: tuple[int, ...]
 
@@ -42,7 +39,7 @@ class Deadlines:
         self._wake_at = 0.0
         self._started = self._closed = False
 
-    def add(self, operation: Operation, timeout_s: float, ranks: tuple[int, ...]) -> None:
+    def add(self, operation: QueuedCall, timeout_s: float, ranks: tuple[int, ...]) -> None:
         """Let ``operation`` expire after ``timeout_s``, for which ``ranks`` are to blame.
 
         Raises:
@@ -54,7 +51,9 @@ class Deadlines:
                 self._pending = [entry for entry in self._pending if not entry.is_over()]
                 self._prune_at = 2 * len(self._pending) + _PRUNE_FROM
             if not self._started:
-                threading.Thread(target=self._serve, name="colltensor deadlines", daemon=True).start()
+                threading.Thread(
+                    target=self._serve, name="colltensor deadlines", daemon=True
+                ).start()
                 self._started = True
             self._pending.append(deadline)
             if deadline.at < self._wake_at:

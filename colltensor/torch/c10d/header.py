@@ -1,7 +1,4 @@
-"""Header: what goes before a message between two ranks, and a short message itself.
-
-Imports torch only.
-"""
+"""Header: what goes before a message between two ranks, and a short message itself."""
 
 from __future__ import annotations
 
@@ -13,7 +10,9 @@ from typing import Final
 import torch
 
 _DTYPES: Final = {
-    zlib.crc32(str(dtype).encode()): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)
+    zlib.crc32(str(dtype).encode()): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
 }
 _CODES: Final = {dtype: code for code, dtype in _DTYPES.items()}
 _WORDS: Final = struct.Struct("=qqqq")

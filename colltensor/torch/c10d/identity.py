@@ -1,7 +1,4 @@
-"""Identity: what torch asks a process group about itself: its rank, size, names, store, and what it supports.
-
-Imports torch only.
-"""
+"""Identity: what torch asks a process group about itself: its rank, size, names, store, and what it supports."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    _ProcessGroup = object  # each of its methods has several signatures, none of which is what torch itself calls
+    # each of its methods has several signatures, none of which is what torch itself calls
+    _ProcessGroup = object
 else:
     _ProcessGroup = dist.ProcessGroup
 

@@ -1,7 +1,4 @@
-"""Inbox: the receives of one rank, and the messages that came before a receive that takes them.
-
-Imports torch, and of the package errors and group.
-"""
+"""Inbox: the receives of one rank, and the messages that came before a receive that takes them."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from colltensor.errors import (
 )
 from colltensor.group import Group
 from colltensor.torch.c10d.header import Header
-from colltensor.torch.c10d.work import Operation
+from colltensor.torch.c10d.work import QueuedCall
 
 CLOSED: Final = "Connection closed by peer"
 """The words in which torch's Gloo says that a rank is lost, which programs look for."""
@@ -49,7 +46,8 @@ def translated(error: CollectiveError, name: str, source: int, destination: int)
     closed = f" ({CLOSED})" if kind is PeerLostError else ""
     found: CollectiveError = kind(
         f"the transfers from rank {source} to rank {destination}: {name}: {named} {what}{closed}; make the process "
-        "group again on all ranks", ranks,
+        "group again on all ranks",
+        ranks,
     )
     found.__cause__ = error
     return found
@@ -84,7 +82,7 @@ class Receive:
     source: int | None
     tag: int
     tensor: torch.Tensor
-    operation: Operation
+    operation: QueuedCall
     sender: int = -1
 
     def takes(self, source: int, tag: int) -> bool:
@@ -119,8 +117,10 @@ class Inbox:
         self._messages: list[Message] = []
         self._readers: set[int] = set()
         self._reading: set[int] = set()  # sources whose next message is being read
-        self._taken: collections.Counter[int] = collections.Counter()  # the number of the last that was, by source
-        self._withdrawn: set[tuple[int, int]] = set()  # sources and numbers of messages that count for nothing
+        # the number of the last that was, by source
+        self._taken: collections.Counter[int] = collections.Counter()
+        # sources and numbers of messages that count for nothing
+        self._withdrawn: set[tuple[int, int]] = set()
         self._lost: dict[int, BaseException] = {}
         self._closed: CollectiveError | None = None
 
@@ -131,7 +131,14 @@ class Inbox:
             RuntimeError: No thread can be started; nothing is left behind.
         """
         with self._changed:
-            found = next((message for message in self._messages if receive.takes(message.source, message.tag)), None)
+            found = next(
+                (
+                    message
+                    for message in self._messages
+                    if receive.takes(message.source, message.tag)
+                ),
+                None,
+            )
             error: BaseException | None = self._closed
             if found is not None:
                 self._messages.remove(found)
@@ -149,18 +156,32 @@ class Inbox:
     def taken(self, source: int) -> int | None:
         """Return the number of the last message of ``source``'s that came; None while one may come without a call."""
         with self._changed:
-            return None if source in self._reading or self._any_from(source) else self._taken[source]
+            return (
+                None if source in self._reading or self._any_from(source) else self._taken[source]
+            )
 
     def taken_before(self, receive: Receive) -> int | None:
         """Return the number of the last message that came of its source; None if ``receive`` has taken one."""
         with self._changed:
-            return self._taken[receive.source] if receive.source is not None and receive in self._receives else None
+            return (
+                self._taken[receive.source]
+                if receive.source is not None and receive in self._receives
+                else None
+            )
 
-    def tags_beside(self, operation: Operation) -> list[int]:
+    def tags_beside(self, operation: QueuedCall) -> list[int]:
         """Return the tags of the messages that are there and that a receive does not take, though of its source."""
         with self._changed:
-            receive = next((receive for receive in self._receives if receive.operation is operation), None)
-            return sorted({m.tag for m in self._messages if receive is not None and receive.may_come_from(m.source)})
+            receive = next(
+                (receive for receive in self._receives if receive.operation is operation), None
+            )
+            return sorted(
+                {
+                    m.tag
+                    for m in self._messages
+                    if receive is not None and receive.may_come_from(m.source)
+                }
+            )
 
     def withdraw(self, source: int, number: int) -> None:
         """Discard a message that is still to come, by its number."""
@@ -233,21 +254,26 @@ class Inbox:
                 return
             receive: Receive | None = None
 
-            def settled() -> bool:
+            def is_complete() -> bool:
                 nonlocal receive
                 receive = self._match(source, tag)
                 return receive is not None or self._closed is not None or self._any_from(source)
 
-            self._changed.wait_for(settled)
+            self._changed.wait_for(is_complete)
             if self._closed is not None:
                 return
         try:
             fits = receive is not None and _fits(receive.tensor, dtype, nbytes)
-            target = receive.tensor if receive is not None and fits else torch.empty(nbytes, dtype=torch.uint8)
+            target = (
+                receive.tensor
+                if receive is not None and fits
+                else torch.empty(nbytes, dtype=torch.uint8)
+            )
             if is_inline:
                 header.copy_to(target)
                 if not target.is_inference():
-                    torch.autograd.graph.increment_version(target)  # autograd may have kept what was there
+                    # autograd may have kept what was there
+                    torch.autograd.graph.increment_version(target)
             else:
                 with (
                     translating(self._where, source, self._rank),
@@ -282,8 +308,12 @@ class Inbox:
         with self._changed:
             if self._closed is not None:
                 return
-            self._lost[source] = without_frames(error) if isinstance(error, CollectiveError) else error
-            hopeless = [receive for receive in self._receives if self._hopeless(receive) is not None]
+            self._lost[source] = (
+                without_frames(error) if isinstance(error, CollectiveError) else error
+            )
+            hopeless = [
+                receive for receive in self._receives if self._hopeless(receive) is not None
+            ]
             self._receives = [receive for receive in self._receives if receive not in hopeless]
         for receive in hopeless:
             _end(receive, error)
@@ -294,13 +324,16 @@ def _fits(tensor: torch.Tensor, dtype: torch.dtype, nbytes: int) -> bool:
     return plain and tensor.dtype is dtype and tensor.nbytes == nbytes
 
 
-def _store(receive: Receive, source: int, dtype: torch.dtype, data: torch.Tensor) -> BaseException | None:
+def _store(
+    receive: Receive, source: int, dtype: torch.dtype, data: torch.Tensor
+) -> BaseException | None:
     """Copy a message into a receive's tensor, strided or not; return the error if it does not fit."""
     tensor = receive.tensor
     if tensor.dtype is not dtype or tensor.nbytes != len(data):
         return MismatchError(
             f"{receive.operation.name}: expected {tensor.nbytes} bytes of {tensor.dtype}, got {len(data)} bytes "
-            f"of {dtype} from rank {source}; nothing was written", (source,),
+            f"of {dtype} from rank {source}; nothing was written",
+            (source,),
         )
     with torch.inference_mode(tensor.is_inference()):
         tensor.copy_(data.view(dtype).view(tensor.shape))
@@ -312,6 +345,6 @@ def _end(receive: Receive, error: BaseException | None) -> None:
     """End a receive; what waits for it may wait for another one, so it is called in a thread of its own."""
     if receive.operation.end(error) and receive.operation.awaited:
         try:
-            threading.Thread(target=receive.operation.tell, daemon=True).start()
+            threading.Thread(target=receive.operation.notify, daemon=True).start()
         except RuntimeError:  # no thread can be started: it is told here, late rather than never
-            receive.operation.tell()
+            receive.operation.notify()

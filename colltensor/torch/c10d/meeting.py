@@ -1,7 +1,4 @@
-"""How the ranks of a group meet through the store that torch.distributed gives to its backends.
-
-Imports torch, and of the package errors, group and rendezvous only.
-"""
+"""How the ranks of a group meet through the store that torch.distributed gives to its backends."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, say_timed_out
 from colltensor.group import Group, connect, solitary
-from colltensor.recipe import Recipe
+from colltensor.options import GroupOptions
 from colltensor.rendezvous import meet_through
 from colltensor.rendezvous.secret import given_secret, warn_of_strangers
 
@@ -24,8 +21,16 @@ _INTERFACE: Final = "GLOO_SOCKET_IFNAME"
 
 
 def meet(
-    store: Any, prefix: str, rank: int, world_size: int, *, name: str, meet_s: float, timeout_s: float,
-    check: Callable[[], None] | None = None, refusal: CollectiveError | None = None,
+    store: Any,
+    prefix: str,
+    rank: int,
+    world_size: int,
+    *,
+    name: str,
+    meet_s: float,
+    timeout_s: float,
+    check: Callable[[], None] | None = None,
+    refusal: CollectiveError | None = None,
 ) -> Group:
     """Make the group of ``world_size`` ranks that call this with one store and one prefix.
 
@@ -48,11 +53,11 @@ def meet(
         CollectiveError: They cannot be connected.
     """
     interface = os.environ.get(_INTERFACE, "").split(",")[0] or None
-    recipe = Recipe(timeout_s=timeout_s, interface=interface)
+    options = GroupOptions(timeout_s=timeout_s, interface=interface)
     if world_size == 1:
         if refusal is not None:
             raise refusal
-        return solitary(name, recipe)
+        return solitary(name, options)
     deadline = time.monotonic() + meet_s
     secret = b""
     try:
@@ -66,14 +71,20 @@ def meet(
     try:
         try:
             meeting = meet_through(
-                exchange, group_name=name, world_size=world_size, rank=rank, interface=interface,
-                backend=recipe.asked_of(world_size), refusal=refusal, secret=secret,
+                exchange,
+                group_name=name,
+                world_size=world_size,
+                rank=rank,
+                interface=interface,
+                backend=options.asked_of(world_size),
+                refusal=refusal,
+                secret=secret,
             )
         except CollectiveError as error:
             # What this rank alone met with (a lost peer, say) is told to nobody through the keys.
             everybody_hears = exchange.is_whole and not isinstance(error, CollectiveTimeoutError)
             raise
-        group = connect(meeting, recipe, deadline)
+        group = connect(meeting, options, deadline)
         try:
             group.barrier()  # now all have read all keys
             exchange.withdraw()
@@ -105,7 +116,13 @@ class _Exchange:
     """
 
     def __init__(
-        self, store: Any, prefix: str, rank: int, world_size: int, name: str, deadline: float,
+        self,
+        store: Any,
+        prefix: str,
+        rank: int,
+        world_size: int,
+        name: str,
+        deadline: float,
         check: Callable[[], None] | None,
     ) -> None:
         self._store = store
@@ -123,7 +140,9 @@ class _Exchange:
         self.is_whole = False
         self._store.set(self._key(self._round, self._rank), payload.hex())
         payloads = [
-            payload if rank == self._rank else bytes.fromhex(self._get(self._key(self._round, rank), rank).decode())
+            payload
+            if rank == self._rank
+            else bytes.fromhex(self._get(self._key(self._round, rank), rank).decode())
             for rank in range(self._world_size)
         ]
         self.is_whole = True
@@ -153,7 +172,8 @@ class _Exchange:
             if time.monotonic() > self._deadline:
                 raise CollectiveTimeoutError(
                     f"group '{self._name}' (rank {self._rank} of {self._world_size}): rank {rank} did not come to make "
-                    "the group within the timeout; start it, or make the group with a longer timeout", (rank,),
+                    "the group within the timeout; start it, or make the group with a longer timeout",
+                    (rank,),
                 )
             if self._check is not None:
                 self._check()

@@ -1,7 +1,4 @@
-"""torch's options of a call, also from its short spelling, which gives them one by one.
-
-Imports torch only.
-"""
+"""torch's options of a call, also from its short spelling, which gives them one by one."""
 
 from __future__ import annotations
 

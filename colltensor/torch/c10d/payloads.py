@@ -1,7 +1,4 @@
-"""What moves in the operations of a process group that are not one call of a Group.
-
-Imports torch, and of the package errors and group.
-"""
+"""What moves in the operations of a process group that are not one call of a Group."""
 
 from __future__ import annotations
 
@@ -29,7 +26,9 @@ def is_integral(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
 
 
-def average(group: Group, name: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def average(
+    group: Group, name: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+) -> None:
     """Write the averages of integers or bools as NCCL makes them: the sum, divided, and rounded towards zero.
 
     Sums of less than 64 bits do not overflow; of bools an element is true where it is on all ranks.
@@ -40,9 +39,13 @@ def average(group: Group, name: str, targets: Sequence[torch.Tensor], sources: S
         targets: What the sources' averages go to, as many; empty on a rank that gets none.
         sources: This rank's tensors. They stay as they are.
     """
-    sums = [source.clone() if source.dtype in _WIDE else source.to(torch.int64) for source in sources]
+    sums = [
+        source.clone() if source.dtype in _WIDE else source.to(torch.int64) for source in sources
+    ]
     # The ranks compare paths: so an average does not meet a sum, or integers of another width.
-    group.allreduce({f"{name} average {source.dtype} {at}": sums[at] for at, source in enumerate(sources)})
+    group.allreduce(
+        {f"{name} average {source.dtype} {at}": sums[at] for at, source in enumerate(sources)}
+    )
     for target, total in zip(targets, sums, strict=False):
         if total.dtype is torch.uint64:  # which torch cannot divide
             quotient = total.numpy()
@@ -74,13 +77,19 @@ def gather_rows(group: Group, output: torch.Tensor, source: torch.Tensor) -> Non
         output.copy_(target)
 
 
-def reduce_parts(group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp) -> None:
+def reduce_parts(
+    group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp
+) -> None:
     """Combine all ranks' source of each rank into that rank's ``target``, which may share memory with the sources.
 
     The sources of different ranks may differ in length, the same way on all ranks.
     """
     uneven = any(source.numel() != sources[0].numel() for source in sources)
-    if uneven and len(sources) == group.world_size and not (op is ReduceOp.AVERAGE and is_integral(target)):
+    if (
+        uneven
+        and len(sources) == group.world_size
+        and not (op is ReduceOp.AVERAGE and is_integral(target))
+    ):
         _reduce_one_by_one(group, target, sources, op)
         return
     _reduce(group, target, sources, op)
@@ -118,12 +127,16 @@ def _average_parts(group: Group, target: torch.Tensor, sources: Any) -> None:
             f"{group.world_size} ranks, this one's of {target.numel()} elements, got "
             f"{[source.numel() for source in sources]}"
         )
-    results = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
+    results = [
+        torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources
+    ]
     average(group, "reduce_scatter", results, sources)
     target.copy_(results[group.rank].view(target.shape))
 
 
-def _reduce_one_by_one(group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp) -> None:
+def _reduce_one_by_one(
+    group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp
+) -> None:
     mine = sources[group.rank]
     if mine.numel() != target.numel():
         raise ShapeError(
@@ -137,7 +150,10 @@ def _reduce_one_by_one(group: Group, target: torch.Tensor, sources: list[torch.T
 
 
 def exchange(
-    group: Group, output: torch.Tensor | None, buffer: torch.Tensor | None, targets: Sequence[torch.Tensor],
+    group: Group,
+    output: torch.Tensor | None,
+    buffer: torch.Tensor | None,
+    targets: Sequence[torch.Tensor],
     sources: Sequence[torch.Tensor],
 ) -> None:
     """Copy ``sources[r]`` into rank r's target of this rank, in pairs, because the sizes may differ from pair to pair.

@@ -1,7 +1,4 @@
-"""ColltensorProcessGroup: the ProcessGroup of torch.distributed on one Group.
-
-Imports torch, and of the package outside this folder types and untraced.
-"""
+"""ColltensorProcessGroup: the ProcessGroup of torch.distributed on one Group."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ _ALLREDUCE: Final = c10d.AllreduceOptions
 
 
 class ColltensorProcessGroup(BaseProcessGroup):
-    """torch.distributed's process group on our wires. Made by ``dist.init_process_group("cpu:colltensor")``.
+    """torch.distributed's process group on our transports. Made by ``dist.init_process_group("cpu:colltensor")``.
 
     Each method is torch's of that name: it writes the tensors in place and returns a ``dist.Work``. With the option
     ``asyncOp``, which all have but those of torch's Python functions without ``async_op``, the operation runs in a
@@ -47,10 +44,16 @@ class ColltensorProcessGroup(BaseProcessGroup):
             return self._elsewhere(tensor).allreduce([tensor], opts)
         reduce_op = op_of("allreduce", opts.reduceOp)
         if tensor.layout is not torch.strided:
-            return self._run("allreduce", opts, [tensor], sparse.allreduce, self._group, bare(tensor), reduce_op)
+            return self._run(
+                "allreduce", opts, [tensor], sparse.allreduce, self._group, bare(tensor), reduce_op
+            )
         if reduce_op is ReduceOp.AVERAGE and payloads.is_integral(tensor):
-            return self._run("allreduce", opts, [tensor], payloads.reduce_all, self._group, [bare(tensor)])
-        return self._run("allreduce", opts, [tensor], self._group.allreduce, bare(tensor), reduce_op)
+            return self._run(
+                "allreduce", opts, [tensor], payloads.reduce_all, self._group, [bare(tensor)]
+            )
+        return self._run(
+            "allreduce", opts, [tensor], self._group.allreduce, bare(tensor), reduce_op
+        )
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
         """Combine several tensors over all ranks, in as few transfers as pays."""
@@ -60,11 +63,22 @@ class ColltensorProcessGroup(BaseProcessGroup):
         reduce_op = op_of("allreduce_coalesced", opts.reduceOp)
         given = [bare(tensor) for tensor in tensors]
         if reduce_op is ReduceOp.AVERAGE and any(map(payloads.is_integral, given)):
-            return self._run("allreduce_coalesced", opts, list(tensors), payloads.reduce_all, self._group, given)
-        return self._run("allreduce_coalesced", opts, list(tensors), self._group.allreduce, given, reduce_op)
+            return self._run(
+                "allreduce_coalesced", opts, list(tensors), payloads.reduce_all, self._group, given
+            )
+        return self._run(
+            "allreduce_coalesced", opts, list(tensors), self._group.allreduce, given, reduce_op
+        )
 
-    def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Timeout = None, *,
-               root: int | None = None) -> Any:
+    def reduce(
+        self,
+        tensors: Any,
+        opts: Any = None,
+        op: Any = None,
+        timeout: Timeout = None,
+        *,
+        root: int | None = None,
+    ) -> Any:
         """Combine one tensor over all ranks into the root's; the others stay as they were."""
         opts = options(c10d.ReduceOptions, opts, timeout, rootRank=root, reduceOp=op)
         tensor = only("reduce", "tensors", tensors)
@@ -72,40 +86,65 @@ class ColltensorProcessGroup(BaseProcessGroup):
             return self._elsewhere(tensor).reduce([tensor], opts)
         reduce_op = op_of("reduce", opts.reduceOp)
         if reduce_op is ReduceOp.AVERAGE and payloads.is_integral(tensor):
-            return self._run("reduce", opts, [tensor], payloads.reduce_to, self._group, bare(tensor), opts.rootRank)
-        return self._run("reduce", opts, [tensor], self._group.reduce, bare(tensor), opts.rootRank, reduce_op)
+            return self._run(
+                "reduce",
+                opts,
+                [tensor],
+                payloads.reduce_to,
+                self._group,
+                bare(tensor),
+                opts.rootRank,
+            )
+        return self._run(
+            "reduce", opts, [tensor], self._group.reduce, bare(tensor), opts.rootRank, reduce_op
+        )
 
-    def broadcast(self, tensors: Any, opts: Any = None, timeout: Timeout = None, *,
-                  root: int | None = None) -> Any:
+    def broadcast(
+        self, tensors: Any, opts: Any = None, timeout: Timeout = None, *, root: int | None = None
+    ) -> Any:
         """Copy the root's tensor to all ranks."""
         opts = options(c10d.BroadcastOptions, opts, timeout, rootRank=root)
         tensor = only("broadcast", "tensors", tensors)
         if not tensor.is_cpu:
             return self._elsewhere(tensor).broadcast([tensor], opts)
-        return self._run("broadcast", opts, [tensor], self._group.broadcast, bare(tensor), opts.rootRank)
+        return self._run(
+            "broadcast", opts, [tensor], self._group.broadcast, bare(tensor), opts.rootRank
+        )
 
-    def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None) -> Any:
+    def allgather(
+        self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None
+    ) -> Any:
         """Copy every rank's tensor into the entry of its rank of every rank's list."""
         opts = options(c10d.AllgatherOptions, opts, timeout)
-        source, outputs = only("allgather", "input_tensors", input_tensors), of_rank("allgather", output_tensors)
+        source, outputs = (
+            only("allgather", "input_tensors", input_tensors),
+            of_rank("allgather", output_tensors),
+        )
         if not source.is_cpu:
             return self._elsewhere(source).allgather([outputs], [source], opts)
         targets = [bare(output) for output in outputs]
         return self._run("allgather", opts, outputs, self._group.allgather, targets, bare(source))
 
     def allgather_coalesced(
-        self, output_lists: Sequence[Sequence[Tensor]], input_list: Sequence[Tensor], opts: Any = None
+        self,
+        output_lists: Sequence[Sequence[Tensor]],
+        input_list: Sequence[Tensor],
+        opts: Any = None,
     ) -> Any:
         """Copy every rank's tensors into the list of its rank, one after another."""
         opts = options(c10d.AllgatherOptions, opts)
         if input_list and not input_list[0].is_cpu:
-            return self._elsewhere(input_list[0]).allgather_coalesced(output_lists, input_list, opts)
+            return self._elsewhere(input_list[0]).allgather_coalesced(
+                output_lists, input_list, opts
+            )
         pairs = [
             ([bare(outputs[index]) for outputs in output_lists], bare(source))
             for index, source in enumerate(input_list)
         ]
         written = [output for outputs in output_lists for output in outputs]
-        return self._run("allgather_coalesced", opts, written, payloads.one_by_one, self._group.allgather, pairs)
+        return self._run(
+            "allgather_coalesced", opts, written, payloads.one_by_one, self._group.allgather, pairs
+        )
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         """Copy every rank's tensor into its part of every rank's output, which may be where the input lies."""
@@ -123,18 +162,33 @@ class ColltensorProcessGroup(BaseProcessGroup):
         """Do ``all_gather_single`` for several tensors, one after another."""
         opts = options(c10d.AllgatherOptions, opts)
         if input_list and not input_list[0].is_cpu:
-            return self._elsewhere(input_list[0]).all_gather_single_coalesced(output_lists, input_list, opts)
+            return self._elsewhere(input_list[0]).all_gather_single_coalesced(
+                output_lists, input_list, opts
+            )
         calls = [
-            (self._group, bare(output), bare(source)) for output, source in zip(output_lists, input_list, strict=True)
+            (self._group, bare(output), bare(source))
+            for output, source in zip(output_lists, input_list, strict=True)
         ]
         return self._run(
-            "all_gather_single_coalesced", opts, list(output_lists), payloads.one_by_one, payloads.gather_rows, calls
+            "all_gather_single_coalesced",
+            opts,
+            list(output_lists),
+            payloads.one_by_one,
+            payloads.gather_rows,
+            calls,
         )
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
-    def gather(self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None, *,
-               root: int | None = None) -> Any:
+    def gather(
+        self,
+        output_tensors: Any,
+        input_tensors: Any,
+        opts: Any = None,
+        timeout: Timeout = None,
+        *,
+        root: int | None = None,
+    ) -> Any:
         """Copy every rank's tensor into the entry of its rank of the root's list."""
         opts = options(c10d.GatherOptions, opts, timeout, rootRank=root)
         source = only("gather", "input_tensors", input_tensors)
@@ -142,10 +196,19 @@ class ColltensorProcessGroup(BaseProcessGroup):
         if not source.is_cpu:
             return self._elsewhere(source).gather(output_tensors, [source], opts)
         targets = [bare(output) for output in outputs]
-        return self._run("gather", opts, outputs, self._group.gather, targets, bare(source), opts.rootRank)
+        return self._run(
+            "gather", opts, outputs, self._group.gather, targets, bare(source), opts.rootRank
+        )
 
-    def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None, *,
-                root: int | None = None) -> Any:
+    def scatter(
+        self,
+        output_tensors: Any,
+        input_tensors: Any,
+        opts: Any = None,
+        timeout: Timeout = None,
+        *,
+        root: int | None = None,
+    ) -> Any:
         """Copy the root's entry of each rank into that rank's tensor."""
         opts = options(c10d.ScatterOptions, opts, timeout, rootRank=root)
         target = only("scatter", "output_tensors", output_tensors)
@@ -153,17 +216,29 @@ class ColltensorProcessGroup(BaseProcessGroup):
         if not target.is_cpu:
             return self._elsewhere(target).scatter([target], input_tensors, opts)
         sources = [bare(source) for source in inputs]
-        return self._run("scatter", opts, [target], self._group.scatter, bare(target), sources, opts.rootRank)
+        return self._run(
+            "scatter", opts, [target], self._group.scatter, bare(target), sources, opts.rootRank
+        )
 
-    def reduce_scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None, timeout: Timeout = None, *,
-                       op: Any = None) -> Any:
+    def reduce_scatter(
+        self,
+        output_tensors: Any,
+        input_tensors: Any,
+        opts: Any = None,
+        timeout: Timeout = None,
+        *,
+        op: Any = None,
+    ) -> Any:
         """Combine all ranks' entry of each rank into that rank's tensor; sizes may differ from rank to rank."""
         opts = options(c10d.ReduceScatterOptions, opts, timeout, reduceOp=op)
         target = only("reduce_scatter", "output_tensors", output_tensors)
         inputs = of_rank("reduce_scatter", input_tensors)
         if not target.is_cpu:
             return self._elsewhere(target).reduce_scatter([target], [inputs], opts)
-        sources, reduce_op = [bare(source) for source in inputs], op_of("reduce_scatter", opts.reduceOp)
+        sources, reduce_op = (
+            [bare(source) for source in inputs],
+            op_of("reduce_scatter", opts.reduceOp),
+        )
         arguments = self._group, bare(target), sources, reduce_op
         return self._run("reduce_scatter", opts, [target], payloads.reduce_parts, *arguments)
 
@@ -172,7 +247,12 @@ class ColltensorProcessGroup(BaseProcessGroup):
         opts = options(c10d.ReduceScatterOptions, opts)
         if not output.is_cpu:
             return self._elsewhere(output).reduce_scatter_single(output, input, opts)
-        arguments = self._group, bare(output), bare(input), op_of("reduce_scatter_single", opts.reduceOp)
+        arguments = (
+            self._group,
+            bare(output),
+            bare(input),
+            op_of("reduce_scatter_single", opts.reduceOp),
+        )
         return self._run("reduce_scatter_single", opts, [output], payloads.reduce_rows, *arguments)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -186,15 +266,25 @@ class ColltensorProcessGroup(BaseProcessGroup):
             elsewhere = self._elsewhere(output_tensors[0])
             return elsewhere.reduce_scatter_single_coalesced(output_tensors, input_tensors, opts)
         name = "reduce_scatter_single_coalesced"
-        reduce_op, pairs = op_of(name, opts.reduceOp), zip(output_tensors, input_tensors, strict=True)
+        reduce_op, pairs = (
+            op_of(name, opts.reduceOp),
+            zip(output_tensors, input_tensors, strict=True),
+        )
         calls = [(self._group, bare(output), bare(source), reduce_op) for output, source in pairs]
-        return self._run(name, opts, list(output_tensors), payloads.one_by_one, payloads.reduce_rows, calls)
+        return self._run(
+            name, opts, list(output_tensors), payloads.one_by_one, payloads.reduce_rows, calls
+        )
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_split_sizes: Sequence[int] = (),
-        input_split_sizes: Sequence[int] = (), opts: Any = None, timeout: Timeout = None,
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Sequence[int] = (),
+        input_split_sizes: Sequence[int] = (),
+        opts: Any = None,
+        timeout: Timeout = None,
     ) -> Any:
         """Copy each part of every rank's input into the sender's part of the receiver's output; sizes may differ."""
         opts = options(c10d.AllToAllOptions, opts, timeout)
@@ -208,23 +298,37 @@ class ColltensorProcessGroup(BaseProcessGroup):
         targets = split(name, "output", target, output_split_sizes, count)
         sources = split(name, "input", source, input_split_sizes, count)
         copied = None if target is whole else whole
-        return self._run(name, opts, [output], payloads.exchange, self._group, copied, target, targets, sources)
+        return self._run(
+            name, opts, [output], payloads.exchange, self._group, copied, target, targets, sources
+        )
 
     alltoall_base = all_to_all_single
 
-    def alltoall(self, output_tensors: Sequence[Tensor], input_tensors: Sequence[Tensor], opts: Any = None,
-                 timeout: Timeout = None) -> Any:
+    def alltoall(
+        self,
+        output_tensors: Sequence[Tensor],
+        input_tensors: Sequence[Tensor],
+        opts: Any = None,
+        timeout: Timeout = None,
+    ) -> Any:
         """Copy each entry of a rank's inputs into the sender's entry of the receiver's outputs; sizes may differ."""
         opts = options(c10d.AllToAllOptions, opts, timeout)
         if input_tensors and not input_tensors[0].is_cpu:
             return self._elsewhere(input_tensors[0]).alltoall(output_tensors, input_tensors, opts)
         outputs = list(output_tensors)
-        targets, sources = [bare(output) for output in outputs], [bare(source) for source in input_tensors]
-        return self._run("alltoall", opts, outputs, payloads.exchange, self._group, None, None, targets, sources)
+        targets, sources = (
+            [bare(output) for output in outputs],
+            [bare(source) for source in input_tensors],
+        )
+        return self._run(
+            "alltoall", opts, outputs, payloads.exchange, self._group, None, None, targets, sources
+        )
 
     def barrier(self, opts: Any = None, timeout: Timeout = None) -> Any:
         """Meet all ranks."""
-        return self._run("barrier", options(c10d.BarrierOptions, opts, timeout), [], self._group.barrier)
+        return self._run(
+            "barrier", options(c10d.BarrierOptions, opts, timeout), [], self._group.barrier
+        )
 
     def monitored_barrier(self, timeout: Timeout = None, wait_all_ranks: bool = False) -> None:
         """Meet all ranks; the error names those that do not come, all of them in any case."""

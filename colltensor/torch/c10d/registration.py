@@ -1,7 +1,4 @@
-"""Registers the backend ``colltensor`` with torch.distributed; the rest is imported when a group is made.
-
-Imports torch, and nothing of the package but what makes the process group, then.
-"""
+"""Registers the backend ``colltensor`` with torch.distributed; the rest is imported when a group is made."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ _operators: list[Any] = []  # torch forgets an operator whose library is gone
 def register() -> None:
     """Let ``dist.init_process_group`` and ``dist.new_group`` know the backend; nothing where there is no c10d."""
     if dist.is_available():
-        if NAME.upper() not in getattr(dist.Backend, "_plugins", {}):  # torch 2.6 takes a name once, by any function
+        # torch 2.6 takes a name once, by any function
+        if NAME.upper() not in getattr(dist.Backend, "_plugins", {}):
             dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
         if hasattr(torch.ops._c10d_functional, "all_gather_into_tensor_out"):
             library = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]  # torch's
@@ -53,7 +51,14 @@ def create(options: Any, backend_options: Any) -> ColltensorProcessGroup:
 
     refusal = None
     if backend_options is not None:  # of this rank, perhaps: the others are meeting
-        refusal = OptionError(f"init_process_group: pg_options: backend '{NAME}' has none, got {backend_options!r}")
+        refusal = OptionError(
+            f"init_process_group: pg_options: backend '{NAME}' has none, got {backend_options!r}"
+        )
     return ColltensorProcessGroup(
-        options.store, options.group_rank, options.group_size, options.timeout, options.group_id, refusal
+        options.store,
+        options.group_rank,
+        options.group_size,
+        options.timeout,
+        options.group_id,
+        refusal,
     )

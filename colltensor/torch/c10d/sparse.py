@@ -1,7 +1,4 @@
-"""The allreduce of sparse tensors: every rank gets all ranks' elements and adds them in rank order.
-
-Imports torch, and of the package errors, group and types.
-"""
+"""The allreduce of sparse tensors: every rank gets all ranks' elements and adds them in rank order."""
 
 from __future__ import annotations
 
@@ -21,14 +18,19 @@ def allreduce(group: Group, tensor: torch.Tensor, op: ReduceOp) -> None:
         MismatchError: The shapes differ; on every rank, nothing was changed.
     """
     if op is not ReduceOp.SUM:
-        raise OptionError(f"allreduce: op: a sparse tensor has SUM only, got {op.name}; use a dense one")
+        raise OptionError(
+            f"allreduce: op: a sparse tensor has SUM only, got {op.name}; use a dense one"
+        )
     if tensor.layout is not torch.sparse_coo:
-        raise UnsupportedTensorError(f"allreduce: tensor: layout {tensor.layout} is not supported; use sparse COO")
+        raise UnsupportedTensorError(
+            f"allreduce: tensor: layout {tensor.layout} is not supported; use sparse COO"
+        )
     mine = tensor.coalesce()
     indices, values = mine.indices(), mine.values()
     counts = _element_counts(group, mine)
     most = max(counts)
-    all_indices = _gather(group, indices.t().contiguous(), most)  # an element a row, to be padded below
+    # an element a row, to be padded below
+    all_indices = _gather(group, indices.t().contiguous(), most)
     all_values = _gather(group, values.contiguous(), most)
     total = None
     for count, place, value in zip(counts, all_indices, all_values, strict=True):
@@ -40,12 +42,15 @@ def allreduce(group: Group, tensor: torch.Tensor, op: ReduceOp) -> None:
 
 def _element_counts(group: Group, tensor: torch.Tensor) -> list[int]:
     """Return how many elements each rank has, once the ranks agree on the shape."""
-    shapes = group.allgather_object((tuple(tensor.shape), tensor.sparse_dim(), str(tensor.dtype), tensor._nnz()))
+    shapes = group.allgather_object(
+        (tuple(tensor.shape), tensor.sparse_dim(), str(tensor.dtype), tensor._nnz())
+    )
     for rank, described in enumerate(shapes):
         if described[:3] != shapes[0][:3]:
             raise MismatchError(
                 f"allreduce of sparse tensors: group '{group.name}' (rank {group.rank}): rank {rank} has shape, sparse "
-                f"dimensions and dtype {described[:3]}, rank 0 {shapes[0][:3]}", (0, rank),
+                f"dimensions and dtype {described[:3]}, rank 0 {shapes[0][:3]}",
+                (0, rank),
             )
     return [described[3] for described in shapes]
 
@@ -54,4 +59,6 @@ def _gather(group: Group, tensor: torch.Tensor, length: int) -> list[torch.Tenso
     """Return all ranks' tensors, each with ``length`` rows."""
     padded = tensor.new_zeros((length, *tensor.shape[1:]))
     padded[: len(tensor)] = tensor
-    return list(group.allgather([torch.empty_like(padded) for _ in range(group.world_size)], padded))
+    return list(
+        group.allgather([torch.empty_like(padded) for _ in range(group.world_size)], padded)
+    )

@@ -4,8 +4,6 @@ Neither can end: a send is done when a receive takes it, and torch's ``send`` an
 rank whose only thread waits like that asks the other one, whose listener answers. If both wait, the lower one has the
 other end its operation, and then ends its own. Nothing can end that in between: it is held. What both had sent is
 discarded by its number. Where other threads run, which may make the call that helps, the log alone is told.
-
-Imports nothing but the operations and errors.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from colltensor.errors import CollectiveError, GroupError, MismatchError
-from colltensor.torch.c10d.work import Operation, is_followed
+from colltensor.torch.c10d.work import QueuedCall, is_followed
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
 """Whoever comes later has the lower one look at once, so that they look again only in case a message was lost."""
@@ -65,7 +63,7 @@ class Wait:
     number: int
     sends: bool
     peer: int
-    operation: Operation
+    operation: QueuedCall
     progress: Callable[[], Progress | None]
     hold: Callable[[], None]
     release: Callable[[], None]
@@ -78,8 +76,12 @@ class Standoffs:
     """Finds the standoffs of one rank of a process group."""
 
     def __init__(
-        self, name: str, rank: int, ask: Callable[[int, bytes], bytes | None],
-        lost: Callable[[int], CollectiveError | None], fail: Callable[[CollectiveError], None],
+        self,
+        name: str,
+        rank: int,
+        ask: Callable[[int, bytes], bytes | None],
+        lost: Callable[[int], CollectiveError | None],
+        fail: Callable[[CollectiveError], None],
     ) -> None:
         """Begin with none.
 
@@ -102,8 +104,14 @@ class Standoffs:
         self._warned = False
 
     def wait_for(
-        self, operation: Operation, sends: bool, peer: int, progress: Callable[[], Progress | None],
-        hold: Callable[[], None], release: Callable[[], None], refuse: Callable[[CollectiveError, Progress], None],
+        self,
+        operation: QueuedCall,
+        sends: bool,
+        peer: int,
+        progress: Callable[[], Progress | None],
+        hold: Callable[[], None],
+        release: Callable[[], None],
+        refuse: Callable[[CollectiveError, Progress], None],
     ) -> None:
         """Return when the operation is done; the arguments are ``Wait``'s attributes."""
         if operation.is_done_within(_FIRST_PAUSE_S):
@@ -113,12 +121,15 @@ class Standoffs:
         outer, self._wait = self._wait, wait
         try:
             with contextlib.suppress(RuntimeError):  # no thread can be started: the timeout remains
-                threading.Thread(target=self._watch, args=(wait,), name="colltensor standoffs", daemon=True).start()
+                threading.Thread(
+                    target=self._watch, args=(wait,), name="colltensor standoffs", daemon=True
+                ).start()
             operation.is_done_within(None)
         finally:
             self._wait = outer
             wait.nudged.set()
-            wait.agreed.wait(_INTERRUPTED_S)  # a signal's handler raised: what is being agreed on must not be half done
+            # a signal's handler raised: what is being agreed on must not be half done
+            wait.agreed.wait(_INTERRUPTED_S)
 
     def answer(self, asker: int, question: bytes) -> bytes:
         """Say for what this rank waits, or end it because the other rank will; in any thread, without waiting."""
@@ -179,7 +190,8 @@ class Standoffs:
     def _has_ended(self, wait: Wait, number: int, mine: Progress) -> bool:
         """Have the other rank end its wait, and return whether it has."""
         until = time.monotonic() + _ANSWER_S
-        while time.monotonic() < until and not wait.operation.done():  # it expires, and with it all transfers
+        # it expires, and with it all transfers
+        while time.monotonic() < until and not wait.operation.done():
             ended = self._question(wait.peer, number, mine)
             if ended is not None:
                 return bool(ended)
@@ -187,7 +199,9 @@ class Standoffs:
                 return False  # so the operation goes on, and ends over that
             time.sleep(_FIRST_PAUSE_S)
         if not wait.operation.done():
-            self._fail(GroupError(f"{self._error(wait)}; rank {wait.peer} does not answer any more"))
+            self._fail(
+                GroupError(f"{self._error(wait)}; rank {wait.peer} does not answer any more")
+            )
         return False
 
     def _question(self, peer: int, end: int, progress: Progress) -> Any:
@@ -199,14 +213,17 @@ class Standoffs:
         return MismatchError(
             f"{wait.operation.name}: group '{self._name}' (rank {self._rank}): ranks {self._rank} and {wait.peer} both "
             f"wait in {what} each other, which neither can end: use dist.batch_isend_irecv (or a group's sendrecv), "
-            "or let one of them begin with the other call; nothing was moved", sorted((self._rank, wait.peer)),
+            "or let one of them begin with the other call; nothing was moved",
+            sorted((self._rank, wait.peer)),
         )
 
     def _warn(self, wait: Wait) -> None:
         if not self._warned:
             self._warned = True
             _log.warning(
-                "group %r (rank %d): %s; another thread may still make the call that ends it", self._name, self._rank,
+                "group %r (rank %d): %s; another thread may still make the call that ends it",
+                self._name,
+                self._rank,
                 self._error(wait),
             )
 
@@ -223,5 +240,7 @@ def _is_alone() -> bool:
 
     Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
     """
-    ours = {thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")}
+    ours = {
+        thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")
+    }
     return len(sys._current_frames().keys() - ours) == 1 and not is_followed()

@@ -1,7 +1,4 @@
-"""What a process group does to tensors before they travel: views without autograd, parts, memory for strided ones.
-
-Imports torch, and of the package errors and types.
-"""
+"""What a process group does to tensors before they travel: views without autograd, parts, memory for strided ones."""
 
 from __future__ import annotations
 
@@ -15,7 +12,9 @@ from colltensor.errors import OptionError, ShapeError
 from colltensor.types import ReduceOp
 
 _TORCH: Final[Any] = dist.ReduceOp.RedOpType
-_OPS: Final = {_TORCH.AVG if op is ReduceOp.AVERAGE else getattr(_TORCH, op.name): op for op in ReduceOp}
+_OPS: Final = {
+    _TORCH.AVG if op is ReduceOp.AVERAGE else getattr(_TORCH, op.name): op for op in ReduceOp
+}
 _BARE: Final = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -55,7 +54,11 @@ def apart(value: Any) -> Any:
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor if it is contiguous, else memory of its shape that is."""
-    return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return (
+        tensor
+        if tensor.is_contiguous()
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    )
 
 
 def only(operation: str, argument: str, tensors: Any) -> torch.Tensor:
@@ -87,7 +90,9 @@ def of_rank(operation: str, lists: Sequence[Any]) -> list[torch.Tensor]:
     return list(lists)
 
 
-def split(operation: str, argument: str, tensor: torch.Tensor, sizes: Sequence[int], count: int) -> list[torch.Tensor]:
+def split(
+    operation: str, argument: str, tensor: torch.Tensor, sizes: Sequence[int], count: int
+) -> list[torch.Tensor]:
     """Return ``count`` parts of a contiguous tensor along its first dimension; views of it.
 
     Args:
@@ -103,7 +108,9 @@ def split(operation: str, argument: str, tensor: torch.Tensor, sizes: Sequence[i
     length = tensor.size(0) if tensor.dim() else 0
     if not sizes:
         if length % count:
-            raise ShapeError(f"{operation}: {argument}: length {length} cannot be shared by {count} ranks equally")
+            raise ShapeError(
+                f"{operation}: {argument}: length {length} cannot be shared by {count} ranks equally"
+            )
         return list(torch.split(tensor, length // count)) if length else [tensor] * count
     if len(sizes) != count or sum(sizes) != length or min(sizes) < 0:
         raise ShapeError(

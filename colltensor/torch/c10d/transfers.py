@@ -4,8 +4,6 @@ Every direction of every pair of ranks has a group and a thread of its own, made
 that one of them waits for keeps another waiting: two ranks may both send before they receive, and a receive may name a
 later message's tag. A message is a header, in which a short one is, and, when a receive was issued that takes it, the
 bytes of a long one.
-
-Imports torch, and of the package errors and group.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from colltensor.group import Group
 from colltensor.torch.c10d.deadlines import Deadline, Deadlines
 from colltensor.torch.c10d.header import Header
 from colltensor.torch.c10d.inbox import Inbox, Receive, bytes_of, translating
-from colltensor.torch.c10d.line import Line
+from colltensor.torch.c10d.queue import ProcessGroupQueue
 from colltensor.torch.c10d.standoffs import Progress, Standoffs
-from colltensor.torch.c10d.work import Operation
+from colltensor.torch.c10d.work import QueuedCall
 
 PATIENCE_S: Final = 7 * 86400.0
 """The timeout of the groups in here: ``Deadlines`` ends operations, and between them a group waits for the next."""
@@ -39,7 +37,12 @@ class Transfers:
     """All transfers of one rank of a process group."""
 
     def __init__(
-        self, name: str, rank: int, size: int, connect: Connect, ask: Callable[[int, bytes], bytes | None],
+        self,
+        name: str,
+        rank: int,
+        size: int,
+        connect: Connect,
+        ask: Callable[[int, bytes], bytes | None],
         lost: Callable[[int], CollectiveError | None],
     ) -> None:
         """Begin with none; ``ask`` and ``lost`` are those of ``Group``, for the ``standoffs``."""
@@ -48,31 +51,40 @@ class Transfers:
         self._connect = connect
         self._failure: CollectiveError | None = None
         self._guard = threading.Lock()
-        self._outboxes: dict[int, Line] = {}
+        self._outboxes: dict[int, ProcessGroupQueue] = {}
         self._headers: dict[int, Header] = {}
         self._groups: dict[tuple[int, int], Group] = {}
         self._deadlines = Deadlines(self._expire)
         self._inbox = Inbox(name, rank, size, self._group)
         self.standoffs = Standoffs(name, rank, ask, lost, self.close)
-        self._issued: collections.Counter[int] = collections.Counter()  # the number of the last message, by destination
-        self._sent: collections.Counter[int] = collections.Counter()  # and of the last that was sent, or is
-        self._open: collections.defaultdict[int, set[int]] = collections.defaultdict(set)  # those that are not done
-        self._withdrawn: set[tuple[int, int]] = set()  # destinations and numbers of messages that count for nothing
+        # the number of the last message, by destination
+        self._issued: collections.Counter[int] = collections.Counter()
+        # and of the last that was sent, or is
+        self._sent: collections.Counter[int] = collections.Counter()
+        # those that are not done
+        self._open: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
+        # destinations and numbers of messages that count for nothing
+        self._withdrawn: set[tuple[int, int]] = set()
         self._held: dict[tuple[int, int], threading.Event] = {}  # of those that may soon
 
-    def send(self, tensor: torch.Tensor, destination: int, tag: int, timeout_s: float) -> Operation:
+    def send(
+        self, tensor: torch.Tensor, destination: int, tag: int, timeout_s: float
+    ) -> QueuedCall:
         """Send to ``destination``; ends when a receive there has taken the message, or that rank has a short one."""
         with self._guard:
             if self._failure is not None:
                 raise self._refusal("send")
             outbox = self._outboxes.get(destination)
             if outbox is None:
-                outbox = self._outboxes[destination] = Line(f"{self._name} to {destination}")
+                outbox = self._outboxes[destination] = ProcessGroupQueue(
+                    f"{self._name} to {destination}"
+                )
                 self._headers[destination] = Header()
             number = self._issued[destination] = self._issued[destination] + 1
             self._open[destination].add(number)
-        operation = Operation(
-            f"send to rank {destination}, tag {tag}", lambda: self._deliver(tensor, destination, number, tag)
+        operation = QueuedCall(
+            f"send to rank {destination}, tag {tag}",
+            lambda: self._deliver(tensor, destination, number, tag),
         )
         operation.watch = functools.partial(self._watch_send, operation, destination, number)
         self._deadlines.add(operation, timeout_s, (destination,))
@@ -87,7 +99,7 @@ class Transfers:
     def recv(self, tensor: torch.Tensor, source: int | None, tag: int, timeout_s: float) -> Receive:
         """Receive the next message of ``source``, or of any rank, with such a tag."""
         whom = "any rank" if source is None else f"rank {source}"
-        receive = Receive(source, tag, tensor, Operation(f"recv from {whom}, tag {tag}"))
+        receive = Receive(source, tag, tensor, QueuedCall(f"recv from {whom}, tag {tag}"))
         if source is not None:
             receive.operation.watch = functools.partial(self._watch_receive, receive, source)
         with self._guard:
@@ -148,10 +160,12 @@ class Transfers:
             self._check()
         return found
 
-    def _watch_send(self, operation: Operation, destination: int, number: int) -> None:
+    def _watch_send(self, operation: QueuedCall, destination: int, number: int) -> None:
         """Wait for a send."""
         self.standoffs.wait_for(
-            operation, True, destination,
+            operation,
+            True,
+            destination,
             functools.partial(self._send_progress, operation, destination, number),
             functools.partial(self._held.__setitem__, (destination, number), threading.Event()),
             functools.partial(self._release, destination, number),
@@ -162,15 +176,21 @@ class Transfers:
         """Wait for a receive."""
         inbox = self._inbox
         self.standoffs.wait_for(
-            receive.operation, False, source, functools.partial(self._receive_progress, receive, source),
-            functools.partial(inbox.hold, receive), functools.partial(inbox.add, receive),
+            receive.operation,
+            False,
+            source,
+            functools.partial(self._receive_progress, receive, source),
+            functools.partial(inbox.hold, receive),
+            functools.partial(inbox.add, receive),
             lambda error, _: inbox.refuse(receive, error),
         )
 
-    def _send_progress(self, operation: Operation, destination: int, number: int) -> Progress | None:
+    def _send_progress(
+        self, operation: QueuedCall, destination: int, number: int
+    ) -> Progress | None:
         """Return how far this rank and ``destination`` are, if a send waits for its recv and none is issued here.
 
-        Others that were issued before it may wait as well: they are taken first, by a recv all the same.
+        DelegatedBackends that were issued before it may wait as well: they are taken first, by a recv all the same.
         """
         taken = self._inbox.taken(destination)
         if taken is None or operation.done() or number not in self._open[destination]:
@@ -183,7 +203,12 @@ class Transfers:
         return None if taken is None or self._open[source] else Progress(self._sent[source], taken)
 
     def _refuse_send(
-        self, operation: Operation, destination: int, number: int, error: CollectiveError, other: Progress
+        self,
+        operation: QueuedCall,
+        destination: int,
+        number: int,
+        error: CollectiveError,
+        other: Progress,
     ) -> None:
         """End a send that both ranks count for nothing, as they do the other rank's."""
         self._withdrawn.add((destination, number))
@@ -209,7 +234,10 @@ class Transfers:
             group = self._group(self._rank, destination)
             if not self._counts(destination, number):
                 return
-            message, header = tensor.resolve_conj().resolve_neg().contiguous(), self._headers[destination]
+            message, header = (
+                tensor.resolve_conj().resolve_neg().contiguous(),
+                self._headers[destination],
+            )
             is_inline = header.write(message, number, tag)
             self._sent[destination] = number
             with translating(f"group '{self._name}' (rank {self._rank})", self._rank, destination):
@@ -229,7 +257,9 @@ class Transfers:
         whom = f"rank {ranks[0]} did not come" if ranks else "no rank came"
         tags = self._inbox.tags_beside(operation)
         if tags:
-            whom += f" with that tag, only with {', '.join(map(str, tags))}, for which no recv waits"
+            whom += (
+                f" with that tag, only with {', '.join(map(str, tags))}, for which no recv waits"
+            )
         error = CollectiveTimeoutError(
             f"{operation.name}: group '{self._name}' (rank {self._rank}): timed out after {deadline.timeout_s:g} s: "
             f"{whom}; make the process group again on all ranks, with a longer timeout if that is how long it takes",
@@ -237,4 +267,4 @@ class Transfers:
         )
         if operation.end(error):
             self.close(error)
-            operation.tell()
+            operation.notify()

@@ -1,7 +1,4 @@
-"""The handles of operations: ours, which call back when they are done, and torch's around them.
-
-Imports torch, and of the package errors and work.
-"""
+"""The handles of operations: ours, which call back when they are done, and torch's around them."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ if TYPE_CHECKING:
     from colltensor.torch.c10d.inbox import Receive
 
 _NO_TIMEOUT: Final = timedelta(0)
-_followed: Final[weakref.WeakSet[Operation]] = weakref.WeakSet()
+_followed: Final[weakref.WeakSet[QueuedCall]] = weakref.WeakSet()
 """Operations whose end a future tells, and with it whoever calls us then."""
 
 
-class Operation(Work):
-    """An operation of a process group; ``tell`` calls what waits for its end, and that may wait for other operations.
+class QueuedCall(Work):
+    """An operation of a process group; ``notify`` calls what waits for its end, and that may wait for other operations.
 
     Attributes:
         name: The operation, for messages.
@@ -49,7 +46,7 @@ class Operation(Work):
 
     @property
     def awaited(self) -> bool:
-        """Whether ``tell`` has somebody to call."""
+        """Whether ``notify`` has somebody to call."""
         return bool(self._listeners)
 
     def is_done_within(self, seconds: float | None) -> bool:
@@ -61,7 +58,7 @@ class Operation(Work):
         return self._queue is not None and self._queue.is_inside()
 
     def execute(self) -> None:
-        """Run the operation; ``tell`` must follow."""
+        """Run the operation; ``notify`` must follow."""
         self._finish()
 
     def _end(self) -> None:
@@ -86,7 +83,7 @@ class Operation(Work):
                 return
         callback()
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Call what waits for the end."""
         with self._guard:
             listeners, self._listeners = self._listeners, []
@@ -97,7 +94,9 @@ class Operation(Work):
 class PendingWork(dist.Work):
     """torch's handle of an operation that may still run; keeps its tensors."""
 
-    def __init__(self, operation: Operation, tensors: list[torch.Tensor], receive: Receive | None = None) -> None:
+    def __init__(
+        self, operation: QueuedCall, tensors: list[torch.Tensor], receive: Receive | None = None
+    ) -> None:
         super().__init__()
         self._operation = operation
         self._tensors = tensors

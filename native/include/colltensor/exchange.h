@@ -79,7 +79,7 @@ class Exchange {
     if (reads) return run_blocks(arrival + 1, true, fill, drain);
     if (blocks_ <= 1) {
       if (count_ != 0) drain(std::size_t{0}, count_, [&](int rank) { return where(rank, 0); });
-      group.finish_direct(arrival, deadline_ns == Group::kBrief);
+      group.finish_fast(arrival, deadline_ns == Group::kBrief);
     } else {
       outcome = run_blocks(arrival, false, fill, drain);
     }

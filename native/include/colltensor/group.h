@@ -52,7 +52,7 @@ class Condition {
  public:
   virtual bool ready() const = 0;
   // Whether one of those that have yet to do it was last seen on this processor, and so needs it.
-  virtual bool needs_seat(std::uint32_t seat) const = 0;
+  virtual bool needs_cpu(std::uint32_t cpu) const = 0;
   virtual RankSet missing() const = 0;
 
  protected:
@@ -216,8 +216,8 @@ class Group {
   static bool spin_for(const Condition& condition, int& spins);
   Outcome wait_for(int rank, std::uint32_t step, std::int64_t deadline_ns);
   Outcome wait_for_all(std::uint32_t step, std::int64_t deadline_ns);
-  bool is_on(int rank, std::uint32_t seat) const {
-    return rank != rank_ && lines_[rank]->seat.load(std::memory_order_relaxed) == seat;
+  bool is_on(int rank, std::uint32_t cpu) const {
+    return rank != rank_ && lines_[rank]->cpu.load(std::memory_order_relaxed) == cpu;
   }
   // Notes how an offered processor came back.
   void rest(bool late, std::int64_t now);
@@ -245,7 +245,7 @@ class Group {
   char* half(int rank, unsigned which) const {
     return staging_ + (2 * static_cast<std::size_t>(rank) + which) * half_nbytes_;
   }
-  void finish_direct(std::uint32_t arrival, bool brief);
+  void finish_fast(std::uint32_t arrival, bool brief);
   void finish_large(std::uint32_t last);
 
   // Reading the others' memory (reading.cpp).

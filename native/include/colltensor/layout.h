@@ -44,7 +44,7 @@ struct alignas(2 * kLine) RankLine {
   // Steps this rank has finished, of all collectives since the start; only ever grows (modulo 2^32).
   std::atomic<std::uint32_t> progress;
   std::atomic<std::uint32_t> sleepers;  // ranks that may sleep on `progress`
-  std::atomic<std::uint32_t> seat;      // 1 + the processor on which it last published; 0 before that
+  std::atomic<std::uint32_t> cpu;      // 1 + the processor on which it last published; 0 before that
 
   alignas(kLine) std::atomic<std::int64_t> heartbeat;  // when it last looked around while waiting, now_ns()
   std::atomic<std::uint64_t> nonce[2];
@@ -61,7 +61,7 @@ struct alignas(2 * kLine) RankLine {
 // rank has arrived at the call between, and so has read it.
 struct alignas(kLine) Post {
   std::atomic<std::uint32_t> arrived;  // the step of the arrival, stored last: with a few bytes, one line says it all
-  std::atomic<std::uint16_t> seat;     // 1 + the processor on which it arrived, which others ask for at the next call
+  std::atomic<std::uint16_t> cpu;     // 1 + the processor on which it arrived, which others ask for at the next call
   std::uint16_t readable;              // of a large message: 1 if `many` holds the addresses of what this rank gives
   Signature signature;
   unsigned char few[kFew];

@@ -23,7 +23,7 @@ void yield_processor();
 std::size_t last_level_cache_nbytes();
 
 // 1 + the number of the processor that this thread runs on.
-std::uint32_t current_seat();
+std::uint32_t current_cpu();
 
 // What tells the calling thread from all others that live.
 const void* this_thread();

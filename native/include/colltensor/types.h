@@ -25,7 +25,7 @@ enum class Outcome : std::int32_t {
   kDone = 0,
   kPending = 1,   // begun; resume() ends it
   kLarge = 2,     // not begun: call again without the interpreter lock
-  kRefused = 3,   // not begun: the call needs the general way
+  kRefused = 3,   // not begun: the call needs the slow path
   kMismatch = 4,  // the ranks disagree; all of them see it, and the group goes on
   kFailed = 5,    // the group is broken; failure() says why
   kStopped = 6,   // a check of the caller's asked to stop; the group is not marked broken yet

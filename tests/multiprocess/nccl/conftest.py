@@ -21,7 +21,9 @@ def size(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[World]:
+def ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[World]:
     with world(tmp_path, monkeypatch, seed=len(request.node.name)) as made:
         yield made
 

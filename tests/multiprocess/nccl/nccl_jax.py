@@ -9,7 +9,7 @@ import device
 import numpy as np
 
 from colltensor import ReduceOp
-from colltensor.backends.base import DIRECT
+from colltensor.backends.base import FAST_OPERATIONS
 from colltensor.group import Group
 from colltensor.types import DTYPES
 
@@ -35,7 +35,7 @@ def given(rank: int, shape: tuple[int, ...] = (COUNT,), dtype: str = "float32") 
 
 
 class Rank:
-    """One rank's side of direct calls of the target: its stream, and what the memory of a call is."""
+    """One rank's side of fast calls of the target: its stream, and what the memory of a call is."""
 
     def __init__(self, group: Group, machine: device.Machine) -> None:
         self.group = group
@@ -51,13 +51,30 @@ class Rank:
         return memory
 
     def call(
-        self, name: str, operand: Any, result: Any, *, op: int = NO_OP, root: int = NO_RANK, source: int = NO_RANK,
+        self,
+        name: str,
+        operand: Any,
+        result: Any,
+        *,
+        op: int = NO_OP,
+        root: int = NO_RANK,
+        source: int = NO_RANK,
         dtype: str | None = None,
     ) -> None:
         self.machine.kept += [operand, result]
         inside("targets").queue(
-            self.number, DTYPES[dtype or str(operand.dtype)].code, DIRECT[name], op, root, source, self.stream, 0,
-            operand.ctypes.data, operand.nbytes, result.ctypes.data, result.nbytes,
+            self.number,
+            DTYPES[dtype or str(operand.dtype)].code,
+            FAST_OPERATIONS[name],
+            op,
+            root,
+            source,
+            self.stream,
+            0,
+            operand.ctypes.data,
+            operand.nbytes,
+            result.ctypes.data,
+            result.nbytes,
         )
 
     def later(self, memory: Any) -> list[Any]:

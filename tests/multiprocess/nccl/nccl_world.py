@@ -17,11 +17,11 @@ import pytest
 from device import DeviceAdapter, DeviceArray, Driver, FrozenAdapter, Machine
 
 from colltensor import adapters
-from colltensor.backends.nccl import members
+from colltensor.backends.nccl import communicators
 from colltensor.backends.nccl.backend import NcclBackend
-from colltensor.backends.nccl.members import Members
+from colltensor.backends.nccl.communicators import CommunicatorCache
 from colltensor.group import Group, connect
-from colltensor.recipe import Recipe
+from colltensor.options import GroupOptions
 from colltensor.rendezvous import meet, open_directory
 
 JOIN_S = 60.0
@@ -38,7 +38,9 @@ class Spec:
     def available(self) -> str | None:
         return None
 
-    def create(self, control: Any, meeting: Any, *, timeout_s: float, interface: Any, provider: Any) -> NcclBackend:
+    def create(
+        self, control: Any, meeting: Any, *, timeout_s: float, interface: Any, provider: Any
+    ) -> NcclBackend:
         driver = self.drivers[control.rank if control else 0] = Driver(self.machine)
         return NcclBackend(control, timeout_s, driver)
 
@@ -60,7 +62,12 @@ class World:
         self._made = 0
 
     def run(
-        self, size: int, function: Callable[[Group], Any], *, backend: str = "nccl", timeout_s: float = 20.0,
+        self,
+        size: int,
+        function: Callable[[Group], Any],
+        *,
+        backend: str = "nccl",
+        timeout_s: float = 20.0,
         check: bool = False,
     ) -> list[Any]:
         """Return what the function returned, or raised, on every rank."""
@@ -71,15 +78,20 @@ class World:
         def rank_main(rank: int) -> None:
             device.enter(self.machine)
             device.frozen_stream(self.machine)
-            recipe = Recipe(backend, timeout_s, check=check)
+            options = GroupOptions(backend, timeout_s, check=check)
             try:
                 directory, _, _ = open_directory(meeting_place, rank, size)
                 deadline = time.monotonic() + timeout_s
                 meeting = meet(
-                    directory, group_name="tested", world_size=size, rank=rank, deadline=deadline, interface=None,
+                    directory,
+                    group_name="tested",
+                    world_size=size,
+                    rank=rank,
+                    deadline=deadline,
+                    interface=None,
                     backend=backend,
                 )
-                group = connect(meeting, recipe, deadline)
+                group = connect(meeting, options, deadline)
                 try:
                     with device.use(device.new_stream(self.machine)):
                         results[rank] = function(group)
@@ -88,7 +100,9 @@ class World:
             except BaseException as error:
                 results[rank] = Raised(error)
 
-        threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+        threads = [
+            threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -122,7 +136,7 @@ def world(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[
         for kind in (device.DeviceArray, device.FrozenArray):
             adapters.known.pop(kind, None)
         machine.close()
-    assert members._local == {}  # nothing is kept of communicators that are made
+    assert communicators._local == {}  # nothing is kept of communicators that are made
 
 
 def values(rank: int, count: int = COUNT, dtype: str = "float32") -> np.ndarray:
@@ -138,5 +152,7 @@ def on_device(rank: int, count: int = COUNT, dtype: str = "float32") -> DeviceAr
 
 def as_if_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let synchronous calls go on the frameworks' streams, which they do not where ranks are threads."""
-    connect = Members._connect
-    monkeypatch.setattr(Members, "_connect", lambda *arguments: connect(*arguments)._replace(shared=False))
+    connect = CommunicatorCache._connect
+    monkeypatch.setattr(
+        CommunicatorCache, "_connect", lambda *arguments: connect(*arguments)._replace(shared=False)
+    )

@@ -25,7 +25,9 @@ class TestSeveralDevices:
     DEVICES = 2
 
     def tensors(self, rank: int, dtype: str = "float32") -> list[DeviceArray]:
-        found = [DeviceArray(np.full(COUNT, 77, dtype), device=index) for index in range(self.DEVICES)]
+        found = [
+            DeviceArray(np.full(COUNT, 77, dtype), device=index) for index in range(self.DEVICES)
+        ]
         for index, tensor in enumerate(found):
             tensor.write(values(10 * rank + index, dtype=dtype))
         return found
@@ -49,7 +51,10 @@ class TestSeveralDevices:
     @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.MAX])
     def test_reduce(self, ranks: World, op: ReduceOp) -> None:
         def run(group: Group) -> list[np.ndarray]:
-            return [tensor.read() for tensor in group.multigpu.reduce(self.tensors(group.rank), 1, 1, op)]
+            return [
+                tensor.read()
+                for tensor in group.multigpu.reduce(self.tensors(group.rank), 1, 1, op)
+            ]
 
         results = ranks.values(2, run)
         expected = (np.sum if op is ReduceOp.SUM else np.max)(self.given(2), 0)
@@ -58,7 +63,9 @@ class TestSeveralDevices:
 
     def test_broadcast(self, ranks: World, size: int) -> None:
         def run(group: Group) -> list[np.ndarray]:
-            return [tensor.read() for tensor in group.multigpu.broadcast(self.tensors(group.rank), 1, 1)]
+            return [
+                tensor.read() for tensor in group.multigpu.broadcast(self.tensors(group.rank), 1, 1)
+            ]
 
         for results in ranks.values(size, run):
             np.testing.assert_array_equal(results, [values(11)] * self.DEVICES)
@@ -87,10 +94,15 @@ class TestSeveralDevices:
         def run(group: Group) -> list[np.ndarray]:
             lists = []
             for index in range(self.DEVICES):
-                lists.append([DeviceArray(np.zeros(COUNT, np.float32), device=index) for _ in range(total)])
+                lists.append(
+                    [DeviceArray(np.zeros(COUNT, np.float32), device=index) for _ in range(total)]
+                )
                 for tensor, array in zip(lists[-1], inputs(group.rank, index), strict=True):
                     tensor.write(array)
-            targets = [DeviceArray(np.zeros(COUNT, np.float32), device=index) for index in range(self.DEVICES)]
+            targets = [
+                DeviceArray(np.zeros(COUNT, np.float32), device=index)
+                for index in range(self.DEVICES)
+            ]
             return [tensor.read() for tensor in group.multigpu.reducescatter(targets, lists, op)]
 
         everything = [inputs(rank, index) for rank in range(size) for index in range(self.DEVICES)]
@@ -103,7 +115,9 @@ class TestSeveralDevices:
         def run(group: Group) -> Any:
             tensors = self.tensors(group.rank)
             with pytest.raises(col.errors.MismatchError) as caught:
-                group.multigpu.allreduce(tensors) if group.rank == 0 else group.allreduce(tensors[0])
+                group.multigpu.allreduce(tensors) if group.rank == 0 else group.allreduce(
+                    tensors[0]
+                )
             return caught.value
 
         for error in ranks.values(2, run):
@@ -120,7 +134,9 @@ class TestSeveralDevices:
                 group.multigpu.allreduce(longer)
             with pytest.raises(col.errors.RankError, match="dst_tensor"):
                 group.multigpu.reduce(longer, 0, 2)
-            strided = [DeviceArray(np.zeros((3, 3), np.float32).T[::2], device=index) for index in range(2)]
+            strided = [
+                DeviceArray(np.zeros((3, 3), np.float32).T[::2], device=index) for index in range(2)
+            ]
             with pytest.raises(col.errors.OptionError, match="contiguous"):
                 group.multigpu.broadcast(strided)
 
@@ -160,7 +176,9 @@ class TestAuto:
         for message in ranks.values(2, run, backend="auto", timeout_s=1.0):
             assert "rank 1" in message
 
-    def test_first_calls_of_two_threads(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_first_calls_of_two_threads(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         create, made = ranks.spec.create, []
 
         def slowly(*arguments: Any, **options: Any) -> Any:
@@ -190,7 +208,9 @@ class TestAuto:
         assert len(made) == 2
 
     @pytest.mark.parametrize("async_op", [False, True])
-    def test_a_barrier_waits_for_calls_that_wait_for_their_turn(self, ranks: World, async_op: bool) -> None:
+    def test_a_barrier_waits_for_calls_that_wait_for_their_turn(
+        self, ranks: World, async_op: bool
+    ) -> None:
         def run(group: Group) -> np.ndarray:
             group.allreduce(on_device(group.rank))  # connects
             if group.rank == 1:

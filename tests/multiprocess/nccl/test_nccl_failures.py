@@ -18,7 +18,7 @@ from device import DeviceArray
 from nccl_world import COUNT, World, on_device, values
 
 import colltensor as col
-from colltensor.control.switchboard import Switchboard
+from colltensor.control.connections import Connections
 from colltensor.group import Group
 
 pytestmark = pytest.mark.slow
@@ -132,7 +132,7 @@ class TestFailures:
             assert "unhandled system error" in str(error)
 
     def test_nccl_waits_for_a_late_rank_inside_the_call(self, ranks: World) -> None:
-        """As where it connects the ranks of an algorithm: the abort ends the call, and the verdict is the watcher's."""
+        """As where it connects the ranks of an algorithm: the abort ends the call, and the verdict is the watchdog's."""
 
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
@@ -217,7 +217,9 @@ class TestFailures:
             np.testing.assert_array_equal(result, values(0))
 
     @pytest.mark.usefixtures("ranks_of_either_kind")
-    def test_a_failure_while_a_call_is_queued(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_failure_while_a_call_is_queued(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
             group.allreduce(tensor)
@@ -268,7 +270,9 @@ class TestFailures:
 
         ranks.values(2, run)
 
-    def test_what_connects_too_late_is_ended(self, ranks: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_connects_too_late_is_ended(
+        self, ranks: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         connect, late = device.Driver.connect, threading.Event()
 
         def slowly(driver: device.Driver, *arguments: Any) -> device.Communicator:
@@ -292,14 +296,14 @@ class TestFailures:
     def test_the_control_plane_serves_calls_and_the_watcher(
         self, ranks: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        glance = Switchboard.glance
+        glance = Connections.glance
 
-        def slowly(board: Switchboard) -> None:
-            glance(board)
-            if threading.current_thread().name == "colltensor nccl watcher":
+        def slowly(connections: Connections) -> None:
+            glance(connections)
+            if threading.current_thread().name == "colltensor nccl watchdog":
                 time.sleep(0.03)
 
-        monkeypatch.setattr(Switchboard, "glance", slowly)
+        monkeypatch.setattr(Connections, "glance", slowly)
 
         def run(group: Group) -> Any:
             release = ranks.machine.hold(device.current())
@@ -335,7 +339,9 @@ class TestFailures:
             count = 5 if group.rank == 2 else COUNT
             target = DeviceArray(np.zeros(count, np.float32))
             with pytest.raises(col.errors.MismatchError):
-                group.sendrecv(on_device(group.rank, count), (group.rank + 1) % 3, target, (group.rank - 1) % 3)
+                group.sendrecv(
+                    on_device(group.rank, count), (group.rank + 1) % 3, target, (group.rank - 1) % 3
+                )
             return target.read(), group.allreduce(on_device(group.rank)).read()
 
         results = ranks.values(3, run, check=True)
@@ -415,7 +421,7 @@ class TestFailures:
     ) -> None:
         """NCCL's kernel writes to it until the abort, also where nobody holds the tensor or the work any more."""
         monkeypatch.setattr("colltensor.backends.nccl.backend._CLOSE_TIMEOUT_S", 0.2)
-        monkeypatch.setattr("colltensor.backends.nccl.watcher._JOIN_S", 0.2)
+        monkeypatch.setattr("colltensor.backends.nccl.watchdog._JOIN_S", 0.2)
 
         def run(group: Group) -> bool:
             group.allreduce(on_device(group.rank))
@@ -461,7 +467,7 @@ class TestFailures:
                 time.sleep(0.01)
             return driver.apart
 
-        assert ranks.values(2, run) == [["colltensor nccl watcher"]] * 2
+        assert ranks.values(2, run) == [["colltensor nccl watchdog"]] * 2
 
     @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_a_captured_stream_is_refused_and_the_group_goes_on(self, ranks: World) -> None:
@@ -508,7 +514,10 @@ class TestFailures:
                 found.append(type(caught.value))
             return found
 
-        assert ranks.values(2, run, timeout_s=1.0)[0] == [col.CollectiveTimeoutError, col.GroupError]
+        assert ranks.values(2, run, timeout_s=1.0)[0] == [
+            col.CollectiveTimeoutError,
+            col.GroupError,
+        ]
 
     def test_a_transfer_between_devices_is_refused_by_name(self, ranks: World) -> None:
         def run(group: Group) -> None:
@@ -521,7 +530,9 @@ class TestFailures:
 
         ranks.values(2, run)
 
-    def test_what_this_rank_alone_refuses_is_refused_before_the_ranks_agree(self, ranks: World) -> None:
+    def test_what_this_rank_alone_refuses_is_refused_before_the_ranks_agree(
+        self, ranks: World
+    ) -> None:
         def run(group: Group) -> np.ndarray:
             tensor = on_device(group.rank)
             group.allreduce(tensor)
@@ -552,7 +563,7 @@ class TestFailures:
                 group.allreduce([tensor, on_device(0)], async_op=async_op)
             assert group.broken is not None
             backend: Any = group._engine.device
-            return backend._left, backend._flights
+            return backend._left, backend._pending
 
         assert ranks.values(1, run) == [([], [])]
 
@@ -603,6 +614,8 @@ class TestExit:
     def test_what_is_queued_is_waited_for_and_the_communicators_are_ended(self, how: str) -> None:
         here = Path(__file__).resolve().parent
         script = LEFT.format(path=[str(here), str(here.parent.parent)], how=how)
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        )
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout.split() == (["done", "ended", "2"] if how == "ends" else ["ended", "2"])

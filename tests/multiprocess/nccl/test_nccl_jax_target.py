@@ -18,8 +18,12 @@ from colltensor import ReduceOp
 from colltensor.group import Group
 
 pytestmark = [
-    pytest.mark.needs("jax"), pytest.mark.shm, pytest.mark.usefixtures("jax_targets"),
-    pytest.mark.skipif(sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"),
+    pytest.mark.needs("jax"),
+    pytest.mark.shm,
+    pytest.mark.usefixtures("jax_targets"),
+    pytest.mark.skipif(
+        sys.version_info < (3, 11), reason="jax-tvm-ffi has no wheel for Python 3.10"
+    ),
 ]
 
 
@@ -40,7 +44,11 @@ class TestTarget:
             mine = given(group.rank, dtype=dtype)
             empty = np.zeros((size, COUNT), mine.dtype)
             to, of = (group.rank + 1) % size, (group.rank - 1) % size
-            for name, op, root in (("allreduce", SUM, NO_RANK), ("reduce", SUM, 1), ("broadcast", NO_OP, size - 1)):
+            for name, op, root in (
+                ("allreduce", SUM, NO_RANK),
+                ("reduce", SUM, 1),
+                ("broadcast", NO_OP, size - 1),
+            ):
                 memory = rank.write(mine)
                 rank.call(name, memory, memory, op=op, root=root, dtype=dtype)
                 found[name] = rank.later(memory)
@@ -48,8 +56,13 @@ class TestTarget:
             rank.call("allgather", rank.write(mine), gathered, dtype=dtype)
             found["allgather"] = rank.later(gathered)
             scattered = empty[0].copy()
-            rank.call("reducescatter", rank.write(given(group.rank, (size, COUNT), dtype)), scattered, op=SUM,
-                      dtype=dtype)
+            rank.call(
+                "reducescatter",
+                rank.write(given(group.rank, (size, COUNT), dtype)),
+                scattered,
+                op=SUM,
+                dtype=dtype,
+            )
             found["reducescatter"] = rank.later(scattered)
             shifted = empty[0].copy()
             rank.call("transfer", rank.write(mine), shifted, root=to, source=of, dtype=dtype)
@@ -61,7 +74,14 @@ class TestTarget:
                 rank.call("transfer", memory, memory, source=0, dtype=dtype)
             found["send and recv"] = rank.later(memory)
             itself = empty[0].copy()
-            rank.call("transfer", rank.write(mine), itself, root=group.rank, source=group.rank, dtype=dtype)
+            rank.call(
+                "transfer",
+                rank.write(mine),
+                itself,
+                root=group.rank,
+                source=group.rank,
+                dtype=dtype,
+            )
             found["to itself"] = rank.later(itself)
             ranks.machine.synchronize(rank.stream)
             return {name: later[0] for name, later in found.items()}
@@ -70,12 +90,16 @@ class TestTarget:
         lists = [given(rank, (size, COUNT), dtype) for rank in range(size)]
         for rank, found in enumerate(ranks.values(size, run)):
             np.testing.assert_array_equal(found["allreduce"], sum(everyone))
-            np.testing.assert_array_equal(found["reduce"], sum(everyone) if rank == 1 else everyone[rank])
+            np.testing.assert_array_equal(
+                found["reduce"], sum(everyone) if rank == 1 else everyone[rank]
+            )
             np.testing.assert_array_equal(found["broadcast"], everyone[size - 1])
             np.testing.assert_array_equal(found["allgather"], everyone)
             np.testing.assert_array_equal(found["reducescatter"], sum(lists)[rank])
             np.testing.assert_array_equal(found["sendrecv"], everyone[rank - 1])
-            np.testing.assert_array_equal(found["send and recv"], everyone[0 if rank == size - 1 else rank])
+            np.testing.assert_array_equal(
+                found["send and recv"], everyone[0 if rank == size - 1 else rank]
+            )
             np.testing.assert_array_equal(found["to itself"], everyone[rank])
 
     @pytest.mark.usefixtures("ranks_of_either_kind")
@@ -93,13 +117,21 @@ class TestTarget:
             rank = Rank(group, ranks.machine)
             memory, scattered = rank.write(everyone[group.rank]), np.zeros(COUNT, everyone[0].dtype)
             rank.call("allreduce", memory, memory, op=int(ReduceOp.MAX), dtype=dtype)
-            rank.call("reducescatter", rank.write(everyone[group.rank]), scattered, op=int(ReduceOp.MAX), dtype=dtype)
+            rank.call(
+                "reducescatter",
+                rank.write(everyone[group.rank]),
+                scattered,
+                op=int(ReduceOp.MAX),
+                dtype=dtype,
+            )
             found = rank.later(memory)
             return rank.read(scattered), found[0]
 
         for rank, (scattered, reduced) in enumerate(ranks.values(2, run)):
             np.testing.assert_array_equal(reduced.astype("float64"), greatest.astype("float64"))
-            np.testing.assert_array_equal(scattered.astype("float64"), greatest[rank].astype("float64"))
+            np.testing.assert_array_equal(
+                scattered.astype("float64"), greatest[rank].astype("float64")
+            )
 
     @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_of_nothing(self, ranks: World) -> None:
@@ -147,7 +179,10 @@ class TestTarget:
             rank.call("allreduce", memory, memory, op=SUM)  # connects
             communicator = ranks.spec.drivers[group.rank].made[0]
             reduce = communicator.allReduce
-            communicator.allReduce = lambda *arguments: (used.add(arguments[-1]), reduce(*arguments))
+            communicator.allReduce = lambda *arguments: (
+                used.add(arguments[-1]),
+                reduce(*arguments),
+            )
             rank.call("allreduce", memory, memory, op=SUM)
             assert used == {rank.stream}
             ranks.machine.synchronize(rank.stream)
@@ -184,7 +219,10 @@ class TestTarget:
             ranks.machine.synchronize(rank.stream)
             tensor, held = device.DeviceArray(memory), threading.Event()
             group._engine.queue.put(col.work.Work("busy", lambda: held.wait(20)))
-            works = [group.broadcast(tensor, 1, async_op=True), group.allreduce(tensor, async_op=True)]
+            works = [
+                group.broadcast(tensor, 1, async_op=True),
+                group.allreduce(tensor, async_op=True),
+            ]
             threading.Timer(0.2, held.set).start()
             rank.call("allreduce", memory, memory, op=SUM)
             assert held.is_set()
@@ -210,13 +248,20 @@ class TestTarget:
         for result in ranks.values(2, run, backend="auto"):
             np.testing.assert_array_equal(result, given(0) + given(1))
 
-
     def test_observers_see_the_calls(self, ranks: World) -> None:
         def run(group: Group) -> None:
             rank, mine = Rank(group, ranks.machine), given(group.rank)
             rank.call("allgather", rank.write(mine), np.zeros((2, COUNT), np.float32))
-            rank.call("reducescatter", rank.write(given(group.rank, (2, COUNT))), mine.copy(), op=SUM)
-            rank.call("transfer", rank.write(mine), mine.copy(), root=1 - group.rank, source=1 - group.rank)
+            rank.call(
+                "reducescatter", rank.write(given(group.rank, (2, COUNT))), mine.copy(), op=SUM
+            )
+            rank.call(
+                "transfer",
+                rank.write(mine),
+                mine.copy(),
+                root=1 - group.rank,
+                source=1 - group.rank,
+            )
             ranks.machine.synchronize(rank.stream)
 
         seen: list[tuple[int, str, int]] = []
@@ -241,7 +286,9 @@ class TestTargetFailures:
         def run(group: Group) -> None:
             rank = Rank(group, ranks.machine)
             memory = rank.write(given(group.rank))
-            with pytest.raises(col.DeviceError, match="make the group with backend='nccl' or 'auto'"):
+            with pytest.raises(
+                col.DeviceError, match="make the group with backend='nccl' or 'auto'"
+            ):
                 rank.call("allreduce", memory, memory, op=SUM)
 
         ranks.values(2, run, backend="shm")

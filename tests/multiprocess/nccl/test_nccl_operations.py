@@ -43,7 +43,9 @@ class TestOperations:
             np.testing.assert_array_equal(result, expected)
 
     def test_broadcast(self, ranks: World, size: int) -> None:
-        results = ranks.values(size, lambda group: group.broadcast(on_device(group.rank), size - 1).read())
+        results = ranks.values(
+            size, lambda group: group.broadcast(on_device(group.rank), size - 1).read()
+        )
         for result in results:
             np.testing.assert_array_equal(result, values(size - 1))
 
@@ -51,7 +53,9 @@ class TestOperations:
     def test_allgather(self, ranks: World, size: int, rows: tuple[bool, bool]) -> None:
         def run(group: Group) -> list[np.ndarray]:
             row, whole = rows[group.rank % 2], np.zeros((size, COUNT), np.float32)
-            outputs = [DeviceArray(whole[r] if row else np.zeros(COUNT, np.float32)) for r in range(size)]
+            outputs = [
+                DeviceArray(whole[r] if row else np.zeros(COUNT, np.float32)) for r in range(size)
+            ]
             group.allgather(outputs, on_device(group.rank))
             return [output.read() for output in outputs]
 
@@ -61,10 +65,14 @@ class TestOperations:
 
     @pytest.mark.parametrize("rows", IN_A_ROW)
     @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.MAX])
-    def test_reducescatter(self, ranks: World, size: int, rows: tuple[bool, bool], op: ReduceOp) -> None:
+    def test_reducescatter(
+        self, ranks: World, size: int, rows: tuple[bool, bool], op: ReduceOp
+    ) -> None:
         def run(group: Group) -> np.ndarray:
             row, whole = rows[group.rank % 2], np.zeros((size, COUNT), np.float32)
-            sources = [DeviceArray(whole[r] if row else np.zeros(COUNT, np.float32)) for r in range(size)]
+            sources = [
+                DeviceArray(whole[r] if row else np.zeros(COUNT, np.float32)) for r in range(size)
+            ]
             for index, source in enumerate(sources):
                 source.write(values(10 * group.rank + index))
             target = DeviceArray(np.zeros(COUNT, np.float32))
@@ -75,7 +83,9 @@ class TestOperations:
 
         for rank, result in enumerate(ranks.values(size, run)):
             given = [values(10 * r + rank) for r in range(size)]
-            np.testing.assert_array_equal(result, np.sum(given, 0) if op is ReduceOp.SUM else np.max(given, 0))
+            np.testing.assert_array_equal(
+                result, np.sum(given, 0) if op is ReduceOp.SUM else np.max(given, 0)
+            )
         assert {names for _, names in ranks.machine.calls} == {("reduceScatter",)}
 
     def test_one_array_for_a_list(self, ranks: World, size: int) -> None:
@@ -95,13 +105,16 @@ class TestOperations:
             np.testing.assert_array_equal(exchanged, parts)
             np.testing.assert_array_equal(total, np.sum(parts, 0))
         names = [name for _, called in ranks.machine.calls for name in called]
-        assert names.count("allGather") == names.count("reduceScatter") == size  # whole, and not block by block
+        # whole, and not block by block
+        assert names.count("allGather") == names.count("reduceScatter") == size
         assert not {"broadcast", "reduce"} & set(names)
 
     def test_gather_and_scatter(self, ranks: World, size: int) -> None:
         def run(group: Group) -> Any:
             root = group.rank == 1
-            outputs = [DeviceArray(np.zeros(COUNT, np.float32)) for _ in range(size)] if root else None
+            outputs = (
+                [DeviceArray(np.zeros(COUNT, np.float32)) for _ in range(size)] if root else None
+            )
             group.gather(outputs, on_device(group.rank), 1)
             target = DeviceArray(np.zeros(COUNT, np.float32))
             group.scatter(target, [on_device(50 + r) for r in range(size)] if root else None, 1)
@@ -126,7 +139,10 @@ class TestOperations:
             if group.rank == 0:
                 group.send([on_device(5), on_device(6, 3)], size - 1)
             elif group.rank == size - 1:
-                got = [DeviceArray(np.zeros(COUNT, np.float32)), DeviceArray(np.zeros(3, np.float32))]
+                got = [
+                    DeviceArray(np.zeros(COUNT, np.float32)),
+                    DeviceArray(np.zeros(3, np.float32)),
+                ]
                 return [tensor.read() for tensor in group.recv(got, 0)]
             return None
 
@@ -138,7 +154,9 @@ class TestOperations:
         def run(group: Group) -> np.ndarray:
             target = DeviceArray(np.zeros(COUNT, np.float32))
             for _ in range(3):
-                group.sendrecv(on_device(group.rank), (group.rank + 1) % size, target, (group.rank - 1) % size)
+                group.sendrecv(
+                    on_device(group.rank), (group.rank + 1) % size, target, (group.rank - 1) % size
+                )
             return target.read()
 
         for rank, result in enumerate(ranks.values(size, run)):
@@ -178,7 +196,11 @@ class TestOperations:
     def test_a_list_is_one_group_of_calls(self, ranks: World) -> None:
         def run(group: Group) -> list[np.ndarray]:
             big = 1 << 18
-            tensors = {"a": on_device(group.rank, big), "b": on_device(group.rank, 5), "c": on_device(group.rank, 6)}
+            tensors = {
+                "a": on_device(group.rank, big),
+                "b": on_device(group.rank, 5),
+                "c": on_device(group.rank, 6),
+            }
             return [tensor.read() for tensor in group.allreduce(tensors).values()]
 
         for result in ranks.values(2, run):
@@ -201,17 +223,23 @@ class TestOperations:
 
     def test_the_group_can_be_made_again(self, ranks: World) -> None:
         for _ in range(3):
-            for result in ranks.values(2, lambda group: group.allreduce(on_device(group.rank)).read()):
+            for result in ranks.values(
+                2, lambda group: group.allreduce(on_device(group.rank)).read()
+            ):
                 np.testing.assert_array_equal(result, values(0) + values(1))
 
 
 class TestElements:
     """Data types and reduce ops."""
 
-    @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float64"])
+    @pytest.mark.parametrize(
+        "dtype", ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float64"]
+    )
     @pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX])
     def test_numbers(self, ranks: World, dtype: str, op: ReduceOp) -> None:
-        results = ranks.values(3, lambda group: group.allreduce(on_device(group.rank, dtype=dtype), op).read())
+        results = ranks.values(
+            3, lambda group: group.allreduce(on_device(group.rank, dtype=dtype), op).read()
+        )
         function = {"SUM": np.sum, "PRODUCT": np.prod, "MIN": np.min, "MAX": np.max}[op.name]
         expected = function([values(rank, dtype=dtype) for rank in range(3)], 0).astype(dtype)
         for result in results:
@@ -243,8 +271,14 @@ class TestElements:
 
     @pytest.mark.parametrize(
         ("op", "function"),
-        [(ReduceOp.SUM, np.logical_or), (ReduceOp.MAX, np.logical_or), (ReduceOp.BOR, np.logical_or),
-         (ReduceOp.PRODUCT, np.logical_and), (ReduceOp.MIN, np.logical_and), (ReduceOp.BAND, np.logical_and)],
+        [
+            (ReduceOp.SUM, np.logical_or),
+            (ReduceOp.MAX, np.logical_or),
+            (ReduceOp.BOR, np.logical_or),
+            (ReduceOp.PRODUCT, np.logical_and),
+            (ReduceOp.MIN, np.logical_and),
+            (ReduceOp.BAND, np.logical_and),
+        ],
     )
     def test_bool(self, ranks: World, op: ReduceOp, function: Any) -> None:
         given = [np.array([0, 0, 1, 1], bool), np.array([0, 1, 0, 1], bool)]
@@ -259,8 +293,12 @@ class TestElements:
 
     @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
     @pytest.mark.parametrize("op", [ReduceOp.MIN, ReduceOp.MAX])
-    def test_least_and_greatest_keep_nan_whichever_rank_has_it(self, ranks: World, dtype: str, op: ReduceOp) -> None:
-        special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1.5, -2.5, 65504, 6e-8], dtype)
+    def test_least_and_greatest_keep_nan_whichever_rank_has_it(
+        self, ranks: World, dtype: str, op: ReduceOp
+    ) -> None:
+        special = np.array(
+            [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1.5, -2.5, 65504, 6e-8], dtype
+        )
         first, second = (array.ravel() for array in np.meshgrid(special, special))
 
         def run(group: Group) -> np.ndarray:
@@ -274,10 +312,19 @@ class TestElements:
 
     @pytest.mark.parametrize(
         ("dtype", "op"),
-        [("int16", ReduceOp.SUM), ("uint16", ReduceOp.MAX), ("int32", ReduceOp.BAND), ("bool", ReduceOp.BXOR),
-         ("float8_e5m2", ReduceOp.SUM), ("int32", ReduceOp.AVERAGE), ("complex64", ReduceOp.MAX)],
+        [
+            ("int16", ReduceOp.SUM),
+            ("uint16", ReduceOp.MAX),
+            ("int32", ReduceOp.BAND),
+            ("bool", ReduceOp.BXOR),
+            ("float8_e5m2", ReduceOp.SUM),
+            ("int32", ReduceOp.AVERAGE),
+            ("complex64", ReduceOp.MAX),
+        ],
     )
-    def test_what_it_cannot_do_is_refused_by_name(self, ranks: World, dtype: str, op: ReduceOp) -> None:
+    def test_what_it_cannot_do_is_refused_by_name(
+        self, ranks: World, dtype: str, op: ReduceOp
+    ) -> None:
         def run(group: Group) -> str:
             raw = np.zeros(8, {"float8_e5m2": "uint8"}.get(dtype, dtype))
             with pytest.raises(col.errors.UnsupportedDTypeError) as caught:
@@ -308,7 +355,9 @@ class TestElements:
             return whole
 
         for whole in ranks.values(2, run):
-            np.testing.assert_array_equal(whole.T[1::2, ::-1].ravel(), values(0, 24) + values(1, 24))
+            np.testing.assert_array_equal(
+                whole.T[1::2, ::-1].ravel(), values(0, 24) + values(1, 24)
+            )
             assert (whole.T[::2] == 99).all()
 
     def test_copy_false_refuses_packing_and_keys(self, ranks: World) -> None:
@@ -318,7 +367,9 @@ class TestElements:
             with pytest.raises(col.errors.OptionError, match="copy=False"):
                 group.allreduce(on_device(0), ReduceOp.MAX, copy=False)
             whole = np.zeros((3, COUNT), np.float32)
-            apart, row = ([DeviceArray(whole[place]) for place in places] for places in ((0, 2), (1, 2)))
+            apart, row = (
+                [DeviceArray(whole[place]) for place in places] for places in ((0, 2), (1, 2))
+            )
             with pytest.raises(col.errors.OptionError, match="copy=False"):
                 group.allgather(apart, on_device(0), copy=False)
             with pytest.raises(col.errors.OptionError, match="copy=False"):

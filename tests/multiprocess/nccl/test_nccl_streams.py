@@ -164,7 +164,9 @@ class TestStreams:
                 alive = weakref.ref(given)
                 group.send(given, 1)
             del given
-            assert alive() is not None, "its framework may give the memory to others before it is sent"
+            assert alive() is not None, (
+                "its framework may give the memory to others before it is sent"
+            )
             group.synchronize()
             return values(3)
 
@@ -218,11 +220,11 @@ class TestStreams:
 
 
 class TestAtOnce:
-    """Allreduces of one tensor after another on one stream, which take a short way."""
+    """Allreduces of one tensor after another on one stream, which take a fast path."""
 
     @pytest.fixture
     def begun(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """The ranks whose calls went the general way, one entry a call; ranks are as in processes of their own."""
+        """The ranks whose calls went the slow path, one entry a call; ranks are as in processes of their own."""
         as_if_in_processes_of_their_own(monkeypatch)
         ranks: list[int] = []
         begin = NcclBackend.begin
@@ -234,7 +236,9 @@ class TestAtOnce:
         monkeypatch.setattr(NcclBackend, "begin", noted)
         return ranks
 
-    def test_only_the_first_call_goes_the_general_way(self, ranks: World, begun: list[int], size: int) -> None:
+    def test_only_the_first_call_goes_the_general_way(
+        self, ranks: World, begun: list[int], size: int
+    ) -> None:
         def run(group: Group) -> tuple[np.ndarray, int]:
             tensor = on_device(group.rank)
             for _ in range(5):
@@ -328,6 +332,8 @@ class TestAtOnce:
             elif step == 3:
                 continue
             combined = {1: np.max(expected, 0), 2: expected[1], 4: np.min(expected, 0)}
-            expected = [combined.get(step, np.mean(expected, 0, dtype=np.float64).astype(np.float32))] * 3
+            expected = [
+                combined.get(step, np.mean(expected, 0, dtype=np.float64).astype(np.float32))
+            ] * 3
         for result in ranks.values(3, run):
             np.testing.assert_allclose(result, expected[0], rtol=1e-5)

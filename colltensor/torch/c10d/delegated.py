@@ -2,8 +2,6 @@
 
 torch makes no further backend once one of them is a ProcessGroup, so they are made here when the first of their
 tensors comes.
-
-Imports torch, and of the package errors.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from colltensor.errors import DeviceError, OptionError
 _TYPES = {"gloo": dist.ProcessGroup.BackendType.GLOO, "nccl": dist.ProcessGroup.BackendType.NCCL}
 
 
-class Others:
+class DelegatedBackends:
     """The backends of other devices, in a process group of torch's own."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
@@ -32,7 +30,7 @@ class Others:
         self._made: dict[str, Any] = {}
         self._config: str | None = None
 
-    def inherit(self, owner: Any, others: Others) -> None:
+    def inherit(self, owner: Any, others: DelegatedBackends) -> None:
         """Have the backends that ``owner``, which has ``others``, was asked for: torch knows nothing of this group."""
         self._config = others._asked_config(owner)
 
@@ -108,5 +106,7 @@ class Others:
         return {device: name for device, name in pairs if device != "cpu"}
 
     def _asked_config(self, owner: Any) -> str:
-        found: str = distributed_c10d._world.pg_backend_config.get(owner, self._config or "cpu:colltensor")
+        found: str = distributed_c10d._world.pg_backend_config.get(
+            owner, self._config or "cpu:colltensor"
+        )
         return found

@@ -1,7 +1,6 @@
 """The fast path of trees: the leaves go to the backend as their frameworks made them, in one call.
 
-What is not plain takes the general way, as in ``direct``; the ranks of one call may come either way. Imports no
-framework.
+What is not directly exportable takes the slow path, as in ``fastpath``; the ranks of one call may come either way.
 """
 
 from __future__ import annotations
@@ -10,20 +9,28 @@ import array
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from colltensor.adapters import Guard, are_plain, known, note_alike, note_all, reader_of, unnoted
-from colltensor.backends.base import DIRECT, DIRECT_UNREAD
-from colltensor.direct import NO_OP, NO_RANK, Direct, DirectCall, moves_nothing, nothing
+from colltensor.adapters import (
+    Guard,
+    are_exportable,
+    known,
+    no_write_notice,
+    note_alike,
+    notify_all_written,
+    reader_of,
+)
+from colltensor.backends.base import DIRECT_UNREAD, FAST_OPERATIONS
 from colltensor.engine import Call
 from colltensor.errors import CollectiveError
+from colltensor.fastpath import NO_OP, NO_RANK, FastCall, FastPath, moves_nothing, nothing
 from colltensor.tree_plans import Plan, Plans
 from colltensor.types import CPU, ReduceOp
 
 
-class DirectTrees:
-    """The calls of one group on trees of tensors that are plain, or of one framework that never changes them."""
+class TreeFastPath:
+    """The calls of one group on trees of directly exportable tensors, or of those of one framework that never changes them."""
 
-    def __init__(self, direct: Direct) -> None:
-        self._direct = direct
+    def __init__(self, fastpath: FastPath) -> None:
+        self._fastpath = fastpath
         self._plans = Plans(_fit)
         self._epoch = 0
 
@@ -33,10 +40,17 @@ class DirectTrees:
         self._epoch += 1
 
     def run(
-        self, operation: str, op: int, root: int, tree: Any, written: bool, donate: bool = False,
-        fixed: Plan | None = None, source: int = NO_RANK,
+        self,
+        operation: str,
+        op: int,
+        root: int,
+        tree: Any,
+        written: bool,
+        donate: bool = False,
+        fixed: Plan | None = None,
+        source: int = NO_RANK,
     ) -> Any:
-        """Run an operation on a tree; return its result, None if it must go the general way.
+        """Run an operation on a tree; return its result, None if it must go the slow path.
 
         Args:
             operation: allreduce, reduce, broadcast or transfer.
@@ -51,15 +65,21 @@ class DirectTrees:
         Raises:
             CollectiveError: As every collective.
         """
-        if self._direct.before is not None:
-            self._direct.before()
-        queue = self._direct.engine.queue
+        if self._fastpath.before is not None:
+            self._fastpath.before()
+        queue = self._fastpath.engine.queue
         if not (queue.idle or queue.rests()):
             return None
         adapter = known.get(tree.__class__)
         if adapter is not None:
-            return self._array(op, tree, adapter, donate) if operation == "allreduce" and adapter.immutable else None
-        plan, leaves = self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _fit))
+            return (
+                self._array(op, tree, adapter, donate)
+                if operation == "allreduce" and adapter.immutable
+                else None
+            )
+        plan, leaves = (
+            self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _fit))
+        )
         if leaves is None:
             return None
         while plan is not None:
@@ -73,7 +93,7 @@ class DirectTrees:
             elif operation != "allreduce":
                 return None
             elif call.fits(leaves, adapter):
-                results = call.claim_leaves(leaves, adapter, donate)
+                results = call.allocate_leaves(leaves, adapter, donate)
                 return None if results is None else plan.like(tree, results)
             plan = self._plans.renewed(tree, plan) if fixed is None else None
         return None
@@ -82,47 +102,56 @@ class DirectTrees:
         key = operation, op, root, source, self._epoch
         call: TreeCall | None = plan.made.get(key)
         if call is None:
-            call = plan.made[key] = TreeCall(self._direct, operation, op, root, source, plan)
+            call = plan.made[key] = TreeCall(self._fastpath, operation, op, root, source, plan)
         return call
 
     def _array(self, op: int, tensor: Any, adapter: Any, donate: bool) -> Any:
         """Run an allreduce of an immutable tensor, which is a tree of one leaf; return a new one, None as ``run``."""
-        if not hasattr(adapter, "claim_together"):
+        if not hasattr(adapter, "allocate_results"):
             return None
         try:
             (kind,) = adapter.kinds((tensor,))
-        except RuntimeError:  # deleted: the general way says so
+        except RuntimeError:  # deleted: the slow path says so
             return None
         plan = self._plans.of_array(tensor, kind)
         if plan is None:
             return None
-        results = self._call("allreduce", op, NO_RANK, NO_RANK, plan).claim_leaves((tensor,), adapter, donate)
+        results = self._call("allreduce", op, NO_RANK, NO_RANK, plan).allocate_leaves(
+            (tensor,), adapter, donate
+        )
         return None if results is None else results[0]
 
 
 def _fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Return True for plain tensors, and for those of one framework that makes its results together.
+    """Return True for directly exportable tensors, and for those of one framework that makes its results together.
 
     Of leaves the first of which is read by native code it is asked whether all are of that type.
     """
     kind = leaves[0].__class__
-    return (kind in unnoted and reader_of(kind) != 0) or are_plain(leaves, guard) or (
-        len(set(map(type, leaves))) == 1 and hasattr(known.get(leaves[0].__class__), "claim_together")
+    return (
+        (kind in no_write_notice and reader_of(kind) != 0)
+        or are_exportable(leaves, guard)
+        or (
+            len(set(map(type, leaves))) == 1
+            and hasattr(known.get(leaves[0].__class__), "allocate_results")
+        )
     )
 
 
-class TreeCall(DirectCall):
+class TreeCall(FastCall):
     """One operation on trees of one plan."""
 
-    __slots__ = ("_claiming", "_plan", "_reading")
+    __slots__ = ("_allocating", "_plan", "_reading")
 
-    def __init__(self, group: Direct, operation: str, op: int, root: int, source: int, plan: Plan) -> None:
+    def __init__(
+        self, group: FastPath, operation: str, op: int, root: int, source: int, plan: Plan
+    ) -> None:
         self._plan = plan
-        self._claiming: Callable[..., int] | None = None
+        self._allocating: Callable[..., int] | None = None
         super().__init__(group, operation, op, root, source, False)
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
-        call = DIRECT[self._operation], *self._call, self._plan.words()
+        call = FAST_OPERATIONS[self._operation], *self._call, self._plan.words()
         self._reading = self._backend.reading_tree(*call)
         function = self._backend.tree(*call)
         return function, function
@@ -140,7 +169,8 @@ class TreeCall(DirectCall):
             if reading is not None and reader:
                 code = reading(id(tensors), id(kind), reader)
             if code == DIRECT_UNREAD:
-                if kind in unnoted and not are_plain(tensors):  # which _fit() leaves to the reader
+                # which _fit() leaves to the reader
+                if kind in no_write_notice and not are_exportable(tensors):
                     return False
                 code, reader = self.function(*tensors), 0
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
@@ -152,31 +182,36 @@ class TreeCall(DirectCall):
             if reader:
                 note_alike(tensors, kind)
             else:
-                note_all(tensors)
+                notify_all_written(tensors)
         return True
 
     def fits(self, tensors: Sequence[Any], adapter: Any) -> bool:
         """Return True if immutable leaves are what the plan says, row-major and on the host."""
         try:
             kinds = adapter.kinds(tensors)
-        except RuntimeError:  # deleted: the general way says so
+        except RuntimeError:  # deleted: the slow path says so
             return False
         if kinds == self._plan.made.get("kinds"):
             return True
         try:
             views = list(map(adapter.source, tensors))
-        except CollectiveError:  # which the general way says in its own words
+        except CollectiveError:  # which the slow path says in its own words
             return False
         for view, planned, shape in zip(views, self._plan.views, self._plan.shapes, strict=True):
             if (
-                view.dtype is not planned.dtype or view.count != planned.count or view.strides is not None
-                or view.device is not CPU or shape not in (None, view.shape)
+                view.dtype is not planned.dtype
+                or view.count != planned.count
+                or view.strides is not None
+                or view.device is not CPU
+                or shape not in (None, view.shape)
             ):
                 return False
         self._plan.made["kinds"] = kinds
         return True
 
-    def claim_leaves(self, tensors: Sequence[Any], adapter: Any, donate: bool) -> list[Any] | None:
+    def allocate_leaves(
+        self, tensors: Sequence[Any], adapter: Any, donate: bool
+    ) -> list[Any] | None:
         """Run it on immutable leaves, which fit; return new ones, None as ``run``.
 
         The results are copies made before the ranks meet, unless they take the leaves' own memory.
@@ -187,8 +222,8 @@ class TreeCall(DirectCall):
         results: list[Any] = []
         kept: list[array.array[int]] = []
 
-        def claimed() -> int:
-            results[:] = adapter.claim_together(tensors, donate)
+        def allocate() -> int:
+            results[:] = adapter.allocate_results(tensors, donate)
             kept.append(array.array("q", adapter.addresses(results)))
             return kept[-1].buffer_info()[0]
 
@@ -196,16 +231,16 @@ class TreeCall(DirectCall):
             if donate:
                 adapter.source(tensors[0])  # raises what must not come up once the ranks have met
             else:
-                results = adapter.claim_together(tensors, False)
+                results = adapter.allocate_results(tensors, False)
             given = adapter.addresses(tensors if donate else results)
-        except RuntimeError:  # deleted, or its computation failed: the general way says so
+        except RuntimeError:  # deleted, or its computation failed: the slow path says so
             return None
         if donate and len(set(given)) < len(given):  # one memory twice: likewise
             return None
-        if self._claiming is None:
-            self._claiming = self._backend.claiming_tree(self._call[0], self._plan.words())
+        if self._allocating is None:
+            self._allocating = self._backend.allocating_tree(self._call[0], self._plan.words())
         try:
-            code = self._claiming(claimed if donate else None, *given)
+            code = self._allocating(allocate if donate else None, *given)
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(self._operation, error)
         if code and not self.finish(tensors, code):
@@ -219,4 +254,6 @@ class TreeCall(DirectCall):
         argument = arguments.tensor(name, "tensor", tree, reduce_op, False, False, None, True)
         if name == "transfer":
             self.explain_transfers(argument, argument, code)
-        self.explain_collective(Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing))
+        self.explain_collective(
+            Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing)
+        )

@@ -3,8 +3,6 @@
 In the tree the parent of rank r is ``r & (r - 1)``, so that an exchange takes 2 log2(world_size) steps and
 world_size - 1 connections. Two ranks need one step: both send, then both read. Agreement is the frame itself:
 whoever gets the very bytes that it sent knows that the ranks behind that link agree, without unpacking them.
-
-Imports links, lookout, status and the errors of the package, and no framework.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, NoReturn, TypeVar
 
-from colltensor.control.links import (
+from colltensor.control.failure_detector import FailureDetector
+from colltensor.control.frames import (
     BOUND,
     DIFFERS,
     EXCHANGE,
@@ -33,8 +32,7 @@ from colltensor.control.links import (
     lane_of,
     pack,
 )
-from colltensor.control.lookout import Lookout
-from colltensor.control.status import REMEDY, mismatch, pair_key
+from colltensor.control.messages import REMEDY, mismatch, pair_key
 from colltensor.errors import GroupError
 
 Describe = Callable[[], str]
@@ -48,32 +46,34 @@ def neighbours(rank: int, world_size: int) -> tuple[int | None, list[int]]:
     """Return the parent (None for rank 0) and the children of a rank in the tree."""
     lowest_bit = rank & -rank or world_size
     steps = [1 << k for k in range(world_size.bit_length())]
-    return rank & (rank - 1) if rank else None, [rank + s for s in steps if s < lowest_bit and rank + s < world_size]
+    return rank & (rank - 1) if rank else None, [
+        rank + s for s in steps if s < lowest_bit and rank + s < world_size
+    ]
 
 
 class Tree:
     """Exchanges of all ranks. Every rank must do the same ones in the same order."""
 
-    def __init__(self, lookout: Lookout, deadline: float) -> None:
+    def __init__(self, detector: FailureDetector, deadline: float) -> None:
         """Connect to the neighbours, and return when all ranks have.
 
         Raises:
             CollectiveError: A rank died, or did not come before ``deadline``.
         """
-        self._lookout = lookout
-        lookout.exchange += 1
-        links, meeting = lookout.board.links, lookout.meeting
+        self._detector = detector
+        detector.exchange += 1
+        links, meeting = detector.connections.links, detector.meeting
         parent, children = neighbours(meeting.rank, meeting.world_size)
         self._parent: Link | None = None
         if parent is not None:
-            self._parent = lookout.connect(parent, deadline, lookout.everyone)
+            self._parent = detector.connect(parent, deadline, detector.everyone)
         for child in children:
-            lookout.await_link(child, deadline, lookout.everyone)
+            detector.await_link(child, deadline, detector.everyone)
         self._children = [links[child] for child in children]
         self._twin = (self._parent or self._children[0]) if meeting.world_size == 2 else None
         self._needed = [*self._children, *([self._parent] if self._parent else [])]
-        if not self._all_send(pack(EXCHANGE, 0, lookout.exchange, b"begin"), deadline):
-            raise lookout.board.fail(_out_of_step(lookout))
+        if not self._all_send(pack(EXCHANGE, 0, detector.exchange, b"begin"), deadline):
+            raise detector.connections.fail(_out_of_step(detector))
 
     def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
         """Return once all ranks have called with the same signature.
@@ -82,19 +82,21 @@ class Tree:
             MismatchError: They differ.
             CollectiveError: The group broke.
         """
-        self._lookout.exchange += 1
-        frame = pack(EXCHANGE, 0, self._lookout.exchange, signature)
+        self._detector.exchange += 1
+        frame = pack(EXCHANGE, 0, self._detector.exchange, signature)
         if not self._all_send(frame, deadline):
             self._raise_mismatch(signature, describe, deadline)
 
-    def agree_and_gather(self, signature: bytes, payload: bytes, describe: Describe, deadline: float) -> list[bytes]:
+    def agree_and_gather(
+        self, signature: bytes, payload: bytes, describe: Describe, deadline: float
+    ) -> list[bytes]:
         """Return the payloads of all ranks, by rank, once all have called with the same signature.
 
         Raises:
             MismatchError: They differ.
             CollectiveError: The group broke.
         """
-        self._lookout.exchange += 1
+        self._detector.exchange += 1
         payloads = self._gather(EXCHANGE, signature, payload, deadline)
         if payloads is None:
             self._raise_mismatch(signature, describe, deadline)
@@ -107,8 +109,8 @@ class Tree:
             MismatchError: Some rank calls something else.
             CollectiveError: The group broke.
         """
-        lookout = self._lookout
-        what = f"{lookout.operation or 'allgather of bytes'} #{lookout.sequence}"
+        detector = self._detector
+        what = f"{detector.operation or 'allgather of bytes'} #{detector.sequence}"
         return self.agree_and_gather(_GATHER, payload, lambda: what, deadline)
 
     def _all_send(self, frame: bytes, deadline: float) -> bool:
@@ -130,47 +132,57 @@ class Tree:
     def _came(self, link: Link, frame: bytes, deadline: float, needed: Sequence[Link]) -> bool:
         if read_same(link, frame, EXCHANGE):
             return True
-        return self._lookout.receive(link, EXCHANGE, deadline, needed, self._lookout.everyone)[0] == frame
+        return (
+            self._detector.receive(link, EXCHANGE, deadline, needed, self._detector.everyone)[0]
+            == frame
+        )
 
     def _send(self, link: Link, frame: bytes, deadline: float) -> None:
-        self._lookout.send(link, frame, deadline, self._lookout.everyone)
+        self._detector.send(link, frame, deadline, self._detector.everyone)
 
-    def _gather(self, kind: int, signature: bytes, payload: bytes, deadline: float) -> list[bytes] | None:
+    def _gather(
+        self, kind: int, signature: bytes, payload: bytes, deadline: float
+    ) -> list[bytes] | None:
         """Return the payloads of all ranks, or None on every rank where one of them sent another kind of frame."""
-        lookout, parent = self._lookout, self._parent
-        frame = pack(kind, 0, lookout.exchange, signature)
-        parts = [_PART.pack(lookout.meeting.rank, len(payload)), payload]
+        detector, parent = self._detector, self._parent
+        frame = pack(kind, 0, detector.exchange, signature)
+        parts = [_PART.pack(detector.meeting.rank, len(payload)), payload]
         if self._twin is not None:
             mine = _with_body(frame, parts)
             self._send(self._twin, mine, deadline)
             theirs = read_alike(self._twin, mine[:HEAD_NBYTES], len(mine), kind)
             if theirs is None:
-                came, theirs = lookout.receive(self._twin, kind, deadline, self._needed, lookout.everyone)
-                if not _alike(came, frame) or not theirs:  # nothing follows where the other rank only agrees
+                came, theirs = detector.receive(
+                    self._twin, kind, deadline, self._needed, detector.everyone
+                )
+                # nothing follows where the other rank only agrees
+                if not _alike(came, frame) or not theirs:
                     return None
             return _payloads(b"".join((*parts, theirs)), 2)
         same = True
         for step, child in enumerate(self._children):
-            came, body = lookout.receive(child, kind, deadline, self._needed[step:], lookout.everyone)
+            came, body = detector.receive(
+                child, kind, deadline, self._needed[step:], detector.everyone
+            )
             same = _alike(came, frame) and body != b"" and same
             parts.append(body)
         if parent is not None:
             self._send(parent, _with_body(frame, parts) if same else _differing(frame), deadline)
-            came, body = lookout.receive(parent, kind, deadline, (parent,), lookout.everyone)
+            came, body = detector.receive(parent, kind, deadline, (parent,), detector.everyone)
             same = _alike(came, frame) and same
             parts = [body]
         answer = _with_body(frame, parts) if same else _differing(frame)
         for child in self._children:
             self._send(child, answer, deadline)
-        return _payloads(b"".join(parts), lookout.meeting.world_size) if same else None
+        return _payloads(b"".join(parts), detector.meeting.world_size) if same else None
 
     def _raise_mismatch(self, signature: bytes, describe: Describe, deadline: float) -> NoReturn:
         said = self._gather(TEXT, b"", _padded(signature) + _text(describe), deadline)
         if said is None:
-            raise self._lookout.board.fail(_out_of_step(self._lookout))
+            raise self._detector.connections.fail(_out_of_step(self._detector))
         signatures = [part[:SIGNATURE_NBYTES] for part in said]
         texts = [part[SIGNATURE_NBYTES:].decode(errors="replace") for part in said]
-        raise mismatch(self._lookout.where, range(len(said)), signatures, texts)
+        raise mismatch(self._detector.where, range(len(said)), signatures, texts)
 
 
 _Begun = TypeVar("_Begun")
@@ -190,8 +202,8 @@ class Pairs:
     (``agree_beside``), of which one works the links for all.
     """
 
-    def __init__(self, lookout: Lookout) -> None:
-        self._lookout = lookout
+    def __init__(self, detector: FailureDetector) -> None:
+        self._detector = detector
         self._finished: dict[int, int] = {}
         self._changed = threading.Condition()
         self._led = False  # one of the threads works the links
@@ -199,7 +211,12 @@ class Pairs:
         self._followers: set[Awaited] = set()  # what the others wait for
 
     def start(
-        self, peer: int, signature: bytes, deadline: float, payload: bytes = b"", lane: int = NO_LANE,
+        self,
+        peer: int,
+        signature: bytes,
+        deadline: float,
+        payload: bytes = b"",
+        lane: int = NO_LANE,
         bound: bool = False,
     ) -> None:
         """Send this rank's half, with a payload if ``swap`` receives it.
@@ -209,19 +226,27 @@ class Pairs:
         Raises:
             CollectiveError: The group broke.
         """
-        lookout = self._lookout
+        detector = self._detector
         key = pair_key(peer, lane)
-        count = lookout.pairs[key] = lookout.pairs.get(key, 0) + 1
+        count = detector.pairs[key] = detector.pairs.get(key, 0) + 1
         frame = pack(PAIR, BOUND if bound else 0, count, signature, len(payload), lane) + payload
-        link = lookout.board.links.get(peer)
-        if link is None and lookout.meeting.rank < peer:
-            lookout.board.defer(peer, frame)
+        link = detector.connections.links.get(peer)
+        if link is None and detector.meeting.rank < peer:
+            detector.connections.defer(peer, frame)
             return
-        suspects = lookout.partner(peer, lane)
-        lookout.send(link or lookout.connect(peer, deadline, suspects), frame, deadline, suspects)
+        awaited_peers = detector.partner(peer, lane)
+        detector.send(
+            link or detector.connect(peer, deadline, awaited_peers), frame, deadline, awaited_peers
+        )
 
     def finish(
-        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int = NO_LANE, bound: bool = False
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Describe,
+        deadline: float,
+        lane: int = NO_LANE,
+        bound: bool = False,
     ) -> None:
         """Wait for the other rank's half and compare.
 
@@ -232,10 +257,17 @@ class Pairs:
         theirs = self._compare(peer, signature, deadline, lane, bound)
         if theirs is not None:
             said = self._say(peer, signature, describe, deadline, lane)
-            self._raise_mismatch(peer, said, self._hear(peer, deadline, lane, theirs), theirs != lane)
+            self._raise_mismatch(
+                peer, said, self._hear(peer, deadline, lane, theirs), theirs != lane
+            )
 
     def agree_beside(
-        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int,
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Describe,
+        deadline: float,
+        lane: int,
         working: Callable[[float], contextlib.AbstractContextManager[None]],
     ) -> None:
         """Start and finish an exchange of a lane, while other threads do with other lanes and nothing else.
@@ -244,31 +276,43 @@ class Pairs:
             CollectiveError: As ``finish``.
         """
         differs = self._take_part(
-            (peer, lane, PAIR), deadline, working, lambda: self.start(peer, signature, deadline, b"", lane),
+            (peer, lane, PAIR),
+            deadline,
+            working,
+            lambda: self.start(peer, signature, deadline, b"", lane),
             lambda _: self._compare(peer, signature, deadline, lane, False) is not None,
         )
         if differs:
             said, heard = self._take_part(
-                (peer, lane, PAIR_TEXT), deadline, working,
+                (peer, lane, PAIR_TEXT),
+                deadline,
+                working,
                 lambda: self._say(peer, signature, describe, deadline, lane),
                 lambda said: (said, self._hear(peer, deadline, lane, lane)),
             )
             self._raise_mismatch(peer, said, heard, False)
 
     def _take_part(
-        self, me: Awaited, deadline: float, working: Callable[[float], contextlib.AbstractContextManager[None]],
-        begin: Callable[[], _Begun], end: Callable[[_Begun], _Ended],
+        self,
+        me: Awaited,
+        deadline: float,
+        working: Callable[[float], contextlib.AbstractContextManager[None]],
+        begin: Callable[[], _Begun],
+        end: Callable[[_Begun], _Ended],
     ) -> _Ended:
         """Begin, wait for a frame or the deadline, and end, all in working the links for every thread that waits."""
         begun: list[_Begun] = []
-        board = self._lookout.board
+        connections = self._detector.connections
         self._lead()
         while True:
             try:
                 with working(deadline):
                     if not begun:
                         begun.append(begin())
-                    board.wait(lambda: self._newcomers or any(map(self._has_come, (me, *self._followers))), deadline)
+                    connections.wait(
+                        lambda: self._newcomers or any(map(self._has_come, (me, *self._followers))),
+                        deadline,
+                    )
                     if self._has_come(me) or time.monotonic() >= deadline:
                         return end(begun[0])
             finally:
@@ -279,7 +323,7 @@ class Pairs:
         """Become the thread that works the links, which whoever does is asked to leave."""
         with self._changed:
             self._newcomers += 1
-            self._lookout.board.wake()
+            self._detector.connections.wake()
             self._changed.wait_for(lambda: not self._led)
             self._newcomers -= 1
             self._led = True
@@ -291,6 +335,7 @@ class Pairs:
 
     def _follow(self, me: Awaited, deadline: float) -> None:
         """Wait until there is something to do on the links: for this thread, or for none of those that wait."""
+
         def turn_has_come() -> bool:
             if self._led or self._newcomers:
                 return False
@@ -298,8 +343,9 @@ class Pairs:
 
         with self._changed:
             self._followers.add(me)
-            if self._led and self._has_come(me):  # after the leader's last look, who did not count this thread yet
-                self._lookout.board.wake()
+            # after the leader's last look, who did not count this thread yet
+            if self._led and self._has_come(me):
+                self._detector.connections.wake()
             try:
                 came = self._changed.wait_for(turn_has_come, max(0.0, deadline - time.monotonic()))
                 self._led = self._led or came
@@ -310,8 +356,10 @@ class Pairs:
 
     def _has_come(self, me: Awaited) -> bool:
         peer, lane, kind = me
-        link = self._lookout.board.links.get(peer)
-        return link is not None and (link.goodbye or _in_lane(link.inbox[kind], lane, False) is not None)
+        link = self._detector.connections.links.get(peer)
+        return link is not None and (
+            link.goodbye or _in_lane(link.inbox[kind], lane, False) is not None
+        )
 
     def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
         """Send this rank's payload and return the other's.
@@ -320,29 +368,37 @@ class Pairs:
             GroupError: The other rank agrees on a call instead.
             CollectiveError: The group broke.
         """
-        lookout = self._lookout
+        detector = self._detector
         self.start(peer, _SWAP, deadline, payload)
         key = pair_key(peer, NO_LANE)
         count = self._finished[key] = self._finished.get(key, 0) + 1
-        suspects = lookout.partner(peer, NO_LANE)
-        link = lookout.board.links.get(peer) or lookout.await_link(peer, deadline, suspects)
-        came, theirs = lookout.receive(link, PAIR, deadline, (link,), suspects)
+        awaited_peers = detector.partner(peer, NO_LANE)
+        link = detector.connections.links.get(peer) or detector.await_link(
+            peer, deadline, awaited_peers
+        )
+        came, theirs = detector.receive(link, PAIR, deadline, (link,), awaited_peers)
         if not _alike(came, pack(PAIR, 0, count, _SWAP)):
-            raise _out_of_step(lookout)
+            raise _out_of_step(detector)
         return theirs
 
-    def _compare(self, peer: int, signature: bytes, deadline: float, lane: int, bound: bool) -> int | None:
+    def _compare(
+        self, peer: int, signature: bytes, deadline: float, lane: int, bound: bool
+    ) -> int | None:
         """Wait for the other rank's half; return None if it is the same, else its lane."""
-        lookout = self._lookout
+        detector = self._detector
         key = pair_key(peer, lane)
         count = self._finished.get(key, 0) + 1
         frame = pack(PAIR, BOUND if bound else 0, count, signature, lane=lane)
-        suspects = lookout.partner(peer, lane)
-        link = lookout.board.links.get(peer) or lookout.await_link(peer, deadline, suspects)
+        awaited_peers = detector.partner(peer, lane)
+        link = detector.connections.links.get(peer) or detector.await_link(
+            peer, deadline, awaited_peers
+        )
         if not read_same(link, frame, PAIR):
-            came = lookout.receive_of(link, PAIR, deadline, suspects, lambda inbox: _in_lane(inbox, lane, bound))
+            came = detector.receive_of(
+                link, PAIR, deadline, awaited_peers, lambda inbox: _in_lane(inbox, lane, bound)
+            )
             if lane_of(came) != lane:
-                lookout.pairs[key] -= 1  # neither transfer has a counterpart
+                detector.pairs[key] -= 1  # neither transfer has a counterpart
                 return lane_of(came)
             if _unbound(came[0]) != _unbound(frame):
                 self._finished[key] = count
@@ -350,28 +406,35 @@ class Pairs:
         self._finished[key] = count
         return None
 
-    def _say(self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int) -> bytes:
+    def _say(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int
+    ) -> bytes:
         """Tell the other rank what this one calls, where they differ."""
-        lookout = self._lookout
+        detector = self._detector
         body = _padded(signature) + _text(describe)
         frame = pack(PAIR_TEXT, 0, 0, b"", len(body), lane) + body
-        lookout.send(lookout.board.links[peer], frame, deadline, lookout.partner(peer, lane))
+        detector.send(
+            detector.connections.links[peer], frame, deadline, detector.partner(peer, lane)
+        )
         return body
 
     def _hear(self, peer: int, deadline: float, lane: int, other_lane: int) -> bytes:
         """Return what the other rank tells."""
-        lookout = self._lookout
-        return lookout.receive_of(
-            lookout.board.links[peer], PAIR_TEXT, deadline, lookout.partner(peer, lane),
+        detector = self._detector
+        return detector.receive_of(
+            detector.connections.links[peer],
+            PAIR_TEXT,
+            deadline,
+            detector.partner(peer, lane),
             lambda inbox: _in_lane(inbox, other_lane, False),
         )[1]
 
     def _raise_mismatch(self, peer: int, said: bytes, heard: bytes, crossed: bool) -> NoReturn:
-        lookout = self._lookout
-        ranks, both = zip(*sorted({lookout.meeting.rank: said, peer: heard}.items()), strict=True)
+        detector = self._detector
+        ranks, both = zip(*sorted({detector.meeting.rank: said, peer: heard}.items()), strict=True)
         texts = [part[SIGNATURE_NBYTES:].decode(errors="replace") for part in both]
         signatures = [part[:SIGNATURE_NBYTES] for part in both]
-        raise mismatch(lookout.where, ranks, signatures, texts, _CROSSED if crossed else None)
+        raise mismatch(detector.where, ranks, signatures, texts, _CROSSED if crossed else None)
 
 
 _CROSSED: Final = (
@@ -468,5 +531,7 @@ def _text(describe: Describe) -> bytes:
     return describe().encode()[:_TEXT_LIMIT]
 
 
-def _out_of_step(lookout: Lookout) -> GroupError:
-    return GroupError(f"{lookout.where}: the control planes are out of step, which is a defect of colltensor. {REMEDY}")
+def _out_of_step(detector: FailureDetector) -> GroupError:
+    return GroupError(
+        f"{detector.where}: the control planes are out of step, which is a defect of colltensor. {REMEDY}"
+    )

@@ -23,7 +23,11 @@ _SPELLINGS = "'env://', 'tcp://host:port' or 'file:///path'"
 
 
 def open_directory(
-    init_method: str | None, rank: int | None, world_size: int | None, *, secret: bytes | None = None
+    init_method: str | None,
+    rank: int | None,
+    world_size: int | None,
+    *,
+    secret: bytes | None = None,
 ) -> tuple[Directory, int, int]:
     """Return the directory that ``init_method`` names, and this process's rank and the world size.
 
@@ -56,7 +60,9 @@ def open_directory(
         rank, world_size = _environment_ranks(rank, world_size)
     elif rank is None or world_size is None:
         name = "rank" if rank is None else "world_size"
-        raise OptionError(f"{name} must be given with init_method={init_method!r}; only 'env://' reads it by itself")
+        raise OptionError(
+            f"{name} must be given with init_method={init_method!r}; only 'env://' reads it by itself"
+        )
     rank, world_size = checked_rank(rank, world_size)
     if from_environment:
         return _environment_directory(world_size, secret), rank, world_size
@@ -75,7 +81,9 @@ def _spelt_directory(init_method: str, secret: bytes | None) -> Directory:
             )
         return FileDirectory(path)
     if init_method.startswith("tcp://"):
-        match = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/?#@\[\]]+):([0-9]{1,5})/?", init_method[len("tcp://") :])
+        match = re.fullmatch(
+            r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/?#@\[\]]+):([0-9]{1,5})/?", init_method[len("tcp://") :]
+        )
         if match is None:
             raise OptionError(
                 f"init_method: expected 'tcp://host:port', got {init_method!r}; rank and world_size are arguments"
@@ -121,7 +129,9 @@ def _environment_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
 
     Both may be given, for a group of some of the processes; one alone must be what the environment says.
     """
-    size_said = _number("WORLD_SIZE") if world_size is None else _number("WORLD_SIZE", required=False)
+    size_said = (
+        _number("WORLD_SIZE") if world_size is None else _number("WORLD_SIZE", required=False)
+    )
     rank_said = _number("RANK") if rank is None else _number("RANK", required=False)
     is_alone = rank is None or world_size is None
     for name, given, said in (("rank", rank, rank_said), ("world_size", world_size, size_said)):
@@ -145,7 +155,9 @@ def _number(variable: str, *, required: bool = True) -> int | None:
         return None
     text = _variable(variable)
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
-        raise OptionError(f"init_method='env://': the variable {variable} must be a number, got {text!r}")
+        raise OptionError(
+            f"init_method='env://': the variable {variable} must be a number, got {text!r}"
+        )
     return int(text)
 
 

@@ -1,7 +1,4 @@
-"""What becomes of open control planes when their process ends in good order, or forks.
-
-Imports nothing of the package and no framework.
-"""
+"""What becomes of open control planes when their process ends in good order, or forks."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 
-class Mortal(Protocol):
-    """What wants to be told."""
+class ExitHook(Protocol):
+    """What is notified when the process ends or forks."""
 
     def close(self) -> None:
         """Say goodbye: the process ends."""
@@ -22,25 +19,25 @@ class Mortal(Protocol):
         """Close one's copies of the parent's descriptors without a word: this is a forked child."""
 
 
-_open: set[Mortal] = set()
-_first: set[Mortal] = set()
-"""Those of them that are told before the others."""
+_open: set[ExitHook] = set()
+_first: set[ExitHook] = set()
+"""Those of them that are notified first."""
 _ends: list[Callable[[], None]] = []
 _over: set[int] = set()
-"""The process, by number, once all were told that it ends."""
+"""The process, by number, once all were notified that it ends."""
 _finalized: set[int] = set()
 
 
 def before_end(call: Callable[[], None]) -> None:
-    """Have ``call`` called when the process ends, before anybody is told; not in a forked child that makes nothing."""
+    """Have ``call`` called when the process ends, before any hook is notified; not in a forked child that makes nothing."""
     _ends.append(call)
 
 
-def watch(mortal: Mortal, first: bool = False) -> None:
-    """Tell ``mortal`` when the process ends, before all that are not ``first``, or forks; kept until ``forget``."""
-    _open.add(mortal)
+def register(hook: ExitHook, first: bool = False) -> None:
+    """Notify ``hook`` when the process ends, before all that are not ``first``, or forks; kept until ``unregister``."""
+    _open.add(hook)
     if first:
-        _first.add(mortal)
+        _first.add(hook)
     util = sys.modules.get("multiprocessing.util")
     if util is not None and os.getpid() not in _finalized:
         # A process that multiprocessing forked ends without running atexit, but runs its finalizers.
@@ -48,14 +45,14 @@ def watch(mortal: Mortal, first: bool = False) -> None:
         util.Finalize(None, _close_all, exitpriority=0)
 
 
-def forget(mortal: Mortal) -> None:
-    """Tell ``mortal`` nothing any more."""
-    _open.discard(mortal)
-    _first.discard(mortal)
+def unregister(hook: ExitHook) -> None:
+    """Notify ``hook`` no more."""
+    _open.discard(hook)
+    _first.discard(hook)
 
 
 def is_over() -> bool:
-    """Return whether the process ends, and all were told: what is made now would be told nothing any more."""
+    """Return whether the process ends, and all hooks were notified: what is made now would not be."""
     return os.getpid() in _over
 
 
@@ -63,13 +60,13 @@ def _close_all() -> None:
     _over.add(os.getpid())
     for call in _ends:
         call()
-    for mortal in [*_first, *(_open - _first)]:
-        mortal.close()
+    for hook in [*_first, *(_open - _first)]:
+        hook.close()
 
 
 def _disown_all() -> None:
-    for mortal in list(_open):
-        mortal.disown()
+    for hook in list(_open):
+        hook.disown()
     _open.clear()
     _first.clear()
 

@@ -1,4 +1,4 @@
-"""Which ranks share a host. Imports nothing."""
+"""Which ranks share a host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Hosts:
         members: The ranks of each host, ascending; the hosts by their lowest rank.
         index: The host of every rank, as an index of ``members``.
         local: The position of every rank among the ranks of its host.
-        slices: The number of ranks of the smallest host: into so many slices a block is divided, each of which one
+        shards: The number of ranks of the smallest host: into so many shards a block is divided, each of which one
             rank of every host carries over the network.
         host: This rank's host.
         position: This rank's position in it.
@@ -23,7 +23,7 @@ class Hosts:
     members: tuple[tuple[int, ...], ...]
     index: tuple[int, ...]
     local: tuple[int, ...]
-    slices: int
+    shards: int
     host: int
     position: int
 
@@ -33,7 +33,8 @@ class Hosts:
         names = list(dict.fromkeys(host_ids))
         index = tuple(names.index(name) for name in host_ids)
         members = tuple(
-            tuple(member for member, host in enumerate(index) if host == number) for number in range(len(names))
+            tuple(member for member, host in enumerate(index) if host == number)
+            for number in range(len(names))
         )
         local = tuple(members[host].index(member) for member, host in enumerate(index))
         return cls(members, index, local, min(map(len, members)), index[rank], local[rank])

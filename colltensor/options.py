@@ -1,7 +1,4 @@
-"""Recipe: what a group was asked to be made of, and with it which backend makes it.
-
-Imports no framework.
-"""
+"""GroupOptions: what a group was asked to be made of, and with it which backend makes it."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ _hinted: Final = threading.Event()
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class GroupOptions:
     """What a group was asked to be made of; its parts are made of the same."""
 
     backend: str = "auto"
@@ -62,9 +59,10 @@ class Recipe:
             world_size: The number of ranks.
             host_ids: The host of each rank.
         """
-        prepare = getattr(self.spec_for(world_size), "prepare", None)  # a backend from elsewhere may have none
+        # a backend from elsewhere may have none
+        prepare = getattr(self.spec_for(world_size), "prepare", None)
         if prepare is not None:
-            # What is broken comes up again in ``make``, where the other ranks are told of it.
+            # What is broken comes up again in ``make``, where the other ranks learn of it.
             with contextlib.suppress(ImportError, AttributeError, OSError, RuntimeError):
                 prepare(self.provider, host_ids)
 
@@ -75,32 +73,44 @@ class Recipe:
             CollectiveError: As the backends.
         """
         name = self.backend_for(meeting.world_size)
-        options: dict[str, Any] = {
-            "timeout_s": self.timeout_s, "interface": self.interface, "provider": self.provider
+        arguments: dict[str, Any] = {
+            "timeout_s": self.timeout_s,
+            "interface": self.interface,
+            "provider": self.provider,
         }
         if name == "auto":
-            backend, why = auto.SPEC.choose(control, meeting, **options)
+            backend, why = auto.SPEC.choose(control, meeting, **arguments)
         else:
-            backend = backends.check_backend(name, backends.get_backend(name).create(control, meeting, **options))
+            backend = backends.check_backend(
+                name, backends.get_backend(name).create(control, meeting, **arguments)
+            )
             why = self._asked(name, backend.name, meeting)
         details = getattr(backend, "details", "")
         return backend, f"{why}; {details}" if details else why
 
     def _asked(self, name: str, made: str, meeting: Any) -> str:
         """Return why a backend is used that was asked for, and hint at the faster one where there is one."""
-        why = f"backend={self.backend!r} was asked for" if self.backend != "auto" else (
-            f"provider={self.provider!r} was asked for, which is one of {name}"
+        why = (
+            f"backend={self.backend!r} was asked for"
+            if self.backend != "auto"
+            else (f"provider={self.provider!r} was asked for, which is one of {name}")
         )
         hosts = len(set(meeting.host_ids))
         if made != name:
             return f"{why}, and {'all ranks are on one host' if hosts == 1 else 'each rank is on a host of its own'}"
-        if name != "gloo" or hosts > 1 or meeting.world_size == 1 or backends.reason("shm") is not None:
+        if (
+            name != "gloo"
+            or hosts > 1
+            or meeting.world_size == 1
+            or backends.reason("shm") is not None
+        ):
             return why
         if not _hinted.is_set():
             _hinted.set()
             _log.info(
                 "group %r (rank %d): backend 'gloo' was asked for, and all ranks are on one host: with backend='auto' "
-                "they would use shared memory, which is up to hundreds of times faster", meeting.group_name,
+                "they would use shared memory, which is up to hundreds of times faster",
+                meeting.group_name,
                 meeting.rank,
             )
         return f"{why}; all ranks are on one host, where backend='auto' would use shared memory"
@@ -112,7 +122,10 @@ def timeout_of(timeout_s: Any) -> float:
     Raises:
         OptionError: It is no number of seconds above 0, or infinite.
     """
-    is_number = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)  # numpy's scalars are, too
+    # numpy's scalars are, too
+    is_number = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)
     if not is_number or not 0 < timeout_s < float("inf"):
-        raise OptionError(f"timeout_s: expected seconds, more than 0 and not infinite, got {timeout_s!r}")
+        raise OptionError(
+            f"timeout_s: expected seconds, more than 0 and not infinite, got {timeout_s!r}"
+        )
     return float(min(timeout_s, _LONGEST_S))

@@ -1,9 +1,7 @@
-"""Line: the operations of one process group, one at a time, in the order in which they were issued.
+"""ProcessGroupQueue: the operations of one process group, one at a time, in the order in which they were issued.
 
 ``colltensor.operation_queue`` does the same with one thread; here a callback may wait for a later operation, as torch's
 PowerSGD hook does, so another thread goes on meanwhile.
-
-Imports of the package the operations, errors and turn.
 """
 
 from __future__ import annotations
@@ -15,14 +13,14 @@ import time
 from typing import Final
 
 from colltensor.errors import CollectiveError
-from colltensor.torch.c10d.work import Operation
+from colltensor.torch.c10d.work import QueuedCall
 from colltensor.turn import Turn, lock_of_handlers
 
 _CLOSE_TIMEOUT_S: Final = 5.0
 _LOOK_S: Final = 0.1
 
 
-class Line:
+class ProcessGroupQueue:
     """Runs operations in their order: in the caller's thread after ``enter``, else in one of its own."""
 
     def __init__(self, name: str) -> None:
@@ -30,11 +28,12 @@ class Line:
         self.turn = Turn()
         self._lock, self._is_locked_here = lock_of_handlers()
         self._changed = threading.Condition(self._lock)
-        self._waiting: collections.deque[Operation] = collections.deque()
+        self._waiting: collections.deque[QueuedCall] = collections.deque()
         self._closed: CollectiveError | None = None
         self._watched = False  # somebody waits for the turn to be free
         self._idle = 0  # threads that wait for an operation
-        self._running = False  # a thread runs one, and takes the next unless it has somebody to tell
+        # a thread runs one, and takes the next unless it has somebody to tell
+        self._running = False
 
     def enter(self) -> bool:
         """Take the turn if nobody has it or waits for it; then ``turn.release`` and ``pass_on`` must follow."""
@@ -50,8 +49,8 @@ class Line:
             with self._lock:
                 self._changed.notify_all()
 
-    def put(self, operation: Operation) -> None:
-        """Run ``operation`` in a thread of the line when its turn comes; it fails at once where the line is closed.
+    def put(self, operation: QueuedCall) -> None:
+        """Run ``operation`` in a thread of the queue when its turn comes; it fails at once where the queue is closed.
 
         Raises:
             RuntimeError: No thread can be started; nothing is left behind.
@@ -68,7 +67,7 @@ class Line:
                     raise
                 return
         operation.end(self._closed)
-        operation.tell()
+        operation.notify()
 
     def drain(self, deadline: float) -> None:
         """Wait until everything that was put has run, or until ``deadline``, a value of ``time.monotonic()``.
@@ -89,11 +88,12 @@ class Line:
             cancelled = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-            if self.turn.owner() != threading.get_ident():  # else in a signal's handler: it ends when that returns
+            # else in a signal's handler: it ends when that returns
+            if self.turn.owner() != threading.get_ident():
                 self._changed.wait_for(lambda: not self.turn.owner(), _CLOSE_TIMEOUT_S)
         for operation in cancelled:
             operation.end(error)
-            operation.tell()
+            operation.notify()
 
     def _is_callers(self) -> bool:
         """Return whether the operation that runs does so after ``enter``."""
@@ -108,7 +108,9 @@ class Line:
         else:
             self._idle += 1
             try:
-                threading.Thread(target=self._serve, name=f"colltensor {self._name}", daemon=True).start()
+                threading.Thread(
+                    target=self._serve, name=f"colltensor {self._name}", daemon=True
+                ).start()
             except BaseException:
                 self._idle -= 1
                 raise
@@ -136,9 +138,10 @@ class Line:
                 if self._watched:
                     self._changed.notify_all()
                 if self._waiting and operation.awaited:
-                    with contextlib.suppress(RuntimeError):  # no new thread: this one goes on when it has told
+                    # no new thread: this one goes on when it has told
+                    with contextlib.suppress(RuntimeError):
                         self._man()
-            operation.tell()
+            operation.notify()
             del operation  # not kept while this waits: its error has the caller's frames
 
     def _may_go_on(self) -> bool:

@@ -1,7 +1,4 @@
-"""The end of a backward pass: one call when the outermost one is over, whatever backward passes run inside it.
-
-Imports torch and nothing of the package.
-"""
+"""The end of a backward pass: one call when the outermost one is over, whatever backward passes run inside it."""
 
 from __future__ import annotations
 
@@ -10,7 +7,9 @@ from typing import Any, Final
 
 import torch
 
-_queue_callback: Final[Callable[[Callable[[], None]], None]] = torch.autograd.Variable._execution_engine.queue_callback
+_queue_callback: Final[Callable[[Callable[[], None]], None]] = (
+    torch.autograd.Variable._execution_engine.queue_callback
+)
 _current_node: Final[Callable[[], Any]] = torch._C._current_autograd_node
 
 
@@ -19,7 +18,7 @@ def is_running() -> bool:
     return _current_node() is not None
 
 
-class Ending:
+class BackwardEndHook:
     """Calls a function at the end of the outermost backward pass in which it was made.
 
     The engine runs a callback at the end of the graph task that is current when it is queued. Inside a reentrant
@@ -30,7 +29,7 @@ class Ending:
 
     The engine's task, or while it climbs a hook of the graph, holds the only strong reference. So a weak one is dead
     after a backward pass that ended with an exception, or climbs for ever where somebody keeps the graph: in both cases
-    the next pass needs an Ending of its own, and a second one in one pass does no harm.
+    the next pass needs an BackwardEndHook of its own, and a second one in one pass does no harm.
     """
 
     __slots__ = ("__weakref__", "_finish", "_hooks")
@@ -43,7 +42,9 @@ class Ending:
     def __call__(self) -> None:
         """Finish, or climb one level; called by the engine."""
         node = _current_node()
-        following = [] if node is None else [child for child, _ in node.next_functions if child is not None]
+        following = (
+            [] if node is None else [child for child, _ in node.next_functions if child is not None]
+        )
         if not following:
             self._finish()
             return

@@ -1,8 +1,7 @@
 """What ranks tell each other when they meet: the messages, and whether the ranks agree.
 
 Messages are frames of ``colltensor.net`` whose payload is JSON; whatever arrives is checked field by field and
-refused as FrameError, since on a port without a secret anybody may have sent it. Imports errors and net only,
-and no framework.
+refused as FrameError, since on a port without a secret anybody may have sent it.
 """
 
 from __future__ import annotations
@@ -28,16 +27,20 @@ from colltensor.errors import (
 )
 from colltensor.net import FrameError, is_loopback
 
-_MAGIC = b"colltensor invitation 1\n"
+_MAGIC = b"colltensor endpoint 1\n"
 _REFUSAL_LIMIT = 1000
-_PLAIN_ERRORS = {kind.__name__: kind for kind in (BackendUnavailableError, GroupError, OptionError, RankError)}
-_RANKS_ERRORS = {kind.__name__: kind for kind in (MismatchError, PeerLostError, CollectiveTimeoutError)}
+_PLAIN_ERRORS = {
+    kind.__name__: kind for kind in (BackendUnavailableError, GroupError, OptionError, RankError)
+}
+_RANKS_ERRORS = {
+    kind.__name__: kind for kind in (MismatchError, PeerLostError, CollectiveTimeoutError)
+}
 
 
 class Message(enum.IntEnum):
     """The kinds of frames of a meeting."""
 
-    HELLO = 1
+    JOIN = 1
     CLAIM = 2
     WELCOME = 3
     RETRY = 4
@@ -49,7 +52,7 @@ class Message(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class JoinRequest:
     """What a rank says of itself.
 
     Attributes:
@@ -83,7 +86,7 @@ class Hello:
         return pack(asdict(self))
 
     @classmethod
-    def decode(cls, payload: bytes) -> Hello:
+    def decode(cls, payload: bytes) -> JoinRequest:
         """Return the message of a payload.
 
         Raises:
@@ -96,17 +99,20 @@ class Hello:
             is_loopback(fields["seen_from"])
             if not math.isfinite(fields["age_s"] + fields["patience_s"]):
                 raise ValueError("a length of time is not finite")
-            hello = cls(**fields)
+            request = cls(**fields)
         except (OverflowError, TypeError, ValueError) as error:
-            raise FrameError(f"malformed hello: {error}") from error
-        if hello.refusal:
-            decode_error(hello.refusal.encode(errors="replace"))
-        return hello
+            raise FrameError(f"malformed request: {error}") from error
+        if request.refusal:
+            decode_error(request.refusal.encode(errors="replace"))
+        return request
 
-    def refusing(self, error: CollectiveError) -> Hello:
+    def refusing(self, error: CollectiveError) -> JoinRequest:
         """Return what a rank says that will not be in the group, and why."""
         message = f"rank {self.rank}: {error}"[:_REFUSAL_LIMIT]
-        return replace(self, refusal=pack({"error": type(error).__name__, "message": message, "ranks": []}).decode())
+        return replace(
+            self,
+            refusal=pack({"error": type(error).__name__, "message": message, "ranks": []}).decode(),
+        )
 
     def refuses(self) -> CollectiveError | None:
         """Return why the rank will not be in the group; None for one that means to be."""
@@ -114,14 +120,14 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Invitation:
+class Endpoint:
     """Where rank 0 listens, and the secret that proves it to be rank 0.
 
     Attributes:
         host_id: ``net.host_id()`` of rank 0; empty where it is not known.
         addresses: Addresses or host names to try, in this order.
         port: The port.
-        secret: Shared by those who may read the invitation; may be empty.
+        secret: Shared by those who may read the endpoint; may be empty.
     """
 
     host_id: str
@@ -130,29 +136,29 @@ class Invitation:
     secret: bytes = field(repr=False)
 
     def encode(self) -> bytes:
-        """Return the invitation as a directory keeps it."""
+        """Return the endpoint as a directory keeps it."""
         return _MAGIC + pack({**asdict(self), "secret": self.secret.hex()})
 
     @classmethod
-    def decode(cls, data: bytes) -> Invitation:
-        """Return the invitation that a directory kept.
+    def decode(cls, data: bytes) -> Endpoint:
+        """Return the endpoint that a directory kept.
 
         Raises:
-            FrameError: The data is no complete invitation.
+            FrameError: The data is no complete endpoint.
         """
         if not data.startswith(_MAGIC):
-            raise FrameError(f"expected an invitation, got {data[:24]!r}")
+            raise FrameError(f"expected an endpoint, got {data[:24]!r}")
         fields = unpack(data[len(_MAGIC) :], host_id=str, addresses=list, port=int, secret=str)
         try:
             fields["secret"] = bytes.fromhex(fields["secret"])
             fields["addresses"] = tuple(str(address) for address in fields["addresses"])
             return cls(**fields)
         except (TypeError, ValueError) as error:
-            raise FrameError(f"malformed invitation: {error}") from error
+            raise FrameError(f"malformed endpoint: {error}") from error
 
     @staticmethod
     def may_be(data: bytes) -> bool:
-        """Return whether the data is an invitation or the beginning of one."""
+        """Return whether the data is an endpoint or the beginning of one."""
         return data.startswith(_MAGIC) or _MAGIC.startswith(data)
 
 
@@ -176,7 +182,10 @@ class Table:
 
     @classmethod
     def fresh(
-        cls, addresses: tuple[tuple[str, int], ...], host_ids: tuple[str, ...], properties: dict[str, Any]
+        cls,
+        addresses: tuple[tuple[str, int], ...],
+        host_ids: tuple[str, ...],
+        properties: dict[str, Any],
     ) -> Table:
         """Return the table of a new incarnation of a group."""
         return cls(secrets.token_bytes(8), secrets.token_bytes(32), addresses, host_ids, properties)
@@ -192,7 +201,9 @@ class Table:
         Raises:
             FrameError: The payload is malformed.
         """
-        fields = unpack(payload, generation=str, salt=str, addresses=list, host_ids=list, properties=dict)
+        fields = unpack(
+            payload, generation=str, salt=str, addresses=list, host_ids=list, properties=dict
+        )
         try:
             addresses = tuple((str(host), int(port)) for host, port in fields["addresses"])
             host_ids = tuple(map(str, fields["host_ids"]))
@@ -220,7 +231,11 @@ def unpack(payload: bytes, **types: type | tuple[type, ...]) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise FrameError(f"expected a JSON object, got {payload[:32]!r}")
     for name, kind in types.items():
-        if name not in fields or not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+        if (
+            name not in fields
+            or not isinstance(fields[name], kind)
+            or isinstance(fields[name], bool)
+        ):
             raise FrameError(f"expected a field {name} of {kind}, got {str(fields.get(name))[:32]}")
     return {name: fields[name] for name in types}
 
@@ -240,26 +255,32 @@ def decode_error(payload: bytes) -> CollectiveError:
     fields = unpack(payload, error=str, message=str, ranks=list)
     with_ranks = _RANKS_ERRORS.get(fields["error"])
     if with_ranks is not None:
-        return with_ranks(fields["message"], [rank for rank in fields["ranks"] if isinstance(rank, int)])
+        return with_ranks(
+            fields["message"], [rank for rank in fields["ranks"] if isinstance(rank, int)]
+        )
     return _PLAIN_ERRORS.get(fields["error"], GroupError)(fields["message"])
 
 
-def disagreement(hellos: Sequence[Hello]) -> CollectiveError | None:
+def disagreement(requests: Sequence[JoinRequest]) -> CollectiveError | None:
     """Return what the ranks disagree about, or None.
 
     Args:
-        hellos: What the ranks said that came so far; rank 0's first.
+        requests: What the ranks said that came so far; rank 0's first.
     """
     for option in ("world_size", "backend"):
-        values = {hello.rank: getattr(hello, option) for hello in reversed(hellos)}
-        if len({getattr(hello, option) for hello in hellos}) > 1:
-            said = "; ".join(f"rank {h.rank} ({h.who}) gave {getattr(h, option)!r}" for h in in_rank_order(hellos))
-            return MismatchError(
-                f"the ranks disagree about {option}: {said}; pass the same {option} on every rank", minority(values)
+        values = {request.rank: getattr(request, option) for request in reversed(requests)}
+        if len({getattr(request, option) for request in requests}) > 1:
+            said = "; ".join(
+                f"rank {h.rank} ({h.who}) gave {getattr(h, option)!r}"
+                for h in in_rank_order(requests)
             )
-    for rank, count in sorted(Counter(hello.rank for hello in hellos).items()):
+            return MismatchError(
+                f"the ranks disagree about {option}: {said}; pass the same {option} on every rank",
+                minority(values),
+            )
+    for rank, count in sorted(Counter(request.rank for request in requests).items()):
         if count > 1:
-            return taken(rank, [hello.who for hello in hellos if hello.rank == rank])
+            return taken(rank, [request.who for request in requests if request.rank == rank])
     return None
 
 
@@ -279,6 +300,6 @@ def minority(values: Mapping[int, object]) -> tuple[int, ...]:
     return tuple(sorted(rank for rank, value in values.items() if value != common))
 
 
-def in_rank_order(hellos: Iterable[Hello]) -> list[Hello]:
+def in_rank_order(requests: Iterable[JoinRequest]) -> list[JoinRequest]:
     """Return the messages sorted by rank."""
-    return sorted(hellos, key=lambda hello: hello.rank)
+    return sorted(requests, key=lambda request: request.rank)

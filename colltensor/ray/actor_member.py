@@ -1,7 +1,7 @@
 """An actor's side of a group that the driver declares: where it is, three calls to take part, one to leave.
 
 Runs inside the actors, through Ray's ``__ray_call__``, so they need no method of their own. Between the calls
-nothing waits and no thread runs: the driver carries the bytes. Imports ray.
+nothing waits and no thread runs: the driver carries the bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from colltensor.ray.rendezvous import address_in_ray, node_host_id
 from colltensor.rendezvous import Introduction, Meeting
 
 _lock: Final = threading.Lock()
-_seats: Final[dict[Token, Seat]] = {}
+_members: Final[dict[Token, ActorMember]] = {}
 """The declared groups of this process by the driver's token; the lock is held for a look or a change only."""
 
 
@@ -42,15 +42,15 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What the driver tells an actor of its place in a group.
+class MemberSpec:
+    """What the driver tells an actor of its spec in a group.
 
     Attributes:
         token: Names this creation.
         rank: The actor's rank.
         world_size: The number of actors.
         options: Of ``init_collective_group``; the same on every rank.
-        replaces: The creation that this one takes the place of, whoever made it. It and earlier generations of this
+        replaces: The creation that this one takes the spec of, whoever made it. It and earlier generations of this
             driver go, even one that works.
     """
 
@@ -61,27 +61,27 @@ class Place:
     replaces: Token | None = None
 
 
-class Seat:
+class ActorMember:
     """One actor's part in one declared group, from its introduction until it leaves."""
 
-    def __init__(self, place: Place, patience_s: float) -> None:
-        self._place = place
+    def __init__(self, spec: MemberSpec, patience_s: float) -> None:
+        self._spec = spec
         self._expires = time.monotonic() + patience_s
         self._has_left = False
         self._has_met = False
         self._settled = threading.Event()  # not set while the group is being made
         self._settled.set()
         self._group: weakref.ref[Group] | None = None
-        options = place.options
+        options = spec.options
         self.introduction = Introduction(
-            group_name=options["group_name"], world_size=place.world_size, rank=place.rank,
+            group_name=options["group_name"], world_size=spec.world_size, rank=spec.rank,
             interface=options["interface"], backend=options["backend"], address=address_in_ray(),
             host_id=node_host_id(),
         )  # fmt: skip
 
     def connect(self, listeners: Sequence[bytes], patience_s: float) -> None:
         """Make the group, unless the driver gives it up meanwhile."""
-        name = self._place.options["group_name"]
+        name = self._spec.options["group_name"]
         with _lock:
             if self._has_left:
                 raise _gone(name)
@@ -123,33 +123,37 @@ class Seat:
         group = self._group
         return group() is None if group is not None else time.monotonic() > self._expires
 
-    def is_late(self, place: Place) -> bool:
-        """Return whether a call for that place comes after the same driver made its group anew."""
-        return self._is_of(place) and self._place.token.follows(place.token)
+    def is_late(self, spec: MemberSpec) -> bool:
+        """Return whether a call for that spec comes after the same driver made its group anew."""
+        return self._is_of(spec) and self._spec.token.follows(spec.token)
 
-    def is_replaced_by(self, place: Place) -> bool:
-        """Return whether a group for that place takes this one's name.
+    def is_replaced_by(self, spec: MemberSpec) -> bool:
+        """Return whether a group for that spec takes this one's name.
 
         It does where this one is broken, given up or named as what to replace, or where the same driver made this one
         before and it was never finished or something is to be replaced.
         """
-        if not self._is_of(place):
+        if not self._is_of(spec):
             return False
-        if self._has_left or place.replaces == self._place.token:
+        if self._has_left or spec.replaces == self._spec.token:
             return True
         group = self._group() if self._group is not None else None
         if group is not None and group.broken is not None:
             return True
-        return place.token.follows(self._place.token) and (group is None or place.replaces is not None)
+        return spec.token.follows(self._spec.token) and (group is None or spec.replaces is not None)
 
-    def _is_of(self, place: Place) -> bool:
-        return bool(self._place.options["group_name"] == place.options["group_name"])
+    def _is_of(self, spec: MemberSpec) -> bool:
+        return bool(self._spec.options["group_name"] == spec.options["group_name"])
 
     def _make(self, listeners: Sequence[bytes], patience_s: float) -> Group:
-        place = self._place
+        spec = self._spec
         try:
             return table.make_group(
-                place.world_size, place.rank, lambda: self._meet(listeners), patience_s, **place.options
+                spec.world_size,
+                spec.rank,
+                lambda: self._meet(listeners),
+                patience_s,
+                **spec.options,
             )
         finally:
             if not self._has_met:
@@ -158,7 +162,7 @@ class Seat:
     def _meet(self, listeners: Sequence[bytes]) -> Meeting:
         with _lock:
             if self._has_left:
-                raise _gone(self._place.options["group_name"])
+                raise _gone(self._spec.options["group_name"])
             self._has_met = True
         return self.introduction.finish(listeners)
 
@@ -175,12 +179,12 @@ def locate(actor: object) -> str:
     return node_host_id()
 
 
-def introduce(actor: object, place: Place, patience_s: float) -> bytes:
+def introduce(actor: object, spec: MemberSpec, patience_s: float) -> bytes:
     """Check the options here and return what this rank says of itself; opens nothing, but ends what it replaces.
 
     Args:
         actor: The actor.
-        place: Its place in the group.
+        spec: Its spec in the group.
         patience_s: For how long the driver comes back to this, in seconds.
 
     Raises:
@@ -189,53 +193,55 @@ def introduce(actor: object, place: Place, patience_s: float) -> bytes:
         OptionError: This host has no such interface.
     """
     with _lock:
-        seats = list(_seats.values())
-    if any(seat.is_late(place) for seat in seats):
-        raise _gone(place.options["group_name"])
-    for seat in seats:
-        if seat.is_replaced_by(place):
-            seat.give_way(patience_s)
-    table.check_options(place.world_size, **place.options, member=True)
-    if place.options["interface"] is not None:
-        net.interface_address(place.options["interface"])
-    seat = Seat(place, patience_s)
+        members = list(_members.values())
+    if any(member.is_late(spec) for member in members):
+        raise _gone(spec.options["group_name"])
+    for member in members:
+        if member.is_replaced_by(spec):
+            member.give_way(patience_s)
+    table.check_options(spec.world_size, **spec.options, member=True)
+    if spec.options["interface"] is not None:
+        net.interface_address(spec.options["interface"])
+    member = ActorMember(spec, patience_s)
     _forget_those_that_are_over()
     with _lock:
-        _seats[place.token] = seat
-    return seat.introduction.first()
+        _members[spec.token] = member
+    return member.introduction.first()
 
 
 def listen(actor: object, token: Token, group_name: str, introductions: Sequence[bytes]) -> bytes:
     """Return where this rank listens, now that it knows what all ranks said."""
-    return _seat(token, group_name).introduction.second(introductions)
+    return _member(token, group_name).introduction.second(introductions)
 
 
-def connect(actor: object, token: Token, group_name: str, listeners: Sequence[bytes], patience_s: float) -> None:
+def connect(
+    actor: object, token: Token, group_name: str, listeners: Sequence[bytes], patience_s: float
+) -> None:
     """Connect to the other ranks, which all listen now, and enter the group in this process's table."""
-    _seat(token, group_name).connect(listeners, patience_s)
+    _member(token, group_name).connect(listeners, patience_s)
 
 
 def leave(actor: object, token: Token) -> None:
     """Destroy the group, or what there is of it; nothing happens where it is gone."""
     with _lock:
-        seat = _seats.get(token)
-    if seat is not None:
-        seat.leave()
+        member = _members.get(token)
+    if member is not None:
+        member.leave()
         _forget_those_that_are_over()
 
 
 def _forget_those_that_are_over() -> None:
     with _lock:
-        for token in [token for token, seat in _seats.items() if seat.is_over()]:
-            del _seats[token]
+        for token in [token for token, member in _members.items() if member.is_over()]:
+            del _members[token]
 
 
-def _seat(token: Token, group_name: str) -> Seat:
+def _member(token: Token, group_name: str) -> ActorMember:
     with _lock:
-        seat = _seats.get(token)
-    if seat is None:
+        member = _members.get(token)
+    if member is None:
         raise _gone(group_name)
-    return seat
+    return member
 
 
 def _gone(group_name: str) -> GroupError:

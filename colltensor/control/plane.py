@@ -1,17 +1,15 @@
 """The control plane of a group: ranks agree on a call before its data moves, and learn who is late or dead.
 
 No exchange outlasts its deadline by more than a few seconds: then, or when a connection breaks, one error is found
-and told to every rank over the links and through the listeners, and the group is broken.
+and propagated to every rank over the links and through the listeners, and the group is broken.
 
     Control             what the group and its backend call
     ├── exchange        how ranks agree: the tree of all, and pairs
-    ├── lookout         waiting, and who is to blame for a wait in vain
-    ├── switchboard     all links of this rank at once, and the failure that ends them
-    ├── reception       the thread that answers the listener
-    ├── lifetime        goodbye when the process ends, silence in a forked child
+    ├── detector         waiting, and who is to blame for a wait in vain
+    ├── connections     all links of this rank at once, and the failure that ends them
+    ├── listener       the thread that answers the listener
+    ├── exit_hooks        goodbye when the process ends, silence in a forked child
     └── links, status   one connection and its frames; what ranks tell about themselves
-
-Imports exchange, lookout and the errors of the package, and no framework.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from colltensor.control.exchange import Describe, Pairs, Tree
-from colltensor.control.links import NO_LANE
-from colltensor.control.lookout import ALL_RANKS, Lookout
-from colltensor.control.status import REMEDY, pair_key
+from colltensor.control.failure_detector import ALL_RANKS, FailureDetector
+from colltensor.control.frames import NO_LANE
+from colltensor.control.messages import REMEDY, pair_key
+from colltensor.control.tree import Describe, Pairs, Tree
 from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError
 
 if TYPE_CHECKING:
@@ -56,23 +54,23 @@ class Control:
         self.world_size = meeting.world_size
         self.group_name = meeting.group_name
         self._alone = meeting.world_size == 1
-        self._lookout = Lookout(meeting)
-        self._board = self._lookout.board
-        self._pairs = Pairs(self._lookout)
-        self._working = _Working(self._lookout)
-        self._lookout.operation = "creating the group"
+        self._detector = FailureDetector(meeting)
+        self._board = self._detector.connections
+        self._pairs = Pairs(self._detector)
+        self._working = _Working(self._detector)
+        self._detector.operation = "creating the group"
         try:
             with self._working.until(deadline):
-                self._tree = None if self._alone else Tree(self._lookout, deadline)
+                self._tree = None if self._alone else Tree(self._detector, deadline)
         except BaseException:
             self.close()
             raise
-        self._lookout.operation = None
+        self._detector.operation = None
 
     @property
     def host_id(self) -> str:
         """This rank's host, by the name with which the ranks met."""
-        return self._lookout.meeting.host_ids[self.rank]
+        return self._detector.meeting.host_ids[self.rank]
 
     @property
     def broken(self) -> CollectiveError | None:
@@ -82,26 +80,28 @@ class Control:
 
     def set_timeout(self, timeout_s: float) -> None:
         """Note how long calls wait from now on, for the messages of those that wait in vain."""
-        self._lookout.timeout_s = timeout_s
+        self._detector.timeout_s = timeout_s
 
-    def position(self, sequence: int, operation: str | None, peers: Sequence[int] | None = None) -> None:
-        """Note what other ranks are told when they ask; call it when an operation begins, and with None at its end.
+    def position(
+        self, sequence: int, operation: str | None, peers: Sequence[int] | None = None
+    ) -> None:
+        """Note what other ranks hear when they ask; call it when an operation begins, and with None at its end.
 
         Args:
             sequence: Sequence number of the operation.
             operation: Its name, with the arguments that matter to a reader.
             peers: The ranks on which its payload depends, where it depends on any.
         """
-        self._lookout.begin(sequence, operation, peers)
+        self._detector.begin(sequence, operation, peers)
 
     def is_in_call(self) -> bool:
         """Return whether an operation, or a transfer in a thread of its own, has begun and not ended."""
-        return self._lookout.operation is not None or bool(self._lookout.crossing)
+        return self._detector.operation is not None or bool(self._detector.crossing)
 
     @property
     def others(self) -> Sequence[int]:
         """All other ranks."""
-        return self._lookout.everyone.ranks
+        return self._detector.everyone.ranks
 
     def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
         """Return once every rank has called with the same signature. Every rank must call, in the same order.
@@ -121,7 +121,9 @@ class Control:
             if self._tree is not None:
                 self._tree.agree(signature, describe, deadline)
 
-    def agree_and_gather(self, signature: bytes, payload: bytes, describe: Describe, deadline: float) -> list[bytes]:
+    def agree_and_gather(
+        self, signature: bytes, payload: bytes, describe: Describe, deadline: float
+    ) -> list[bytes]:
         """Agree, and return every rank's payload, by rank, in one exchange. Every rank must call, in the same order.
 
         Args:
@@ -168,7 +170,13 @@ class Control:
         self.finish_pair(peer, signature, describe, deadline)
 
     def start_pair(
-        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int = NO_LANE, bound: bool = False
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Describe,
+        deadline: float,
+        lane: int = NO_LANE,
+        bound: bool = False,
     ) -> None:
         """Do the first half of ``agree_pair``, which does not wait for the other rank to call.
 
@@ -190,14 +198,20 @@ class Control:
         """
         if not 0 <= peer < self.world_size or peer == self.rank:
             raise RankError(
-                f"{self._lookout.where}: peer must be another rank in range({self.world_size}), got {peer}: "
+                f"{self._detector.where}: peer must be another rank in range({self.world_size}), got {peer}: "
                 "pass its rank within this group"
             )
         with self._working.until(deadline):
             self._pairs.start(peer, signature, deadline, b"", lane, bound)
 
     def finish_pair(
-        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int = NO_LANE, bound: bool = False
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Describe,
+        deadline: float,
+        lane: int = NO_LANE,
+        bound: bool = False,
     ) -> None:
         """Do the second half of ``agree_pair``: wait for the other rank and compare. Arguments as in the start.
 
@@ -207,7 +221,9 @@ class Control:
         with self._working.until(deadline):
             self._pairs.finish(peer, signature, describe, deadline, lane, bound)
 
-    def agree_beside(self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int) -> None:
+    def agree_beside(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int
+    ) -> None:
         """Do as ``agree_pair`` in a thread of a lane's own, while others do; nothing else may be called meanwhile.
 
         Raises:
@@ -217,18 +233,18 @@ class Control:
 
     def transfers(self, peer: int, lane: int) -> int:
         """Return how many agreements of a lane this rank has started with ``peer``."""
-        return self._lookout.pairs.get(pair_key(peer, lane), 0)
+        return self._detector.pairs.get(pair_key(peer, lane), 0)
 
     def pairs(self) -> int:
         """Return how many agreements with single other ranks this rank has started."""
-        return sum(list(self._lookout.pairs.values()))
+        return sum(list(self._detector.pairs.values()))
 
     def cross(self, source: int, destination: int, operation: str | None) -> None:
         """Note, for those who ask, a transfer that runs in a thread of its own; None at its end."""
         if operation is None:
-            self._lookout.crossing.pop((source, destination), None)
+            self._detector.crossing.pop((source, destination), None)
         else:
-            self._lookout.crossing[source, destination] = operation
+            self._detector.crossing[source, destination] = operation
 
     def check(self) -> None:
         """Read without waiting what the neighbours say, while a payload runs.
@@ -258,10 +274,10 @@ class Control:
         except CollectiveError as error:
             if not self._board.usable:
                 return self.broken or error
-        return self._lookout.diagnose(operation, cause)
+        return self._detector.diagnose(operation, cause)
 
     def queue(self, peers: Sequence[int] | None) -> int:
-        """Note that this rank has queued a call on a device, which other ranks are told when they ask.
+        """Note that this rank has queued a call on a device, which other ranks hear when they ask.
 
         Args:
             peers: The ranks of a point-to-point call; None for a call of all ranks.
@@ -269,14 +285,18 @@ class Control:
         Returns:
             How many calls it has queued with all ranks, or with the first peer; 0 without one.
         """
-        queued = self._lookout.queued
+        queued = self._detector.queued
         concerned = (ALL_RANKS,) if peers is None else peers
         for peer in concerned:
             queued[peer] = queued.get(peer, 0) + 1
         return queued[concerned[0]] if concerned else 0
 
     def diagnose_queued(
-        self, operation: str, peers: Sequence[int] | None, number: int, cause: BaseException | None = None
+        self,
+        operation: str,
+        peers: Sequence[int] | None,
+        number: int,
+        cause: BaseException | None = None,
     ) -> CollectiveError:
         """Find out, as ``diagnose``, why a queued call did not end: who is gone, and who has not queued it yet.
 
@@ -291,18 +311,18 @@ class Control:
         except CollectiveError as error:
             if not self._board.usable:
                 return self.broken or error
-        return self._lookout.diagnose(operation, cause, self._lookout.queuing(peers, number))
+        return self._detector.diagnose(operation, cause, self._detector.queuing(peers, number))
 
     def gone(self, operation: str, peers: Sequence[int] | None) -> PeerLostError | None:
         """Ask ``peers``, None for all ranks, whether they are there; return the error that names those that are not.
 
         Does not break the group: pass the result to ``fail``. Takes a second at most.
         """
-        return self._lookout.gone(operation, peers)
+        return self._detector.gone(operation, peers)
 
     def inquire(self, peer: int, question: bytes) -> bytes | None:
         """Return what ``answer_with`` has on rank ``peer`` for a question; None if it does not come within a second."""
-        return self._lookout.inquire(peer, question)
+        return self._detector.inquire(peer, question)
 
     def answer_with(self, answer: Callable[[int, bytes], bytes]) -> None:
         """Have other ranks' questions answered, which a thread of its own does; ``answer`` must not wait."""
@@ -318,7 +338,7 @@ class Control:
             return self._pairs.swap(peer, payload, deadline)
 
     def fail(self, error: CollectiveError) -> None:
-        """Break the group with ``error`` and tell every rank, so that all raise the same class naming the same ranks.
+        """Break the group with ``error`` and notify every rank, so that all raise the same class naming the same ranks.
 
         Does nothing if the group is broken already: the first error stays.
         """
@@ -336,11 +356,11 @@ class Control:
 class _Working:
     """The context of one thread's work on the links; whatever else ends it than an error of ours breaks the group."""
 
-    __slots__ = ("_board", "_deadline", "_lookout")
+    __slots__ = ("_board", "_deadline", "_detector")
 
-    def __init__(self, lookout: Lookout) -> None:
-        self._lookout = lookout
-        self._board = lookout.board
+    def __init__(self, detector: FailureDetector) -> None:
+        self._detector = detector
+        self._board = detector.connections
         self._deadline = 0.0
 
     def until(self, deadline: float) -> _Working:
@@ -350,13 +370,21 @@ class _Working:
     def __enter__(self) -> None:
         self._board.enter(self._deadline)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         try:
             if error is not None and not isinstance(error, CollectiveError):
-                lookout = self._lookout
-                operation = f" during {lookout.operation} #{lookout.sequence}" if lookout.operation else ""
+                detector = self._detector
+                operation = (
+                    f" during {detector.operation} #{detector.sequence}"
+                    if detector.operation
+                    else ""
+                )
                 self._board.fail(
-                    GroupError(f"{lookout.where}: this rank was interrupted by {error!r}{operation}. {REMEDY}")
+                    GroupError(
+                        f"{detector.where}: this rank was interrupted by {error!r}{operation}. {REMEDY}"
+                    )
                 )
         finally:
             self._board.leave()

@@ -1,4 +1,4 @@
-// What a call on plain tensors is made of: for the direct calls from Python, and for those from inside XLA.
+// What a call on plain tensors is made of: for the fast calls from Python, and for those from inside XLA.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -11,9 +11,9 @@
 
 namespace colltensor {
 
-// What a direct call asks for, beside its tensors. For a transfer `root` is the destination, -1 for none, and `source`
+// What a fast call asks for, beside its tensors. For a transfer `root` is the destination, -1 for none, and `source`
 // where it comes from.
-struct DirectCall {
+struct FastCall {
   Operation operation;
   std::int64_t op;
   int root;
@@ -31,7 +31,7 @@ DType dtype_of(DLDataType type);
 
 // Runs it on views of `count` elements each, in the order of a request's; the caller has the turn. `detail` says which
 // directions of a transfer differ, 1 for the send and 2 for the receive.
-Outcome run_direct(Group& group, const DirectCall& call, const View* views, std::size_t count, DType dtype,
+Outcome run_fast(Group& group, const FastCall& call, const View* views, std::size_t count, DType dtype,
                    std::int64_t deadline_ns, std::int64_t& detail);
 
 }  // namespace colltensor

@@ -1,7 +1,7 @@
-"""Direct: the short way of a group's calls, on which plain tensors go to the backend as their frameworks made them.
+"""FastPath: calls whose tensors go to the backend as their frameworks made them.
 
-What is not plain (strided, read-only, immutable, of a type that DLPack cannot name, in a tree) takes the general way
-through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may come either way. Imports no framework.
+What is not directly exportable (strided, read-only, immutable, of a type that DLPack cannot name, in a tree) takes the slow path
+through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may come either way.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from colltensor.adapters import is_plain, note, note_all, unnoted
+from colltensor.adapters import is_exportable, no_write_notice, notify_all_written, notify_written
 from colltensor.arguments import Arguments
 from colltensor.backends.base import (
-    DIRECT,
-    DIRECT_BUSY,
-    DIRECT_DONE,
-    DIRECT_LARGE,
-    DIRECT_MISMATCH,
-    DIRECT_PENDING,
-    SigningBackend,
+    FAST_BUSY,
+    FAST_DONE,
+    FAST_LARGE,
+    FAST_MISMATCH,
+    FAST_OPERATIONS,
+    FAST_PENDING,
+    AgreeingBackend,
 )
 from colltensor.buffers import Buffers
 from colltensor.dlpack import export
@@ -36,11 +36,11 @@ _NOBODY: Final = -2
 _SENDS, _RECEIVES = 256, 512
 _COMPARED_LAST: Final = ("allgather", "gather", "alltoall")
 """Operations whose last tensor has the count that the ranks compare; of all others it is the first."""
-_NAMES: Final = tuple(DIRECT)
+_NAMES: Final = tuple(FAST_OPERATIONS)
 
 
-class Direct:
-    """The direct calls of one group, each a function of its own: what it needs not be told takes no time.
+class FastPath:
+    """The fast calls of one group, each a function of its own, so that nothing is passed that is known beforehand.
 
     Attributes:
         before: Called first in every call, or None.
@@ -55,7 +55,12 @@ class Direct:
     """
 
     def __init__(
-        self, backend: SigningBackend, engine: Engine, arguments: Arguments, rank: int, world_size: int
+        self,
+        backend: AgreeingBackend,
+        engine: Engine,
+        arguments: Arguments,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.before: Callable[[], None] | None = None
         self.backend = backend
@@ -71,28 +76,48 @@ class Direct:
         self.allreduce = [self._one("allreduce", op) for op in ReduceOp]
         self.reduce = [self._by_rank("reduce", op) for op in ReduceOp]
         self.broadcast = self._by_rank("broadcast")
-        self.allgather, self.allgather_stack = (self._one("allgather", stacked=stacked) for stacked in (False, True))
-        self.gather, self.gather_stack = (self._by_rank("gather", stacked=stacked) for stacked in (False, True))
-        self.reducescatter, self.reducescatter_stack = (
-            [self._one("reducescatter", op, stacked=stacked) for op in ReduceOp] for stacked in (False, True)
+        self.allgather, self.allgather_stack = (
+            self._one("allgather", stacked=stacked) for stacked in (False, True)
         )
-        self.scatter, self.scatter_stack = (self._by_rank("scatter", stacked=stacked) for stacked in (False, True))
-        self.alltoall, self.alltoall_stack = (self._one("alltoall", stacked=stacked) for stacked in (False, True))
+        self.gather, self.gather_stack = (
+            self._by_rank("gather", stacked=stacked) for stacked in (False, True)
+        )
+        self.reducescatter, self.reducescatter_stack = (
+            [self._one("reducescatter", op, stacked=stacked) for op in ReduceOp]
+            for stacked in (False, True)
+        )
+        self.scatter, self.scatter_stack = (
+            self._by_rank("scatter", stacked=stacked) for stacked in (False, True)
+        )
+        self.alltoall, self.alltoall_stack = (
+            self._one("alltoall", stacked=stacked) for stacked in (False, True)
+        )
         self.send = self._by_rank("transfer")
-        self.recv = Ranks(self._world_size, lambda source: self._one("transfer", NO_OP, NO_RANK, source))
+        self.recv = Ranks(
+            self._world_size, lambda source: self._one("transfer", NO_OP, NO_RANK, source)
+        )
         self.sendrecv = Ranks(
             self._world_size,
-            lambda to: Ranks(self._world_size, lambda source: self._one("transfer", NO_OP, to, source)),
+            lambda to: Ranks(
+                self._world_size, lambda source: self._one("transfer", NO_OP, to, source)
+            ),
         )
 
-    def settle(self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int) -> bool:
-        """End a call that was begun on the backend itself and came to ``code``; see ``Group.settle``."""
+    def complete(
+        self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int
+    ) -> bool:
+        """End a call that was begun on the backend itself and came to ``code``; see ``Group.complete``."""
         return self._one(_NAMES[operation], op, root, source).finish(tensors, code)
 
     def _one(
-        self, name: str, op: int = NO_OP, root: int = NO_RANK, source: int = NO_RANK, stacked: bool = False
-    ) -> DirectCall:
-        return DirectCall(self, name, op, root, source, stacked)
+        self,
+        name: str,
+        op: int = NO_OP,
+        root: int = NO_RANK,
+        source: int = NO_RANK,
+        stacked: bool = False,
+    ) -> FastCall:
+        return FastCall(self, name, op, root, source, stacked)
 
     def _by_rank(self, name: str, op: int = NO_OP, stacked: bool = False) -> Ranks:
         return Ranks(self._world_size, lambda rank: self._one(name, op, rank, stacked=stacked))
@@ -113,15 +138,25 @@ class Ranks(dict[int, Any]):
         return made
 
 
-class DirectCall:
+class FastCall:
     """One operation of one group, with its op and its ranks."""
 
     __slots__ = (
-        "_backend", "_call", "_engine", "_group", "_issue", "_operation", "_patient", "_queue",
-        "_stacked", "function",
+        "_backend",
+        "_call",
+        "_engine",
+        "_group",
+        "_issue",
+        "_operation",
+        "_patient",
+        "_queue",
+        "_stacked",
+        "function",
     )
 
-    def __init__(self, group: Direct, operation: str, op: int, root: int, source: int, stacked: bool) -> None:
+    def __init__(
+        self, group: FastPath, operation: str, op: int, root: int, source: int, stacked: bool
+    ) -> None:
         self._group = group
         self._backend = group.backend
         self._engine = group.engine
@@ -134,10 +169,10 @@ class DirectCall:
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
         """Return the backend's functions for this call."""
-        return self._backend.direct(DIRECT[self._operation], *self._call, self._stacked)
+        return self._backend.fast_call(FAST_OPERATIONS[self._operation], *self._call, self._stacked)
 
     def run(self, tensors: Sequence[Any], written: int, written_end: int) -> bool:
-        """Run it on tensors as they are; False if it must go the general way.
+        """Run it on tensors as they are; False if it must go the slow path.
 
         Args:
             tensors: All tensors of the call, in the backend's order.
@@ -151,11 +186,11 @@ class DirectCall:
             self._group.before()
         if not self._queue.idle and not self._queue.rests():
             return False
-        noted = False
+        needs_write_notice = False
         for tensor in tensors:
-            if tensor.__class__ not in unnoted:
-                noted = True
-                if not is_plain(tensor):
+            if tensor.__class__ not in no_write_notice:
+                needs_write_notice = True
+                if not is_exportable(tensor):
                     return False
         try:
             code = self.function(*tensors)
@@ -164,9 +199,9 @@ class DirectCall:
             return False
         if code and not self.finish(tensors, code):
             return False
-        if noted:
+        if needs_write_notice:
             for tensor in tensors[written:written_end]:
-                note(tensor)
+                notify_written(tensor)
         return True
 
     def pair(self, first: Any, second: Any, written: Any) -> bool:
@@ -175,8 +210,10 @@ class DirectCall:
             self._group.before()
         if not self._queue.idle and not self._queue.rests():
             return False
-        noted = first.__class__ not in unnoted or second.__class__ not in unnoted
-        if noted and not (is_plain(first) and is_plain(second)):
+        needs_write_notice = (
+            first.__class__ not in no_write_notice or second.__class__ not in no_write_notice
+        )
+        if needs_write_notice and not (is_exportable(first) and is_exportable(second)):
             return False
         try:
             code = self.function(first, second)
@@ -185,14 +222,16 @@ class DirectCall:
             return False
         if code and not self.finish((first, second), code):
             return False
-        if noted:
-            note(written)
+        if needs_write_notice:
+            notify_written(written)
         return True
 
-    def issue(self, tensors: Sequence[Any], written: int, written_end: int, result: Any) -> Work | None:
-        """Begin it on tensors as they are, behind what was issued before; None if it must go the general way.
+    def issue(
+        self, tensors: Sequence[Any], written: int, written_end: int, result: Any
+    ) -> Work | None:
+        """Begin it on tensors as they are, behind what was issued before; None if it must go the slow path.
 
-        Where nothing is before it and the other ranks are there it is made at once. A tensor that was written is noted
+        Where nothing is before it and the other ranks are there it is made at once. A tensor that was written is needs_write_notice
         when somebody sees that the call has ended.
 
         Args:
@@ -207,31 +246,39 @@ class DirectCall:
         queue, engine = self._queue, self._engine
         if self._group.before is not None or engine.broken is not None or queue.busy:
             return None
-        noted: Sequence[Any] = ()
+        needs_write_notice: Sequence[Any] = ()
         for tensor in tensors:
-            if tensor.__class__ not in unnoted:
-                if not is_plain(tensor):
+            if tensor.__class__ not in no_write_notice:
+                if not is_exportable(tensor):
                     return None
-                noted = tensors[written:written_end]
-        code = DIRECT_LARGE
+                needs_write_notice = tensors[written:written_end]
+        code = FAST_LARGE
         queue.man_native()
         try:
             if (queue.idle or queue.rests()) and self.function is not self._patient:
                 code = self.function(*tensors)
-                if code == DIRECT_DONE:
-                    if noted:
-                        note_all(noted)
+                if code == FAST_DONE:
+                    if needs_write_notice:
+                        notify_all_written(needs_write_notice)
                     return EndedWork(result)
-            if code in (DIRECT_PENDING, DIRECT_LARGE, DIRECT_BUSY):
+            if code in (FAST_PENDING, FAST_LARGE, FAST_BUSY):
                 exports = [export(tensor) for tensor in tensors]
-                work = IssuedWork(self._operation, queue, (tensors, exports), result, self._end, noted, note_all)
-                if code == DIRECT_PENDING:
+                work = IssuedWork(
+                    self._operation,
+                    queue,
+                    (tensors, exports),
+                    result,
+                    self._end,
+                    needs_write_notice,
+                    notify_all_written,
+                )
+                if code == FAST_PENDING:
                     issued = queue.issue(work, self._backend.hand_over, (), first=True)
                 else:
                     issued = queue.issue(work, self._issue or self._issuing(), exports)
                 if issued:
                     return work
-                if code != DIRECT_PENDING:
+                if code != FAST_PENDING:
                     return None
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
             self.failed(tensors, error)
@@ -244,25 +291,27 @@ class DirectCall:
         return EndedWork(result)
 
     def _issuing(self) -> Callable[..., int]:
-        self._issue = self._backend.issuing(DIRECT[self._operation], *self._call, self._stacked)
+        self._issue = self._backend.issuing(
+            FAST_OPERATIONS[self._operation], *self._call, self._stacked
+        )
         return self._issue
 
     def finish(self, tensors: Sequence[Any], code: int) -> bool:
-        """End a call that was not done at once; False if it must go the general way."""
+        """End a call that was not done at once; False if it must go the slow path."""
         if self._engine.broken is not None:
-            self._backend.drop()
+            self._backend.abandon_pending()
             self._engine.check(self._operation)
-        if code == DIRECT_BUSY and not self._queue.is_inside():
+        if code == FAST_BUSY and not self._queue.is_inside():
             self._queue.warn_of_threads("another")
         try:
-            if code == DIRECT_LARGE:
+            if code == FAST_LARGE:
                 code = self._patient(*tensors)
-            code = self._backend.settle(self._operation, code)
+            code = self._backend.complete(self._operation, code)
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(self._operation, error)
-        if code & 0xFF == DIRECT_MISMATCH:
+        if code & 0xFF == FAST_MISMATCH:
             self._explain(tensors, code)
-        return code == DIRECT_DONE
+        return code == FAST_DONE
 
     def _end(self, tensors: Sequence[Any], code: int) -> bool:
         """End a call that was issued and came to ``code`` in the queue's thread; see ``finish``."""
@@ -270,27 +319,34 @@ class DirectCall:
         return self.finish(tensors, code)
 
     def failed(self, tensors: Sequence[Any], error: BaseException) -> None:
-        """Return if a tensor could not be exported, which the general way explains; break the group over the rest.
+        """Return if a tensor could not be exported, which the slow path explains; break the group over the rest.
 
         A signal's handler may raise the same types, before, between or after the steps of the call.
         """
-        if isinstance(error, (BufferError, TypeError, ValueError)) and not self._backend.exports(tensors):
+        if isinstance(error, (BufferError, TypeError, ValueError)) and not self._backend.exports(
+            tensors
+        ):
             return
         self._engine.abort(self._operation, error)
 
     def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
-        """Raise the MismatchError of a call on which the ranks disagree, in the words of the general way."""
+        """Raise the MismatchError of a call on which the ranks disagree, in the words of the slow path."""
         name, (op, root, _), group = self._operation, self._call, self._group
         reduce_op = None if op == NO_OP else ReduceOp(op)
         buffers = [
-            group.arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False) for tensor in tensors
+            group.arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False)
+            for tensor in tensors
         ]
         if name == "transfer":
             self.explain_transfers(buffers[0], buffers[-1], code)
         argument = (buffers[-1] if name in _COMPARED_LAST else buffers[0]) if buffers else None
         if self._stacked and name == "alltoall":
-            argument = group.arguments.blocks(name, "input_list", tensors[-1], None, None, False, None)
-        self.explain_collective(Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing))
+            argument = group.arguments.blocks(
+                name, "input_list", tensors[-1], None, None, False, None
+            )
+        self.explain_collective(
+            Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing)
+        )
 
     def explain_transfers(self, sent: Buffers, received: Buffers, code: int) -> NoReturn:
         """Raise the MismatchError of the transfers that differ."""
@@ -300,15 +356,17 @@ class DirectCall:
             pairs.append(Transfer(rank, to, sent, moves_nothing))
         if code & _RECEIVES:
             pairs.append(Transfer(source, rank, received, moves_nothing))
-        signed = self._engine.signed(pairs)
-        self._raise_mismatch(lambda deadline: self._backend.explain_transfer(signed, deadline))
+        signatures = self._engine.signatures(pairs)
+        self._raise_mismatch(lambda deadline: self._backend.explain_transfer(signatures, deadline))
 
     def explain_collective(self, call: Call) -> NoReturn:
         """Raise the MismatchError of a collective."""
         sequence = self._backend.calls()
         signature = call.signature(sequence)
         self._raise_mismatch(
-            lambda deadline: self._backend.explain(signature, lambda: call.describe(sequence), deadline)
+            lambda deadline: self._backend.explain(
+                signature, lambda: call.describe(sequence), deadline
+            )
         )
 
     def _raise_mismatch(self, explain: Callable[[float], None]) -> NoReturn:

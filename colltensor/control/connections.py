@@ -1,10 +1,8 @@
 """The links of one rank together: waiting on all of them at once, and what happens when one of them fails.
 
-One thread at a time works the links, the one that has entered. Others (the reception's threads, a thread that
+One thread at a time works the links, the one that has entered. Others (the listener's threads, a thread that
 closes the group or reports a failure) leave their request and wake it; it serves them when it looks or leaves. A
 thread that watches what is queued on a device may ``peek`` while nobody has entered.
-
-Imports lifetime, links, reception, status and the errors of the package, and no framework.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from colltensor.control import lifetime, links
-from colltensor.control.links import FAILURE, Link
-from colltensor.control.reception import Reception
-from colltensor.control.status import REMEDY, Failure, Status
+from colltensor.control import exit_hooks, frames
+from colltensor.control.frames import FAILURE, Link
+from colltensor.control.listener import ControlListener
+from colltensor.control.messages import REMEDY, Failure, Status
 from colltensor.errors import CollectiveError, GroupError, PeerLostError
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
 SILENCE_S = 1.0
 """How long, in seconds, a rank may take to answer a question before it counts as stopped."""
-_TELLING_S = 0.5
+_PROPAGATION_S = 0.5
 _HEARD_S = 0.2
 _LOOK_S = 5.0
 """How long a thread that enters waits for one that looks, which asks who died for about a second at most."""
@@ -39,8 +37,8 @@ _LOOK_S = 5.0
 _POLL_S = 1.0
 
 
-class Host(Protocol):
-    """Whom the switchboard works for."""
+class ConnectionsOwner(Protocol):
+    """Whom the connections works for."""
 
     def status(self) -> Status:
         """Return what this rank does at the moment; called by any thread."""
@@ -49,7 +47,7 @@ class Host(Protocol):
         """Return the error for a rank whose link has ended."""
 
 
-class Switchboard:
+class Connections:
     """The links of one rank, and the one failure that ends them.
 
     Attributes:
@@ -59,13 +57,13 @@ class Switchboard:
         usable: False once the group is closed, broken or another process's.
     """
 
-    def __init__(self, meeting: Meeting, host: Host) -> None:
-        """Prepare to work for ``host``; ``open`` begins."""
+    def __init__(self, meeting: Meeting, owner: ConnectionsOwner) -> None:
+        """Prepare to work for ``owner``; ``open`` begins."""
         self.links: dict[int, Link] = {}
         self.until: float | None = None
         self.answers: Callable[[int, bytes], bytes] | None = None
         self.usable = True
-        self._host = host
+        self._owner = owner
         self._meeting = meeting
         self._pid = os.getpid()
         self._failures: list[Failure] = []
@@ -83,15 +81,15 @@ class Switchboard:
         self._poller = select.poll()
         self._poller.register(self._wakened, select.POLLIN)
         self._polled: dict[int, Link] = {}
-        self._reception: Reception | None = None
+        self._control_listener: ControlListener | None = None
         self._spreading: threading.Thread | None = None
 
     def open(self) -> None:
         """Start to receive links and to answer questions."""
-        lifetime.watch(self)
+        exit_hooks.register(self)
         if self._meeting.world_size > 1:
             try:
-                self._reception = Reception(self._meeting, self)
+                self._control_listener = ControlListener(self._meeting, self)
             except RuntimeError:  # no thread can be started
                 self.close()
                 raise
@@ -117,7 +115,9 @@ class Switchboard:
             )
         try:
             if not self._baton.acquire(timeout=_LOOK_S):
-                raise GroupError(f"group {self._meeting.group_name!r}: another thread holds its control plane")
+                raise GroupError(
+                    f"group {self._meeting.group_name!r}: another thread holds its control plane"
+                )
         except BaseException:
             self._turn.release()
             raise
@@ -166,7 +166,9 @@ class Switchboard:
         if not self._reported:
             self._reported = True
             return error
-        broken = GroupError(f"group {name!r} is broken on rank {rank}. {REMEDY}. It broke with: {error}")
+        broken = GroupError(
+            f"group {name!r} is broken on rank {rank}. {REMEDY}. It broke with: {error}"
+        )
         broken.__cause__ = error
         return broken
 
@@ -174,7 +176,7 @@ class Switchboard:
 
     def status(self) -> Status:
         """Return what this rank does at the moment."""
-        return self._host.status()
+        return self._owner.status()
 
     def answer(self, caller: int, question: bytes) -> bytes:
         """Return the answer to another rank's question; a connection without one says that nobody answers."""
@@ -196,7 +198,7 @@ class Switchboard:
         self._serve()
 
     def fail(self, error: CollectiveError) -> CollectiveError:
-        """Break the group with an error that this rank has found, and tell every other rank.
+        """Break the group with an error that this rank has found, and notify every other rank.
 
         Returns:
             The error to raise: this one, or the one with which the group was broken before.
@@ -217,11 +219,12 @@ class Switchboard:
         """Say goodbye and close everything; a thread that waits meanwhile raises. In a forked child say nothing."""
         self._closed = True
         self.usable = False
-        lifetime.forget(self)
+        exit_hooks.unregister(self)
         if self._disowned:
             return
-        if self._spreading is not None:  # whoever hears of it late asks this rank, and would find it gone as well
-            self._spreading.join(_TELLING_S)
+        # whoever hears of it late asks this rank, and would find it gone as well
+        if self._spreading is not None:
+            self._spreading.join(_PROPAGATION_S)
         self._serve()
         if waits:
             self._done.wait(SILENCE_S)
@@ -230,8 +233,8 @@ class Switchboard:
         """In a forked child: close the copies of all sockets, so that the parent's end is still an end."""
         self._disowned = True
         self.usable = False
-        if self._reception is not None:
-            self._reception.disown()
+        if self._control_listener is not None:
+            self._control_listener.disown()
         self._meeting.listener.close()
         for link in [*self.links.values(), *self._arrivals]:
             link.sock.close()
@@ -284,7 +287,9 @@ class Switchboard:
                 self._poller.modify(link.sock, select.POLLIN)
         return True
 
-    def wait(self, ready: Callable[[], object], until: float, needed: Sequence[Link] = (), kind: int = 0) -> bool:
+    def wait(
+        self, ready: Callable[[], object], until: float, needed: Sequence[Link] = (), kind: int = 0
+    ) -> bool:
         """Read what all links say until ``ready()`` holds.
 
         Args:
@@ -308,7 +313,7 @@ class Switchboard:
             self.look()
             for link in needed:
                 if link.goodbye and not link.inbox[kind]:
-                    raise self.fail(self._host.lost(link.peer, "has destroyed the group or ended"))
+                    raise self.fail(self._owner.lost(link.peer, "has destroyed the group or ended"))
             left = until - time.monotonic()
             if left <= 0:
                 return False
@@ -318,12 +323,18 @@ class Switchboard:
         """Raise if the group is broken or closed, or a link ended without goodbye more than ``grace_s`` ago.
 
         Raises:
-            CollectiveError: What is wrong, after the neighbours were told.
+            CollectiveError: What is wrong, after the neighbours were notified.
         """
         self._hear_links()
         for link in self.links.values():
-            if link.ended_at is not None and not link.goodbye and time.monotonic() - link.ended_at >= grace_s:
-                raise self.fail(self._host.lost(link.peer, "has died: its connection ended without a goodbye"))
+            if (
+                link.ended_at is not None
+                and not link.goodbye
+                and time.monotonic() - link.ended_at >= grace_s
+            ):
+                raise self.fail(
+                    self._owner.lost(link.peer, "has died: its connection ended without a goodbye")
+                )
 
     def _hear_links(self) -> None:
         for link in self.links.values():
@@ -390,16 +401,16 @@ class Switchboard:
         return bool(self._failures and not self._flooded) or (self._closed and not self._shut)
 
     def _flood(self) -> None:
-        """Tell the failure to everyone this rank has a link to; they do the same."""
+        """Propagate the failure to everyone this rank has a link to; they do the same."""
         self._flooded = True
         body = self._failures[0].encode()
-        frame = links.pack(FAILURE, 0, 0, b"", len(body)) + body
+        frame = frames.pack(FAILURE, 0, 0, b"", len(body)) + body
         for link in self.links.values():
             if not link.stuck:
                 link.stuck = link.send(frame) < len(frame)
 
     def _spread(self, failure: Failure) -> None:
-        """Tell the failure to every rank's listener too: the flood ends at a rank that is stopped or computes.
+        """Propagate the failure to every rank's listener too: the flood ends at a rank that is stopped or computes.
 
         The thread is no daemon, so that a process that ends because of the failure still tells it.
         """
@@ -412,21 +423,29 @@ class Switchboard:
 
         def spread() -> None:
             until = time.monotonic() + SILENCE_S
-            links.in_parallel(peers, lambda peer: links.tell(self._meeting, peer, failure, until), until)
+            frames.in_parallel(
+                peers,
+                lambda peer: frames.propagate_failure(self._meeting, peer, failure, until),
+                until,
+            )
 
-        thread = threading.Thread(target=spread, name=f"colltensor-{self._meeting.group_name}-failure")
+        thread = threading.Thread(
+            target=spread, name=f"colltensor-{self._meeting.group_name}-failure"
+        )
         try:
             thread.start()
-        except RuntimeError:  # there are too many, or the interpreter ends: told here, which takes a second at most
+        except RuntimeError:
+            # there are too many, or the interpreter ends: told here, which takes a second at most
             spread()
         else:
             self._spreading = thread
-            thread.join(_HEARD_S)  # whoever ends its process at the error would be missed in place of what it found out
+            # whoever ends its process at the error would be missed in place of what it found out
+            thread.join(_HEARD_S)
 
     def _shut_down(self) -> None:
         self._shut = True
-        if self._reception is not None:
-            self._reception.close()
+        if self._control_listener is not None:
+            self._control_listener.close()
         self._meeting.listener.close()
         self._absorb()
         for link in self.links.values():

@@ -1,6 +1,6 @@
-"""Members: the communicators of one group, made on first use: one of all ranks, one for each pair.
+"""CommunicatorCache: the communicators of one group, made on first use: one of all ranks, one for each pair.
 
-Each rank of a communicator is one device of one process. Imports no framework.
+Each rank of a communicator is one device of one process.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _SLICE_S: Final = 0.1
 _END_TIMEOUT_S: Final = 5.0
 
 
-class Crew(NamedTuple):
+class Communicators(NamedTuple):
     """Communicators that belong together, one for each device of this process that takes part.
 
     Attributes:
-        communicators: This process's, in the order of its devices.
+        handles: This process's, in the order of its devices.
         first: The communicators' rank of the first one.
         firsts: The same for every rank of the group.
         shared: Whether other ranks are threads of this process; their kernels wait for each other, so that they must
             not be on one stream.
     """
 
-    communicators: tuple[Any, ...]
+    handles: tuple[Any, ...]
     first: int
     firsts: tuple[int, ...]
     shared: bool
@@ -55,18 +55,18 @@ _local: Final[dict[bytes, _Presence]] = {}
 _local_lock: Final = threading.Lock()
 
 
-class Members:
+class CommunicatorCache:
     """Makes communicators and ends them."""
 
     def __init__(self, control: Any, driver: Any) -> None:
         self._control = control
         self._driver = driver
         self._rank = 0 if control is None else control.rank
-        self._crews: dict[tuple[int, ...], Crew] = {}
-        self._pairs: dict[int, tuple[int, Crew]] = {}
+        self._made: dict[tuple[int, ...], Communicators] = {}
+        self._pairs: dict[int, tuple[int, Communicators]] = {}
         self._lock = threading.Lock()
 
-    def all(self, devices: tuple[int, ...], deadline: float) -> Crew:
+    def all(self, devices: tuple[int, ...], deadline: float) -> Communicators:
         """Return the communicators of all ranks' devices; every rank calls if they are not there yet.
 
         Raises:
@@ -74,8 +74,8 @@ class Members:
             MismatchError: The ranks bring different numbers of devices.
             CollectiveError: A rank does not come.
         """
-        if devices in self._crews:
-            return self._crews[devices]
+        if devices in self._made:
+            return self._made[devices]
         self.refuse(devices)
         control = self._control
         identity = self._driver.unique_id() if self._rank == 0 else b""
@@ -86,19 +86,22 @@ class Members:
         odd = [rank for rank, count in enumerate(counts) if count != counts[0]]
         if odd:
             raise MismatchError(
-                f"the ranks bring different numbers of devices to one call: {counts}, by rank; bring as many", odd
+                f"the ranks bring different numbers of devices to one call: {counts}, by rank; bring as many",
+                odd,
             )
         firsts = tuple(len(devices) * rank for rank in range(len(counts)))
-        crew = self._connect(bytes.fromhex(votes[0][0]), sum(counts), firsts, self._rank, devices, deadline)
-        with self._lock:  # the watcher goes through them
-            self._crews[devices] = crew
-        return crew
+        communicators = self._connect(
+            bytes.fromhex(votes[0][0]), sum(counts), firsts, self._rank, devices, deadline
+        )
+        with self._lock:  # the watchdog goes through them
+            self._made[devices] = communicators
+        return communicators
 
-    def crew(self, devices: tuple[int, ...]) -> Crew | None:
+    def communicators(self, devices: tuple[int, ...]) -> Communicators | None:
         """Return the communicators of all ranks' devices if they are there."""
-        return self._crews.get(devices)
+        return self._made.get(devices)
 
-    def pair(self, peer: int, device: int, deadline: float) -> Crew:
+    def pair(self, peer: int, device: int, deadline: float) -> Communicators:
         """Return the communicator of this rank and ``peer``, the lower rank first; both call if it is not there yet.
 
         Raises:
@@ -111,14 +114,14 @@ class Members:
         mine = self._driver.unique_id() if self._rank < peer else b""
         theirs = self._control.swap(peer, mine, deadline)
         place = 0 if self._rank < peer else 1
-        crew = self._connect(mine or theirs, 2, (0, 1), place, (device,), deadline)
+        communicators = self._connect(mine or theirs, 2, (0, 1), place, (device,), deadline)
         with self._lock:
-            self._pairs[peer] = device, crew
-        return crew
+            self._pairs[peer] = device, communicators
+        return communicators
 
     def refuse(self, devices: tuple[int, ...]) -> None:
         """Raise DeviceError if this process has used other devices for calls of all ranks before."""
-        for used in self._crews:
+        for used in self._made:
             if len(used) == len(devices) and used != devices:
                 raise DeviceError(
                     f"the tensor is on cuda:{devices[0]}, but this rank's earlier calls on the group were on "
@@ -157,7 +160,8 @@ class Members:
             )
             try:
                 thread.start()
-            except RuntimeError:  # the interpreter shuts down: the watcher's thread, which calls, is waited for instead
+            except RuntimeError:
+                # the interpreter shuts down: the watchdog's thread, which calls, is waited for instead
                 self._abort(everyone, keep)
             else:
                 thread.join(_END_TIMEOUT_S)
@@ -174,7 +178,7 @@ class Members:
         """Return all communicators and forget them."""
         with self._lock:
             everyone = self._everyone()
-            self._crews.clear()
+            self._made.clear()
             self._pairs.clear()
         return everyone
 
@@ -184,12 +188,18 @@ class Members:
                 communicator.abort()
 
     def _everyone(self) -> list[Any]:
-        crews = [*self._crews.values(), *(crew for _, crew in self._pairs.values())]
-        return [communicator for crew in crews for communicator in crew.communicators]
+        made = [*self._made.values(), *(communicators for _, communicators in self._pairs.values())]
+        return [communicator for communicators in made for communicator in communicators.handles]
 
     def _connect(
-        self, identity: bytes, size: int, firsts: tuple[int, ...], place: int, devices: tuple[int, ...], deadline: float
-    ) -> Crew:
+        self,
+        identity: bytes,
+        size: int,
+        firsts: tuple[int, ...],
+        place: int,
+        devices: tuple[int, ...],
+        deadline: float,
+    ) -> Communicators:
         """Make this process's communicators in a thread of its own, because NCCL cannot be told when to give up.
 
         Raises:
@@ -239,7 +249,7 @@ class Members:
             if isinstance(failed[0], CollectiveError):
                 raise failed[0]
             raise RuntimeError(_explained(failed[0])) from failed[0]
-        return Crew(tuple(made), firsts[place], firsts, present.came > 1)
+        return Communicators(tuple(made), firsts[place], firsts, present.came > 1)
 
 
 def _explained(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """Elements: how NCCL spells data types and reduce ops, and what stands in where it has none.
 
-NCCL's numbers are those of its header (``ncclDataType_t`` and ``ncclRedOp_t`` in nccl.h). Imports no framework.
+NCCL's numbers are those of its header (``ncclDataType_t`` and ``ncclRedOp_t`` in nccl.h).
 """
 
 from __future__ import annotations
@@ -16,15 +16,31 @@ from colltensor.types import DTYPES, DType, ReduceOp
 BYTE: Final = 1
 """``ncclUint8``: what moves travel as."""
 _TYPES: Final = {
-    "int8": 0, "uint8": 1, "int32": 2, "uint32": 3, "int64": 4, "uint64": 5, "float16": 6, "float32": 7, "float64": 8,
+    "int8": 0,
+    "uint8": 1,
+    "int32": 2,
+    "uint32": 3,
+    "int64": 4,
+    "uint64": 5,
+    "float16": 6,
+    "float32": 7,
+    "float64": 8,
     "bfloat16": 9,
 }
 _SUM, _PRODUCT, _MAX, _MIN, _AVERAGE = range(5)
 _OPS: Final = {
-    ReduceOp.SUM: _SUM, ReduceOp.PRODUCT: _PRODUCT, ReduceOp.MAX: _MAX, ReduceOp.MIN: _MIN, ReduceOp.AVERAGE: _AVERAGE
+    ReduceOp.SUM: _SUM,
+    ReduceOp.PRODUCT: _PRODUCT,
+    ReduceOp.MAX: _MAX,
+    ReduceOp.MIN: _MIN,
+    ReduceOp.AVERAGE: _AVERAGE,
 }
 _LOGICAL: Final = {
-    ReduceOp.SUM: _MAX, ReduceOp.MAX: _MAX, ReduceOp.BOR: _MAX, ReduceOp.PRODUCT: _MIN, ReduceOp.MIN: _MIN,
+    ReduceOp.SUM: _MAX,
+    ReduceOp.MAX: _MAX,
+    ReduceOp.BOR: _MAX,
+    ReduceOp.PRODUCT: _MIN,
+    ReduceOp.MIN: _MIN,
     ReduceOp.BAND: _MIN,
 }
 """bool is a byte of 0 or 1: or is the greater of two, and is the smaller."""
@@ -33,41 +49,45 @@ _SIGNIFICANDS: Final = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 
 _ORDERED: Final = frozenset({ReduceOp.MIN, ReduceOp.MAX})
 
 
-class Spelling(NamedTuple):
+class NcclReduction(NamedTuple):
     """How a reduction is put to NCCL.
 
     Attributes:
         datatype: NCCL's data type.
         op: NCCL's reduce op.
         parts: How many of NCCL's elements make one.
-        keyed: Whether elements travel as keys; see ``Keying``.
+        encoded: Whether elements travel as keys; see ``OrderEncoding``.
     """
 
     datatype: int
     op: int
     parts: int
-    keyed: bool
+    encoded: bool
 
 
 @functools.cache
-def spelling(dtype: DType, op: ReduceOp) -> Spelling | None:
+def reduction(dtype: DType, op: ReduceOp) -> NcclReduction | None:
     """Return how NCCL combines elements of ``dtype`` with ``op``, or None if it cannot."""
     if dtype.kind == "b":
-        return Spelling(BYTE, _LOGICAL[op], 1, False) if op in _LOGICAL else None
+        return NcclReduction(BYTE, _LOGICAL[op], 1, False) if op in _LOGICAL else None
     if dtype.kind == "c":
         part = "float32" if dtype.itemsize == 8 else "float64"
-        return Spelling(_TYPES[part], _OPS[op], 2, False) if op in (ReduceOp.SUM, ReduceOp.AVERAGE) else None
+        return (
+            NcclReduction(_TYPES[part], _OPS[op], 2, False)
+            if op in (ReduceOp.SUM, ReduceOp.AVERAGE)
+            else None
+        )
     if dtype.kind == "f" and op in _ORDERED and dtype.name in _TYPES:
-        return Spelling(_TYPES[keying(dtype).keys.name], _OPS[op], 1, True)
+        return NcclReduction(_TYPES[order_encoding(dtype).keys.name], _OPS[op], 1, True)
     if dtype.name not in _TYPES or op not in _OPS:
         return None
-    return Spelling(_TYPES[dtype.name], _OPS[op], 1, False)
+    return NcclReduction(_TYPES[dtype.name], _OPS[op], 1, False)
 
 
 def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
     """Raise UnsupportedDTypeError or OptionError if the call cannot be done with NCCL."""
     require_defined(operation, dtype, op)
-    if op is None or operation not in REDUCTIONS or spelling(dtype, op) is not None:
+    if op is None or operation not in REDUCTIONS or reduction(dtype, op) is not None:
         return
     raise UnsupportedDTypeError(
         f"NCCL has no {operation} with op={op.name} of {dtype}; convert it to a type that it has ({', '.join(_TYPES)}; "
@@ -75,7 +95,7 @@ def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
     )
 
 
-class Keying(NamedTuple):
+class OrderEncoding(NamedTuple):
     """How floats become integers of the same order.
 
     NCCL's own minimum and maximum of floats drop a NaN where the other operand is none. Read as a signed integer, a
@@ -107,13 +127,19 @@ class Keying(NamedTuple):
 
 
 @functools.cache
-def keying(dtype: DType) -> Keying:
+def order_encoding(dtype: DType) -> OrderEncoding:
     """Return how the floats of a type become keys."""
     width = 8 * dtype.itemsize
     mask = (1 << (width - 1)) - 1
     significand = _SIGNIFICANDS[dtype.name]
     bits = DTYPES[f"int{width}"]
-    return Keying(bits, max(bits, DTYPES["int32"], key=_width), mask, mask >> significand << significand, ~mask)
+    return OrderEncoding(
+        bits,
+        max(bits, DTYPES["int32"], key=_width),
+        mask,
+        mask >> significand << significand,
+        ~mask,
+    )
 
 
 def _width(dtype: DType) -> int:

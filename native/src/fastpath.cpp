@@ -1,5 +1,5 @@
-// The short way: calls with the tensors as they come from their frameworks, without a request. What is not plain
-// (strided, of a type known by its size alone, of unequal counts, sharing memory) is refused and takes the general way.
+// The fast path: calls with the tensors as they come from their frameworks, without a request. What is not exportable
+// (strided, of a type known by its size alone, of unequal counts, sharing memory) is refused and takes the slow path.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "colltensor/kernels.h"
-#include "direct.h"
+#include "fastpath.h"
 #include "exports.h"
 #include "registry.h"
 #include "request.h"
@@ -52,7 +52,7 @@ Signature call_signature(Operation operation, std::uint8_t op, std::int16_t root
 
 namespace {
 
-Signature direct_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count, DType dtype) {
+Signature fast_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count, DType dtype) {
   return call_signature(operation, op, root, count,
                         dtype == DType::kMovesOnly ? 0 : static_cast<std::uint64_t>(dtype));
 }
@@ -75,7 +75,7 @@ struct Plain {
 
 std::int64_t code(Outcome outcome) { return static_cast<std::int64_t>(outcome); }
 
-// Takes tensors as a direct call does, and does nothing with them.
+// Takes tensors as a fast call does, and does nothing with them.
 ffi::Function export_function() {
   return ffi::Function::FromPacked([](const ffi::AnyView* arguments, std::int32_t number, ffi::Any*) {
     for (std::int32_t i = 0; i < number; ++i) arguments[i].cast<ffi::TensorView>();
@@ -112,7 +112,7 @@ bool is_stack(Operation operation, int argument) {
 class Tensors {
  public:
   // False if they are not plain and alike.
-  bool take(const DirectCall& call, int ranks, const ffi::AnyView* arguments, int number) {
+  bool take(const FastCall& call, int ranks, const ffi::AnyView* arguments, int number) {
     views_.clear();
     first_ = {};
     if (call.stacked && number != 2) return false;
@@ -172,7 +172,7 @@ class Tensors {
   std::vector<Range> ranges_;  // kept for its memory
 };
 
-bool is_plain_call(const DirectCall& call, Tensors& tensors, int rank, int ranks) {
+bool is_plain_call(const FastCall& call, Tensors& tensors, int rank, int ranks) {
   const bool is_root = call.root == rank, has_root = call.root >= 0 && call.root < ranks;
   switch (call.operation) {
     case Operation::kBarrier: return tensors.size() == 0;
@@ -196,11 +196,11 @@ bool is_plain_call(const DirectCall& call, Tensors& tensors, int rank, int ranks
   return false;
 }
 
-Outcome run_transfer(Group& group, const DirectCall& call, const View* views, std::size_t count, DType dtype,
+Outcome run_transfer(Group& group, const FastCall& call, const View* views, std::size_t count, DType dtype,
                      std::int64_t deadline_ns, std::int64_t& detail) {
   const std::size_t item = item_size(dtype);
   const auto sign = [&](int source) {
-    return direct_signature(Operation::kTransfer, 255, static_cast<std::int16_t>(source), count, dtype);
+    return fast_signature(Operation::kTransfer, 255, static_cast<std::int16_t>(source), count, dtype);
   };
   Group::Transfer send{}, recv{};
   if (call.root >= 0) send = {&views[0], count, item, call.root, sign(group.rank())};
@@ -213,12 +213,12 @@ Outcome run_transfer(Group& group, const DirectCall& call, const View* views, st
 
 }  // namespace
 
-Outcome run_direct(Group& group, const DirectCall& call, const View* views, std::size_t count, DType dtype,
+Outcome run_fast(Group& group, const FastCall& call, const View* views, std::size_t count, DType dtype,
                    std::int64_t deadline_ns, std::int64_t& detail) {
   if (call.operation == Operation::kTransfer) {
     return run_transfer(group, call, views, count, dtype, deadline_ns, detail);
   }
-  const Signature signature = direct_signature(call.operation, static_cast<std::uint8_t>(call.op),
+  const Signature signature = fast_signature(call.operation, static_cast<std::uint8_t>(call.op),
                                                static_cast<std::int16_t>(call.root), count, dtype);
   const Collective collective{call.operation, static_cast<ReduceOp>(call.op), dtype, item_size(dtype), count, call.root,
                               signature};
@@ -230,9 +230,9 @@ namespace {
 // One operation on plain tensors, given in the order of a request's views. Where the interpreter lock is kept it must be
 // `brief`: the turn is kept where it returns kPending, and the function of resume_function() must follow. Of a transfer's
 // mismatch the code says which direction differs: 256 the send, 512 the receive.
-ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
+ffi::Function fast_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
                               int source, bool stacked, bool brief) {
-  const DirectCall call{static_cast<Operation>(operation), op, root, source, stacked};
+  const FastCall call{static_cast<Operation>(operation), op, root, source, stacked};
   const auto made = std::make_shared<Tensors>();  // kept for its memory; of whoever has the turn
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     Turn group(handle);
@@ -245,11 +245,11 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
     if (!tensors.take(call, group->world_size(), arguments, number)) return;
     if (!is_plain_call(call, tensors, group->rank(), group->world_size())) return;
     std::int64_t detail = 0;
-    const Outcome outcome = run_direct(*group, call, tensors.from(0), tensors.count(), tensors.dtype(),
+    const Outcome outcome = run_fast(*group, call, tensors.from(0), tensors.count(), tensors.dtype(),
                                        brief ? Group::kBrief : now_ns() + timeout_ns, detail);
     if (outcome == Outcome::kPending) {
       Group::Rest rest = [made, call, &group = *group](std::int64_t deadline_ns, std::int64_t& detail) {
-        return run_direct(group, call, made->from(0), made->count(), made->dtype(), deadline_ns, detail);
+        return run_fast(group, call, made->from(0), made->count(), made->dtype(), deadline_ns, detail);
       };
       group.keep();
       *returned = code(outcome);
@@ -264,7 +264,7 @@ ffi::Function direct_function(std::int64_t handle, std::int64_t timeout_ns, int 
 // has ended. Returns its number, or less what is wrong.
 ffi::Function issue_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
                              int source, bool stacked) {
-  const DirectCall call{static_cast<Operation>(operation), op, root, source, stacked};
+  const FastCall call{static_cast<Operation>(operation), op, root, source, stacked};
   const std::shared_ptr<Queue> queue = member_queue(handle);
   const Guest group(handle);
   const int rank = group ? group->rank() : 0, ranks = group ? group->world_size() : 0;
@@ -284,7 +284,7 @@ ffi::Function issue_function(std::int64_t handle, std::int64_t timeout_ns, int o
       Group& group = *held_member(handle);
       std::int64_t detail = 0;
       const Outcome outcome =
-          run_direct(group, call, tensors->from(0), tensors->count(), tensors->dtype(), deadline_ns, detail);
+          run_fast(group, call, tensors->from(0), tensors->count(), tensors->dtype(), deadline_ns, detail);
       release_member(handle);
       return code(outcome) | detail << 8;
     });
@@ -352,7 +352,7 @@ ffi::Function queue_wait_function(std::int64_t handle) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_export_function, colltensor::export_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_direct_function, colltensor::direct_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_fast_function, colltensor::fast_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_issue_function, colltensor::issue_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hand_over_function, colltensor::hand_over_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_queue_function, colltensor::queue_function)

@@ -1,9 +1,8 @@
-"""Lanes: which stream a call is queued on, what it comes after, and what comes after it.
+"""StreamManager: which stream a call is queued on, what it comes after, and what comes after it.
 
 A synchronous call goes on the stream on which the framework queues its own work, so that nothing else is needed; the
 streams of other frameworks in the same call, and the stream of the call before, are waited for by events. An
-asynchronous one goes on a stream of the group's own, so that the frameworks' work goes on beside it. Imports no
-framework.
+asynchronous one goes on a stream of the group's own, so that the frameworks' work goes on beside it.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ _GLANCE_S: Final = 20e-6
 _LONGEST_GLANCE_S: Final = 1e-3
 
 
-class QueuedFlight:
-    """One call on a device. Of ``Flight``.
+class QueuedOperation:
+    """One call on a device. Of ``PendingOperation``.
 
     Attributes:
         name: The operation.
@@ -50,10 +49,17 @@ class QueuedFlight:
     failure: CollectiveError | None = None
 
     def __init__(
-        self, lanes: Lanes, name: str, peers: Sequence[int] | None, device: int, stream: int, keep: object, began: int,
+        self,
+        stream_manager: StreamManager,
+        name: str,
+        peers: Sequence[int] | None,
+        device: int,
+        stream: int,
+        keep: object,
+        began: int,
         ended: int,
     ) -> None:
-        self._lanes = lanes
+        self._stream_manager = stream_manager
         self.name = name
         self.peers = peers
         self.device = device
@@ -64,22 +70,22 @@ class QueuedFlight:
 
     def done(self) -> bool:
         """Return True once the call is done or failed; never waits."""
-        return self.failure is not None or self._lanes.finished(self)
+        return self.failure is not None or self._stream_manager.finished(self)
 
     def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
-        """Let streams, and for None the host, go on only when the call is done; see ``Flight``."""
+        """Let streams, and for None the host, go on only when the call is done; see ``PendingOperation``."""
         if self.failure is not None:
             raise self.failure
         for stream in streams:
             if stream is None:
                 self.wait(timeout_s)
             elif stream != self.stream:
-                self._lanes.follow(stream, self)
+                self._stream_manager.follow(stream, self)
         if self.failure is not None:
             raise self.failure
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return, on the host, when the call is done; the watcher bounds the wait by the group's timeout.
+        """Return, on the host, when the call is done; the watchdog bounds the wait by the group's timeout.
 
         Raises:
             TimeoutError: It is not done after ``timeout_s``.
@@ -96,24 +102,24 @@ class QueuedFlight:
             raise self.failure
 
 
-class Flights:
-    """One call on several devices. Of ``Flight``."""
+class PendingOperations:
+    """One call on several devices. Of ``PendingOperation``."""
 
-    def __init__(self, flights: Sequence[QueuedFlight]) -> None:
-        self._flights = flights
+    def __init__(self, pending: Sequence[QueuedOperation]) -> None:
+        self._pending = pending
 
     def done(self) -> bool:
         """Return True once the call is done on all devices, or failed on one; never waits."""
-        return all(flight.done() for flight in self._flights)
+        return all(operation.done() for operation in self._pending)
 
     def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
         """Let streams of each device, and for None the host, go on only when the call is done there."""
         wanted = list(streams)
-        for flight in self._flights:
-            flight.order(wanted, timeout_s)
+        for operation in self._pending:
+            operation.order(wanted, timeout_s)
 
 
-class Lanes:
+class StreamManager:
     """The streams and events of one group in this process."""
 
     def __init__(self, driver: Any) -> None:
@@ -121,19 +127,24 @@ class Lanes:
         self._lock = threading.Lock()
         self._own: dict[int, int] = {}
         self._events: dict[int, list[int]] = {}
-        self._last: dict[int, QueuedFlight] = {}
+        self._last: dict[int, QueuedOperation] = {}
 
     def begin(
-        self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None, apart: bool, keep: object
-    ) -> QueuedFlight:
-        """Return the flight of what is queued next, for which its device is the current one and its stream ready.
+        self,
+        name: str,
+        views: Sequence[BufferView],
+        peers: Sequence[int] | None,
+        apart: bool,
+        keep: object,
+    ) -> QueuedOperation:
+        """Return the operation of what is queued next, for which its device is the current one and its stream ready.
 
         Args:
             name: The operation.
             views: The views of the call, on one device, the current one; at least one.
             peers: The ranks of a point-to-point call, None for all.
             apart: Whether to use the group's own stream.
-            keep: Kept until the flight is done, where the frameworks' own order does not protect its memory.
+            keep: Kept until the operation is done, where the frameworks' own order does not protect its memory.
         """
         device = views[0].device.index
         streams = {view.stream or 0 for view in views}
@@ -146,26 +157,26 @@ class Lanes:
             self.follow(stream, last)
         began, ended = self._two_events(device)
         kept = keep if apart or streams or stream == _LEGACY else None
-        flight = QueuedFlight(self, name, peers, device, stream, kept, began, ended)
+        operation = QueuedOperation(self, name, peers, device, stream, kept, began, ended)
         self._driver.record(began, stream)
-        return flight
+        return operation
 
     def follows_itself(self, device: int, stream: int) -> bool:
         """Return whether a call on a stream comes after the call before as it is, and its memory needs no keeping."""
         last = self._last.get(device)
         return last is not None and last.stream == stream and stream not in (_LEGACY, _PER_THREAD)
 
-    def begin_alone(self, name: str, device: int, stream: int) -> QueuedFlight:
+    def begin_alone(self, name: str, device: int, stream: int) -> QueuedOperation:
         """Do as ``begin`` for a call of all ranks on one tensor for which ``follows_itself`` is true."""
         began, ended = self._two_events(device)
         self._driver.record(began, stream)
-        return QueuedFlight(self, name, None, device, stream, None, began, ended)
+        return QueuedOperation(self, name, None, device, stream, None, began, ended)
 
-    def end(self, flight: QueuedFlight) -> None:
-        """Take what was queued since ``begin`` for the flight; its device is the current one."""
-        self._driver.record(flight.ended, flight.stream)
-        flight.queued = True
-        self._last[flight.device] = flight
+    def end(self, operation: QueuedOperation) -> None:
+        """Take what was queued since ``begin`` for the operation; its device is the current one."""
+        self._driver.record(operation.ended, operation.stream)
+        operation.queued = True
+        self._last[operation.device] = operation
 
     def refuse_capture(self, name: str, views: Sequence[BufferView]) -> None:
         """Refuse to queue a call on streams that are captured: a graph that is run again would call on one rank alone.
@@ -180,42 +191,42 @@ class Lanes:
                     "a part; call it before or after the capture, on every rank"
                 )
 
-    def follow(self, stream: int, flight: QueuedFlight) -> None:
-        """Let a stream go on only when the flight is done."""
+    def follow(self, stream: int, operation: QueuedOperation) -> None:
+        """Let a stream go on only when the operation is done."""
         with self._lock:
-            if not flight.landed and flight.queued:
-                before = self._driver.enter(flight.device)
+            if not operation.landed and operation.queued:
+                before = self._driver.enter(operation.device)
                 try:
-                    self._driver.wait(stream, flight.ended)
+                    self._driver.wait(stream, operation.ended)
                 finally:
                     self._driver.leave(before)
 
-    def finished(self, flight: QueuedFlight) -> bool:
-        """Return whether the flight is done; takes its events back if so, and lets go of what it keeps."""
+    def finished(self, operation: QueuedOperation) -> bool:
+        """Return whether the operation is done; takes its events back if so, and lets go of what it keeps."""
         with self._lock:
-            if flight.landed:
+            if operation.landed:
                 return True
-            if not flight.queued or not self._driver.done(flight.ended):
+            if not operation.queued or not self._driver.done(operation.ended):
                 return False
-            flight.landed = True
-            self._events[flight.device] += (flight.began, flight.ended)
-        flight.keep = None
+            operation.landed = True
+            self._events[operation.device] += (operation.began, operation.ended)
+        operation.keep = None
         return True
 
-    def under_way(self, flight: QueuedFlight) -> bool:
-        """Return whether all that was queued before the flight is done."""
+    def under_way(self, operation: QueuedOperation) -> bool:
+        """Return whether all that was queued before the operation is done."""
         with self._lock:
-            return flight.landed or bool(self._driver.done(flight.began))
+            return operation.landed or bool(self._driver.done(operation.began))
 
-    def enter_watcher(self) -> None:
-        """Prepare the thread that watches flights."""
+    def enter_watchdog(self) -> None:
+        """Prepare the thread that watches pending."""
         self._driver.mind_own_captures()
 
-    def check(self, flight: QueuedFlight) -> None:
-        """Raise the driver's RuntimeError if the device has failed, after which no flight is ever done."""
+    def check(self, operation: QueuedOperation) -> None:
+        """Raise the driver's RuntimeError if the device has failed, after which no operation is ever done."""
         with self._lock:
-            if not flight.landed:
-                self._driver.check(flight.ended)
+            if not operation.landed:
+                self._driver.check(operation.ended)
 
     def close(self) -> None:
         """Free streams and events."""

@@ -1,8 +1,6 @@
 """What ranks tell each other about themselves and about failures, and what is concluded from it.
 
 Everything here is plain data and pure functions; the connections are in ``links``.
-
-Imports the errors of the package, nothing else of it, and no framework.
 """
 
 from __future__ import annotations
@@ -14,7 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from colltensor import errors
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, MismatchError, PeerLostError
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    GroupError,
+    MismatchError,
+    PeerLostError,
+)
 
 _LANE = 1 << 16
 REFUSED = "refused its part of "
@@ -41,7 +45,9 @@ class Failure:
     @classmethod
     def of(cls, error: CollectiveError, origin: int) -> Failure:
         """Return the failure that ``error`` stands for."""
-        known = next(kind for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
+        known = next(
+            kind for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind
+        )
         return cls(known.__name__, str(error), tuple(getattr(error, "ranks", ())), origin)
 
     def encode(self) -> bytes:
@@ -57,7 +63,11 @@ class Failure:
     def exception(self, reader: int) -> CollectiveError:
         """Return a new exception that says this to rank ``reader``; class and ranks are the same on every rank."""
         kind = vars(errors).get(self.error)
-        message = self.message if reader == self.origin else f"{self.message} (rank {self.origin} told rank {reader})"
+        message = (
+            self.message
+            if reader == self.origin
+            else f"{self.message} (rank {self.origin} told rank {reader})"
+        )
         if not (isinstance(kind, type) and issubclass(kind, CollectiveError)):
             return GroupError(message)
         if issubclass(kind, (PeerLostError, CollectiveTimeoutError, MismatchError)):
@@ -96,7 +106,14 @@ class Status:
         failure = self.failure.encode().decode() if self.failure else None
         pairs, queued = list(self.pairs.items()), list(self.queued.items())
         fields = [
-            self.rank, self.sequence, self.operation, self.exchange, pairs, self.remaining_s, failure, queued,
+            self.rank,
+            self.sequence,
+            self.operation,
+            self.exchange,
+            pairs,
+            self.remaining_s,
+            failure,
+            queued,
             self.awaits,
         ]
         return json.dumps(fields).encode()
@@ -104,10 +121,22 @@ class Status:
     @classmethod
     def decode(cls, data: bytes) -> Status:
         """Return the status that ``encode`` made these bytes of."""
-        rank, sequence, operation, exchange, pairs, remaining_s, failure, queued, awaits = json.loads(data)
+        rank, sequence, operation, exchange, pairs, remaining_s, failure, queued, awaits = (
+            json.loads(data)
+        )
         known = Failure.decode(failure.encode()) if failure else None
         awaited = None if awaits is None else tuple(awaits)
-        return cls(rank, sequence, operation, exchange, _counts(pairs), remaining_s, known, _counts(queued), awaited)
+        return cls(
+            rank,
+            sequence,
+            operation,
+            exchange,
+            _counts(pairs),
+            remaining_s,
+            known,
+            _counts(queued),
+            awaited,
+        )
 
     def waits_for(self, other: Status) -> bool:
         """Return whether this rank has entered an exchange that ``other`` has not."""
@@ -123,7 +152,9 @@ class Status:
             return f"rank {self.rank} is in {self.operation} #{self.sequence}"
         queued = sum(self.queued.values())
         if queued:
-            return f"rank {self.rank} has not called yet: it has queued {queued} calls on its device"
+            return (
+                f"rank {self.rank} has not called yet: it has queued {queued} calls on its device"
+            )
         if self.sequence:
             return f"rank {self.rank} has not called yet: its last operation was #{self.sequence}"
         return f"rank {self.rank} has not called yet: it has done no operation on the group"
@@ -163,7 +194,8 @@ def late_ranks(answers: Answers, is_late: Callable[[Status], bool]) -> tuple[int
     return tuple(
         rank
         for rank, answer in sorted(answers.items())
-        if answer in (Absence.SILENT, Absence.UNASKED) or (isinstance(answer, Status) and is_late(answer))
+        if answer in (Absence.SILENT, Absence.UNASKED)
+        or (isinstance(answer, Status) and is_late(answer))
     )
 
 
@@ -188,7 +220,11 @@ def followed(late: Sequence[int], answers: Answers) -> tuple[int, ...]:
             continue
         for other in answer.awaits:
             said = answers.get(other)
-            if other not in known and said is not None and (not isinstance(said, Status) or answer.waits_for(said)):
+            if (
+                other not in known
+                and said is not None
+                and (not isinstance(said, Status) or answer.waits_for(said))
+            ):
                 known.add(other)
                 chain.append(other)
     return tuple(sorted(ends))
@@ -237,7 +273,11 @@ def differing_ranks(signatures: Sequence[bytes]) -> tuple[int, ...]:
 
 
 def mismatch(
-    where: str, ranks: Sequence[int], signatures: Sequence[bytes], texts: Sequence[str], remedy: str | None = None
+    where: str,
+    ranks: Sequence[int],
+    signatures: Sequence[bytes],
+    texts: Sequence[str],
+    remedy: str | None = None,
 ) -> MismatchError:
     """Return the error for ranks that do not agree about a call.
 
@@ -253,15 +293,20 @@ def mismatch(
         words = next(text for text in texts if text.startswith(REFUSED))
         return MismatchError(
             f"{where}: {_several(refusing)} {words}. No data was changed and the group goes on: call again on every "
-            "rank", refusing,
+            "rank",
+            refusing,
         )
     odd = differing_ranks(signatures)
     [reference] = {signatures[i] for i in range(len(ranks)) if i not in odd}
     said: dict[tuple[bytes, str], list[int]] = {}
     for rank, signature, text in zip(ranks, signatures, texts, strict=True):
         said.setdefault((signature, text), []).append(rank)
-    expected = "; ".join(f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig == reference)
-    came = "; ".join(f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig != reference)
+    expected = "; ".join(
+        f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig == reference
+    )
+    came = "; ".join(
+        f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig != reference
+    )
     return MismatchError(
         f"{where}: the ranks disagree about the call. Expected what {expected}. Got from {came}. No data was changed "
         f"and the group goes on: {remedy or 'make the same call, with the same dtypes and counts, on every rank'}",

@@ -2,8 +2,6 @@
 
 Every connection that speaks is handled in a short-lived thread of its own (``Listener``), so that strangers keep nobody
 waiting.
-
-Imports net, listener, links and status of the package, and no framework.
 """
 
 from __future__ import annotations
@@ -15,8 +13,19 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from colltensor import net
-from colltensor.control.links import ANSWER, ASK, CALLER, CONFIRM, INQUIRE, LINK, TELL, WELCOME, Link, context_of
-from colltensor.control.status import Failure, Status
+from colltensor.control.frames import (
+    ANSWER,
+    ASK,
+    CALLER,
+    CONFIRM,
+    FAILURE_NEWS,
+    INQUIRE,
+    LINK,
+    WELCOME,
+    Link,
+    context_of,
+)
+from colltensor.control.messages import Failure, Status
 from colltensor.listener import HANDSHAKE_S, Listener
 
 if TYPE_CHECKING:
@@ -26,8 +35,8 @@ _REQUEST_LIMIT = 1 << 20
 _log = logging.getLogger("colltensor")
 
 
-class Host(Protocol):
-    """Whom the reception works for. Each method may be called from any thread and must not wait."""
+class ListenerOwner(Protocol):
+    """Whom the listener works for. Each method may be called from any thread and must not wait."""
 
     def status(self) -> Status:
         """Return what this rank does at the moment."""
@@ -42,17 +51,19 @@ class Host(Protocol):
         """Note that another rank says the group is broken."""
 
 
-class Reception:
+class ControlListener:
     """Accepts, authenticates and answers whoever connects to a group's listener."""
 
-    def __init__(self, meeting: Meeting, host: Host) -> None:
+    def __init__(self, meeting: Meeting, owner: ListenerOwner) -> None:
         """Start the thread."""
         self._meeting = meeting
-        self._host = host
+        self._owner = owner
         self._context = context_of(meeting)
         self._closed = False
         name = f"colltensor-{meeting.group_name}"
-        self._listener = Listener(meeting.listener, self._receive, self._note, name, meeting.world_size)
+        self._listener = Listener(
+            meeting.listener, self._receive, self._note, name, meeting.world_size
+        )
         self._listener.start()
 
     def close(self) -> None:
@@ -90,19 +101,23 @@ class Reception:
     def _serve(self, sock: socket.socket, wish: int, request: bytes, deadline: float) -> bool:
         """Do what an authenticated rank asks; return whether its connection stays open."""
         if len(request) < CALLER.size:
-            raise net.FrameError(f"expected a request of at least {CALLER.size} bytes, got {len(request)}")
+            raise net.FrameError(
+                f"expected a request of at least {CALLER.size} bytes, got {len(request)}"
+            )
         [caller] = CALLER.unpack_from(request)
         if wish == ASK:
-            net.send_frame(sock, ANSWER, self._host.status().encode(), deadline)
+            net.send_frame(sock, ANSWER, self._owner.status().encode(), deadline)
         elif wish == INQUIRE and caller < self._meeting.world_size:
-            net.send_frame(sock, ANSWER, self._host.answer(caller, request[CALLER.size :]), deadline)
-        elif wish == TELL:
-            self._host.hear(Failure.decode(request[CALLER.size :]))
+            net.send_frame(
+                sock, ANSWER, self._owner.answer(caller, request[CALLER.size :]), deadline
+            )
+        elif wish == FAILURE_NEWS:
+            self._owner.hear(Failure.decode(request[CALLER.size :]))
         elif wish == LINK and self._meeting.rank < caller < self._meeting.world_size:
             net.send_frame(sock, WELCOME, b"", deadline)
             kind, _ = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
             if kind == CONFIRM and not self._closed:
-                self._host.arrive(Link(sock, caller))
+                self._owner.arrive(Link(sock, caller))
                 return True
         else:
             raise net.FrameError(f"expected a request that is known, got {wish} of rank {caller}")

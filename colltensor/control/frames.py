@@ -2,9 +2,7 @@
 
 A link is one authenticated TCP connection. Its frames have a head of fixed size, so that the agreement of the
 ranks on a call is one ``send`` and one ``recv`` of 48 bytes whose answer is compared without being unpacked.
-Frames that come early wait in the link's inbox. A link belongs to one thread at a time; see ``switchboard``.
-
-Imports net, status and the errors of the package, and no framework.
+Frames that come early wait in the link's inbox. A link belongs to one thread at a time; see ``connections``.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
 from colltensor import net
-from colltensor.control.status import Failure, Status
+from colltensor.control.messages import Failure, Status
 
 if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
@@ -48,7 +46,7 @@ BOUND: Final = 2
 NO_LANE: Final = -1
 """The lane of exchanges between two ranks that are no transfers; those have the rank that sends."""
 
-LINK, WELCOME, CONFIRM, ASK, ANSWER, TELL, INQUIRE = range(7)
+LINK, WELCOME, CONFIRM, ASK, ANSWER, FAILURE_NEWS, INQUIRE = range(7)
 """Kinds of ``net`` frames with which a connection begins: what the caller wants, and the replies."""
 
 CALLER: Final = struct.Struct("!I")
@@ -61,10 +59,14 @@ Frame = tuple[bytes, bytes]
 """A head, still packed, and the bytes that follow it."""
 
 
-def pack(kind: int, flags: int, counter: int, signature: bytes, nbytes: int = 0, lane: int = NO_LANE) -> bytes:
+def pack(
+    kind: int, flags: int, counter: int, signature: bytes, nbytes: int = 0, lane: int = NO_LANE
+) -> bytes:
     """Return the head of a frame; counters wrap at 32 bits, signatures are padded with zeros to 32 bytes."""
     if len(signature) > SIGNATURE_NBYTES:
-        raise ValueError(f"signature must be at most {SIGNATURE_NBYTES} bytes, got {len(signature)}: hash it")
+        raise ValueError(
+            f"signature must be at most {SIGNATURE_NBYTES} bytes, got {len(signature)}: hash it"
+        )
     return HEAD.pack(kind, flags, lane + 1, counter & 0xFFFFFFFF, nbytes, signature)
 
 
@@ -257,20 +259,22 @@ def inquire(meeting: Meeting, peer: int, question: bytes, deadline: float) -> by
         return _reply(sock, ANSWER, deadline)
 
 
-def tell(meeting: Meeting, peer: int, failure: Failure, deadline: float) -> None:
-    """Tell a rank's listener that the group is broken; return when it has noted that.
+def propagate_failure(meeting: Meeting, peer: int, failure: Failure, deadline: float) -> None:
+    """Notify a rank's listener that the group is broken; return when it has noted that.
 
     Raises:
         ConnectionError: The rank is gone.
         TimeoutError: It did not answer in time.
     """
-    with _call(meeting, peer, TELL, failure.encode(), deadline) as sock:
+    with _call(meeting, peer, FAILURE_NEWS, failure.encode(), deadline) as sock:
         # Who leaves before it was heard is taken for dead itself.
         sock.settimeout(net.time_left(deadline))
         sock.recv(1)  # ends when the listener has closed the connection
 
 
-def in_parallel(peers: Iterable[int], call: Callable[[int], None], until: float, width: int = 32) -> None:
+def in_parallel(
+    peers: Iterable[int], call: Callable[[int], None], until: float, width: int = 32
+) -> None:
     """Call a function that handles its own time limit for every peer, at most ``width`` at once.
 
     Returns at ``until`` at the latest. What ``call`` raises as OSError is dropped: it concerns one peer.
@@ -283,7 +287,9 @@ def in_parallel(peers: Iterable[int], call: Callable[[int], None], until: float,
                 call(waiting.popleft())
 
     count = min(width, len(waiting))
-    threads = [threading.Thread(target=work, name="colltensor-call", daemon=True) for _ in range(count)]
+    threads = [
+        threading.Thread(target=work, name="colltensor-call", daemon=True) for _ in range(count)
+    ]
     try:
         for thread in threads:
             thread.start()

@@ -1,7 +1,4 @@
-"""Courier: the thread that moves data between hosts while the caller's thread works in shared memory.
-
-Imports no framework.
-"""
+"""Worker: the thread that moves data between hosts while the caller's thread works in shared memory."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from queue import SimpleQueue
 from typing import Final
 
 
-class Errand:
-    """One thing for the courier to do; made by ``Courier.send``."""
+class Task:
+    """One thing for the worker to do; made by ``Worker.send``."""
 
     __slots__ = ("_done", "_work", "error")
 
@@ -28,7 +25,7 @@ class Errand:
             raise self.error
 
     def _finish(self, failure: BaseException | None) -> BaseException | None:
-        """Do the work unless an earlier errand has failed; return the failure."""
+        """Do the work unless an earlier task has failed; return the failure."""
         work, self._work = self._work, None
         if failure is None and work is not None:
             try:
@@ -40,16 +37,16 @@ class Errand:
         return failure
 
 
-NOTHING: Final = Errand(lambda: None)
-"""An errand that is done."""
+NOTHING: Final = Task(lambda: None)
+"""A task that is done."""
 NOTHING._finish(None)
 
 
-class Courier:
-    """Does errands one after the other in a thread of its own, made on first use. After a failure it does no more.
+class Worker:
+    """Does tasks one after the other in a thread of its own, made on first use. After a failure it does no more.
 
     Attributes:
-        failure: What the first errand that failed raised.
+        failure: What the first task that failed raised.
     """
 
     def __init__(self, name: str, on_failure: Callable[[], None]) -> None:
@@ -57,36 +54,36 @@ class Courier:
 
         Args:
             name: Of the thread.
-            on_failure: Called in the courier's thread when an errand has failed.
+            on_failure: Called in the worker's thread when a task has failed.
         """
         self.failure: BaseException | None = None
         self._name = name
         self._on_failure = on_failure
-        self._errands: SimpleQueue[Errand | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def send(self, work: Callable[[], None]) -> Errand:
+    def send(self, work: Callable[[], None]) -> Task:
         """Do ``work`` once what was sent before is done."""
         if self._thread is None:
             thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
             thread.start()
             self._thread = thread
-        errand = Errand(work)
-        self._errands.put(errand)
-        return errand
+        task = Task(work)
+        self._tasks.put(task)
+        return task
 
     def end(self, timeout_s: float) -> None:
         """Let the thread end once it has done what it was sent, and wait for it; nothing may be sent any more."""
         thread = self._thread
         if thread is not None:
-            self._errands.put(None)
+            self._tasks.put(None)
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
 
     def _serve(self) -> None:
-        while (errand := self._errands.get()) is not None:
-            failed = errand._finish(self.failure)
-            del errand  # and with it the references to memory that it worked on
+        while (task := self._tasks.get()) is not None:
+            failed = task._finish(self.failure)
+            del task  # and with it the references to memory that it worked on
             if failed is not None and self.failure is None:
                 self.failure = failed
                 self._on_failure()

@@ -3,8 +3,6 @@
 At a deadline every rank that waits asks the others what they do, and for whom they wait: who waits for somebody else
 is not to blame, but whoever is at the end of the chain. The lowest of those whose time is up tells all
 what was found, so that every rank names the same ranks; the others wait for its word a moment.
-
-Imports net, links, status, switchboard and the errors of the package, and no framework.
 """
 
 from __future__ import annotations
@@ -16,11 +14,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from colltensor import net
-from colltensor.control import links
-from colltensor.control.links import Frame, Link
-from colltensor.control.status import REMEDY, Absence, Status, accuse, followed, gone_ranks, judge, pair_key
-from colltensor.control.switchboard import SILENCE_S, Switchboard
-from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError, say_timed_out
+from colltensor.control import frames
+from colltensor.control.connections import SILENCE_S, Connections
+from colltensor.control.frames import Frame, Link
+from colltensor.control.messages import (
+    REMEDY,
+    Absence,
+    Status,
+    accuse,
+    followed,
+    gone_ranks,
+    judge,
+    pair_key,
+)
+from colltensor.errors import (
+    CollectiveError,
+    CollectiveTimeoutError,
+    GroupError,
+    PeerLostError,
+    say_timed_out,
+)
 
 if TYPE_CHECKING:
     from colltensor.rendezvous.meeting import Meeting
@@ -33,11 +46,17 @@ _VERDICT_S = 2.0
 _SETTLE_S = 0.02
 _CENSUS_S = 0.3
 # Another OSError, such as a network that is unreachable, leaves open whether the rank lives.
-_GONE = (ConnectionRefusedError, ConnectionResetError, BrokenPipeError, net.FrameError, net.AuthenticationError)
+_GONE = (
+    ConnectionRefusedError,
+    ConnectionResetError,
+    BrokenPipeError,
+    net.FrameError,
+    net.AuthenticationError,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Suspects:
+class AwaitedPeers:
     """Whom a wait depends on.
 
     Attributes:
@@ -49,7 +68,7 @@ class Suspects:
     is_late: Callable[[Status], bool]
 
 
-class Lookout:
+class FailureDetector:
     """What one rank knows and tells about where the ranks of its group are.
 
     Attributes:
@@ -62,8 +81,8 @@ class Lookout:
         pairs: How many exchanges it has entered with single other ranks, by ``pair_key``.
         crossing: The transfers that run in threads of their own, by source and destination.
         queued: How many calls it has queued on a device, with single other ranks and, under ALL_RANKS, with all.
-        everyone: The suspects of an exchange of all ranks.
-        board: The links.
+        everyone: The awaited_peers of an exchange of all ranks.
+        connections: The links.
         timeout_s: How long calls wait, for messages; None while the group is made.
     """
 
@@ -78,20 +97,22 @@ class Lookout:
         self.crossing: dict[tuple[int, int], str] = {}
         self.queued: dict[int, int] = {}
         others = [rank for rank in range(meeting.world_size) if rank != meeting.rank]
-        self.everyone = Suspects(others, lambda status: status.exchange < self.exchange)
-        self._waited: Suspects | None = None
+        self.everyone = AwaitedPeers(others, lambda status: status.exchange < self.exchange)
+        self._waited: AwaitedPeers | None = None
         self.timeout_s: float | None = None
-        self.board = Switchboard(meeting, self)
-        self.board.open()
+        self.connections = Connections(meeting, self)
+        self.connections.open()
 
-    def partner(self, peer: int, lane: int) -> Suspects:
-        """Return the suspects of an exchange with one other rank."""
+    def partner(self, peer: int, lane: int) -> AwaitedPeers:
+        """Return the awaited_peers of an exchange with one other rank."""
         mine, theirs = pair_key(peer, lane), pair_key(self.meeting.rank, lane)
-        return Suspects([peer], lambda status: status.pairs.get(theirs, 0) < self.pairs.get(mine, 0))
+        return AwaitedPeers(
+            [peer], lambda status: status.pairs.get(theirs, 0) < self.pairs.get(mine, 0)
+        )
 
     def status(self) -> Status:
         """Return what this rank answers when it is asked; may be called by any thread."""
-        until, waited, peers = self.board.until, self._waited, self.peers
+        until, waited, peers = self.connections.until, self._waited, self.peers
         awaits = waited.ranks if waited is not None and until is not None else peers
         crossing, operation = list(self.crossing.items()), self.operation
         if crossing:
@@ -105,7 +126,7 @@ class Lookout:
             pairs=dict(self.pairs),
             queued=dict(self.queued),
             remaining_s=None if until is None else until - time.monotonic(),
-            failure=self.board.failure,
+            failure=self.connections.failure,
             awaits=None if awaits is None else tuple(awaits),
         )
 
@@ -113,17 +134,24 @@ class Lookout:
         """Note what this rank does from now on, and on which ranks it depends."""
         self.sequence, self.operation, self.peers, self._waited = sequence, operation, peers, None
 
-    def send(self, link: Link, frame: bytes, deadline: float, suspects: Suspects) -> None:
+    def send(self, link: Link, frame: bytes, deadline: float, awaited_peers: AwaitedPeers) -> None:
         """Send a frame of any size.
 
         Raises:
             CollectiveError: The group broke, or the frame was not sent before ``deadline``.
         """
-        self._waited = suspects
-        if not self.board.send(link, frame, deadline):
-            self.overdue(suspects, lambda: False)
+        self._waited = awaited_peers
+        if not self.connections.send(link, frame, deadline):
+            self.overdue(awaited_peers, lambda: False)
 
-    def receive(self, link: Link, kind: int, deadline: float, needed: Sequence[Link], suspects: Suspects) -> Frame:
+    def receive(
+        self,
+        link: Link,
+        kind: int,
+        deadline: float,
+        needed: Sequence[Link],
+        awaited_peers: AwaitedPeers,
+    ) -> Frame:
         """Return the next frame of ``kind`` on a link.
 
         Args:
@@ -131,19 +159,23 @@ class Lookout:
             kind: The kind of frame.
             deadline: When to look for who is late.
             needed: All links from which this exchange still needs a frame of that kind.
-            suspects: Whom the wait depends on.
+            awaited_peers: Whom the wait depends on.
 
         Raises:
             CollectiveError: The group broke, or the frame did not come before ``deadline``.
         """
         inbox = link.inbox[kind]
-        self._waited = suspects
-        if not self.board.wait(lambda: inbox, deadline, needed, kind):
-            self.overdue(suspects, lambda: inbox, needed, kind)
+        self._waited = awaited_peers
+        if not self.connections.wait(lambda: inbox, deadline, needed, kind):
+            self.overdue(awaited_peers, lambda: inbox, needed, kind)
         return inbox.popleft()
 
     def receive_of(
-        self, link: Link, kind: int, deadline: float, suspects: Suspects,
+        self,
+        link: Link,
+        kind: int,
+        deadline: float,
+        awaited_peers: AwaitedPeers,
         choose: Callable[[Collection[Frame]], Frame | None],
     ) -> Frame:
         """Return the frame of ``kind`` that ``choose`` finds among those that have come on a link.
@@ -152,78 +184,90 @@ class Lookout:
             CollectiveError: The group broke, or none came before ``deadline``.
         """
         inbox = link.inbox[kind]
-        self._waited = suspects
+        self._waited = awaited_peers
 
         def ready() -> bool:
             if choose(inbox) is not None:
                 return True
             if link.goodbye:
-                raise self.board.fail(self.lost(link.peer, "has destroyed the group or ended"))
+                raise self.connections.fail(
+                    self.lost(link.peer, "has destroyed the group or ended")
+                )
             return False
 
-        if not self.board.wait(ready, deadline):
-            self.overdue(suspects, ready)
+        if not self.connections.wait(ready, deadline):
+            self.overdue(awaited_peers, ready)
         found = choose(inbox)
         assert found is not None
         inbox.remove(found)
         return found
 
-    def connect(self, peer: int, deadline: float, suspects: Suspects) -> Link:
+    def connect(self, peer: int, deadline: float, awaited_peers: AwaitedPeers) -> Link:
         """Open the link to a lower rank, in attempts short enough to hear of failures in between.
 
         Raises:
             CollectiveError: The group broke, the rank is gone, or it did not answer before ``deadline``.
         """
-        self._waited = suspects
+        self._waited = awaited_peers
         while True:
             try:
-                link = links.open_link(self.meeting, peer, min(deadline, time.monotonic() + _ATTEMPT_S))
+                link = frames.open_link(
+                    self.meeting, peer, min(deadline, time.monotonic() + _ATTEMPT_S)
+                )
             except TimeoutError:
-                self.board.listen()
+                self.connections.listen()
                 if time.monotonic() >= deadline:
-                    self.overdue(suspects, lambda: False)
+                    self.overdue(awaited_peers, lambda: False)
             except ConnectionError:
-                self.board.listen()
-                raise self.board.fail(self.lost(peer, Absence.GONE.value)) from None
+                self.connections.listen()
+                raise self.connections.fail(self.lost(peer, Absence.GONE.value)) from None
             else:
-                self.board.add(link)
+                self.connections.add(link)
                 return link
 
-    def await_link(self, peer: int, deadline: float, suspects: Suspects) -> Link:
+    def await_link(self, peer: int, deadline: float, awaited_peers: AwaitedPeers) -> Link:
         """Wait until a higher rank has opened its link; ask now and then whether it still lives.
 
         Raises:
             CollectiveError: The group broke, the rank is gone, or did not come before ``deadline``.
         """
-        board = self.board
-        self._waited = suspects
-        while not board.wait(lambda: peer in board.links, min(deadline, time.monotonic() + _PROBE_S)):
+        connections = self.connections
+        self._waited = awaited_peers
+        while not connections.wait(
+            lambda: peer in connections.links, min(deadline, time.monotonic() + _PROBE_S)
+        ):
             if time.monotonic() >= deadline:
-                self.overdue(suspects, lambda: peer in board.links)
+                self.overdue(awaited_peers, lambda: peer in connections.links)
             elif self.ask([peer], _PROBE_S)[peer] is Absence.GONE:
-                board.listen()
-                raise self.board.fail(self.lost(peer, Absence.GONE.value))
-        return board.links[peer]
+                connections.listen()
+                raise self.connections.fail(self.lost(peer, Absence.GONE.value))
+        return connections.links[peer]
 
     def overdue(
-        self, suspects: Suspects, ready: Callable[[], object], needed: Sequence[Link] = (), kind: int = 0
+        self,
+        awaited_peers: AwaitedPeers,
+        ready: Callable[[], object],
+        needed: Sequence[Link] = (),
+        kind: int = 0,
     ) -> None:
         """Find out who keeps this rank waiting, and break the group; return if ``ready()`` comes to hold meanwhile.
 
         Raises:
             CollectiveError: What was found, by this rank or by another.
         """
-        answers = self.ask(suspects.ranks)
+        answers = self.ask(awaited_peers.ranks)
         others = self._awaited(answers)
-        self.board.glance()
-        found = judge(self.where_in(self.operation), answers, suspects.is_late, others)
+        self.connections.glance()
+        found = judge(self.where_in(self.operation), answers, awaited_peers.is_late, others)
         patience_s = 0.0
         if found is None:
             patience_s = _GRACE_S
-        elif isinstance(found, CollectiveTimeoutError) and self._others_decide(answers, suspects):
+        elif isinstance(found, CollectiveTimeoutError) and self._others_decide(
+            answers, awaited_peers
+        ):
             patience_s = _VERDICT_S
-        if not self.board.wait(ready, time.monotonic() + patience_s, needed, kind):
-            raise self.board.fail(self._timed(found or self._unexplained()))
+        if not self.connections.wait(ready, time.monotonic() + patience_s, needed, kind):
+            raise self.connections.fail(self._timed(found or self._unexplained()))
 
     def _awaited(self, answers: Mapping[int, Status | Absence]) -> dict[int, Status | Absence]:
         """Ask all ranks that were not asked yet, if one of those that were waits for others itself, or is gone.
@@ -231,14 +275,20 @@ class Lookout:
         It may have gone because of a failure that it told the others, who are a better witness of it than its absence.
         """
         rest = [rank for rank in self.everyone.ranks if rank not in answers]
-        told = any(answer is Absence.GONE or (isinstance(answer, Status) and answer.awaits)
-                   for answer in answers.values())
+        told = any(
+            answer is Absence.GONE or (isinstance(answer, Status) and answer.awaits)
+            for answer in answers.values()
+        )
         return self.ask(rest) if rest and told else {}
 
-    def _behind_the_payload(self, where: str, answers: Mapping[int, Status | Absence]) -> CollectiveError | None:
+    def _behind_the_payload(
+        self, where: str, answers: Mapping[int, Status | Absence]
+    ) -> CollectiveError | None:
         """Return the error for ranks for which the others of this rank's payload wait, before they can take part."""
         said = {rank: answers.get(rank) for rank in self.peers or ()}
-        waiting = [rank for rank, answer in said.items() if isinstance(answer, Status) and answer.awaits]
+        waiting = [
+            rank for rank, answer in said.items() if isinstance(answer, Status) and answer.awaits
+        ]
         ends = followed(waiting, answers)
         return accuse(where, ends, answers) if ends else None
 
@@ -249,42 +299,44 @@ class Lookout:
 
         def ask_one(rank: int) -> None:
             try:
-                answers[rank] = links.ask(self.meeting, rank, until)
+                answers[rank] = frames.ask(self.meeting, rank, until)
             except _GONE:
                 answers[rank] = Absence.GONE
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     answers[rank] = Absence.UNASKED
 
-        links.in_parallel(ranks, ask_one, until)
+        frames.in_parallel(ranks, ask_one, until)
         answers = dict(answers)
         for answer in answers.values():
             if isinstance(answer, Status) and answer.failure is not None:
-                self.board.hear(answer.failure)
+                self.connections.hear(answer.failure)
         return answers
 
     def inquire(self, peer: int, question: bytes) -> bytes | None:
         """Return a rank's answer to a question; see ``Control.inquire``."""
         try:
-            return links.inquire(self.meeting, peer, question, time.monotonic() + SILENCE_S)
+            return frames.inquire(self.meeting, peer, question, time.monotonic() + SILENCE_S)
         except OSError:
             return None
 
     def lost(self, peer: int, how: str) -> PeerLostError:
         """Return the error for a rank that is gone; looks who died with it, so that all ranks name the same ones."""
         time.sleep(_SETTLE_S)
-        gone = gone_ranks(self.ask([rank for rank in self.everyone.ranks if rank != peer], _CENSUS_S))
+        gone = gone_ranks(
+            self.ask([rank for rank in self.everyone.ranks if rank != peer], _CENSUS_S)
+        )
         facts = [f"rank {peer} {how}", *(f"rank {rank} {Absence.GONE.value}" for rank in gone)]
         return PeerLostError(
             f"{self.where_in(self.operation)}: {'; '.join(facts)}. {REMEDY} among the ranks that live",
             sorted((peer, *gone)),
         )
 
-    def queuing(self, peers: Sequence[int] | None, number: int) -> Suspects:
-        """Return the suspects of a call queued on a device, this rank's ``number``-th with ``peers``, or with all."""
+    def queuing(self, peers: Sequence[int] | None, number: int) -> AwaitedPeers:
+        """Return the awaited_peers of a call queued on a device, this rank's ``number``-th with ``peers``, or with all."""
         with_whom = ALL_RANKS if peers is None else self.meeting.rank
         concerned = self.everyone.ranks if peers is None else peers[:1]
-        return Suspects(concerned, lambda status: status.queued.get(with_whom, 0) < number)
+        return AwaitedPeers(concerned, lambda status: status.queued.get(with_whom, 0) < number)
 
     def gone(self, operation: str, peers: Sequence[int] | None) -> PeerLostError | None:
         """Return the error for those of ``peers``, None for all, that are not there any more, or None."""
@@ -293,25 +345,29 @@ class Lookout:
         return found if isinstance(found, PeerLostError) else None
 
     def diagnose(
-        self, operation: str, cause: BaseException | None, suspects: Suspects | None = None
+        self, operation: str, cause: BaseException | None, awaited_peers: AwaitedPeers | None = None
     ) -> CollectiveError:
         """Return the error for a payload that did not end; see ``Control.diagnose``."""
         where = self.where_in(operation)
         found = None
-        if self.board.usable:
-            concerned = suspects or self.everyone
+        if self.connections.usable:
+            concerned = awaited_peers or self.everyone
             answers = self.ask(concerned.ranks)
-            found = judge(where, answers, concerned.is_late) or self._behind_the_payload(where, answers)
-        if self.board.failure is not None:
-            return self.board.failure.exception(self.meeting.rank)
+            found = judge(where, answers, concerned.is_late) or self._behind_the_payload(
+                where, answers
+            )
+        if self.connections.failure is not None:
+            return self.connections.failure.exception(self.meeting.rank)
         if found is not None:
             return self._timed(found)
         alive = f"{where}: every rank is alive and has arrived, but"
         if cause is not None:
             return GroupError(f"{alive} the provider failed: {cause}. {REMEDY}")
-        return self._timed(CollectiveTimeoutError(
-            f"{alive} the data did not move in time. {REMEDY}, with a longer timeout_s if the network is slow"
-        ))
+        return self._timed(
+            CollectiveTimeoutError(
+                f"{alive} the data did not move in time. {REMEDY}, with a longer timeout_s if the network is slow"
+            )
+        )
 
     def _timed(self, error: CollectiveError) -> CollectiveError:
         """Return an error, which says how long the timeout was if it is one."""
@@ -323,14 +379,16 @@ class Lookout:
         """Return the beginning of a message about an operation."""
         return f"{operation}: {self.where}" if operation else self.where
 
-    def _others_decide(self, answers: dict[int, Status | Absence], suspects: Suspects) -> bool:
+    def _others_decide(
+        self, answers: dict[int, Status | Absence], awaited_peers: AwaitedPeers
+    ) -> bool:
         """Return whether a lower rank waits in vain too, and will tell everyone."""
         return any(
             rank < self.meeting.rank
             and isinstance(answer, Status)
             and answer.remaining_s is not None
             and answer.remaining_s < SILENCE_S
-            and not suspects.is_late(answer)
+            and not awaited_peers.is_late(answer)
             for rank, answer in answers.items()
         )
 

@@ -1,7 +1,4 @@
-"""Round: the driver's questions to all actors of a group, each with a deadline and errors that name the actor.
-
-Imports ray and errors.
-"""
+"""ActorCall: the driver's questions to all actors of a group, each with a deadline and errors that name the actor."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _PAUSE_S: Final = 0.1
 """How soon an actor that is being restarted is asked again."""
 
 
-class Round:
+class ActorCall:
     """Asks all actors of a group one question after another, until a deadline.
 
     Attributes:
@@ -29,7 +26,11 @@ class Round:
     """
 
     def __init__(
-        self, operation: str, actors: Sequence[ActorHandle[Any]], deadline: float, called: str = "rank"
+        self,
+        operation: str,
+        actors: Sequence[ActorHandle[Any]],
+        deadline: float,
+        called: str = "rank",
     ) -> None:
         """Ask nothing yet.
 
@@ -46,7 +47,11 @@ class Round:
         self._timeout_s = deadline - time.monotonic()
 
     def ask(
-        self, question: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, dead_are_done: bool = False,
+        self,
+        question: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        *,
+        dead_are_done: bool = False,
         again: bool = False,
     ) -> list[Any]:
         """Return every actor's answer, in the actors' order.
@@ -68,24 +73,34 @@ class Round:
         while waiting or unasked:
             for place in unasked:
                 try:
-                    waiting[self._actors[place].__ray_call__.remote(question, *arguments[place])] = place
+                    waiting[
+                        self._actors[place].__ray_call__.remote(question, *arguments[place])
+                    ] = place
                 except RayError as error:
                     failed[place] = self._unreachable(place, error)
             unasked.clear()
             if failed:
                 deadline = min(deadline, time.monotonic() + _VERDICT_S)
-            ready, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())) if waiting else ([], [])
+            ready, _ = (
+                ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+                if waiting
+                else ([], [])
+            )
             if not ready:
                 break
             place = waiting.pop(ready[0])
             try:
                 answers[place] = ray.get(ready[0])
             except RayTaskError as error:
-                failed[place] = self._told(place, error)
+                failed[place] = self._notified(place, error)
             except RayError as error:
                 if dead_are_done:
                     answers[place] = None
-                elif again and isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
+                elif (
+                    again
+                    and isinstance(error, ActorUnavailableError)
+                    and time.monotonic() < deadline
+                ):
                     time.sleep(_PAUSE_S)
                     unasked.append(place)
                 else:
@@ -96,7 +111,9 @@ class Round:
             raise self._late(sorted(waiting.values()))
         return [answers[place] for place in range(len(self._actors))]
 
-    def tell(self, message: Callable[..., Any], arguments: tuple[Any, ...], patience_s: float) -> None:
+    def notify(
+        self, message: Callable[..., Any], arguments: tuple[Any, ...], patience_s: float
+    ) -> None:
         """Have every actor that can be reached run a function; the busy ones do it when they come to it."""
         told = []
         for actor in self._actors:
@@ -107,10 +124,13 @@ class Round:
         if told:
             ray.wait(told, num_returns=len(told), timeout=patience_s)
 
-    def _told(self, place: int, error: RayTaskError) -> CollectiveError:
+    def _notified(self, place: int, error: RayTaskError) -> CollectiveError:
         """Return what an actor raised as an error of its own class that names the actor."""
         cause = error.cause
-        kind = next((base for base in type(cause).__mro__ if base.__module__ == CollectiveError.__module__), GroupError)
+        kind = next(
+            (base for base in type(cause).__mro__ if base.__module__ == CollectiveError.__module__),
+            GroupError,
+        )
         message = f"{self._operation}: {self._called} {place}: {cause}"
         ranks = getattr(cause, "ranks", None)
         told: CollectiveError = kind(message) if ranks is None else kind(message, ranks)
@@ -128,13 +148,19 @@ class Round:
             f"{self._operation}: timed out after {self._timeout_s:.3g} s: expected every actor to answer, but "
             f"{self._called}{'s' * (len(places) > 1)} {', '.join(map(str, places))} did not: busy in "
             "another call, or not started yet for lack of resources; raise timeout_s, let them finish first, or see "
-            "`ray status`", places,
+            "`ray status`",
+            places,
         )
 
 
 def _cause(failed: Mapping[int, CollectiveError]) -> CollectiveError:
     """Return the error that explains the others: an actor's own before a death, a death before a wait in vain."""
+
     def order(error: CollectiveError) -> int:
-        return 2 if isinstance(error, CollectiveTimeoutError) else int(isinstance(error, PeerLostError))
+        return (
+            2
+            if isinstance(error, CollectiveTimeoutError)
+            else int(isinstance(error, PeerLostError))
+        )
 
     return min((failed[place] for place in sorted(failed)), key=order)

@@ -1,7 +1,4 @@
-"""What a call came to, other than success: errors that name the ranks, the same on every rank.
-
-Imports no framework.
-"""
+"""What a call came to, other than success: errors that name the ranks, the same on every rank."""
 
 from __future__ import annotations
 
@@ -24,7 +21,20 @@ from colltensor.errors import (
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
-DONE, PENDING, LARGE, REFUSED, MISMATCH, FAILED, STOPPED, SIGNALLED, CLOSED, BUSY, INTERRUPTED, INSIDE = range(12)
+(
+    DONE,
+    PENDING,
+    LARGE,
+    REFUSED,
+    MISMATCH,
+    FAILED,
+    STOPPED,
+    SIGNALLED,
+    CLOSED,
+    BUSY,
+    INTERRUPTED,
+    INSIDE,
+) = range(12)
 
 Describe = Callable[[], str]
 
@@ -44,39 +54,59 @@ class AgreeingControl(ControlPlane, Protocol):
     def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
         """Raise MismatchError on every rank where signatures differ."""
 
-    def agree_beside(self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int) -> None:
+    def agree_beside(
+        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int
+    ) -> None:
         """Compare with one rank, in one of several threads; raise MismatchError on both where signatures differ."""
 
     def start_pair(
-        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int, bound: bool
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Describe,
+        deadline: float,
+        lane: int,
+        bound: bool,
     ) -> None:
         """Begin to compare with one rank."""
 
     def finish_pair(
-        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int, bound: bool
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Describe,
+        deadline: float,
+        lane: int,
+        bound: bool,
     ) -> None:
         """Raise MismatchError on both ranks where signatures differ."""
 
 
-class Signed:
+class ExpectedSignature:
     """What a call wants agreed, how it says so in words, and what it does once that is agreed."""
 
-    __slots__ = ("claim", "describe", "signature", "words")
+    __slots__ = ("allocate", "describe", "signature", "words")
 
     def __init__(
-        self, signature: bytes, words: Words, describe: Describe, claim: Callable[[], None] | None = None
+        self,
+        signature: bytes,
+        words: Words,
+        describe: Describe,
+        allocate: Callable[[], None] | None = None,
     ) -> None:
         self.signature = signature
         self.words = words
         self.describe = describe
-        self.claim = claim
+        self.allocate = allocate
 
 
 def _at_least(deadline: float) -> float:
     return max(deadline, time.monotonic() + _WORDS_S)
 
 
-def unsigned(name: str, words: Words, view: BufferView | None, op: ReduceOp | None, detail: str = "") -> Signed:
+def derived_signature(
+    name: str, words: Words, view: BufferView | None, op: ReduceOp | None, detail: str = ""
+) -> ExpectedSignature:
     """Return the signature of a call that brought none, with what is known of it here."""
 
     def describe() -> str:
@@ -84,10 +114,10 @@ def unsigned(name: str, words: Words, view: BufferView | None, op: ReduceOp | No
         parts += [] if op is None else [f"op {op.name}"]
         return ", ".join([*parts, detail] if detail else parts)
 
-    return Signed(struct.pack("<qqq", *words), words, describe)
+    return ExpectedSignature(struct.pack("<qqq", *words), words, describe)
 
 
-class Outcomes:
+class ErrorMapping:
     """Turns the library's codes into errors, for one group.
 
     Attributes:
@@ -122,13 +152,16 @@ class Outcomes:
         """Let no other rank wait for this one: it was interrupted in a call."""
         self._fail(_BROKEN, ())
 
-    def tell(self, error: CollectiveError) -> None:
+    def propagate_failure(self, error: CollectiveError) -> None:
         """Let every rank that waits here have the error with which the group broke elsewhere, on the control plane.
 
         Else it would see this rank leave, and name it.
         """
         kind = _GONE if isinstance(error, PeerLostError) else _BROKEN
-        self._fail(_LATE if isinstance(error, CollectiveTimeoutError) else kind, getattr(error, "ranks", ()))
+        self._fail(
+            _LATE if isinstance(error, CollectiveTimeoutError) else kind,
+            getattr(error, "ranks", ()),
+        )
 
     def _fail(self, kind: int, ranks: Iterable[int]) -> None:
         words = array.array("Q", bytes(8 * _SET_WORDS))
@@ -136,16 +169,18 @@ class Outcomes:
             words[rank // 64] |= 1 << rank % 64
         self._native.shm_fail(self._handle, kind, words.buffer_info()[0])
 
-    def mismatch(self, signed: Signed, deadline: float) -> NoReturn:
+    def mismatch(self, expected: ExpectedSignature, deadline: float) -> NoReturn:
         """Exchange descriptions with all ranks, which all found the mismatch.
 
         Raises:
             MismatchError: Always, but for what may go wrong in an exchange.
         """
-        self._control.agree(signed.signature, signed.describe, _at_least(deadline))
-        raise MismatchError(f"{self._where}: the ranks disagree about {signed.describe()}", ())
+        self._control.agree(expected.signature, expected.describe, _at_least(deadline))
+        raise MismatchError(f"{self._where}: the ranks disagree about {expected.describe()}", ())
 
-    def pair_mismatch(self, pairs: list[tuple[int, int, Signed]], deadline: float) -> NoReturn:
+    def pair_mismatch(
+        self, pairs: list[tuple[int, int, ExpectedSignature]], deadline: float
+    ) -> NoReturn:
         """Exchange descriptions with one or two peers; ``pairs`` has source, destination and signature of each.
 
         Raises:
@@ -153,22 +188,40 @@ class Outcomes:
         """
         deadline = _at_least(deadline)
         ordered = sorted(pairs, key=lambda pair: pair[:2])
-        peers = [source if destination == self._control.rank else destination for source, destination, _ in ordered]
-        for peer, (source, _, signed) in zip(peers, ordered, strict=True):
-            self._control.start_pair(peer, signed.signature, signed.describe, deadline, source, peers.count(peer) == 1)
+        peers = [
+            source if destination == self._control.rank else destination
+            for source, destination, _ in ordered
+        ]
+        for peer, (source, _, expected) in zip(peers, ordered, strict=True):
+            self._control.start_pair(
+                peer,
+                expected.signature,
+                expected.describe,
+                deadline,
+                source,
+                peers.count(peer) == 1,
+            )
         found: MismatchError | None = None
-        for peer, (source, _, signed) in zip(peers, ordered, strict=True):
+        for peer, (source, _, expected) in zip(peers, ordered, strict=True):
             bound = peers.count(peer) == 1
             try:
-                self._control.finish_pair(peer, signed.signature, signed.describe, deadline, source, bound)
+                self._control.finish_pair(
+                    peer, expected.signature, expected.describe, deadline, source, bound
+                )
             except MismatchError as error:
                 found = found or error
-        raise found or MismatchError(f"{self._where}: ranks {peers} disagree about a transfer", peers)
+        raise found or MismatchError(
+            f"{self._where}: ranks {peers} disagree about a transfer", peers
+        )
 
-    def mismatch_beside(self, source: int, destination: int, signed: Signed, deadline: float) -> NoReturn:
+    def mismatch_beside(
+        self, source: int, destination: int, expected: ExpectedSignature, deadline: float
+    ) -> NoReturn:
         """Do as ``pair_mismatch`` for one transfer, in one of several threads."""
         peer = source if destination == self._control.rank else destination
-        self._control.agree_beside(peer, signed.signature, signed.describe, _at_least(deadline), source)
+        self._control.agree_beside(
+            peer, expected.signature, expected.describe, _at_least(deadline), source
+        )
         raise MismatchError(f"{self._where}: ranks {[peer]} disagree about a transfer", [peer])
 
     def fail(self, name: str, code: int) -> NoReturn:
@@ -185,28 +238,41 @@ class Outcomes:
             if code == INTERRUPTED:
                 self.abandon()
             stopped, self.stopped = self.stopped, None
-            raise stopped or KeyboardInterrupt  # none: raised before stop() could keep it, by a signal's handler
+            # none: raised before stop() could keep it, by a signal's handler
+            raise stopped or KeyboardInterrupt
         if code == REFUSED:
             raise UnsupportedDTypeError(f"{name}: {self._where}: the library has no such reduction")
         if code == BUSY:
-            raise GroupError(f"{name}: {self._where}: another call is in progress; make one at a time")
-        raise GroupError(f"{name}: {self._where}: the group was destroyed, or belongs to the parent process")
+            raise GroupError(
+                f"{name}: {self._where}: another call is in progress; make one at a time"
+            )
+        raise GroupError(
+            f"{name}: {self._where}: the group was destroyed, or belongs to the parent process"
+        )
 
     def _failure(self, name: str) -> CollectiveError:
         report = array.array("q", bytes(8 * _REPORT_WORDS))
         self._native.shm_failure(self._handle, report.buffer_info()[0])
         kind, origin, *words = report
-        ranks = [64 * index + bit for index, word in enumerate(words) for bit in range(64) if word >> bit & 1]
+        ranks = [
+            64 * index + bit
+            for index, word in enumerate(words)
+            for bit in range(64)
+            if word >> bit & 1
+        ]
         named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         if kind == _LOST:
             return PeerLostError(f"{name}: {self._where}: {named} died. {_REMEDY}", ranks)
         if kind == _GONE:
             return PeerLostError(f"{name}: {self._where}: {named} died or left. {_REMEDY}", ranks)
         if kind == _LEFT:
-            return PeerLostError(f"{name}: {self._where}: {named} destroyed the group or exited. {_REMEDY}", ranks)
+            return PeerLostError(
+                f"{name}: {self._where}: {named} destroyed the group or exited. {_REMEDY}", ranks
+            )
         if kind == _LATE:
             return CollectiveTimeoutError(
-                f"{name}: {self._where}: {named} did not come in time, as rank {origin} saw it. {_REMEDY}", ranks
+                f"{name}: {self._where}: {named} did not come in time, as rank {origin} saw it. {_REMEDY}",
+                ranks,
             )
         if kind == _UNREADABLE:
             return GroupError(

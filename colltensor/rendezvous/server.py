@@ -1,8 +1,7 @@
 """The port at which rank 0 receives the others; several meetings of one process may share it.
 
-A hub listens, lets whoever speaks authenticate in a thread of its own (``Listener``), and hands the connection to the
-meeting of the group that was named. One who comes for a group that is not meeting (yet) is told to try again. Imports
-errors, net, listener and the meeting's own modules only, and no framework.
+A server listens, lets whoever speaks authenticate in a thread of its own (``Listener``), and hands the connection to the
+meeting of the group that was named. One who comes for a group that is not meeting (yet) is told to try again.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import TypeAlias
 from colltensor import net
 from colltensor.errors import CollectiveError, RankError, remedy_for_system
 from colltensor.listener import HANDSHAKE_S, Listener
-from colltensor.rendezvous.messages import Hello, Message, encode_error, taken, unpack
+from colltensor.rendezvous.protocol import JoinRequest, Message, encode_error, taken, unpack
 from colltensor.rendezvous.users import is_own
 
 _LOG = logging.getLogger(__name__)
@@ -30,22 +29,22 @@ _STRANGER_S = 0.5
 _JOIN_S = 2.0
 _MEMORY_S = 3600.0
 
-Endpoint = tuple[str, int]
+Address = tuple[str, int]
 
 
 @dataclass(eq=False, slots=True)
-class Arrival:
+class Joiner:
     """A rank that came: its connection, authenticated, and what it said.
 
     Attributes:
         sock: The connection.
-        hello: What it said.
+        request: What it said.
         deadline: When it will give up, by this process's clock.
         port: The port that it bound for its control plane; 0 before it did.
     """
 
     sock: socket.socket
-    hello: Hello
+    request: JoinRequest
     deadline: float
     port: int = 0
 
@@ -55,20 +54,20 @@ class Stranger:
     """A process with another secret.
 
     Attributes:
-        hello: What it says.
+        request: What it says.
         is_own: Whether it is this user's, on this host: then it means no harm.
     """
 
-    hello: Hello
+    request: JoinRequest
     is_own: bool
 
 
-Item: TypeAlias = Arrival | Stranger | str
+Item: TypeAlias = Joiner | Stranger | str
 """What comes to a meeting; the name of a process is one that claims rank 0."""
 
 
-class Inbox:
-    """Carries arrivals from the hub's threads to the thread that meets; readable, for a selector."""
+class JoinerQueue:
+    """Carries joiners from the server's threads to the thread that meets; readable, for a selector."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -114,25 +113,25 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """One group's meeting at a hub: where its arrivals go, and the scope within which its name is unique."""
+    """One group's meeting at a server: where its joiners go, and the scope within which its name is unique."""
 
-    inbox: Inbox
+    inbox: JoinerQueue
     scope: str
 
 
-class Hub:
+class RendezvousServer:
     """One listening port and its meetings, by group name.
 
     Attributes:
         port: The port.
-        endpoint: What it was opened for; None where only one meeting knows of it.
+        address: What it was opened for; None where only one meeting knows of it.
         secret: What those who come must know.
         obstacle: What the system last refused this process while somebody came, and what to do; "" for nothing.
     """
 
-    def __init__(self, listener: socket.socket, secret: bytes, endpoint: Endpoint | None) -> None:
+    def __init__(self, listener: socket.socket, secret: bytes, address: Address | None) -> None:
         self.port: int = listener.getsockname()[1]
-        self.endpoint = endpoint
+        self.address = address
         self.obstacle = ""
         self._listener = listener
         self.secret = secret
@@ -183,8 +182,11 @@ class Hub:
         self._note_dropped(error)
 
     def _note_dropped(self, error: Exception) -> None:
-        names = ", ".join(list(self._meetings))  # several groups may meet at one port; whoever listens there is rank 0
-        _LOG.debug("group %r (rank %d): port %d: a connection was dropped: %s", names, 0, self.port, error)
+        # several groups may meet at one port; whoever listens there is rank 0
+        names = ", ".join(list(self._meetings))
+        _LOG.debug(
+            "group %r (rank %d): port %d: a connection was dropped: %s", names, 0, self.port, error
+        )
 
     def _greet(self, sock: socket.socket) -> None:
         """Authenticate one connection and hand it on; whatever goes wrong is that connection's end only."""
@@ -194,12 +196,12 @@ class Hub:
             group_name = net.verify(sock, lambda _: self.secret, deadline).decode(errors="replace")
             self._greeter.proven(sock)
             kind, payload = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
-            if kind == Message.HELLO:
-                handed_on = self._introduce(sock, group_name, Hello.decode(payload), deadline)
+            if kind == Message.JOIN:
+                handed_on = self._introduce(sock, group_name, JoinRequest.decode(payload), deadline)
             elif kind == Message.CLAIM:
                 self._contest(sock, group_name, str(unpack(payload, who=str)["who"]), deadline)
             else:
-                raise net.FrameError(f"expected a hello, got a frame of kind {kind}")
+                raise net.FrameError(f"expected a request, got a frame of kind {kind}")
         except net.WrongSecretError as error:
             self._note_dropped(error)
             self._hear_stranger(sock)
@@ -209,18 +211,22 @@ class Hub:
             if not handed_on:
                 sock.close()
 
-    def _introduce(self, sock: socket.socket, group_name: str, hello: Hello, deadline: float) -> bool:
-        if hello.group_name != group_name:
-            raise net.FrameError(f"a hello for {hello.group_name!r:.80} came where {group_name!r:.80} was named")
+    def _introduce(
+        self, sock: socket.socket, group_name: str, request: JoinRequest, deadline: float
+    ) -> bool:
+        if request.group_name != group_name:
+            raise net.FrameError(
+                f"a request for {request.group_name!r:.80} came where {group_name!r:.80} was named"
+            )
         with self._lock:
             meeting = self._meetings.get(group_name)
         if meeting is not None:
             now = time.monotonic()
-            refusal = _left_over(meeting.scope, hello, now)
+            refusal = _left_over(meeting.scope, request, now)
             if refusal is not None:
                 net.send_frame(sock, Message.FAILED, encode_error(refusal), deadline)
                 return False
-            if meeting.inbox.put(Arrival(sock, hello, now + hello.patience_s)):
+            if meeting.inbox.put(Joiner(sock, request, now + request.patience_s)):
                 return True
         net.send_frame(sock, Message.RETRY, b"", deadline)
         return False
@@ -229,12 +235,12 @@ class Hub:
         """Let a meeting know of a process with another secret: what it says may be true, and counts if it is ours."""
         try:
             kind, payload = net.recv_frame(sock, time.monotonic() + _STRANGER_S, net.UNPROVEN_LIMIT)
-            if kind == Message.HELLO:
-                hello = Hello.decode(payload)
+            if kind == Message.JOIN:
+                request = JoinRequest.decode(payload)
                 with self._lock:
-                    meeting = self._meetings.get(hello.group_name)
+                    meeting = self._meetings.get(request.group_name)
                 if meeting is not None:
-                    meeting.inbox.put(Stranger(hello, is_own(sock)))
+                    meeting.inbox.put(Stranger(request, is_own(sock)))
         except OSError as error:
             self._note_dropped(error)
 
@@ -250,58 +256,64 @@ class Hub:
 
 
 _LOCK = threading.Lock()
-_HUBS: dict[Endpoint, Hub] = {}
-_PRIVATE_HUBS: set[Hub] = set()
+_SERVERS: dict[Address, RendezvousServer] = {}
+_PRIVATE_SERVERS: set[RendezvousServer] = set()
 _FINISHED: dict[str, tuple[float, int]] = {}
 
 
-def open_hub(host: str, port: int, secret: bytes, group_name: str, meeting: Subscription) -> Hub:
-    """Return a hub that serves the meeting; meetings at one given port of this process share theirs.
+def open_server(
+    host: str, port: int, secret: bytes, group_name: str, meeting: Subscription
+) -> RendezvousServer:
+    """Return a server that serves the meeting; meetings at one given port of this process share theirs.
 
     Args:
         host: A literal address of this host; empty for all of them.
         port: 0 takes a free port, for this meeting alone.
         secret: What those who come must know.
         group_name: The group that meets.
-        meeting: Where its arrivals go.
+        meeting: Where its joiners go.
 
     Raises:
         RankError: A group of this name is meeting here already.
         OSError: The port is taken by somebody else.
     """
     with _LOCK:
-        hub = _HUBS.get((host, port))
-        if hub is not None and hub.secret != secret:
-            raise OSError(errno.EADDRINUSE, "another meeting of this process has the port, with another secret")
-        if hub is not None:
-            hub.add(group_name, meeting)
-            return hub
-        hub = Hub(net.listen(host, port), secret, (host, port) if port else None)
+        server = _SERVERS.get((host, port))
+        if server is not None and server.secret != secret:
+            raise OSError(
+                errno.EADDRINUSE,
+                "another meeting of this process has the port, with another secret",
+            )
+        if server is not None:
+            server.add(group_name, meeting)
+            return server
+        server = RendezvousServer(net.listen(host, port), secret, (host, port) if port else None)
         try:
-            hub.start()
-        except RuntimeError:  # no thread can be started; whoever keeps the error would keep the port
-            hub.close()
+            server.start()
+        except RuntimeError:
+            # no thread can be started; whoever keeps the error would keep the port
+            server.close()
             raise
-        hub.add(group_name, meeting)
-        if hub.endpoint:
-            _HUBS[hub.endpoint] = hub
+        server.add(group_name, meeting)
+        if server.address:
+            _SERVERS[server.address] = server
         else:
-            _PRIVATE_HUBS.add(hub)
-    return hub
+            _PRIVATE_SERVERS.add(server)
+    return server
 
 
-def leave_hub(hub: Hub, group_name: str) -> None:
-    """End the hub's service to a meeting; the last one closes the port."""
+def leave_server(server: RendezvousServer, group_name: str) -> None:
+    """End the server's service to a meeting; the last one closes the port."""
     is_over = False
     with _LOCK:
-        if hub.remove(group_name):
-            if hub.endpoint:
-                _HUBS.pop(hub.endpoint, None)
-            _PRIVATE_HUBS.discard(hub)
-            hub.stop()
+        if server.remove(group_name):
+            if server.address:
+                _SERVERS.pop(server.address, None)
+            _PRIVATE_SERVERS.discard(server)
+            server.stop()
             is_over = True
     if is_over:
-        hub.close()
+        server.close()
 
 
 def remember(scope: str, group_name: str, world_size: int) -> None:
@@ -314,18 +326,20 @@ def remember(scope: str, group_name: str, world_size: int) -> None:
             _FINISHED[f"{scope} {group_name}"] = (now, world_size)
 
 
-def _left_over(scope: str, hello: Hello, now: float) -> CollectiveError | None:
+def _left_over(scope: str, request: JoinRequest, now: float) -> CollectiveError | None:
     """Refuse a process that was left out of the last meeting of this name because its rank was taken.
 
     It began to ask before that meeting was complete, whereas the rank it wants belonged to somebody else, whose
     own next attempt can only begin later. Only lengths of time are compared, no two clocks.
     """
     with _LOCK:
-        when, world_size = _FINISHED.get(f"{scope} {hello.group_name}", (0.0, 0)) if scope else (0.0, 0)
-    if hello.rank < world_size and now - hello.age_s < when:
+        when, world_size = (
+            _FINISHED.get(f"{scope} {request.group_name}", (0.0, 0)) if scope else (0.0, 0)
+        )
+    if request.rank < world_size and now - request.age_s < when:
         return RankError(
-            f"rank {hello.rank} was taken by another process when {hello.who} asked for it, and the group met "
-            f"without {hello.who}; give every process its own rank, and see that none of an earlier run is left"
+            f"rank {request.rank} was taken by another process when {request.who} asked for it, and the group met "
+            f"without {request.who}; give every process its own rank, and see that none of an earlier run is left"
         )
     return None
 
@@ -334,10 +348,10 @@ def _after_fork() -> None:
     """Give up the parent's ports in a forked child; they would stay taken after the parent closed them."""
     global _LOCK
     _LOCK = threading.Lock()
-    for hub in [*_HUBS.values(), *_PRIVATE_HUBS]:
-        hub.disown()
-    _HUBS.clear()
-    _PRIVATE_HUBS.clear()
+    for server in [*_SERVERS.values(), *_PRIVATE_SERVERS]:
+        server.disown()
+    _SERVERS.clear()
+    _PRIVATE_SERVERS.clear()
 
 
 if hasattr(os, "register_at_fork"):
