@@ -1,5 +1,6 @@
 // The fast path: calls with the tensors as they come from their frameworks, without a request. What is not exportable
-// (strided, of a type known by its size alone, of unequal counts, sharing memory) is refused and takes the slow path.
+// (of a type known by its size alone, of unequal counts, strided where it is not the only tensor, sharing memory) is
+// refused and takes the slow path.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 
@@ -57,10 +58,33 @@ Signature fast_signature(Operation operation, std::uint8_t op, std::int16_t root
                         dtype == DType::kMovesOnly ? 0 : static_cast<std::uint64_t>(dtype));
 }
 
-// A tensor's memory; null data and no dtype where the tensor is not plain.
-struct Plain {
-  explicit Plain(const ffi::TensorView& tensor) {
-    if (tensor.device().device_type != kDLCPU || !tensor.IsContiguous()) return;
+// Returns true if no element lies in another one's place, as far as the strides show it at once: each axis steps over
+// all that the smaller steps reach. False for steps that go backwards.
+bool has_room(const ffi::TensorView& tensor) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> axes;  // stride and extent
+  for (int i = 0; i < tensor.ndim(); ++i) {
+    if (tensor.shape()[i] == 1) continue;
+    if (tensor.strides()[i] <= 0) return false;
+    axes.emplace_back(tensor.strides()[i], tensor.shape()[i]);
+  }
+  std::sort(axes.begin(), axes.end());
+  std::int64_t reached = 0;
+  for (const auto& [stride, extent] : axes) {
+    std::int64_t span;
+    if (stride <= reached || __builtin_mul_overflow(extent - 1, stride, &span) ||
+        __builtin_add_overflow(reached, span, &reached)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// A tensor's memory; null data and no dtype where the tensor is not exportable.
+struct Exported {
+  explicit Exported(const ffi::TensorView& tensor) {
+    if (tensor.device().device_type != kDLCPU) return;
+    contiguous = tensor.IsContiguous() || tensor.numel() == 0;
+    if (!contiguous && !has_room(tensor)) return;
     count = static_cast<std::size_t>(tensor.numel());
     if (tensor.data_ptr() == nullptr && count != 0) return;  // freed, as torch may while the tensor stays
     dtype = dtype_of(tensor.dtype());
@@ -71,6 +95,7 @@ struct Plain {
   char* data = nullptr;
   std::size_t count = 0, nbytes = 0;
   DType dtype = DType::kMovesOnly;
+  bool contiguous = false;
 };
 
 std::int64_t code(Outcome outcome) { return static_cast<std::int64_t>(outcome); }
@@ -111,24 +136,32 @@ bool is_stack(Operation operation, int argument) {
 // The tensors of a call, each of the first one's count and dtype.
 class Tensors {
  public:
-  // False if they are not plain and alike.
+  // False if they are not exportable and alike.
   bool take(const FastCall& call, int ranks, const ffi::AnyView* arguments, int number) {
     views_.clear();
     first_ = {};
     if (call.stacked && number != 2) return false;
     for (int i = 0; i < number; ++i) {
-      const Plain plain(arguments[i].cast<ffi::TensorView>());
-      if (plain.dtype == DType::kMovesOnly) return false;
+      const auto tensor = arguments[i].cast<ffi::TensorView>();
+      const Exported exported(tensor);
+      if (exported.dtype == DType::kMovesOnly) return false;
+      if (!exported.contiguous) {
+        if (number != 1 || call.stacked) return false;
+        first_ = {exported.count, exported.nbytes, exported.dtype};
+        views_.emplace_back(exported.data, item_size(exported.dtype), tensor.ndim(), tensor.shape().data(),
+                            tensor.strides().data());
+        return true;
+      }
       const std::size_t parts = call.stacked && is_stack(call.operation, i) ? static_cast<std::size_t>(ranks) : 1;
-      const std::size_t count = plain.count / parts, nbytes = plain.nbytes / parts;
+      const std::size_t count = exported.count / parts, nbytes = exported.nbytes / parts;
       if (i == 0) {
-        first_ = {count, nbytes, plain.dtype};
-      } else if (plain.dtype != first_.dtype || count != first_.count) {
+        first_ = {count, nbytes, exported.dtype};
+      } else if (exported.dtype != first_.dtype || count != first_.count) {
         return false;
       }
-      if (count * parts != plain.count) return false;
+      if (count * parts != exported.count) return false;
       for (std::size_t part = 0; part < parts; ++part) {
-        views_.emplace_back(plain.data + part * nbytes, item_size(plain.dtype));
+        views_.emplace_back(exported.data + part * nbytes, item_size(exported.dtype));
       }
     }
     return true;
@@ -172,7 +205,7 @@ class Tensors {
   std::vector<Range> ranges_;  // kept for its memory
 };
 
-bool is_plain_call(const FastCall& call, Tensors& tensors, int rank, int ranks) {
+bool is_fast_call(const FastCall& call, Tensors& tensors, int rank, int ranks) {
   const bool is_root = call.root == rank, has_root = call.root >= 0 && call.root < ranks;
   switch (call.operation) {
     case Operation::kBarrier: return tensors.size() == 0;
@@ -227,7 +260,7 @@ Outcome run_fast(Group& group, const FastCall& call, const View* views, std::siz
 
 namespace {
 
-// One operation on plain tensors, given in the order of a request's views. Where the interpreter lock is kept it must be
+// One operation on exportable tensors, given in the order of a request's views. Where the interpreter lock is kept it must be
 // `brief`: the turn is kept where it returns kPending, and the function of resume_function() must follow. Of a transfer's
 // mismatch the code says which direction differs: 256 the send, 512 the receive.
 ffi::Function fast_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
@@ -243,7 +276,7 @@ ffi::Function fast_function(std::int64_t handle, std::int64_t timeout_ns, int op
     Tensors& tensors = *made;
     *returned = code(Outcome::kRefused);
     if (!tensors.take(call, group->world_size(), arguments, number)) return;
-    if (!is_plain_call(call, tensors, group->rank(), group->world_size())) return;
+    if (!is_fast_call(call, tensors, group->rank(), group->world_size())) return;
     std::int64_t detail = 0;
     const Outcome outcome = run_fast(*group, call, tensors.from(0), tensors.count(), tensors.dtype(),
                                        brief ? Group::kBrief : now_ns() + timeout_ns, detail);
@@ -260,7 +293,7 @@ ffi::Function fast_function(std::int64_t handle, std::int64_t timeout_ns, int op
   });
 }
 
-// Puts one operation on plain tensors into the queue, in the order of a request's views; their memory must stay until it
+// Puts one operation on exportable tensors into the queue, in the order of a request's views; their memory must stay until it
 // has ended. Returns its number, or less what is wrong.
 ffi::Function issue_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
                              int source, bool stacked) {
@@ -275,7 +308,7 @@ ffi::Function issue_function(std::int64_t handle, std::int64_t timeout_ns, int o
     if (queue == nullptr || queue->foreign()) return;
     const auto tensors = std::make_shared<Tensors>();
     *returned = -code(Outcome::kRefused);
-    if (!tensors->take(call, ranks, arguments, number) || !is_plain_call(call, *tensors, rank, ranks)) return;
+    if (!tensors->take(call, ranks, arguments, number) || !is_fast_call(call, *tensors, rank, ranks)) return;
     if (reduces && find_reduction(tensors->dtype(), static_cast<ReduceOp>(op)) == nullptr) return;
     const std::int64_t issued = queue->push([=] {
       const std::int64_t deadline_ns = now_ns() + timeout_ns;
