@@ -34,6 +34,7 @@ from colltensor.errors import (
     without_frames,
 )
 from colltensor.operation_queue import OperationQueue
+from colltensor.operations import CODES
 from colltensor.types import ReduceOp
 from colltensor.work import QueuedWork, Work, consequence, nested
 
@@ -44,36 +45,6 @@ _NEVER: Final = float("inf")
 _log: Final = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S: Final = 5.0
 _PACKAGE: Final = os.path.dirname(__file__) + os.sep
-
-
-_CODES: Final = {
-    name: code
-    for code, name in enumerate(
-        (
-            "allreduce",
-            "reduce",
-            "broadcast",
-            "allgather",
-            "reducescatter",
-            "gather",
-            "scatter",
-            "alltoall",
-            "barrier",
-            "broadcast_object",
-            "allgather_object",
-            "split",
-            "transfer",
-            "allreduce_multigpu",
-            "reduce_multigpu",
-            "broadcast_multigpu",
-            "allgather_multigpu",
-            "reducescatter_multigpu",
-            "refusal",
-        ),
-        start=1,
-    )
-}
-"""Operations as ranks name them to each other."""
 
 
 class Transfer(NamedTuple):
@@ -159,9 +130,7 @@ class Call:
         argument = self.argument
         count, leaves = (0, 0) if argument is None else (argument.count(), argument.leaves_hash())
         op = _NO_OP if self.op is None else self.op
-        return _SIGNATURE.pack(
-            sequence, _CODES[self.name], op, self.root, self.fused, count, leaves
-        )
+        return _SIGNATURE.pack(sequence, CODES[self.name], op, self.root, self.fused, count, leaves)
 
     def describe(self, sequence: int) -> str:
         """Return what ``signature`` packs, in words."""
@@ -711,13 +680,7 @@ class Engine:
         else:
             number = 1 if control is None else control.transfers(peer, source) + 1
         signature = _SIGNATURE.pack(
-            number,
-            _CODES["transfer"],
-            _NO_OP,
-            source,
-            fused,
-            buffers.count(),
-            buffers.leaves_hash(),
+            number, CODES["transfer"], _NO_OP, source, fused, buffers.count(), buffers.leaves_hash()
         )
         return peer, signature, _describer(number, transfer, fused)
 

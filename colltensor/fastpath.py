@@ -17,7 +17,6 @@ from colltensor.backends.base import (
     FAST_DONE,
     FAST_LARGE,
     FAST_MISMATCH,
-    FAST_OPERATIONS,
     FAST_PENDING,
     AgreeingBackend,
 )
@@ -25,6 +24,7 @@ from colltensor.buffers import Buffers
 from colltensor.dlpack import export
 from colltensor.engine import Call, Engine, Transfer
 from colltensor.errors import CollectiveError, MismatchError
+from colltensor.operations import COMPARES_LAST, NATIVE, NATIVE_NAMES
 from colltensor.types import ReduceOp
 from colltensor.work import EndedWork, IssuedWork, Work, failed_work
 
@@ -34,9 +34,6 @@ _NOBODY: Final = -2
 """No rank, and not none either: a backend refuses it."""
 
 _SENDS, _RECEIVES = 256, 512
-_COMPARED_LAST: Final = ("allgather", "gather", "alltoall")
-"""Operations whose last tensor has the count that the ranks compare; of all others it is the first."""
-_NAMES: Final = tuple(FAST_OPERATIONS)
 
 
 class FastPath:
@@ -107,7 +104,7 @@ class FastPath:
         self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int
     ) -> bool:
         """End a call that was begun on the backend itself and came to ``code``; see ``Group.complete``."""
-        return self._one(_NAMES[operation], op, root, source).finish(tensors, code)
+        return self._one(NATIVE_NAMES[operation], op, root, source).finish(tensors, code)
 
     def _one(
         self,
@@ -169,7 +166,7 @@ class FastCall:
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
         """Return the backend's functions for this call."""
-        return self._backend.fast_call(FAST_OPERATIONS[self._operation], *self._call, self._stacked)
+        return self._backend.fast_call(NATIVE[self._operation], *self._call, self._stacked)
 
     def run(self, tensors: Sequence[Any], written: int, written_end: int) -> bool:
         """Run it on tensors as they are; False if it must go the slow path.
@@ -291,9 +288,7 @@ class FastCall:
         return EndedWork(result)
 
     def _issuing(self) -> Callable[..., int]:
-        self._issue = self._backend.issuing(
-            FAST_OPERATIONS[self._operation], *self._call, self._stacked
-        )
+        self._issue = self._backend.issuing(NATIVE[self._operation], *self._call, self._stacked)
         return self._issue
 
     def finish(self, tensors: Sequence[Any], code: int) -> bool:
@@ -339,7 +334,7 @@ class FastCall:
         ]
         if name == "transfer":
             self.explain_transfers(buffers[0], buffers[-1], code)
-        argument = (buffers[-1] if name in _COMPARED_LAST else buffers[0]) if buffers else None
+        argument = (buffers[-1] if name in COMPARES_LAST else buffers[0]) if buffers else None
         if self._stacked and name == "alltoall":
             argument = group.arguments.blocks(
                 name, "input_list", tensors[-1], None, None, False, None

@@ -18,10 +18,11 @@ from colltensor.adapters import (
     notify_all_written,
     reader_of,
 )
-from colltensor.backends.base import DIRECT_UNREAD, FAST_OPERATIONS
+from colltensor.backends.base import DIRECT_UNREAD
 from colltensor.engine import Call
 from colltensor.errors import CollectiveError
 from colltensor.fastpath import NO_OP, NO_RANK, FastCall, FastPath, moves_nothing, nothing
+from colltensor.operations import NATIVE
 from colltensor.tree_plans import Plan, Plans
 from colltensor.types import CPU, ReduceOp
 
@@ -151,7 +152,7 @@ class TreeCall(FastCall):
         super().__init__(group, operation, op, root, source, False)
 
     def _functions(self) -> tuple[Callable[..., int], Callable[..., int]]:
-        call = FAST_OPERATIONS[self._operation], *self._call, self._plan.words()
+        call = NATIVE[self._operation], *self._call, self._plan.words()
         self._reading = self._backend.reading_tree(*call)
         function = self._backend.tree(*call)
         return function, function

@@ -1018,7 +1018,7 @@ class Group:
         """End a call that was begun on the group's backend itself; False if it must be made as a call of the group.
 
         Args:
-            operation: A number of ``colltensor.backends.base.FAST_OPERATIONS``.
+            operation: A number of ``colltensor.operations.NATIVE``.
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none.
             source: The rank to receive from; -1 for none.

@@ -19,6 +19,7 @@ from colltensor.adapters import adapter_of
 from colltensor.errors import OptionError, TensorError
 from colltensor.group import Group
 from colltensor.multigpu import MultiGpu
+from colltensor.operations import COLLECTIVES
 from colltensor.tree import flatten, is_container
 from colltensor.work import Work
 
@@ -56,29 +57,6 @@ class Operation:
 
 Observer = Callable[[Operation], "Callable[[], None] | None"]
 
-_OPERATIONS: Final = {
-    "allreduce": (0, "tensor"),
-    "reduce": (0, "tensor"),
-    "broadcast": (0, "tensor"),
-    "allgather": (1, "tensor"),
-    "gather": (1, "tensor"),
-    "scatter": (0, "tensor"),
-    "reducescatter": (1, "tensor_list"),
-    "alltoall": (1, "input_list"),
-    "send": (0, "tensor"),
-    "recv": (0, "tensor"),
-    "sendrecv": (0, "send_tensor"),
-    "barrier": (-1, ""),
-    "split": (-1, ""),
-}
-"""Methods of ``Group``, and the argument that says how much this rank brings."""
-_MULTIGPU_OPERATIONS: Final = {
-    "allreduce": (0, "tensor_list"),
-    "reduce": (0, "tensor_list"),
-    "broadcast": (0, "tensor_list"),
-    "allgather": (1, "input_tensor_list"),
-    "reducescatter": (1, "input_tensor_lists"),
-}
 _VARIABLE: Final = "COLLTENSOR_OBSERVE"
 
 _log: Final = logging.getLogger(__name__)
@@ -149,12 +127,15 @@ def heed_environment() -> None:
 
 
 def _replace_methods() -> None:
-    for name, (index, argument) in _OPERATIONS.items():
-        _replace_method(Group, name, functools.partial(_observed, name, index, argument))
-    for name, (index, argument) in _MULTIGPU_OPERATIONS.items():
-        _replace_method(
-            MultiGpu, name, functools.partial(_observed, f"{name}_multigpu", index, argument)
-        )
+    for name, row in COLLECTIVES.items():
+        of_devices = name.endswith("_multigpu")
+        for method, (index, argument) in row.brings.items():
+            seen_as = name if of_devices else method
+            _replace_method(
+                MultiGpu if of_devices else Group,
+                method,
+                functools.partial(_observed, seen_as, index, argument),
+            )
     _replace_method(Group, "_exchange", _observed_exchange)
 
 

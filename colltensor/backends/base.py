@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
 from colltensor.errors import CollectiveError, OptionError, UnsupportedDTypeError
+from colltensor.operations import REDUCTIONS
 from colltensor.types import DTYPES, DType, ReduceOp
 from colltensor.view import BufferView
-
-REDUCTIONS: Final = frozenset({"allreduce", "reduce", "reducescatter"})
-"""The operations that combine elements; all others move bytes and take every data type."""
 
 _ARITHMETIC: Final = frozenset({ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX})
 _BITWISE: Final = frozenset({ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR})
@@ -454,7 +452,7 @@ class AgreeingBackend(Backend, Protocol):
         exported; nothing has begun then unless ``exports`` says that they can.
 
         Args:
-            operation: A number of ``FAST_OPERATIONS``.
+            operation: A number of ``operations.NATIVE``.
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none. What is no rank is refused when called.
             source: The rank to receive from; -1 for none.
@@ -482,7 +480,7 @@ class AgreeingBackend(Backend, Protocol):
         or share memory that is written.
 
         Args:
-            operation: A number of ``FAST_OPERATIONS``: allreduce, reduce, broadcast or a transfer.
+            operation: A number of ``operations.NATIVE``: allreduce, reduce, broadcast or a transfer.
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none.
             source: The rank to receive from, -1 for none.
@@ -558,25 +556,6 @@ turn.
 """
 DIRECT_UNREAD: Final = -1
 """Of a function of ``AgreeingBackend.reading_tree``: nothing begun, because the leaves were not to be read so."""
-
-FAST_OPERATIONS: Final = {
-    name: number
-    for number, name in enumerate(
-        (
-            "barrier",
-            "allreduce",
-            "reduce",
-            "broadcast",
-            "allgather",
-            "gather",
-            "reducescatter",
-            "scatter",
-            "alltoall",
-            "transfer",
-        )
-    )
-}
-"""The operations as ``AgreeingBackend.fast_call`` knows them."""
 
 
 class BackendSpec(Protocol):

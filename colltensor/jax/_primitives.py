@@ -18,9 +18,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF
-from colltensor.backends.base import FAST_OPERATIONS
 from colltensor.backends.nccl import reductions
 from colltensor.jax import _groups, _order, _targets
+from colltensor.operations import NATIVE
 from colltensor.types import ReduceOp
 
 NO_OP: Final = 255
@@ -57,7 +57,7 @@ def _make(
             "number": number,
             "dtype": dtype.code,
             "itemsize": dtype.itemsize,
-            "operation": FAST_OPERATIONS[operation],
+            "operation": NATIVE[operation],
             "op": op,
             "root": root,
             "source": source,

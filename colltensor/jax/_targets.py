@@ -20,20 +20,19 @@ import numpy as np
 from colltensor import dlpack, observers
 from colltensor.adapters import add_adapter
 from colltensor.adapters._numpy_dtypes import host_dtype
-from colltensor.backends.base import FAST_OPERATIONS
 from colltensor.backends.shm import library
 from colltensor.errors import BackendUnavailableError, CollectiveError
 from colltensor.group import Group
 from colltensor.jax import _device
 from colltensor.jax._device import DeviceBuffer
 from colltensor.jax._groups import group_of, inside
+from colltensor.operations import NATIVE_NAMES
 from colltensor.types import DTYPES, ReduceOp
 
 TARGET: Final = "colltensor"
 """The name under which XLA knows the target of every collective, on each platform."""
 
 _REFUSED: Final = 3
-_NAMES: Final = tuple(FAST_OPERATIONS)
 _DTYPES: Final = {dtype.code: dtype for dtype in DTYPES.values()}
 _log: Final = logging.getLogger(__name__)
 _notified: Final[set[tuple[int, str]]] = set()
@@ -69,7 +68,7 @@ def complete(
     result_nbytes: int,
 ) -> None:
     """End a call that the native target left: a mismatch, a failure, or all of it where that has no way to do it."""
-    group, name = group_of(number), _NAMES[operation]
+    group, name = group_of(number), NATIVE_NAMES[operation]
     if code == _REFUSED and (number, name) not in _notified:
         _notified.add((number, name))
         _notify(group, name)
@@ -125,7 +124,7 @@ def queue(
     Raises:
         CollectiveError: The call cannot be queued, or they have not: then the result would be of other elements.
     """
-    group, name, kind = group_of(number), _NAMES[operation], _DTYPES[dtype]
+    group, name, kind = group_of(number), NATIVE_NAMES[operation], _DTYPES[dtype]
     in_place = name in ("allreduce", "reduce", "broadcast") or (
         name == "transfer" and (root < 0 or source < 0)
     )
@@ -152,9 +151,9 @@ def _tensors(
     operation: int, given: np.ndarray[Any, Any], result: np.ndarray[Any, Any]
 ) -> list[np.ndarray[Any, Any]]:
     """Return what the ranks compare by: for a list the tensor that has its entries' count."""
-    if _NAMES[operation] == "allgather":
+    if NATIVE_NAMES[operation] == "allgather":
         return [given]
-    return [given, result] if _NAMES[operation] == "transfer" else [result]
+    return [given, result] if NATIVE_NAMES[operation] == "transfer" else [result]
 
 
 def _move(

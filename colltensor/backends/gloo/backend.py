@@ -7,11 +7,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Concatenate, Final, ParamSpec
 
-from colltensor.backends.base import REDUCTIONS, ControlPlane, require
+from colltensor.backends.base import ControlPlane, require
 from colltensor.backends.gloo.arithmetic import divide, float_state
 from colltensor.backends.gloo.composed import Composer, copy
 from colltensor.backends.gloo.part import GlooPart
 from colltensor.backends.gloo.provider import Provider, Transfer, never_free
+from colltensor.operations import REDUCTIONS
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Concatenate, Final, ParamSpec
 
-from colltensor.backends.base import REDUCTIONS, require
+from colltensor.backends.base import require
 from colltensor.backends.gloo.backend import GlooBackend
 from colltensor.backends.gloo.composed import copy
 from colltensor.backends.hierarchical.data_movement import DataMovement
@@ -17,6 +17,7 @@ from colltensor.backends.hierarchical.watch import HaltedError, Watch
 from colltensor.backends.hierarchical.worker import Worker
 from colltensor.backends.shm.backend import ShmBackend
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, is_from_handler
+from colltensor.operations import REDUCTIONS
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from colltensor.backends.base import REDUCTIONS, PendingOperation
+from colltensor.backends.base import PendingOperation
 from colltensor.backends.nccl import reductions
 from colltensor.backends.nccl.communicators import CommunicatorCache, Communicators
 from colltensor.backends.nccl.reductions import BYTE, NcclReduction
 from colltensor.backends.nccl.streams import PendingOperations, QueuedOperation, StreamManager
 from colltensor.backends.nccl.watchdog import Watchdog
 from colltensor.errors import CollectiveError, GroupError
+from colltensor.operations import REDUCTIONS
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView, in_a_row
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 from typing import Final, NamedTuple
 
-from colltensor.backends.base import REDUCTIONS
 from colltensor.backends.base import require as require_defined
 from colltensor.errors import UnsupportedDTypeError
+from colltensor.operations import REDUCTIONS
 from colltensor.types import DTYPES, DType, ReduceOp
 
 BYTE: Final = 1

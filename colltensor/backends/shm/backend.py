@@ -18,6 +18,7 @@ from colltensor.backends.shm.error_mapping import AgreeingControl, ErrorMapping,
 from colltensor.backends.shm.issuing import IssueQueue
 from colltensor.backends.shm.segment import Segment
 from colltensor.errors import CollectiveError
+from colltensor.operations import NATIVE
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 
@@ -214,7 +215,7 @@ class ShmBackend:
 
     def agree(self, deadline: float) -> None:
         """Meet all ranks, which must expect the same signature."""
-        self._collective(self._take(), "agree", requests.BARRIER, None, None, -1, 0, (), deadline)
+        self._collective(self._take(), "agree", None, None, -1, 0, (), deadline)
 
     def propagate_failure(self, error: CollectiveError) -> None:
         """Let the ranks that wait in the segment know why the group broke."""
@@ -272,17 +273,7 @@ class ShmBackend:
         """Combine in place on every rank, each buffer on its own."""
         expected = self._take()
         for index, buffer in enumerate(buffers or (None,)):
-            self._collective(
-                expected,
-                "allreduce",
-                requests.ALLREDUCE,
-                buffer,
-                op,
-                -1,
-                index,
-                (buffer,),
-                deadline,
-            )
+            self._collective(expected, "allreduce", buffer, op, -1, index, (buffer,), deadline)
 
     def reduce(
         self, buffers: Sequence[BufferView], root: int, op: ReduceOp, deadline: float
@@ -290,38 +281,18 @@ class ShmBackend:
         """Combine in place on ``root``; elsewhere the buffers are only read."""
         expected = self._take()
         for index, buffer in enumerate(buffers or (None,)):
-            self._collective(
-                expected, "reduce", requests.REDUCE, buffer, op, root, index, (buffer,), deadline
-            )
+            self._collective(expected, "reduce", buffer, op, root, index, (buffer,), deadline)
 
     def broadcast(self, buffers: Sequence[BufferView], root: int, deadline: float) -> None:
         """Overwrite with ``root``'s elements on the other ranks, each buffer on its own."""
         expected = self._take()
         for index, buffer in enumerate(buffers or (None,)):
-            self._collective(
-                expected,
-                "broadcast",
-                requests.BROADCAST,
-                buffer,
-                None,
-                root,
-                index,
-                (buffer,),
-                deadline,
-            )
+            self._collective(expected, "broadcast", buffer, None, root, index, (buffer,), deadline)
 
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
         """Copy every rank's ``source`` into ``outputs``."""
         self._collective(
-            self._take(),
-            "allgather",
-            requests.ALLGATHER,
-            source,
-            None,
-            -1,
-            0,
-            (*outputs, source),
-            deadline,
+            self._take(), "allgather", source, None, -1, 0, (*outputs, source), deadline
         )
 
     def gather(
@@ -329,33 +300,21 @@ class ShmBackend:
     ) -> None:
         """Copy every rank's ``source`` into ``outputs`` of ``root``."""
         views = (*(outputs or ()), source) if self._rank == root else (source,)
-        self._collective(
-            self._take(), "gather", requests.GATHER, source, None, root, 0, views, deadline
-        )
+        self._collective(self._take(), "gather", source, None, root, 0, views, deadline)
 
     def scatter(
         self, target: BufferView, sources: Sequence[BufferView] | None, root: int, deadline: float
     ) -> None:
         """Copy ``root``'s ``sources`` to their ranks' ``target``."""
         views = (target, *(sources or ())) if self._rank == root else (target,)
-        self._collective(
-            self._take(), "scatter", requests.SCATTER, target, None, root, 0, views, deadline
-        )
+        self._collective(self._take(), "scatter", target, None, root, 0, views, deadline)
 
     def reducescatter(
         self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
     ) -> None:
         """Combine all ranks' ``sources[rank]`` into ``target``."""
         self._collective(
-            self._take(),
-            "reducescatter",
-            requests.REDUCESCATTER,
-            target,
-            op,
-            -1,
-            0,
-            (target, *sources),
-            deadline,
+            self._take(), "reducescatter", target, op, -1, 0, (target, *sources), deadline
         )
 
     def alltoall(
@@ -363,20 +322,12 @@ class ShmBackend:
     ) -> None:
         """Copy rank r's ``sources[rank]`` into ``outputs[r]``."""
         self._collective(
-            self._take(),
-            "alltoall",
-            requests.ALLTOALL,
-            sources[0],
-            None,
-            -1,
-            0,
-            (*outputs, *sources),
-            deadline,
+            self._take(), "alltoall", sources[0], None, -1, 0, (*outputs, *sources), deadline
         )
 
     def barrier(self, deadline: float) -> None:
         """Return when all ranks have called."""
-        self._collective(self._take(), "barrier", requests.BARRIER, None, None, -1, 0, (), deadline)
+        self._collective(self._take(), "barrier", None, None, -1, 0, (), deadline)
 
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
         """Send each buffer to ``peer``, one after the other; returns when it has come (a short one) or has them."""
@@ -411,7 +362,6 @@ class ShmBackend:
         self,
         expected: ExpectedSignature | None,
         name: str,
-        operation: int,
         like: BufferView | None,
         op: ReduceOp | None,
         root: int,
@@ -422,13 +372,13 @@ class ShmBackend:
         """Run one collective; ``like`` has its count and dtype, None where nothing is moved."""
         if expected is None:
             dtype, count = (None, 0) if like is None else (like.dtype, like.count)
-            words = requests.own_words(operation, dtype, count, op, root)
+            words = requests.own_words(NATIVE.get(name, NATIVE["barrier"]), dtype, count, op, root)
             expected = error_mapping.derived_signature(
                 name, words, like, op, "" if root < 0 else f"root {root}"
             )
         moved = [view for view in views if view is not None]
         request = requests.collective(
-            requests.BARRIER if like is None else operation,
+            NATIVE["barrier" if like is None else name],
             like,
             op,
             root,
@@ -515,7 +465,7 @@ def _nanoseconds(deadline: float) -> int:
 
 def _derived_transfer(view: BufferView | None, source: int, destination: int) -> ExpectedSignature:
     dtype, count = (None, 0) if view is None else (view.dtype, view.count)
-    words = requests.own_words(requests.TRANSFER, dtype, count, None, -1)
+    words = requests.own_words(NATIVE["transfer"], dtype, count, None, -1)
     return error_mapping.derived_signature(
         f"transfer from rank {source} to rank {destination}", words, view, None
     )

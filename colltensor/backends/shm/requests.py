@@ -10,21 +10,9 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
+from colltensor.operations import NATIVE
 from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView, JoinedView, row_major
-
-(
-    BARRIER,
-    ALLREDUCE,
-    REDUCE,
-    BROADCAST,
-    ALLGATHER,
-    GATHER,
-    REDUCESCATTER,
-    SCATTER,
-    ALLTOALL,
-    TRANSFER,
-) = range(10)
 
 Words = tuple[int, int, int]
 """A signature without its sequence number, as the library compares it."""
@@ -100,7 +88,7 @@ def transfer(
     item, count = (1, 0) if source is None else (source.dtype.itemsize, source.count)
     target_item, target_count = (1, 0) if target is None else (target.dtype.itemsize, target.count)
     fields = [
-        TRANSFER,
+        NATIVE["transfer"],
         _NO_OP,
         0,
         item,
