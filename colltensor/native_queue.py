@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from colltensor.turn import lock_of_handlers
-from colltensor.work import IssuedWork, call_back
+from colltensor.work import IssuedWork, Work, call_back
 
 if TYPE_CHECKING:
     from colltensor.backends.base import IssueQueue
@@ -149,7 +149,7 @@ class NativeQueue:
         self._look()
         return True
 
-    def notify(self, work: IssuedWork, callback: Callable[[BaseException | None], None]) -> bool:
+    def notify(self, work: IssuedWork, callback: Callable[[Work], None]) -> bool:
         """Have ``callback`` called when an operation of the native queue has ended; False if it has."""
         assert self._native is not None
         with self._lock:
@@ -193,7 +193,7 @@ class NativeQueue:
             work = self._notified[0]
             try:
                 for callback in work._done:
-                    call_back(callback, work._error)
+                    call_back(callback, work)
             finally:
                 self._notified.popleft()
 

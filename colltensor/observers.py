@@ -160,7 +160,7 @@ def _observed(
             end(error)
             raise
         if options.get("async_op") and isinstance(result, Work):
-            result.add_done_callback(end)
+            result.add_done_callback(lambda work: end(work._error))
         else:
             end(None)
         return result

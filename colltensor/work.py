@@ -69,7 +69,7 @@ class Issuer(Protocol):
     def wait_for(self, work: IssuedWork, timeout_s: float | None) -> bool:
         """Wait until the operation has ended; False if it has not in time, or never will here."""
 
-    def notify(self, work: IssuedWork, callback: Callable[[BaseException | None], None]) -> bool:
+    def notify(self, work: IssuedWork, callback: Callable[[Work], None]) -> bool:
         """Have ``callback`` called when the operation has ended; False if it has."""
 
 
@@ -92,9 +92,7 @@ class Work:
         self._finished = threading.Event() if finished is None else finished
         self._result: Any = None
         self._error: BaseException | None = None
-        self._callbacks: collections.deque[Callable[[BaseException | None], None]] = (
-            collections.deque()
-        )
+        self._callbacks: collections.deque[Callable[[Work], None]] = collections.deque()
         self._queue: Queue | None = None
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -121,15 +119,30 @@ class Work:
         """Return True once the operation succeeded or failed; never waits."""
         return self._finished.is_set()
 
-    def result(self) -> Any:
-        """Wait, and return what the call would have returned without ``async_op``."""
-        self.wait()
+    def result(self, timeout_s: float | None = None) -> Any:
+        """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
+        self.wait(timeout_s)
         return self._result
 
-    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
-        """Have ``callback`` called with the error, or None, once the operation is done (on a GPU: queued).
+    def exception(self, timeout_s: float | None = None) -> BaseException | None:
+        """Wait as ``wait`` does, and return the error of the operation, or None if it succeeded.
 
-        It is called in the thread that ends the operation, or here if that was before. It must not raise or wait.
+        Raises:
+            CollectiveTimeoutError: It is not done after ``timeout_s``; it goes on.
+        """
+        try:
+            self.wait(timeout_s)
+        except BaseException as error:
+            if error is self._error:
+                return error
+            raise
+        return None
+
+    def add_done_callback(self, callback: Callable[[Work], None]) -> None:
+        """Have ``callback`` called with this Work once the operation is done (on a GPU: queued).
+
+        It is called in the thread that ends the operation, or here if that was before. It must not raise or wait. As in
+        ``concurrent.futures``, ``exception()`` and ``result()`` say how it ended.
         """
         self._callbacks.append(callback)
         if self._finished.is_set():
@@ -163,15 +176,13 @@ class Work:
                 callback = self._callbacks.popleft()
             except IndexError:  # called, here or by the thread that came at the same time
                 return
-            call_back(callback, self._error)
+            call_back(callback, self)
 
 
-def call_back(
-    callback: Callable[[BaseException | None], None], outcome: BaseException | None
-) -> None:
+def call_back(callback: Callable[[Work], None], work: Work) -> None:
     """Call a done callback."""
     try:
-        callback(outcome)
+        callback(work)
     except BaseException as error:
         if (
             not isinstance(error, Exception)
@@ -235,7 +246,8 @@ class QueuedWork(Work):
         )
         try:
             self._pending.order(self._streams(), left_s)
-        except CollectiveError:
+        except CollectiveError as error:
+            self._error = error
             raise
         except TimeoutError:
             raise CollectiveTimeoutError(
@@ -248,9 +260,9 @@ class QueuedWork(Work):
             return False
         return self._error is not None or (self._pending is not None and self._pending.done())
 
-    def result(self) -> Any:
+    def result(self, timeout_s: float | None = None) -> Any:
         """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
-        self.wait()
+        self.wait(timeout_s)
         return self._get()
 
 
@@ -271,9 +283,9 @@ class EndedWork(Work):
         """Return True."""
         return True
 
-    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
+    def add_done_callback(self, callback: Callable[[Work], None]) -> None:
         """Call ``callback``."""
-        call_back(callback, self._error)
+        call_back(callback, self)
 
 
 def failed_work(error: BaseException) -> EndedWork:
@@ -292,7 +304,7 @@ class IssuedWork(Work):
     number = 0
     _error: BaseException | None = None
     _over = False
-    _done: Sequence[Callable[[BaseException | None], None]] = ()
+    _done: Sequence[Callable[[Work], None]] = ()
 
     def __init__(
         self,
@@ -346,14 +358,14 @@ class IssuedWork(Work):
         """Return True once the operation succeeded or failed; never waits."""
         return self._over or self._issuer.wait_for(self, 0.0)
 
-    def add_done_callback(self, callback: Callable[[BaseException | None], None]) -> None:
+    def add_done_callback(self, callback: Callable[[Work], None]) -> None:
         """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
         if self._over or not self._issuer.notify(self, callback):
             if not self.done():
                 raise GroupError(
                     f"{self._operation}: it was issued by the parent process of this one"
                 )
-            call_back(callback, self._error)
+            call_back(callback, self)
 
     def fail(self, code: int) -> None:
         """Deal with an operation that did not succeed, before it counts as ended."""

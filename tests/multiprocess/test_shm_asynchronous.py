@@ -133,7 +133,7 @@ def mismatched(rank: int, size: int, name: str, late: int) -> None:
                 time.sleep(0.05)
             before, odd, after = np.ones(3), np.ones(3 + rank), np.ones(3)
             works = [group.allreduce(array, async_op=True) for array in (before, odd, after)]
-            told: list[BaseException | None] = []
+            told: list[col.Work] = []
             works[1].add_done_callback(told.append)
             works[0].wait()
             for _ in range(2):
@@ -148,7 +148,7 @@ def mismatched(rank: int, size: int, name: str, late: int) -> None:
             deadline = time.monotonic() + 5
             while not told and time.monotonic() < deadline:
                 time.sleep(0.001)
-            assert isinstance(told[0], col.MismatchError)
+            assert isinstance(told[0].exception(), col.MismatchError)
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -188,7 +188,7 @@ def destroyed(rank: int, size: int, name: str) -> None:
             time.sleep(0.5)
             return
         works = [group.allreduce(np.ones(3), async_op=True) for _ in range(100)]
-        told: list[BaseException | None] = []
+        told: list[col.Work] = []
         works[-1].add_done_callback(told.append)
         began = time.monotonic()
         group.destroy()
@@ -197,7 +197,7 @@ def destroyed(rank: int, size: int, name: str) -> None:
             with pytest.raises(col.CollectiveError):
                 work.wait(1)
             assert work.done()
-        assert isinstance(told[0], col.GroupError)
+        assert isinstance(told[0].exception(), col.GroupError)
         while any(thread.name == f"colltensor {group.name}" for thread in threading.enumerate()):
             assert time.monotonic() - began < 5
             time.sleep(0.001)
@@ -374,9 +374,10 @@ def test_a_call_that_has_begun_is_not_overtaken(pool: RankPool) -> None:
 
 
 def test_a_work_that_has_ended() -> None:
-    work, told = EndedWork("sum"), list[BaseException | None]()
+    work, told = EndedWork("sum"), list[Work]()
     work.add_done_callback(told.append)
-    assert (work.wait(), work.done(), work.result(), told) == (None, True, "sum", [None])
+    assert (work.wait(), work.done(), work.result(), told) == (None, True, "sum", [work])
+    assert work.exception() is None
 
 
 def drop_what_nobody_asks_about(rank: int, size: int, name: str) -> int:

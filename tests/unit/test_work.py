@@ -376,3 +376,32 @@ def test_a_worker_sees_a_turn_that_was_given_back_without_a_word(queue: Operatio
     work = queue.put(Work("op", lambda: 5))
     queue.turn.release()  # and a handler raised
     assert work.wait(2.0) is None
+
+
+def test_a_work_says_how_it_ended_as_a_future_does() -> None:
+    """The names and the meaning are those of ``concurrent.futures``; a timeout is no error of the operation."""
+    release = threading.Event()
+    queue = OperationQueue("tested")
+    called: list[Work] = []
+
+    def fail() -> None:
+        release.wait(5)
+        raise ValueError("no")
+
+    try:
+        failed = queue.put(Work("a call", fail))
+        good = queue.put(Work("another", lambda: "result"))
+        for work in (failed, good):
+            work.add_done_callback(called.append)
+        for wait in (failed.exception, failed.result):
+            with pytest.raises(CollectiveTimeoutError, match="goes on"):
+                wait(0.01)
+        release.set()
+        assert (good.exception(), good.result(5), good.exception(5)) == (None, "result", None)
+        assert isinstance(failed.exception(), ValueError)
+        with pytest.raises(ValueError, match="no"):
+            failed.result(5)
+        assert called == [failed, good]
+    finally:
+        release.set()
+        queue.close(GroupError("over"), 5)
