@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -27,7 +27,6 @@ from colltensor.errors import (
     CollectiveError,
     GroupError,
     OptionError,
-    PeerLostError,
     TensorError,
     is_from_handler,
     remedy_for_system,
@@ -178,7 +177,9 @@ class Group:
             control.set_timeout(options.timeout_s)
         self._devices = Devices(name, rank, backend, control, self._engine, options, meeting)
         self._splits = 0
-        self.on_destroy: Callable[[], None] | None = None  # frees the name, where the group has one
+        self._on_destroy: Callable[[], None] | None = (
+            None  # frees the name, where the group has one
+        )
         self._arguments: Any = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
         self._fastpath: Any = (
@@ -955,20 +956,6 @@ class Group:
         name = group_name or f"{self.name}/{self._splits}.{color}"
         return self._make_part(name, [] if color is None else members)
 
-    def follow(self, wait: Callable[[], None], defer: Callable[[bool], None]) -> None:
-        """Keep the order with calls that reach this group's backend another way (``complete``).
-
-        Args:
-            wait: Called first in every collective from now on, in the caller's thread: waits for such calls.
-            defer: Told True when asynchronous calls wait for their turn, False when none does any more; at once, which.
-        """
-        self._engine.before = wait
-        self._queue.watch = defer
-        if self._fastpath is not None:
-            self._fastpath.before = wait
-        self._allreduce = self._barrier = None  # by way of the engine, which waits
-        self._queue.notify_watch()
-
     def set_timeout(self, timeout_s: float) -> None:
         """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone.
 
@@ -991,58 +978,17 @@ class Group:
         if self._allreduce is not None:
             self._allreduce, self._barrier = self._fastpath.allreduce, self._fastpath.barrier
 
-    def lost(self, rank: int) -> PeerLostError | None:
-        """Ask whether ``rank`` is still there, in any thread and whatever it does; return the error if it is not."""
-        return None if self._control is None else self._control.gone("asking", [rank])
-
-    def ask(self, rank: int, question: bytes) -> bytes | None:
-        """Ask what ``answer_with`` has there, in any thread; None if no answer comes within a second."""
-        return None if self._control is None else self._control.inquire(rank, question)
-
-    def answer_with(self, answer: Callable[[int, bytes], bytes]) -> None:
-        """Have ``answer`` called, in another thread, with the rank that asks and its question; it must not wait."""
-        if self._control is not None:
-            self._control.answer_with(answer)
-
-    def progress(self) -> tuple[int, ...] | None:
-        """Return None while no call of host tensors runs or waits, else what changes from call to call."""
-        return self._engine.progress()
-
-    def shared_memory(self) -> int:
-        """Return the group's number in the native library, or -1 if it is not in shared memory."""
-        return -1 if self._agreeing is None else self._agreeing.number
-
-    def complete(
-        self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int
-    ) -> bool:
-        """End a call that was begun on the group's backend itself; False if it must be made as a call of the group.
-
-        Args:
-            operation: A number of ``colltensor.operations.NATIVE``.
-            op: The reduce op, 255 for none.
-            root: The root, or the rank to send to; -1 for none.
-            source: The rank to receive from; -1 for none.
-            tensors: Tensors with the dtype and count that the ranks compare.
-            code: What the call returned.
-
-        Raises:
-            CollectiveError: As every collective.
-        """
-        return self._fastpath is not None and bool(
-            self._fastpath.complete(operation, op, root, source, tensors, code)
-        )
-
     def destroy(self) -> None:
         """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.
 
         Each rank destroys for itself; the others get PeerLostError if they still call, and at once if this rank was in
         a call. Idempotent.
         """
-        if self.on_destroy is not None:
-            self.on_destroy()
+        if self._on_destroy is not None:
+            self._on_destroy()
         self._close("was destroyed; make it again with init_collective_group()")
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Do as ``destroy``, but keep the name, because the process ends. No call imports anything any more."""
         self._arguments = _Ended(self.name, self.rank)
         self._close("has ended, because its process ends")
@@ -1063,7 +1009,7 @@ class Group:
     def _close_behind(self) -> None:
         """Close the backend when the call has ended in which a signal's handler has closed the group."""
         deadline = time.monotonic() + _LEAVING_S
-        while self.progress() is not None and time.monotonic() < deadline:
+        while self._engine.progress() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
         self._backend.close()
 
@@ -1206,14 +1152,14 @@ def _end_all() -> None:
     """
     groups = list(_groups)
     deadline = time.monotonic() + _END_GRACE_S
-    while any(group.progress() for group in groups) and time.monotonic() < deadline:
+    while any(group._engine.progress() for group in groups) and time.monotonic() < deadline:
         time.sleep(0.005)
     if groups:
         threading.excepthook = functools.partial(_notify, threading.excepthook)
     caught = _callers() if groups else set()
     for group in groups:
         try:
-            group.end()
+            group._end()
         except RuntimeError as error:  # the others end all the same
             _log.debug("group %r (rank %d): does not end well: %s", group.name, group.rank, error)
     deadline = time.monotonic() + _LEAVING_S

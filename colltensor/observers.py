@@ -7,9 +7,7 @@ observed ones when the first observer comes, and put back when the last one goes
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -57,14 +55,12 @@ class Operation:
 
 Observer = Callable[[Operation], "Callable[[], None] | None"]
 
-_VARIABLE: Final = "COLLTENSOR_OBSERVE"
 
 _log: Final = logging.getLogger(__name__)
 _lock: Final = threading.Lock()
 _observers: tuple[Observer, ...] = ()
 _plain: Final[list[tuple[type, str, Any]]] = []
 """The methods that observed ones stand for at the moment."""
-_heeded = False
 on_start: Final[list[Callable[[], None]]] = []
 """Called when the first observer comes: whoever reaches a group's transport without its methods must use them now."""
 on_stop: Final[list[Callable[[], None]]] = []
@@ -105,25 +101,6 @@ def remove_observer(observer: Observer) -> None:
 def is_observed() -> bool:
     """Return whether there is an observer."""
     return bool(_observers)
-
-
-def heed_environment() -> None:
-    """Start what ``COLLTENSOR_OBSERVE`` asks for, once a process.
-
-    Raises:
-        OptionError: It asks for something that cannot be had here.
-    """
-    global _heeded
-    asked = os.environ.get(_VARIABLE, "")
-    if asked and not _heeded:
-        words = {word.strip() for word in asked.split(",")}
-        if not words <= {"metrics", "timeline"}:
-            raise OptionError(
-                f"{_VARIABLE}: expected 'metrics', 'timeline' or 'metrics,timeline', got {asked!r}"
-            )
-        observe = importlib.import_module("colltensor.ray.observe").observe
-        observe(metrics="metrics" in words, timeline="timeline" in words)
-        _heeded = True
 
 
 def _replace_methods() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import operator
 import os
 import threading
@@ -25,7 +26,6 @@ from colltensor.errors import (
     saying_timed_out,
 )
 from colltensor.group import Group, connect, solitary
-from colltensor.observers import heed_environment
 from colltensor.options import GroupOptions, timeout_of
 from colltensor.rendezvous import Directory, Meeting, meet, open_directory, report_refusal
 
@@ -33,6 +33,8 @@ _lock = threading.Lock()
 _groups: dict[str, Group | None] = {}
 """Groups by name; None while one is being made."""
 
+_OBSERVE: Final = "COLLTENSOR_OBSERVE"
+_heeded = False
 _SPELLINGS: Final = {"torch_gloo": ("gloo", "torch"), "pygloo": ("gloo", "pygloo")}
 
 
@@ -233,11 +235,30 @@ def _check_process(group_name: str) -> None:
         )
 
 
+def _heed_environment() -> None:
+    """Start what ``COLLTENSOR_OBSERVE`` asks for, once a process.
+
+    Raises:
+        OptionError: It asks for something that cannot be had here.
+    """
+    global _heeded
+    asked = os.environ.get(_OBSERVE, "")
+    if asked and not _heeded:
+        words = {word.strip() for word in asked.split(",")}
+        if not words <= {"metrics", "timeline"}:
+            raise OptionError(
+                f"{_OBSERVE}: expected 'metrics', 'timeline' or 'metrics,timeline', got {asked!r}"
+            )
+        observe = importlib.import_module("colltensor.ray.observe").observe
+        observe(metrics="metrics" in words, timeline="timeline" in words)
+        _heeded = True
+
+
 def _enter(group_name: str, make: Callable[[], Group]) -> Group:
     """Make a group while its name is reserved, and enter it in the table."""
     _check_name(group_name)
     environment.check()
-    heed_environment()
+    _heed_environment()
     with _lock:
         if group_name in _groups:
             raise _taken(group_name)
@@ -251,7 +272,7 @@ def _enter(group_name: str, make: Callable[[], Group]) -> Group:
                 del _groups[group_name]
             else:
                 _groups[group_name] = group
-                group.on_destroy = functools.partial(_forget, group_name, group)
+                group._on_destroy = functools.partial(_forget, group_name, group)
     return group
 
 

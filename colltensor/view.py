@@ -9,10 +9,13 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from colltensor import dlpack
 from colltensor.types import CPU, UINT8, Device, DType
+
+LEGACY_STREAM: Final = 1
+"""``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
 
 
 class BufferView:

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from colltensor.adapters._remedies import name_of, remedy_for
 from colltensor.errors import OptionError, ReadOnlyError, UnsupportedTensorError
-from colltensor.view import BufferView
+from colltensor.view import LEGACY_STREAM, BufferView
 
 
 class Adapter(Protocol):
@@ -115,8 +115,6 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
     "paddle": "colltensor.adapters.paddle",
 }
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
-LEGACY_STREAM: Final = 1
-"""``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
 _GUARDS: Final = 8
 """How often a guard learns other tensors, before those of the last time stay."""
 _NUMBERS: Final = frozenset({bool, int, float, complex})

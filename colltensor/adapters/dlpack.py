@@ -7,7 +7,6 @@ import math
 from typing import Any, Final
 
 from colltensor import dlpack
-from colltensor.adapters import LEGACY_STREAM
 from colltensor.errors import (
     DeviceError,
     ReadOnlyError,
@@ -15,7 +14,7 @@ from colltensor.errors import (
     UnsupportedTensorError,
 )
 from colltensor.types import CPU, DTYPES, Device
-from colltensor.view import BufferView
+from colltensor.view import LEGACY_STREAM, BufferView
 
 _CPU: Final = 1
 _CUDA: Final = 2

@@ -10,11 +10,10 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 
-from colltensor.adapters import LEGACY_STREAM
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.errors import DeviceError, UnsupportedTensorError
 from colltensor.types import CPU, Device
-from colltensor.view import BufferView, are_row_major
+from colltensor.view import LEGACY_STREAM, BufferView, are_row_major
 
 with jax.ensure_compile_time_eval():  # the first call of a program may be inside jax.jit
     _ARRAY: Final = type(jax.device_put(0))

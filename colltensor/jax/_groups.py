@@ -19,7 +19,7 @@ from typing import Final
 
 import jax
 
-from colltensor import observers
+from colltensor import bridge, observers
 from colltensor.backends.shm import library
 from colltensor.control import exit_hooks
 from colltensor.errors import GroupError
@@ -48,8 +48,8 @@ def number_of(group: Group) -> int:
         if number is None:
             number = _numbers[group] = next(_count)
             _groups[number] = group
-            defer = functools.partial(_defer, group.shared_memory())
-            group.follow(_wait, defer)
+            defer = functools.partial(_defer, bridge.shared_memory(group))
+            bridge.follow(group, _wait, defer)
             _watch_the_end(group)
     return number
 
@@ -80,11 +80,11 @@ def _end_late_calls() -> None:
     while not _ended.wait(0.05):
         now = time.monotonic()
         for group in list(_numbers):
-            progress = group.progress()
+            progress = bridge.progress(group)
             if progress is None or seen.get(group, (None, 0.0))[0] != progress:
                 seen[group] = progress, now
             elif now - seen[group][1] > _END_GRACE_S:
-                group.end()
+                group._end()
 
 
 def _stop_watching() -> None:
@@ -142,7 +142,7 @@ def _defer(handle: int, on: bool) -> None:
 def _defer_all() -> None:
     """Let the jitted calls of all groups go through their methods, where they are observed."""
     for group in list(_numbers):
-        _defer(group.shared_memory(), True)
+        _defer(bridge.shared_memory(group), True)
 
 
 def _end_deferring() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from colltensor import bridge
 from colltensor.adapters._numpy_dtypes import DTYPE_OF
 from colltensor.backends.nccl import reductions
 from colltensor.jax import _groups, _order, _targets
@@ -53,7 +54,7 @@ def _make(
                 return _order.lower_to_nothing(context, x)
             reductions.require(name or operation, dtype, None if op == NO_OP else ReduceOp(op))
         numbers = {
-            "handle": group.shared_memory(),
+            "handle": bridge.shared_memory(group),
             "number": number,
             "dtype": dtype.code,
             "itemsize": dtype.itemsize,

@@ -17,7 +17,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from colltensor import dlpack, observers
+from colltensor import bridge, dlpack, observers
 from colltensor.adapters import add_adapter
 from colltensor.adapters._numpy_dtypes import host_dtype
 from colltensor.backends.shm import library
@@ -77,7 +77,7 @@ def complete(
     result = _memory(result_address, result_nbytes, host)
     with inside(group, name):
         tensors = _tensors(operation, given, result)
-        if code != _REFUSED and group.complete(operation, op, root, source, tensors, code):
+        if code != _REFUSED and bridge.complete(group, operation, op, root, source, tensors, code):
             return
         _move(group, name, op, root, source, given, result)
 

@@ -18,6 +18,7 @@ from pool import RankPool
 from worlds import Report, Transport, World
 
 import colltensor as col
+from colltensor import bridge
 
 pytestmark = [
     pytest.mark.needs("jax"),
@@ -398,7 +399,7 @@ def follows(rank: int, size: int, transport: Transport, name: str, waits: bool) 
         step, square = jax.jit(slow), jnp.ones((512, 512))
         assert float(step(square, 5.0)[0]) == 5.0 * size
         if not waits:
-            group.follow(lambda: None, lambda on: None)
+            bridge.follow(group, lambda: None, lambda on: None)
         first = step(square, 1.0)
         second = group.allreduce(np.full(4, 10.0))
         third = step(square, 100.0)

@@ -110,6 +110,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "objects",
         "untraced",
     },
+    "bridge": {"errors", "group"},
     "observers": {"operations", "errors", "adapters", "tree", "work", "multigpu", "group"},
     "table": {
         "errors",
@@ -356,3 +357,46 @@ def test_the_check_sees_a_wrong_import(module: str, source: str) -> None:
 )
 def test_the_check_lets_a_right_import_pass(module: str, source: str) -> None:
     assert _complaints(source, module) == []
+
+
+def _targets(source: str, module: str, names: set[str]) -> set[str]:
+    """Return the package's modules that one of them imports, also for types, inside functions and by name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        asked: list[str] = []
+        if isinstance(node, ast.Import):
+            asked = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            members = [f"{node.module}.{alias.name}" for alias in node.names]
+            asked = [member if member in names else node.module for member in members]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            asked = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+        found |= {name for name in asked if name in names and name != module}
+    return found
+
+
+def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the nodes that are left when those are taken away that lead nowhere or that nothing leads to."""
+    left = dict(graph)
+    while True:
+        reached = {target for targets in left.values() for target in targets}
+        inside = {name: targets & left.keys() for name, targets in left.items() if name in reached}
+        inside = {name: targets & inside.keys() for name, targets in inside.items()}
+        inside = {name: targets for name, targets in inside.items() if targets}
+        if inside.keys() == left.keys():
+            return sorted([name, *sorted(targets)] for name, targets in left.items())
+        left = inside
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Plug-ins that are looked up by a table (an adapter's, a backend's) import the table; that is no circle."""
+    sources = {module: path.read_text() for module, path in _modules()}
+    graph = {name: _targets(source, name, set(sources)) for name, source in sources.items()}
+    # looked up by a tensor's type, as the adapters of the table are
+    graph["colltensor.adapters"] -= {"colltensor.adapters.dlpack", "colltensor.adapters.numbers"}
+    assert _circles(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set[str]()}
+    assert _circles(graph) == [["b", "c"], ["c", "b"]]

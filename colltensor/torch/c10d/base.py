@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch.distributed import distributed_c10d
 
+from colltensor import bridge
 from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError, is_from_handler
 from colltensor.group import Group
 from colltensor.options import timeout_of
@@ -75,9 +77,14 @@ class BaseProcessGroup(Identity):
         )
         self._queue = ProcessGroupQueue(self._group.name)
         self._transfers = Transfers(
-            self._group.name, rank, size, _weakly(self._connect), self._group.ask, self._group.lost
+            self._group.name,
+            rank,
+            size,
+            _weakly(self._connect),
+            functools.partial(bridge.ask, self._group),
+            functools.partial(bridge.lost, self._group),
         )
-        self._group.answer_with(self._transfers.standoffs.answer)
+        bridge.answer_with(self._group, self._transfers.standoffs.answer)
         self._delegated = DelegatedBackends(store, rank, size, timeout)
         self._parts = itertools.count()
         self._issued = 0
@@ -314,7 +321,7 @@ class BaseProcessGroup(Identity):
     def _receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> Any:
         name, recv = "recv" if source is not None else "recv_anysource", self._transfers.recv
         receive = _seen(name, recv, bare(tensor), source, tag, self._timeout.total_seconds())
-        return PendingWork(receive.operation, [tensor], receive)
+        return PendingWork(receive.operation, [tensor], lambda: receive.sender)
 
     def _peer(self, name: str, peer: int) -> None:
         if not 0 <= peer < self.size() or peer == self.rank():
@@ -336,7 +343,7 @@ class BaseProcessGroup(Identity):
             try:
                 check()
                 if time.monotonic() > asked_at + _ASK_EVERY_S:
-                    lost = self._group.lost(peer)
+                    lost = bridge.lost(self._group, peer)
                     if lost is not None:
                         raise lost
                     asked_at = time.monotonic()

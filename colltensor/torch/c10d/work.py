@@ -7,16 +7,13 @@ import threading
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 
 from colltensor.errors import CollectiveError, without_frames
 from colltensor.work import Work
-
-if TYPE_CHECKING:
-    from colltensor.torch.c10d.inbox import Receive
 
 _NO_TIMEOUT: Final = timedelta(0)
 _followed: Final[weakref.WeakSet[QueuedCall]] = weakref.WeakSet()
@@ -95,13 +92,16 @@ class PendingWork(dist.Work):
     """torch's handle of an operation that may still run; keeps its tensors."""
 
     def __init__(
-        self, operation: QueuedCall, tensors: list[torch.Tensor], receive: Receive | None = None
+        self,
+        operation: QueuedCall,
+        tensors: list[torch.Tensor],
+        received: Callable[[], int] | None = None,
     ) -> None:
         super().__init__()
         self._operation = operation
         self._tensors = tensors
         self._future: Any = None
-        self._receive = receive
+        self._received = received
 
     def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
         """Return True when the operation is done.
@@ -140,7 +140,7 @@ class PendingWork(dist.Work):
 
     def source_rank(self) -> int:
         """Return the rank that sent, once a receive is done; -1 for other operations."""
-        return -1 if self._receive is None else self._receive.sender
+        return -1 if self._received is None else self._received()
 
     _source_rank = source_rank
 
