@@ -8,101 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from colltensor.adapters._remedies import name_of, remedy_for
+from colltensor.adapters.base import Adapter, HostMemory, Memory
 from colltensor.errors import OptionError, ReadOnlyError, UnsupportedTensorError
 from colltensor.view import LEGACY_STREAM, BufferView
 
-
-class Adapter(Protocol):
-    """What the group asks of a framework. Adapters hold no state of one tensor or group.
-
-    Attributes:
-        name: The framework's name, for messages.
-        immutable: True where tensors cannot be written, so that results are made by ``allocate_result``.
-
-    An adapter may have an attribute ``directly_exportable``, a function that returns True for a tensor that may be written, of which
-    its DLPack export says all and whose memory stays for as long as the tensor, not only the export; None if that
-    holds for every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
-    called unless ``directly_exportable`` is None; instead of it ``written_together(tensors)``, if there is one, for several. With a
-    function ``alike(tensors)`` it may spare itself the same questions about the same number of tensors in the next
-    call: it is given exportable ones and returns a function, or None, which keeps none of them. That one takes others, of
-    any types, and returns True only where these are exportable for what they have in common with the first.
-
-    With a function ``reader(kind)`` native code reads exportable tensors of a type itself: it returns the address of a C
-    function that does what DLPack's ``dltensor_from_py_object_no_sync`` does, called with the interpreter lock; 0 where
-    there is none.
-
-    It may have a function ``reduced``: what a tensor's ``__reduce__`` should return, for objects that are pickled; None
-    where that is right.
-
-    An adapter of immutable tensors may have three functions for the leaves of a tree, all its own: ``kinds(tensors)``
-    returns for each what is equal where shape, dtype, device and layout are; ``addresses(tensors)`` where they lie on
-    the host, once what computes them is done; ``allocate_results(tensors, donate)`` what ``allocate_result`` does with each, as
-    row-major results without their views.
-
-    It may have a function ``restored(result, given)``: what the caller gets for what ``allocate_result`` made of the tensor
-    ``given``, once it was written.
-
-    It may have a function ``stream``: the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
-    device, by index, is queued now; None where the host must wait for whatever the framework may read next. Without it
-    that is the legacy default stream, as for DLPack's consumers.
-    """
-
-    name: str
-    immutable: bool
-
-    def claims(self, kind: type) -> bool:
-        """Return True if tensors of exactly this type are the adapter's."""
-
-    def source(self, tensor: Any) -> BufferView:
-        """View a tensor that will only be read; waits for pending work that writes to it.
-
-        Raises:
-            TensorError: The framework would not let this memory be read as it lies.
-        """
-
-    def target(self, tensor: Any) -> BufferView:
-        """View a tensor that will be written in place; one of an immutable framework is only viewed.
-
-        Raises:
-            TensorError: The framework would not let this memory be written.
-        """
-
-    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        """Return a new tensor with the contents of an immutable one, and its memory to write to.
-
-        With ``donate`` the tensor given is deleted and its memory reused where nobody else holds it.
-        Called once the ranks agreed; never called for mutable frameworks.
-        """
-
-    def written(self, tensor: Any) -> None:
-        """Notify the framework that the memory of a target was written."""
-
-
-class Memory(Protocol):
-    """Plain memory of one type of device: staging buffers and copies between layouts."""
-
-    def allocate(self, nbytes: int, like: BufferView | None = None) -> BufferView:
-        """Return uninitialised memory as bytes, aligned to 64 bytes; on ``like``'s device, for use on its stream."""
-
-    def copy(self, target: BufferView, source: BufferView) -> None:
-        """Copy elements in row-major order between views of one count and dtype, any layouts."""
-
-    def contents(self, view: BufferView) -> bytes | memoryview:
-        """Return the elements' bytes on the host, in row-major order."""
-
-    def overlap(self, first: BufferView, second: BufferView) -> bool:
-        """Return True if the elements of two views share memory."""
-
-
-class HostMemory(Memory, Protocol):
-    """The memory of the host, whose elements may be written at any time: no stream orders what happens to them."""
-
-    def array(self, view: BufferView) -> Any:
-        """Return a writable array, of the framework that has these functions, over a view that it keeps alive."""
-
+__all__ = ["Adapter", "HostMemory", "Memory", "register_adapter"]
 
 _ADAPTERS: Final = {  # by the package of a tensor's type
     "numpy": "colltensor.adapters.numpy",

@@ -9,6 +9,7 @@ from typing import Any, Final
 import cupy as cp
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
+from colltensor.adapters.base import AdapterBase
 from colltensor.adapters.numpy import MEMORY as HOST
 from colltensor.errors import UnsupportedTensorError
 from colltensor.types import UINT8, Device
@@ -17,26 +18,16 @@ from colltensor.view import BufferView
 _WIDTHS: Final = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "complex128"}
 
 
-class CupyAdapter:
+class CupyAdapter(AdapterBase):
     """cupy.ndarray on any CUDA device, in place."""
 
     name = "cupy"
-    immutable = False
 
     def claims(self, kind: type) -> bool:
         return kind is cp.ndarray
 
     def source(self, tensor: Any) -> BufferView:
         return _view(tensor)
-
-    def target(self, tensor: Any) -> BufferView:
-        return _view(tensor)
-
-    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        return tensor, _view(tensor)
-
-    def written(self, tensor: Any) -> None:
-        pass
 
     def stream(self, index: int) -> int:
         return _current_stream(index)

@@ -7,6 +7,7 @@ import math
 from typing import Any, Final
 
 from colltensor import dlpack
+from colltensor.adapters.base import AdapterBase
 from colltensor.errors import (
     DeviceError,
     ReadOnlyError,
@@ -26,11 +27,10 @@ _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
-class DlpackAdapter:
+class DlpackAdapter(AdapterBase):
     """Any object with ``__dlpack__`` and ``__dlpack_device__``, taken to be mutable unless it says otherwise."""
 
     name = "dlpack"
-    immutable = False
 
     def claims(self, kind: type) -> bool:
         return hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
@@ -51,12 +51,6 @@ class DlpackAdapter:
                 "pass numpy.array(x), and use that"
             )
         return view
-
-    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        return tensor, self.target(tensor)
-
-    def written(self, tensor: Any) -> None:
-        pass
 
 
 def view_of(tensor: Any) -> tuple[BufferView, int]:

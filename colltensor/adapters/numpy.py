@@ -13,6 +13,7 @@ import numpy as np
 from colltensor import dlpack
 from colltensor.adapters import native_copies, native_readers
 from colltensor.adapters._numpy_dtypes import CARRIER_OF, DTYPE_OF, host_dtype, unsupported_dtype
+from colltensor.adapters.base import AdapterBase
 from colltensor.errors import ReadOnlyError, UnsupportedTensorError
 from colltensor.types import CPU, UINT8
 from colltensor.view import BufferView
@@ -32,11 +33,10 @@ _OVERLAP_WORK: Final[Any] = 1 << 16
 """Bound on the search for a common address of two strided arrays (numpy.shares_memory)."""
 
 
-class NumpyAdapter:
+class NumpyAdapter(AdapterBase):
     """numpy.ndarray and numpy.memmap, in place. Other subclasses are refused: they may hide elements."""
 
     name = "numpy"
-    immutable = False
     # numpy exports neither read-only memory nor types that DLPack does not know
     directly_exportable = None
 
@@ -67,12 +67,6 @@ class NumpyAdapter:
         return BufferView(
             handle.data_ptr(), tensor.size, dtype, CPU, tensor.shape, strides, False, handle, tensor
         )
-
-    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        return tensor, self.target(tensor)
-
-    def written(self, tensor: Any) -> None:
-        pass
 
     def reader(self, kind: type) -> int:
         return _reader()

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import paddle
 
+from colltensor.adapters.base import AdapterBase
 from colltensor.adapters.dlpack import ADAPTER as DLPACK
 from colltensor.errors import ReadOnlyError
 from colltensor.view import BufferView
@@ -13,11 +14,10 @@ from colltensor.view import BufferView
 _KINDS: Final = (paddle.Tensor, paddle.base.framework.EagerParamBase)
 
 
-class PaddleAdapter:
+class PaddleAdapter(AdapterBase):
     """paddle.Tensor and parameters, outside of static graphs."""
 
     name = "paddle"
-    immutable = False
 
     def claims(self, kind: type) -> bool:
         return kind in _KINDS
@@ -32,9 +32,6 @@ class PaddleAdapter:
                 "it under paddle.no_grad(), or pass tensor.detach()"
             )
         return DLPACK.target(tensor.detach())
-
-    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        return tensor, self.target(tensor)
 
     def written(self, tensor: Any) -> None:
         tensor._bump_inplace_version()  # so that a value saved for the backward pass raises there

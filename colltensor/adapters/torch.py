@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from colltensor.adapters.base import AdapterBase
 from colltensor.dlpack import exchange_reader
 from colltensor.errors import (
     DeviceError,
@@ -40,11 +41,10 @@ _DTYPE_OF: Final = {
 _REAL: Final = frozenset(name for name, dtype in _DTYPE_OF.items() if dtype.kind != "c")
 
 
-class TorchAdapter:
+class TorchAdapter(AdapterBase):
     """torch.Tensor and Parameter, in place. Other subclasses come by ``register_adapter``."""
 
     name = "torch"
-    immutable = False
 
     def claims(self, kind: type) -> bool:
         return kind in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -99,9 +99,6 @@ class TorchAdapter:
 
     def reader(self, kind: type) -> int:
         return exchange_reader(kind)
-
-    def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
-        return tensor, _view(tensor)
 
     def reduced(self, tensor: Any) -> tuple[Any, ...] | None:
         """Leave out the rest of a storage, all of which torch pickles with a view of it."""

@@ -6,60 +6,10 @@ import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
-from colltensor.errors import CollectiveError, OptionError, UnsupportedDTypeError
-from colltensor.operations import REDUCTIONS
-from colltensor.types import DTYPES, DType, ReduceOp
+from colltensor.backends.rules import require
+from colltensor.errors import CollectiveError
+from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
-
-_ARITHMETIC: Final = frozenset({ReduceOp.SUM, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX})
-_BITWISE: Final = frozenset({ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR})
-_OPS_OF_KIND: Final = {
-    "b": _ARITHMETIC | _BITWISE,
-    "i": _ARITHMETIC | _BITWISE,
-    "u": _ARITHMETIC | _BITWISE,
-    "f": _ARITHMETIC | {ReduceOp.AVERAGE},
-    "c": frozenset({ReduceOp.SUM, ReduceOp.AVERAGE}),
-}
-_PAIRS: Final = frozenset(
-    (dtype, op)
-    for dtype in DTYPES.values()
-    if not dtype.moves_only
-    for op in _OPS_OF_KIND[dtype.kind]
-)
-
-
-def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
-    """Check that ``operation`` is defined for elements of ``dtype``, on any backend.
-
-    Args:
-        operation: The name of the collective, ``"allreduce"``.
-        dtype: The elements' true type.
-        op: How elements are combined; None where nothing is.
-
-    Raises:
-        UnsupportedDTypeError: The operation is not defined for this type.
-        OptionError: A reduction without ``op``.
-    """
-    if (dtype, op) in _PAIRS or operation not in REDUCTIONS:
-        return
-    if op is None:
-        raise OptionError(
-            f"{operation} needs a reduce op: expected one of {', '.join(ReduceOp.__members__)}, got None"
-        )
-    if dtype.moves_only:
-        raise UnsupportedDTypeError(
-            f"{operation} with op={op.name} is not defined for {dtype}, which can only be moved (broadcast, gather, "
-            "send ...); convert it to float16, bfloat16 or float32 first"
-        )
-    defined = ", ".join(sorted(other.name for other in _OPS_OF_KIND[dtype.kind]))
-    remedy = "use one of these"
-    if op is ReduceOp.AVERAGE:
-        remedy = "convert it to a floating-point type first, or take the SUM and divide it by the number of ranks"
-    if dtype.kind == "c":
-        remedy = "use one of these, or reduce the real and imaginary parts on their own"
-    raise UnsupportedDTypeError(
-        f"{operation} with op={op.name} is not defined for {dtype}, which has {defined}; {remedy}"
-    )
 
 
 class ControlPlane(Protocol):
@@ -195,6 +145,34 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the transport without waiting for other ranks; idempotent."""
+
+
+class BackendBase:
+    """The attributes and methods of a ``Backend`` that need no transport; one that differs overrides them.
+
+    It takes contiguous host memory, lets the group pack small leaves and agree before each payload, so that ``barrier``
+    has nothing left to do, and knows every data type and op that is defined.
+    """
+
+    name: str
+    device_types: frozenset[str] = frozenset({"cpu"})
+    takes_strided: bool = False
+    packs_small_leaves: bool = True
+    copies_lists: frozenset[str] = frozenset()
+    needs_agreement: bool = True
+    crosses: bool = False
+
+    require = staticmethod(require)
+
+    def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
+        """Return False: elements travel as they are."""
+        return False
+
+    def barrier(self, deadline: float) -> None:
+        """Return: all ranks have called, since they have agreed."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class PendingOperation(Protocol):

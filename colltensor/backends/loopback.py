@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from colltensor.backends.base import require
+from colltensor.backends.base import BackendBase
 from colltensor.errors import DeviceError, OptionError, RankError
-from colltensor.types import DType, ReduceOp
+from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
 if TYPE_CHECKING:
@@ -18,22 +18,13 @@ if TYPE_CHECKING:
 _DEVICE_TYPES: Final = frozenset({"cpu", "cuda"})
 
 
-class LoopbackBackend:
+class LoopbackBackend(BackendBase):
     """The transport of a group of one rank: none."""
 
     name = "loopback"
     device_types = _DEVICE_TYPES
     takes_strided = True
-    packs_small_leaves = True
-    copies_lists: frozenset[str] = frozenset()
     needs_agreement = False
-    crosses = False
-
-    require = staticmethod(require)
-
-    def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Nothing is converted."""
-        return False
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Leave the buffers as they are: the combination of one rank's elements."""
@@ -93,12 +84,6 @@ class LoopbackBackend:
     ) -> None:
         """Copy ``source`` to ``target``: both peers are this rank."""
         _copy(target, source)
-
-    def barrier(self, deadline: float) -> None:
-        """Return: all ranks are here."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class LoopbackSpec:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
-from colltensor.backends.base import require
+from colltensor.backends.rules import require
 from colltensor.errors import GroupError, RankError, ShapeError, UnsupportedDTypeError
 from colltensor.group import Group
 from colltensor.jax import _groups, _primitives, _targets

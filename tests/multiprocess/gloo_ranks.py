@@ -150,6 +150,6 @@ def check(
 
 
 def reducible() -> Iterator[tuple[DType, ReduceOp]]:
-    from colltensor.backends.base import _PAIRS
+    from colltensor.backends.rules import _PAIRS
 
     return iter(sorted(_PAIRS, key=lambda pair: (pair[0].code, pair[1])))

@@ -640,7 +640,7 @@ def test_register_adapter() -> None:
     for attributes, words in (
         ({"name": None}, "attribute name of type str, got None"),
         ({"immutable": 1}, "attribute immutable of type bool"),
-        ({"directly_exportable": True}, "plain: expected a function, got True"),
+        ({"directly_exportable": True}, "directly_exportable: expected a function, got True"),
     ):
         with pytest.raises(OptionError, match=words):
             register_adapter(type("Wrong", (CustomAdapter,), attributes)())

@@ -19,7 +19,7 @@ import pytest
 
 import colltensor as col
 from colltensor import backends
-from colltensor.backends import base, get_backend, is_available, reason, register_backend
+from colltensor.backends import get_backend, is_available, reason, register_backend, rules
 from colltensor.backends.gloo import GlooSpec, arithmetic, provider, scheduling, sockets
 from colltensor.backends.loopback import LoopbackBackend
 from colltensor.errors import (
@@ -30,6 +30,7 @@ from colltensor.errors import (
     RankError,
     UnsupportedDTypeError,
 )
+from colltensor.operations import REDUCTIONS
 from colltensor.types import DTYPES, Device, ReduceOp
 from colltensor.view import BufferView
 
@@ -154,7 +155,7 @@ class TestRequire:
     )
     def test_moves_take_every_dtype(self, operation: str) -> None:
         for dtype in DTYPES.values():
-            base.require(operation, dtype, None)
+            rules.require(operation, dtype, None)
 
     @pytest.mark.parametrize("op", ReduceOp)
     @pytest.mark.parametrize("name", DTYPES)
@@ -169,19 +170,19 @@ class TestRequire:
             "f": not bitwise,
             "c": op.name in ("SUM", "AVERAGE"),
         }[kind]
-        for operation in base.REDUCTIONS:
+        for operation in REDUCTIONS:
             if defined:
-                base.require(operation, DTYPES[name], op)
+                rules.require(operation, DTYPES[name], op)
                 continue
             with pytest.raises(
                 UnsupportedDTypeError,
                 match=f"{operation} with op={op.name} is not defined for {name}",
             ):
-                base.require(operation, DTYPES[name], op)
+                rules.require(operation, DTYPES[name], op)
 
     def test_a_reduction_without_op(self) -> None:
         with pytest.raises(OptionError, match="allreduce needs a reduce op"):
-            base.require("allreduce", DTYPES["float32"], None)
+            rules.require("allreduce", DTYPES["float32"], None)
 
 
 class TestLoopback:
@@ -342,7 +343,7 @@ class TestGlooParts:
             ("float32", "BAND"),
         ):
             assert missing not in named
-        assert set(pairs) <= base._PAIRS
+        assert set(pairs) <= rules._PAIRS
 
     @pytest.mark.parametrize("size", range(2, 10))
     def test_no_order_of_a_tournament_waits_in_a_circle(self, size: int) -> None:

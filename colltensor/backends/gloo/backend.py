@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Concatenate, Final, ParamSpec
 
-from colltensor.backends.base import ControlPlane, require
+from colltensor.backends.base import BackendBase, ControlPlane
 from colltensor.backends.gloo.arithmetic import divide, float_state
 from colltensor.backends.gloo.composed import Composer, copy
 from colltensor.backends.gloo.part import GlooPart
@@ -45,7 +45,7 @@ def _keeps_buffers(
     return call
 
 
-class GlooBackend:
+class GlooBackend(BackendBase):
     """Collectives of host memory between any number of hosts.
 
     Every rank chooses the same way through: by operation, dtype, op, size and provider, on which
@@ -58,13 +58,6 @@ class GlooBackend:
     """
 
     name = "gloo"
-    device_types = frozenset({"cpu"})
-    takes_strided = False
-    packs_small_leaves = True
-    copies_lists: frozenset[str] = frozenset()
-    needs_agreement = True
-
-    require = staticmethod(require)
 
     def __init__(self, provider: Provider, control: ControlPlane, details: str = "") -> None:
         self.kept: list[object] = []

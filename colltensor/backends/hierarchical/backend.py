@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Concatenate, Final, ParamSpec
 
-from colltensor.backends.base import require
+from colltensor.backends.base import BackendBase
 from colltensor.backends.gloo.backend import GlooBackend
 from colltensor.backends.gloo.composed import copy
 from colltensor.backends.hierarchical.data_movement import DataMovement
@@ -55,7 +55,7 @@ def _joined(local: ShmBackend, source: int, destination: int, deadline: float) -
         local.part(source, destination)
 
 
-class HierarchicalBackend:
+class HierarchicalBackend(BackendBase):
     """Collectives between hosts of which some have several ranks.
 
     allreduce, reduce, broadcast and allgather send an element between two hosts once each way, in blocks: while one
@@ -69,13 +69,6 @@ class HierarchicalBackend:
     """
 
     name = "hierarchical"
-    device_types = frozenset({"cpu"})
-    takes_strided = False
-    packs_small_leaves = True
-    copies_lists: frozenset[str] = frozenset()
-    needs_agreement = True
-
-    require = staticmethod(require)
 
     def __init__(
         self, hosts: Hosts, watch: Watch, local: ShmBackend | None, gloo: GlooBackend

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from colltensor.backends.base import PendingOperation
+from colltensor.backends.base import BackendBase, PendingOperation
 from colltensor.backends.nccl import reductions
 from colltensor.backends.nccl.communicators import CommunicatorCache, Communicators
 from colltensor.backends.nccl.reductions import BYTE, NcclReduction
@@ -45,16 +45,14 @@ class _Part(NamedTuple):
     keys: BufferView | None
 
 
-class NcclBackend:
+class NcclBackend(BackendBase):
     """NCCL between the ranks of one group. Payload methods are called after ``begin``, one call at a time."""
 
     name = "nccl"
     device_types = _DEVICE_TYPES
-    takes_strided = False
     packs_small_leaves = False
     copies_lists = frozenset({"allgather", "reducescatter"})
     needs_agreement = False
-    crosses = False
 
     def __init__(self, control: Any, timeout_s: float, driver: Any) -> None:
         """Make the backend of one rank; connects nothing.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Final, NamedTuple
 
-from colltensor.backends.base import require as require_defined
+from colltensor.backends.rules import require as require_defined
 from colltensor.errors import UnsupportedDTypeError
 from colltensor.operations import REDUCTIONS
 from colltensor.types import DTYPES, DType, ReduceOp

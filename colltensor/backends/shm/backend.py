@@ -12,20 +12,20 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.backends.base import FAST_DONE, FAST_MISMATCH, FAST_REFUSED, require
+from colltensor.backends.base import FAST_DONE, FAST_MISMATCH, FAST_REFUSED, BackendBase
 from colltensor.backends.shm import error_mapping, library, requests
 from colltensor.backends.shm.error_mapping import AgreeingControl, ErrorMapping, ExpectedSignature
 from colltensor.backends.shm.issuing import IssueQueue
 from colltensor.backends.shm.segment import Segment
 from colltensor.errors import CollectiveError
 from colltensor.operations import NATIVE
-from colltensor.types import DType, ReduceOp
+from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
 _NEVER_NS: Final = (1 << 63) - 1
 
 
-class ShmBackend:
+class ShmBackend(BackendBase):
     """Collectives between the ranks of one host.
 
     The ranks agree inside the segment, on arrival and before anything is written: ``set_signature`` and ``set_transfer_signature``
@@ -38,14 +38,9 @@ class ShmBackend:
     """
 
     name = "shm"
-    device_types = frozenset({"cpu"})
     takes_strided = True
-    packs_small_leaves = True
-    copies_lists: frozenset[str] = frozenset()
     needs_agreement = False
     crosses = True
-
-    require = staticmethod(require)
 
     def __init__(self, control: AgreeingControl, segment: Segment, timeout_s: float) -> None:
         self._rank = control.rank
@@ -129,10 +124,6 @@ class ShmBackend:
             self._handle, self._timeout_ns, op, plan.buffer_info()[0]
         )
         return function
-
-    def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Nothing is converted: 16-bit floats are widened in registers."""
-        return False
 
     def hold(self, deadline: float) -> bool:
         """Take the turn for a call of several steps, waiting for a fast call of another thread.
