@@ -94,11 +94,8 @@ class Buffers(Protocol):
         read to another computation (JAX's donation).
         """
 
-    def count(self) -> int:
-        """Return the number of elements of all leaves."""
-
-    def leaves_hash(self) -> int:
-        """Return a number that is equal where paths, dtypes and counts of all leaves are."""
+    def compared(self) -> tuple[int, int]:
+        """Return the number of elements of all leaves, and a number that is equal where paths, dtypes and counts are."""
 
     def describe(self) -> str:
         """Return the leaves' dtypes and counts for an error message."""
@@ -127,11 +124,9 @@ class _Alike:
     __slots__ = ()
     views: list[BufferView]
 
-    def count(self) -> int:
-        return self.views[0].count
-
-    def leaves_hash(self) -> int:
-        return self.views[0].dtype.code
+    def compared(self) -> tuple[int, int]:
+        view = self.views[0]
+        return view.count, view.dtype.code
 
     def describe(self) -> str:
         return f"{self.views[0].dtype}[{self.views[0].count}]"
@@ -140,13 +135,23 @@ class _Alike:
 class TensorBuffers(_Alike):
     """One tensor. The common case, so it is kept lean."""
 
-    __slots__ = ("_adapter", "_donate", "_tensor", "_write", "staged", "transfers", "views")
+    __slots__ = (
+        "_adapter",
+        "_donate",
+        "_tensor",
+        "_write",
+        "allocates",
+        "staged",
+        "transfers",
+        "views",
+    )
 
     def __init__(self, tensor: Any, adapter: Adapter, write: bool, donate: bool) -> None:
         self._tensor = tensor
         self._adapter = adapter
         self._write = write
         self._donate = donate
+        self.allocates = write and adapter.immutable
         self.staged = False
         view = target_of(adapter, tensor) if write else adapter.source(tensor)
         self.views = self.transfers = [view]
@@ -180,17 +185,13 @@ class TensorBuffers(_Alike):
             ]
             self.staged = True
 
-    @property
-    def allocates(self) -> bool:
-        return self._write and self._adapter.immutable
-
     def allocate_result(self) -> None:
-        if self._write and self._adapter.immutable:
+        if self.allocates:
             self._tensor, view = self._adapter.allocate_result(self._tensor, self._donate)
             self.views[0].become(view)
 
     def check(self) -> None:
-        if self._write and self._adapter.immutable:
+        if self.allocates:
             self._adapter.source(self._tensor)
 
     def load(self) -> None:
@@ -373,17 +374,16 @@ class TreeBuffers:
         pairs = zip(self._adapters, self.views, strict=True)
         return {stream_of(adapter, view.device.index) for adapter, view in pairs}
 
-    def count(self) -> int:
-        return sum(view.count for view in self.views)
-
-    def leaves_hash(self) -> int:
+    def compared(self) -> tuple[int, int]:
         text = ";".join(
             f"{path}:{view.dtype.code}:{view.count}"
             for path, view in zip(self._paths, self.views, strict=True)
         )
         if self._constants:
             text = ";".join([text, *self._constants])
-        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+        return sum(view.count for view in self.views), int.from_bytes(
+            blake2b(text.encode(), digest_size=8).digest(), "little"
+        )
 
     def describe(self) -> str:
         leaves = [

@@ -231,13 +231,9 @@ class GatheredBuffers:
         """Return no stream: all memory is the host's."""
         return {None}
 
-    def count(self) -> int:
-        """Return the number of elements of all leaves."""
-        return self._plan.count
-
-    def leaves_hash(self) -> int:
-        """Return what the ranks compare of paths, dtypes and counts."""
-        return self._plan.leaves_hash
+    def compared(self) -> tuple[int, int]:
+        """Return the number of elements of all leaves, and what the ranks compare of paths, dtypes and counts."""
+        return self._plan.count, self._plan.leaves_hash
 
     def describe(self) -> str:
         """Return the leaves' dtypes and counts for an error message."""

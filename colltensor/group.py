@@ -18,11 +18,11 @@ from typing import Any, Final, NoReturn
 from colltensor import backends, environment, objects
 from colltensor.adapters import is_exportable, no_write_notice, notify_written
 from colltensor.arguments import Arguments
-from colltensor.backends.base import AgreeingBackend, Backend, PiggybackingBackend
+from colltensor.backends.base import AgreeingBackend, Backend
 from colltensor.buffers import Buffers, TensorBuffers
 from colltensor.control import Control, exit_hooks
 from colltensor.devices import Devices
-from colltensor.engine import Engine, Transfer, verdict
+from colltensor.engine import Call, Engine, Transfer, verdict
 from colltensor.errors import (
     CollectiveError,
     GroupError,
@@ -161,17 +161,7 @@ class Group:
         self._control = control
         self._meeting = meeting
         agreeing = self._agreeing = backend if isinstance(backend, AgreeingBackend) else None
-        piggybacking = backend if isinstance(backend, PiggybackingBackend) else None
-        self._engine = Engine(
-            name,
-            rank,
-            control,
-            backend.needs_agreement,
-            options.timeout_s,
-            agreeing,
-            piggybacking,
-            backend.crosses,
-        )
+        self._engine = Engine(name, rank, control, backend, options.timeout_s)
         self._queue = self._engine.queue
         if control is not None:
             control.set_timeout(options.timeout_s)
@@ -278,16 +268,18 @@ class Group:
         ):
             return tensor
         return self._engine.run(
+            Call(
+                "allreduce",
+                buffers,
+                op,
+                -1,
+                copy is not False,
+                (buffers,),
+                self._arguments.backend_for(buffers).allreduce,
+                (buffers.transfers, op),
+                buffers.result,
+            ),
             async_op,
-            "allreduce",
-            buffers,
-            op,
-            -1,
-            copy is not False,
-            (buffers,),
-            self._arguments.backend_for(buffers).allreduce,
-            (buffers.transfers, op),
-            buffers.result,
         )
 
     def reduce(
@@ -340,16 +332,18 @@ class Group:
             return tensor
         buffers = self._written_by_some("reduce", tensor, op, root, write, donate, copy)
         return self._engine.run(
+            Call(
+                "reduce",
+                buffers,
+                op,
+                root,
+                copy is not False,
+                (buffers,),
+                self._arguments.backend_for(buffers).reduce,
+                (buffers.transfers, root, op),
+                buffers.result,
+            ),
             async_op,
-            "reduce",
-            buffers,
-            op,
-            root,
-            copy is not False,
-            (buffers,),
-            self._arguments.backend_for(buffers).reduce,
-            (buffers.transfers, root, op),
-            buffers.result,
         )
 
     def broadcast(
@@ -392,16 +386,18 @@ class Group:
             return tensor
         buffers = self._written_by_some("broadcast", tensor, None, root, write, donate, copy)
         return self._engine.run(
+            Call(
+                "broadcast",
+                buffers,
+                None,
+                root,
+                copy is not False,
+                (buffers,),
+                self._arguments.backend_for(buffers).broadcast,
+                (buffers.transfers, root),
+                buffers.result,
+            ),
             async_op,
-            "broadcast",
-            buffers,
-            None,
-            root,
-            copy is not False,
-            (buffers,),
-            self._arguments.backend_for(buffers).broadcast,
-            (buffers.transfers, root),
-            buffers.result,
         )
 
     def allgather(
@@ -442,18 +438,20 @@ class Group:
             "allgather", targets.named("tensor_list"), [(view, "tensor")], self.rank, targets.whole
         )
         return self._engine.run(
-            async_op,
-            "allgather",
-            source,
-            None,
-            -1,
-            True,
-            (source, targets),
-            lambda deadline: self._arguments.backend_for(source).allgather(
-                targets.transfers, source.transfers[0], deadline
+            Call(
+                "allgather",
+                source,
+                None,
+                -1,
+                True,
+                (source, targets),
+                lambda deadline: self._arguments.backend_for(source).allgather(
+                    targets.transfers, source.transfers[0], deadline
+                ),
+                (),
+                targets.result,
             ),
-            (),
-            targets.result,
+            async_op,
         )
 
     def gather(
@@ -506,18 +504,23 @@ class Group:
                     "gather", targets.named("tensor_list"), [(view, "tensor")], root, targets.whole
                 )
         return self._engine.run(
-            async_op,
-            "gather",
-            source,
-            None,
-            root,
-            True,
-            (source,) if targets is None else (source, targets),
-            lambda deadline: self._arguments.backend_for(source).gather(
-                None if targets is None else targets.transfers, source.transfers[0], root, deadline
+            Call(
+                "gather",
+                source,
+                None,
+                root,
+                True,
+                (source,) if targets is None else (source, targets),
+                lambda deadline: self._arguments.backend_for(source).gather(
+                    None if targets is None else targets.transfers,
+                    source.transfers[0],
+                    root,
+                    deadline,
+                ),
+                (),
+                lambda: tensor_list if targets is None else targets.result(),
             ),
-            (),
-            lambda: tensor_list if targets is None else targets.result(),
+            async_op,
         )
 
     def scatter(
@@ -574,18 +577,23 @@ class Group:
                         "scatter", [(view, "tensor")], sources.named("tensor_list")
                     )
         return self._engine.run(
-            async_op,
-            "scatter",
-            target,
-            None,
-            root,
-            True,
-            (target,) if sources is None else (target, sources),
-            lambda deadline: self._arguments.backend_for(target).scatter(
-                target.transfers[0], None if sources is None else sources.transfers, root, deadline
+            Call(
+                "scatter",
+                target,
+                None,
+                root,
+                True,
+                (target,) if sources is None else (target, sources),
+                lambda deadline: self._arguments.backend_for(target).scatter(
+                    target.transfers[0],
+                    None if sources is None else sources.transfers,
+                    root,
+                    deadline,
+                ),
+                (),
+                target.result,
             ),
-            (),
-            target.result,
+            async_op,
         )
 
     def reducescatter(
@@ -639,18 +647,20 @@ class Group:
                 "reducescatter", [(view, "tensor")], sources.named("tensor_list")
             )
         return self._engine.run(
-            async_op,
-            "reducescatter",
-            target,
-            op,
-            -1,
-            True,
-            (target, sources),
-            lambda deadline: self._arguments.backend_for(target).reducescatter(
-                target.transfers[0], sources.transfers, op, deadline
+            Call(
+                "reducescatter",
+                target,
+                op,
+                -1,
+                True,
+                (target, sources),
+                lambda deadline: self._arguments.backend_for(target).reducescatter(
+                    target.transfers[0], sources.transfers, op, deadline
+                ),
+                (),
+                target.result,
             ),
-            (),
-            target.result,
+            async_op,
         )
 
     def alltoall(
@@ -700,18 +710,20 @@ class Group:
             apart=targets.whole,
         )
         return self._engine.run(
-            async_op,
-            "alltoall",
-            sources,
-            None,
-            -1,
-            True,
-            (sources, targets),
-            lambda deadline: self._arguments.backend_for(sources).alltoall(
-                targets.transfers, sources.transfers, deadline
+            Call(
+                "alltoall",
+                sources,
+                None,
+                -1,
+                True,
+                (sources, targets),
+                lambda deadline: self._arguments.backend_for(sources).alltoall(
+                    targets.transfers, sources.transfers, deadline
+                ),
+                (),
+                targets.result,
             ),
-            (),
-            targets.result,
+            async_op,
         )
 
     def send(
@@ -744,17 +756,19 @@ class Group:
             return tensor
         buffers = self._arguments.tensor("send", "tensor", tensor, None, False, False, copy, True)
         return self._engine.run(
+            Call(
+                "send",
+                buffers,
+                None,
+                -1,
+                copy is not False,
+                (buffers,),
+                self._arguments.backend_for(buffers).send,
+                (buffers.transfers, peer),
+                buffers.result,
+                [self._sending(peer, buffers)],
+            ),
             async_op,
-            "send",
-            buffers,
-            None,
-            -1,
-            copy is not False,
-            (buffers,),
-            self._arguments.backend_for(buffers).send,
-            (buffers.transfers, peer),
-            buffers.result,
-            [self._sending(peer, buffers)],
         )
 
     def recv(
@@ -789,17 +803,19 @@ class Group:
             return tensor
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
         return self._engine.run(
+            Call(
+                "recv",
+                buffers,
+                None,
+                -1,
+                copy is not False,
+                (buffers,),
+                self._arguments.backend_for(buffers).recv,
+                (buffers.transfers, peer),
+                buffers.result,
+                [self._receiving(peer, buffers)],
+            ),
             async_op,
-            "recv",
-            buffers,
-            None,
-            -1,
-            copy is not False,
-            (buffers,),
-            self._arguments.backend_for(buffers).recv,
-            (buffers.transfers, peer),
-            buffers.result,
-            [self._receiving(peer, buffers)],
         )
 
     def sendrecv(
@@ -849,19 +865,21 @@ class Group:
             self._arguments.alike("sendrecv", "recv_tensor", received, sent)
         self._arguments.same_device("sendrecv", "recv_tensor", received, sent)
         return self._engine.run(
-            async_op,
-            "sendrecv",
-            source,
-            None,
-            -1,
-            True,
-            (source, target),
-            lambda deadline: self._arguments.backend_for(source).sendrecv(
-                source.transfers[0], to, target.transfers[0], of, deadline
+            Call(
+                "sendrecv",
+                source,
+                None,
+                -1,
+                True,
+                (source, target),
+                lambda deadline: self._arguments.backend_for(source).sendrecv(
+                    source.transfers[0], to, target.transfers[0], of, deadline
+                ),
+                (),
+                target.result,
+                [] if to == self.rank else [self._sending(to, source), self._receiving(of, target)],
             ),
-            (),
-            target.result,
-            [] if to == self.rank else [self._sending(to, source), self._receiving(of, target)],
+            async_op,
         )
 
     def barrier(self, *, async_op: bool = False) -> Any:
@@ -886,7 +904,7 @@ class Group:
                 self._backend.barrier(deadline)
 
         return self._engine.run(
-            async_op, "barrier", None, None, -1, True, (), meet, (), lambda: None
+            Call("barrier", None, None, -1, True, (), meet, (), lambda: None), async_op
         )
 
     def broadcast_object(self, obj: Any = None, src_rank: int = 0) -> Any:
@@ -1106,18 +1124,20 @@ class Group:
         control = self._control
         found: list[bytes] = []
         self._engine.run(
-            False,
-            name,
-            None,
-            None,
-            root,
-            True,
-            (),
-            lambda deadline: found.extend(
-                [payload] if control is None else control.allgather(payload, deadline)
+            Call(
+                name,
+                None,
+                None,
+                root,
+                True,
+                (),
+                lambda deadline: found.extend(
+                    [payload] if control is None else control.allgather(payload, deadline)
+                ),
+                (),
+                lambda: found,
             ),
-            (),
-            lambda: found,
+            False,
         )
         return found
 

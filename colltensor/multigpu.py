@@ -12,7 +12,7 @@ from typing import Any, cast
 from colltensor.arguments import Arguments
 from colltensor.backends.base import QueueingBackend
 from colltensor.buffers import Buffers
-from colltensor.engine import Engine
+from colltensor.engine import Call, Engine
 from colltensor.errors import DeviceError, OptionError, RankError, ShapeError
 from colltensor.types import ReduceOp
 
@@ -132,16 +132,18 @@ class MultiGpu:
         arguments: tuple[Any, ...],
     ) -> list[Any]:
         found: list[Any] = self._engine.run(
+            Call(
+                name,
+                results[0],
+                op,
+                root,
+                True,
+                buffers,
+                move,
+                arguments,
+                lambda: [entry.result() for entry in results],
+            ),
             False,
-            name,
-            results[0],
-            op,
-            root,
-            True,
-            buffers,
-            move,
-            arguments,
-            lambda: [entry.result() for entry in results],
         )
         return found
 

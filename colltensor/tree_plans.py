@@ -44,8 +44,7 @@ class Plan:
             for view in buffers.views
         ]
         self.shapes = [view.shape if shaped else None for view in buffers.views]
-        self.count = buffers.count()
-        self.leaves_hash = buffers.leaves_hash()
+        self.count, self.leaves_hash = buffers.compared()
         self.guard = Guard()
         self.match = matcher_of(structure)
         self._build = builder_of(structure)

@@ -462,7 +462,7 @@ class AgreeingBackend(Backend, Protocol):
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none.
             source: The rank to receive from, -1 for none.
-            plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.leaves_hash``), then of each
+            plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.compared``), then of each
                 leaf the number of its dtype, its count, and its shape: the number of axes, -1 for any, and their
                 extents. Copied.
         """

@@ -131,7 +131,13 @@ class FailureDetector:
         )
 
     def begin(self, sequence: int, operation: str | None, peers: Sequence[int] | None) -> None:
-        """Note what this rank does from now on, and on which ranks it depends."""
+        """Note what this rank does from now on, and on which ranks it depends.
+
+        Args:
+            sequence: Sequence number of the operation.
+            operation: Its name, with the arguments that matter to a reader; None between operations.
+            peers: The ranks on which its payload depends, where it depends on any.
+        """
         self.sequence, self.operation, self.peers, self._waited = sequence, operation, peers, None
 
     def send(self, link: Link, frame: bytes, deadline: float, awaited_peers: AwaitedPeers) -> None:

@@ -33,7 +33,7 @@ _LOSS_GRACE_S = 1.0
 class Control:
     """The control plane of one group on one rank.
 
-    One thread at a time may be in ``agree``, ``agree_and_gather``, ``agree_pair``, ``start_pair``, ``finish_pair``,
+    One thread at a time may be in ``agree``, ``agree_and_gather``, ``start_pair``, ``finish_pair``,
     ``swap`` or ``allgather``; or several in ``agree_beside``, each with another peer or lane.
     Every other method may be called by any thread at any time. Deadlines are values of ``time.monotonic()``.
 
@@ -41,6 +41,7 @@ class Control:
         rank: This rank.
         world_size: The number of ranks.
         group_name: The name of the group.
+        others: All other ranks.
     """
 
     def __init__(self, meeting: Meeting, deadline: float) -> None:
@@ -58,6 +59,10 @@ class Control:
         self._board = self._detector.connections
         self._pairs = Pairs(self._detector)
         self._working = _Working(self._detector)
+        # See ``FailureDetector.begin``: what other ranks hear when they ask, from when an operation begins, and None
+        # at its end. A bound method, since every call makes it twice.
+        self.position = self._detector.begin
+        self.others = self._detector.everyone.ranks
         self._detector.operation = "creating the group"
         try:
             with self._working.until(deadline):
@@ -82,26 +87,9 @@ class Control:
         """Note how long calls wait from now on, for the messages of those that wait in vain."""
         self._detector.timeout_s = timeout_s
 
-    def position(
-        self, sequence: int, operation: str | None, peers: Sequence[int] | None = None
-    ) -> None:
-        """Note what other ranks hear when they ask; call it when an operation begins, and with None at its end.
-
-        Args:
-            sequence: Sequence number of the operation.
-            operation: Its name, with the arguments that matter to a reader.
-            peers: The ranks on which its payload depends, where it depends on any.
-        """
-        self._detector.begin(sequence, operation, peers)
-
     def is_in_call(self) -> bool:
         """Return whether an operation, or a transfer in a thread of its own, has begun and not ended."""
         return self._detector.operation is not None or bool(self._detector.crossing)
-
-    @property
-    def others(self) -> Sequence[int]:
-        """All other ranks."""
-        return self._detector.everyone.ranks
 
     def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
         """Return once every rank has called with the same signature. Every rank must call, in the same order.
@@ -117,9 +105,17 @@ class Control:
             CollectiveTimeoutError: A rank did not call before ``deadline``.
             GroupError: A rank was interrupted, or the group is broken or closed.
         """
-        with self._working.until(deadline):
-            if self._tree is not None:
-                self._tree.agree(signature, describe, deadline)
+        tree = self._tree
+        if tree is None:
+            return
+        self._board.enter(deadline)
+        try:
+            tree.agree(signature, describe, deadline)
+        except BaseException as error:
+            self._working.interrupted(error)
+            raise
+        finally:
+            self._board.leave()
 
     def agree_and_gather(
         self, signature: bytes, payload: bytes, describe: Describe, deadline: float
@@ -135,10 +131,17 @@ class Control:
         Raises:
             CollectiveError: As ``agree``.
         """
-        with self._working.until(deadline):
-            if self._tree is None:
-                return [payload]
-            return self._tree.agree_and_gather(signature, payload, describe, deadline)
+        tree = self._tree
+        if tree is None:
+            return [payload]
+        self._board.enter(deadline)
+        try:
+            return tree.agree_and_gather(signature, payload, describe, deadline)
+        except BaseException as error:
+            self._working.interrupted(error)
+            raise
+        finally:
+            self._board.leave()
 
     def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
         """Return every rank's payload, by rank; sizes may differ. Every rank must call, in the same order.
@@ -150,25 +153,6 @@ class Control:
         with self._working.until(deadline):
             return [payload] if self._tree is None else self._tree.allgather(payload, deadline)
 
-    def agree_pair(self, peer: int, signature: bytes, describe: Describe, deadline: float) -> None:
-        """Return once rank ``peer`` has called with the same signature; both of the two ranks must call.
-
-        Args:
-            peer: The other rank.
-            signature: At most 32 bytes; what the two must agree on.
-            describe: Says in words what the signature stands for; called only where they differ.
-            deadline: When to give up.
-
-        Raises:
-            RankError: ``peer`` is no other rank of the group.
-            MismatchError: The signatures differ; raised on both ranks, and the group goes on.
-            PeerLostError: A rank died or left.
-            CollectiveTimeoutError: ``peer`` did not call before ``deadline``.
-            GroupError: A rank was interrupted, or the group is broken or closed.
-        """
-        self.start_pair(peer, signature, describe, deadline)
-        self.finish_pair(peer, signature, describe, deadline)
-
     def start_pair(
         self,
         peer: int,
@@ -178,23 +162,23 @@ class Control:
         lane: int = NO_LANE,
         bound: bool = False,
     ) -> None:
-        """Do the first half of ``agree_pair``, which does not wait for the other rank to call.
+        """Begin an agreement with one other rank, which must do so too; does not wait for it to call.
 
         Every start needs one ``finish_pair`` with the same peer, also after an agreement with another peer ended
         in ``MismatchError``. Several with one peer are finished in the order in which they were started.
 
         Args:
-            peer: As for ``agree_pair``.
-            signature: As for ``agree_pair``.
-            describe: As for ``agree_pair``.
-            deadline: As for ``agree_pair``.
+            peer: The other rank.
+            signature: At most 32 bytes; what the two must agree on.
+            describe: Says in words what the signature stands for; called only where they differ.
+            deadline: When to give up.
             lane: The rank that sends, of an agreement on a transfer: it meets the others of its lane alone.
             bound: Whether this rank does nothing else with ``peer`` until then. Where both are bound to different lanes
                 that is a mismatch.
 
         Raises:
             RankError: ``peer`` is no other rank of the group.
-            CollectiveError: As ``agree_pair``.
+            CollectiveError: As ``agree``.
         """
         if not 0 <= peer < self.world_size or peer == self.rank:
             raise RankError(
@@ -213,10 +197,10 @@ class Control:
         lane: int = NO_LANE,
         bound: bool = False,
     ) -> None:
-        """Do the second half of ``agree_pair``: wait for the other rank and compare. Arguments as in the start.
+        """Wait for the other rank and compare. Arguments as in ``start_pair``.
 
         Raises:
-            CollectiveError: As ``agree_pair``.
+            CollectiveError: As ``agree``.
         """
         with self._working.until(deadline):
             self._pairs.finish(peer, signature, describe, deadline, lane, bound)
@@ -227,7 +211,7 @@ class Control:
         """Do as ``agree_pair`` in a thread of a lane's own, while others do; nothing else may be called meanwhile.
 
         Raises:
-            CollectiveError: As ``agree_pair``.
+            CollectiveError: As ``agree``.
         """
         self._pairs.agree_beside(peer, signature, describe, deadline, lane, self._working.until)
 
@@ -332,7 +316,7 @@ class Control:
         """Return the payload of rank ``peer``, which must call this with this rank as its peer.
 
         Raises:
-            CollectiveError: As ``agree_pair``.
+            CollectiveError: As ``agree``.
         """
         with self._working.until(deadline):
             return self._pairs.swap(peer, payload, deadline)
@@ -374,17 +358,19 @@ class _Working:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         try:
-            if error is not None and not isinstance(error, CollectiveError):
-                detector = self._detector
-                operation = (
-                    f" during {detector.operation} #{detector.sequence}"
-                    if detector.operation
-                    else ""
-                )
-                self._board.fail(
-                    GroupError(
-                        f"{detector.where}: this rank was interrupted by {error!r}{operation}. {REMEDY}"
-                    )
-                )
+            if error is not None:
+                self.interrupted(error)
         finally:
             self._board.leave()
+
+    def interrupted(self, error: BaseException) -> None:
+        """Break the group over an error that is none of ours, in the middle of the work."""
+        if isinstance(error, CollectiveError):
+            return
+        detector = self._detector
+        during = f" during {detector.operation} #{detector.sequence}" if detector.operation else ""
+        self._board.fail(
+            GroupError(
+                f"{detector.where}: this rank was interrupted by {error!r}{during}. {REMEDY}"
+            )
+        )

@@ -145,11 +145,11 @@ class Tree:
     ) -> list[bytes] | None:
         """Return the payloads of all ranks, or None on every rank where one of them sent another kind of frame."""
         detector, parent = self._detector, self._parent
-        frame = pack(kind, 0, detector.exchange, signature)
         parts = [_PART.pack(detector.meeting.rank, len(payload)), payload]
         if self._twin is not None:
-            mine = _with_body(frame, parts)
-            self._send(self._twin, mine, deadline)
+            frame = pack(kind, 0, detector.exchange, signature, _PART.size + len(payload))
+            mine = b"".join((frame, *parts))
+            detector.send(self._twin, mine, deadline, detector.everyone)
             theirs = read_alike(self._twin, mine[:HEAD_NBYTES], len(mine), kind)
             if theirs is None:
                 came, theirs = detector.receive(
@@ -159,6 +159,7 @@ class Tree:
                 if not _alike(came, frame) or not theirs:
                     return None
             return _payloads(b"".join((*parts, theirs)), 2)
+        frame = pack(kind, 0, detector.exchange, signature)
         same = True
         for step, child in enumerate(self._children):
             came, body = detector.receive(

@@ -183,7 +183,7 @@ def ring(times: int, timeout_s: float) -> None:
 
 
 def position(sequence: int, operation: str | None) -> None:
-    State.control.position(sequence, operation)
+    State.control.position(sequence, operation, None)
 
 
 def watch(seconds: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -632,39 +631,6 @@ def _never(*arguments: Any) -> None:
 @pytest.mark.needs("jax")
 def test_arrays_that_their_framework_never_changes_go_a_short_way(pool: RankPool) -> None:
     pool.run(2, immutable_beside_others, fresh())
-
-
-def frames_of(function: Callable[[], Any]) -> int:
-    """Return how many Python functions a call enters."""
-    entered = 0
-
-    def hook(frame: Any, event: str, argument: Any) -> None:
-        nonlocal entered
-        entered += event == "call"
-
-    sys.setprofile(hook)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return entered
-
-
-def counted_frames(rank: int, size: int, name: str) -> int:
-    import jax
-
-    array = jax.numpy.ones(256)
-    with own_group(rank, size, name) as group:
-        for _ in range(3):  # compiled, and by way of XLA's own fast path
-            group.allreduce(array)
-        # else a collection may run in it
-        return min(frames_of(lambda: group.allreduce(array)) for _ in range(5))
-
-
-@pytest.mark.needs("jax")
-def test_an_eager_call_of_jax_enters_few_functions(pool: RankPool) -> None:
-    # 37 and more when it was viewed twice in Python
-    assert max(pool.run(2, counted_frames, fresh())) <= 20
 
 
 def trees_sent(rank: int, size: int, name: str) -> str:

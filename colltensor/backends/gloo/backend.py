@@ -76,16 +76,21 @@ class GlooBackend(BackendBase):
 
     def piggybacks(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
         """Return whether an allreduce of the buffers travels with the ranks' agreement."""
-        return (
-            self._own is not None
-            and 0 < sum(buffer.nbytes for buffer in buffers) * self._size <= PIGGYBACKED_NBYTES
-        )
+        if self._own is None:
+            return False
+        nbytes = 0
+        for buffer in buffers:
+            nbytes += buffer.count * buffer.dtype.itemsize
+        return 0 < nbytes * self._size <= PIGGYBACKED_NBYTES
 
     def pack(self, buffers: Sequence[BufferView]) -> bytes:
         """Return the buffers' bytes, one after the other."""
-        return b"".join(
-            ctypes.string_at(buffer.pointer, buffer.nbytes) for buffer in buffers if buffer.count
-        )
+        contents = []
+        for buffer in buffers:
+            if buffer.count:
+                kind = ctypes.c_char * (buffer.count * buffer.dtype.itemsize)
+                contents.append(kind.from_address(buffer.pointer).raw)
+        return contents[0] if len(contents) == 1 else b"".join(contents)
 
     def unpack(
         self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]
@@ -94,8 +99,10 @@ class GlooBackend(BackendBase):
         assert self._own is not None
         start = 0
         for buffer in buffers:
-            end = start + buffer.nbytes
-            if buffer.count:
+            end = start + buffer.count * buffer.dtype.itemsize
+            if len(buffers) == 1:
+                self._own.combine(buffer.pointer, contributions, buffer.dtype, op)
+            elif buffer.count:
                 parts = [contribution[start:end] for contribution in contributions]
                 self._own.combine(buffer.pointer, parts, buffer.dtype, op)
             start = end
