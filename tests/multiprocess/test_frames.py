@@ -97,7 +97,7 @@ def test_a_jitted_call_enters_no_function_of_the_package(pool: RankPool) -> None
 
 
 @pytest.mark.gloo
-def test_frames_over_gloo(pool: RankPool, request: pytest.FixtureRequest) -> None:
-    if "native" not in request.config.getoption("--providers"):
+def test_frames_over_gloo(pool: RankPool, providers: tuple[str, ...]) -> None:
+    if "native" not in providers:
         pytest.skip("the figure is of the Gloo built in")
     assert max(every for every, _ in pool.run(2, count, "gloo", "native", "numpy")) <= 40
