@@ -11,6 +11,8 @@ import types
 from collections.abc import Iterator
 from typing import Any, Final
 
+from colltensor._compat.dynamo import frame_evaluation
+
 _PACKAGE: Final = __name__.partition(".")[0]
 _TRACED: Final = frozenset({f"{_PACKAGE}.torch.c10d.identity"})  # torch knows these attributes
 _REASON: Final = "collectives of colltensor run outside of compiled graphs"
@@ -26,8 +28,8 @@ def keep_compilers_out() -> None:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "compile"):  # it is being imported
         return
-    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-    if not hasattr(frames, "set_code_exec_strategy"):
+    frames: Any = frame_evaluation(torch)
+    if frames is None:
         return
     strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     for name, module in list(sys.modules.items()):

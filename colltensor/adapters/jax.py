@@ -10,6 +10,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 
+from colltensor._compat.jax import layout_name, traces_nothing
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.errors import DeviceError, UnsupportedTensorError
 from colltensor.types import CPU, Device
@@ -17,15 +18,6 @@ from colltensor.view import LEGACY_STREAM, BufferView, are_row_major
 
 with jax.ensure_compile_time_eval():  # the first call of a program may be inside jax.jit
     _ARRAY: Final = type(jax.device_put(0))
-try:
-    # private; without it the copies tell
-    from jax._src.core import trace_state_clean as _traces_nothing
-except ImportError:
-
-    def _traces_nothing() -> bool:
-        return True
-
-
 _copy: Final = jax.jit(jnp.copy)
 _allocate: Final = jax.jit(jnp.copy, donate_argnums=0)
 """A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
@@ -36,8 +28,7 @@ _allocate_some: Final = jax.jit(
 """The same for several, compiled once a list of shapes: a call costs 1.6 us an array, not 3.5."""
 _SOME: Final = 8
 """How many at once: XLA hands longer computations to other threads, which ranks that share cores wait for."""
-_LAYOUT: Final = "_pjrt_layout" if hasattr(_ARRAY, "_pjrt_layout") else "format"
-"""JAX's own name of what ``format`` is made of, which takes ten times as long."""
+_LAYOUT: Final = layout_name(_ARRAY)
 _layout_of: Final = operator.attrgetter(_LAYOUT)
 _kind_of: Final = operator.attrgetter("aval", "sharding", _LAYOUT)
 """Shape, dtype, device and layout, as quickly as JAX gives them."""
@@ -61,7 +52,7 @@ class JaxAdapter:
         return kind is _ARRAY
 
     def source(self, tensor: Any) -> BufferView:
-        if not _traces_nothing():
+        if not traces_nothing():
             raise _traced()
         if tensor.is_deleted():
             raise UnsupportedTensorError(

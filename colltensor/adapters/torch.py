@@ -12,6 +12,12 @@ from typing import Any, Final
 
 import torch
 
+from colltensor._compat.torch import (
+    current_raw_stream,
+    increment_version,
+    is_functional_tensor,
+    tensor_guards,
+)
 from colltensor.adapters.base import AdapterBase
 from colltensor.dlpack import exchange_reader
 from colltensor.errors import (
@@ -23,18 +29,7 @@ from colltensor.errors import (
 from colltensor.types import CPU, DTYPES, Device
 from colltensor.view import BufferView
 
-_increment_version: Final = getattr(
-    torch._C, "_increment_version", torch.autograd.graph.increment_version
-)
-"""torch's own function below its public one, whose isinstance check takes a third of its time; that one otherwise."""
 _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
-_raw_stream: Final = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-"""The number of a device's current stream, without the object that ``torch.cuda.current_stream`` makes at five times
-the cost; what torch's own compiled code asks. None in builds without CUDA."""
-_guards: Final[Any] = getattr(
-    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None
-)
-_is_functional: Final = getattr(torch, "_is_functional_tensor", lambda tensor: False)
 _DTYPE_OF: Final = {
     getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)
 }
@@ -90,7 +85,7 @@ class TorchAdapter(AdapterBase):
         """
         anything = [[None] * tensor.dim() for tensor in tensors]
         try:
-            check: Callable[..., bool] = _guards(
+            check: Callable[..., bool] = tensor_guards(
                 *tensors, dynamic_dims_sizes=anything, dynamic_dims_strides=anything
             ).check
             return check if check(*tensors) else None
@@ -120,14 +115,14 @@ class TorchAdapter(AdapterBase):
 
     def written_together(self, tensors: Sequence[Any]) -> None:
         try:
-            _increment_version(tensors)
+            increment_version(tensors)
         except RuntimeError:
             for tensor in tensors:
                 self.written(tensor)
 
     def written(self, tensor: Any) -> None:
         try:
-            _increment_version((tensor,))
+            increment_version((tensor,))
         except RuntimeError:
             if not tensor.is_inference():  # inference tensors have no version
                 raise
@@ -160,7 +155,7 @@ def _view(tensor: Any) -> BufferView:
             "tensor.to_dense(), outside torch.func's transforms"
         ) from error
     if not pointer and count:
-        if _is_functional(tensor):
+        if is_functional_tensor(tensor):
             raise UnsupportedTensorError(
                 "the torch tensor stands for others inside torch.func.functionalize, torch.export or a compiler, and "
                 "has no memory: call it outside the traced function"
@@ -175,7 +170,9 @@ def _view(tensor: Any) -> BufferView:
 
 def _current_stream(index: int) -> int:
     stream: int = (
-        torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
+        torch.cuda.current_stream(index).cuda_stream
+        if current_raw_stream is None
+        else current_raw_stream(index)
     )
     return stream
 

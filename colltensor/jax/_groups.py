@@ -20,6 +20,7 @@ from typing import Final
 import jax
 
 from colltensor import bridge, observers
+from colltensor._compat.jax import forget_tokens
 from colltensor.backends.shm import library
 from colltensor.control import exit_hooks
 from colltensor.errors import GroupError
@@ -120,14 +121,12 @@ def _wait() -> None:
     try:
         jax.effects_barrier()
     except jax.errors.JaxRuntimeError:
-        forget_failures()
+        forget_tokens()
 
 
 def forget_failures() -> None:
     """Let later computations of this thread run, after an asynchronous one failed: JAX keeps its token otherwise."""
-    from jax._src import dispatch  # the tokens have no public name
-
-    dispatch.runtime_tokens.clear()
+    forget_tokens()
 
 
 def _defer(handle: int, on: bool) -> None:

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import jax
-from jax._src import effects  # effects and tokens have no public module
-from jax._src.core import abstract_token as _token
-from jax._src.interpreters import partial_eval
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from colltensor._compat import jax as _compat
 from colltensor.errors import DeviceError
+
+effects: Any = _compat.effects()
+_token = _compat.abstract_token()
 
 
 class Ordered(effects.Effect):  # type: ignore[misc]  # jax is not looked into
@@ -122,7 +123,7 @@ def ordered(function: Callable[..., Any]) -> Callable[..., Any]:
 
         closed = jax.make_jaxpr(flat)(*leaves)
         captured = closed.consts  # what the function closes over may be traced itself
-        closed = ClosedJaxpr(partial_eval.convert_constvars_jaxpr(closed.jaxpr), ())
+        closed = ClosedJaxpr(_compat.convert_constvars_jaxpr(closed.jaxpr), ())
         return jax.tree_util.tree_unflatten(
             shapes[-1], _ordered_p.bind(*captured, *leaves, jaxpr=closed)
         )

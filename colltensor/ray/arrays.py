@@ -116,8 +116,7 @@ class _Jax:
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def data_type(self) -> type:
-        # type(jnp.zeros(1)) by its home, because making an array takes hold of the GPU.
-        kind: type = importlib.import_module("jax._src.array").ArrayImpl
+        kind: type = importlib.import_module("colltensor._compat.jax").array_type()
         return kind
 
     def inside(self, tensor: Any) -> Any:

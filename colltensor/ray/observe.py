@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final
 
-import ray
 from ray.util.metrics import Counter, Histogram
 
+from colltensor._compat.ray import is_connected, timeline_event
 from colltensor.errors import OptionError
 from colltensor.observers import Operation, add_observer, remove_observer
 
@@ -36,7 +36,7 @@ def observe(*, metrics: bool = True, timeline: bool = True) -> None:
     Raises:
         OptionError: This process is not a part of a Ray cluster.
     """
-    if (metrics or timeline) and not _is_in_cluster():
+    if (metrics or timeline) and not is_connected():
         raise OptionError(
             "colltensor.ray.observe: this process is not part of a Ray cluster (a driver through Ray Client is not "
             "either); call it in a worker, or after ray.init()"
@@ -83,14 +83,13 @@ class Metrics:
 
 def show_in_timeline(operation: Operation) -> Callable[[], None] | None:
     """Open an event of ``ray timeline``, and close it when the operation is over."""
-    if not _is_in_cluster():  # Ray was shut down
+    if not is_connected():  # Ray was shut down
         return None
     facts = {
         "name": f"{operation.name} '{operation.group}'", "group": operation.group, "operation": operation.name,
         "rank": str(operation.rank), "world_size": str(operation.world_size), "nbytes": str(operation.nbytes),
     }  # fmt: skip
-    # Ray has no public call for it: ray._private.profiling.profile makes the same one, but only under RAY_PROFILING.
-    event = ray._private.worker.global_worker.core_worker.profile_event(b"colltensor", facts)
+    event = timeline_event(b"colltensor", facts)
     event.__enter__()
 
     def end() -> None:
@@ -99,7 +98,3 @@ def show_in_timeline(operation: Operation) -> Callable[[], None] | None:
         event.__exit__(None, None, None)
 
     return end
-
-
-def _is_in_cluster() -> bool:
-    return bool(ray._private.worker.global_worker.connected)

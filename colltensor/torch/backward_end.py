@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-import torch
+from colltensor._compat import torch as _compat
 
-_queue_callback: Final[Callable[[Callable[[], None]], None]] = (
-    torch.autograd.Variable._execution_engine.queue_callback
-)
-_current_node: Final[Callable[[], Any]] = torch._C._current_autograd_node
+_queue_callback: Final = _compat.queue_callback()
+_current_node: Final = _compat.current_autograd_node()
 
 
 def is_running() -> bool:

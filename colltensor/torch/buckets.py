@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from colltensor._compat.torch import foreach_copy
 from colltensor.errors import UnsupportedTensorError
 from colltensor.torch.tracked import reference_to
 
@@ -127,7 +128,7 @@ class Bucket:
     __slots__ = (
         "_flat",
         "_pairs",
-        "_transport",
+        "_payload",
         "expected",
         "lone",
         "members",
@@ -148,16 +149,16 @@ class Bucket:
         if not lone:
             first = members[0]
             count = sum(member.numel for member in members)
-            self._transport = torch.zeros(count + tail, dtype=first.dtype, device=first.device)
-            self._flat = self._transport[:count] if tail else self._transport
-            self.tail = self._transport[count:] if tail else None
+            self._payload = torch.zeros(count + tail, dtype=first.dtype, device=first.device)
+            self._flat = self._payload[:count] if tail else self._payload
+            self.tail = self._payload[count:] if tail else None
             self._make_views()
 
     def _make_views(self) -> None:
         self._pairs.clear()
         start = 0
         for member in self.members:
-            view = self._transport.as_strided(member.shape, member.strides, start)
+            view = self._payload.as_strided(member.shape, member.strides, start)
             self._pairs.append((member, view, view.data_ptr()))
             start += member.numel
 
@@ -207,12 +208,12 @@ class Bucket:
             views.append(view)
             fresh.append(gradient)
         if len(fresh) >= _FOREACH_FROM:
-            torch._foreach_copy_(views, fresh)
+            foreach_copy(views, fresh)
         elif fresh:
             views[0].copy_(fresh[0])
         for member, view in zip(owners, views, strict=True):
             member.assign(view)
-        return self._transport
+        return self._payload
 
     def _collect_lone(self) -> torch.Tensor:
         member = self.members[0]

@@ -35,11 +35,12 @@ FRAMEWORKS = {
 VALUES = {"errors", "types", "view"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "_compat": set(),
     "types": {"errors"},
     "operations": set(),
     "dlpack": {"errors"},
     "view": {"errors", "types", "dlpack"},
-    "adapters": {*VALUES, "dlpack"},
+    "adapters": {*VALUES, "_compat", "dlpack"},
     "environment": {"errors"},
     "net": {"errors"},
     "listener": {"net"},
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "buffers": {*VALUES, "adapters", "tree"},
     "arguments": {*VALUES, "adapters", "backends", "buffers", "gathered"},
     "objects": {"errors", "environment", "types", "adapters"},
-    "untraced": set(),
+    "untraced": {"_compat"},
     "turn": set(),
     "work": {"errors", "backends"},
     "native_queue": {"backends", "turn", "work"},
@@ -158,6 +159,9 @@ Others may name their classes in annotations, and find them by name when they ar
 """
 
 FRAMEWORKS_OF = {
+    "_compat.torch": {"torch"},
+    "_compat.jax": {"jax"},
+    "_compat.ray": {"ray"},
     "adapters._numpy_dtypes": {"numpy", "ml_dtypes"},
     "adapters.numpy": {"numpy", "ml_dtypes"},
     "adapters.numbers": {"numpy", "ml_dtypes"},

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from colltensor._compat.torch import backend_config
 from colltensor.errors import DeviceError, OptionError
 
 _TYPES = {"gloo": dist.ProcessGroup.BackendType.GLOO, "nccl": dist.ProcessGroup.BackendType.NCCL}
@@ -36,7 +37,7 @@ class DelegatedBackends:
 
     def known(self, owner: Any) -> bool:
         """Return True once it is known which devices ``owner`` is for; torch tells when it has made the group."""
-        return self._config is not None or owner in distributed_c10d._world.pg_backend_config
+        return self._config is not None or backend_config(owner) is not None
 
     def devices(self, owner: Any) -> list[torch.device]:
         """Return the devices that ``init_process_group`` was asked for, beside the CPU."""
@@ -106,7 +107,4 @@ class DelegatedBackends:
         return {device: name for device, name in pairs if device != "cpu"}
 
     def _asked_config(self, owner: Any) -> str:
-        found: str = distributed_c10d._world.pg_backend_config.get(
-            owner, self._config or "cpu:colltensor"
-        )
-        return found
+        return backend_config(owner) or self._config or "cpu:colltensor"

@@ -7,8 +7,8 @@ from datetime import timedelta
 from typing import Any, Final
 
 import torch
-from torch._C import _distributed_c10d
 
+from colltensor._compat import torch as _compat
 from colltensor.torch.c10d import payloads, sparse
 from colltensor.torch.c10d.base import BaseProcessGroup
 from colltensor.torch.c10d.options import options
@@ -18,7 +18,7 @@ from colltensor.untraced import keep_compilers_out
 
 Tensor = torch.Tensor
 Timeout = timedelta | None
-c10d: Any = _distributed_c10d  # whose types leave out what is new
+c10d: Any = _compat.c10d()
 _ALLREDUCE: Final = c10d.AllreduceOptions
 
 

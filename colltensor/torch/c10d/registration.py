@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from colltensor.torch.c10d.process_group import ColltensorProcessGroup
+    from colltensor._compat import torch as _compat
+from colltensor.torch.c10d.process_group import ColltensorProcessGroup
 
 NAME = "colltensor"
 _operators: list[Any] = []  # torch forgets an operator whose library is gone
@@ -28,7 +29,7 @@ def register() -> None:
 
 def _gather_into(source: torch.Tensor, size: int, group: Any, *, out: torch.Tensor) -> torch.Tensor:
     """Do for CPU tensors of any group what torch's operator does, which calls no method of a group made in Python."""
-    c10d: Any = torch._C._distributed_c10d  # whose types leave out what is new
+    c10d = _compat.c10d()
     found = c10d._resolve_process_group(group) if isinstance(group, str) else group
     opts = c10d.AllgatherOptions()
     opts.asyncOp = True

@@ -1,0 +1,61 @@
+"""What the package uses of JAX that has no public name. Tested with JAX 0.6 to 0.10."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+
+from colltensor._compat import note_version
+
+note_version("jax", jax.__version__, "0.10")
+
+try:
+    from jax._src import core as _core
+
+    _traces_nothing: Callable[[], bool] | None = getattr(_core, "trace_state_clean", None)
+except ImportError:
+    _traces_nothing = None
+
+
+def _cannot_tell() -> bool:
+    return True
+
+
+traces_nothing: Final = _traces_nothing or _cannot_tell
+"""Whether JAX traces nothing in this thread; True where it cannot be asked, and the copies of arrays say so then."""
+
+
+def array_type() -> type:
+    """Return the type of arrays without making one, because that takes hold of the GPU."""
+    kind: type = importlib.import_module("jax._src.array").ArrayImpl
+    return kind
+
+
+def effects() -> Any:
+    """Return the module of effects, which order what a program does beside its results."""
+    return importlib.import_module("jax._src.effects")
+
+
+def abstract_token() -> Any:
+    """Return the abstract value of the tokens that ordered effects pass on."""
+    return importlib.import_module("jax._src.core").abstract_token
+
+
+def convert_constvars_jaxpr(jaxpr: Any) -> Any:
+    """Return a jaxpr whose constants are its first arguments."""
+    return importlib.import_module("jax._src.interpreters.partial_eval").convert_constvars_jaxpr(
+        jaxpr
+    )
+
+
+def forget_tokens() -> None:
+    """Let later computations of this thread run, after an asynchronous one failed: JAX keeps its token otherwise."""
+    importlib.import_module("jax._src.dispatch").runtime_tokens.clear()
+
+
+def layout_name(array_kind: type) -> str:
+    """Return JAX's own name of what an array's ``format`` is made of, which takes ten times as long."""
+    return "_pjrt_layout" if hasattr(array_kind, "_pjrt_layout") else "format"

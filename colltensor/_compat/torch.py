@@ -1,0 +1,56 @@
+"""What the package uses of torch that has no public name. Tested with torch 2.6 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from colltensor._compat import note_version
+
+note_version("torch", torch.__version__, "2.13")
+
+increment_version: Final = getattr(
+    torch._C, "_increment_version", torch.autograd.graph.increment_version
+)
+"""torch's own function below its public one, whose isinstance check takes a third of its time; that one otherwise."""
+
+current_raw_stream: Final = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""The number of a device's current stream, without the object that ``torch.cuda.current_stream`` makes at five times
+the cost; what torch's own compiled code asks. None in builds without CUDA."""
+
+tensor_guards: Final[Any] = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None
+)
+"""The check of many tensors at once that guards torch's compiled code; None in a torch without it."""
+
+is_functional_tensor: Final = getattr(torch, "_is_functional_tensor", lambda tensor: False)
+foreach_copy: Final = torch._foreach_copy_
+"""Copies many tensors in one call; torch's optimizers use it."""
+
+
+def current_autograd_node() -> Callable[[], Any]:
+    """Return what returns the node that autograd's engine runs in this thread, None outside of it."""
+    return torch._C._current_autograd_node
+
+
+def queue_callback() -> Callable[[Callable[[], None]], None]:
+    """Return what has a function called when the backward pass is over."""
+    queue: Callable[[Callable[[], None]], None] = (
+        torch.autograd.Variable._execution_engine.queue_callback
+    )
+    return queue
+
+
+def c10d() -> Any:
+    """Return torch.distributed's own module, whose stubs leave out what is new."""
+    return torch._C._distributed_c10d
+
+
+def backend_config(group: Any) -> str | None:
+    """Return what ``init_process_group`` was asked for a group, ``"cpu:gloo,cuda:nccl"``; None before it is known."""
+    from torch.distributed import distributed_c10d
+
+    found: str | None = distributed_c10d._world.pg_backend_config.get(group)
+    return found
