@@ -5,7 +5,9 @@ no array framework and no ray.
 """
 
 from colltensor.adapters import register_adapter
+from colltensor.adapters.base import AdapterBase
 from colltensor.backends import register_backend
+from colltensor.backends.base import BackendBase
 from colltensor.collectives import (
     allgather,
     allgather_multigpu,
@@ -59,14 +61,17 @@ from colltensor.errors import (
 from colltensor.group import Group
 from colltensor.observers import Operation, add_observer, remove_observer
 from colltensor.table import destroy_collective_group, init_collective_group, is_group_initialized
-from colltensor.types import Device, DType, ReduceOp
+from colltensor.types import DTYPES, Device, DType, ReduceOp
 from colltensor.view import BufferView
 from colltensor.work import Work
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DTYPES",
+    "AdapterBase",
     "AliasError",
+    "BackendBase",
     "BackendUnavailableError",
     "BufferView",
     "CollectiveError",

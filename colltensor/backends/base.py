@@ -48,18 +48,6 @@ class ControlPlane(Protocol):
         """Find out why queued call ``number`` with ``peers`` did not end; see ``Control.diagnose``."""
 
 
-class Placement(Protocol):
-    """What a backend needs of ``colltensor.rendezvous.Meeting``: where the ranks are."""
-
-    @property
-    def addresses(self) -> Sequence[tuple[str, int]]:
-        """The address and port of every rank's control plane; the others reach it by this address."""
-
-    @property
-    def host_ids(self) -> Sequence[str]:
-        """The host of every rank, by name."""
-
-
 class Backend(Protocol):
     """One transport, connected: the payload half of a group's collectives.
 
@@ -555,7 +543,8 @@ class BackendSpec(Protocol):
 
         Args:
             control: The group's ControlPlane; None for a group of one rank without one.
-            meeting: The group's Placement; None as above.
+            meeting: Where the ranks are, a ``colltensor.rendezvous.Meeting``: ``addresses`` and ``host_ids`` by rank; None as
+                above.
             timeout_s: How long connecting may take, and the default of an operation.
             interface: Name or address of the network interface to use.
             provider: The library to use, where the backend has several.

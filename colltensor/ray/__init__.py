@@ -7,10 +7,9 @@ transports implement.
 
 from colltensor.ray.arrays import NumpyArray
 from colltensor.ray.declare import CollectiveGroup, collective_group, create_collective_group
-from colltensor.ray.direct import register_tensor_transports
 from colltensor.ray.observe import observe
 from colltensor.ray.placement import placed_actors
-from colltensor.ray.registration import register
+from colltensor.ray.register import register, register_tensor_transports
 from colltensor.ray.rendezvous import RayDirectory
 
 __all__ = [

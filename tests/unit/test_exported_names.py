@@ -10,7 +10,10 @@ import pytest
 import colltensor as col
 
 NAMES = [
+    "AdapterBase",
     "AliasError",
+    "BackendBase",
+    "DTYPES",
     "BackendUnavailableError",
     "BufferView",
     "CollectiveError",

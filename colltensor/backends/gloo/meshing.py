@@ -16,12 +16,13 @@ import struct
 import threading
 import time
 from collections import deque
-from typing import Final, Protocol
+from typing import Final
 
 from colltensor import net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo.provider import expired
 from colltensor.listener import Listener
+from colltensor.rendezvous.meeting import Meeting
 
 _HANDSHAKE_S: Final = 4.0
 """How long one connection may take until it is taken; then its rank dials again."""
@@ -35,18 +36,6 @@ _ENDS: Final = struct.Struct("!II")
 _ATTEMPT: Final = struct.Struct("!I")
 
 _log = logging.getLogger(__name__)
-
-
-class Meeting(Protocol):
-    """What is needed of ``colltensor.rendezvous.Meeting``."""
-
-    @property
-    def secret(self) -> bytes:
-        """What only the group's ranks know."""
-
-    @property
-    def generation(self) -> bytes:
-        """Which incarnation of the group this is."""
 
 
 def connect(

@@ -17,10 +17,10 @@ from typing import Any, Final
 from colltensor import dlpack
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo import library, meshing
-from colltensor.backends.gloo.meshing import Meeting
 from colltensor.backends.gloo.provider import Pair, Transfer, expired, track
 from colltensor.backends.gloo.scheduling import SocketThreads
 from colltensor.errors import BackendUnavailableError
+from colltensor.rendezvous.meeting import Meeting
 from colltensor.types import DType, ReduceOp
 
 _STOPPED: Final = 1

@@ -6,11 +6,12 @@ import hashlib
 import hmac
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final, NoReturn, Protocol
+from typing import Final, NoReturn
 
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.hierarchical.topology import Hosts
 from colltensor.errors import BackendUnavailableError, CollectiveError, GroupError
+from colltensor.rendezvous.meeting import Meeting
 
 _TAKES_PART: Final = b"\1"
 _IS_OVER: Final = b"\0"
@@ -64,18 +65,6 @@ class Watch:
     def halt(self) -> None:
         """End whatever waits and looks here, now and from now on."""
         self._halted = True
-
-
-class Meeting(Protocol):
-    """What is needed of ``colltensor.rendezvous.Meeting``."""
-
-    @property
-    def secret(self) -> bytes:
-        """What only the group's ranks know."""
-
-    @property
-    def generation(self) -> bytes:
-        """Which incarnation of the group this is."""
 
 
 class HostControl:

@@ -22,13 +22,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from colltensor import environment, net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import cgroup, library
 from colltensor.errors import BackendUnavailableError, CollectiveError, remedy_for_system
 from colltensor.listener import HANDSHAKE_S, Listener
+from colltensor.rendezvous.meeting import Meeting
 
 MAX_RANKS: Final = 256
 
@@ -46,22 +47,6 @@ _DIRECT_NBYTES: Final = {2: 64 << 10}
 _DIRECT_NBYTES_OF_MANY: Final = 32 << 10
 _CHUNK_NBYTES: Final = 512 << 10
 _READ_NBYTES: Final = 256 << 10
-
-
-class Meeting(Protocol):
-    """What is needed of ``colltensor.rendezvous.Meeting``."""
-
-    @property
-    def secret(self) -> bytes:
-        """What only the group's ranks know."""
-
-    @property
-    def generation(self) -> bytes:
-        """Which incarnation of the group this is."""
-
-    @property
-    def host_ids(self) -> tuple[str, ...]:
-        """The host of every rank."""
 
 
 @dataclass(frozen=True, slots=True)
