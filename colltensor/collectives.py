@@ -50,6 +50,19 @@ def reduce(
     )
 
 
+def scan(
+    tensor: Any,
+    group_name: str = "default",
+    op: ReduceOp = ReduceOp.SUM,
+    *,
+    async_op: bool = False,
+    donate: bool = False,
+    copy: bool | None = None,
+) -> Any:
+    """Combine the tensors of ranks 0 to this one, in rank order; see ``Group.scan``."""
+    return find_group(group_name).scan(tensor, op, async_op=async_op, donate=donate, copy=copy)
+
+
 def broadcast(
     tensor: Any,
     src_rank: int = 0,

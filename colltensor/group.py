@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from colltensor.devices import Devices
 from colltensor.engine import Call, Engine, Transfer, verdict
 from colltensor.errors import (
     CollectiveError,
+    DeviceError,
     GroupError,
     OptionError,
     TensorError,
@@ -37,7 +39,7 @@ from colltensor.fastpath_trees import TreeFastPath
 from colltensor.multigpu import MultiGpu
 from colltensor.options import GroupOptions, timeout_of
 from colltensor.rendezvous import Meeting, meet_through
-from colltensor.types import ReduceOp
+from colltensor.types import CPU, ReduceOp
 from colltensor.untraced import keep_compilers_out
 
 _log: Final = logging.getLogger(__name__)
@@ -345,6 +347,54 @@ class Group:
             ),
             async_op,
         )
+
+    def scan(
+        self,
+        tensor: Any,
+        op: ReduceOp = ReduceOp.SUM,
+        *,
+        async_op: bool = False,
+        donate: bool = False,
+        copy: bool | None = None,
+    ) -> Any:
+        """Combine the tensors of ranks 0 to this one elementwise, in rank order: MPI's inclusive ``Scan``.
+
+        Args:
+            tensor: A tensor on the host or a pytree of them, read and written; all ranks' have one dtype and count.
+            op: The reduce operation; AVERAGE divides by the number of ranks that were combined.
+            async_op: Return a ``Work`` at once.
+            donate: JAX only: work in the array's own memory and delete the array.
+            copy: False refuses staging copies.
+
+        Returns:
+            ``tensor`` itself, with JAX arrays and numbers replaced by new ones.
+
+        Raises:
+            DeviceError: A tensor is on a device.
+        """
+        op = self._arguments.op("scan", op)
+        buffers = self._arguments.tensor("scan", "tensor", tensor, op, True, donate, copy, True)
+        backend = self._arguments.backend_for(buffers)
+        devices = {str(view.device) for view in buffers.views if view.device is not CPU}
+        if devices:
+            raise DeviceError(
+                f"scan: tensor (rank {self.rank}): it is on {min(devices)}, and scan works on host memory; copy it to "
+                "the CPU first"
+            )
+        prefix = importlib.import_module("colltensor.prefix")
+        move = functools.partial(prefix.scan, backend, self.rank, self.world_size)
+        call = Call(
+            "scan",
+            buffers,
+            op,
+            -1,
+            copy is not False,
+            (buffers,),
+            move,
+            (buffers.transfers, op),
+            buffers.result,
+        )
+        return self._engine.run(call, async_op)
 
     def broadcast(
         self,

@@ -69,6 +69,7 @@ COLLECTIVES: Final[Mapping[str, Collective]] = {
         18, None, REDUCE, brings={"reducescatter": (1, "input_tensor_lists")}
     ),
     "refusal": Collective(19, None, CONTROL),
+    "scan": Collective(20, None, REDUCE, brings={"scan": (0, "tensor")}),
 }
 """What ranks agree on. Objects are observed where they are pickled, and a refusal is no call of the user's."""
 

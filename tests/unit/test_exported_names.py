@@ -68,6 +68,7 @@ NAMES = [
     "register_adapter",
     "register_backend",
     "remove_observer",
+    "scan",
     "scatter",
     "send",
     "send_multigpu",

@@ -92,6 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "multigpu": {*VALUES, "backends", "buffers", "arguments", "engine"},
     "options": {"errors", "backends", "objects"},
     "devices": {*VALUES, "backends", "control", "engine", "options", "rendezvous", "work"},
+    "prefix": {*VALUES, "adapters", "backends"},
     "group": {
         *VALUES,
         "adapters",
@@ -110,6 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "options",
         "objects",
         "untraced",
+        "prefix",
     },
     "bridge": {"errors", "group"},
     "observers": {"operations", "errors", "adapters", "tree", "work", "multigpu", "group"},

@@ -59,5 +59,5 @@ def test_every_row_that_moves_tensors_has_a_function_and_a_method_of_the_backend
             continue
         for method in row.brings:
             assert callable(getattr(col, method))
-            assert callable(getattr(Backend, method))
+            assert name == "scan" or callable(getattr(Backend, method))  # composed of allgather
         assert (row.kind == POINT_TO_POINT) == (list(row.brings) != [name])

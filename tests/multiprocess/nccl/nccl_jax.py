@@ -9,8 +9,8 @@ import device
 import numpy as np
 
 from colltensor import ReduceOp
-from colltensor.backends.base import FAST_OPERATIONS
 from colltensor.group import Group
+from colltensor.operations import NATIVE
 from colltensor.types import DTYPES
 
 COUNT = 12
@@ -65,7 +65,7 @@ class Rank:
         inside("targets").queue(
             self.number,
             DTYPES[dtype or str(operand.dtype)].code,
-            FAST_OPERATIONS[name],
+            NATIVE[name],
             op,
             root,
             source,

@@ -22,9 +22,9 @@ from nccl_world import World
 
 import colltensor as col
 from colltensor import ReduceOp, dlpack
-from colltensor.backends.base import FAST_OPERATIONS
 from colltensor.backends.shm import library
 from colltensor.group import Group
+from colltensor.operations import NATIVE
 from colltensor.types import DTYPES
 
 pytestmark = [
@@ -83,7 +83,7 @@ class TestEmitted:
                 assert (
                     "output_operand_alias<output_tuple_indices = [0], operand_index = 0" in rest
                 ) == aliased, name
-                assert f"operation = {FAST_OPERATIONS[operation]} : i64" in rest
+                assert f"operation = {NATIVE[operation]} : i64" in rest
                 assert f"dtype = {DTYPES['bfloat16'].code} : i64" in rest
                 assert f"itemsize = {DTYPES['bfloat16'].itemsize} : i64" in rest
                 assert f"number = {inside('groups').number_of(group)} : i64" in rest
