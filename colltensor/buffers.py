@@ -16,6 +16,7 @@ from colltensor.adapters import (
     adapter_of,
     find_adapter,
     memory_of,
+    no_write_notice,
     number_adapter,
     stream_of,
     target_of,
@@ -202,7 +203,8 @@ class TensorBuffers(_Alike):
         if self._write:
             if self.staged:
                 memory_of(self.views[0].device.type).copy(self.views[0], self.transfers[0])
-            self._adapter.written(self._tensor)
+            if self._tensor.__class__ not in no_write_notice:
+                self._adapter.written(self._tensor)
 
     def result(self) -> Any:
         return self._tensor

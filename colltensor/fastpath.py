@@ -1,6 +1,6 @@
 """FastPath: calls whose tensors go to the backend as their frameworks made them.
 
-What is not directly exportable (strided, read-only, immutable, of a type that DLPack cannot name, in a tree) takes the slow path
+What is not directly exportable (several tensors of which one is strided, read-only, immutable, of a type that DLPack cannot name, in a tree) takes the slow path
 through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may come either way.
 """
 
@@ -103,7 +103,7 @@ class FastPath:
     def complete(
         self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int
     ) -> bool:
-        """End a call that was begun on the backend itself and came to ``code``; see ``Group.complete``."""
+        """End a call that was begun on the backend itself and came to ``code``; see ``bridge.complete``."""
         return self._one(NATIVE_NAMES[operation], op, root, source).finish(tensors, code)
 
     def _one(
@@ -228,8 +228,8 @@ class FastCall:
     ) -> Work | None:
         """Begin it on tensors as they are, behind what was issued before; None if it must go the slow path.
 
-        Where nothing is before it and the other ranks are there it is made at once. A tensor that was written is needs_write_notice
-        when somebody sees that the call has ended.
+        Where nothing is before it and the other ranks are there it is made at once. The framework of a written tensor is
+        notified when somebody sees that the call has ended.
 
         Args:
             tensors: As for ``run``.

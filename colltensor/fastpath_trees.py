@@ -14,11 +14,11 @@ from colltensor.adapters import (
     are_exportable,
     known,
     no_write_notice,
-    note_alike,
     notify_all_written,
     reader_of,
+    remember_alike,
 )
-from colltensor.backends.base import DIRECT_UNREAD
+from colltensor.backends.base import FAST_UNREAD
 from colltensor.engine import Call
 from colltensor.errors import CollectiveError
 from colltensor.fastpath import NO_OP, NO_RANK, FastCall, FastPath, moves_nothing, nothing
@@ -165,11 +165,11 @@ class TreeCall(FastCall):
         """
         kind = tensors[0].__class__
         reading, reader = self._reading, reader_of(kind)
-        code = DIRECT_UNREAD
+        code = FAST_UNREAD
         try:
             if reading is not None and reader:
                 code = reading(id(tensors), id(kind), reader)
-            if code == DIRECT_UNREAD:
+            if code == FAST_UNREAD:
                 # which _fit() leaves to the reader
                 if kind in no_write_notice and not are_exportable(tensors):
                     return False
@@ -181,7 +181,7 @@ class TreeCall(FastCall):
             return False
         if written:
             if reader:
-                note_alike(tensors, kind)
+                remember_alike(tensors, kind)
             else:
                 notify_all_written(tensors)
         return True

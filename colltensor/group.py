@@ -232,7 +232,7 @@ class Group:
         """
         if op.__class__ is not ReduceOp:
             op = self._arguments.op("allreduce", op)
-        calls = self._allreduce  # which another thread's follow() may take away
+        calls = self._allreduce  # which bridge.follow() may take away in another thread
         if calls is not None and copy is None and not async_op and self._queue.idle:
             needs_write_notice = tensor.__class__ not in no_write_notice
             if not needs_write_notice or is_exportable(tensor):

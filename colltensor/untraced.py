@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, Final
 
-from colltensor._compat.dynamo import frame_evaluation
+from colltensor._compat.dynamo import frame_evaluation, skip_strategy
 
 _PACKAGE: Final = __name__.partition(".")[0]
 _TRACED: Final = frozenset({f"{_PACKAGE}.torch.c10d.identity"})  # torch knows these attributes
@@ -31,7 +31,7 @@ def keep_compilers_out() -> None:
     frames: Any = frame_evaluation(torch)
     if frames is None:
         return
-    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    strategy = skip_strategy(frames)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == _PACKAGE and name not in _TRACED and name not in _seen:
             _seen.add(name)

@@ -314,7 +314,7 @@ class IssuedWork(Work):
         result: Any,
         finish: Callable[[Any, int], bool],
         written: Sequence[Any],
-        note: Callable[[Sequence[Any]], None],
+        notify: Callable[[Sequence[Any]], None],
     ) -> None:
         """Make the handle of an operation that ``queue`` is about to issue.
 
@@ -323,18 +323,18 @@ class IssuedWork(Work):
             queue: Where it is issued.
             held: The tensors that it uses, and their exports.
             result: What the call returns.
-            finish: Told the tensors and the code of one that did not succeed, in the worker; raises, or returns whether
+            finish: Called with the tensors and the code of one that did not succeed, in the worker; raises, or returns whether
                 it did after all.
-            written: What ``note`` is told when it has succeeded, if there is any.
-            note: See there.
+            written: What ``notify`` is called with when it has succeeded, if there is any.
+            notify: See there.
         """
         self._operation = operation
         self._issuer = queue
         self._held = held
         self._result = result
-        self._settle = finish
+        self._complete = finish
         self._written = written
-        self._note = note
+        self._notify = notify
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the operation is done; see ``Work.wait``."""
@@ -370,7 +370,7 @@ class IssuedWork(Work):
     def fail(self, code: int) -> None:
         """Deal with an operation that did not succeed, before it counts as ended."""
         try:
-            if not self._settle(self._held[0], code):
+            if not self._complete(self._held[0], code):
                 self._error = CollectiveTimeoutError(
                     f"{self._operation}: timed out: the call before it did not end"
                 )
@@ -380,7 +380,7 @@ class IssuedWork(Work):
     def end(self) -> None:
         """Let go of what it held; once, when it has ended."""
         if self._written and self._error is None:
-            self._note(self._written)
+            self._notify(self._written)
         self._held, self._written = None, ()
         self._over = True
 

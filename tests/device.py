@@ -446,7 +446,7 @@ class Driver:
 
 
 def keys_of(bits: np.ndarray, mask: int, infinity: int, nan: int) -> np.ndarray:
-    """Return keys of floats; see ``colltensor.backends.nccl.reductions.Keying``."""
+    """Return keys of floats; see ``colltensor.backends.nccl.reductions.OrderEncoding``."""
     return np.where(
         (bits & mask) > infinity, bits.dtype.type(nan), np.where(bits < 0, bits ^ mask, bits)
     )

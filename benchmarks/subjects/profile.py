@@ -71,8 +71,8 @@ class Layers(InGroup):
         """Return the loop of a layer."""
         import colltensor as col
         from colltensor import dlpack
-        from colltensor.backends.base import FAST_OPERATIONS
         from colltensor.backends.shm import library
+        from colltensor.operations import NATIVE
 
         same = (
             inspect.signature(method).parameters.keys()
@@ -88,9 +88,7 @@ class Layers(InGroup):
             native.get_function("shm_interface"),
         )
         interface.release_gil = False
-        whole = native.shm_fast_function(
-            NO_GROUP, 0, FAST_OPERATIONS["allreduce"], 0, -1, -1, False, True
-        )
+        whole = native.shm_fast_function(NO_GROUP, 0, NATIVE["allreduce"], 0, -1, -1, False, True)
         whole.release_gil = False
         layers: tuple[Callable[[], object], ...] = (
             lambda: None,

@@ -1,4 +1,4 @@
-"""What the package uses of frameworks that has no public name there: a module for each, and nowhere else.
+"""What the package uses of torch, JAX and Ray that has no public name there: a module for each, and nowhere else.
 
 Each module says with which versions it was tested. Beyond them there is one debug line a process, so that whoever looks
 into a failure sees it.

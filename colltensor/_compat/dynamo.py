@@ -10,3 +10,8 @@ def frame_evaluation(torch: ModuleType) -> Any:
     """Return Dynamo's hold on the interpreter, without loading Dynamo; None where this torch has it elsewhere."""
     frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     return frames if hasattr(frames, "set_code_exec_strategy") else None
+
+
+def skip_strategy(frames: Any) -> Any:
+    """Return the strategy that leaves a code object, and what it calls, alone."""
+    return frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)

@@ -23,3 +23,8 @@ def timeline_event(category: bytes, facts: Mapping[str, str]) -> Any:
     ``ray._private.profiling.profile`` makes the same one, but only under RAY_PROFILING.
     """
     return ray._private.worker.global_worker.core_worker.profile_event(category, facts)
+
+
+def collective_registry(module: Any) -> Any:
+    """Return what ``ray.util.collective.backend_registry`` knows of others' backends; Ray has no public way to ask."""
+    return module._global_registry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import torch
@@ -54,3 +54,16 @@ def backend_config(group: Any) -> str | None:
 
     found: str | None = distributed_c10d._world.pg_backend_config.get(group)
     return found
+
+
+def registered_backends() -> Collection[str]:
+    """Return the names of the backends of others that torch.distributed knows, in capitals."""
+    from torch.distributed import Backend
+
+    known: Collection[str] = getattr(Backend, "_plugins", ())
+    return known
+
+
+def profiler_enabled() -> Callable[[], bool]:
+    """Return what returns whether torch's profiler records."""
+    return torch.autograd._profiler_enabled  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from colltensor.adapters._remedies import name_of, remedy_for
-from colltensor.adapters.base import Adapter, HostMemory, Memory
+from colltensor.adapters.base import Adapter, AdapterBase, HostMemory, Memory
 from colltensor.errors import OptionError, ReadOnlyError, UnsupportedTensorError
 from colltensor.view import LEGACY_STREAM, BufferView
 
@@ -84,6 +84,12 @@ def register_adapter(adapter: Adapter) -> None:
                 f"register_adapter: adapter {adapter!r}: expected an attribute {name} of type {kind.__name__}, "
                 f"got {getattr(adapter, name, 'none')!r}"
             )
+    default = getattr(type(adapter), "allocate_result", None) is AdapterBase.allocate_result
+    if adapter.immutable and default:
+        raise OptionError(
+            f"register_adapter: adapter {adapter!r}: tensors that are immutable need an allocate_result of their own, "
+            "which returns a new one"
+        )
     for name in (
         "directly_exportable",
         "reduced",
@@ -287,13 +293,13 @@ def notify_all_written(tensors: Sequence[Any]) -> None:
     if no_write_notice.issuperset(kinds):
         return
     if len(kinds) == 1:
-        note_alike(tensors, kinds.pop())
+        remember_alike(tensors, kinds.pop())
         return
     for tensor in tensors:
         notify_written(tensor)
 
 
-def note_alike(tensors: Sequence[Any], kind: type) -> None:
+def remember_alike(tensors: Sequence[Any], kind: type) -> None:
     """Do as ``notify_all_written`` with tensors that are all of one type."""
     if kind in no_write_notice:
         return

@@ -461,7 +461,7 @@ class AgreeingBackend(Backend, Protocol):
         """Return a function that does as ``tree``'s on a list of leaves of one type; None where there is none.
 
         It is given the identities of the list and of the type, and the address of a C function that reads tensors of
-        that type (``adapters.reader_of``). It returns ``DIRECT_UNREAD`` where a leaf is of another type or cannot be
+        that type (``adapters.reader_of``). It returns ``FAST_UNREAD`` where a leaf is of another type or cannot be
         read so.
         """
 
@@ -520,7 +520,7 @@ FAST_BUSY: Final = 9
 Begun, and waiting for others; nothing begun, because it would take long; nothing begun, because another thread has the
 turn.
 """
-DIRECT_UNREAD: Final = -1
+FAST_UNREAD: Final = -1
 """Of a function of ``AgreeingBackend.reading_tree``: nothing begun, because the leaves were not to be read so."""
 
 

@@ -38,7 +38,7 @@ _POLL_S = 1.0
 
 
 class ConnectionsOwner(Protocol):
-    """Whom the connections works for."""
+    """What Connections works for."""
 
     def status(self) -> Status:
         """Return what this rank does at the moment; called by any thread."""

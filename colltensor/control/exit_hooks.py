@@ -21,7 +21,7 @@ class ExitHook(Protocol):
 
 _open: set[ExitHook] = set()
 _first: set[ExitHook] = set()
-"""Those of them that are notified first."""
+"""The hooks that are called first."""
 _ends: list[Callable[[], None]] = []
 _over: set[int] = set()
 """The process, by number, once all were notified that it ends."""

@@ -81,7 +81,7 @@ class FailureDetector:
         pairs: How many exchanges it has entered with single other ranks, by ``pair_key``.
         crossing: The transfers that run in threads of their own, by source and destination.
         queued: How many calls it has queued on a device, with single other ranks and, under ALL_RANKS, with all.
-        everyone: The awaited_peers of an exchange of all ranks.
+        everyone: The peers that an exchange waits for of all ranks.
         connections: The links.
         timeout_s: How long calls wait, for messages; None while the group is made.
     """
@@ -104,7 +104,7 @@ class FailureDetector:
         self.connections.open()
 
     def partner(self, peer: int, lane: int) -> AwaitedPeers:
-        """Return the awaited_peers of an exchange with one other rank."""
+        """Return the peers awaited in an exchange with one other rank."""
         mine, theirs = pair_key(peer, lane), pair_key(self.meeting.rank, lane)
         return AwaitedPeers(
             [peer], lambda status: status.pairs.get(theirs, 0) < self.pairs.get(mine, 0)
@@ -339,7 +339,7 @@ class FailureDetector:
         )
 
     def queuing(self, peers: Sequence[int] | None, number: int) -> AwaitedPeers:
-        """Return the awaited_peers of a call queued on a device, this rank's ``number``-th with ``peers``, or with all."""
+        """Return the peers awaited in a call queued on a device, this rank's ``number``-th with ``peers``, or with all."""
         with_whom = ALL_RANKS if peers is None else self.meeting.rank
         concerned = self.everyone.ranks if peers is None else peers[:1]
         return AwaitedPeers(concerned, lambda status: status.queued.get(with_whom, 0) < number)

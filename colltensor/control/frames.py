@@ -260,7 +260,7 @@ def inquire(meeting: Meeting, peer: int, question: bytes, deadline: float) -> by
 
 
 def propagate_failure(meeting: Meeting, peer: int, failure: Failure, deadline: float) -> None:
-    """Notify a rank's listener that the group is broken; return when it has noted that.
+    """Tell a rank's listener that the group is broken; return when it has noted that.
 
     Raises:
         ConnectionError: The rank is gone.

@@ -3,13 +3,13 @@
 No exchange outlasts its deadline by more than a few seconds: then, or when a connection breaks, one error is found
 and propagated to every rank over the links and through the listeners, and the group is broken.
 
-    Control             what the group and its backend call
-    ├── exchange        how ranks agree: the tree of all, and pairs
-    ├── detector         waiting, and who is to blame for a wait in vain
-    ├── connections     all links of this rank at once, and the failure that ends them
-    ├── listener       the thread that answers the listener
-    ├── exit_hooks        goodbye when the process ends, silence in a forked child
-    └── links, status   one connection and its frames; what ranks tell about themselves
+    Control                   what the group and its backend call
+    ├── tree                  how ranks agree: the tree of all, and pairs
+    ├── failure_detector      waiting, and who is to blame for a wait in vain
+    ├── connections           all links of this rank at once, and the failure that ends them
+    ├── listener              the thread that answers other ranks
+    ├── exit_hooks            goodbye when the process ends, silence in a forked child
+    └── frames, messages      one connection and its frames; what ranks tell about themselves
 """
 
 from __future__ import annotations
@@ -108,14 +108,9 @@ class Control:
         tree = self._tree
         if tree is None:
             return
-        self._board.enter(deadline)
-        try:
+        self._working.deadline = deadline
+        with self._working:
             tree.agree(signature, describe, deadline)
-        except BaseException as error:
-            self._working.interrupted(error)
-            raise
-        finally:
-            self._board.leave()
 
     def agree_and_gather(
         self, signature: bytes, payload: bytes, describe: Describe, deadline: float
@@ -134,14 +129,9 @@ class Control:
         tree = self._tree
         if tree is None:
             return [payload]
-        self._board.enter(deadline)
-        try:
+        self._working.deadline = deadline
+        with self._working:
             return tree.agree_and_gather(signature, payload, describe, deadline)
-        except BaseException as error:
-            self._working.interrupted(error)
-            raise
-        finally:
-            self._board.leave()
 
     def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
         """Return every rank's payload, by rank; sizes may differ. Every rank must call, in the same order.
@@ -208,7 +198,7 @@ class Control:
     def agree_beside(
         self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int
     ) -> None:
-        """Do as ``agree_pair`` in a thread of a lane's own, while others do; nothing else may be called meanwhile.
+        """Agree with one other rank in a thread of a lane's own, while others do; nothing else may be called meanwhile.
 
         Raises:
             CollectiveError: As ``agree``.
@@ -338,39 +328,43 @@ class Control:
 
 
 class _Working:
-    """The context of one thread's work on the links; whatever else ends it than an error of ours breaks the group."""
+    """The context of one thread's work on the links; whatever else ends it than an error of ours breaks the group.
 
-    __slots__ = ("_board", "_deadline", "_detector")
+    A context, not ``try`` and ``finally``: no signal's handler can raise between entering and what is to undo it.
+
+    Attributes:
+        deadline: When a wait for another rank times out; set before it is entered.
+    """
+
+    __slots__ = ("_board", "_detector", "deadline")
 
     def __init__(self, detector: FailureDetector) -> None:
         self._detector = detector
         self._board = detector.connections
-        self._deadline = 0.0
+        self.deadline = 0.0
 
     def until(self, deadline: float) -> _Working:
-        self._deadline = deadline
+        self.deadline = deadline
         return self
 
     def __enter__(self) -> None:
-        self._board.enter(self._deadline)
+        self._board.enter(self.deadline)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         try:
-            if error is not None:
-                self.interrupted(error)
+            if error is not None and not isinstance(error, CollectiveError):
+                detector = self._detector
+                during = (
+                    f" during {detector.operation} #{detector.sequence}"
+                    if detector.operation
+                    else ""
+                )
+                self._board.fail(
+                    GroupError(
+                        f"{detector.where}: this rank was interrupted by {error!r}{during}. {REMEDY}"
+                    )
+                )
         finally:
             self._board.leave()
-
-    def interrupted(self, error: BaseException) -> None:
-        """Break the group over an error that is none of ours, in the middle of the work."""
-        if isinstance(error, CollectiveError):
-            return
-        detector = self._detector
-        during = f" during {detector.operation} #{detector.sequence}" if detector.operation else ""
-        self._board.fail(
-            GroupError(
-                f"{detector.where}: this rank was interrupted by {error!r}{during}. {REMEDY}"
-            )
-        )

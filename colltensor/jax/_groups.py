@@ -38,7 +38,7 @@ _JOIN_S: Final = 5.0
 _ending: Final = threading.Event()
 """Set when the process ends, before JAX waits for its computations: its handlers are older than this module's."""
 atexit.register(_ending.set)
-_watchdogs: Final[list[threading.Thread]] = []
+_end_watchers: Final[list[threading.Thread]] = []
 _ended: Final = threading.Event()
 
 
@@ -60,7 +60,7 @@ def _watch_the_end(group: Group) -> None:
 
     In a thread of its own, made here: while the process ends no thread can be started.
     """
-    if not _watchdogs:
+    if not _end_watchers:
         thread = threading.Thread(target=_end_late_calls, name="colltensor end of jit", daemon=True)
         try:
             thread.start()
@@ -72,7 +72,7 @@ def _watch_the_end(group: Group) -> None:
                 error,
             )
         else:
-            _watchdogs.append(thread)
+            _end_watchers.append(thread)
 
 
 def _end_late_calls() -> None:
@@ -92,7 +92,7 @@ def _stop_watching() -> None:
     """End the thread while it still can come back from the native library."""
     _ending.set()
     _ended.set()
-    for thread in _watchdogs:
+    for thread in _end_watchers:
         thread.join(_JOIN_S)
 
 
@@ -152,7 +152,7 @@ def _end_deferring() -> None:
 
 observers.on_start.append(_defer_all)
 observers.on_stop.append(_end_deferring)
-os.register_at_fork(after_in_child=_watchdogs.clear)  # the thread is the parent's
+os.register_at_fork(after_in_child=_end_watchers.clear)  # the thread is the parent's
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from colltensor.ray.arrays import NumpyArray
 from colltensor.ray.declare import CollectiveGroup, collective_group, create_collective_group
 from colltensor.ray.observe import observe
 from colltensor.ray.placement import placed_actors
-from colltensor.ray.register import register, register_tensor_transports
+from colltensor.ray.registration import register, register_tensor_transports
 from colltensor.ray.rendezvous import RayDirectory
 
 __all__ = [

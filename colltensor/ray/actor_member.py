@@ -43,14 +43,14 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class MemberSpec:
-    """What the driver tells an actor of its spec in a group.
+    """What the driver tells an actor about its membership of a group.
 
     Attributes:
         token: Names this creation.
         rank: The actor's rank.
         world_size: The number of actors.
         options: Of ``init_collective_group``; the same on every rank.
-        replaces: The creation that this one takes the spec of, whoever made it. It and earlier generations of this
+        replaces: The creation whose place this one takes, whoever made it. It and earlier generations of this
             driver go, even one that works.
     """
 
@@ -124,11 +124,11 @@ class ActorMember:
         return group() is None if group is not None else time.monotonic() > self._expires
 
     def is_late(self, spec: MemberSpec) -> bool:
-        """Return whether a call for that spec comes after the same driver made its group anew."""
+        """Return whether a call with this spec is late: the same driver has made the group anew."""
         return self._is_of(spec) and self._spec.token.follows(spec.token)
 
     def is_replaced_by(self, spec: MemberSpec) -> bool:
-        """Return whether a group for that spec takes this one's name.
+        """Return whether a group of this spec takes over this one's name.
 
         It does where this one is broken, given up or named as what to replace, or where the same driver made this one
         before and it was never finished or something is to be replaced.
@@ -184,7 +184,7 @@ def introduce(actor: object, spec: MemberSpec, patience_s: float) -> bytes:
 
     Args:
         actor: The actor.
-        spec: Its spec in the group.
+        spec: Its membership of the group.
         patience_s: For how long the driver comes back to this, in seconds.
 
     Raises:

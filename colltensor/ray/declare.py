@@ -252,7 +252,7 @@ def _make(
             for rank in range(size)
         ]
         introductions = call.ask(
-            actor_member.introduce, [(place, patience_s) for place in specs], again=True
+            actor_member.introduce, [(spec, patience_s) for spec in specs], again=True
         )
         listeners = call.ask(actor_member.listen, [(token, name, ray.put(introductions))] * size)
         left_s = max(0.1, deadline - time.monotonic())

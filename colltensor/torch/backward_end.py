@@ -27,7 +27,7 @@ class BackwardEndHook:
 
     The engine's task, or while it climbs a hook of the graph, holds the only strong reference. So a weak one is dead
     after a backward pass that ended with an exception, or climbs for ever where somebody keeps the graph: in both cases
-    the next pass needs an BackwardEndHook of its own, and a second one in one pass does no harm.
+    the next pass needs a BackwardEndHook of its own, and a second one in one pass does no harm.
     """
 
     __slots__ = ("__weakref__", "_finish", "_hooks")

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "colltensor/kernels.h"
@@ -40,7 +41,7 @@ DType dtype_of(DLDataType type) {
 
 Signature call_signature(Operation operation, std::uint8_t op, std::int16_t root, std::uint64_t count,
                          std::uint64_t leaves) {
-  // colltensor.engine._CODES, by Operation.
+  // The codes of colltensor/operations.py, by Operation.
   static constexpr std::uint8_t kCodes[] = {9, 1, 2, 3, 4, 6, 5, 7, 8, 13};
   unsigned char bytes[32] = {kCodes[static_cast<int>(operation)], op, 0, 0, 1};
   std::memcpy(bytes + 2, &root, sizeof root);

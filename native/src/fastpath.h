@@ -1,4 +1,4 @@
-// What a call on plain tensors is made of: for the fast calls from Python, and for those from inside XLA.
+// What a call on exportable tensors is made of: for the fast calls from Python, and for those from inside XLA.
 #pragma once
 
 #include <dlpack/dlpack.h>

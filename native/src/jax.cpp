@@ -64,7 +64,7 @@ bool inside() { return InsideXla::inside; }
 
 void defer(std::int64_t handle, bool on) { deferred_at(handle).store(on, std::memory_order_release); }
 
-bool is_plain_call(const JaxCall& call, const Group& group) {
+bool is_fast_call(const JaxCall& call, const Group& group) {
   const int rank = group.rank(), ranks = group.world_size();
   const auto code = static_cast<DType>(call.dtype);
   if (call.dtype >= static_cast<std::int64_t>(DType::kMovesOnly)) return false;
@@ -88,7 +88,7 @@ std::int64_t run(const JaxCall& call) {
   }
   Turn group(call.handle);
   if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
-  if (!is_plain_call(call, *group)) return static_cast<std::int64_t>(Outcome::kRefused);
+  if (!is_fast_call(call, *group)) return static_cast<std::int64_t>(Outcome::kRefused);
   const auto dtype = static_cast<DType>(call.dtype);
   std::size_t count = 0;
   const std::vector<View> views = views_of(call, dtype, count);
@@ -197,10 +197,10 @@ void conclude(const ffi::Any& answer) {
 }
 
 // The target: (operand, result), which come as bytes, one an element, whatever their dtype (PlainBuffers). What is not
-// done here goes to `settle` in Python, which ends it or says why not: (number, code, dtype, operation, op, root, source,
+// done here goes to `complete` in Python, which ends it or says why not: (number, code, dtype, operation, op, root, source,
 // address and bytes of the operand, address and bytes of the result).
-ffi::Function target(ffi::Function settle) {
-  return ffi::Function::FromPacked([settle = std::move(settle)](const ffi::AnyView* arguments, std::int32_t,
+ffi::Function target(ffi::Function complete) {
+  return ffi::Function::FromPacked([complete = std::move(complete)](const ffi::AnyView* arguments, std::int32_t,
                                                                 ffi::Any*) {
     const Numbers n = numbers_here();
     const auto given = arguments[0].cast<ffi::TensorView>(), result = arguments[1].cast<ffi::TensorView>();
@@ -213,7 +213,7 @@ ffi::Function target(ffi::Function settle) {
     }
     const std::int64_t code = run(call);
     if (code == 0) return;
-    conclude(settle(call.number, code, call.dtype, n[kOperation], call.call.op, n[kRoot], n[kSource],
+    conclude(complete(call.number, code, call.dtype, n[kOperation], call.call.op, n[kRoot], n[kSource],
                     reinterpret_cast<std::int64_t>(call.given), static_cast<std::int64_t>(call.given_nbytes),
                     reinterpret_cast<std::int64_t>(call.result), static_cast<std::int64_t>(call.result_nbytes)));
   });

@@ -101,12 +101,12 @@ def small_blocks() -> Iterator[None]:
     """Cut buffers into slices of 4 KiB, so that a few elements take the way of many."""
     from colltensor.backends.hierarchical import reductions, shards
 
-    before = shards.SLICE_NBYTES, reductions.LEADER_NBYTES
-    shards.SLICE_NBYTES, reductions.LEADER_NBYTES = 4096, 0  # type: ignore[misc]
+    before = shards.SHARD_NBYTES, reductions.LEADER_NBYTES
+    shards.SHARD_NBYTES, reductions.LEADER_NBYTES = 4096, 0  # type: ignore[misc]
     try:
         yield
     finally:
-        shards.SLICE_NBYTES, reductions.LEADER_NBYTES = before  # type: ignore[misc]
+        shards.SHARD_NBYTES, reductions.LEADER_NBYTES = before  # type: ignore[misc]
 
 
 def in_small_blocks(

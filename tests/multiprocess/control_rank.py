@@ -167,7 +167,9 @@ def skewed(times: int, seed: int, timeout_s: float) -> int:
 
 def pair(peer: int, signature: bytes, text: str, timeout_s: float, times: int = 1) -> None:
     for _ in range(times):
-        State.control.agree_pair(peer, signature, lambda: text, time.monotonic() + timeout_s)
+        terms = (peer, signature, lambda: text, time.monotonic() + timeout_s)
+        State.control.start_pair(*terms)
+        State.control.finish_pair(*terms)
 
 
 def ring(times: int, timeout_s: float) -> None:

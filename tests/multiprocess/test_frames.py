@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,13 @@ def least(group: Any, call: Callable[[], Any]) -> tuple[int, int]:
     for _ in range(3):  # compiled, and by way of XLA's own fast path
         call()
     found = []
-    for _ in range(CALLS):
+    for turn in range(2 * CALLS):
         group.barrier()
-        found.append(entered(call))
+        if turn % 2 == group.rank:
+            time.sleep(0.01)  # the other rank is there: a call that has to wait enters more
+            found.append(entered(call))
+        else:
+            call()
     return min(found)
 
 
@@ -85,8 +90,8 @@ def least(group: Any, call: Callable[[], Any]) -> tuple[int, int]:
     [
         ("numpy", 3),
         pytest.param("torch", 9, marks=pytest.mark.needs("torch")),
-        pytest.param("jax", 22, marks=pytest.mark.needs("jax")),
-        ("strided", 30),
+        pytest.param("jax", 19, marks=pytest.mark.needs("jax")),
+        ("strided", 3),
         ("dict of two", 60),
     ],
 )

@@ -744,3 +744,57 @@ def test_an_interrupt_while_a_claim_waits(pool: RankPool) -> None:
     broken, told = pool.run(2, interrupted_claim, fresh())
     assert "Interrupt" in broken
     assert "rank 0" in told
+
+
+def strided_on_the_fast_path(rank: int, size: int, name: str, library: str) -> None:
+    """One tensor of any positive steps goes as it is, whatever the layouts of the others."""
+
+    def made(array: np.ndarray[Any, Any]) -> Any:
+        if library == "numpy":
+            return array
+        import torch
+
+        return torch.from_numpy(array)
+
+    with own_group(rank, size, name) as group:
+        group._engine.run = _never
+
+        # the same layout on both ranks, in another order than row by row; and two layouts
+        for layout in (lambda x: x.T, lambda x: x[:, ::2], lambda x: x[1::2]):
+            given = made(layout(np.full((4, 4), rank + 1.0)))
+            assert group.allreduce(given) is given
+            assert np.unique(np.asarray(given)).tolist() == [3.0]
+        base = np.full((4, 4), rank + 1.0)
+        part = base[:, 1:3] if rank else base[:2].T
+        group.allreduce(made(part))
+        assert np.unique(part).tolist() == [3.0]
+        assert base[:, 3].tolist() == ([2.0] * 4 if rank else [3.0, 3.0, 1.0, 1.0])
+
+        # what is between the elements stays
+        base = np.arange(12, dtype=np.int16).reshape(3, 4) * (rank + 1)
+        group.broadcast(made(base[:, ::2]), 1)
+        assert base[:, ::2].tolist() == [[0, 4], [8, 12], [16, 20]]
+        assert base[0, 1::2].tolist() == [1 * (rank + 1), 3 * (rank + 1)]
+        group.reduce(made(base[:, ::2]), 0)
+        assert base[2, 2] == (40 if rank == 0 else 20)
+        (group.send if rank == 0 else group.recv)(made(base[:, 1::2]), 1 - rank)
+        assert base[0, 1::2].tolist() == [1, 3]
+
+        halves = made(np.full((4, 4), rank + 0.5, np.float16)[:, 1:3])
+        work = group.allreduce(halves, async_op=True)
+        assert np.asarray(work.result()).tolist() == [[2.0, 2.0]] * 4
+        del group._engine.__dict__["run"]
+
+        shared = np.lib.stride_tricks.as_strided(np.ones(5), (3, 3), (8, 8))
+        with pytest.raises(col.AliasError):
+            group.allreduce(made(shared))
+        with pytest.raises(col.MismatchError, match="float64"):
+            group.allreduce(made(np.ones((3, 8))[:, :: 2 + 2 * rank]))
+        group.barrier()
+
+
+@pytest.mark.parametrize(
+    "library", ["numpy", pytest.param("torch", marks=pytest.mark.needs("torch"))]
+)
+def test_a_strided_tensor_goes_the_fast_path(pool: RankPool, library: str) -> None:
+    pool.run(2, strided_on_the_fast_path, fresh(), library)

@@ -985,3 +985,41 @@ def test_native_code_reads_torch_tensors_by_its_exchange_api() -> None:
 def test_what_has_no_exchange_api_is_not_read() -> None:
     assert dlpack.exchange_reader(np.ndarray) == 0
     assert dlpack.exchange_reader(type("Own", (), {"__dlpack_c_exchange_api__": 3})) == 0
+
+
+class BytearrayAdapter(col.AdapterBase):
+    """What an adapter needs to have of its own."""
+
+    name = "bytearray"
+
+    def claims(self, kind: type) -> bool:
+        return kind is bytearray
+
+    def source(self, tensor: Any) -> col.BufferView:
+        return col.BufferView.from_buffer(tensor)
+
+
+@pytest.mark.usefixtures("own_adapters")
+def test_a_base_has_the_rest_of_an_adapter() -> None:
+    col.register_adapter(BytearrayAdapter())
+    group = col.init_collective_group(1, 0, group_name="of bytes")
+    try:
+        given = bytearray(b"abc")
+        assert group.allreduce(given) is given
+    finally:
+        col.destroy_collective_group("of bytes")
+
+
+def test_what_a_base_cannot_know_is_asked_for() -> None:
+    class Viewless(col.AdapterBase):
+        name = "viewless"
+
+        def claims(self, kind: type) -> bool:
+            return False
+
+    class Immutable(BytearrayAdapter):
+        immutable = True
+
+    for wrong, words in ((Viewless(), "no method source"), (Immutable(), "allocate_result")):
+        with pytest.raises(OptionError, match=words):
+            col.register_adapter(wrong)

@@ -11,6 +11,7 @@ from colltensor.backends.base import Backend
 from colltensor.group import Group
 from colltensor.multigpu import MultiGpu
 from colltensor.operations import COLLECTIVES, NATIVE_NAMES, POINT_TO_POINT
+from colltensor.operations import NATIVE as NUMBERS
 
 NATIVE = Path(__file__).parents[2] / "native"
 
@@ -26,6 +27,7 @@ def test_native_code_numbers_operations_as_the_table_does() -> None:
     assert found is not None
     names = [_spelt(name.strip()) for name in found[1].split(",") if name.strip()]
     assert names == list(NATIVE_NAMES)
+    assert sorted(NUMBERS.values()) == list(range(len(NUMBERS)))
 
 
 def test_native_code_signs_with_the_codes_of_the_table() -> None:

@@ -213,7 +213,7 @@ class HierarchicalBackend(BackendBase):
         self._gloo.close()
 
     def _local_to(self, peer: int) -> ShmBackend | None:
-        """Return the transport to a rank of this host, None to one of another."""
+        """Return this host's backend if the peer is on it, else None."""
         return self._local if self._hosts.index[peer] == self._hosts.host else None
 
     def _verdict(self, error: BaseException) -> BaseException:

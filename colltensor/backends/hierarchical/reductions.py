@@ -94,7 +94,7 @@ class Reductions:
             waiting.popleft().wait()
 
     def _part(self, members: tuple[int, ...]) -> GlooPart:
-        """Return the transport between some ranks; its memory is kept for the next call."""
+        """Return the backend between some ranks; its memory is kept for the next call."""
         if members not in self._shards_of:
             self._shards_of[members] = self._gloo.part(members)
         return self._shards_of[members]

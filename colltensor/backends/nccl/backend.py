@@ -151,7 +151,7 @@ class NcclBackend(BackendBase):
         self._drop(pending, error)
 
     def _drop(self, pending: Sequence[QueuedOperation], error: BaseException) -> None:
-        """Watch pending no longer that were not queued; raises what their error comes from."""
+        """Stop watching operations that were not queued; raises what their error comes from."""
         for operation in pending:
             self._watchdog.abandon(operation)
         # NCCL connects the ranks of an algorithm when it is first used and waits for them inside the call, which

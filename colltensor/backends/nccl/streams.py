@@ -219,7 +219,7 @@ class StreamManager:
             return operation.landed or bool(self._driver.done(operation.began))
 
     def enter_watchdog(self) -> None:
-        """Prepare the thread that watches pending."""
+        """Prepare the thread that watches pending operations."""
         self._driver.mind_own_captures()
 
     def check(self, operation: QueuedOperation) -> None:

@@ -20,11 +20,11 @@ _JOIN_S: Final = 5.0
 
 
 class Watchdog:
-    """Watches the pending of one group on this rank.
+    """Watches the pending operations of one group on this rank.
 
     Attributes:
         failure: The error that ended them all, or None.
-        timeout_s: How long a operation that is added next may be under way.
+        timeout_s: How long an operation that is added next may be under way.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Watchdog:
 
         Args:
             control: The group's ControlPlane, or None.
-            stream_manager: Where the pending are.
-            timeout_s: How long a operation may be under way.
+            stream_manager: Where the pending operations are.
+            timeout_s: How long an operation may be under way.
             errors: Asks the communicators for their errors.
-            end: Called once, with what was found and the pending that it ends: ends everything and notifies the group.
+            end: Called once, with what was found and the pending operations that this ends: ends everything and notifies the group.
         """
         self._control = control
         self._stream_manager = stream_manager
@@ -61,7 +61,7 @@ class Watchdog:
         self.failure: CollectiveError | None = None
 
     def check(self) -> None:
-        """Raise if a operation failed, or a peer has broken the group; the control plane is looked at now and then.
+        """Raise if an operation failed, or a peer has broken the group; the control plane is looked at now and then.
 
         Raises:
             CollectiveError: What happened.
@@ -74,10 +74,10 @@ class Watchdog:
             self._control.check()
 
     def add(self, operation: QueuedOperation) -> None:
-        """Watch a operation from now on, its queuing included.
+        """Watch an operation from now on, its queuing included.
 
         Raises:
-            CollectiveError: A operation failed before, or the group was destroyed.
+            CollectiveError: An operation failed before, or the group was destroyed.
         """
         if self._control is not None:
             operation.number = self._control.queue(operation.peers)
@@ -97,13 +97,13 @@ class Watchdog:
                 self._changed.notify_all()
 
     def abandon(self, operation: QueuedOperation) -> None:
-        """Watch a operation no longer, whose queuing failed; ``fail`` has let go of it where it was the reason."""
+        """Watch an operation no longer, whose queuing failed; ``fail`` has let go of it where it was the reason."""
         with self._changed:
             if operation in self._pending:  # not if all of them failed meanwhile
                 self._pending.remove(operation)
 
     def drain(self, deadline: float, index: int | None = None) -> None:
-        """Return when all pending, or those on device ``index``, are done.
+        """Return when all pending operations, or those on device ``index``, are done.
 
         Raises:
             TimeoutError: They are not at ``deadline``.
@@ -141,11 +141,11 @@ class Watchdog:
 
         Args:
             gone: The error.
-            end: Ends them, given the pending that are not done. It is called in the watchdog's thread, if there is one,
+            end: Ends them, given the pending operations that are not done. It is called in the watchdog's thread, if there is one,
                 and waited for some seconds: no other thread can be made while the interpreter shuts down.
 
         Returns:
-            The pending that are not done. They hold memory that the device uses until the communicators are ended.
+            The pending operations that are not done. They hold memory that the device uses until the communicators are ended.
         """
         with self._changed:
             self._closed = True
@@ -184,7 +184,7 @@ class Watchdog:
             last()
 
     def _wait(self) -> bool:
-        """Return True when it is time to look at the pending, False when the watching ends."""
+        """Return True when it is time to look at the pending operations, False when the watching ends."""
         with self._changed:
             self._asleep = True
             self._changed.wait_for(lambda: self._pending or self._closed)

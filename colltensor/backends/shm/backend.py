@@ -29,7 +29,7 @@ class ShmBackend(BackendBase):
     """Collectives between the ranks of one host.
 
     The ranks agree inside the segment, on arrival and before anything is written: ``set_signature`` and ``set_transfer_signature``
-    say what on. A call without one is compared by operation, dtype, count, op and root.
+    say what they agree on. A call without one is compared by operation, dtype, count, op and root.
 
     Attributes:
         number: The group's number in the native library.

@@ -35,7 +35,7 @@ def words(signature: bytes) -> Words:
 def own_words(
     operation: int, dtype: DType | None, count: int, op: ReduceOp | None, root: int
 ) -> Words:
-    """Return the signature of a call whose signature nobody has set: what is known of it here."""
+    """Return a signature for a call without an expected one, from what is known here."""
     leaves = 0 if dtype is None else dtype.code
     packed = _CALL.pack(100 + operation, _NO_OP if op is None else op, root, 1, count, leaves)
     return words(bytes(_SEQUENCE_NBYTES) + packed)

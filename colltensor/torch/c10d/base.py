@@ -16,6 +16,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from colltensor import bridge
+from colltensor._compat import torch as _compat
 from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError, is_from_handler
 from colltensor.group import Group
 from colltensor.options import timeout_of
@@ -29,7 +30,7 @@ from colltensor.torch.c10d.transfers import PATIENCE_S, Connect, Transfers
 from colltensor.torch.c10d.work import FinishedWork, PendingWork, QueuedCall
 from colltensor.work import consequence, nested
 
-_profiler_enabled: Final = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # private
+_profiler_enabled: Final = _compat.profiler_enabled()
 _UNSET: Final = timedelta(milliseconds=-1)
 _MERGE_TIMEOUT: Final = timedelta(minutes=30)
 _DRAIN_S: Final = 5.0

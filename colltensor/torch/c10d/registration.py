@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from colltensor._compat import torch as _compat
+
 if TYPE_CHECKING:
-    from colltensor._compat import torch as _compat
-from colltensor.torch.c10d.process_group import ColltensorProcessGroup
+    from colltensor.torch.c10d.process_group import ColltensorProcessGroup
 
 NAME = "colltensor"
 _operators: list[Any] = []  # torch forgets an operator whose library is gone
@@ -19,7 +20,7 @@ def register() -> None:
     """Let ``dist.init_process_group`` and ``dist.new_group`` know the backend; nothing where there is no c10d."""
     if dist.is_available():
         # torch 2.6 takes a name once, by any function
-        if NAME.upper() not in getattr(dist.Backend, "_plugins", {}):
+        if NAME.upper() not in _compat.registered_backends():
             dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
         if hasattr(torch.ops._c10d_functional, "all_gather_into_tensor_out"):
             library = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]  # torch's

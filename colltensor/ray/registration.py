@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Iterable
 
 from colltensor import backends, table
+from colltensor._compat.ray import collective_registry
 from colltensor.errors import BackendUnavailableError, OptionError
 from colltensor.ray.arrays import FRAMEWORKS
 
@@ -49,15 +50,16 @@ def register(*, timeout_s: float = 30.0, interface: str | None = None) -> None:
             "register: this version of Ray takes no collective backends of others; upgrade it, or replace the "
             "program's import by `import colltensor as col`"
         ) from error
+    known = collective_registry(registry)
     base_group = importlib.import_module("colltensor.ray.base_group")
     base_group.options.update(timeout_s=timeout_s, interface=interface)
     names = [name for name in ("auto", *backends.backend_names()) if name != "loopback"]
     for name in names:
         ours = base_group.group_class(name)
         called = _NAME if name == "auto" else f"{_NAME}_{name.upper()}"
-        if not registry._global_registry.is_registered(called):
+        if not known.is_registered(called):
             registry.register_collective_backend(called, ours)
-        elif registry._global_registry.get(called) is not ours:
+        elif known.get(called) is not ours:
             raise OptionError(
                 f"register: another class is registered with ray.util.collective as {called!r}"
             )
