@@ -195,6 +195,7 @@ def lint(session: nox.Session) -> None:
     """Check style and imports with ruff, and the pages' sentences."""
     session.install("--quiet", *sessions.group("lint"))
     session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", "--quiet", ".")
     session.run("python", "tools/sentences.py")
 
 

@@ -96,7 +96,7 @@ class Buffers(Protocol):
         """
 
     def compared(self) -> tuple[int, int]:
-        """Return the number of elements of all leaves, and a number that is equal where paths, dtypes and counts are."""
+        """Return the number of elements, and a number that is equal where paths, dtypes and counts are."""
 
     def describe(self) -> str:
         """Return the leaves' dtypes and counts for an error message."""

@@ -1,7 +1,8 @@
 """FastPath: calls whose tensors go to the backend as their frameworks made them.
 
-What is not directly exportable (several tensors of which one is strided, read-only, immutable, of a type that DLPack cannot name, in a tree) takes the slow path
-through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may come either way.
+What is not directly exportable (several tensors of which one is strided, read-only, immutable, of a type that DLPack
+cannot name, in a tree) takes the slow path through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may
+come either way.
 """
 
 from __future__ import annotations
@@ -228,8 +229,8 @@ class FastCall:
     ) -> Work | None:
         """Begin it on tensors as they are, behind what was issued before; None if it must go the slow path.
 
-        Where nothing is before it and the other ranks are there it is made at once. The framework of a written tensor is
-        notified when somebody sees that the call has ended.
+        Where nothing is before it and the other ranks are there it is made at once. The framework of a written tensor
+        is notified when somebody sees that the call has ended.
 
         Args:
             tensors: As for ``run``.

@@ -28,7 +28,7 @@ from colltensor.types import CPU, ReduceOp
 
 
 class TreeFastPath:
-    """The calls of one group on trees of directly exportable tensors, or of those of one framework that never changes them."""
+    """The calls of one group on trees of exportable tensors, or of those of one framework that never changes them."""
 
     def __init__(self, fastpath: FastPath) -> None:
         self._fastpath = fastpath

@@ -87,7 +87,7 @@ def add_observer(observer: Observer) -> None:
 
 
 def remove_observer(observer: Observer) -> None:
-    """Report nothing more to ``observer``, but the ends of what it has seen begin; nothing happens if it is not there."""
+    """Report no more to ``observer`` than the ends of what it has seen begin; nothing happens if it is not there."""
     global _observers
     with _lock:
         _observers = tuple(other for other in _observers if other != observer)

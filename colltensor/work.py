@@ -323,8 +323,8 @@ class IssuedWork(Work):
             queue: Where it is issued.
             held: The tensors that it uses, and their exports.
             result: What the call returns.
-            finish: Called with the tensors and the code of one that did not succeed, in the worker; raises, or returns whether
-                it did after all.
+            finish: Called with the tensors and the code of one that did not succeed, in the worker; raises, or returns
+                whether it did after all.
             written: What ``notify`` is called with when it has succeeded, if there is any.
             notify: See there.
         """

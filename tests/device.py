@@ -268,7 +268,7 @@ class Communicator:
     ) -> None:
         self._add(Part(self, "broadcast", given, result, count, datatype, root=root), stream)
 
-    def allGather(self, given: int, result: int, count: int, datatype: int, stream: int) -> None:  # noqa: N802
+    def allGather(self, given: int, result: int, count: int, datatype: int, stream: int) -> None:
         self._add(Part(self, "allGather", given, result, count, datatype), stream)
 
     def reduceScatter(

@@ -40,7 +40,7 @@ _no_tensors: Final[set[type]] = set()
 
 Exportable = Callable[[Any], bool]
 exporters: Final[dict[type, tuple[Exportable, Callable[[Any], None]] | tuple[None, None]]] = {}
-"""By tensor type, as far as they were found: ``directly_exportable`` and ``written`` of the adapters that have the former."""
+"""By tensor type, as far as they were found: ``directly_exportable`` and ``written`` of adapters that have both."""
 
 
 no_write_notice: Final[set[type]] = set()

@@ -59,12 +59,12 @@ class AdapterBase:
             every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
             called, unless this is None.
         written_together: A function of several tensors, called in place of ``written`` for each.
-        alike: A function of exportable tensors that returns a function, or None, and keeps none of them. It spares the same
-            questions about as many tensors in the next call: given others, of any types, it returns True only where
-            these are exportable for what they have in common with the first.
+        alike: A function of exportable tensors that returns a function, or None, and keeps none of them. It spares the
+            same questions about as many tensors in the next call: given others, of any types, it returns True only
+            where these are exportable for what they have in common with the first.
         reader: A function of a type that returns the address of a C function, 0 where there is none. That one does what
-            DLPack's ``dltensor_from_py_object_no_sync`` does, and is called with the interpreter lock: native code reads
-            exportable tensors of the type by it.
+            DLPack's ``dltensor_from_py_object_no_sync`` does, and is called with the interpreter lock: native code
+            reads exportable tensors of the type by it.
         reduced: A function that returns what a tensor's ``__reduce__`` should return, for objects that are pickled;
             None where that is right.
         restored: A function of a result and the tensor given: what the caller gets for what ``allocate_result`` made of

@@ -63,7 +63,7 @@ class Backend(Protocol):
         name: The backend's name in the table.
         device_types: The device types whose memory it reaches.
         takes_strided: Whether it takes strided views; else the group stages them.
-        packs_small_leaves: Whether small leaves of a container are to be packed into one transfer, because a transfer costs more.
+        packs_small_leaves: Whether small leaves are to be packed into one transfer, because a transfer costs more.
         copies_lists: The operations for which it copies a list of all ranks' tensors that do not lie one after another.
         needs_agreement: Whether the ranks must agree on the control plane before each payload.
         crosses: Whether ``send`` and ``recv`` may run in several threads at once, each with another peer or direction.
@@ -338,9 +338,9 @@ class IssueQueue(Protocol):
 class AgreeingBackend(Backend, Protocol):
     """A backend that compares the call's signature itself, on arrival: ``needs_agreement`` is False.
 
-    For each call the group takes the turn with ``hold``, says with ``set_signature`` or ``set_transfer_signature`` what the payload
-    method that follows must agree on, and gives the turn back with ``release``. A tensor as it comes from its
-    framework may go to ``fast_call`` instead.
+    For each call the group takes the turn with ``hold``, says with ``set_signature`` or ``set_transfer_signature`` what
+    the payload method that follows must agree on, and gives the turn back with ``release``. A tensor as it comes from
+    its framework may go to ``fast_call`` instead.
 
     Attributes:
         number: The group's number in the native library.
@@ -442,8 +442,8 @@ class AgreeingBackend(Backend, Protocol):
     ) -> Callable[..., int]:
         """Return a function that runs an operation on the leaves of a tree, given one after the other.
 
-        It returns and raises what the second function of ``fast_call`` does, and refuses leaves that are not as planned,
-        or share memory that is written.
+        It returns and raises what the second function of ``fast_call`` does, and refuses leaves that are not as
+        planned, or share memory that is written.
 
         Args:
             operation: A number of ``operations.NATIVE``: allreduce, reduce, broadcast or a transfer.
@@ -543,8 +543,8 @@ class BackendSpec(Protocol):
 
         Args:
             control: The group's ControlPlane; None for a group of one rank without one.
-            meeting: Where the ranks are, a ``colltensor.rendezvous.Meeting``: ``addresses`` and ``host_ids`` by rank; None as
-                above.
+            meeting: Where the ranks are, a ``colltensor.rendezvous.Meeting``: ``addresses`` and ``host_ids`` by rank;
+                None as above.
             timeout_s: How long connecting may take, and the default of an operation.
             interface: Name or address of the network interface to use.
             provider: The library to use, where the backend has several.

@@ -29,7 +29,7 @@ _finalized: set[int] = set()
 
 
 def before_end(call: Callable[[], None]) -> None:
-    """Have ``call`` called when the process ends, before any hook is notified; not in a forked child that makes nothing."""
+    """Have ``call`` called when the process ends, before any hook; not in a forked child that makes nothing."""
     _ends.append(call)
 
 

@@ -339,7 +339,7 @@ class FailureDetector:
         )
 
     def queuing(self, peers: Sequence[int] | None, number: int) -> AwaitedPeers:
-        """Return the peers awaited in a call queued on a device, this rank's ``number``-th with ``peers``, or with all."""
+        """Return the peers awaited in a call on a device, this rank's ``number``-th with ``peers``, or with all."""
         with_whom = ALL_RANKS if peers is None else self.meeting.rank
         concerned = self.everyone.ranks if peers is None else peers[:1]
         return AwaitedPeers(concerned, lambda status: status.queued.get(with_whom, 0) < number)

@@ -51,7 +51,7 @@ class Agreement:
         """Note that the call is over."""
 
     def begin_beside(self, call: Call, transfer: Transfer, deadline: float) -> None:
-        """Let two ranks agree on a transfer that runs beside other threads'; ``end_beside`` must follow, whatever happens."""
+        """Let two ranks agree on a transfer beside other threads'; ``end_beside`` must follow, whatever happens."""
         transfer.buffers.allocate_result()
 
     def end_beside(self, transfer: Transfer) -> None:

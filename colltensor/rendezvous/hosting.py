@@ -309,7 +309,8 @@ class _Assembly:
 
     def _did_not_come(self, missing: tuple[int, ...]) -> CollectiveTimeoutError:
         return CollectiveTimeoutError(
-            f"expected {self._request.world_size} ranks to meet within the timeout, but {_listed(missing)} did not come; "
+            f"expected {self._request.world_size} ranks to meet within the timeout, but {_listed(missing)} did not "
+            f"come; "
             f"start every rank with the same group_name, world_size and init_method, or allow more time with timeout_s"
             f"{''.join(f'; {words}' for words in self._strangers.values())}",
             missing,

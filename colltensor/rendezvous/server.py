@@ -1,7 +1,7 @@
 """The port at which rank 0 receives the others; several meetings of one process may share it.
 
-A server listens, lets whoever speaks authenticate in a thread of its own (``Listener``), and hands the connection to the
-meeting of the group that was named. One who comes for a group that is not meeting (yet) is told to try again.
+A server listens, lets whoever speaks authenticate in a thread of its own (``Listener``), and hands the connection to
+the meeting of the group that was named. One who comes for a group that is not meeting (yet) is told to try again.
 """
 
 from __future__ import annotations

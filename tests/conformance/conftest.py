@@ -3,8 +3,8 @@
 A test that takes ``arrays`` runs once for each selected framework, for the generic DLPack adapter where
 array-api-strict is installed, and for the mix of them; one that takes ``world`` once for loopback, in shared memory
 for 2 to 4 ranks and, with every selected Gloo provider, for 1 to 4 (or as ``--shm-sizes`` and ``--gloo-sizes`` say);
-``ranks`` leaves out worlds of one rank; ``transport`` is each backend between ranks once, for tests that say their world
-sizes themselves.
+``ranks`` leaves out worlds of one rank; ``transport`` is each backend between ranks once, for tests that say their
+world sizes themselves.
 """
 
 from __future__ import annotations

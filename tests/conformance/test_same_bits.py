@@ -246,7 +246,8 @@ def reduce_every_way(
                     ""
                     if not len(wrong)
                     else (
-                        f"{len(wrong)} of {count} differ, first {wrong[0]}: {[_show(x, wrong[0]) for x in inputs]} became "
+                        f"{len(wrong)} of {count} differ, first {wrong[0]}: "
+                        f"{[_show(x, wrong[0]) for x in inputs]} became "
                         f"{_show(got, wrong[0])}, expected {_show(expected, wrong[0])}"
                     )
                 )

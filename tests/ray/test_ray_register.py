@@ -375,7 +375,10 @@ def test_registering_again_and_over_others(
 
 
 def test_our_package_for_ray_does_not_import_rays_api(cluster: Cluster) -> None:
-    program = "import sys, colltensor.ray; print(sorted({'torch', 'jax', 'cupy', 'ray.util.collective'} & {*sys.modules}))"
+    program = (
+        "import sys, colltensor.ray; "
+        "print(sorted({'torch', 'jax', 'cupy', 'ray.util.collective'} & {*sys.modules}))"
+    )
     assert printed_by(program) == ["[]"]
 
 

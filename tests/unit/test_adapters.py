@@ -814,7 +814,7 @@ def test_a_guard_knows_only_what_its_adapter_said(own_adapters: None) -> None:
         def claims(self, kind: type) -> bool:
             return kind is torch.Tensor
 
-        source = target = claim = written = lambda self, *arguments: None
+        source = target = allocate_result = written = lambda self, *arguments: None
 
     register_adapter(Own())
     find_adapter(torch.Tensor)

@@ -1,4 +1,4 @@
-"""Hierarchical: shared memory within hosts, Gloo between them; every element crosses between two hosts once each way."""
+"""Hierarchical: shared memory within hosts, Gloo between them; an element crosses between two hosts once each way."""
 
 from __future__ import annotations
 

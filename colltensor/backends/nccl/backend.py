@@ -82,7 +82,7 @@ class NcclBackend(BackendBase):
     require = staticmethod(reductions.require)
 
     def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Return True for the least and greatest of floats, which travel as integers; see ``reductions.OrderEncoding``."""
+        """Return True for MIN and MAX of floats, which travel as integers; see ``reductions.OrderEncoding``."""
         if op is None or operation not in REDUCTIONS:
             return False
         reduction = reductions.reduction(dtype, op)

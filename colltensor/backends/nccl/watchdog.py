@@ -42,7 +42,7 @@ class Watchdog:
             stream_manager: Where the pending operations are.
             timeout_s: How long an operation may be under way.
             errors: Asks the communicators for their errors.
-            end: Called once, with what was found and the pending operations that this ends: ends everything and notifies the group.
+            end: Called once, with what was found and the operations that it ends: ends all, and notifies the group.
         """
         self._control = control
         self._stream_manager = stream_manager
@@ -141,11 +141,12 @@ class Watchdog:
 
         Args:
             gone: The error.
-            end: Ends them, given the pending operations that are not done. It is called in the watchdog's thread, if there is one,
-                and waited for some seconds: no other thread can be made while the interpreter shuts down.
+            end: Ends them, given the pending operations that are not done. It is called in the watchdog's thread, if
+                there is one, and waited for some seconds: no other thread can be made while the interpreter shuts down.
 
         Returns:
-            The pending operations that are not done. They hold memory that the device uses until the communicators are ended.
+            The pending operations that are not done. They hold memory that the device uses until the communicators are
+            ended.
         """
         with self._changed:
             self._closed = True

@@ -28,8 +28,9 @@ _NEVER_NS: Final = (1 << 63) - 1
 class ShmBackend(BackendBase):
     """Collectives between the ranks of one host.
 
-    The ranks agree inside the segment, on arrival and before anything is written: ``set_signature`` and ``set_transfer_signature``
-    say what they agree on. A call without one is compared by operation, dtype, count, op and root.
+    The ranks agree inside the segment, on arrival and before anything is written: ``set_signature`` and
+    ``set_transfer_signature`` say what they agree on. A call without one is compared by operation, dtype, count, op and
+    root.
 
     Attributes:
         number: The group's number in the native library.

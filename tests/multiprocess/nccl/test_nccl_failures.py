@@ -132,7 +132,7 @@ class TestFailures:
             assert "unhandled system error" in str(error)
 
     def test_nccl_waits_for_a_late_rank_inside_the_call(self, ranks: World) -> None:
-        """As where it connects the ranks of an algorithm: the abort ends the call, and the verdict is the watchdog's."""
+        """As where it connects an algorithm's ranks: the abort ends the call, and the verdict is the watchdog's."""
 
         def run(group: Group) -> Any:
             tensor = on_device(group.rank)
