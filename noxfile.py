@@ -37,11 +37,8 @@ WAITING = "tests/multiprocess"
 HOSTS = "tests/conformance/test_between_hosts.py"
 ALL = ("tests/unit", "tests/conformance", WAITING)
 OF_JAX = (
-    "tests/unit/test_no_dependencies.py",
-    "tests/unit/test_gpu_check.py::test_every_check_passes_on_a_fake_device",
-    "tests/conformance",
-    f"{WAITING}/nccl/test_nccl_jax.py",
-    f"{WAITING}/nccl/test_nccl_jax_target.py",
+    "tests/unit/test_no_dependencies.py", "tests/unit/test_gpu_check.py::test_every_check_passes_on_a_fake_device",
+    "tests/conformance", f"{WAITING}/nccl/test_nccl_jax.py", f"{WAITING}/nccl/test_nccl_jax_target.py",
     f"{WAITING}/test_process_ends.py::test_the_end_with_a_computation_that_waits",
     f"{WAITING}/test_process_ends.py::test_a_computation_that_the_others_join_is_done",
     f"{WAITING}/test_ends_of_calls.py::test_a_changed_timeout_reaches_functions_that_were_traced",
@@ -50,16 +47,7 @@ OF_JAX = (
 # Ray's registry of backends and its tensor transports, which the other tests are about, came later.
 OF_RAY = tuple(
     f"tests/ray/test_ray_{name}.py"
-    for name in (
-        "arrays",
-        "collective_group",
-        "declared",
-        "errors",
-        "hosts",
-        "observed",
-        "rendezvous",
-        "restarted",
-    )
+    for name in ("arrays", "collective_group", "declared", "errors", "hosts", "observed", "rendezvous", "restarted")
 )
 
 
@@ -112,59 +100,16 @@ LOWEST = ("apache-tvm-ffi", "ml_dtypes", "numpy", "optree")
 SUITES = (
     # In shared memory 3 ranks of a framework are in its own suites, and 2 and 4 of all of them in `mixed`.
     Suite("numpy", "3.10", ("numpy",), waiting=ALL, provider="pygloo"),
-    Suite(
-        "numpy-lowest",
-        "3.10",
-        ("numpy",),
-        waiting=ALL,
-        provider="pygloo",
-        lowest=LOWEST,
-        default=False,
-    ),
+    Suite("numpy-lowest", "3.10", ("numpy",), waiting=ALL, provider="pygloo", lowest=LOWEST, default=False),
     Suite("jax", "3.10", ("jax",), OF_JAX, provider="pygloo", without=HOSTS),
-    Suite(
-        "torch",
-        "3.11",
-        ("torch",),
-        ALL[:2],
-        (WAITING,),
-        provider="torch",
-        gloo="2,4",
-        full=True,
-        only_of="torch",
-    ),
+    Suite("torch", "3.11", ("torch",), ALL[:2], (WAITING,), provider="torch", gloo="2,4", full=True, only_of="torch"),
     Suite("cupy", "3.11", ("cupy",), ("tests/unit",)),
-    Suite(
-        "mixed",
-        "3.11",
-        ("numpy", "torch", "jax"),
-        ("tests/conformance",),
-        provider="torch",
-        shm="2,4",
-        full=True,
-        without=HOSTS,
-    ),
+    Suite("mixed", "3.11", ("numpy", "torch", "jax"), ("tests/conformance",), provider="torch", shm="2,4", full=True,
+          without=HOSTS),
     # What neither a framework nor a Python changes:
-    Suite(
-        "slow",
-        "3.11",
-        ("torch",),
-        waiting=ALL,
-        at_once=4,
-        provider="torch",
-        gloo="1,2,3,4",
-        marked="slow",
-    ),
+    Suite("slow", "3.11", ("torch",), waiting=ALL, at_once=4, provider="torch", gloo="1,2,3,4", marked="slow"),
     Suite("ray", "3.11", ("numpy", "torch", "jax", "ray"), ("tests/ray",), provider="torch"),
-    Suite(
-        "ray-lowest",
-        "3.11",
-        ("numpy", "torch", "ray"),
-        OF_RAY,
-        provider="torch",
-        lowest=("ray",),
-        default=False,
-    ),
+    Suite("ray-lowest", "3.11", ("numpy", "torch", "ray"), OF_RAY, provider="torch", lowest=("ray",), default=False),
     Suite("numpy", "3.12", ("numpy",), waiting=ALL, provider="native", full=True, without=HOSTS),
     Suite("jax", "3.12", ("jax",), OF_JAX, without=HOSTS, lowest=("jax", "jax-tvm-ffi")),
     Suite("numpy", "3.13", ("numpy",), waiting=ALL),
@@ -179,13 +124,7 @@ nox.options.error_on_missing_interpreters = "CI" in os.environ and not all(
     shutil.which(f"python{python}") for python in PYTHONS
 )
 nox.options.sessions = [
-    "lint",
-    "types",
-    "native",
-    "arm64",
-    "wheel",
-    *(f"tests({suite.id})" for suite in SUITES if suite.default),
-    "demo",
+    "lint", "types", "native", "arm64", "wheel", *(f"tests({suite.id})" for suite in SUITES if suite.default), "demo",
 ]
 
 
@@ -220,22 +159,13 @@ def native(session: nox.Session) -> None:
     session.env.update(environment)  # the linker too looks there for what Gloo needs
     suppressions = ROOT / "native" / "tests" / "tsan.supp"
     environment = {
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": f"halt_on_error=1:suppressions={suppressions}",
+        "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": f"halt_on_error=1:suppressions={suppressions}",
     }
-    for name, sanitizers in {
-        "plain": "",
-        "address": "address,undefined",
-        "thread": "thread",
-    }.items():
-        programs = sessions.native_tests(
-            session, name, [f"COLLTENSOR_SANITIZE={sanitizers}", *definitions]
-        )
+    for name, sanitizers in {"plain": "", "address": "address,undefined", "thread": "thread"}.items():
+        programs = sessions.native_tests(session, name, [f"COLLTENSOR_SANITIZE={sanitizers}", *definitions])
         # The test over Gloo, of which there is not always one, mostly waits.
-        lines = [
-            [*sessions.without_randomisation(), program, *(session.posargs or [seconds])]
-            for program, seconds in zip(programs, ("10", "4"), strict=False)
-        ]
+        lines = [[*sessions.without_randomisation(), program, *(session.posargs or [seconds])]
+                 for program, seconds in zip(programs, ("10", "4"), strict=False)]
         sessions.side_by_side(session, lines, environment)
 
 
@@ -246,25 +176,12 @@ def arm64(session: nox.Session) -> None:
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
     missing = [tool for tool in (compiler, emulator) if shutil.which(tool) is None]
     if missing:
-        session.skip(
-            f"no {' and no '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user"
-        )
+        session.skip(f"no {' and no '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user")
     session.install("--quiet", *NATIVE_TOOLS)
-    target = [
-        "CMAKE_SYSTEM_NAME=Linux",
-        "CMAKE_SYSTEM_PROCESSOR=aarch64",
-        f"CMAKE_CXX_COMPILER={compiler}",
-    ]
+    target = ["CMAKE_SYSTEM_NAME=Linux", "CMAKE_SYSTEM_PROCESSOR=aarch64", f"CMAKE_CXX_COMPILER={compiler}"]
     target += ["CMAKE_DISABLE_FIND_PACKAGE_Gloo=ON"]  # it would find this machine's own
     [program] = sessions.native_tests(session, "arm64", target)
-    session.run(
-        emulator,
-        "-L",
-        "/usr/aarch64-linux-gnu",
-        program,
-        *(session.posargs or ["5"]),
-        external=True,
-    )
+    session.run(emulator, "-L", "/usr/aarch64-linux-gnu", program, *(session.posargs or ["5"]), external=True)
 
 
 @nox.session(python=PYTHONS, reuse_venv=False)
@@ -277,26 +194,15 @@ def wheel(session: nox.Session) -> None:
     """
     built, has_gloo = sessions.wheel(session)
     if not has_gloo:
-        session.skip(
-            "the wheel was built without Gloo, whose headers were neither found nor could be fetched: "
-            "apt-get install libgloo-dev"
-        )
+        session.skip("the wheel was built without Gloo, whose headers were neither found nor could be fetched: "
+                     "apt-get install libgloo-dev")
     session.install("--quiet", str(built))
     session.log(f"installed: {sessions.size_of(session)}")
     session.install("--quiet", *sessions.group("test"))
     ends = session.python in (PYTHONS[0], PYTHONS[-1])
     tests = ("tests/unit/test_wheel.py", *(["tests/conformance"] if ends else []))
-    sessions.pytest(
-        session,
-        tests,
-        "-m",
-        "gloo and not slow",
-        without=HOSTS,
-        frameworks="numpy",
-        providers="native",
-        gloo_sizes="2",
-        two_hosts="1",
-    )
+    sessions.pytest(session, tests, "-m", "gloo and not slow", without=HOSTS, frameworks="numpy", providers="native",
+                    gloo_sizes="2", two_hosts="1")
 
 
 @nox.session
@@ -314,21 +220,12 @@ def tests(session: nox.Session, suite: Suite) -> None:
     sessions.install(session, extras, *groups, shared=shared, pins=sessions.lowest(suite.lowest))
     has_provider = suite.provider and (suite.provider != "native" or sessions.wheel(session)[1])
     selected = {
-        "frameworks": ",".join(suite.frameworks),
-        "providers": suite.provider if has_provider else "",
-        "gloo_sizes": suite.gloo,
-        "shm_sizes": suite.shm,
-        "sequences": "" if suite.full else "200",
-        "of": suite.only_of,
+        "frameworks": ",".join(suite.frameworks), "providers": suite.provider if has_provider else "",
+        "gloo_sizes": suite.gloo, "shm_sizes": suite.shm, "sequences": "" if suite.full else "200", "of": suite.only_of,
     }
-    marks, workers = (
-        ("-m", suite.marked),
-        ("--numprocesses", str(suite.at_once), "--dist", "worksteal"),
-    )
+    marks, workers = ("-m", suite.marked), ("--numprocesses", str(suite.at_once), "--dist", "worksteal")
     if session.posargs:  # one run of what is asked for
-        sessions.pytest(
-            session, (*suite.tests, *suite.waiting), *marks, without=suite.without, **selected
-        )
+        sessions.pytest(session, (*suite.tests, *suite.waiting), *marks, without=suite.without, **selected)
         return
     if suite.waiting:
         sessions.pytest(session, suite.waiting, *marks, *workers, without=suite.without, **selected)
@@ -363,22 +260,13 @@ def demo(session: nox.Session) -> None:
     """Run every example, small."""
     sessions.install(session, ["ray", "torch", "jax"], "examples")
     lines = (line.split() for line in EXAMPLES.strip().splitlines())
-    commands = [
-        [f"{session.bin}/python", str(ROOT / "examples" / script), *words]
-        for script, *words in lines
-    ]
+    commands = [[f"{session.bin}/python", str(ROOT / "examples" / script), *words] for script, *words in lines]
     sessions.side_by_side(session, commands, {}, sessions.elsewhere(session))
 
 
 STRANGERS = (
-    "tests/unit/test_listener.py",
-    "tests/unit/test_net.py",
-    "tests/unit/test_objects.py",
-    "tests/unit/test_users.py",
-    *(
-        f"{WAITING}/test_{name}.py"
-        for name in ("strangers", "gloo_strangers", "refusals", "rendezvous")
-    ),
+    "tests/unit/test_listener.py", "tests/unit/test_net.py", "tests/unit/test_objects.py", "tests/unit/test_users.py",
+    *(f"{WAITING}/test_{name}.py" for name in ("strangers", "gloo_strangers", "refusals", "rendezvous")),
 )
 
 

@@ -1,4 +1,4 @@
-"""A CUDA device and an NCCL of pretence, on host memory: for the logic of streams, groups and failures without a GPU.
+"""A fake CUDA device and a fake NCCL, on host memory: for the logic of streams, groups and failures without a GPU.
 
 Work is queued on streams and done later by a thread, in an order drawn at random among all orders that the streams and
 events permit, of all ranks together: what is not ordered goes wrong sooner or later. The communicators compute real

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-_VARIABLE: Final = "a variable is no tensor: pass its value, x = tf.convert_to_tensor(v), and "
+_VARIABLE: Final = (
+    "a variable is no tensor: pass its value, x = tf.convert_to_tensor(v), and "
     "v.assign(col.allreduce(x))"
+)
 _IN_A_FILE: Final = "it is in a file: read it, call with the array, and write that back: a = x[...]; ...; x[...] = a"
 _PANDAS: Final = (
     "pandas shows its memory as read-only: pass a = x.to_numpy(copy=True), and write the result back, "

@@ -548,7 +548,7 @@ def test_garbage_is_ignored(pool: RankPool, free_port: int) -> None:
 def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
     rng = random.Random(seed)
     deadline = time.monotonic() + 20
-    hello = {"rank": 2, "world_size": 3, "group_name": "g", "backend": "auto", "host_id": "", "address": None,
+    said = {"rank": 2, "world_size": 3, "group_name": "g", "backend": "auto", "host_id": "", "address": None,
              "seen_from": "127.0.0.1", "who": "me", "age_s": 0.0, "patience_s": 9.0, "refusal": ""}  # fmt: skip
     while not stop.wait(0.01):
         with contextlib.suppress(OSError), net.dial(("127.0.0.1", port), deadline) as sock:
@@ -558,8 +558,8 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
                 sock.sendall(rng.choice([b"", b"GET / HTTP/1.1\r\n\r\n", rng.randbytes(99), huge]))
                 continue
             net.prove(sock, b"", b"g", deadline)
-            spoilt = dict(hello)
-            name = rng.choice(list(hello))
+            spoilt = dict(said)
+            name = rng.choice(list(said))
             spoilt[name] = rng.choice([[], {}, True, float("nan") if name == "patience_s" else 1j])
             text = (
                 str(spoilt)
@@ -617,7 +617,7 @@ class OpenDirectory(FileDirectory):
     address = "127.0.0.1"
 
 
-def test_who_reads_an_invitation_cannot_come_without_the_secret_of_all(tmp_path: Path) -> None:
+def test_who_reads_an_endpoint_cannot_come_without_the_secret_of_all(tmp_path: Path) -> None:
     directory, deadline = OpenDirectory(str(tmp_path)), time.monotonic() + 15
     found: list[Meeting] = []
 
@@ -659,7 +659,7 @@ def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(
 def come_with_another_secret(port: int) -> None:
     """As rank 1, with a socket of another user's."""
     deadline = time.monotonic() + 10
-    hello = JoinRequest(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a stranger", 0.0, 9.0)
+    said = JoinRequest(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a stranger", 0.0, 9.0)
     os.seteuid(65534)
     try:
         sock = socket.socket()
@@ -669,7 +669,7 @@ def come_with_another_secret(port: int) -> None:
         sock.connect(("127.0.0.1", port))
         with pytest.raises(net.WrongSecretError):
             net.prove(sock, b"another", b"g", deadline)
-        net.send_frame(sock, Message.JOIN, hello.encode(), deadline)
+        net.send_frame(sock, Message.JOIN, said.encode(), deadline)
         assert sock.recv(1) == b""
 
 
@@ -936,14 +936,14 @@ def test_what_a_killed_rank_0_left_is_removed_by_the_next(
 def say_hello_and_leave(port: int, secret: bytes, **said: Any) -> None:
     """Come to a meeting as a process of another run, and be gone before rank 0 looks."""
     deadline = time.monotonic() + 10
-    hello = JoinRequest(
+    said = JoinRequest(
         1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a process of another run", 0.0, 9.0
     )
     with net.dial(("127.0.0.1", port), deadline) as sock:
         net.prove(sock, secret, b"g", deadline)
         # the end arrives together with what was said
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-        net.send_frame(sock, Message.JOIN, replace(hello, **said).encode(), deadline)
+        net.send_frame(sock, Message.JOIN, replace(said, **said).encode(), deadline)
         sock.shutdown(socket.SHUT_RDWR)
 
 

@@ -1,4 +1,4 @@
-"""The fixtures of the nccl backend's tests on a device of pretence.
+"""The fixtures of the nccl backend's tests on a fake device.
 
 Ranks are threads. That NCCL itself does what is asked of it needs a GPU: ``tests/gpu``.
 """

@@ -1,4 +1,4 @@
-"""Groups whose ranks are threads of one process and whose tensors are on a device of pretence; see ``device``."""
+"""Groups whose ranks are threads of one process and whose tensors are on a fake device; see ``device``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COUNT = 37
 
 
 class Spec:
-    """The table's entry ``nccl``, with the device of pretence in CUDA's place."""
+    """The table's entry ``nccl``, with the fake device in CUDA's place."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -121,7 +121,7 @@ class World:
 
 @contextlib.contextmanager
 def world(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> Iterator[World]:
-    """Give a world; takes the device of pretence out of the tables afterwards."""
+    """Give a world; takes the fake device out of the tables afterwards."""
     machine = Machine(seed)
     spec = Spec(machine)
     monkeypatch.setitem(adapters._MEMORIES, "cuda", "device")

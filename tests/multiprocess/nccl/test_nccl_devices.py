@@ -1,4 +1,4 @@
-"""The nccl backend on a device of pretence: several devices in a process; `auto`, where each tensor goes its way."""
+"""The nccl backend on a fake device: several devices in a process; `auto`, where each tensor goes its way."""
 
 from __future__ import annotations
 

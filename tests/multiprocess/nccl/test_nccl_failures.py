@@ -1,4 +1,4 @@
-"""The nccl backend on a device of pretence: ranks that are late, dead or disagree; errors of NCCL and the device."""
+"""The nccl backend on a fake device: ranks that are late, dead or disagree; errors of NCCL and the device."""
 
 from __future__ import annotations
 

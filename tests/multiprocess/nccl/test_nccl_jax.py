@@ -36,7 +36,7 @@ pytestmark = [
     ),
 ]
 
-PRETENCE = "colltensor_on_a_device_of_pretence"
+FAKE = "colltensor_on_a_fake_device"
 
 
 def programs(cj: Any, group: Group) -> dict[str, tuple[Callable[[Any], Any], bool, str]]:
@@ -213,7 +213,7 @@ def _pretend() -> None:
     targets._make_known(
         importlib.import_module("jax_tvm_ffi"),
         native,
-        PRETENCE,
+        FAKE,
         native.shm_jax_device_target(dlpack.tvm_ffi().convert(_as_on_a_device)),
         "cpu",
         on_device=True,
@@ -240,7 +240,7 @@ def in_jit(monkeypatch: pytest.MonkeyPatch, ranks: World) -> Iterator[Callable[[
     """Return what makes a rank whose jitted collectives call the target of devices."""
     _pretend()
     jax, _, _ = jax_modules()
-    monkeypatch.setattr(inside("targets"), "TARGET", PRETENCE)
+    monkeypatch.setattr(inside("targets"), "TARGET", FAKE)
 
     def enter(group: Group) -> Rank:
         rank = Rank(group, ranks.machine)

@@ -1,4 +1,4 @@
-"""The target of jitted collectives on CUDA devices, without one: called as XLA would, on a device of pretence."""
+"""The target of jitted collectives on CUDA devices, without one: called as XLA would, on a fake device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ranks_of_either_kind(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 
 class TestTarget:
-    """The target as XLA calls it, on a device of pretence."""
+    """The target as XLA calls it, on a fake device."""
 
     @pytest.mark.usefixtures("ranks_of_either_kind")
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64", "uint8"])

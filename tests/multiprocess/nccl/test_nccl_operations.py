@@ -1,4 +1,4 @@
-"""The nccl backend on a device of pretence: every operation, in place, and every type of element."""
+"""The nccl backend on a fake device: every operation, in place, and every type of element."""
 
 from __future__ import annotations
 

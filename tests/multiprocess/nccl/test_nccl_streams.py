@@ -1,4 +1,4 @@
-"""The nccl backend on a device of pretence: what goes on which stream, in which order, and what waits."""
+"""The nccl backend on a fake device: what goes on which stream, in which order, and what waits."""
 
 from __future__ import annotations
 
