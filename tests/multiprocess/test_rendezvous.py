@@ -936,14 +936,14 @@ def test_what_a_killed_rank_0_left_is_removed_by_the_next(
 def say_hello_and_leave(port: int, secret: bytes, **said: Any) -> None:
     """Come to a meeting as a process of another run, and be gone before rank 0 looks."""
     deadline = time.monotonic() + 10
-    said = JoinRequest(
+    request = JoinRequest(
         1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a process of another run", 0.0, 9.0
     )
     with net.dial(("127.0.0.1", port), deadline) as sock:
         net.prove(sock, secret, b"g", deadline)
         # the end arrives together with what was said
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-        net.send_frame(sock, Message.JOIN, replace(said, **said).encode(), deadline)
+        net.send_frame(sock, Message.JOIN, replace(request, **said).encode(), deadline)
         sock.shutdown(socket.SHUT_RDWR)
 
 
