@@ -16,6 +16,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import math
 import os
 import secrets
 import socket
@@ -126,6 +127,23 @@ def _recv_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytearra
             )
         done += received
     return data
+
+
+class Backoff:
+    """The pauses of a loop that looks for something: each half as long again as the one before, up to a longest."""
+
+    def __init__(self, first_s: float, longest_s: float, deadline: float = math.inf) -> None:
+        self._next_s = first_s
+        self._longest_s = longest_s
+        self._deadline = deadline
+
+    def pause(self) -> bool:
+        """Sleep; return False at once where the deadline would pass meanwhile."""
+        if time.monotonic() + self._next_s >= self._deadline:
+            return False
+        time.sleep(self._next_s)
+        self._next_s = min(1.5 * self._next_s, self._longest_s)
+        return True
 
 
 def time_left(deadline: float) -> float:

@@ -71,7 +71,7 @@ class RayDirectory:
 
         The actor of a rank 0 that died, or of the last meeting of this name, may take a moment to end.
         """
-        pause = _FIRST_PAUSE_S
+        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S)
         free_by = time.monotonic() + _FREE_WITHIN_S
         while True:
             try:
@@ -79,12 +79,11 @@ class RayDirectory:
                 return
             except ValueError as error:
                 self._make_way(key, error, time.monotonic() > free_by)
-            time.sleep(pause)
-            pause = min(1.5 * pause, _LAST_PAUSE_S)
+            backoff.pause()
 
     def locate(self, key: str, deadline: float) -> bytes:
         """Return the endpoint once rank 0 left it: see Directory."""
-        pause = _FIRST_PAUSE_S
+        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
         reason = "no actor of that name exists"
         while (left_s := deadline - time.monotonic()) > 0:
             try:
@@ -93,8 +92,8 @@ class RayDirectory:
                     return _read(key, board, left_s)
             except (RayActorError, GetTimeoutError) as error:
                 reason = f"last: {error}"
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            pause = min(1.5 * pause, _LAST_PAUSE_S)
+            if not backoff.pause():
+                break
         raise CollectiveTimeoutError(
             f"expected rank 0 to leave an endpoint in Ray's actor '{_PREFIX + key}' within the timeout, but it did "
             f"not ({reason}); start rank 0 in the same Ray namespace, with the same group_name",

@@ -89,7 +89,7 @@ class FileDirectory:
     def locate(self, key: str, deadline: float) -> bytes:
         """Read the file once it is there: see Directory."""
         target, elsewhere = self._file(key), self.elsewhere
-        pause = _FIRST_PAUSE_S
+        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
         while True:
             data = _found(target)
             if data is None and elsewhere is not None:
@@ -98,14 +98,12 @@ class FileDirectory:
                     data = _found(elsewhere._file(key))
             if data is not None and _is_complete(data):
                 return data
-            if time.monotonic() + pause >= deadline:
+            if not backoff.pause():
                 raise CollectiveTimeoutError(
                     f"rank 0 has not written {target} within the timeout; start rank 0, with the same group_name, "
                     f"and see that all ranks reach the same file and that rank 0 can write it{_doubt(target)}",
                     (0,),
                 )
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LAST_PAUSE_S)
 
     def withdraw(self, key: str) -> None:
         """Remove the file if it is still the one that was published here."""

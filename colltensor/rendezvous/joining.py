@@ -105,7 +105,7 @@ def join(
     Returns:
         Rank 0's table, this rank's own listener, and the meeting's secret.
     """
-    pause = _FIRST_PAUSE_S
+    backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
     reason = ""
     stranger_since: float | None = None
     refused_since: float | None = None
@@ -145,10 +145,8 @@ def join(
             raise OptionError(
                 f"rank 0 meets at {_spelt(endpoint)} with another secret than this rank has; {MISTAKE}"
             )
-        if time.monotonic() + pause >= deadline:
+        if not backoff.pause():
             raise _nobody_came(reason)
-        time.sleep(pause)
-        pause = min(pause * 1.5, _LAST_PAUSE_S)
 
 
 def _located(directory: Directory, key: str, deadline: float, reason: str) -> Endpoint:

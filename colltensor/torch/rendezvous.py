@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # torch does not mark it exported
 
+from colltensor import net
 from colltensor.errors import CollectiveTimeoutError, OptionError
 from colltensor.net import time_left
 from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
@@ -62,7 +63,7 @@ class StoreDirectory:
     def locate(self, key: str, deadline: float) -> bytes:
         """Get the key once it is there: see Directory."""
         name = _name(key)
-        pause = _FIRST_PAUSE_S
+        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
         reason = "the key was not set"
         while True:
             try:
@@ -72,14 +73,12 @@ class StoreDirectory:
             except (DistError, TimeoutError) as error:
                 self._client = None
                 reason = str(error).splitlines()[0]
-            if time.monotonic() + pause >= deadline:
+            if not backoff.pause():
                 raise CollectiveTimeoutError(
                     f"expected rank 0 to set the key {name} of {self._spelt()} within the timeout, but: {reason}; "
                     f"start rank 0, with the same group_name, or allow more time with timeout_s",
                     (0,),
                 )
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LAST_PAUSE_S)
 
     def withdraw(self, key: str) -> None:
         """Delete the key if it is still the one that was set here."""

@@ -365,3 +365,13 @@ def test_plain_address() -> None:
     assert net.plain_address("fe80::1%eth0") == "fe80::1"
     assert net.is_loopback("::ffff:127.0.0.1")
     assert not net.is_loopback("10.0.0.1")
+
+
+def test_pauses_grow_and_never_outlast_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    backoff = net.Backoff(1.0, 2.0, time.monotonic() + 60)
+    assert [backoff.pause() for _ in range(4)] == [True] * 4
+    assert slept == [1.0, 1.5, 2.0, 2.0]
+    assert not net.Backoff(1.0, 2.0, time.monotonic() + 0.5).pause()
+    assert len(slept) == 4

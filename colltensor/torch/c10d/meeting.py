@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch marks none exported
 
+from colltensor import net
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, say_timed_out
 from colltensor.group import Group, connect, solitary
 from colltensor.options import GroupOptions
@@ -167,7 +168,7 @@ class _Exchange:
 
     def _get(self, key: str, rank: int) -> bytes:
         """Poll rather than wait: the wait of a store holds it, and knows neither Ctrl-C nor a lost peer."""
-        pause = _FIRST_PAUSE_S
+        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S)
         while not self._store.check([key]):
             if time.monotonic() > self._deadline:
                 raise CollectiveTimeoutError(
@@ -177,7 +178,6 @@ class _Exchange:
                 )
             if self._check is not None:
                 self._check()
-            time.sleep(pause)
-            pause = min(pause * 1.5, _LAST_PAUSE_S)
+            backoff.pause()
         found: bytes = self._store.get(key)
         return found
