@@ -349,9 +349,9 @@ def test_the_first_call_disturbs_no_other_thread() -> None:
         class Tensor:  # of another thread's
             pass
         adapters.known[Tensor] = adapters.find_adapter(type(jnp.ones(3)))
-        adapters.direct[Tensor] = (None, None)
+        adapters.exporters[Tensor] = (None, None)
         jax.jit(lambda a: cj.allreduce(a, group))(jnp.ones(3))
-        print(Tensor in adapters.known, Tensor in adapters.direct)
+        print(Tensor in adapters.known, Tensor in adapters.exporters)
     """)
     assert found.split() == ["True", "True"]
 
