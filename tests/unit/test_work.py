@@ -337,7 +337,7 @@ def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(
 
 @pytest.mark.needs("torch")
 def test_a_deadline_keeps_no_operation() -> None:
-    deadlines, expired = c10d("deadlines"), []
+    deadlines, expired = c10d("work"), []
     made = deadlines.Deadlines(lambda entry: expired.append(entry.operation()))
     done, late = (c10d("work").QueuedCall("op") for _ in range(2))
     alive = weakref.ref(done)

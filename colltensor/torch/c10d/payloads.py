@@ -1,4 +1,4 @@
-"""What moves in the operations of a process group that are not one call of a Group."""
+"""What moves in the operations of a process group that are not one call of a Group, those of sparse tensors too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any, Final
 
 import torch
 
-from colltensor.errors import AliasError, ShapeError
+from colltensor.errors import (
+    AliasError,
+    MismatchError,
+    OptionError,
+    ShapeError,
+    UnsupportedTensorError,
+)
 from colltensor.group import Group
 from colltensor.torch.c10d.tensors import flat
 from colltensor.types import ReduceOp
@@ -182,3 +188,58 @@ def exchange(
         group.sendrecv(sources[to], to, targets[of], of)
     if output is not None and buffer is not None:
         output.copy_(buffer)
+
+
+def allreduce_sparse(group: Group, tensor: torch.Tensor, op: ReduceOp) -> None:
+    """Sum sparse COO tensors of all ranks, which may have different elements; in place, and coalesced.
+
+    Raises:
+        OptionError: Another op than SUM.
+        UnsupportedTensorError: Another layout.
+        MismatchError: The shapes differ; on every rank, nothing was changed.
+    """
+    if op is not ReduceOp.SUM:
+        raise OptionError(
+            f"allreduce: op: a sparse tensor has SUM only, got {op.name}; use a dense one"
+        )
+    if tensor.layout is not torch.sparse_coo:
+        raise UnsupportedTensorError(
+            f"allreduce: tensor: layout {tensor.layout} is not supported; use sparse COO"
+        )
+    mine = tensor.coalesce()
+    indices, values = mine.indices(), mine.values()
+    counts = _element_counts(group, mine)
+    most = max(counts)
+    # an element a row, to be padded below
+    all_indices = _gather(group, indices.t().contiguous(), most)
+    all_values = _gather(group, values.contiguous(), most)
+    total = None
+    for count, place, value in zip(counts, all_indices, all_values, strict=True):
+        part = torch.sparse_coo_tensor(place[:count].t(), value[:count], mine.shape)
+        total = part if total is None else total + part
+    assert total is not None
+    tensor.copy_(total.coalesce())
+
+
+def _element_counts(group: Group, tensor: torch.Tensor) -> list[int]:
+    """Return how many elements each rank has, once the ranks agree on the shape."""
+    shapes = group.allgather_object(
+        (tuple(tensor.shape), tensor.sparse_dim(), str(tensor.dtype), tensor._nnz())
+    )
+    for rank, described in enumerate(shapes):
+        if described[:3] != shapes[0][:3]:
+            raise MismatchError(
+                f"allreduce of sparse tensors: group '{group.name}' (rank {group.rank}): rank {rank} has shape, sparse "
+                f"dimensions and dtype {described[:3]}, rank 0 {shapes[0][:3]}",
+                (0, rank),
+            )
+    return [described[3] for described in shapes]
+
+
+def _gather(group: Group, tensor: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """Return all ranks' tensors, each with ``length`` rows."""
+    padded = tensor.new_zeros((length, *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    return list(
+        group.allgather([torch.empty_like(padded) for _ in range(group.world_size)], padded)
+    )

@@ -9,10 +9,9 @@ from typing import Any, Final
 import torch
 
 from colltensor._compat import torch as _compat
-from colltensor.torch.c10d import payloads, sparse
+from colltensor.torch.c10d import payloads
 from colltensor.torch.c10d.base import BaseProcessGroup
-from colltensor.torch.c10d.options import options
-from colltensor.torch.c10d.tensors import bare, flat, of_rank, only, op_of, split
+from colltensor.torch.c10d.tensors import bare, flat, of_rank, only, op_of, options, split
 from colltensor.types import ReduceOp
 from colltensor.untraced import keep_compilers_out
 
@@ -45,7 +44,13 @@ class ColltensorProcessGroup(BaseProcessGroup):
         reduce_op = op_of("allreduce", opts.reduceOp)
         if tensor.layout is not torch.strided:
             return self._run(
-                "allreduce", opts, [tensor], sparse.allreduce, self._group, bare(tensor), reduce_op
+                "allreduce",
+                opts,
+                [tensor],
+                payloads.allreduce_sparse,
+                self._group,
+                bare(tensor),
+                reduce_op,
             )
         if reduce_op is ReduceOp.AVERAGE and payloads.is_integral(tensor):
             return self._run(

@@ -18,12 +18,10 @@ import torch
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, without_frames
 from colltensor.group import Group
-from colltensor.torch.c10d.deadlines import Deadline, Deadlines
-from colltensor.torch.c10d.header import Header
-from colltensor.torch.c10d.inbox import Inbox, Receive, bytes_of, translating
+from colltensor.torch.c10d.inbox import Header, Inbox, Receive, bytes_of, translating
 from colltensor.torch.c10d.queue import ProcessGroupQueue
 from colltensor.torch.c10d.standoffs import Progress, Standoffs
-from colltensor.torch.c10d.work import QueuedCall
+from colltensor.torch.c10d.work import Deadline, Deadlines, QueuedCall
 
 PATIENCE_S: Final = 7 * 86400.0
 """The timeout of the groups in here: ``Deadlines`` ends operations, and between them a group waits for the next."""
