@@ -61,10 +61,14 @@ def two_hosts(rate: str | None = None) -> Iterator[list[int]]:
 
 def _await_namespace(holder: subprocess.Popen[str]) -> None:
     """Return once the process is in a namespace of its own."""
-    while os.readlink(f"/proc/{holder.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+    own = os.readlink("/proc/self/ns/net")
+    while True:
         if holder.poll() is not None:
             assert holder.stderr is not None
             raise NotPermittedError(f"unshare --net: {holder.stderr.read().strip()}")
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if os.readlink(f"/proc/{holder.pid}/ns/net") != own:
+                return
         time.sleep(0.005)
 
 

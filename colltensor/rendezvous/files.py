@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import pwd
 import re
 import secrets
 import stat
@@ -199,7 +198,9 @@ def _is_trusted(user: int) -> bool:
 
 
 def _user(number: int) -> str:
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd  # not on every system
+
         return f"user {pwd.getpwuid(number).pw_name} ({number})"
     return f"user {number}"
 

@@ -277,3 +277,28 @@ def test_what_another_call_ends_is_not_refused(pool: RankPool, tmp_path: Path, h
     for words in pool.run(2, pass_in_the_end, tmp_path / "meet", how):
         assert ["another thread" in said for said in words] in ([], [True])
         assert words == [] or "thread" in how
+
+
+@pytest.mark.needs("torch")
+def test_a_receive_that_is_held_keeps_its_place() -> None:
+    """A message that comes meanwhile is not another receive's, issued later: it waits for the one before."""
+    torch = pytest.importorskip("torch")
+    inbox_of = importlib.import_module("colltensor.torch.c10d.inbox")
+    work = importlib.import_module("colltensor.torch.c10d.work")
+    inbox = inbox_of.Inbox("tested", 0, 2, lambda source, destination: None)
+    inbox._read_from = lambda sources: None  # no other rank
+    first, second = (
+        inbox_of.Receive(1, 5, torch.zeros(2), work.QueuedCall("recv")) for _ in range(2)
+    )
+    inbox.add(first)
+    inbox.add(second)
+    inbox.hold(first)
+    assert inbox._match(1, 5) is None
+    inbox._messages.append(inbox_of.Message(1, 5, torch.float32, torch.ones(2).view(torch.uint8)))
+    third = inbox_of.Receive(1, 5, torch.zeros(2), work.QueuedCall("recv"))
+    inbox.add(third)
+    assert not third.operation.is_done_within(0)
+    inbox.release(first)
+    assert first.operation.is_done_within(5)
+    assert first.tensor.tolist() == [1.0, 1.0]
+    assert inbox._match(1, 5) is second

@@ -82,6 +82,7 @@ class Receive:
         tensor: Where the message goes.
         operation: Ends with it.
         sender: The rank that sent, in the end.
+        held: Whether no message may be taken for it at the moment.
     """
 
     source: int | None
@@ -89,6 +90,7 @@ class Receive:
     tensor: torch.Tensor
     operation: QueuedCall
     sender: int = -1
+    held: bool = False
 
     def takes(self, source: int, tag: int) -> bool:
         """Return True if the receive is for such a message."""
@@ -141,6 +143,7 @@ class Inbox:
                     message
                     for message in self._messages
                     if receive.takes(message.source, message.tag)
+                    and not any(r.takes(message.source, message.tag) for r in self._receives)
                 ),
                 None,
             )
@@ -170,7 +173,7 @@ class Inbox:
         with self._changed:
             return (
                 self._taken[receive.source]
-                if receive.source is not None and receive in self._receives
+                if receive.source is not None and receive in self._receives and not receive.held
                 else None
             )
 
@@ -194,14 +197,30 @@ class Inbox:
             self._withdrawn.add((source, number))
 
     def hold(self, receive: Receive) -> None:
-        """Let no message be taken for a receive, until it is added again."""
+        """Let no message be taken for a receive until ``release``; it keeps its place before those issued later."""
         with self._changed:
-            if receive in self._receives:
-                self._receives.remove(receive)
+            receive.held = True
+
+    def release(self, receive: Receive) -> None:
+        """Let messages be taken for it again, first those that came meanwhile."""
+        with self._changed:
+            receive.held = False
+            if receive not in self._receives:  # all were ended
+                return
+            found = next((m for m in self._messages if receive.takes(m.source, m.tag)), None)
+            if found is None:
+                self._changed.notify_all()
+                return
+            self._messages.remove(found)
+            self._receives.remove(receive)
+        _end(receive, _store(receive, found.source, found.dtype, found.data))
 
     def refuse(self, receive: Receive, error: CollectiveError) -> None:
         """End a receive for which no message was taken."""
-        self.hold(receive)
+        with self._changed:
+            if receive not in self._receives:  # all were ended
+                return
+            self._receives.remove(receive)
         _end(receive, error)
 
     def close(self, error: CollectiveError) -> None:
@@ -246,7 +265,7 @@ class Inbox:
             return self._closed is None
 
     def _any_from(self, source: int) -> bool:
-        return any(receive.may_come_from(source) for receive in self._receives)
+        return any(receive.may_come_from(source) and not receive.held for receive in self._receives)
 
     def _take(self, group: Group, source: int, header: Header) -> None:
         """Read one message: into the receive that takes it, or beside, so that the next message can come."""
@@ -302,10 +321,11 @@ class Inbox:
         _end(receive, _store(receive, source, dtype, target))
 
     def _match(self, source: int, tag: int) -> Receive | None:
-        """Take the first receive for such a message from the list."""
+        """Take the first receive for such a message from the list; None while that is held."""
         found = next((receive for receive in self._receives if receive.takes(source, tag)), None)
-        if found is not None:
-            self._receives.remove(found)
+        if found is None or found.held:
+            return None
+        self._receives.remove(found)
         return found
 
     def _lose(self, source: int, error: BaseException) -> None:

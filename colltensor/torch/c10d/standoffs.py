@@ -179,12 +179,14 @@ class Standoffs:
                 return
             wait.agreed.clear()
             wait.hold()
+        ended = False
         try:
-            if self._has_ended(wait, number, mine):
+            ended = self._has_ended(wait, number, mine)
+            if ended:
                 wait.refuse(self._error(wait), theirs)
-            else:
-                wait.release()
         finally:
+            if not ended:
+                wait.release()
             wait.agreed.set()
 
     def _has_ended(self, wait: Wait, number: int, mine: Progress) -> bool:

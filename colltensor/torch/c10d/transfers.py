@@ -179,7 +179,7 @@ class Transfers:
             source,
             functools.partial(self._receive_progress, receive, source),
             functools.partial(inbox.hold, receive),
-            functools.partial(inbox.add, receive),
+            functools.partial(inbox.release, receive),
             lambda error, _: inbox.refuse(receive, error),
         )
 
@@ -188,7 +188,7 @@ class Transfers:
     ) -> Progress | None:
         """Return how far this rank and ``destination`` are, if a send waits for its recv and none is issued here.
 
-        DelegatedBackends that were issued before it may wait as well: they are taken first, by a recv all the same.
+        Others that were issued before it may wait as well: they are taken first, by a recv all the same.
         """
         taken = self._inbox.taken(destination)
         if taken is None or operation.done() or number not in self._open[destination]:
@@ -242,11 +242,12 @@ class Transfers:
                 group.send(header.tensor, _RECEIVER)
                 if self._counts(destination, number) and not is_inline:
                     group.send(bytes_of(message), _RECEIVER)
-            self._open[destination].discard(number)
         except CollectiveError as error:
             if self._failure is not None:
                 raise without_frames(self._failure) from error
             raise
+        finally:
+            self._open[destination].discard(number)
 
     def _expire(self, deadline: Deadline) -> None:
         operation, ranks = deadline.operation(), deadline.ranks
