@@ -1,4 +1,4 @@
-"""The matrix: every framework on every Python where the pair exists, and the checks of the sources.
+"""The matrix: every framework on the Pythons where it matters, and the checks of the sources.
 
     nox                             what CI runs: all but the sessions that are marked as no default
     nox -l                          all sessions

@@ -32,7 +32,7 @@ class TreeFastPath:
 
     def __init__(self, fastpath: FastPath) -> None:
         self._fastpath = fastpath
-        self._plans = Plans(_fit)
+        self._plans = Plans(_fit, _seem_to_fit)
         self._epoch = 0
 
     def renew(self) -> None:
@@ -79,7 +79,7 @@ class TreeFastPath:
                 else None
             )
         plan, leaves = (
-            self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _fit))
+            self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _seem_to_fit))
         )
         if leaves is None:
             return None
@@ -97,6 +97,8 @@ class TreeFastPath:
                 results = call.allocate_leaves(leaves, adapter, donate)
                 return None if results is None else plan.like(tree, results)
             plan = self._plans.renewed(tree, plan) if fixed is None else None
+        if fixed is None:
+            self._plans.doubt()
         return None
 
     def _call(self, operation: str, op: int, root: int, source: int, plan: Plan) -> TreeCall:
@@ -124,19 +126,17 @@ class TreeFastPath:
 
 
 def _fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Return True for directly exportable tensors, and for those of one framework that makes its results together.
-
-    Of leaves the first of which is read by native code it is asked whether all are of that type.
-    """
-    kind = leaves[0].__class__
-    return (
-        (kind in no_write_notice and reader_of(kind) != 0)
-        or are_exportable(leaves, guard)
-        or (
-            len(set(map(type, leaves))) == 1
-            and hasattr(known.get(leaves[0].__class__), "allocate_results")
-        )
+    """Return True for directly exportable tensors, and for those of one framework that makes its results together."""
+    return are_exportable(leaves, guard) or (
+        len(set(map(type, leaves))) == 1
+        and hasattr(known.get(leaves[0].__class__), "allocate_results")
     )
+
+
+def _seem_to_fit(leaves: Sequence[Any], guard: Guard) -> bool:
+    """Do as ``_fit``, but leave it to native code whether all are of the first one's type, where it reads that."""
+    kind = leaves[0].__class__
+    return (kind in no_write_notice and reader_of(kind) != 0) or _fit(leaves, guard)
 
 
 class TreeCall(FastCall):
@@ -166,9 +166,12 @@ class TreeCall(FastCall):
         kind = tensors[0].__class__
         reading, reader = self._reading, reader_of(kind)
         code = FAST_UNREAD
-        try:
-            if reading is not None and reader:
+        if reading is not None and reader:
+            try:
                 code = reading(id(tensors), id(kind), reader)
+            except BaseException as error:  # noqa: BLE001 - nothing is exported there: a handler's
+                self._engine.abort(self._operation, error)
+        try:
             if code == FAST_UNREAD:
                 # which _fit() leaves to the reader
                 if kind in no_write_notice and not are_exportable(tensors):

@@ -76,11 +76,17 @@ class Plan:
 class Plans:
     """The plans of the trees that one group is given.
 
-    ``fits`` says whether a tree's leaves are of the kind that they are for, which the plan's guard may know.
+    ``fits`` says whether a tree's leaves are of the kind that they are for, which the plan's guard may know. Where the
+    tree is like the last one ``seem_to_fit`` is asked, which may leave more to who uses the plan.
     """
 
-    def __init__(self, fits: Callable[[Sequence[Any], Guard], bool] = are_exportable) -> None:
+    def __init__(
+        self,
+        fits: Callable[[Sequence[Any], Guard], bool] = are_exportable,
+        seem_to_fit: Callable[[Sequence[Any], Guard], bool] | None = None,
+    ) -> None:
         self._fits = fits
+        self._seem_to_fit = seem_to_fit or fits
         self._plans: dict[Any, Plan] = {}
         self._arrays: dict[Any, Plan | None] = {}
         self._latest: Plan | None = None
@@ -100,7 +106,7 @@ class Plans:
         # as Plan.leaves(), without another call
         if latest is not None and latest.match is not None:
             known = latest.match(tree)
-            if known is not None and self._fits(known, latest.guard):
+            if known is not None and self._seem_to_fit(known, latest.guard):
                 return latest, known
         leaves, structure = flat_tree(tree)
         plan = self._plans.get(structure) or self._learn(tree, structure)
@@ -108,6 +114,10 @@ class Plans:
             return None, leaves
         self._latest = plan
         return plan, leaves
+
+    def doubt(self) -> None:
+        """Look at the next tree anew: the last one only seemed to be of the plan."""
+        self._latest = None
 
     def renewed(self, tree: Any, plan: Plan) -> Plan | None:
         """Return the plan of a tree that ``plan`` did not fit; None if it is no other."""

@@ -7,6 +7,7 @@ that is not there), so those guards are here; see ``_view``.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -27,9 +28,10 @@ from colltensor.errors import (
     UnsupportedTensorError,
 )
 from colltensor.types import CPU, DTYPES, Device
-from colltensor.view import BufferView
+from colltensor.view import FIRST_MAPPED, BufferView
 
 _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
+_is_nested: Final = operator.attrgetter("is_nested")
 _DTYPE_OF: Final = {
     getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)
 }
@@ -83,12 +85,16 @@ class TorchAdapter(AdapterBase):
         A layout and a lazy negation or conjugate are dispatch keys; so is what transforms and modes of torch add. All
         extents and strides may be others.
         """
+        if (
+            _is_inference_mode_enabled()
+        ):  # what it would learn of a plain tensor fits an inference tensor outside
+            return None
         anything = [[None] * tensor.dim() for tensor in tensors]
         try:
             check: Callable[..., bool] = tensor_guards(
                 *tensors, dynamic_dims_sizes=anything, dynamic_dims_strides=anything
             ).check
-            return check if check(*tensors) else None
+            return functools.partial(_are_like, check) if check(*tensors) else None
         except Exception:  # noqa: BLE001 - private to torch: without it each tensor is asked
             return None
 
@@ -154,7 +160,7 @@ def _view(tensor: Any) -> BufferView:
             f"the torch tensor (layout {tensor.layout}) is no plain array in memory ({error}); pass a dense tensor, "
             "tensor.to_dense(), outside torch.func's transforms"
         ) from error
-    if not pointer and count:
+    if count and (pointer < FIRST_MAPPED or not tensor.untyped_storage().nbytes()):
         if is_functional_tensor(tensor):
             raise UnsupportedTensorError(
                 "the torch tensor stands for others inside torch.func.functionalize, torch.export or a compiler, and "
@@ -166,6 +172,14 @@ def _view(tensor: Any) -> BufferView:
             "latter"
         )
     return BufferView(pointer, count, dtype, device, None, strides, False, None, tensor, stream)
+
+
+def _are_like(check: Callable[..., bool], *tensors: Any) -> bool:
+    """Return what ``check`` says of tensors, which ends the process where one of them is nested."""
+    try:
+        return not any(map(_is_nested, tensors)) and check(*tensors)
+    except AttributeError:  # one is no tensor of torch's
+        return False
 
 
 def _current_stream(index: int) -> int:

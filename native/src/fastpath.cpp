@@ -87,7 +87,7 @@ struct Exported {
     contiguous = tensor.IsContiguous() || tensor.numel() == 0;
     if (!contiguous && !has_room(tensor)) return;
     count = static_cast<std::size_t>(tensor.numel());
-    if (tensor.data_ptr() == nullptr && count != 0) return;  // freed, as torch may while the tensor stays
+    if (is_unmapped(tensor.data_ptr()) && count != 0) return;  // freed, as torch may while the tensor stays
     dtype = dtype_of(tensor.dtype());
     nbytes = count * item_size(dtype);
     data = static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();

@@ -11,6 +11,9 @@
 
 namespace colltensor {
 
+// True for an address that no memory has: Linux maps nothing so low, and a view of memory that was freed has its offset.
+inline bool is_unmapped(const void* data) { return reinterpret_cast<std::uintptr_t>(data) < (std::uintptr_t{1} << 16); }
+
 // What a fast call asks for, beside its tensors. For a transfer `root` is the destination, -1 for none, and `source`
 // where it comes from.
 struct FastCall {

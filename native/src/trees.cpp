@@ -201,7 +201,7 @@ class Leaves {
       return false;
     }
     char* data = static_cast<char*>(tensor.data);
-    if (data == nullptr && count != 0) return false;  // freed, as torch may while the tensor stays
+    if (is_unmapped(data) && count != 0) return false;  // freed, as torch may while the tensor stays
     data += tensor.byte_offset;
     const std::size_t item = item_size(leaf.dtype);
     if (contiguous || count == 0) {

@@ -129,6 +129,13 @@ def _freed() -> Any:
     return tensor
 
 
+def _view_of_freed() -> Any:
+    whole = _torch().ones(20)
+    part = whole[10:]
+    whole.untyped_storage().resize_(0)
+    return part
+
+
 def _quantized() -> Any:
     return _torch().quantize_per_tensor(_torch().ones(3), 0.1, 0, _torch().qint8)
 
@@ -443,6 +450,18 @@ _TORCH = {
         col.UnsupportedTensorError,
         ("allreduce", "FakeTensor"),
         lambda s: s.group.allreduce(_fake_tensor()),
+        "torch",
+    ),
+    "torch freed, a view": Row(
+        col.UnsupportedTensorError,
+        ("allreduce", "no memory", "freed"),
+        lambda s: s.group.allreduce(_view_of_freed()),
+        "torch",
+    ),
+    "torch freed, a view in a tree": Row(
+        col.UnsupportedTensorError,
+        ("allreduce", "no memory", "freed"),
+        lambda s: s.group.allreduce({"a": _view_of_freed()}),
         "torch",
     ),
     "torch freed": Row(

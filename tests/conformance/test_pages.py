@@ -167,6 +167,7 @@ def _check_backend(names: Names) -> None:
     ):
         assert row(group.allreduce(mine(), op=op)) == [expected] * 2
     assert row(group.allreduce(np.array([rank == 1]), op=col.ReduceOp.BXOR)) == [True]
+    assert row(group.scan(mine() + 1)) == [float(sum(ranks[: rank + 1]) + rank + 1)] * 2
     assert row(group.reduce(mine(), 1)) == [float(sum(ranks) if rank == 1 else rank)] * 2
     tree = group.broadcast({"a": mine(), "b": [mine(3)]}, size - 1)
     assert row(tree["b"][0]) == [size - 1.0] * 3

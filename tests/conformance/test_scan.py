@@ -63,3 +63,11 @@ def scan_others(rank: int, world_size: int, world: World) -> None:
 
 def test_scan_of_other_arguments(pool: RankPool, world: World) -> None:
     pool.run(world.size, scan_others, world)
+
+
+@pytest.mark.gloo
+@pytest.mark.shm
+def test_scan_between_hosts(pool: RankPool, arrays: tuple[str, ...]) -> None:
+    world = World(3, "hierarchical", None, "aab")
+    pool.run(world.size, scan_all, world, arrays)
+    pool.run(world.size, scan_others, world)

@@ -789,6 +789,12 @@ def test_torch_tells_tensors_that_are_not_as_plain_as_others() -> None:
         "another type, which may have its own rules"
     )
     assert not alike(np.ones(3, np.float32), pair)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert not alike(nested, pair), "which ends the process where torch's check is given it"
+    with torch.inference_mode():
+        assert adapter.alike((plain, pair)) is None, (
+            "it would take an inference tensor outside for such a one"
+        )
     asked: list[bool] = []
     torch.vmap(lambda x: asked.append(alike(x, pair)) or x)(torch.ones(2, 3))
     torch.func.functionalize(lambda x: asked.append(alike(x, pair)))(plain)
@@ -1023,3 +1029,21 @@ def test_what_a_base_cannot_know_is_asked_for() -> None:
     for wrong, words in ((Viewless(), "no method source"), (Immutable(), "allocate_result")):
         with pytest.raises(OptionError, match=words):
             col.register_adapter(wrong)
+
+
+def test_numpy_s_interface_is_looked_up_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numpy 1.26 has a package ``_core`` with other contents, once something has imported it."""
+    module = importlib.import_module("colltensor.adapters.numpy")
+    monkeypatch.setattr(module.np, "_core", None, raising=False)
+    assert module._c_version() > 0
+
+
+@pytest.mark.needs("torch")
+def test_a_view_of_freed_storage_has_no_memory() -> None:
+    torch = importlib.import_module("torch")
+    whole = torch.ones(20)
+    part = whole[10:]
+    whole.untyped_storage().resize_(0)
+    assert part.data_ptr() != 0  # the offset
+    with pytest.raises(UnsupportedTensorError, match="freed"):
+        find_adapter(torch.Tensor).source(part)  # type: ignore[union-attr]
