@@ -138,10 +138,11 @@ class Backoff:
         self._deadline = deadline
 
     def pause(self) -> bool:
-        """Sleep; return False at once where the deadline would pass meanwhile."""
-        if time.monotonic() + self._next_s >= self._deadline:
+        """Sleep, until the deadline at most; return False at once where it has passed."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
             return False
-        time.sleep(self._next_s)
+        time.sleep(min(self._next_s, left_s))
         self._next_s = min(1.5 * self._next_s, self._longest_s)
         return True
 

@@ -373,5 +373,7 @@ def test_pauses_grow_and_never_outlast_the_deadline(monkeypatch: pytest.MonkeyPa
     backoff = net.Backoff(1.0, 2.0, time.monotonic() + 60)
     assert [backoff.pause() for _ in range(4)] == [True] * 4
     assert slept == [1.0, 1.5, 2.0, 2.0]
-    assert not net.Backoff(1.0, 2.0, time.monotonic() + 0.5).pause()
-    assert len(slept) == 4
+    assert net.Backoff(1.0, 2.0, time.monotonic() + 0.5).pause()
+    assert 0.4 < slept[-1] <= 0.5
+    assert not net.Backoff(1.0, 2.0, time.monotonic()).pause()
+    assert len(slept) == 5
