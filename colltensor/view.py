@@ -14,10 +14,6 @@ from typing import Any, Final
 from colltensor import dlpack
 from colltensor.types import CPU, UINT8, Device, DType
 
-FIRST_MAPPED: Final = 1 << 16
-"""Linux maps no memory below this address (``vm.mmap_min_addr``): a pointer there is an offset into memory that was
-freed, as a view has it whose storage is gone."""
-
 LEGACY_STREAM: Final = 1
 """``cudaStreamLegacy``: the default stream of threads that have no default streams of their own."""
 

@@ -28,7 +28,7 @@ from colltensor.errors import (
     UnsupportedTensorError,
 )
 from colltensor.types import CPU, DTYPES, Device
-from colltensor.view import FIRST_MAPPED, BufferView
+from colltensor.view import BufferView
 
 _is_inference_mode_enabled: Final = torch.is_inference_mode_enabled
 _is_nested: Final = operator.attrgetter("is_nested")
@@ -160,7 +160,10 @@ def _view(tensor: Any) -> BufferView:
             f"the torch tensor (layout {tensor.layout}) is no plain array in memory ({error}); pass a dense tensor, "
             "tensor.to_dense(), outside torch.func's transforms"
         ) from error
-    if count and (pointer < FIRST_MAPPED or not tensor.untyped_storage().nbytes()):
+    # a view of freed storage has its offset for an address
+    if count and (
+        not pointer or (tensor.storage_offset() and not tensor.untyped_storage().nbytes())
+    ):
         if is_functional_tensor(tensor):
             raise UnsupportedTensorError(
                 "the torch tensor stands for others inside torch.func.functionalize, torch.export or a compiler, and "
