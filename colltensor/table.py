@@ -33,7 +33,6 @@ _lock = threading.Lock()
 _groups: dict[str, Group | None] = {}
 """Groups by name; None while one is being made."""
 
-_OBSERVE: Final = "COLLTENSOR_OBSERVE"
 _heeded = False
 _SPELLINGS: Final = {"torch_gloo": ("gloo", "torch"), "pygloo": ("gloo", "pygloo")}
 
@@ -242,12 +241,12 @@ def _heed_environment() -> None:
         OptionError: It asks for something that cannot be had here.
     """
     global _heeded
-    asked = os.environ.get(_OBSERVE, "")
+    asked = os.environ.get(environment.OBSERVE, "")
     if asked and not _heeded:
         words = {word.strip() for word in asked.split(",")}
         if not words <= {"metrics", "timeline"}:
             raise OptionError(
-                f"{_OBSERVE}: expected 'metrics', 'timeline' or 'metrics,timeline', got {asked!r}"
+                f"{environment.OBSERVE}: expected 'metrics', 'timeline' or 'metrics,timeline', got {asked!r}"
             )
         observe = importlib.import_module("colltensor.ray.observe").observe
         observe(metrics="metrics" in words, timeline="timeline" in words)

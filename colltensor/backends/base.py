@@ -410,7 +410,7 @@ class AgreeingBackend(Backend, Protocol):
     def fast_call(
         self, operation: int, op: int, root: int, source: int, stacked: bool
     ) -> tuple[Callable[..., int], Callable[..., int]]:
-        """Return two functions that run an operation on contiguous host tensors of one count and dtype.
+        """Return two functions that run an operation on host tensors of one count and dtype; several are contiguous.
 
         Both return 0, or what ``complete`` is given. The first may return ``FAST_LARGE``: nothing was begun, and the
         second is to be called with the same tensors. They are given those that are written first, but for reduce,

@@ -32,7 +32,8 @@ class Agreement:
     def begin(self, call: Call, deadline: float) -> Callable[[], None] | None:
         """Let the ranks concerned agree on a call; returns once they have all arrived, with its results allocated.
 
-        ``end`` must follow, whatever happens, unless it returns NESTED.
+        A backend that agrees by itself does both later, when the payload is moved. ``end`` must follow, whatever
+        happens, unless it returns NESTED.
 
         Returns:
             None where the payload is to be moved; else what combines a payload that has come with the agreement, or

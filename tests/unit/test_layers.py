@@ -123,7 +123,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "control",
         "rendezvous",
         "group",
-        "observers",
         "options",
     },
     "collectives": {*VALUES, "backends", "arguments", "tree", "work", "group", "table"},
