@@ -11,6 +11,9 @@ from typing import Any
 from colltensor.errors import PeerLostError
 from colltensor.group import Group
 
+_BRIDGE = b"b"
+"""The kind of the questions that bridges ask."""
+
 
 def follow(group: Group, wait: Callable[[], None], defer: Callable[[bool], None]) -> None:
     """Keep the order with calls that reach the group's backend another way (``complete``).
@@ -68,10 +71,10 @@ def lost(group: Group, rank: int) -> PeerLostError | None:
 
 def ask(group: Group, rank: int, question: bytes) -> bytes | None:
     """Ask what ``answer_with`` has there, in any thread; None if no answer comes within a second."""
-    return None if group._control is None else group._control.inquire(rank, question)
+    return None if group._control is None else group._control.inquire(rank, _BRIDGE + question)
 
 
 def answer_with(group: Group, answer: Callable[[int, bytes], bytes]) -> None:
     """Have ``answer`` called, in another thread, with the rank that asks and its question; it must not wait."""
     if group._control is not None:
-        group._control.answer_with(answer)
+        group._control.answer_with(_BRIDGE, answer)

@@ -46,11 +46,12 @@ class BackendUnavailableError(CollectiveError):
 class MismatchError(CollectiveError):
     """The ranks of a group disagree about a call; no data was changed and the group goes on.
 
-    One exception: where a ``sendrecv`` is agreed with one peer and not with the other, the agreed
-    transfer is made, because that peer counts on it.
+    Two exceptions: where a ``sendrecv`` is agreed with one peer and not with the other, the agreed
+    transfer is made, because that peer counts on it. Where ranks wait for each other in a circle, so that
+    none can go on, the group is broken, as the message says.
 
     Attributes:
-        ranks: The ranks that differ from the majority (from rank 0 where there is none).
+        ranks: The ranks that differ from the majority (from rank 0 where there is none), or all of the circle.
     """
 
     def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:

@@ -800,6 +800,7 @@ class Group:
 
         Raises:
             MismatchError: Both ranks of a pair wait in a send to each other, or both in a ``recv``: use ``sendrecv``.
+                Also if ranks wait for each other in any other circle, which breaks the group.
         """
         if (
             self._fastpath is not None

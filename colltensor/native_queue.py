@@ -27,6 +27,7 @@ class NativeQueue:
         idle: Whether nothing waits or runs here, so that a call needs not queue; after operations of the native queue
             it stays False until ``rests`` is asked.
         busy: Whether an operation of Python's waits for a worker or runs in one.
+        awaited: The work that a thread waits for without a timeout of its own, or None.
         watch: Told True when work is put, and False when the workers have nothing to do any more; or None.
     """
 
@@ -49,6 +50,7 @@ class NativeQueue:
         self._server: threading.Thread | None = None
         self.busy = False
         self.idle = True
+        self.awaited: Work | None = None
 
     def is_inside(self) -> bool:
         """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""

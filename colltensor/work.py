@@ -14,6 +14,7 @@ from colltensor.errors import (
     CollectiveError,
     CollectiveTimeoutError,
     GroupError,
+    MismatchError,
     OptionError,
     PeerLostError,
     TensorError,
@@ -54,14 +55,26 @@ def _seconds(timeout_s: Any) -> float:
 
 
 class Queue(Protocol):
-    """What runs operations in their order."""
+    """What runs operations in their order.
+
+    Attributes:
+        awaited: The work that a thread waits for without a timeout of its own, or None.
+    """
+
+    awaited: Work | None
 
     def is_inside(self) -> bool:
         """Return whether this thread runs one of them, or is at work on the queue itself."""
 
 
 class Issuer(Protocol):
-    """What has a native queue make operations."""
+    """What has a native queue make operations.
+
+    Attributes:
+        awaited: As a ``Queue``'s.
+    """
+
+    awaited: Work | None
 
     def is_before(self, work: IssuedWork) -> bool:
         """Return whether this thread is in a call that keeps the operation from ending."""
@@ -108,12 +121,22 @@ class Work:
         """
         if self._queue is not None and not self._finished.is_set() and self._queue.is_inside():
             raise _waits_inside(self._operation)
-        if not self._finished.wait(None if timeout_s is None else _seconds(timeout_s)):
+        if not self._wait(timeout_s):
             raise CollectiveTimeoutError(
                 f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
             )
         if self._error is not None:
             raise self._error
+
+    def _wait(self, timeout_s: float | None) -> bool:
+        queue = self._queue
+        if timeout_s is not None or queue is None or self._finished.is_set():
+            return self._finished.wait(None if timeout_s is None else _seconds(timeout_s))
+        outer, queue.awaited = queue.awaited, self
+        try:
+            return self._finished.wait()
+        finally:
+            queue.awaited = outer
 
     def done(self) -> bool:
         """Return True once the operation succeeded or failed; never waits."""
@@ -341,9 +364,7 @@ class IssuedWork(Work):
         queue = self._issuer
         if not self._over and queue.is_before(self):
             raise _waits_inside(self._operation)
-        if not self._over and not queue.wait_for(
-            self, None if timeout_s is None else _seconds(timeout_s)
-        ):
+        if not self._over and not self._wait(timeout_s):
             if timeout_s is None:
                 raise GroupError(
                     f"{self._operation}: it was issued by the parent process of this one"
@@ -353,6 +374,16 @@ class IssuedWork(Work):
             )
         if self._error is not None:
             raise self._error
+
+    def _wait(self, timeout_s: float | None) -> bool:
+        queue = self._issuer
+        if timeout_s is not None:
+            return queue.wait_for(self, _seconds(timeout_s))
+        outer, queue.awaited = queue.awaited, self
+        try:
+            return queue.wait_for(self, None)
+        finally:
+            queue.awaited = outer
 
     def done(self) -> bool:
         """Return True once the operation succeeded or failed; never waits."""
@@ -403,12 +434,12 @@ def nested(operation: str, group_name: str) -> GroupError:
 
 def consequence(
     operation: str, group_name: str, rank: int, broken: CollectiveError | None
-) -> PeerLostError | CollectiveTimeoutError | None:
+) -> PeerLostError | CollectiveTimeoutError | MismatchError | None:
     """Return what a call fails with that was issued before ranks were lost: the same class, with the same ranks.
 
     None where the group broke over something else.
     """
-    if not isinstance(broken, (PeerLostError, CollectiveTimeoutError)):
+    if not isinstance(broken, (PeerLostError, CollectiveTimeoutError, MismatchError)):
         return None
     error = type(broken)(
         f"{operation}: group '{group_name}' (rank {rank}): a call before it failed: {broken}",

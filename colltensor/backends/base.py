@@ -380,6 +380,9 @@ class AgreeingBackend(Backend, Protocol):
     def transfers(self, source: int, destination: int) -> int:
         """Return how many transfers there were from ``source`` to ``destination``, one of which is this rank."""
 
+    def peers(self) -> tuple[int, int]:
+        """Return to which rank a fast call sends and from which it receives that waits now; -1 for none."""
+
     def set_signature(
         self, signature: bytes, describe: Callable[[], str], allocate: Callable[[], None] | None
     ) -> None:

@@ -34,7 +34,7 @@ _HEARD_S = 0.2
 _LOOK_S = 5.0
 """How long a thread that enters waits for one that looks, which asks who died for about a second at most."""
 
-_POLL_S = 1.0
+_POLL_S = 0.25
 
 
 class ConnectionsOwner(Protocol):
@@ -53,7 +53,8 @@ class Connections:
     Attributes:
         links: The link to each rank that has one. Only the thread that has entered may use it.
         until: When the present wait times out, None while nobody waits.
-        answers: What answers other ranks' questions, or None.
+        answers: What answers other ranks' questions, by their first byte.
+        on_wait: Called now and then while a call waits for other ranks, or None.
         usable: False once the group is closed, broken or another process's.
     """
 
@@ -61,7 +62,8 @@ class Connections:
         """Prepare to work for ``owner``; ``open`` begins."""
         self.links: dict[int, Link] = {}
         self.until: float | None = None
-        self.answers: Callable[[int, bytes], bytes] | None = None
+        self.answers: dict[bytes, Callable[[int, bytes], bytes]] = {}
+        self.on_wait: Callable[[], None] | None = None
         self.usable = True
         self._owner = owner
         self._meeting = meeting
@@ -180,9 +182,10 @@ class Connections:
 
     def answer(self, caller: int, question: bytes) -> bytes:
         """Return the answer to another rank's question; a connection without one says that nobody answers."""
-        if self.answers is None:
-            raise ValueError("nobody answers questions here")
-        return self.answers(caller, question)
+        answer = self.answers.get(question[:1])
+        if answer is None:
+            raise ValueError("nobody answers such questions here")
+        return answer(caller, question[1:])
 
     def arrive(self, link: Link) -> None:
         """Take over a link that another rank has opened."""
@@ -197,8 +200,12 @@ class Connections:
         self.usable = False
         self._serve()
 
-    def fail(self, error: CollectiveError) -> CollectiveError:
+    def fail(self, error: CollectiveError, raises: bool = True) -> CollectiveError:
         """Break the group with an error that this rank has found, and notify every other rank.
+
+        Args:
+            error: The error.
+            raises: Whether the caller raises it; else the first call that finds the group broken does.
 
         Returns:
             The error to raise: this one, or the one with which the group was broken before.
@@ -209,7 +216,7 @@ class Connections:
         if self._failures[0] is not failure:
             self._serve()
             return self.obstacle()
-        self._reported = True
+        self._reported = raises
         if not self._closed and not self._disowned:
             self._spread(failure)
         self._serve()
@@ -318,6 +325,12 @@ class Connections:
             if left <= 0:
                 return False
             self._poll(left)
+            self.notify_wait()
+
+    def notify_wait(self) -> None:
+        """Let whoever watches know that a call waits; see ``Control.watch_waits``."""
+        if self.on_wait is not None and self.usable:
+            self.on_wait()
 
     def look(self, grace_s: float = 0.0) -> None:
         """Raise if the group is broken or closed, or a link ended without goodbye more than ``grace_s`` ago.

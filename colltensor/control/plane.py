@@ -228,6 +228,7 @@ class Control:
             CollectiveError: What another rank has reported.
         """
         self._board.peek(_LOSS_GRACE_S)
+        self._board.notify_wait()
 
     def diagnose(self, operation: str, cause: BaseException | None = None) -> CollectiveError:
         """Find out why a payload did not end, by asking every rank; takes about a second at most.
@@ -298,9 +299,16 @@ class Control:
         """Return what ``answer_with`` has on rank ``peer`` for a question; None if it does not come within a second."""
         return self._detector.inquire(peer, question)
 
-    def answer_with(self, answer: Callable[[int, bytes], bytes]) -> None:
-        """Have other ranks' questions answered, which a thread of its own does; ``answer`` must not wait."""
-        self._board.answers = answer
+    def answer_with(self, kind: bytes, answer: Callable[[int, bytes], bytes]) -> None:
+        """Have other ranks' questions answered that begin with ``kind``, one byte, in another thread.
+
+        ``answer`` gets the rank that asks and the question; it must not wait.
+        """
+        self._board.answers[kind] = answer
+
+    def watch_waits(self, look: Callable[[], None]) -> None:
+        """Have ``look`` called a few times a second while a call waits for other ranks; it must not wait or raise."""
+        self._board.on_wait = look
 
     def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
         """Return the payload of rank ``peer``, which must call this with this rank as its peer.
@@ -311,12 +319,16 @@ class Control:
         with self._working.until(deadline):
             return self._pairs.swap(peer, payload, deadline)
 
-    def fail(self, error: CollectiveError) -> None:
+    def fail(self, error: CollectiveError, raises: bool = True) -> None:
         """Break the group with ``error`` and notify every rank, so that all raise the same class naming the same ranks.
 
         Does nothing if the group is broken already: the first error stays.
+
+        Args:
+            error: The error.
+            raises: Whether the caller raises it; else the first call of this rank that finds the group broken does.
         """
-        self._board.fail(error)
+        self._board.fail(error, raises)
 
     def close(self, waits: bool = True) -> None:
         """Say goodbye to the other ranks and close everything; a thread that waits here raises. May be repeated.

@@ -67,9 +67,17 @@ class Agreement:
     ) -> None:
         """Agree on transfers on the control plane; see ``ExchangedAgreement``."""
 
-    def number(self, transfer: Transfer) -> int:
-        """Return which one a transfer is of those between its ranks in its direction."""
-        return 1
+    def transfers(self, source: int, destination: int) -> int:
+        """Return how many transfers this rank has begun from one rank to another, of which it is one."""
+        return 0
+
+    def collectives(self, in_one: bool) -> int:
+        """Return how many collectives this rank has begun, if it is in one now or not."""
+        return self.sequence
+
+    def native_peers(self) -> tuple[int, int]:
+        """Return to which rank the backend's call sends and from which it receives; -1 for none."""
+        return -1, -1
 
     def peer(self, transfer: Transfer) -> int:
         """Return the other rank of a transfer."""
@@ -78,7 +86,7 @@ class Agreement:
     def terms(self, transfer: Transfer, fused: bool) -> tuple[int, bytes, Callable[[], str]]:
         """Return the peer of a transfer, its signature, and the signature in words."""
         fused = fused or len(transfer.buffers.views) == 1  # one tensor travels alone either way
-        number = self.number(transfer)
+        number = self.transfers(transfer.source, transfer.destination) + 1
         signature = transfer.signature(number, fused)
         return self.peer(transfer), signature, transfer.describer(number, fused)
 
@@ -184,15 +192,18 @@ class ExchangedAgreement(Agreement):
                 control.finish_pair(peer, signature, describe, deadline, transfer.source, bound)
                 agreed.append(transfer)
             except MismatchError as error:
+                if control.broken is not None:
+                    raise  # the ranks wait for each other: no end of a pair goes on
                 mismatch = error
         if mismatch is not None:
             for transfer in agreed:
                 make_alone(transfer)
             raise mismatch
 
-    def number(self, transfer: Transfer) -> int:
-        """Return one more than the control plane has counted."""
-        return self._control.transfers(self.peer(transfer), transfer.source) + 1
+    def transfers(self, source: int, destination: int) -> int:
+        """Return what the control plane has counted."""
+        peer = destination if source == self._rank else source
+        return self._control.transfers(peer, source)
 
     def is_in_call(self) -> bool:
         """Return what the control plane knows."""
@@ -326,9 +337,17 @@ class BackendAgreement(ExchangedAgreement):
             self._backend.part(*ends)
         super().end_beside(transfer)
 
-    def number(self, transfer: Transfer) -> int:
-        """Return one more than the backend has counted."""
-        return self._backend.transfers(transfer.source, transfer.destination) + 1
+    def transfers(self, source: int, destination: int) -> int:
+        """Return what the backend has counted."""
+        return self._backend.transfers(source, destination)
+
+    def collectives(self, in_one: bool) -> int:
+        """Return what the backend has counted, which counts them at their end."""
+        return self._backend.calls() + in_one
+
+    def native_peers(self) -> tuple[int, int]:
+        """Return what the backend knows."""
+        return self._backend.peers()
 
     def is_inside(self) -> bool:
         """Return what the backend knows."""

@@ -16,10 +16,11 @@ from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.engine.agreement import NESTED, agreement_of
 from colltensor.engine.call import Call, Refusal, Transfer
+from colltensor.engine.deadlock import COLLECTIVE, DeadlockDetector, Waits, is_only_caller
 from colltensor.engine.device import DeviceCalls, is_on
 from colltensor.errors import GroupError, MismatchError, PeerLostError
 from colltensor.operation_queue import OperationQueue
-from colltensor.work import Work, nested
+from colltensor.work import Lane, Work, nested
 
 _NEVER: Final = float("inf")
 _log: Final = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class Engine(DeviceCalls):
         super().__init__(name, rank, control, agreement, timeout_s, queue)
         self._crosses = backend.crosses
         self._alone = control is None
+        self._running: Call | None = None
+        if control is not None:
+            self._deadlocks = DeadlockDetector(
+                name, control, self._waits, self.progress, self._end_deadlock
+            )
         _engines.add(self)
 
     def run(self, call: Call, async_op: bool) -> Any:
@@ -134,6 +140,7 @@ class Engine(DeviceCalls):
         deadline = time.monotonic() + self.timeout_s
         agreement = self._agreement
         combine: Callable[[], None] | None = None
+        outer, self._running = self._running, call
         try:
             combine = agreement.begin(call, deadline)
             if combine is None:
@@ -146,12 +153,11 @@ class Engine(DeviceCalls):
             if combine is not NESTED:
                 for buffers in call.buffers:
                     buffers.store()
-        except MismatchError:
-            raise
         except BaseException as error:
-            self._break(call.name, error, call)
+            self._fail(call, error)
             raise
         finally:
+            self._running = outer
             if combine is not NESTED:
                 agreement.end()
         if combine is NESTED:
@@ -169,14 +175,69 @@ class Engine(DeviceCalls):
             buffers.load()
             transfer.move(deadline)
             buffers.store()
-        except MismatchError:
-            raise
         except BaseException as error:
-            self._break(call.name, error, call)
+            self._fail(call, error)
             raise
         finally:
             self._agreement.end_beside(transfer)
         return call.result()
+
+    def _fail(self, call: Call, error: BaseException) -> None:
+        """Break the group over what a call raised, unless that is ranks that disagree and go on."""
+        if isinstance(error, MismatchError) and (
+            self._control is None or self._control.broken is None
+        ):
+            return
+        self._break(call.name, error, call)
+
+    def _waits(self) -> Waits | None:
+        """Return what keeps this rank's caller from going on, of calls of host tensors; in any thread."""
+        assert self._control is not None
+        agreement, queue, rank = self._agreement, self.queue, self._rank
+        blocking, call = queue.blocking(), self._running
+        lanes: list[Lane] = []
+        queued: list[Lane | None] = []
+
+        if blocking is not None:
+            lanes, queued, followed = blocking
+            if queue.awaited is None:
+                is_certain = is_only_caller(queue.turn.owner())
+            else:  # other threads may call past it
+                is_certain = is_only_caller() and not followed
+        elif call is not None or queue.is_busy() or agreement.progress() < 0:
+            return None
+        else:
+            is_certain = is_only_caller(self._deadlocks.waiting_thread)
+
+        if not lanes and call is not None and call.transfers is not None:
+            lanes = [(transfer.source, transfer.destination) for transfer in call.transfers]
+        elif not lanes and call is None:
+            if agreement.progress() < 0:
+                return None
+            to, source = agreement.native_peers()
+            lanes = [(rank, to)] if to >= 0 else []
+            lanes += [(source, rank)] if source >= 0 else []
+
+        peers = [peer for peer in range(self._control.world_size) if peer != rank]
+        counts = {
+            lane: agreement.transfers(*lane)
+            for peer in peers
+            for lane in ((rank, peer), (peer, rank))
+        }
+        counts[COLLECTIVE] = agreement.collectives(not lanes)
+        awaited = [[*lane, counts[lane]] for lane in lanes or [COLLECTIVE]]
+        return Waits(
+            is_certain,
+            awaited,
+            [[*lane, count] for lane, count in counts.items()],
+            [[*(lane or COLLECTIVE)] for lane in queued],
+        )
+
+    def _end_deadlock(self, error: MismatchError) -> None:
+        """Break the group because of ranks that wait for each other; the calls that wait raise the error."""
+        assert self._control is not None
+        self._control.fail(error, raises=False)
+        self._agreement.propagate_failure(error)
 
     def progress(self) -> tuple[int, ...] | None:
         """Return None while no call of host tensors runs or waits, else what changes from call to call."""

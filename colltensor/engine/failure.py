@@ -102,6 +102,8 @@ class Breakable:
         if self.broken is not None:
             return without_frames(self.broken)
         found = verdict(control, name, error)
+        if type(found) is GroupError and isinstance(found.__cause__, CollectiveError):
+            found = found.__cause__  # another thread of this rank has raised it already
         if isinstance(found, CollectiveTimeoutError):
             say_timed_out(found, self.timeout_s)
         self.broken = without_frames(found)

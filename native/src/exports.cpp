@@ -20,7 +20,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 14;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 15;  // grows with every change that Python must know of
 
 // The interpreter may handle a signal while it answers: what that raises is either kept by the callee, which answers
 // 2, or arrives here.
@@ -151,6 +151,12 @@ std::int64_t transfers(std::int64_t handle, std::int64_t source, std::int64_t de
   return !group ? 0 : group->transfers(static_cast<int>(source), static_cast<int>(destination));
 }
 
+// The other ranks of the transfer for which this rank's call waits; see Group.
+std::int64_t peers(std::int64_t handle) {
+  const Guest group(handle);
+  return !group ? 0 : group->peers();
+}
+
 // -1 while no call runs, else a number that grows from call to call.
 std::int64_t progress(std::int64_t handle) {
   if (!is_busy(handle)) return -1;
@@ -219,6 +225,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_pending, colltensor::pending)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_set_timeout, colltensor::set_timeout)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_calls, colltensor::calls)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_transfers, colltensor::transfers)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_peers, colltensor::peers)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_progress, colltensor::progress)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_failure, colltensor::failure)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_fail, colltensor::fail)

@@ -353,7 +353,10 @@ Outcome Group::transfer(Pair& pair, Transfer* send, Transfer* recv, std::int64_t
       pair_ = std::make_shared<Pair>(std::move(pair));
       return Outcome::kPending;
     }
+    const auto rest = [](const PairSide& side) { return side.finished() ? 0 : side.peer() + 1; };
+    peers_.store((std::int64_t{rest(sender)} << 16) + rest(receiver), std::memory_order_relaxed);
     const Outcome outcome = wait_until(condition, own.door, own.dozing, deadline_ns);
+    peers_.store(0, std::memory_order_relaxed);
     if (outcome != Outcome::kDone) return outcome;
   }
   sender.knock();

@@ -261,6 +261,11 @@ class ShmBackend(BackendBase):
         """Return how many transfers there were from ``source`` to ``destination``, one of which is this rank."""
         return int(self._native.shm_transfers(self._handle, source, destination))
 
+    def peers(self) -> tuple[int, int]:
+        """Return to which rank a fast call sends and from which it receives that waits now; -1 for none."""
+        to, source = divmod(int(self._native.shm_peers(self._handle)), 1 << 16)
+        return to - 1, source - 1
+
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank, each buffer on its own."""
         expected = self._take()

@@ -15,6 +15,7 @@ from typing import Final
 from colltensor.errors import CollectiveError
 from colltensor.torch.c10d.work import QueuedCall
 from colltensor.turn import Turn, lock_of_handlers
+from colltensor.work import Work
 
 _CLOSE_TIMEOUT_S: Final = 5.0
 _LOOK_S: Final = 0.1
@@ -30,6 +31,7 @@ class ProcessGroupQueue:
         self._changed = threading.Condition(self._lock)
         self._waiting: collections.deque[QueuedCall] = collections.deque()
         self._closed: CollectiveError | None = None
+        self.awaited: Work | None = None
         self._watched = False  # somebody waits for the turn to be free
         self._idle = 0  # threads that wait for an operation
         # a thread runs one, and takes the next unless it has somebody to tell

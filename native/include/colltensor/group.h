@@ -173,6 +173,9 @@ class Group {
   std::int64_t transfers(int source, int destination) const {
     return source == rank_ ? sends_[destination] : receives_[source];
   }
+  // The other ranks of the transfer for which a call waits: 1 more than the one that it sends to, times 65536, and 1 more
+  // than the one that it receives from; 0 for none. Read by any thread.
+  std::int64_t peers() const { return peers_.load(std::memory_order_relaxed); }
 
   bool foreign() const { return fork_generation_ != fork_generation(); }
 
@@ -361,6 +364,7 @@ class Group {
   bool sending_ = false;               // one of them uses the staging
   std::atomic<const void*> asking_{nullptr};  // the thread whose call asks one of the hooks
   std::atomic<std::int64_t> timeout_ns_{0};
+  std::atomic<std::int64_t> peers_{0};
 };
 
 }  // namespace colltensor

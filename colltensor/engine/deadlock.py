@@ -1,0 +1,237 @@
+"""DeadlockDetector: ranks that wait for each other in a circle, so that none can go on, are told in a moment.
+
+Two ranks that block in sends to each other are refused when they agree. Other circles show in no message: three ranks
+that all send to the next one, a send against a barrier, a call behind an asynchronous one that nobody takes. A rank
+whose transfer waits for longer than usual asks the others what they wait for, in a thread of its own. It follows the
+answers, and if they lead back to it, and are the same once more, the group is broken with MismatchError. Waits only
+count where the rank's only caller is blocked, so that nobody is left who could make the missing call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from colltensor.control import Control
+from colltensor.control.messages import REMEDY
+from colltensor.errors import MismatchError
+from colltensor.work import Lane
+
+COLLECTIVE: Final[Lane] = (-1, -1)
+"""Stands for the calls of all ranks, where a transfer has its source and destination."""
+_QUESTION: Final = b"w"
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 5.0
+_LOOK_S: Final = 3.0
+_log: Final = logging.getLogger(__name__)
+
+
+class Waits(NamedTuple):
+    """What a rank waits for, none of whose callers can do anything else.
+
+    Attributes:
+        is_certain: Whether no other thread, and no done callback, may still make a call.
+        awaited: Which calls must be begun by the other ranks: source, destination and number of a transfer, or
+            COLLECTIVE and the number of a collective.
+        begun: How many transfers it has begun of each source and destination, and of COLLECTIVE.
+        queued: What it has issued but not begun.
+    """
+
+    is_certain: bool
+    awaited: list[list[int]]
+    begun: list[list[int]]
+    queued: list[list[int]]
+
+    def has_transfer(self) -> bool:
+        """Return whether it waits for a transfer, and not only for collectives."""
+        return any(source >= 0 for source, _, _ in self.awaited)
+
+    def peers(self, rank: int, world_size: int) -> set[int]:
+        """Return the other ranks for which ``rank`` waits."""
+        if not self.has_transfer():
+            return set(range(world_size)) - {rank}
+        return {end for source, destination, _ in self.awaited for end in (source, destination)} - {
+            rank,
+            -1,
+        }
+
+    def lacks(self, other: Waits, peer: int) -> bool:
+        """Return whether this rank waits for a call that ``other``, rank ``peer``, has neither begun nor issued."""
+        begun = {(source, destination): count for source, destination, count in other.begun}
+        for source, destination, count in self.awaited:
+            lane = (source, destination)
+            concerns_peer = lane == COLLECTIVE or peer in lane
+            if concerns_peer and begun.get(lane, 0) < count and [*lane] not in other.queued:
+                return True
+        return False
+
+    def describe(self, rank: int) -> str:
+        """Return for what ``rank`` waits, in words."""
+        calls = {
+            "all ranks to join its collective"
+            if source < 0
+            else f"rank {destination} to call recv"
+            if source == rank
+            else f"rank {source} to call send"
+            for source, destination, _ in self.awaited
+        }
+        return f"rank {rank} waits for {' and '.join(sorted(calls))}"
+
+
+class DeadlockDetector:
+    """Finds the circles of waits that one rank of a group is part of.
+
+    Attributes:
+        waiting_thread: The thread that was seen to wait last.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        control: Control,
+        waits: Callable[[], Waits | None],
+        progress: Callable[[], object],
+        end: Callable[[MismatchError], None],
+    ) -> None:
+        """Begin to answer, and to look whenever the control plane says that a call waits.
+
+        Args:
+            name: The group's name.
+            control: Its control plane.
+            waits: Returns what this rank waits for; called in any thread.
+            progress: Returns what changes with every call.
+            end: Breaks the group.
+        """
+        self._name = name
+        self._control = control
+        self._rank = control.rank
+        self._waits = waits
+        self._progress = progress
+        self._end = end
+        self.waiting_thread = 0
+        self._seen: object = None
+        self._pause_s = self._next_look = 0.0
+        self._is_looking = self._has_warned = False
+        control.answer_with(_QUESTION, self._answer)
+        control.watch_waits(self._consider)
+
+    def _answer(self, asker: int, question: bytes) -> bytes:
+        return json.dumps(self._waits()).encode()
+
+    def _consider(self) -> None:
+        """Look, in a thread of its own, if this rank's call has waited for long; called while it waits."""
+        self.waiting_thread = threading.get_ident()
+        now, progress = time.monotonic(), self._progress()
+        if progress != self._seen:
+            self._seen, self._pause_s = progress, _FIRST_PAUSE_S
+            self._next_look = now + self._pause_s
+        if now < self._next_look or self._is_looking:
+            return
+        self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
+        self._next_look = now + self._pause_s
+        waits = self._waits()
+        if waits is None or not waits.has_transfer():
+            return  # every circle has a transfer, and the rank in that one looks
+        self._is_looking = True
+        try:
+            threading.Thread(
+                target=self._look, name=f"colltensor {self._name}", daemon=True
+            ).start()
+        except RuntimeError:  # no thread can be started: the timeout remains
+            self._is_looking = False
+
+    def _look(self) -> None:
+        try:
+            deadline = time.monotonic() + _LOOK_S
+            circle = self._circle(deadline)
+            # The lowest rank with a transfer tells all, so that all raise the same error.
+            if not circle or self._rank != min(
+                rank for rank in circle if circle[rank].has_transfer()
+            ):
+                return
+            if any(self._ask(rank) != waits for rank, waits in circle.items()):
+                return  # one of them has gone on
+            facts = _describe(circle)
+            if all(waits.is_certain for waits in circle.values()):
+                where = f"group '{self._name}' (rank {self._rank})"
+                self._end(MismatchError(f"{where}: {facts}. {REMEDY}", sorted(circle)))
+            elif not self._has_warned:
+                self._has_warned = True
+                _log.warning(
+                    "group %r (rank %d): %s; another thread may still make the call that ends it",
+                    self._name,
+                    self._rank,
+                    facts,
+                )
+        finally:
+            self._is_looking = False
+
+    def _circle(self, deadline: float) -> dict[int, Waits]:
+        """Return the ranks that wait for this one and for which it waits, over whichever others; with their waits."""
+        known: dict[int, Waits | None] = {self._rank: self._waits()}
+        lacking: dict[int, set[int]] = {}
+        frontier = [self._rank]
+        while frontier and time.monotonic() < deadline:
+            rank = frontier.pop()
+            waits = known[rank]
+            if waits is None:
+                continue
+            for peer in sorted(waits.peers(rank, self._control.world_size)):
+                if peer not in known:
+                    known[peer] = self._ask(peer)
+                    frontier.append(peer)
+                theirs = known[peer]
+                if theirs is not None and waits.lacks(theirs, peer):
+                    lacking.setdefault(rank, set()).add(peer)
+        ahead = _reached(self._rank, lacking)
+        return {
+            rank: waits
+            for rank, waits in known.items()
+            if waits is not None and rank in ahead and self._rank in _reached(rank, lacking)
+        }
+
+    def _ask(self, rank: int) -> Waits | None:
+        if rank == self._rank:
+            return self._waits()
+        said = self._control.inquire(rank, _QUESTION)
+        fields: list[Any] | None = None if said is None else json.loads(said)
+        return None if fields is None else Waits(*fields)
+
+
+def _describe(circle: dict[int, Waits]) -> str:
+    ranks = sorted(circle)
+    facts = "; ".join(circle[rank].describe(rank) for rank in ranks)
+    return (
+        f"ranks {', '.join(map(str, ranks))} wait for each other, and none can go on: {facts}. Use sendrecv, let one "
+        "of them begin with the other call, or pass async_op=True and wait for all works at the end"
+    )
+
+
+def _reached(start: int, lacking: dict[int, set[int]]) -> set[int]:
+    """Return the ranks that lie on a way from ``start``, in one step or more."""
+    found: set[int] = set()
+    frontier = [start]
+    while frontier:
+        for rank in lacking.get(frontier.pop(), ()):
+            if rank not in found:
+                found.add(rank)
+                frontier.append(rank)
+    return found
+
+
+def is_only_caller(thread: int = 0) -> bool:
+    """Return whether no other thread makes calls: it is the main one, or there is no other but the package's.
+
+    Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
+
+    Args:
+        thread: The thread that waits, while no other can call; 0 where others can.
+    """
+    if thread == threading.main_thread().ident:
+        return True
+    ours = {found.ident for found in threading.enumerate() if found.name.startswith("colltensor")}
+    return len(sys._current_frames().keys() - ours) == 1
