@@ -1227,6 +1227,11 @@ _groups: Final[weakref.WeakSet[Group]] = weakref.WeakSet()
 """The groups that were not destroyed."""
 
 
+def groups_named(name: str) -> list[Group]:
+    """Return this process's groups of a name, those that ``split`` has made as well."""
+    return [group for group in _groups if group.name == name]
+
+
 def _end_all() -> None:
     """Let the process end while calls are under way: a moment for those that can end, then an error.
 

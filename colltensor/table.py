@@ -25,7 +25,7 @@ from colltensor.errors import (
     RankError,
     saying_timed_out,
 )
-from colltensor.group import Group, connect, solitary
+from colltensor.group import Group, connect, groups_named, solitary
 from colltensor.options import GroupOptions, timeout_of
 from colltensor.rendezvous import Directory, Meeting, meet, open_directory, report_refusal
 
@@ -219,10 +219,13 @@ def is_group_initialized(group_name: str = "default") -> bool:
 
 
 def destroy_collective_group(group_name: str = "default") -> None:
-    """Destroy this process's group of this name, if there is one; waits for no other rank."""
+    """Destroy this process's group of this name, if there is one; waits for no other rank.
+
+    If it is no group of ``init_collective_group``, those that ``Group.split`` has made under this name are destroyed.
+    """
     group = _groups.get(group_name)
-    if group is not None:
-        group.destroy()
+    for found in groups_named(group_name) if group is None else (group,):
+        found.destroy()
 
 
 def _check_process(group_name: str) -> None:

@@ -90,7 +90,7 @@ class Fuzzer(Runner):
                 inner.run(drawn(self._draw, (*MOVES, *REDUCTIONS, "tree")))
             inner.finish()
         finally:
-            col.destroy_collective_group(part.name)
+            part.destroy()
         return lambda: None
 
     def _timeout(self, step: Step) -> Callable[[], None]:

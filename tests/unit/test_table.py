@@ -37,6 +37,16 @@ def test_destroying_the_group_itself_frees_its_name() -> None:
     assert col.get_group_handle("here") is second
 
 
+def test_a_group_that_was_split_off_is_destroyed_by_its_name() -> None:
+    whole = make()
+    part = whole.split(0)
+    assert part is not None
+    col.destroy_collective_group(part.name)
+    with pytest.raises(col.GroupError):
+        part.barrier()
+    whole.barrier()
+
+
 def test_a_destroyed_group_refuses_calls() -> None:
     group = make()
     group.destroy()
