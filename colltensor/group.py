@@ -175,12 +175,13 @@ class Group:
         )
         self._arguments: Any = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
-        self._fastpath: Any = (
-            None
-            if agreeing is None
-            else FastPath(agreeing, self._engine, self._arguments, rank, world_size)
-        )
-        self._trees: Any = None if self._fastpath is None else TreeFastPath(self._fastpath)
+        fast: Any = agreeing or getattr(backend, "fast_calls", None)
+        self._fastpath: Any = None
+        self._trees: Any = None
+        if fast is not None:
+            self._fastpath = FastPath(fast, self._engine, self._arguments, rank, world_size)
+        if agreeing is not None:
+            self._trees = TreeFastPath(self._fastpath)
         _groups.add(self)
         self._allreduce = None if self._fastpath is None else self._fastpath.allreduce
         self._barrier = None if self._fastpath is None else self._fastpath.barrier

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from colltensor.backends.base import BackendBase
-from colltensor.errors import DeviceError, OptionError, RankError
+from colltensor.backends.base import FAST_REFUSED, BackendBase
+from colltensor.backends.shm import library
+from colltensor.errors import BackendUnavailableError, DeviceError, OptionError, RankError
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
@@ -19,12 +21,23 @@ _DEVICE_TYPES: Final = frozenset({"cpu", "cuda"})
 
 
 class LoopbackBackend(BackendBase):
-    """The transport of a group of one rank: none."""
+    """The transport of a group of one rank: none.
+
+    Attributes:
+        fast_calls: Makes calls on tensors as their frameworks made them; None where there is no native code, or was no
+            array library when the group was made.
+    """
 
     name = "loopback"
     device_types = _DEVICE_TYPES
     takes_strided = True
     needs_agreement = False
+
+    def __init__(self) -> None:
+        self.fast_calls: LoopbackCalls | None = None
+        if "numpy" in sys.modules:  # else no arrays are in use yet, and native code would load it
+            with contextlib.suppress(BackendUnavailableError):
+                self.fast_calls = LoopbackCalls()
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Leave the buffers as they are: the combination of one rank's elements."""
@@ -84,6 +97,36 @@ class LoopbackBackend(BackendBase):
     ) -> None:
         """Copy ``source`` to ``target``: both peers are this rank."""
         _copy(target, source)
+
+
+class LoopbackCalls:
+    """The fast calls of a group of one rank: see ``AgreeingBackend``, of which this is the part that it needs."""
+
+    def __init__(self) -> None:
+        self._native = library.load()
+
+    def fast_call(
+        self, operation: int, op: int, root: int, source: int, stacked: bool
+    ) -> tuple[Callable[..., int], Callable[..., int]]:
+        """Return two functions that do the same: none of them ever needs the other."""
+        call = operation, op, root, source, stacked
+        first, second = (
+            self._native.shm_loopback_function(*call),
+            self._native.shm_loopback_function(*call),
+        )
+        first.release_gil = False
+        return first, second
+
+    def complete(self, name: str, code: int) -> int:
+        """Return FAST_REFUSED: a call that was not done takes the slow path."""
+        return FAST_REFUSED
+
+    def exports(self, tensors: Sequence[Any]) -> bool:
+        """Return True if the library can view the tensors."""
+        return library.exports(tensors)
+
+    def abandon_pending(self) -> None:
+        """Do nothing: no call is ever pending."""
 
 
 class LoopbackSpec:

@@ -299,6 +299,7 @@ def _disown() -> None:
     for engine in _engines:
         engine._alone = False
         engine.queue.disown()
+        engine.queue.idle = False  # no call goes past it
         engine._unraised = None
         engine.broken = GroupError(
             "it belongs to the parent process; a forked child makes groups of its own"

@@ -294,6 +294,26 @@ ffi::Function fast_function(std::int64_t handle, std::int64_t timeout_ns, int op
   });
 }
 
+// One operation of a group of one rank, on exportable tensors in the order of a request's views: nothing, or a copy.
+ffi::Function loopback_function(int operation, std::int64_t op, int root, int source, bool stacked) {
+  const FastCall call{static_cast<Operation>(operation), op, root, source, stacked};
+  const bool reduces = call.operation == Operation::kAllReduce || call.operation == Operation::kReduce ||
+                       call.operation == Operation::kReduceScatter;
+  const bool is_from_second = call.operation == Operation::kReduceScatter || call.operation == Operation::kScatter ||
+                              call.operation == Operation::kAllToAll || call.operation == Operation::kAllGather ||
+                              call.operation == Operation::kGather;
+  return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
+    static thread_local Tensors tensors;  // kept for its memory
+    *returned = code(Outcome::kRefused);
+    if (!tensors.take(call, 1, arguments, number) || !is_fast_call(call, tensors, 0, 1)) return;
+    if (reduces && find_reduction(tensors.dtype(), static_cast<ReduceOp>(op)) == nullptr) return;
+    if (is_from_second && tensors[0].data() != tensors[1].data()) {
+      copy(tensors[0].data(), tensors[1].data(), tensors.count() * tensors[0].item_nbytes());
+    }
+    *returned = code(Outcome::kDone);
+  });
+}
+
 // Puts one operation on exportable tensors into the queue, in the order of a request's views; their memory must stay until it
 // has ended. Returns its number, or less what is wrong.
 ffi::Function issue_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op, int root,
@@ -387,6 +407,7 @@ ffi::Function queue_wait_function(std::int64_t handle) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_export_function, colltensor::export_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_resume_function, colltensor::resume_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_fast_function, colltensor::fast_function)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_loopback_function, colltensor::loopback_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_issue_function, colltensor::issue_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_hand_over_function, colltensor::hand_over_function)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shm_queue_function, colltensor::queue_function)

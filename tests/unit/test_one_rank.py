@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -93,3 +94,67 @@ def test_timeouts_of_any_number(group: col.Group) -> None:
 def test_a_likely_backend_is_asked_for(name: str, meant: str) -> None:
     with pytest.raises(col.OptionError, match=rf"got '{name}' \(did you mean '{meant}'\?\)"):
         backends.get_backend(name)
+
+
+def test_calls_on_plain_tensors_are_made_by_native_code(group: col.Group) -> None:
+    """What native code takes, and what is refused there, comes out as on the slow path."""
+    if not backends.is_available("shm"):
+        pytest.skip("there is no native code")
+    source, target = np.arange(4.0), np.zeros(4)
+    seen: list[str] = []
+    watched = importlib.import_module("colltensor.engine").Engine
+    run = watched.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watched, "run", lambda *given: seen.append(given[1].name) or run(*given))
+        assert group.allreduce(source) is source
+        assert group.reduce(source) is source
+        assert group.broadcast(source) is source
+        group.barrier()
+        for call in (group.allgather, group.gather, group.alltoall):
+            target[:] = 0
+            call([target], [source] if call == group.alltoall else source)
+            assert target.tolist() == [0.0, 1.0, 2.0, 3.0]
+        for give in (group.scatter, group.reducescatter):
+            target[:] = 0
+            assert give(target, [source]) is target
+            assert target.tolist() == [0.0, 1.0, 2.0, 3.0]
+        stack = np.zeros((1, 4))
+        assert group.allgather(stack, source) is stack
+        assert stack.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+        assert group.allreduce(source, async_op=True).result() is source
+        assert seen == []
+        assert group.allgather([np.zeros(8)[::2]], source)[0].tolist() == source.tolist()
+        assert seen == ["allgather"]
+
+
+def test_what_cannot_be_is_refused_as_among_many(group: col.Group) -> None:
+    fixed = np.arange(3.0)
+    fixed.flags.writeable = False
+    with pytest.raises(col.ReadOnlyError):
+        group.allreduce(fixed)
+    assert group.broadcast(fixed) is fixed
+    with pytest.raises(col.UnsupportedDTypeError):
+        group.allreduce(np.arange(3), col.ReduceOp.AVERAGE)
+    with pytest.raises(col.ShapeError):
+        group.allgather([np.zeros(3)], np.zeros(4))
+    both = np.zeros(6)
+    with pytest.raises(col.TensorError):
+        group.allgather([both[1:5]], both[:4])
+    with pytest.raises(col.RankError):
+        group.broadcast(both, 1)
+    group.destroy()
+    for call in (group.barrier, lambda: group.allreduce(both), lambda: group.broadcast(both, 0)):
+        with pytest.raises(col.GroupError):
+            call()
+
+
+def test_a_forked_child_may_not_use_the_group(group: col.Group) -> None:
+    group.allreduce(np.zeros(1))
+    child = os.fork()
+    if child == 0:
+        try:
+            group.allreduce(np.zeros(1))
+        except col.GroupError:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

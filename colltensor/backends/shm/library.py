@@ -8,13 +8,14 @@ import functools
 import os
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from colltensor import dlpack
 from colltensor.errors import BackendUnavailableError
 
-INTERFACE: Final = 15
+INTERFACE: Final = 16
 """What the library's ``shm_interface()`` must say: it counts the changes of its functions."""
 
 TVM_FFI_SERIES: Final = "0.1"
@@ -86,6 +87,15 @@ def load() -> Any:
     module = open_library(path(), "backend 'shm'", "shm_interface", INTERFACE)
     _loaded.append(module)
     return module
+
+
+def exports(tensors: Sequence[Any]) -> bool:
+    """Return True if the library can view the tensors."""
+    try:
+        load().shm_export_function()(*tensors)
+    except (BufferError, TypeError, ValueError):
+        return False
+    return True
 
 
 @functools.lru_cache
