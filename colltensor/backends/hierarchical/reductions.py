@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from colltensor.backends.gloo.arithmetic import divide, narrow, widen
+from colltensor.backends.arithmetic import divide, narrow, widen
 from colltensor.backends.gloo.backend import GlooBackend
 from colltensor.backends.gloo.composed import copy
 from colltensor.backends.gloo.part import GlooPart

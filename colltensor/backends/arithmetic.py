@@ -14,10 +14,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from colltensor.backends.gloo.provider import ANY_MEMORY
 from colltensor.types import DTYPES, DType, ReduceOp
 
 Array = np.ndarray[Any, Any]
+
+ANY_MEMORY: Final = ctypes.c_char * (1 << 62)
+"""An array type for all memory: ``frombuffer(ANY_MEMORY.from_address(p), count=n)`` views n elements at p.
+One type serves every size; ctypes takes 8 us to make a new one."""
 
 CHUNK: Final = 1 << 16
 """Elements worked on at a time: what is read and written of them stays in a core's cache."""
