@@ -124,7 +124,8 @@ nox.options.error_on_missing_interpreters = "CI" in os.environ and not all(
     shutil.which(f"python{python}") for python in PYTHONS
 )
 nox.options.sessions = [
-    "lint", "types", "native", "arm64", "wheel", *(f"tests({suite.id})" for suite in SUITES if suite.default), "demo",
+    "lint", "types", "docs", "native", "arm64", "wheel",
+    *(f"tests({suite.id})" for suite in SUITES if suite.default), "demo",
 ]
 
 
@@ -145,6 +146,15 @@ def types(session: nox.Session) -> None:
     sessions.share(session, ["torch"])
     session.install("--quiet", *sessions.DEPENDENCIES, *sessions.group("types"))
     session.run("mypy")
+
+
+@nox.session(python=MAIN_PYTHON)
+@sessions.timed
+def docs(session: nox.Session) -> None:
+    """Build the pages and the API reference as a site, build/site; a dead link or a page left out fails."""
+    session.install("--quiet", *sessions.group("docs"))
+    # Not --quiet, with which warnings are not counted.
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
