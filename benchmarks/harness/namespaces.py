@@ -33,15 +33,13 @@ def two_hosts(rate: str | None = None) -> Iterator[list[int]]:
     with contextlib.ExitStack() as undo:
         holders = []
         for _ in ADDRESSES:
-            holder = undo.enter_context(
-                subprocess.Popen(
-                    ["unshare", "--net", "cat"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )  # ends with its input, and so with this process
+            pipes = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.DEVNULL,
+                "stderr": subprocess.PIPE,
+            }
+            process = subprocess.Popen(["unshare", "--net", "cat"], text=True, **pipes)
+            holder = undo.enter_context(process)  # ends with its input, and so with this process
             undo.callback(holder.kill)
             _await_namespace(holder)
             holders.append(holder.pid)
@@ -49,13 +47,12 @@ def two_hosts(rate: str | None = None) -> Iterator[list[int]]:
         _network(first, f"ip link add {LINK} type veth peer name {LINK} netns {second}")
         for holder, address in zip(holders, ADDRESSES, strict=True):
             _network(holder, f"ip address add {address}/30 dev {LINK}")
-            _network(holder, "ip link set lo up")
-            _network(holder, f"ip link set {LINK} up")
+            for interface in ("lo", LINK):
+                _network(holder, f"ip link set {interface} up")
             _network(holder, f"ip route add default dev {LINK}")
-            if rate is not None:
-                _network(
-                    holder, f"tc qdisc add dev {LINK} root tbf rate {rate} burst 1mb latency 50ms"
-                )
+            if rate:
+                limit = f"root tbf rate {rate} burst 1mb latency 50ms"
+                _network(holder, f"tc qdisc add dev {LINK} {limit}")
         yield holders
 
 
@@ -78,8 +75,7 @@ def inside(holder: int, command: Sequence[str]) -> list[str]:
 
 
 def _network(holder: int, command: str) -> None:
-    done = subprocess.run(
-        inside(holder, command.split()), capture_output=True, text=True, check=False
-    )
+    words = inside(holder, command.split())
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotPermittedError(f"{command}: {done.stderr.strip()}")

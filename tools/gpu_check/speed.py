@@ -42,7 +42,7 @@ def large_call(*, channel: Channel, folder: Path, cpu: bool) -> str:
     }
     with _here(folder / "large", cpu) as started:
         for name, pair in pairs.items():
-            times = _times(started, benchmark.until_done(*pair), nbytes, LARGE_ROUNDS, 1)
+            times = _times(started, benchmark.contestants(*pair, end=benchmark.DONE), nbytes, LARGE_ROUNDS, 1)
             ours, theirs = (times[label].median_us for label in pair)
             said.append(
                 f"{name}: ours {ours / 1e3:.3f} ms, {nbytes / ours / 1e3:.0f} GB/s, "
@@ -59,9 +59,9 @@ def two_ranks(*, channel: Channel, folder: Path, cpu: bool) -> str:
     large, ways = (FAKE_NBYTES, FAKE_NBYTES) if cpu else (benchmark.LARGE_NBYTES, WAYS_NBYTES)
     both = (benchmark.OURS_TORCH, benchmark.BY_HOST)
     with worlds.started([benchmark.world([] if cpu else [0, 0])], 2) as started:
-        pair = benchmark.until_done(benchmark.OURS_TORCH, benchmark.THEIRS)
+        pair = benchmark.contestants(benchmark.OURS_TORCH, benchmark.THEIRS, end=benchmark.DONE)
         row, _ = benchmark.large_row(_times(started, pair, large, 3, 1), "one device")
-        times = _times(started, benchmark.until_done(*both), ways, LARGE_ROUNDS, 1)
+        times = _times(started, benchmark.contestants(*both, end=benchmark.DONE), ways, LARGE_ROUNDS, 1)
     line, found = _line(row), {name: times[name].median_us / 1e6 for name in both}
     channel.facts(two_ranks=line, through_the_host=found)
     return (
