@@ -1,4 +1,4 @@
-"""Measures colltensor, beside other libraries and builds where that is possible: one subject a command.
+"""Measures colltensor, beside other libraries and builds where possible: a subject a command.
 
     python benchmarks                          the subjects
     python benchmarks collectives --help       what one of them measures, and its options

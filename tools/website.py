@@ -1,7 +1,8 @@
-"""Puts the site together that mkdocs.yml describes: the repository's pages where they lie, and a page for each module.
+"""Puts together the site of mkdocs.yml: the pages where they lie, and one for each module.
 
-Pages keep their places, so the links between them are right as they stand. What they link to beside pages (examples,
-pictures) is copied. A link to a folder becomes its text, because a site has no folders.
+Pages keep their places, so the links between them are right as they stand. What they link to beside
+pages (examples, pictures) is copied. A link to a folder becomes its text, because a site has no
+folders.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _reference(module: str) -> str:
-    """Return the page of a module's public names; a module of one's name takes its place, and so it is added."""
+    """Return the page of a module's public names.
+
+    A module of a name's own takes its place, so the name is added.
+    """
     folder = ROOT.joinpath(*module.split("."))
     hidden = [name for name in _public(module) if (folder / f"{name}.py").exists()]
     title = f"---\ntitle: {module}\n---"

@@ -2,25 +2,29 @@
 
 The operations, with S the size in the tables, in bytes:
 
-- ``allreduce``: S in place on every rank, SUM. ``allreduce:function``, ``:torch`` and ``:jax`` are other ways to it;
-  ``:pages`` is the same on memory in pages of 4 KiB, as JAX's is and numpy's large arrays are not.
+- ``allreduce``: S in place on every rank, SUM. ``allreduce:function``, ``:torch`` and ``:jax`` are
+  other ways to it; ``:pages`` is the same on memory in pages of 4 KiB, as JAX's is and numpy's
+  large arrays are not.
 - ``reduce``: S, SUM, in place at the root; the other ranks' memory is only read.
 - ``broadcast``: S, in place.
 - ``allgather``: S from each rank, into memory of its own of S times ranks.
 - ``reducescatter``: S times ranks on each rank, only read, SUM, into S.
-- ``gather``, ``scatter``: S for each rank; the root has S times ranks.
-  S times ranks are one array in every library; ``allgather:list`` and so on give colltensor a list of its rows.
+- ``gather``, ``scatter``: S for each rank; the root has S times ranks. S times ranks are one array
+  in every library; ``allgather:list`` and so on give colltensor a list of its rows.
 - ``alltoall``: S for each pair of ranks, from S times ranks into as much.
-- ``send/recv``: S one way, in turns: call i goes from rank i to rank i + 1, so that 2 ranks play ping-pong and a
-  call is half a round trip.
+- ``send/recv``: S one way, in turns: call i goes from rank i to rank i + 1, so that 2 ranks play
+  ping-pong and a call is half a round trip.
 - ``sendrecv``: S to the next rank and S from the one before, in separate memory.
 - ``barrier``.
-- ``copyto``, ``memmove``: S copied within each process, by numpy and by libc, with no communication.
+- ``copyto``, ``memmove``: S copied within each process, by numpy and by libc, with no
+  communication.
 
-The root of a rooted operation is rank i of call i, as in the Intel MPI Benchmarks: with a fixed root a library's
-ranks may run ahead of each other, and a loop would measure its queue and not the operation.
+The root of a rooted operation is rank i of call i, as in the Intel MPI Benchmarks: with a fixed
+root a library's ranks may run ahead of each other, and a loop would measure its queue and not the
+operation.
 
-Frameworks are imported by the library that needs them: an MPI's environment has numpy and mpi4py alone.
+Frameworks are imported by the library that needs them: an MPI's environment has numpy and mpi4py
+alone.
 """
 
 from __future__ import annotations
@@ -70,8 +74,8 @@ class Library(Timed):
         """Return the calls by operation, those of one way by ``send`` and ``recv``.
 
         Args:
-            on: Their arrays, by the names in ``ARRAYS``, and ``at_root``, which are ``blocks`` on the root alone; the
-                ``root``; the ranks ``right`` and ``left`` of this one.
+            on: Their arrays, by the names in ``ARRAYS``, and ``at_root``, which are ``blocks`` on
+                the root alone; the ``root``; the ranks ``right`` and ``left`` of this one.
         """
         raise NotImplementedError
 
@@ -92,8 +96,8 @@ class Library(Timed):
     def loop(self, operation: str, *case: Any) -> Loop:
         """Return an operation's loop on new arrays, and leave check sums of what it computes.
 
-        The arrays hold numbers for that; then they are set to zero, whose sums stay finite however often they are
-        taken.
+        The arrays hold numbers for that; then they are set to zero, whose sums stay finite however
+        often they are taken.
         """
         arrays = self._make_arrays(operation, *case)
         once = self.loop_on(operation, arrays)
@@ -105,7 +109,7 @@ class Library(Timed):
         return self.loop_on(operation, arrays)
 
     def _make_arrays(self, operation: str, nbytes: int) -> Arrays:
-        """Return the operation's arrays, whose small whole numbers differ by rank, array and index."""
+        """Return an operation's arrays: small whole numbers by rank, array and index."""
         count, arrays = nbytes // 4, {}
         for number, name in enumerate(ARRAYS[kind_of(operation)]):
             rows = self.ranks if name.endswith("blocks") else 1
@@ -174,7 +178,10 @@ class Colltensor(Library, InGroup):
 
 
 class JaxLoop:
-    """A loop of donating calls, whose results are the next calls' arguments; the first is a copy of ``array``."""
+    """A loop of donating calls, whose results are the next calls' arguments.
+
+    The first argument is a copy of ``array``.
+    """
 
     def __init__(self, group: Any, array: np.ndarray) -> None:
         import jax

@@ -1,6 +1,7 @@
-"""Two hosts on one machine: network namespaces with a link between them. Needs root, and imports nothing of ours.
+"""Two hosts on one machine: network namespaces with a link between them.
 
-The namespaces have no names: they and the link are gone with the processes in them, however those end.
+Needs root, and imports nothing of ours. The namespaces have no names: they and the link are gone
+with the processes in them, however those end.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def _await_namespace(holder: subprocess.Popen[str]) -> None:
 
 
 def inside(holder: int, command: Sequence[str]) -> list[str]:
-    """Return the command that runs `command` on the host of a process that `two_hosts` yields, in its place."""
+    """Return the command that runs `command`, in its place, on the host of such a process.
+
+    The process is one that `two_hosts` yields.
+    """
     return ["nsenter", f"--net=/proc/{holder}/ns/net", *command]
 
 

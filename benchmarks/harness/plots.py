@@ -1,4 +1,7 @@
-"""Log-log plots of the benchmarks, in one style. matplotlib is imported when there is something to draw."""
+"""Log-log plots of the benchmarks, in one style.
+
+matplotlib is imported when there is something to draw.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ def size(nbytes: float, _: object = None) -> str:
 
 
 def draw(path: str, panels: Sequence[Panel], x_label: str, y_label: str, x_name: Any) -> None:
-    """Draw panels side by side into a PNG file, with common axes; ``x_name`` names a value of x, y is in seconds."""
+    """Draw panels side by side into a PNG file, with common axes.
+
+    ``x_name`` names a value of x; y is in seconds.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

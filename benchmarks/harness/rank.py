@@ -1,4 +1,4 @@
-"""The process of one rank: makes what the world is of, then does what the coordinator asks for until that hangs up.
+"""The process of one rank, which does what the coordinator asks for until that hangs up.
 
     python -m harness.rank SETTINGS RANK              a rank that the coordinator started
     mpiexec -n N python -m harness.rank SETTINGS      a rank of an MPI
@@ -30,7 +30,10 @@ Loop = Callable[[int], object]
 
 PAGE = 4096
 NUMPY_PLACE = 16
-"""Where in a page numpy's arrays of 128 KiB and more begin, as long as glibc maps memory for each of them."""
+"""Where in a page numpy's arrays of 128 KiB and more begin.
+
+So it is as long as glibc maps memory for each of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Settings:
 
     Attributes:
         world: The world's name.
-        library: What its ranks are, as ``module:class``; the class is made of the settings and a rank.
+        library: What its ranks are, as ``module:class``; the class is made of the settings and a
+            rank.
         ranks: The number of ranks.
         folder: A folder for the ranks to meet in.
         address: The path of the coordinator's socket.
@@ -63,7 +67,8 @@ class Settings:
 def array_at(place: int, count: int, *, small_pages: bool = False) -> np.ndarray:
     """Return memory for so many float32 numbers that begins ``place`` bytes into a page.
 
-    With ``small_pages`` the kernel must take pages of 4 KiB, and not the huge ones that numpy asks for.
+    With ``small_pages`` the kernel must take pages of 4 KiB, and not the huge ones that numpy asks
+    for.
     """
     nbytes = 4 * count + 2 * PAGE
     if small_pages:
@@ -118,8 +123,9 @@ class Timed:
     def prepare(self, operation: str, *case: Any) -> Any:
         """Make an operation's loop, and return ``check``.
 
-        Where its arrays begin follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page, ``broadcast@0,16``
-        rank 0's at the beginning of a page and those of the others 16 bytes into one.
+        Where its arrays begin follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page,
+        ``broadcast@0,16`` rank 0's at the beginning of a page and those of the others 16 bytes into
+        one.
         """
         name, _, places = operation.partition("@")
         of_ranks = [int(place) for place in (places or str(NUMPY_PLACE)).split(",")]
@@ -128,7 +134,7 @@ class Timed:
         return self.check
 
     def run(self, operation: str, warm_up: int, calls: int) -> float:
-        """Make ``calls`` calls after ``warm_up`` and a barrier, and return the seconds that they took."""
+        """Make calls after those to warm up and a barrier, and return the seconds they took."""
         loop = self._loops[operation]
         self.barrier()
         loop(warm_up)
@@ -162,7 +168,7 @@ def repeat(*calls: Callable[[], object]) -> Loop:
 
 
 def on_one_thread(settings: Settings, rank: int, backend: str = "gloo") -> Any:
-    """Make torch's process group of all ranks, with one thread each; return ``torch.distributed``."""
+    """Make torch's process group of all ranks, with one thread each; return its module."""
     import torch
 
     torch.set_num_threads(1)
@@ -196,7 +202,7 @@ def serve(settings: Settings, rank: int) -> None:
 
 
 def _mpi_rank() -> int:
-    """Return the rank that mpiexec gave, which is needed for the affinity before MPI is imported."""
+    """Return the rank that mpiexec gave: the affinity needs it before MPI is imported."""
     names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
     return int(next(os.environ[name] for name in names if name in os.environ))
 

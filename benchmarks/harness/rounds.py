@@ -1,4 +1,4 @@
-"""Measures contestants in turns: short rounds, interleaved between the libraries, so that noise meets all alike."""
+"""Measures contestants in turns, in short rounds, so that noise meets all alike."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def measure(
 
     Args:
         worlds: The running worlds.
-        contestants: Who takes part, with labels that differ. Those of one operation must compute the same.
+        contestants: Who takes part, with labels that differ. Those of one operation must compute
+            the same.
         case: What ``Timed.loop`` of each needs to know besides the operation; mostly the size.
         rounds: The number of rounds of each.
         round_ms: How long a round should take, about.

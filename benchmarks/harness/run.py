@@ -38,8 +38,9 @@ HELP = {
 def parse(name: str, subject: Any, words: list[str]) -> argparse.Namespace:
     """Return what the command line of a subject says.
 
-    Its ``OPTIONS`` are defaults by name, beside ``COMMON``. A default says what is accepted: False a flag, a tuple
-    several of its kind, with spaces or commas between them. ``CHOICES`` has the only words that an option accepts.
+    Its ``OPTIONS`` are defaults by name, beside ``COMMON``. A default says what is accepted: False
+    a flag, a tuple several of its kind, with spaces or commas between them. ``CHOICES`` has the
+    only words that an option accepts.
     """
     parser = argparse.ArgumentParser(
         f"python benchmarks {name}",
@@ -124,7 +125,8 @@ class Run:
     ) -> dict[str, Samples]:
         """Measure contestants in turns; see ``rounds.measure``.
 
-        ``table`` is what the file of ``--json`` calls it, and ``times`` how many times as long as usual a round is.
+        ``table`` is what the file of ``--json`` calls it, and ``times`` how many times as long as
+        usual a round is.
         """
         _say(f"{table} {' '.join(map(str, case))}")
         rounds, round_ms = rounds or self.options.rounds, self.options.round_ms * times
@@ -143,7 +145,10 @@ class Run:
     def print(
         self, title: str, head: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1
     ) -> None:
-        """Print a table in Markdown, whose first columns are text; numbers are microseconds unless they are words."""
+        """Print a table in Markdown, whose first columns are text.
+
+        Numbers are microseconds unless they are words.
+        """
         if not self._found["tables"]:
             self._print_head()
         rule = "| --- " * left + "| ---: " * (len(head) - left) + "|"

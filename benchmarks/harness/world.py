@@ -1,7 +1,7 @@
 """Starts the worlds of one number of ranks, and lets each do something while the others sleep.
 
-Ranks talk to the coordinator over a Unix socket in a temporary folder. They end when it is closed, so that nothing
-is left however the coordinator ends; what does not end is killed.
+Ranks talk to the coordinator over a Unix socket in a temporary folder. They end when it is closed,
+so that nothing is left however the coordinator ends; what does not end is killed.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ class Kind:
         python: The interpreter of its ranks.
         needs: Modules that must be installed in the coordinator's own environment.
         environment: Variables of its ranks.
-        folder: Where its ranks start, and so which checkout's package they import; None where the coordinator did.
-        launcher: What starts its ranks: an MPI, by its name, or ``ray``; by default the coordinator does.
+        folder: Where its ranks start, and so which checkout's package they import; None where the
+            coordinator did.
+        launcher: What starts its ranks: an MPI, by its name, or ``ray``; by default the coordinator
+            does.
         options: What the class of its ranks is told.
         prefixes: Words before the command of each rank, in turn.
     """
@@ -101,7 +103,10 @@ class Kind:
 
 
 class World:
-    """The running ranks of one library; ``versions`` and ``pid`` are what rank 0 runs on, and its process."""
+    """The running ranks of one library.
+
+    ``versions`` and ``pid`` are what rank 0 runs on, and its process.
+    """
 
     def __init__(self, kind: Kind, settings: Settings) -> None:
         self.name = kind.name
@@ -118,7 +123,8 @@ class World:
         self._processes: list[subprocess.Popen[bytes]] = []
         with self._log.open("wb") as log:
             for command in kind.commands(settings):
-                # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends them in order.
+                # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends
+                # them in order.
                 place = {"env": environment, "cwd": kind.folder, "start_new_session": True}
                 ends = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
                 self._processes.append(subprocess.Popen(command, **place, **ends))

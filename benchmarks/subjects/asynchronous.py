@@ -1,7 +1,7 @@
-"""Asynchronous calls beside synchronous ones, and strided arrays beside contiguous ones, in shared memory.
+"""Asynchronous calls beside synchronous ones, strided arrays beside contiguous ones.
 
-Asynchronous calls are issued up to 1,000 at a time and awaited at the end, or each awaited before the next. Strided
-arrays have 1024 x 1024 elements of float32.
+Both are in shared memory. Asynchronous calls are issued up to 1,000 at a time and awaited at the
+end, or each awaited before the next. Strided arrays have 1024 x 1024 elements of float32.
 """
 
 from __future__ import annotations

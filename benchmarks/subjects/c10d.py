@@ -1,7 +1,7 @@
-"""Calls of torch.distributed on our backend and on torch's Gloo, both groups in the same processes, in turns.
+"""Calls of torch.distributed on our backend and on torch's Gloo, in turns.
 
-2 processes with one torch thread each, float32; "there and back" is two sends. Tensors begin where torch puts them: 64
-bytes into a page if they are large.
+Both groups are in the same 2 processes, with one torch thread each. Tensors are float32, and begin
+where torch puts them: 64 bytes into a page if they are large. "there and back" is two sends.
 """
 
 from __future__ import annotations

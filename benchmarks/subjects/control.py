@@ -1,7 +1,7 @@
-"""One agreement of all ranks on the control plane over loopback TCP, beside a bare ping of as many bytes.
+"""One agreement of all ranks on the control plane, beside a bare ping of as many bytes.
 
-A round's figure is the mean of its exchanges, as rank 0 and the others see it; the table has the 10th and the 90th
-percentile of the rounds as well.
+A round's figure is the mean of its exchanges, as rank 0 and the others see it; the table has the
+10th and the 90th percentile of the rounds as well.
 """
 
 from __future__ import annotations

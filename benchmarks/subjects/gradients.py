@@ -1,12 +1,13 @@
-"""What keeping gradients in step costs a training loop: colltensor.torch, DDP on Gloo, and no synchronisation.
+"""What keeping gradients in step costs a training loop: ours, DDP on Gloo, and nothing.
 
     python benchmarks gradients
     python benchmarks gradients --widths 512 --variants alone ddp ours ours-worker
 
-An MLP 64-w-w-10, batch 64, SGD, in 2 processes of one machine, one torch thread each. "ddp" is DDP on Gloo,
-"ddp-colltensor" DDP on our backend of torch.distributed; with "kept" the loop zeroes its gradients in place, where the
-others set them to None. The table has the time of a step and, of what it takes longer than without synchronisation,
-ours as a part of DDP's; the exit status is 1 where a target is missed. Gradients begin at a multiple of 64 bytes.
+An MLP 64-w-w-10, batch 64, SGD, in 2 processes of one machine, one torch thread each. "ddp" is DDP
+on Gloo, "ddp-colltensor" DDP on our backend of torch.distributed; with "kept" the loop zeroes its
+gradients in place, where the others set them to None. The table has the time of a step and, of what
+it takes longer than without synchronisation, ours as a part of DDP's; the exit status is 1 where a
+target is missed. Gradients begin at a multiple of 64 bytes.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
     python benchmarks hosts --mib 64 --ranks 2 --rate 1gbit
 
-Two hosts are two network namespaces of this machine with a link between them (which needs root, and `ip`, `unshare`
-and `nsenter`). Each has so many ranks, in the order of the hosts (A A B B) or interleaved (A B A B). The bytes are the
-link's own count in both directions, headers and the control plane's included, of one float32 allreduce in place, over
-the buffer's; the time is the median of the calls on rank 0, with the ranks of both hosts on the same cores. `--rate` is
-what the link carries each way, as tc spells it; without it what it can.
+Two hosts are two network namespaces of this machine with a link between them (which needs root, and
+`ip`, `unshare` and `nsenter`). Each has so many ranks, in the order of the hosts (A A B B) or
+interleaved (A B A B). The bytes are the link's own count in both directions, headers and the
+control plane's included, of one float32 allreduce in place, over the buffer's; the time is the
+median of the calls on rank 0, with the ranks of both hosts on the same cores. `--rate` is what the
+link carries each way, as tc spells it; without it what it can.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ HEAD += ["back, x buffer", "ms"]
 
 class Ranks(InGroup):
     def count(self, nbytes: int, calls: int, place: int) -> tuple[str, float, float, float]:
-        """Sum arrays, compare the result, and return the backend, the bytes sent and received, and the seconds."""
+        """Sum arrays, and compare the result.
+
+        Returns the backend, the bytes sent and received, and the seconds.
+        """
         self.place, figures = place, []
         data, numbers = self.array(nbytes // 4), np.arange(nbytes // 4, dtype=np.float32) % 1000
         for _ in range(1 + calls):
@@ -47,7 +51,7 @@ class Ranks(InGroup):
 
 
 def counted() -> tuple[int, int]:
-    """Return the bytes sent and received by this host's end of the link, as /proc/net/dev has them."""
+    """Return the bytes that this host's end of the link has sent and received."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, columns = line.partition(":")
         if name.strip() == LINK:

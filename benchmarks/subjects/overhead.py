@@ -1,7 +1,7 @@
 """What view, checks and API add to a call: one rank on loopback, where the transport costs nothing.
 
-1 KiB of float32; the lowest and the median of the rounds, less the cost of the loop. JAX arrays are donated, and their
-shape was seen before (compiling takes tens of milliseconds a shape).
+1 KiB of float32; the lowest and the median of the rounds, less the cost of the loop. JAX arrays are
+donated, and their shape was seen before (compiling takes tens of milliseconds a shape).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CALLS += ("jax, donated", "jax, copied")
 
 class Ranks(InGroup):
     def loop(self, operation: str) -> Loop:
-        """Return the loop of a framework's array and a way to call; "empty" is a loop that calls nothing."""
+        """Return the loop of a framework's array and a way to call; "empty" calls nothing."""
         import colltensor as col
 
         framework, _, way = operation.partition(", ")

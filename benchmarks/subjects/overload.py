@@ -1,10 +1,11 @@
-"""Calls of two ranks beside busy loops, in shared memory and over Gloo in turns; and that timeouts hold.
+"""Calls of two ranks beside busy loops, in shared memory and over Gloo; and their timeouts.
 
     python benchmarks overload --loops 0 4 --baseline LIBRARY
 
-More runnable threads than processors is what data loaders make of a training machine. The table has the median and the
-90th percentile of single allreduces of float32 arrays, each rank's worse one; and how long after its start a call whose
-peer never comes raises with ``timeout_s=2``. With ``--one-core`` ranks and loops share one core.
+More runnable threads than processors is what data loaders make of a training machine. The table has
+the median and the 90th percentile of single allreduces of float32 arrays, each rank's worse one;
+and how long after its start a call whose peer never comes raises with ``timeout_s=2``. With
+``--one-core`` ranks and loops share one core.
 """
 
 from __future__ import annotations

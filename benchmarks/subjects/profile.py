@@ -1,13 +1,14 @@
-"""Where the nanoseconds of one `group.allreduce(x)` of 1 KiB go, 2 ranks in shared memory, from Python down.
+"""Where the nanoseconds of a `group.allreduce(x)` of 1 KiB go, in shared memory.
 
-Two tables. The first times parts of the call on their own: those that need no second rank by one rank alone, then the
-whole call by 2 ranks, in nanoseconds. What is timed alone includes the loop and the call of a lambda function, which
-are the first line.
+Two tables. The first times parts of the call on their own: those that need no second rank by one
+rank alone, then the whole call by 2 ranks, in nanoseconds. What is timed alone includes the loop
+and the call of a lambda function, which are the first line.
 
-The second is a profile of rank 0 by symbol, sampled by `perf` (package linux-perf or linux-tools) while the 2 ranks
-do nothing but call: the share of the samples times the time of a call. Waiting for the other rank counts where it
-spins. `--perf-data FILE` keeps the samples with their call graphs, for `perf report -i FILE`. Without perf, or where it
-may not sample (see /proc/sys/kernel/perf_event_paranoid), the output says so.
+The second is a profile of rank 0 by symbol, sampled by `perf` (package linux-perf or linux-tools)
+while the 2 ranks do nothing but call: the share of the samples times the time of a call. Waiting
+for the other rank counts where it spins. `--perf-data FILE` keeps the samples with their call
+graphs, for `perf report -i FILE`. Without perf, or where it may not sample (see
+/proc/sys/kernel/perf_event_paranoid), the output says so.
 """
 
 from __future__ import annotations

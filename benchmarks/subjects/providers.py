@@ -4,9 +4,10 @@
     python benchmarks providers --namespaces     2 x 2 ranks on two hosts, backend "hierarchical"
     python benchmarks providers --other-python /path/to/python3.10
 
-pygloo exists for Python 3.10 and below only, where recent versions of torch do not: `--other-python` names the Python
-of an environment of its own, with colltensor and pygloo, whose providers take turns with these. Each provider is
-compared with the native one of its own Python. Hosts are network namespaces with a link between them, which needs root.
+pygloo exists for Python 3.10 and below only, where recent versions of torch do not:
+`--other-python` names the Python of an environment of its own, with colltensor and pygloo, whose
+providers take turns with these. Each provider is compared with the native one of its own Python.
+Hosts are network namespaces with a link between them, which needs root.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Groups of many Ray actors on one machine: what it takes to make one, and a first and later allreduces of 1 KiB.
+"""Groups of many Ray actors on one machine: what it takes to make one, and to allreduce.
 
     python benchmarks scale --plot docs/ray-scale.png
     python benchmarks scale --backends gloo --ranks 2,4,8,16
 
-For each world size actors are started, a few at a time and each with a share of a CPU, until each has answered; that is
-their own start. Then their first group is declared from the driver (`create_collective_group`), timed by the driver;
-after it groups are declared, and made by the actors (`init_collective_group` in all of them at once), in turns, and
-destroyed. A time of the imperative way is that of the last actor, as it measured it. Rank 0 starts a Ray actor there,
-through which the ranks find each other, and Ray takes half a second for it. Then every actor times one allreduce of
-float32 at once, of which the slowest counts, and later 20, of which the slowest rank's median counts. Medians over the
-rounds.
+For each world size actors are started, a few at a time and each with a share of a CPU, until each
+has answered; that is their own start. Then their first group is declared from the driver
+(`create_collective_group`), timed by the driver; after it groups are declared, and made by the
+actors (`init_collective_group` in all of them at once), in turns, and destroyed. A time of the
+imperative way is that of the last actor, as it measured it. Rank 0 starts a Ray actor there,
+through which the ranks find each other, and Ray takes half a second for it. Then every actor times
+one allreduce of float32 at once, of which the slowest counts, and later 20, of which the slowest
+rank's median counts. Medians over the rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ COLUMNS = {
     "first_call": ("first allreduce of 1 KiB", "ms", 1e-3, 2, 1),
     "call": ("allreduce of 1 KiB", "us", 1e-6, 2, 0),
 }
-"""What is measured: its name, its unit and what that is in seconds, and the colour and style of its line."""
+"""What is measured: its name, its unit, its seconds, and the colour and style of its line."""
 
 
 def col() -> Any:

@@ -1,14 +1,15 @@
-"""What strangers who connect and say nothing, or little, do to a meeting and to a group: time, memory, descriptors.
+"""What strangers who connect and say little or nothing do to a meeting and to a group.
 
     python benchmarks strangers
     python benchmarks strangers --strangers 1000 --seconds 10 --rounds 7
     python benchmarks strangers --bytes 1
 
-A process of its own keeps so many connections to the meeting's port open and makes a new one for each that is closed.
-Linux keeps those who say nothing from the listener for the first seconds; with --bytes 1 they all get there.
-Three ranks meet at ``tcp://`` with a secret, with and without it in turns: rank 0 first, and the others, which are
-timed, half a second later. Then these are at every control port of a group over Gloo, whose ranks call collectives,
-send and split meanwhile. The exit status is 1 where a rank saw an error.
+A process of its own keeps so many connections to the meeting's port open and makes a new one for
+each that is closed. Linux keeps those who say nothing from the listener for the first seconds; with
+--bytes 1 they all get there. Three ranks meet at ``tcp://`` with a secret, with and without it in
+turns: rank 0 first, and the others, which are timed, half a second later. Then these are at every
+control port of a group over Gloo, whose ranks call collectives, send and split meanwhile. The exit
+status is 1 where a rank saw an error.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ class Ranks(Timed):
         }
 
     def step(self, seconds: float) -> tuple[int, dict[str, float]]:
-        """Call collectives, transfers and splits for so long; return how many rounds were right, and the counts."""
+        """Call collectives, transfers and splits for so long.
+
+        Returns how many rounds were right, and the counts.
+        """
         group, rounds, until = self.group, 0, time.monotonic() + seconds
         right, left = (self.rank + 1) % RANKS, (self.rank - 1) % RANKS
         while group.broadcast_object(time.monotonic() < until, 0):
@@ -84,7 +88,10 @@ class Ranks(Timed):
 
 
 def hold(addresses: Addresses, strangers: int, words: bytes, pipe: Connection) -> None:
-    """Hold so many connections to each address, on which that is said, until told to end; answer with how many."""
+    """Hold so many connections to each address, until told to end; answer with how many.
+
+    ``words`` are said on each.
+    """
     selector, made = selectors.DefaultSelector(), 0
     waiting = [address for address in addresses for _ in range(strangers)]
     selector.register(pipe, selectors.EVENT_READ, None)
@@ -113,7 +120,10 @@ def hold(addresses: Addresses, strangers: int, words: bytes, pipe: Connection) -
 
 @contextlib.contextmanager
 def flood(addresses: Addresses, strangers: int, words: bytes) -> Iterator[list[int]]:
-    """Have strangers at some addresses for the length of a block, and then how many connections there were."""
+    """Have strangers at some addresses for the length of a block.
+
+    What it yields has their number of connections afterwards.
+    """
     made, (ours, theirs) = [], multiprocessing.Pipe()
     context, told = multiprocessing.get_context("spawn"), (addresses, strangers, words, theirs)
     process = context.Process(target=hold, args=told, daemon=True)
@@ -126,7 +136,10 @@ def flood(addresses: Addresses, strangers: int, words: bytes) -> Iterator[list[i
 
 
 def allow_descriptors(wanted: int) -> None:
-    """Raise this process's limit of open files, which those that it starts inherit, as far as it may go."""
+    """Raise the limit of open files as far as it may go.
+
+    The processes that this one starts inherit it.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if 0 <= most < wanted:

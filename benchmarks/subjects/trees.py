@@ -1,13 +1,14 @@
-"""Trees of tensors as one call, beside a call a leaf, one array of as many bytes, and another build.
+"""Trees of tensors as one call, beside a call a leaf, one array, and another build.
 
     python benchmarks trees --frameworks numpy,torch,jax
     python benchmarks trees --backend gloo
     python benchmarks trees --baseline OTHER/CHECKOUT:OTHER/libcolltensor.so
 
-Two ranks on one host: ``tree`` is ``group.allreduce(tree)``, ``loop`` an allreduce for each leaf, ``one`` an allreduce
-of one array of as many bytes, ``sync`` a ``Synchronizer`` and ``sync_gradients`` the function. Leaves begin where their
-frameworks put them: numpy's large ones 16 bytes into a page. ``mixed`` is 1,000 leaves of 1 B to 1 MiB, of five dtypes,
-every eighth one strided.
+Two ranks on one host: ``tree`` is ``group.allreduce(tree)``, ``loop`` an allreduce for each leaf,
+``one`` an allreduce of one array of as many bytes, ``sync`` a ``Synchronizer`` and
+``sync_gradients`` the function. Leaves begin where their frameworks put them: numpy's large ones 16
+bytes into a page. ``mixed`` is 1,000 leaves of 1 B to 1 MiB, of five dtypes, every eighth one
+strided.
 """
 
 from __future__ import annotations

@@ -94,7 +94,10 @@ def get_backend(name: object) -> BackendSpec:
 
 
 def reason(name: object) -> str | None:
-    """Return None if the backend called ``name``, or one that "auto" chooses, can be used here, else what to do."""
+    """Return None if the backend called ``name`` can be used here, else what to do.
+
+    For "auto", if one that it chooses can.
+    """
     if name == "auto":
         missing = [reason(choice) for choice in ("shm", "gloo")]
         return "; ".join(map(str, missing)) if None not in missing else None

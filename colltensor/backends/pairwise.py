@@ -1,7 +1,7 @@
 """Every collective through sends and receives alone, for backends that bring nothing faster.
 
-Roots deal with one rank after another. Elements are combined in rank order and in one place, so that all ranks get
-the same bits.
+Roots deal with one rank after another. Elements are combined in rank order and in one place, so
+that all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ class PairwiseCollectives:
     ) -> None:
         """Make transfers to and from ranks, which may be this one, one after another.
 
-        They are ordered by the distance between the ranks, then by the sender. Every rank keeps that order, so the
-        first transfer that is left has both of its ranks ready: nobody waits in a circle.
+        They are ordered by the distance between the ranks, then by the sender. Every rank keeps
+        that order, so the first transfer that is left has both of its ranks ready: nobody waits in
+        a circle.
         """
         rank, size = self.control.rank, self.control.world_size
         transfers = [(rank, peer, view) for peer, view in outgoing]
