@@ -46,19 +46,13 @@ Arrays = dict[str, Any]
 Call = Callable[[], object]
 
 ARRAYS = {
-    "allreduce": ("block",),
-    "reduce": ("block",),
-    "broadcast": ("block",),
-    "allgather": ("block", "blocks"),
-    "reducescatter": ("block", "blocks"),
-    "gather": ("block", "blocks"),
-    "scatter": ("block", "blocks"),
+    **dict.fromkeys(("allreduce", "reduce", "broadcast"), ("block",)),
+    **dict.fromkeys(("allgather", "reducescatter", "gather", "scatter"), ("block", "blocks")),
     "alltoall": ("blocks", "other_blocks"),
     "send/recv": ("block",),
     "sendrecv": ("block", "other_block"),
     "barrier": (),
-    "copyto": ("block", "other_block"),
-    "memmove": ("block", "other_block"),
+    **dict.fromkeys(("copyto", "memmove"), ("block", "other_block")),
 }
 """The memory of each operation: a block is S bytes, blocks are S times ranks."""
 

@@ -10,13 +10,11 @@ A peer whose environment is not given or not installed is left out, and the outp
 round.
 
 How it measures. Each library has a *world*: so many processes of its own, since MPI's come from its
-launcher. All worlds are started first and take turns in short rounds; a rank whose world is not on
-turn sleeps in a read from the coordinator's socket and takes no time from the others. For every
-size each contestant has the same number of rounds, interleaved in changing order. A round is a
-barrier, half as many calls to warm up, a barrier, then so many calls as take a few milliseconds
-(more where there are more ranks than cores), the same number on all ranks; its time is that of the
-slowest rank divided by the calls. No library's processes are bound to cores, or with `--pin` rank r
-of each to core r. Each has one thread for computing; Gloo's sockets are on the loopback interface.
+launcher. The worlds take turns in short rounds, and a rank whose world is not on turn sleeps. A
+round is a barrier, half as many calls to warm up, a barrier, then so many calls as take a few
+milliseconds (more where there are more ranks than cores), the same number on all ranks; its time is
+that of the slowest rank divided by the calls. No library's processes are bound to cores, or with
+`--pin` rank r of each to core r. Each has one thread for computing.
 
 What it measures: float32 SUM on zeros, which stays finite (before that the arrays hold numbers, and
 all contestants must compute the same). In every library all arrays begin 16 bytes into a page, as

@@ -12,6 +12,7 @@ target is missed. Gradients begin at a multiple of 64 bytes.
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 from harness.rank import InGroup, Loop, Settings, on_one_thread, repeat
@@ -28,6 +29,7 @@ class Ranks(InGroup):
     def __init__(self, settings: Settings, rank: int) -> None:
         super().__init__(settings, rank)
         self.dist = on_one_thread(settings, rank)
+        self.versions["torch"] = metadata.version("torch")
 
     def loop(self, operation: str, width: int) -> Loop:
         import torch

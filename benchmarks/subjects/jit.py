@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 from harness.rank import InGroup, Loop, Settings, Timed, repeat
@@ -34,6 +35,10 @@ class Compiled(Timed):
 
     allreduce: Callable[[Any], Any]
 
+    def __init__(self, settings: Settings, rank: int) -> None:
+        super().__init__(settings, rank)
+        self.versions[f"JAX ({settings.world})"] = metadata.version("jax")
+
     def compile(self, function: Callable[[Any], Any], ordered: bool) -> Any:
         import jax
 
@@ -43,7 +48,6 @@ class Compiled(Timed):
         import jax
 
         allreduce, (name, _, ordered) = self.allreduce, operation.partition(", ")
-        self.versions[f"JAX ({self.settings.world})"] = jax.__version__
         functions = {
             "without": lambda x: x / 2,
             "lone": lambda x: allreduce(x / 2),

@@ -62,12 +62,8 @@ class Ranks(Timed):
         """Return what this process has: memory in MB, threads, descriptors."""
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         resident = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
-        opened = len(os.listdir("/proc/self/fd"))
-        return {
-            "memory": resident / 1024,
-            "threads": threading.active_count(),
-            "descriptors": opened,
-        }
+        counts = (resident / 1024, threading.active_count(), len(os.listdir("/proc/self/fd")))
+        return dict(zip(("memory", "threads", "descriptors"), counts, strict=True))
 
     def step(self, seconds: float) -> tuple[int, dict[str, float]]:
         """Call collectives, transfers and splits for so long.
@@ -129,10 +125,12 @@ def flood(addresses: Addresses, strangers: int, words: bytes) -> Iterator[list[i
     process = context.Process(target=hold, args=told, daemon=True)
     process.start()
     ours.recv()
-    yield made
-    ours.send(None)
-    made.append(ours.recv())
-    process.join()
+    try:
+        yield made
+    finally:
+        ours.send(None)
+        made.append(ours.recv())
+        process.join()
 
 
 def allow_descriptors(wanted: int) -> None:
