@@ -6,9 +6,10 @@
     nox -t torch                    every session of one framework
     nox -s "tests(torch-3.11)" -- -k allreduce -x    arguments for pytest
 
-All of it takes about 28 minutes on two cores, so what no framework and no Python changes is tested once: `SUITES` is
-the table. Each session has a virtual environment of its own, kept in .nox and used again, into which the package is
-installed from a wheel, as a user would: the tests run against that, never against the checkout (tools/sessions.py).
+All of it takes about 28 minutes on two cores, so what no framework and no Python changes is tested
+once: `SUITES` is the table. Each session has a virtual environment of its own, kept in .nox and
+used again, into which the package is installed from a wheel, as a user would: the tests run against
+that, never against the checkout (tools/sessions.py).
 """
 
 from __future__ import annotations
@@ -59,18 +60,22 @@ class Suite(NamedTuple):
         python: The Python.
         frameworks: What is installed and tested.
         tests: The folders, files and tests that run one after another.
-        waiting: Those that run side by side, as many at a time as ``at_once``: they mostly wait for each other's
-            processes, or for timeouts. Frameworks that take long to import are not for it: every worker has ranks of
-            its own.
+        waiting: Those that run side by side, as many at a time as ``at_once``: they mostly wait for
+            each other's processes, or for timeouts. Frameworks that take long to import are not for
+            it: every worker has ranks of its own.
         at_once: See there.
-        provider: The provider of Gloo: torch's, pygloo's (which has no later Python than 3.10), or the wheel's own.
+        provider: The provider of Gloo: torch's, pygloo's (which has no later Python than 3.10), or
+            the wheel's own.
         gloo: World sizes of the conformance suite over Gloo.
         shm: Those in shared memory.
-        full: Whether it has all random sequences of calls, and every sum compared bit by bit; else a quarter of both.
-        without: A file that is left out, because numpy's and torch's suites have run it over both Gloos.
+        full: Whether it has all random sequences of calls, and every sum compared bit by bit; else
+            a quarter of both.
+        without: A file that is left out, because numpy's and torch's suites have run it over both
+            Gloos.
         only_of: A framework: what that changes is run, and nothing else.
         marked: Which tests are run, by their marks.
-        lowest: What has the lowest version that pyproject.toml allows; all else has the newest there is.
+        lowest: What has the lowest version that pyproject.toml allows; all else has the newest
+            there is.
         default: Whether `nox` runs it unasked.
     """
 
@@ -98,7 +103,8 @@ class Suite(NamedTuple):
 
 LOWEST = ("apache-tvm-ffi", "ml_dtypes", "numpy", "optree")
 SUITES = (
-    # In shared memory 3 ranks of a framework are in its own suites, and 2 and 4 of all of them in `mixed`.
+    # In shared memory 3 ranks of a framework are in its own suites, and 2 and 4 of all of them in
+    # `mixed`.
     Suite("numpy", "3.10", ("numpy",), waiting=ALL, provider="pygloo"),
     Suite("numpy-lowest", "3.10", ("numpy",), waiting=ALL, provider="pygloo", lowest=LOWEST, default=False),
     Suite("jax", "3.10", ("jax",), OF_JAX, provider="pygloo", without=HOSTS),
@@ -124,7 +130,8 @@ nox.options.error_on_missing_interpreters = "CI" in os.environ and not all(
     shutil.which(f"python{python}") for python in PYTHONS
 )
 nox.options.sessions = [
-    "lint", "types", "native", "arm64", "wheel", *(f"tests({suite.id})" for suite in SUITES if suite.default), "demo",
+    "lint", "types", "docs", "native", "arm64", "wheel",
+    *(f"tests({suite.id})" for suite in SUITES if suite.default), "demo",
 ]
 
 
@@ -147,12 +154,25 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
+@nox.session(python=MAIN_PYTHON)
+@sessions.timed
+def docs(session: nox.Session) -> None:
+    """Build the pages and the API reference as a site, build/site.
+
+    A dead link or a page left out fails.
+    """
+    session.install("--quiet", *sessions.group("docs"))
+    # Not --quiet, with which warnings are not counted.
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 @nox.session
 @sessions.timed
 def native(session: nox.Session) -> None:
-    """Run the native libraries' own tests: plain, under AddressSanitizer and UBSan, and under ThreadSanitizer.
+    """Run the native libraries' own tests: plain, and under the sanitizers.
 
-    Arguments after ``--``: seconds for each, and the first seed.
+    These are AddressSanitizer with UBSan, and ThreadSanitizer. Arguments after ``--``: seconds for
+    each, and the first seed.
     """
     session.install("--quiet", *NATIVE_TOOLS)
     definitions, environment = sessions.gloo_of_build(session)
@@ -172,7 +192,10 @@ def native(session: nox.Session) -> None:
 @nox.session
 @sessions.timed
 def arm64(session: nox.Session) -> None:
-    """Run the native library's own tests on arm64, cross-compiled, in qemu's user mode; skipped without these tools."""
+    """Run the native library's own tests on arm64, cross-compiled, in qemu's user mode.
+
+    Skipped without these tools.
+    """
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
     missing = [tool for tool in (compiler, emulator) if shutil.which(tool) is None]
     if missing:
@@ -187,10 +210,11 @@ def arm64(session: nox.Session) -> None:
 @nox.session(python=PYTHONS, reuse_venv=False)
 @sessions.timed
 def wheel(session: nox.Session) -> None:
-    """Install the wheel into a new environment without torch, and on the oldest and newest Python run the Gloo in it.
+    """Install the wheel into a new environment without torch, and run the Gloo in it.
 
-    That is the conformance suite between two network namespaces, or on this host where they are not permitted. Skipped
-    where there is no Gloo to build against. One wheel serves every Python.
+    The oldest and the newest Python run it. That is the conformance suite between two network
+    namespaces, or on this host where they are not permitted. Skipped where there is no Gloo to
+    build against. One wheel serves every Python.
     """
     built, has_gloo = sessions.wheel(session)
     if not has_gloo:
@@ -273,7 +297,10 @@ STRANGERS = (
 @nox.session(python=MAIN_PYTHON)
 @sessions.timed
 def security(session: nox.Session) -> None:
-    """Run the tests of strangers, other users and secrets, which the other sessions have too, and measure floods."""
+    """Run the tests of strangers, other users and secrets, and measure floods.
+
+    The other sessions have these tests too.
+    """
     sessions.install(session, [], "test")
     has_gloo = sessions.wheel(session)[1]
     sessions.pytest(session, STRANGERS, frameworks="numpy", providers="native" if has_gloo else "")
@@ -284,14 +311,16 @@ def security(session: nox.Session) -> None:
 @nox.session(python=MAIN_PYTHON)
 @sessions.timed
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device and, unless pytest is given arguments, NCCL's benchmark; see docs/gpu.md.
+    """Run the tests that need a CUDA device, and NCCL's benchmark; see docs/gpu.md.
 
-    Needs a torch for CUDA, which is what the default index has; Ray is not needed.
+    With arguments for pytest the benchmark is left out. Needs a torch for CUDA, which is what the
+    default index has; Ray is not needed.
     """
     # Nothing of it shared: torch loads the NCCL that lies beside it.
     session.install("--quiet", *sessions.SHARED["torch"])
     sessions.install(session, ["torch", "jax", "cupy"], "test", "gpu", shared=[])
-    # Newer than what torch asks for, without which several ranks cannot share a device; torch runs with it as well.
+    # Newer than what torch asks for, without which several ranks cannot share a device; torch runs
+    # with it as well.
     session.install("--quiet", "--no-deps", "--upgrade", *sessions.group("gpu-nccl"))
     frameworks = "numpy,torch,jax,cupy"
     sessions.pytest(session, ["tests/gpu"], "-m", "gpu", frameworks=frameworks, providers="torch")

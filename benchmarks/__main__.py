@@ -1,4 +1,4 @@
-"""Measures colltensor, beside other libraries and builds where that is possible: one subject a command.
+"""Measures colltensor, beside other libraries and builds where possible: a subject a command.
 
     python benchmarks                          the subjects
     python benchmarks collectives --help       what one of them measures, and its options
@@ -8,7 +8,6 @@ Contestants take turns in one run. Compare the ratios of one run, and not the ti
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import os
@@ -16,22 +15,19 @@ import signal
 import sys
 from pathlib import Path
 
-from harness.run import Run
+from harness.run import Run, parse
 from harness.world import WorldError
 
-SUBJECTS = {
-    path.stem.replace("_", "-"): path
-    for path in sorted(Path(__file__).parent.glob("subjects/*.py"))
-}
+FILES = sorted(Path(__file__).parent.glob("subjects/*.py"))
+SUBJECTS = {path.stem.replace("_", "-"): path for path in FILES}
 
 
 def listing() -> str:
     """Return the subjects, each with the first line of what it says about itself."""
-    lines = {
-        name: (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
-        for name, path in SUBJECTS.items()
-    }
-    return "\n".join(f"  {name:14} {line}" for name, line in lines.items())
+    said = {name: ast.get_docstring(ast.parse(file.read_text())) for name, file in SUBJECTS.items()}
+    return "\n".join(
+        f"  {name:14} {(text or '').partition(chr(10))[0]}" for name, text in said.items()
+    )
 
 
 def main(words: list[str]) -> int:
@@ -40,22 +36,14 @@ def main(words: list[str]) -> int:
         print(f"{__doc__}\nSubjects:\n{listing()}")
         return 0 if words in ([], ["-h"], ["--help"]) else 2
     sys.path.insert(1, str(Path.cwd()))  # as the ranks have it, which are started by -m
-    # for Ray
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [*sys.path[:2], os.environ.get("PYTHONPATH")])
-    )
+    path = [*sys.path[:2], *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)  # for Ray
     subject = importlib.import_module(f"subjects.{SUBJECTS[words[0]].stem}")
-    parser = argparse.ArgumentParser(
-        f"python benchmarks {words[0]}",
-        description=subject.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    subject.add_arguments(parser)
-    run = Run(parser.parse_args(words[1:]))
+    run = Run(parse(words[0], subject, words[1:]))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        status: int | None = subject.measure(run, run.options)
+        status: int | None = subject.measure(run)
     except WorldError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

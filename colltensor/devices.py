@@ -1,4 +1,4 @@
-"""Devices: the backend for a group's tensors that are on no CPU, and waiting for what is queued there."""
+"""Devices: the backend for tensors that are on no CPU, and waiting for what is queued there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from colltensor.work import Work
 
 
 class Devices:
-    """One group's way to its devices: its own backend, or with ``"auto"`` NCCL beside it, made on first use."""
+    """One group's way to its devices.
+
+    That is its own backend or, with ``"auto"``, NCCL beside it, made on first use.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,9 @@ class Devices:
             self._attach(backend)
 
     def backend_for(self, view: BufferView) -> Backend:
-        """Return the backend for a tensor that the group's own one cannot reach: with ``"auto"``, NCCL for CUDA.
+        """Return the backend for a tensor that the group's own one cannot reach.
+
+        With ``"auto"`` that is NCCL for CUDA.
 
         Raises:
             DeviceError: There is none.
@@ -78,9 +83,10 @@ class Devices:
         return self._engine.device
 
     def synchronize(self, gpu_id: int | None = None) -> None:
-        """Return, on the host, when all that this rank has queued on a GPU, or any, is done; raises if it failed.
+        """Return, on the host, when all that this rank has queued on a GPU, or any, is done.
 
-        Calls that reach the device another way (JAX's computations) are waited for first.
+        Raises if it failed. Calls that reach the device another way (JAX's computations) are waited
+        for first.
 
         Raises:
             CollectiveTimeoutError: It is not done after ``timeout_s``; it goes on.
@@ -106,10 +112,10 @@ class Devices:
             ) from None
 
     def close(self) -> None:
-        """Free what the backend holds, when what is queued is done or some seconds have passed; idempotent.
+        """Free what the backend holds, when its work is done or some seconds have passed.
 
-        Called also where the process ends, because a communicator that is left to the interpreter's end may wait there
-        for ranks that do not come.
+        Idempotent. Called also where the process ends, because a communicator that is left to the
+        interpreter's end may wait there for ranks that do not come.
         """
         exit_hooks.unregister(self)
         if self._engine.device is not None:

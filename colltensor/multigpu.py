@@ -1,7 +1,8 @@
-"""MultiGpu: the collectives of processes that work on several CUDA devices each, in ``ray.util.collective``'s forms.
+"""MultiGpu: the collectives of processes that work on several CUDA devices each.
 
-Every process brings as many devices as the others; a device of a process is what a rank is elsewhere: device ``i`` of
-rank ``r`` comes at ``r * devices + i``.
+Their forms are those of ``ray.util.collective``. Every process brings as many devices as the
+others; a device of a process is what a rank is elsewhere: device ``i`` of rank ``r`` comes at ``r *
+devices + i``.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from colltensor.types import ReduceOp
 
 
 class MultiGpu:
-    """The collectives of one group on lists of tensors, one a device, all contiguous and of one count and dtype.
+    """The collectives of one group on lists of tensors, one a device.
 
-    Every rank calls, with as many devices and in the same order. Calls are queued on the devices as those of ``Group``.
-    They raise, beside what ``Group``'s methods do, ``DeviceError`` for two tensors on one device, and
-    ``MismatchError`` where ranks bring different numbers of devices.
+    All are contiguous, and of one count and dtype. Every rank calls, with as many devices and in
+    the same order. Calls are queued on the devices as those of ``Group``. They raise, beside what
+    ``Group``'s methods do, ``DeviceError`` for two tensors on one device, and ``MismatchError``
+    where ranks bring different numbers of devices.
 
     Attributes:
         name: The group's name.
@@ -56,7 +58,10 @@ class MultiGpu:
         dst_tensor: int = 0,
         op: ReduceOp = ReduceOp.SUM,
     ) -> list[Any]:
-        """Combine all tensors of all ranks into entry ``dst_tensor`` of rank ``dst_rank``'s list; returns the list."""
+        """Combine all ranks' tensors into entry ``dst_tensor`` of rank ``dst_rank``'s list.
+
+        Returns the list.
+        """
         name = "reduce_multigpu"
         op, root = self._arguments.op(name, op), self._arguments.rank(name, "dst_rank", dst_rank)
         index = self._entry(name, "dst_tensor", dst_tensor, tensor_list)
@@ -71,7 +76,10 @@ class MultiGpu:
     def broadcast(
         self, tensor_list: list[Any], src_rank: int = 0, src_tensor: int = 0
     ) -> list[Any]:
-        """Copy entry ``src_tensor`` of rank ``src_rank``'s list to all tensors of all ranks; returns the list."""
+        """Copy entry ``src_tensor`` of rank ``src_rank``'s list to all tensors of all ranks.
+
+        Returns the list.
+        """
         name = "broadcast_multigpu"
         root = self._arguments.rank(name, "src_rank", src_rank)
         index = self._entry(name, "src_tensor", src_tensor, tensor_list)
@@ -84,7 +92,10 @@ class MultiGpu:
     def allgather(
         self, output_tensor_lists: list[list[Any]], input_tensor_list: list[Any]
     ) -> list[list[Any]]:
-        """Copy all inputs of all ranks, by rank and device, into each list of outputs, one list on each device."""
+        """Copy all inputs of all ranks, by rank and device, into each list of outputs.
+
+        There is one list on each device.
+        """
         name = "allgather_multigpu"
         sources = self._tensors(name, "input_tensor_list", input_tensor_list, None, False)
         lists = self._lists(name, "output_tensor_lists", output_tensor_lists, sources, None, True)
@@ -109,7 +120,7 @@ class MultiGpu:
         input_tensor_lists: list[list[Any]],
         op: ReduceOp = ReduceOp.SUM,
     ) -> list[Any]:
-        """Combine entry ``r * devices + i`` of all lists of all ranks into output ``i`` of rank ``r``."""
+        """Combine entry ``r * devices + i`` of all lists into output ``i`` of rank ``r``."""
         name = "reducescatter_multigpu"
         op = self._arguments.op(name, op)
         targets = self._tensors(name, "output_tensor_list", output_tensor_list, op, True)
@@ -159,7 +170,10 @@ class MultiGpu:
         write: bool,
         written: int | None = None,
     ) -> list[Buffers]:
-        """Adapt one tensor a device; ``written`` is the only entry to be written where ``write`` is False."""
+        """Adapt one tensor a device.
+
+        ``written`` is the only entry to be written where ``write`` is False.
+        """
         if not isinstance(tensor_list, (list, tuple)) or not tensor_list:
             raise OptionError(
                 f"{name}: {argument} (rank {self.rank}): expected a list of tensors, one a device, "

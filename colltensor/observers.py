@@ -1,7 +1,8 @@
 """Observers: notified of every operation of this process's groups, for metrics, traces and logs.
 
-Without an observer nothing of this is in the way of a call: the methods of ``Group`` and ``MultiGpu`` are replaced by
-observed ones when the first observer comes, and put back when the last one goes.
+Without an observer nothing of this is in the way of a call: the methods of ``Group`` and
+``MultiGpu`` are replaced by observed ones when the first observer comes, and put back when the last
+one goes.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ class Operation:
     """One operation of one rank, as observers see it.
 
     Attributes:
-        name: The method of ``Group`` that was called; those of ``Group.multigpu`` end in ``_multigpu``.
+        name: The method of ``Group`` that was called; those of ``Group.multigpu`` end in
+            ``_multigpu``.
         group: The group's name.
         rank: This process's rank in it.
         world_size: Its number of ranks.
-        nbytes: The size in bytes of what this rank brings: of ``tensor``, which is what every rank brings to an
-            allreduce, and of all entries of a list that is only read. In ``recv`` and ``scatter``, of what it takes; in
-            ``sendrecv``, of what it sends; of objects, pickled. 0 for ``barrier`` and ``split``.
-        duration_s: Seconds from the call until it returned, or for an asynchronous call until it was done; on a GPU
-            until it was queued. None while it lasts.
+        nbytes: The size in bytes of what this rank brings: of ``tensor``, which is what every rank
+            brings to an allreduce, and of all entries of a list that is only read. In ``recv`` and
+            ``scatter``, of what it takes; in ``sendrecv``, of what it sends; of objects, pickled. 0
+            for ``barrier`` and ``split``.
+        duration_s: Seconds from the call until it returned, or for an asynchronous call until it
+            was done; on a GPU until it was queued. None while it lasts.
         error: What it raised, or None.
     """
 
@@ -62,18 +65,24 @@ _observers: tuple[Observer, ...] = ()
 _plain: Final[list[tuple[type, str, Any]]] = []
 """The methods that observed ones stand for at the moment."""
 on_start: Final[list[Callable[[], None]]] = []
-"""Called when the first observer comes: whoever reaches a group's transport without its methods must use them now."""
+"""Called when the first observer comes.
+
+Whoever reaches a group's transport without its methods must use them now.
+"""
 on_stop: Final[list[Callable[[], None]]] = []
 """Called when the last one has gone."""
 
 
 def add_observer(observer: Observer) -> None:
-    """Have every operation of this process's groups, those there are and those to come, reported to ``observer``.
+    """Have every operation of this process's groups reported to ``observer``.
+
+    That is of the groups there are, and of those to come.
 
     Args:
-        observer: Called with the ``Operation`` in the caller's thread before it begins. What it returns, unless None,
-            is called when the operation is over, with ``duration_s`` and ``error`` set: of an asynchronous one in the
-            thread that ends it. Neither may call collectives or wait. What they raise is logged and changes nothing.
+        observer: Called with the ``Operation`` in the caller's thread before it begins. What it
+            returns, unless None, is called when the operation is over, with ``duration_s`` and
+            ``error`` set: of an asynchronous one in the thread that ends it. Neither may call
+            collectives or wait. What they raise is logged and changes nothing.
     """
     global _observers
     if not callable(observer):
@@ -87,7 +96,10 @@ def add_observer(observer: Observer) -> None:
 
 
 def remove_observer(observer: Observer) -> None:
-    """Report no more to ``observer`` than the ends of what it has seen begin; nothing happens if it is not there."""
+    """Report no more to ``observer`` than the ends of what it has seen begin.
+
+    Nothing happens if it is not there.
+    """
     global _observers
     with _lock:
         _observers = tuple(other for other in _observers if other != observer)
@@ -146,7 +158,10 @@ def _observed(
 
 
 def _observed_exchange(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``Group._exchange``, observed: the collectives of objects know there what they bring."""
+    """Return ``Group._exchange``, observed.
+
+    The collectives of objects know there what they bring.
+    """
 
     @functools.wraps(method)
     def call(self: Any, name: str, payload: bytes, root: int) -> Any:
@@ -197,7 +212,10 @@ def _notified(operation: Operation, function: Callable[..., Any], *arguments: An
 
 
 def _nbytes(brought: Any) -> int:
-    """Return the size of a tensor or a tree of tensors; 0 for what is none, which the operation itself refuses."""
+    """Return the size of a tensor or a tree of tensors.
+
+    It is 0 for what is none, which the operation itself refuses.
+    """
     nbytes = getattr(brought, "nbytes", None)
     if nbytes.__class__ is int:
         return int(nbytes)

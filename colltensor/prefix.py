@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from colltensor.adapters import host_memory
+from colltensor.backends.arithmetic import combine
 from colltensor.backends.base import Backend
-from colltensor.backends.gloo.arithmetic import combine
 from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 

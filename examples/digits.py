@@ -1,8 +1,9 @@
-"""What the training examples on scikit-learn's digits share: the data, its parts, and the comparison with one process.
+"""What the training examples on scikit-learn's digits share.
 
-An example has a function ``train(rank, world_size, steps)`` that returns an ``Outcome``, and ends with
-``sys.exit(digits.main(train))``: that trains once in one process, on whole batches, and once in Ray workers, each on
-its part of every batch, and compares the losses of all steps and the accuracies.
+That is the data, its parts, and the comparison with one process. An example has a function
+``train(rank, world_size, steps)`` that returns an ``Outcome``, and ends with
+``sys.exit(digits.main(train))``: that trains once in one process, on whole batches, and once in Ray
+workers, each on its part of every batch, and compares the losses of all steps and the accuracies.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def load() -> tuple[Array, Array]:
 
 
 def batches(rank: int, world_size: int, steps: int) -> Iterator[tuple[Array, Array]]:
-    """Yield this worker's part, every ``world_size``-th image, of the same shuffled batches for all."""
+    """Yield this worker's part, every ``world_size``-th image, of the same shuffled batches."""
     if BATCH % world_size:
         raise ValueError(
             f"a batch of {BATCH} cannot be divided among {world_size} workers: choose 1, 2, 4, ... 64"
@@ -81,7 +82,10 @@ class Worker:
     def train(
         self, function: Callable[..., Outcome], rank: int, world_size: int, steps: int
     ) -> Outcome:
-        """Call ``function(rank, world_size, steps)``, in the group "default" if there are several workers."""
+        """Call ``function(rank, world_size, steps)``.
+
+        Several workers have the group "default".
+        """
         if world_size == 1:
             return function(rank, world_size, steps)
         col.init_collective_group(world_size, rank, timeout_s=60)
@@ -101,8 +105,8 @@ def main(
 
     Args:
         train: Trains on the part of ``rank``; the same for every world size.
-        tolerance: How far a step's losses may be apart, relative to the larger of the loss and 0.1. Sums of floats
-            depend on their order, and a few hundred steps enlarge the difference.
+        tolerance: How far a step's losses may be apart, relative to the larger of the loss and 0.1.
+            Sums of floats depend on their order, and a few hundred steps enlarge the difference.
         steps: How many steps, if the command line does not say.
         least_accuracy: What both must reach, and by whose tenth part they may differ.
     """

@@ -2,9 +2,10 @@
 
     python examples/mixed_frameworks.py
 
-Each process sums the digits' images class by class in its own framework; ``allreduce`` adds the sums of
-all three, each in its own kind of array, so that all know the mean image of every digit. With these, every
-rank classifies its images (nearest mean image), and ``allreduce`` counts the right answers.
+Each process sums the digits' images class by class in its own framework; ``allreduce`` adds the
+sums of all three, each in its own kind of array, so that all know the mean image of every digit.
+With these, every rank classifies its images (nearest mean image), and ``allreduce`` counts the
+right answers.
 
 Needs colltensor[torch,jax] and scikit-learn.
 """
@@ -35,7 +36,10 @@ CLASSES = 10
 def sums_by_class(
     images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """The sum and the number of the images of each class; whole numbers below 2**24, so float32 is exact."""
+    """The sum and the number of the images of each class.
+
+    Whole numbers below 2**24, so float32 is exact.
+    """
     one_hot = np.eye(CLASSES, dtype=np.float32)[labels]
     return {"sums": one_hot.T @ images, "counts": one_hot.sum(axis=0)}
 

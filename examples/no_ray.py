@@ -7,9 +7,9 @@ or one command per rank, on any machines that share the file:
     python examples/no_ray.py --workers 2 --rank 0 --init-method file:///shared/meeting
     python examples/no_ray.py --workers 2 --rank 1 --init-method file:///shared/meeting
 
-Each rank has a part of scikit-learn's digits; one ``allreduce`` of three sums tells all of them the mean
-and the standard deviation of every pixel. Needs scikit-learn. Ranks on several machines also need a Gloo: see
-docs/groups.md.
+Each rank has a part of scikit-learn's digits; one ``allreduce`` of three sums tells all of them the
+mean and the standard deviation of every pixel. Needs scikit-learn. Ranks on several machines also
+need a Gloo: see docs/groups.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""A parameter server on the collectives: the driver declares the group, rank 0 serves, the others work.
+"""A parameter server: the driver declares the group, rank 0 serves, the others work.
 
     python examples/parameter_server.py --workers 2 --steps 60
 
-Every round the server broadcasts the parameters, each worker computes the gradient of the next batch of its
-part of the digits, ``reduce`` brings the sum to the server alone, and the server takes a step with momentum,
-whose state only the server has. The result must equal that of one process, to 1e-5 relative.
+Every round the server broadcasts the parameters, each worker computes the gradient of the next
+batch of its part of the digits, ``reduce`` brings the sum to the server alone, and the server takes
+a step with momentum, whose state only the server has. The result must equal that of one process, to
+1e-5 relative.
 
 Needs colltensor[ray] and scikit-learn.
 """
@@ -37,7 +38,10 @@ Array = np.ndarray[Any, Any]
 
 
 def batch(worker: int, workers: int, step: int) -> tuple[Array, Array]:
-    """A worker's batch of one step: images with a column of ones for the bias, labels as rows of 0 and 1."""
+    """A worker's batch of one step.
+
+    Images have a column of ones for the bias, and labels are rows of 0 and 1.
+    """
     images, labels = load_digits(return_X_y=True)
     images, labels = images[worker::workers], labels[worker::workers]
     chosen = np.arange(step * BATCH, (step + 1) * BATCH) % len(images)

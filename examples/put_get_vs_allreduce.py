@@ -1,14 +1,18 @@
-"""An allreduce put together from ray.put and ray.get, against colltensor's and, with --peer, ray.util.collective's.
+"""An allreduce put together from ray.put and ray.get, against colltensor's.
+
+With --peer, ray.util.collective's is measured too.
 
     python examples/put_get_vs_allreduce.py --workers 2 --bytes 1024,1048576
 
-Workers that share arrays through Ray's object store alone go through four steps for one sum: every worker puts its
-array, one of them gets all of them, adds them up and puts the sum, and every worker gets that; the driver carries the
-references. An allreduce is one call. Both are checked, and timed twice: inside the workers (from the first that begins
-to the last that has the sum, by their clocks, which are one on one machine; of an allreduce, the slowest worker), and
-by the driver, which asks for one sum and waits for all workers.
+Workers that share arrays through Ray's object store alone go through four steps for one sum: every
+worker puts its array, one of them gets all of them, adds them up and puts the sum, and every worker
+gets that; the driver carries the references. An allreduce is one call. Both are checked, and timed
+twice: inside the workers (from the first that begins to the last that has the sum, by their clocks,
+which are one on one machine; of an allreduce, the slowest worker), and by the driver, which asks
+for one sum and waits for all workers.
 
-Needs colltensor[ray], and colltensor[torch] for --peer. `python benchmarks object-store` measures and draws with this.
+Needs colltensor[ray], and colltensor[torch] for --peer. `python benchmarks object-store` measures
+and draws with this.
 """
 
 from __future__ import annotations
@@ -71,7 +75,10 @@ class Worker:
         return [ray.put(total)]
 
     def take(self, total: list[Any]) -> tuple[float, float]:
-        """Step 4: get the sum, a read-only view of the object store; return when the put began, and now."""
+        """Step 4: get the sum, a read-only view of the object store.
+
+        Returns when the put began, and now.
+        """
         self.total = ray.get(total[0])
         return self.began, time.perf_counter()
 
@@ -136,7 +143,10 @@ def check(workers: Sequence[Any], nbytes: int, names: Sequence[str]) -> None:
 def measure(
     workers: Sequence[Any], nbytes: int, names: Sequence[str], seconds: float
 ) -> dict[str, Times]:
-    """Return the times by name, each measured for about so many seconds inside and by the driver."""
+    """Return the times by name, each measured for about so many seconds.
+
+    Inside the workers, and by the driver.
+    """
     check(workers, nbytes, names)
     ray.get([worker.fill.remote(nbytes, 0.0) for worker in workers])  # zeros stay what they are
     return {

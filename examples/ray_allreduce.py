@@ -4,9 +4,10 @@
     python examples/ray_allreduce.py --array jax --workers 2 --compare 64
     python examples/ray_allreduce.py --array cupy --workers 2 --gpu 0.25
 
-Needs colltensor[ray] and, for --array, colltensor[torch], [jax] or [cupy]. With --gpu the arrays are on a GPU, of which
-each worker takes that share (CuPy's always are); several workers on one GPU need libnccl 2.30 or later.
-``--compare MIB`` also measures what the same sum takes through ray.put and ray.get.
+Needs colltensor[ray] and, for --array, colltensor[torch], [jax] or [cupy]. With --gpu the arrays
+are on a GPU, of which each worker takes that share (CuPy's always are); several workers on one GPU
+need libnccl 2.30 or later. ``--compare MIB`` also measures what the same sum takes through ray.put
+and ray.get.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class Worker:
 
 
 def compare(workers: list[Any], mib: int) -> str:
-    """Measure allreduce, and the same sum by the driver through the object store; return that in words."""
+    """Measure allreduce, and the driver's sum through the object store; return it in words."""
     ray.get([worker.fill.remote(mib << 18) for worker in workers])
     ours = min(
         max(times)
@@ -125,7 +126,10 @@ def compare(workers: list[Any], mib: int) -> str:
 
 
 def share(options: argparse.Namespace) -> float:
-    """Return the share of a GPU that each worker takes, 0 for none; exits where it cannot be had."""
+    """Return the share of a GPU that each worker takes, 0 for none.
+
+    Exits where it cannot be had.
+    """
     gpu = float(options.gpu or (1.0 if options.array == "cupy" else 0.0))
     if gpu and options.array == "numpy":
         sys.exit("--gpu goes with --array cupy, torch or jax: numpy has no arrays on a GPU")

@@ -1,10 +1,10 @@
-"""Data-parallel softmax regression on scikit-learn's digits, in Ray workers, in the framework you choose.
+"""Softmax regression on scikit-learn's digits, in Ray workers, in the framework you choose.
 
     python examples/ray_digits.py --array jax --workers 2
 
-Each worker holds a part of the images. Every step it computes the gradient of its part, and one call of
-``allreduce`` on a dict sums weights' gradient, bias' gradient and loss over all workers. The loss must equal
-that of one process with all images, to 1e-5 relative.
+Each worker holds a part of the images. Every step it computes the gradient of its part, and one
+call of ``allreduce`` on a dict sums weights' gradient, bias' gradient and loss over all workers.
+The loss must equal that of one process with all images, to 1e-5 relative.
 
 Needs colltensor[ray], scikit-learn and, for --array, colltensor[torch], [jax] or [cupy].
 """
@@ -36,7 +36,10 @@ Arrays = dict[str, Any]
 
 
 def load_part(rank: int, world_size: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Every ``world_size``-th image from ``rank`` on, pixels from 0 to 1, and the labels as rows of 0 and 1."""
+    """Every ``world_size``-th image from ``rank`` on, and the labels as rows of 0 and 1.
+
+    Pixels are from 0 to 1.
+    """
     images, labels = load_digits(return_X_y=True)
     images = (images[rank::world_size] / 16).astype(np.float32)
     return images, np.eye(CLASSES, dtype=np.float32)[labels[rank::world_size]]
@@ -108,7 +111,10 @@ MODELS = {"numpy": NumpyModel, "cupy": NumpyModel, "torch": TorchModel, "jax": J
 
 
 def train(array: str, rank: int, world_size: int, steps: int) -> tuple[float, float]:
-    """Train on this rank's part; return the last loss, a mean over all images, and the accuracy on the part."""
+    """Train on this rank's part.
+
+    Returns the last loss, a mean over all images, and the accuracy on the part.
+    """
     model = MODELS[array](array)
     images, labels = map(model.to_array, load_part(rank, world_size))
     parameters = {

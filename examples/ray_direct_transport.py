@@ -3,8 +3,8 @@
     python examples/ray_direct_transport.py --array torch
     python examples/ray_direct_transport.py --array numpy --compare 64
 
-Needs colltensor[ray] and, for --array, colltensor[torch] or [jax]. ``--compare MIB`` also measures against the same
-call through Ray's object store.
+Needs colltensor[ray] and, for --array, colltensor[torch] or [jax]. ``--compare MIB`` also measures
+against the same call through Ray's object store.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Ray Train with colltensor under torch.distributed: DistributedDataParallel in Ray's workers, on CPUs.
+"""Ray Train with colltensor under torch.distributed: DDP in Ray's workers, on CPUs.
 
     python examples/ray_train.py --workers 2
 
-Only ``TorchConfig(backend="cpu:colltensor")`` is special. The workers need not import colltensor: torch itself learns
-of the backend when it is imported (docs/torch_distributed.md). Every worker has a part of the data, and the loss of
-every step must be that of one process that has all of it, to 1e-5 relative.
+Only ``TorchConfig(backend="cpu:colltensor")`` is special. The workers need not import colltensor:
+torch itself learns of the backend when it is imported (docs/torch_distributed.md). Every worker has
+a part of the data, and the loss of every step must be that of one process that has all of it, to
+1e-5 relative.
 
 Needs colltensor[ray,torch] and ray[train].
 """
@@ -55,7 +56,10 @@ def new_model(seed: int) -> torch.nn.Module:
 
 
 def train_on_worker(config: dict[str, Any]) -> tuple[str, list[float]]:
-    """Train in a worker of Ray Train; return what the process group is, and the workers' mean loss of every step."""
+    """Train in a worker of Ray Train.
+
+    Returns what the process group is, and the workers' mean loss of every step.
+    """
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     # DistributedDataParallel, which gives all workers rank 0's parameters

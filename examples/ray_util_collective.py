@@ -1,6 +1,7 @@
-"""A program that was written for ``ray.util.collective``, on our backends: the lines with a remark are what it takes.
+"""A program that was written for ``ray.util.collective``, on our backends.
 
-Run it with ``python examples/ray_util_collective.py``. Needs colltensor[ray] and colltensor[jax].
+The lines with a remark are what it takes. Run it with ``python examples/ray_util_collective.py``.
+Needs colltensor[ray] and colltensor[jax].
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class Worker:
         return self.weights.tolist()
 
     def jax_sum(self) -> list[float]:
-        """Ray's functions refuse JAX arrays; the group's own methods take them and return new ones."""
+        """Ray's functions refuse JAX arrays.
+
+        The group's own methods take them and return new ones.
+        """
         import jax.numpy as jnp
 
         (summed,) = collective.get_group_handle("trainers").allreduce([jnp.full(2, self.target)])

@@ -1,11 +1,11 @@
-"""Data-parallel training in JAX, everything inside `jax.jit`, in Ray workers: digits of scikit-learn.
+"""Training in JAX on scikit-learn's digits, everything inside `jax.jit`, in Ray workers.
 
     python examples/train_jax.py --workers 2
 
 The whole training is one jitted function: a `lax.scan` over the steps, whose optimiser is
-`optax.chain(colltensor.jax.sync_gradients(), optax.adam(...))`. The losses of all steps must equal those of one
-process that trains on the whole batches: to 1e-4 relative, since the sums are taken in another order; and so must the
-accuracy.
+`optax.chain(colltensor.jax.sync_gradients(), optax.adam(...))`. The losses of all steps must equal
+those of one process that trains on the whole batches: to 1e-4 relative, since the sums are taken in
+another order; and so must the accuracy.
 
 Needs colltensor[ray,jax], optax and scikit-learn.
 """

@@ -1,10 +1,11 @@
-"""One model trained by torch in half of the workers and by JAX in the other half, in Ray: digits of scikit-learn.
+"""One model trained by torch in half of the Ray workers and by JAX in the other half.
 
     python examples/train_mixed.py --workers 2
 
-Even ranks compute their gradients with torch and call `col.allreduce`, odd ranks do it all inside `jax.jit` with
-`colltensor.jax.allreduce`; the calls meet, because both bring one flat float32 vector. The losses of all steps must be
-within 1e-4 relative of those of one process (torch) that has the whole batches.
+Even ranks compute their gradients with torch and call `col.allreduce`, odd ranks do it all inside
+`jax.jit` with `colltensor.jax.allreduce`; the calls meet, because both bring one flat float32
+vector. The losses of all steps must be within 1e-4 relative of those of one process (torch) that
+has the whole batches.
 
 Needs colltensor[ray,torch,jax] and scikit-learn.
 """
@@ -27,7 +28,10 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def torch_step(world_size: int) -> Step:
-    """Return a step of gradient descent in torch: (parameters, images, labels) to (parameters, loss of this part)."""
+    """Return a step of gradient descent in torch.
+
+    It takes parameters, images and labels, and returns parameters and the loss of this part.
+    """
     import torch
 
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""An MLP of two layers by hand in numpy, trained in Ray workers, kept in step by a ``Synchronizer``.
+"""An MLP of two layers by hand in numpy, in Ray workers, in step by a ``Synchronizer``.
 
     python examples/train_numpy.py --workers 2
 
-Each worker computes the gradients of its part of every batch; ``synchronizer.sync`` replaces them, in place, by the
-mean over all workers. The losses of all steps are those of one process with the whole batches, to 1e-4 relative, and
-so is the accuracy. Needs colltensor[ray] and scikit-learn.
+Each worker computes the gradients of its part of every batch; ``synchronizer.sync`` replaces them,
+in place, by the mean over all workers. The losses of all steps are those of one process with the
+whole batches, to 1e-4 relative, and so is the accuracy. Needs colltensor[ray] and scikit-learn.
 """
 
 from __future__ import annotations

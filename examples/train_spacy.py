@@ -1,11 +1,12 @@
-"""A spaCy tagger on a tiny corpus, trained in Ray workers, its gradients kept in step by a ``Synchronizer``.
+"""A spaCy tagger trained in Ray workers, its gradients in step by a ``Synchronizer``.
 
     python examples/train_spacy.py --workers 2
 
-Each worker has every n-th sentence. ``nlp.update(..., sgd=False)`` updates nothing and leaves the gradients in the
-arrays of the tagger's layers; ``synchronizer.sync`` replaces them there by the sum over all workers (spaCy's loss is a
-sum over words), and the optimizer takes them from there. The losses of all steps are those of one process with all
-sentences, to 1e-3 relative, and so is the accuracy. Needs colltensor[ray], scikit-learn and spacy.
+Each worker has every n-th sentence. ``nlp.update(..., sgd=False)`` updates nothing and leaves the
+gradients in the arrays of the tagger's layers; ``synchronizer.sync`` replaces them there by the sum
+over all workers (spaCy's loss is a sum over words), and the optimizer takes them from there. The
+losses of all steps are those of one process with all sentences, to 1e-3 relative, and so is the
+accuracy. Needs colltensor[ray], scikit-learn and spacy.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""A Thinc model trained in Ray workers, its own gradients kept in step in place by a ``Synchronizer``.
+"""A Thinc model trained in Ray workers, its own gradients in step by a ``Synchronizer``.
 
     python examples/train_thinc.py --workers 2
 
-Thinc's ``backprop`` adds up gradients in numpy arrays that belong to the model's layers. ``gradients_of`` collects them
-in a dict, ``synchronizer.sync`` replaces them by the mean over all workers where they lie, and Thinc's optimizer takes
-them from there. The losses of all steps are those of one process with the whole batches, to 2e-3 relative (Adam
-enlarges what sums in another order leave), and so is the accuracy. Needs colltensor[ray], scikit-learn and thinc.
+Thinc's ``backprop`` adds up gradients in numpy arrays that belong to the model's layers.
+``gradients_of`` collects them in a dict, ``synchronizer.sync`` replaces them by the mean over all
+workers where they lie, and Thinc's optimizer takes them from there. The losses of all steps are
+those of one process with the whole batches, to 2e-3 relative (Adam enlarges what sums in another
+order leave), and so is the accuracy. Needs colltensor[ray], scikit-learn and thinc.
 """
 
 from __future__ import annotations

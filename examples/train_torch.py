@@ -1,10 +1,11 @@
-"""A torch training loop of one's own on scikit-learn's digits, in Ray workers that keep their gradients in step.
+"""A torch training loop of one's own in Ray workers that keep their gradients in step.
 
     python examples/train_torch.py --workers 2
 
-The loop is a plain one: forward, backward, clip, step. ``sync_gradients`` is the one line added to it. Each batch is
-divided among the workers, so a step must do what one process does on the whole batch: the loss of every step must be
-that of the single process to 1e-4 relative, and the accuracy the same.
+The loop is a plain one: forward, backward, clip, step. ``sync_gradients`` is the one line added to
+it. Each batch is divided among the workers, so a step must do what one process does on the whole
+batch: the loss of every step must be that of the single process to 1e-4 relative, and the accuracy
+the same.
 
 Needs colltensor[ray,torch] and scikit-learn.
 """

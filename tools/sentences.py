@@ -3,9 +3,10 @@
     python tools/sentences.py                 README, ARCHITECTURE, CONTRIBUTING and docs/
     python tools/sentences.py PAGE.md ...     these pages
 
-A sentence ends with a full stop, a question or exclamation mark, or with its paragraph, list item or heading. Code
-blocks, tables and links' addresses count for nothing; code in a line counts as it reads. The 90th percentile decides,
-and in README.md the longest sentence as well. Needs nothing but Python.
+A sentence ends with a full stop, a question or exclamation mark, or with its paragraph, list item
+or heading. Code blocks, tables and links' addresses count for nothing; code in a line counts as it
+reads. The 90th percentile decides, and in README.md the longest sentence as well. Needs nothing but
+Python.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def sentences(text: str) -> list[str]:
     """Return the sentences of a page in Markdown."""
     found = []
     for paragraph in paragraphs(text):
-        # What is code may hold a full stop that ends nothing: it is one word for each that is between its spaces.
+        # What is code may hold a full stop that ends nothing: it is one word for each that is
+        # between its spaces.
         plain = _CODE.sub(
             lambda match: re.sub(r"[.!?](?=\s)", "", match[1]), _LINK.sub(r"\1", paragraph)
         )

@@ -1,7 +1,8 @@
-"""What nox's sessions stand on: interpreters, the wheel, what is installed, and how long each session takes.
+"""What nox's sessions stand on: interpreters, the wheel, installing, and their times.
 
-pip installs, and not uv: uv does not read pip's configuration, which is where a machine says which build of torch it
-has, and would not count the frameworks that sessions share (`share`) as installed.
+pip installs, and not uv: uv does not read pip's configuration, which is where a machine says which
+build of torch it has, and would not count the frameworks that sessions share (`share`) as
+installed.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 DEPENDENCIES: list[str] = PROJECT["project"]["dependencies"]
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 
-# Most of what is installed is never imported: "0" is how pip takes --no-compile from the environment. What is imported
-# is compiled by the first of a thousand processes, if those may write that down.
+# Most of what is installed is never imported: "0" is how pip takes --no-compile from the
+# environment. What is imported is compiled by the first of a thousand processes, if those may write
+# that down.
 os.environ["PIP_NO_COMPILE"] = "0"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -38,13 +40,17 @@ def group(*names: str) -> tuple[str, ...]:
 
 
 SHARED = {"torch": list(group("test-torch")), "jax": EXTRAS["jax"], "ray": EXTRAS["ray"]}
-"""Frameworks that several sessions of one Python need, and that take long to install: see `share`."""
+"""Frameworks that several sessions of one Python need, and that take long to install.
+
+See `share`.
+"""
 
 
 def offer_pyenv_interpreters(versions: Iterable[str]) -> None:
     """Put pyenv's own interpreters on PATH where its shims do not answer.
 
-    A shim exists for every installed version but fails unless the version is enabled, and nox believes it.
+    A shim exists for every installed version but fails unless the version is enabled, and nox
+    believes it.
     """
     homes = [os.environ.get("PYENV_ROOT", ""), str(Path.home() / ".pyenv")]
     pyenv = shutil.which("pyenv") or next(
@@ -97,9 +103,10 @@ def _print_seconds() -> None:
 
 
 def gloo_of_build(session: nox.Session) -> tuple[list[str], dict[str, str]]:
-    """Return CMake's definitions and the environment for a build with Gloo, the system's or else one fetched for it.
+    """Return CMake's definitions and the environment for a build with Gloo.
 
-    Where it cannot be fetched both are empty; the build's log and the session `wheel` say what to install.
+    Gloo is the system's, or else one fetched for it. Where it cannot be fetched both are empty; the
+    build's log and the session `wheel` say what to install.
     """
     given = any(name in os.environ for name in ("Gloo_DIR", "Gloo_ROOT", "CMAKE_PREFIX_PATH"))
     if given or any(
@@ -120,7 +127,10 @@ _built: list[tuple[Path, bool]] = []
 
 
 def wheel(session: nox.Session) -> tuple[Path, bool]:
-    """Return the wheel, built once for all sessions of a run, and whether Gloo is in it: then it could be published."""
+    """Return the wheel, built once for all sessions of a run, and whether Gloo is in it.
+
+    With Gloo it could be published.
+    """
     if not _built:
         folder = KEPT / "dist"
         shutil.rmtree(folder, ignore_errors=True)
@@ -169,9 +179,10 @@ def site(session: nox.Session) -> Path:
 
 
 def share(session: nox.Session, frameworks: Iterable[str]) -> None:
-    """Put frameworks on the session's search path; the first session of this Python that needs one installs it.
+    """Put frameworks on the session's search path.
 
-    What a later `pip install` finds there counts as installed. A package of the environment itself comes first.
+    The first session of this Python that needs one installs it. What a later `pip install` finds
+    there counts as installed. A package of the environment itself comes first.
     """
     packages = site(session)
     for framework in frameworks:
@@ -185,14 +196,20 @@ def share(session: nox.Session, frameworks: Iterable[str]) -> None:
 
 
 def lowest(names: Iterable[str]) -> list[str]:
-    """Return requirements of these distributions at the lowest version that pyproject.toml allows."""
+    """Return requirements of distributions at the lowest versions that are allowed.
+
+    pyproject.toml says which.
+    """
     asked = [*DEPENDENCIES, *(line for lines in EXTRAS.values() for line in lines)]
     of_names = [line for line in asked if re.split(r"[>=;]", line)[0] in set(names)]
     return [re.sub(r">=([^,;]+)(,[^;]*)?", r"==\1", line, count=1) for line in of_names]
 
 
 def size_of(session: nox.Session) -> str:
-    """Return what the packages of a new environment take on the disk, numpy and all else but pip, in words."""
+    """Return what a new environment's packages take on the disk, in words.
+
+    numpy and all else but pip count.
+    """
     sizes = {"numpy": 0, "pip": 0, "all else": 0}
     for file in site(session).rglob("*"):
         package = re.split(r"[-.]", file.relative_to(site(session)).parts[0])[0]
@@ -209,9 +226,10 @@ def install(
     shared: Iterable[str] = SHARED,
     pins: Iterable[str] = (),
 ) -> None:
-    """Install the package with extras, as a user would, and the development groups that the session needs.
+    """Install the package with extras, as a user would, and the groups a session needs.
 
-    What is shared comes first of all, so that no other requirement brings another build of torch.
+    The groups are of pyproject.toml. What is shared comes first of all, so that no other
+    requirement brings another build of torch.
     """
     share(session, (extra for extra in extras if extra in shared))
     path, _ = wheel(session)
@@ -226,7 +244,8 @@ def install(
 def elsewhere(session: nox.Session) -> Path:
     """Return an empty folder to run in, so that nothing comes from the checkout by being in it.
 
-    Not nox's own `create_tmp()`, which becomes TMPDIR: Ray refuses one inside a virtual environment.
+    Not nox's own `create_tmp()`, which becomes TMPDIR: Ray refuses one inside a virtual
+    environment.
     """
     folder = KEPT / "run" / Path(session.virtualenv.location).name
     shutil.rmtree(folder, ignore_errors=True)
@@ -255,7 +274,8 @@ def pytest(
         else [str(ROOT / test) for test in tests]
     )
     left_out = [f"--ignore={ROOT / without}"] if without else []
-    # By the `pytest` script, since `python -m pytest` would put the working directory on the search path.
+    # By the `pytest` script, since `python -m pytest` would put the working directory on the search
+    # path.
     with session.chdir(elsewhere(session)):
         config = str(ROOT / "pyproject.toml")
         session.run(
@@ -276,7 +296,10 @@ def side_by_side(
     environment: dict[str, str],
     folder: Path = ROOT,
 ) -> None:
-    """Run commands, two at a time, because they mostly wait; print what each said, and fail where one fails."""
+    """Run commands, two at a time, because they mostly wait.
+
+    Prints what each said, and fails where one fails.
+    """
     own = {name: value for name, value in session.env.items() if value is not None}
     variables = {**os.environ, **own, **environment}
 
@@ -296,7 +319,10 @@ def side_by_side(
 
 
 def native_tests(session: nox.Session, name: str, definitions: Iterable[str]) -> list[str]:
-    """Build the native tests and return the programs, the second one where Gloo was found; reuses older objects."""
+    """Build the native tests and return the programs; reuses older objects.
+
+    There is a second one where Gloo was found.
+    """
     folder = KEPT / "native" / name
     options = [
         "COLLTENSOR_PYTHON=OFF",
@@ -313,9 +339,10 @@ def native_tests(session: nox.Session, name: str, definitions: Iterable[str]) ->
 
 
 def without_randomisation() -> list[str]:
-    """Return the words before a command that fix where the kernel places its memory, as far as that is permitted.
+    """Return words before a command that fix where the kernel places its memory.
 
-    ThreadSanitizer before g++ 14 cannot start where the kernel randomises addresses with 32 bits, as recent ones do
+    They do so as far as that is permitted. ThreadSanitizer before g++ 14 cannot start where the
+    kernel randomises addresses with 32 bits, as recent ones do
     (https://github.com/google/sanitizers/issues/1716); containers may forbid it.
     """
     words = ["setarch", "-R"]

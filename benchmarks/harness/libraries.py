@@ -2,25 +2,29 @@
 
 The operations, with S the size in the tables, in bytes:
 
-- ``allreduce``: S in place on every rank, SUM. ``allreduce:function``, ``:torch`` and ``:jax`` are other ways to it;
-  ``:pages`` is the same on memory in pages of 4 KiB, as JAX's is and numpy's large arrays are not.
+- ``allreduce``: S in place on every rank, SUM. ``allreduce:function``, ``:torch`` and ``:jax`` are
+  other ways to it; ``:pages`` is the same on memory in pages of 4 KiB, as JAX's is and numpy's
+  large arrays are not.
 - ``reduce``: S, SUM, in place at the root; the other ranks' memory is only read.
 - ``broadcast``: S, in place.
 - ``allgather``: S from each rank, into memory of its own of S times ranks.
 - ``reducescatter``: S times ranks on each rank, only read, SUM, into S.
-- ``gather``, ``scatter``: S for each rank; the root has S times ranks.
-  S times ranks are one array in every library; ``allgather:list`` and so on give colltensor a list of its rows.
+- ``gather``, ``scatter``: S for each rank; the root has S times ranks. S times ranks are one array
+  in every library; ``allgather:list`` and so on give colltensor a list of its rows.
 - ``alltoall``: S for each pair of ranks, from S times ranks into as much.
-- ``send/recv``: S one way, in turns: call i goes from rank i to rank i + 1, so that 2 ranks play ping-pong and a
-  call is half a round trip.
+- ``send/recv``: S one way, in turns: call i goes from rank i to rank i + 1, so that 2 ranks play
+  ping-pong and a call is half a round trip.
 - ``sendrecv``: S to the next rank and S from the one before, in separate memory.
 - ``barrier``.
-- ``copyto``, ``memmove``: S copied within each process, by numpy and by libc, with no communication.
+- ``copyto``, ``memmove``: S copied within each process, by numpy and by libc, with no
+  communication.
 
-The root of a rooted operation is rank i of call i, as in the Intel MPI Benchmarks: with a fixed root a library's
-ranks may run ahead of each other, and a loop would measure its queue and not the operation.
+The root of a rooted operation is rank i of call i, as in the Intel MPI Benchmarks: with a fixed
+root a library's ranks may run ahead of each other, and a loop would measure its queue and not the
+operation.
 
-Frameworks are imported by the library that needs them: an MPI's environment has numpy and mpi4py alone.
+Frameworks are imported by the library that needs them: an MPI's environment has numpy and mpi4py
+alone.
 """
 
 from __future__ import annotations
@@ -29,71 +33,85 @@ import ctypes
 import importlib.util
 import zlib
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from harness.places import array_at
-from harness.rank import InGroup, Loop, Settings, Timed, repeat
+from harness.rank import InGroup, Loop, Settings, Timed, array_at, on_one_thread, repeat
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
+Call = Callable[[], object]
 
-ARRAYS: dict[str, tuple[str, ...]] = {
-    "allreduce": ("block",),
-    "reduce": ("block",),
-    "broadcast": ("block",),
-    "allgather": ("block", "blocks"),
-    "reducescatter": ("block", "blocks"),
-    "gather": ("block", "blocks"),
-    "scatter": ("block", "blocks"),
+ARRAYS = {
+    **dict.fromkeys(("allreduce", "reduce", "broadcast"), ("block",)),
+    **dict.fromkeys(("allgather", "reducescatter", "gather", "scatter"), ("block", "blocks")),
     "alltoall": ("blocks", "other_blocks"),
     "send/recv": ("block",),
     "sendrecv": ("block", "other_block"),
     "barrier": (),
-    "copyto": ("block", "other_block"),
-    "memmove": ("block", "other_block"),
+    **dict.fromkeys(("copyto", "memmove"), ("block", "other_block")),
 }
 """The memory of each operation: a block is S bytes, blocks are S times ranks."""
 
+NAMES = ("block", "other_block", "blocks", "other_blocks")
 ROOTED = ("reduce", "broadcast", "gather", "scatter", "send/recv")
 """Operations whose root changes from call to call."""
 
 
 class Library(Timed):
-    """A rank of a library. A subclass gives the loop of an operation on arrays."""
+    """A rank of a library. A subclass says what the operations call."""
+
+    def calls(self, on: SimpleNamespace) -> dict[str, Call]:
+        """Return the calls by operation, those of one way by ``send`` and ``recv``.
+
+        Args:
+            on: Their arrays, by the names in ``ARRAYS``, and ``at_root``, which are ``blocks`` on
+                the root alone; the ``root``; the ranks ``right`` and ``left`` of this one.
+        """
+        raise NotImplementedError
 
     def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of an operation on these arrays."""
-        raise NotImplementedError
+        rank, ranks, calls = self.rank, self.ranks, []
+        if operation in ("copyto", "memmove"):
+            return repeat(_copy(operation, arrays["other_block"], arrays["block"]))
+        for root in range(ranks if operation in ROOTED else 1):
+            on = SimpleNamespace(**dict.fromkeys(NAMES) | arrays, root=root)
+            on.right, on.left = (rank + 1) % ranks, (rank - 1) % ranks
+            on.at_root = on.blocks if root == rank else None
+            side = {rank: "send", on.left: "recv"}.get(root, "idle")
+            name = side if operation == "send/recv" else operation
+            calls.append((self.calls(on) | {"idle": lambda: None})[name])
+        return repeat(*calls)
 
     def loop(self, operation: str, *case: Any) -> Loop:
         """Return an operation's loop on new arrays, and leave check sums of what it computes.
 
-        The arrays hold numbers for that; then they are set to zero, whose sums stay finite however often they are
-        taken.
+        The arrays hold numbers for that; then they are set to zero, whose sums stay finite however
+        often they are taken.
         """
         arrays = self._make_arrays(operation, *case)
         once = self.loop_on(operation, arrays)
         once(self.ranks)
-        self.check = [
-            zlib.crc32(array)
-            for array in (once.results() if isinstance(once, JaxLoop) else arrays.values())
-        ]
+        results = once.results() if isinstance(once, JaxLoop) else arrays.values()
+        self.check = [zlib.crc32(array) for array in results]
         for array in arrays.values():
             array.fill(0)
         return self.loop_on(operation, arrays)
 
     def _make_arrays(self, operation: str, nbytes: int) -> Arrays:
-        """Return the operation's arrays, whose small whole numbers differ by rank, array and index."""
+        """Return an operation's arrays: small whole numbers by rank, array and index."""
         count, arrays = nbytes // 4, {}
         for number, name in enumerate(ARRAYS[kind_of(operation)]):
-            of_all = count * (self.ranks if name.endswith("blocks") else 1)
-            values = array_at(self.place, of_all, small_pages=operation.endswith(":pages"))
-            values[:] = np.arange(of_all, dtype=np.float32)
+            rows = self.ranks if name.endswith("blocks") else 1
+            values = array_at(self.place, rows * count, small_pages=operation.endswith(":pages"))
+            values[:] = np.arange(rows * count, dtype=np.float32)
             np.remainder(values, 7, out=values)
             values += self.rank + 1 + 10 * number
-            arrays[name] = values.reshape(self.ranks, count) if name.endswith("blocks") else values
+            arrays[name] = values.reshape(rows, count) if name.endswith("blocks") else values
         return arrays
 
 
@@ -107,81 +125,56 @@ class Colltensor(Library, InGroup):
     def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of any operation."""
         kind, _, variant = operation.partition(":")
-        if kind in ("copyto", "memmove"):
-            return _copy_loop(kind, arrays["other_block"], arrays["block"])
-        if variant == "function":
-            return self._function_loop(arrays["block"])
         if variant == "jax":
             return JaxLoop(self.group, arrays["block"])
         if kind == "allreduce":
-            return self._allreduce_loop(
-                _torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"]
-            )
+            return self._allreduce(variant, arrays["block"])
         if variant == "list":
             arrays = {
                 name: list(array) if name.endswith("blocks") else array
                 for name, array in arrays.items()
             }
-        return repeat(*self._calls(kind, arrays))
+        return super().loop_on(kind, arrays)
 
-    def _allreduce_loop(self, tensor: Any) -> Loop:
-        group = self.group
+    def _allreduce(self, variant: str, block: np.ndarray) -> Loop:
+        import colltensor as col
 
-        def loop(calls: int) -> None:
+        group, tensor = self.group, _torch_tensor(block) if variant == "torch" else block
+
+        def by_method(calls: int) -> None:
             for _ in range(calls):
                 group.allreduce(tensor)
 
-        return loop
-
-    def _function_loop(self, array: np.ndarray) -> Loop:
-        import colltensor as col
-
-        def loop(calls: int) -> None:
+        def by_function(calls: int) -> None:
             for _ in range(calls):
-                col.allreduce(array)
+                col.allreduce(tensor)
 
-        return loop
+        return by_function if variant == "function" else by_method
 
-    def _calls(self, operation: str, arrays: dict[str, Any]) -> list[Callable[[], object]]:
-        group, rank, ranks = self.group, self.rank, self.ranks
-        block, other = arrays.get("block"), arrays.get("other_block")
-        blocks, other_blocks = arrays.get("blocks"), arrays.get("other_blocks")
-        right, left = (rank + 1) % ranks, (rank - 1) % ranks
-        roots = range(ranks)
-        if operation == "reduce":
-            return [lambda root=root: group.reduce(block, root) for root in roots]
-        if operation == "broadcast":
-            return [lambda root=root: group.broadcast(block, root) for root in roots]
-        if operation == "gather":
-            return [
-                lambda root=root: group.gather(blocks if root == rank else None, block, root)
-                for root in roots
-            ]
-        if operation == "scatter":
-            return [
-                lambda root=root: group.scatter(block, blocks if root == rank else None, root)
-                for root in roots
-            ]
-        if operation == "send/recv":
-            return _one_way(
-                rank, ranks, lambda: group.send(block, right), lambda: group.recv(block, left)
-            )
-        calls: dict[str, Callable[[], object]] = {
+    def calls(self, on: SimpleNamespace) -> dict[str, Call]:
+        """Return calls of the group's methods."""
+        group, block, blocks, root = self.group, on.block, on.blocks, on.root
+        at_root, right, left = on.at_root, on.right, on.left
+        other, other_blocks = on.other_block, on.other_blocks
+        return {
+            "reduce": lambda: group.reduce(block, root),
+            "broadcast": lambda: group.broadcast(block, root),
+            "gather": lambda: group.gather(at_root, block, root),
+            "scatter": lambda: group.scatter(block, at_root, root),
+            "send": lambda: group.send(block, right),
+            "recv": lambda: group.recv(block, left),
             "allgather": lambda: group.allgather(blocks, block),
             "reducescatter": lambda: group.reducescatter(block, blocks),
             "alltoall": lambda: group.alltoall(other_blocks, blocks),
             "sendrecv": lambda: group.sendrecv(block, right, other, left),
             "barrier": lambda: group.barrier(),
         }
-        return [calls[operation]]
 
 
 class JaxLoop:
     """A loop of donating calls, whose results are the next calls' arguments.
 
-    Args:
-        group: The group.
-        array: What the first call's JAX array holds.
+    The first argument is a copy of ``array``.
     """
 
     def __init__(self, group: Any, array: np.ndarray) -> None:
@@ -216,22 +209,19 @@ class Mpi(Library):
             raise RuntimeError(
                 f"expected the environment of {name}, and its mpi4py runs on {vendor} {version}"
             )
-        self._mpi, self._comm = MPI, MPI.COMM_WORLD
-        self.versions = {
-            name: ".".join(map(str, version)),
-            f"mpi4py of {name}": metadata.version("mpi4py"),
-        }
-        if importlib.util.find_spec("torch") is not None:
-            self.versions[f"torch of {name}"] = metadata.version("torch")
+        self._in_place, self._comm = MPI.IN_PLACE, MPI.COMM_WORLD
+        self.versions[name] = ".".join(map(str, version))
+        for package in ("mpi4py", "torch"):
+            if importlib.util.find_spec(package) is not None:
+                self.versions[f"{package} of {name}"] = metadata.version(package)
         self.barrier = self._comm.Barrier  # type: ignore[method-assign]
 
     def loop_on(self, operation: str, arrays: Arrays) -> Loop:
         """Return the loop of an operation."""
-        kind, _, variant = operation.partition(":")
-        if kind != "allreduce":
-            return repeat(*self._calls(operation, arrays))
-        comm, in_place = self._comm, self._mpi.IN_PLACE
-        array: Any = _torch_tensor(arrays["block"]) if variant == "torch" else arrays["block"]
+        if kind_of(operation) != "allreduce":
+            return super().loop_on(operation, arrays)
+        comm, in_place = self._comm, self._in_place
+        array = _torch_tensor(arrays["block"]) if ":torch" in operation else arrays["block"]
 
         def loop(calls: int) -> None:
             for _ in range(calls):
@@ -239,71 +229,45 @@ class Mpi(Library):
 
         return loop
 
-    def _calls(self, operation: str, arrays: Arrays) -> list[Callable[[], object]]:
-        comm, rank, ranks, in_place = self._comm, self.rank, self.ranks, self._mpi.IN_PLACE
-        block, other = arrays.get("block"), arrays.get("other_block")
-        blocks, other_blocks = arrays.get("blocks"), arrays.get("other_blocks")
-        right, left = (rank + 1) % ranks, (rank - 1) % ranks
-        roots = range(ranks)
-        if operation == "reduce":
-            return [
-                (lambda root=root: comm.Reduce(in_place, block, root=root))
-                if root == rank
-                else (lambda root=root: comm.Reduce(block, None, root=root))
-                for root in roots
-            ]
-        if operation == "broadcast":
-            return [lambda root=root: comm.Bcast(block, root) for root in roots]
-        if operation == "gather":
-            return [
-                lambda root=root: comm.Gather(block, blocks if root == rank else None, root)
-                for root in roots
-            ]
-        if operation == "scatter":
-            return [
-                lambda root=root: comm.Scatter(blocks if root == rank else None, block, root)
-                for root in roots
-            ]
-        if operation == "send/recv":
-            return _one_way(
-                rank, ranks, lambda: comm.Send(block, right), lambda: comm.Recv(block, left)
-            )
-        calls: dict[str, Callable[[], object]] = {
+    def calls(self, on: SimpleNamespace) -> dict[str, Call]:
+        """Return calls of the communicator's methods."""
+        comm, block, blocks, root = self._comm, on.block, on.blocks, on.root
+        at_root, right, left = on.at_root, on.right, on.left
+        other, other_blocks = on.other_block, on.other_blocks
+        given, taken = (self._in_place, block) if root == self.rank else (block, None)
+        return {
+            "reduce": lambda: comm.Reduce(given, taken, root=root),
+            "broadcast": lambda: comm.Bcast(block, root),
+            "gather": lambda: comm.Gather(block, at_root, root),
+            "scatter": lambda: comm.Scatter(at_root, block, root),
+            "send": lambda: comm.Send(block, right),
+            "recv": lambda: comm.Recv(block, left),
             "allgather": lambda: comm.Allgather(block, blocks),
             "reducescatter": lambda: comm.Reduce_scatter_block(blocks, block),
             "alltoall": lambda: comm.Alltoall(blocks, other_blocks),
             "sendrecv": lambda: comm.Sendrecv(block, right, 0, other, left),
             "barrier": lambda: comm.Barrier(),
         }
-        return [calls[operation]]
 
 
 class TorchGloo(Library):
     """torch.distributed over Gloo; allreduce only."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
-        import torch
-        import torch.distributed as dist
-
         super().__init__(settings, rank)
-        torch.set_num_threads(1)
-        store = dist.FileStore(f"{settings.folder}/torch", self.ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=self.ranks)
-        self._dist = dist
-        self.versions = {"torch": str(torch.__version__)}
-        self.barrier = dist.barrier  # type: ignore[method-assign]
+        self.dist = on_one_thread(settings, rank)
+        self.versions["torch"] = metadata.version("torch")
+        self.barrier = self.dist.barrier
 
-    def loop_on(self, operation: str, arrays: Arrays) -> Loop:
-        """Return the loop of ``allreduce``."""
-        dist, tensor = self._dist, _torch_tensor(arrays["block"])
-        return repeat(lambda: dist.all_reduce(tensor))
+    def calls(self, on: SimpleNamespace) -> dict[str, Call]:
+        """Return the call of ``allreduce``."""
+        return {"allreduce": partial(self.dist.all_reduce, _torch_tensor(on.block))}
 
 
 class RayCollective(Library):
     """ray.util.collective over Gloo, inside a Ray actor; allreduce only."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
-        import ray
         import torch
         from ray.util import collective
 
@@ -311,13 +275,12 @@ class RayCollective(Library):
         torch.set_num_threads(1)
         collective.init_collective_group(self.ranks, rank, "gloo")
         self._collective = collective
-        self.versions = {"ray": ray.__version__}
+        self.versions["ray"] = metadata.version("ray")
         self.barrier = collective.barrier  # type: ignore[method-assign]
 
-    def loop_on(self, operation: str, arrays: Arrays) -> Loop:
-        """Return the loop of ``allreduce``."""
-        collective, array = self._collective, arrays["block"]
-        return repeat(lambda: collective.allreduce(array))
+    def calls(self, on: SimpleNamespace) -> dict[str, Call]:
+        """Return the call of ``allreduce``."""
+        return {"allreduce": partial(self._collective.allreduce, on.block)}
 
 
 def kind_of(operation: str) -> str:
@@ -331,22 +294,11 @@ def _torch_tensor(array: np.ndarray) -> Any:
     return torch.from_numpy(array)
 
 
-def _copy_loop(operation: str, target: np.ndarray, source: np.ndarray) -> Loop:
+def _copy(operation: str, target: np.ndarray, source: np.ndarray) -> Call:
+    if operation == "copyto":
+        return partial(np.copyto, target, source)
     memmove = ctypes.CDLL(None).memmove
-    memmove.argtypes, memmove.restype = (
-        (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t),
-        ctypes.c_void_p,
-    )
+    memmove.argtypes, memmove.restype = [ctypes.c_void_p] * 2 + [ctypes.c_size_t], ctypes.c_void_p
     # These pointers keep their arrays alive.
-    to, of = target.ctypes.data_as(ctypes.c_void_p), source.ctypes.data_as(ctypes.c_void_p)
-    if operation == "memmove":
-        return repeat(lambda: memmove(to, of, source.nbytes))
-    return repeat(lambda: np.copyto(target, source))
-
-
-def _one_way(
-    rank: int, ranks: int, send: Callable[[], object], recv: Callable[[], object]
-) -> list[Callable[[], object]]:
-    """Return this rank's part of call i, which goes from rank i to rank i + 1."""
-    parts = {rank: send, (rank - 1) % ranks: recv}
-    return [parts.get(sender, lambda: None) for sender in range(ranks)]
+    to, of = (array.ctypes.data_as(ctypes.c_void_p) for array in (target, source))
+    return partial(memmove, to, of, source.nbytes)

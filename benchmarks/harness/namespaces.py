@@ -1,6 +1,7 @@
-"""Two hosts on one machine: network namespaces with a link between them. Needs root, and imports nothing of ours.
+"""Two hosts on one machine: network namespaces with a link between them.
 
-The namespaces have no names: they and the link are gone with the processes in them, however those end.
+Needs root, and imports nothing of ours. The namespaces have no names: they and the link are gone
+with the processes in them, however those end.
 """
 
 from __future__ import annotations
@@ -33,15 +34,13 @@ def two_hosts(rate: str | None = None) -> Iterator[list[int]]:
     with contextlib.ExitStack() as undo:
         holders = []
         for _ in ADDRESSES:
-            holder = undo.enter_context(
-                subprocess.Popen(
-                    ["unshare", "--net", "cat"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )  # ends with its input, and so with this process
+            pipes = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.DEVNULL,
+                "stderr": subprocess.PIPE,
+            }
+            process = subprocess.Popen(["unshare", "--net", "cat"], text=True, **pipes)
+            holder = undo.enter_context(process)  # ends with its input, and so with this process
             undo.callback(holder.kill)
             _await_namespace(holder)
             holders.append(holder.pid)
@@ -49,13 +48,12 @@ def two_hosts(rate: str | None = None) -> Iterator[list[int]]:
         _network(first, f"ip link add {LINK} type veth peer name {LINK} netns {second}")
         for holder, address in zip(holders, ADDRESSES, strict=True):
             _network(holder, f"ip address add {address}/30 dev {LINK}")
-            _network(holder, "ip link set lo up")
-            _network(holder, f"ip link set {LINK} up")
+            for interface in ("lo", LINK):
+                _network(holder, f"ip link set {interface} up")
             _network(holder, f"ip route add default dev {LINK}")
-            if rate is not None:
-                _network(
-                    holder, f"tc qdisc add dev {LINK} root tbf rate {rate} burst 1mb latency 50ms"
-                )
+            if rate:
+                limit = f"root tbf rate {rate} burst 1mb latency 50ms"
+                _network(holder, f"tc qdisc add dev {LINK} {limit}")
         yield holders
 
 
@@ -73,13 +71,15 @@ def _await_namespace(holder: subprocess.Popen[str]) -> None:
 
 
 def inside(holder: int, command: Sequence[str]) -> list[str]:
-    """Return the command that runs `command` on the host of a process that `two_hosts` yields, in its place."""
+    """Return the command that runs `command`, in its place, on the host of such a process.
+
+    The process is one that `two_hosts` yields.
+    """
     return ["nsenter", f"--net=/proc/{holder}/ns/net", *command]
 
 
 def _network(holder: int, command: str) -> None:
-    done = subprocess.run(
-        inside(holder, command.split()), capture_output=True, text=True, check=False
-    )
+    words = inside(holder, command.split())
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotPermittedError(f"{command}: {done.stderr.strip()}")

@@ -1,9 +1,11 @@
-"""Log-log plots of the benchmarks, in one style. matplotlib is imported when there is something to draw."""
+"""Log-log plots of the benchmarks, in one style.
+
+matplotlib is imported when there is something to draw.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 STYLES = ("-", "--", ":")
@@ -12,13 +14,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#777777")
 
 
 class Line(NamedTuple):
-    """One line of a panel.
-
-    Attributes:
-        points: x and y.
-        color: Of ``COLORS``, by number.
-        style: Of ``STYLES``, by number.
-    """
+    """One line of a panel: its points, and its colour and style by number."""
 
     points: Sequence[tuple[float, float]]
     color: int
@@ -48,40 +44,30 @@ def size(nbytes: float, _: object = None) -> str:
     return f"{nbytes:g} B"
 
 
-def draw(path: Path, panels: Sequence[Panel], x_label: str, y_label: str, x_name: Any) -> None:
-    """Draw panels with the same labels side by side, with common axes, and write them to a PNG file.
+def draw(path: str, panels: Sequence[Panel], x_label: str, y_label: str, x_name: Any) -> None:
+    """Draw panels side by side into a PNG file, with common axes.
 
-    Args:
-        path: Where to write.
-        panels: What to draw, from left to right.
-        x_label: What the x axis says.
-        y_label: What the y axis says; its values are in seconds.
-        x_name: Names a value of x at its tick.
+    ``x_name`` names a value of x; y is in seconds.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import NullFormatter
 
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 4.6), sharey=True, squeeze=False
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
+    width = 5.2 * len(panels)
+    figure, [axes] = plt.subplots(1, len(panels), figsize=(width, 4.6), sharey=True, squeeze=False)
+    for axis, panel in zip(axes, panels, strict=True):
         for label, line in panel.lines.items():
+            style = {"color": COLORS[line.color], "linestyle": STYLES[line.style]}
             axis.plot(
-                *zip(*line.points, strict=True),
-                label=label,
-                color=COLORS[line.color],
-                linestyle=STYLES[line.style],
-                marker="o",
-                markersize=4,
+                *zip(*line.points, strict=True), label=label, marker="o", markersize=4, **style
             )
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(sorted({x for line in panel.lines.values() for x, _ in line.points}))
-        axis.xaxis.set_major_formatter(FuncFormatter(x_name))
-        axis.yaxis.set_major_formatter(FuncFormatter(seconds))
+        axis.xaxis.set_major_formatter(x_name)
+        axis.yaxis.set_major_formatter(seconds)
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(axis="x", labelsize=8, rotation=30)
         axis.tick_params(axis="y", labelleft=True)
@@ -89,12 +75,8 @@ def draw(path: Path, panels: Sequence[Panel], x_label: str, y_label: str, x_name
         axis.set_axisbelow(True)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(x_label)
-    axes[0][0].set_ylabel(y_label)
-    labels = len(panels[0].lines)
-    rows = -(-labels // 3)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), fontsize=9, loc="lower center", ncol=min(3, labels)
-    )
-    figure.tight_layout(rect=(0, 0.03 + 0.05 * rows, 1, 1))
+    axes[0].set_ylabel(y_label)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize=9, loc="lower center", ncol=min(3, len(labels)))
+    figure.tight_layout(rect=(0, 0.03 + 0.05 * -(-len(labels) // 3), 1, 1))
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""The process of one rank: makes what the world is of, then does what the coordinator asks for until that hangs up.
+"""The process of one rank, which does what the coordinator asks for until that hangs up.
 
     python -m harness.rank SETTINGS RANK              a rank that the coordinator started
     mpiexec -n N python -m harness.rank SETTINGS      a rank of an MPI
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import mmap
 import os
 import platform
 import socket
@@ -24,10 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from harness.places import NUMPY_PLACE, array_at
-
 Loop = Callable[[int], object]
 """Makes so many calls."""
+
+PAGE = 4096
+NUMPY_PLACE = 16
+"""Where in a page numpy's arrays of 128 KiB and more begin.
+
+So it is as long as glibc maps memory for each of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Settings:
 
     Attributes:
         world: The world's name.
-        library: What its ranks are, as ``module:class``: ``Timed``, or any class made of the settings and a rank.
+        library: What its ranks are, as ``module:class``; the class is made of the settings and a
+            rank.
         ranks: The number of ranks.
         folder: A folder for the ranks to meet in.
         address: The path of the coordinator's socket.
@@ -56,19 +63,28 @@ class Settings:
         """Return the settings as one word of a command line."""
         return json.dumps(asdict(self))
 
-    @classmethod
-    def load(cls, text: str) -> Settings:
-        """Return what ``dump`` wrote."""
-        return cls(**json.loads(text))
+
+def array_at(place: int, count: int, *, small_pages: bool = False) -> np.ndarray:
+    """Return memory for so many float32 numbers that begins ``place`` bytes into a page.
+
+    With ``small_pages`` the kernel must take pages of 4 KiB, and not the huge ones that numpy asks
+    for.
+    """
+    nbytes = 4 * count + 2 * PAGE
+    if small_pages:
+        memory = mmap.mmap(-1, nbytes)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        raw = np.frombuffer(memory, np.uint8)
+    else:
+        raw = np.empty(nbytes, np.uint8)
+    start = (place - raw.ctypes.data) % PAGE
+    return raw[start : start + 4 * count].view(np.float32)
 
 
 class Timed:
     """A rank whose calls are timed. A subclass says in ``loop`` what the operations are.
 
     Attributes:
-        rank: This process's rank.
-        ranks: The number of ranks.
-        settings: The settings.
         versions: Names and versions to print.
         place: Where in a page the arrays of the operation at hand begin, on this rank.
         check: What contestants of one operation must have in common once it is prepared.
@@ -77,8 +93,7 @@ class Timed:
     def __init__(self, settings: Settings, rank: int) -> None:
         self.settings, self.rank, self.ranks = settings, rank, settings.ranks
         self.versions: dict[str, str] = {}
-        self.place = NUMPY_PLACE
-        self.check: Any = None
+        self.place, self.check = NUMPY_PLACE, None
         self._loops: dict[str, Loop] = {}
 
     def barrier(self) -> object:
@@ -94,20 +109,32 @@ class Timed:
         array[:] = 0
         return array
 
+    def join(self, backend: str = "shm", name: str = "default", **options: Any) -> Any:
+        """Return a group of all ranks, and have its version printed."""
+        import colltensor as col
+
+        method = f"file://{self.settings.folder}/{self.settings.world}-{name}"
+        group = col.init_collective_group(
+            self.ranks, self.rank, backend, name, init_method=method, **options
+        )
+        self.versions["colltensor"] = f"{col.__version__} (backend {group.backend})"
+        return group
+
     def prepare(self, operation: str, *case: Any) -> Any:
         """Make an operation's loop, and return ``check``.
 
-        Where its arrays begin follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page, ``broadcast@0,16``
-        rank 0's at the beginning of a page and those of the others 16 bytes into one.
+        Where its arrays begin follows an ``@``: ``broadcast@16`` puts each 16 bytes into a page,
+        ``broadcast@0,16`` rank 0's at the beginning of a page and those of the others 16 bytes into
+        one.
         """
         name, _, places = operation.partition("@")
-        of_ranks = [int(place) for place in places.split(",")] if places else [NUMPY_PLACE]
+        of_ranks = [int(place) for place in (places or str(NUMPY_PLACE)).split(",")]
         self.place = of_ranks[min(self.rank, len(of_ranks) - 1)]
         self._loops[operation] = self.loop(name, *case)
         return self.check
 
     def run(self, operation: str, warm_up: int, calls: int) -> float:
-        """Make ``calls`` calls after ``warm_up`` and a barrier, and return the seconds that they took."""
+        """Make calls after those to warm up and a barrier, and return the seconds they took."""
         loop = self._loops[operation]
         self.barrier()
         loop(warm_up)
@@ -122,23 +149,12 @@ class Timed:
 
 
 class InGroup(Timed):
-    """A rank with one group of colltensor's, ``self.group``; the options are those of ``init_collective_group``."""
+    """A rank with one group of colltensor's, ``self.group``; the options are those of ``join``."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
         super().__init__(settings, rank)
         self.group = self.join(**settings.options)
         self.barrier = self.group.barrier  # type: ignore[method-assign]
-
-    def join(self, backend: str = "shm", name: str = "default", **options: Any) -> Any:
-        """Return one more group of all ranks, and have its version printed."""
-        import colltensor as col
-
-        method = f"file://{self.settings.folder}/{self.settings.world}-{name}"
-        group = col.init_collective_group(
-            self.ranks, self.rank, backend, name, init_method=method, **options
-        )
-        self.versions["colltensor"] = f"{col.__version__} (backend {group.backend})"
-        return group
 
 
 def repeat(*calls: Callable[[], object]) -> Loop:
@@ -151,6 +167,16 @@ def repeat(*calls: Callable[[], object]) -> Loop:
     return loop
 
 
+def on_one_thread(settings: Settings, rank: int, backend: str = "gloo") -> Any:
+    """Make torch's process group of all ranks, with one thread each; return its module."""
+    import torch
+
+    torch.set_num_threads(1)
+    store = f"file://{settings.folder}/{settings.world}-torch"
+    torch.distributed.init_process_group(backend, store, rank=rank, world_size=settings.ranks)
+    return torch.distributed
+
+
 def serve(settings: Settings, rank: int) -> None:
     """Set the rank up, say hello, and answer until the coordinator hangs up."""
     if settings.pin:
@@ -159,14 +185,12 @@ def serve(settings: Settings, rank: int) -> None:
             os.sched_setaffinity(int(thread), {cores[rank % len(cores)]})
     module, _, name = settings.library.partition(":")
     answers = getattr(importlib.import_module(module), name)(settings, rank)
-    link = connect(settings.address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
+        end.connect(settings.address)
+        link = Connection(end.detach())
+    own = {"Python": platform.python_version(), "numpy": np.__version__}
     try:
-        versions = {
-            "Python": platform.python_version(),
-            "numpy": np.__version__,
-            **answers.versions,
-        }
-        link.send((settings.world, answers.rank, os.getpid(), versions))
+        link.send((settings.world, answers.rank, os.getpid(), own | answers.versions))
         while True:
             name, arguments = link.recv()
             try:
@@ -177,21 +201,13 @@ def serve(settings: Settings, rank: int) -> None:
         pass  # the coordinator hung up
 
 
-def connect(address: str) -> Connection:
-    """Return a connection to the coordinator."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as end:
-        end.connect(address)
-        return Connection(end.detach())
-
-
 def _mpi_rank() -> int:
-    """Return the rank that mpiexec gave, which is needed for the affinity before MPI is imported."""
-    return int(
-        os.environ.get("OMPI_COMM_WORLD_RANK")
-        or os.environ.get("PMI_RANK")
-        or os.environ["PMIX_RANK"]
-    )
+    """Return the rank that mpiexec gave: the affinity needs it before MPI is imported."""
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+    return int(next(os.environ[name] for name in names if name in os.environ))
 
 
 if __name__ == "__main__":
-    serve(Settings.load(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else _mpi_rank())
+    serve(
+        Settings(**json.loads(sys.argv[1])), int(sys.argv[2]) if len(sys.argv) > 2 else _mpi_rank()
+    )

@@ -1,7 +1,7 @@
 """Starts the worlds of one number of ranks, and lets each do something while the others sleep.
 
-Ranks talk to the coordinator over a Unix socket in a temporary folder. They end when it is closed, so that nothing
-is left however the coordinator ends; what does not end is killed.
+Ranks talk to the coordinator over a Unix socket in a temporary folder. They end when it is closed,
+so that nothing is left however the coordinator ends; what does not end is killed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from harness.rank import Settings
 
 HERE = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "JAX_PLATFORMS": "cpu",
     "GLOO_SOCKET_IFNAME": "lo",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    **dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1"),
 }
+# Their own binding off, as all libraries run under one policy; more ranks than cores allowed.
+MPI_OPTIONS = {"Open MPI": "--bind-to none --map-by :OVERSUBSCRIBE", "MPICH": "-bind-to none"}
 START_S = 120.0
 REPLY_S = 300.0
 
@@ -55,8 +54,10 @@ class Kind:
         python: The interpreter of its ranks.
         needs: Modules that must be installed in the coordinator's own environment.
         environment: Variables of its ranks.
-        folder: Where its ranks start, and so which checkout's package they import; None where the coordinator did.
-        launcher: What starts its ranks: an MPI, by its name, or ``ray``; by default the coordinator does.
+        folder: Where its ranks start, and so which checkout's package they import; None where the
+            coordinator did.
+        launcher: What starts its ranks: an MPI, by its name, or ``ray``; by default the coordinator
+            does.
         options: What the class of its ranks is told.
         prefixes: Words before the command of each rank, in turn.
     """
@@ -78,7 +79,7 @@ class Kind:
             return f"{', '.join(missing)} not installed"
         if not self.python:
             return f"no --{self.name}-python given"
-        if self.launcher in ("Open MPI", "MPICH") and not self.mpiexec.is_file():
+        if self.launcher in MPI_OPTIONS and not self.mpiexec.is_file():
             return f"no {self.mpiexec}"
         return None
 
@@ -90,22 +91,9 @@ class Kind:
     def commands(self, settings: Settings) -> list[list[str]]:
         """Return the command lines that start its ranks."""
         rank = [self.python, "-m", "harness.rank", settings.dump()]
-        if self.launcher == "Open MPI":
-            # Its own binding off, as all libraries run under one policy; more ranks than cores allowed.
-            return [
-                [
-                    str(self.mpiexec),
-                    "--bind-to",
-                    "none",
-                    "--map-by",
-                    ":OVERSUBSCRIBE",
-                    "-n",
-                    str(settings.ranks),
-                    *rank,
-                ]
-            ]
-        if self.launcher == "MPICH":
-            return [[str(self.mpiexec), "-bind-to", "none", "-n", str(settings.ranks), *rank]]
+        if self.launcher in MPI_OPTIONS:
+            options = f"{MPI_OPTIONS[self.launcher]} -n {settings.ranks}"
+            return [[str(self.mpiexec), *options.split(), *rank]]
         if self.launcher == "ray":
             return [[self.python, "-m", "harness.ray_world", settings.dump()]]
         return [
@@ -117,11 +105,7 @@ class Kind:
 class World:
     """The running ranks of one library.
 
-    Attributes:
-        name: The world's name.
-        ranks: The number of ranks.
-        versions: What rank 0 says it runs on.
-        pid: The process id of rank 0.
+    ``versions`` and ``pid`` are what rank 0 runs on, and its process.
     """
 
     def __init__(self, kind: Kind, settings: Settings) -> None:
@@ -131,7 +115,7 @@ class World:
         self._links: dict[int, Connection] = {}
         self._holds: list[int] = []
         self.ranks = settings.ranks
-        self._log = Path(settings.folder) / f"{kind.name}.log"
+        self._log = Path(settings.folder, f"{kind.name}.log")
         # A rank of this interpreter and checkout imports what the coordinator would.
         own = sys.path if kind.python == sys.executable and kind.folder is None else []
         path = os.pathsep.join(filter(None, (str(HERE), *own, os.environ.get("PYTHONPATH"))))
@@ -139,18 +123,11 @@ class World:
         self._processes: list[subprocess.Popen[bytes]] = []
         with self._log.open("wb") as log:
             for command in kind.commands(settings):
-                # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends them in order.
-                self._processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=environment,
-                        cwd=kind.folder,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
+                # In sessions of their own, so that Ctrl-C reaches the coordinator alone, which ends
+                # them in order.
+                place = {"env": environment, "cwd": kind.folder, "start_new_session": True}
+                ends = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+                self._processes.append(subprocess.Popen(command, **place, **ends))
 
     @property
     def complete(self) -> bool:
@@ -172,22 +149,21 @@ class World:
 
     def ask(self, name: str, *arguments: Any) -> list[Any]:
         """Have all ranks do something at the same time, and return what each replies."""
-        replies = []
+        asked, replies = f"{name}{arguments}", []
+        links = [self._links[rank] for rank in range(self.ranks)]
         try:
-            for rank in range(self.ranks):
-                self._links[rank].send((name, arguments))
+            for link in links:
+                link.send((name, arguments))
             deadline = time.monotonic() + REPLY_S
-            for rank in range(self.ranks):
-                if not self._links[rank].poll(deadline - time.monotonic()):
-                    raise self._error(
-                        f"{name}{arguments}: no reply of rank {rank} within {REPLY_S:.0f} s"
-                    )
-                fine, reply = self._links[rank].recv()
+            for rank, link in enumerate(links):
+                if not link.poll(deadline - time.monotonic()):
+                    raise self._error(f"{asked}: no reply of rank {rank} within {REPLY_S:.0f} s")
+                fine, reply = link.recv()
                 if not fine:
-                    raise self._error(f"{name}{arguments}: rank {rank}: {reply}")
+                    raise self._error(f"{asked}: rank {rank}: {reply}")
                 replies.append(reply)
         except (EOFError, ConnectionError) as error:
-            raise self._error(f"{name}{arguments}: a rank died") from error
+            raise self._error(f"{asked}: a rank died") from error
         return replies
 
     def close(self) -> None:
@@ -215,16 +191,13 @@ class World:
 
 
 class Here:
-    """A world of one rank, in the coordinator's own process.
+    """A world of one rank, in the coordinator's own process."""
 
-    Attributes:
-        ranks: 1.
-    """
+    ranks = 1
 
     def __init__(
         self, make: Callable[[Settings, int], Any], folder: str, options: dict[str, Any]
     ) -> None:
-        self.ranks = 1
         self._rank = make(Settings("here", "", 1, folder, "", pin=False, options=options), 0)
 
     def ask(self, name: str, *arguments: Any) -> list[Any]:
@@ -250,10 +223,8 @@ def started(kinds: Sequence[Kind], ranks: int, *, pin: bool = False) -> Iterator
         worlds: dict[str, World] = {}
         try:
             for kind in kinds:
-                settings = Settings(
-                    kind.name, kind.library, ranks, folder, address, pin, kind.options
-                )
-                worlds[kind.name] = World(kind, settings)
+                place = (ranks, folder, address, pin, kind.options)
+                worlds[kind.name] = World(kind, Settings(kind.name, kind.library, *place))
                 stack.callback(worlds[kind.name].close)
             _await(worlds, listener)
             yield worlds

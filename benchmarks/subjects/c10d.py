@@ -1,103 +1,66 @@
-"""Calls of torch.distributed on our backend and on torch's Gloo, both groups in the same processes, in turns.
+"""Calls of torch.distributed on our backend and on torch's Gloo, in turns.
 
-2 processes with one torch thread each, float32; "there and back" is two sends. Tensors begin where torch puts them: 64
-bytes into a page if they are large.
+Both groups are in the same 2 processes, with one torch thread each. Tensors are float32, and begin
+where torch puts them: 64 bytes into a page if they are large. "there and back" is two sends.
 """
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from collections.abc import Callable
 
-from harness.rank import Loop, Settings, Timed, repeat
-from harness.rounds import Contestant
-from harness.run import Run, add_options
+from harness.rank import Loop, Settings, Timed, on_one_thread, repeat
+from harness.run import Run, everywhere, ratio
 
-SIZES = (1 << 10, 1 << 18, 1 << 22)
-BACKENDS = ("colltensor", "gloo")
-CALLS = (
-    "all_reduce",
-    "all_reduce, async_op",
-    "broadcast",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "all_to_all_single",
-    "there and back",
-)
+OPTIONS = {"rounds": 7, "round_ms": 20.0, "sizes": (1 << 10, 1 << 18, 1 << 22)}
+CALLS = ("all_reduce", "all_reduce, async_op", "broadcast", "all_gather_into_tensor")
+CALLS += ("reduce_scatter_tensor", "all_to_all_single", "there and back")
 
 
 class Ranks(Timed):
-    """The ranks; an operation is a backend and a call."""
-
     def __init__(self, settings: Settings, rank: int) -> None:
         super().__init__(settings, rank)
         import torch
 
         import colltensor.torch  # noqa: F401 - registers the backend
 
-        torch.set_num_threads(1)
-        dist: Any = torch.distributed
-        dist.init_process_group(
-            "cpu:colltensor", f"file://{settings.folder}/store", rank=rank, world_size=2
-        )
-        self._groups = {"colltensor": dist.new_group(), "gloo": dist.new_group(backend="gloo")}
-        self.barrier, self.versions = dist.barrier, {"torch": torch.__version__}
+        self.torch, self.dist = torch, on_one_thread(settings, rank, "cpu:colltensor")
+        self._groups = {
+            "colltensor": self.dist.new_group(),
+            "gloo": self.dist.new_group(backend="gloo"),
+        }
+        self.barrier, self.versions = self.dist.barrier, {"torch": torch.__version__}
 
     def loop(self, operation: str, nbytes: int) -> Loop:
-        """Return the loop of a call."""
-        import torch
-
-        dist: Any = torch.distributed
         backend, _, call = operation.partition(" ")
-        group, rank = self._groups[backend], self.rank
-        tensor = torch.ones(nbytes // 4)
-        gathered, part = torch.empty(2 * nbytes // 4), torch.empty(nbytes // 8)
+        dist, rank, on = self.dist, self.rank, {"group": self._groups[backend]}
+        tensor, both = self.torch.ones(nbytes // 4), self.torch.empty(nbytes // 2)
+        part = self.torch.empty(nbytes // 8)
 
         def there_and_back() -> None:
             for sender in (0, 1):
-                (dist.send if rank == sender else dist.recv)(tensor, 1 - rank, group=group)
+                (dist.send if rank == sender else dist.recv)(tensor, 1 - rank, **on)
 
-        return repeat(
-            {
-                "all_reduce": lambda: dist.all_reduce(tensor, group=group),
-                "all_reduce, async_op": lambda: dist.all_reduce(
-                    tensor, group=group, async_op=True
-                ).wait(),
-                "broadcast": lambda: dist.broadcast(tensor, 0, group=group),
-                "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(
-                    gathered, tensor, group=group
-                ),
-                "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(
-                    part, tensor, group=group
-                ),
-                "all_to_all_single": lambda: dist.all_to_all_single(
-                    gathered, gathered.clone(), group=group
-                ),
-                "there and back": there_and_back,
-            }[call]
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: dist.all_reduce(tensor, **on),
+            lambda: dist.all_reduce(tensor, async_op=True, **on).wait(),
+            lambda: dist.broadcast(tensor, 0, **on),
+            lambda: dist.all_gather_into_tensor(both, tensor, **on),
+            lambda: dist.reduce_scatter_tensor(part, tensor, **on),
+            lambda: dist.all_to_all_single(both, both.clone(), **on),
+            there_and_back,
         )
+        return repeat(dict(zip(CALLS, calls, strict=True))[call])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_options(parser, rounds=7, round_ms=20)
-
-
-def measure(run: Run, options: argparse.Namespace) -> None:
-    """Print the table."""
+def measure(run: Run) -> None:
     rows = []
     with run.started(run.builds("subjects.c10d:Ranks")) as worlds:
-        for nbytes in SIZES:
+        for nbytes in run.options.sizes:
             for call in CALLS:
-                pair = [Contestant(backend, "this", f"{backend} {call}") for backend in BACKENDS]
-                ours, gloo = (
-                    found.median_us
-                    for found in run.measure(worlds, pair, nbytes, table=call).values()
+                pair = everywhere(
+                    worlds, (f"{backend} {call}" for backend in ("colltensor", "gloo"))
                 )
-                rows.append([f"{nbytes:,}", call, ours, gloo, f"{gloo / ours:.1f}"])
-    run.print(
-        "Calls of torch.distributed",
-        ["bytes", "call", *BACKENDS, "Gloo / colltensor"],
-        rows,
-        left=2,
-    )
+                ours, gloo = run.medians(worlds, pair, nbytes, table=call).values()
+                rows.append([f"{nbytes:,}", call, ours, gloo, ratio(gloo, ours)])
+    head = ["bytes", "call", "colltensor", "gloo", "Gloo / colltensor"]
+    run.print("Calls of torch.distributed", head, rows, left=2)

@@ -1,18 +1,18 @@
-"""Where the nanoseconds of one `group.allreduce(x)` of 1 KiB go, 2 ranks in shared memory, from Python down.
+"""Where the nanoseconds of a `group.allreduce(x)` of 1 KiB go, in shared memory.
 
-Two tables. The first times parts of the call on their own: those that need no second rank by one rank alone, then the
-whole call by 2 ranks, in nanoseconds. What is timed alone includes the loop and the call of a lambda function, which
-are the first line.
+Two tables. The first times parts of the call on their own: those that need no second rank by one
+rank alone, then the whole call by 2 ranks, in nanoseconds. What is timed alone includes the loop
+and the call of a lambda function, which are the first line.
 
-The second is a profile of rank 0 by symbol, sampled by `perf` (package linux-perf or linux-tools) while the 2 ranks
-do nothing but call: the share of the samples times the time of a call. Waiting for the other rank counts where it
-spins. `--perf-data FILE` keeps the samples with their call graphs, for `perf report -i FILE`. Without perf, or where it
-may not sample (see /proc/sys/kernel/perf_event_paranoid), the output says so.
+The second is a profile of rank 0 by symbol, sampled by `perf` (package linux-perf or linux-tools)
+while the 2 ranks do nothing but call: the share of the samples times the time of a call. Waiting
+for the other rank counts where it spins. `--perf-data FILE` keeps the samples with their call
+graphs, for `perf report -i FILE`. Without perf, or where it may not sample (see
+/proc/sys/kernel/perf_event_paranoid), the output says so.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import inspect
 import shutil
@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.rank import InGroup, Loop, repeat
-from harness.rounds import Contestant, Samples
-from harness.run import Run, add_options
+from harness.rounds import Contestant
+from harness.run import Run
 from harness.world import Kind, World, WorldError
 
+OPTIONS = {"rounds": 100, "round_ms": 2.0, "nbytes": 1024, "backend": "auto", "perf_data": ""}
+SAMPLED_S, LEAST = 4.0, 0.01
 NO_GROUP = 0
 """A handle that no group has: a native call with it converts its arguments and comes back."""
 LAYERS = (
@@ -41,10 +43,8 @@ LAYERS = (
     "group.allreduce(x), 1 rank in shared memory",
     "col.allreduce(x), 1 rank in shared memory",
 )
-CALLS = {
-    "allreduce": "group.allreduce(x), 2 ranks",
-    "allreduce:function": "col.allreduce(x), 2 ranks",
-}
+WHOLE = Contestant("group.allreduce(x), 2 ranks", "calls", "allreduce")
+CALLS = (WHOLE, Contestant("col.allreduce(x), 2 ranks", "calls", "allreduce:function"))
 
 
 class Empty:
@@ -60,7 +60,6 @@ class Empty:
         copy: bool | None = None,
         _like: Any = None,
     ) -> Any:
-        """Return the tensor."""
         return tensor
 
 
@@ -68,25 +67,16 @@ class Layers(InGroup):
     """One rank, and the parts of a call that need no second one."""
 
     def loop(self, operation: str, nbytes: int) -> Loop:
-        """Return the loop of a layer."""
         import colltensor as col
         from colltensor import dlpack
         from colltensor.backends.shm import library
         from colltensor.operations import NATIVE
 
-        same = (
-            inspect.signature(method).parameters.keys()
-            for method in (Empty.allreduce, col.Group.allreduce)
-        )
-        assert len(set(map(tuple, same))) == 1, (
-            "Group.allreduce has other parameters by now; give Empty's the same"
-        )
+        ours, theirs = map(inspect.signature, (Empty.allreduce, col.Group.allreduce))
+        assert [*ours.parameters] == [*theirs.parameters], "give Empty's the parameters of Group's"
         array, empty, native, group = self.array(nbytes // 4), Empty(), library.load(), self.group
         convert = dlpack.tvm_ffi().from_dlpack
-        interface, releasing = (
-            native.get_function("shm_interface"),
-            native.get_function("shm_interface"),
-        )
+        interface, releasing = (native.get_function("shm_interface") for _ in range(2))
         interface.release_gil = False
         whole = native.shm_fast_function(NO_GROUP, 0, NATIVE["allreduce"], 0, -1, -1, False, True)
         whole.release_gil = False
@@ -103,19 +93,14 @@ class Layers(InGroup):
         return repeat(dict(zip(LAYERS, layers, strict=True))[operation])
 
 
-def _record(perf: str, world: World, call_us: float, seconds: float, data: Path) -> None:
-    """Sample rank 0 while the ranks call ``allreduce``.
-
-    Raises:
-        WorldError: perf could not sample.
-    """
+def sample(perf: str, world: World, call_us: float, data: Path) -> None:
+    """Sample rank 0 while the ranks call ``allreduce``."""
     command = [perf, "record", "-F", "5000", "-g", "-o", str(data), "-p", str(world.pid)]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+    ends = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **ends) as process:
         try:
             time.sleep(0.5)  # until it has attached
-            world.ask("run", "allreduce", 1000, int(seconds * 1e6 / call_us))
+            world.ask("run", "allreduce", 1000, int(SAMPLED_S * 1e6 / call_us))
         finally:
             process.send_signal(signal.SIGINT)
             said = process.communicate()[1]
@@ -123,93 +108,50 @@ def _record(perf: str, world: World, call_us: float, seconds: float, data: Path)
         raise WorldError(f"perf could not sample: {said.strip()}")
 
 
-def _symbols(perf: str, data: Path) -> list[tuple[float, str, str]]:
+def symbols(perf: str, data: Path) -> list[tuple[float, str, str]]:
     """Return share, library and symbol of what was sampled, the largest first."""
-    command = [
-        perf,
-        "report",
-        "-i",
-        str(data),
-        "--stdio",
-        "--no-children",
-        "-g",
-        "none",
-        "-t",
-        "\t",
-        "-F",
-        "overhead,dso,sym",
-    ]
-    found = []
-    for line in subprocess.run(
-        command, capture_output=True, text=True, check=True
-    ).stdout.splitlines():
+    options = ["--stdio", "--no-children", "-g", "none", "-F", "overhead,dso,sym", "-t"]
+    command, found = [perf, "report", "-i", str(data), *options, "\t"], []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
         if line.strip() and not line.startswith("#"):
             share, shared_object, symbol = (field.strip() for field in line.split("\t")[:3])
             found.append((float(share.rstrip("%")) / 100, shared_object, symbol))
     return sorted(found, reverse=True)
 
 
-def _print_profile(
-    run: Run, found: list[tuple[float, str, str]], call_ns: float, least: float
-) -> None:
-    """Print the second table: libraries, then the symbols with at least that share."""
+def print_profile(run: Run, found: list[tuple[float, str, str]], call_ns: float) -> None:
+    """Print the second table: libraries, then the symbols with a share that counts."""
     libraries: dict[str, float] = collections.defaultdict(float)
     for share, shared_object, _ in found:
         libraries[shared_object] += share
-    lines = [
-        (share, f"**{name}**", "all")
-        for name, share in sorted(libraries.items(), key=lambda item: -item[1])
-    ]
-    lines += [(share, shared_object, f"`{symbol}`") for share, shared_object, symbol in found]
-    rows = [
-        [name, symbol, f"{share:.1%}", f"{share * call_ns:,.0f}"]
-        for share, name, symbol in lines
-        if share >= least
-    ]
-    rest = sum(share for share, _, _ in found if share < least)
-    rows.append(["", f"symbols below {least:.0%}", f"{rest:.1%}", f"{rest * call_ns:,.0f}"])
-    run.print(
-        f"Rank 0 of `group.allreduce(x)`, 2 ranks, {call_ns:,.0f} ns a call",
-        ["library", "symbol", "share", "ns a call"],
-        rows,
-        left=2,
-    )
+    lines = [(share, f"**{name}**", "all") for name, share in libraries.items()]
+    lines.sort(reverse=True)
+    lines += [(share, name, f"`{symbol}`") for share, name, symbol in found]
+    lines = [line for line in lines if line[0] >= LEAST]
+    rest = sum(share for share, _, _ in found if share < LEAST)
+    lines.append((rest, "", f"symbols below {LEAST:.0%}"))
+    title = f"Rank 0 of `group.allreduce(x)`, 2 ranks, {call_ns:,.0f} ns a call"
+    rows = [[name, what, f"{share:.1%}", f"{share * call_ns:,.0f}"] for share, name, what in lines]
+    run.print(title, ["library", "symbol", "share", "ns a call"], rows, left=2)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_options(parser, rounds=100, round_ms=2)
-    parser.add_argument("--nbytes", type=int, default=1024)
-    parser.add_argument("--backend", default="auto", help="colltensor's backend (auto)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long perf samples")
-    parser.add_argument(
-        "--least", type=float, default=0.01, help="the least share of a symbol that is printed"
-    )
-    parser.add_argument("--perf-data", type=Path, help="keep perf's samples in this file")
-
-
-def measure(run: Run, options: argparse.Namespace) -> None:
-    """Print the tables."""
+def measure(run: Run) -> None:
+    nbytes, own = run.options.nbytes, {"backend": run.options.backend}
     with run.started([Kind("layers", "subjects.profile:Layers")], 1) as worlds:
-        found = run.measure(
-            worlds, [Contestant(name, "layers", name) for name in LAYERS], options.nbytes
-        )
-    kind = Kind("calls", "harness.libraries:Colltensor", options={"backend": options.backend})
+        layers = [Contestant(name, "layers", name) for name in LAYERS]
+        found = run.measure(worlds, layers, nbytes)
+    kind = Kind("calls", "harness.libraries:Colltensor", options=own)
     with tempfile.TemporaryDirectory() as folder, run.started([kind]) as worlds:
-        contestants = [Contestant(name, "calls", operation) for operation, name in CALLS.items()]
-        found |= run.measure(worlds, contestants, options.nbytes)
-        rows = [[name, *_nanoseconds(samples)] for name, samples in found.items()]
+        found |= run.measure(worlds, CALLS, nbytes)
+        times = {name: (one.median_us, min(one.rounds_us)) for name, one in found.items()}
+        rows = [[name, *(f"{us * 1e3:,.0f}" for us in both)] for name, both in times.items()]
         run.print("Parts of a call", ["layer", "median, ns", "lowest, ns"], rows)
-        perf = shutil.which("perf")
+        perf, call_us = shutil.which("perf"), times[WHOLE.label][0]
         if perf is None:
             print("\nNo profile by symbol: perf is not installed.")
             return
-        call_us = found[CALLS["allreduce"]].median_us
-        data = options.perf_data or Path(folder) / "perf.data"
-        worlds["calls"].ask("prepare", "allreduce", options.nbytes)
-        _record(perf, worlds["calls"], call_us, options.seconds, data)
-        _print_profile(run, _symbols(perf, data), call_us * 1e3, options.least)
-
-
-def _nanoseconds(samples: Samples) -> tuple[str, str]:
-    return f"{samples.median_us * 1e3:,.0f}", f"{min(samples.rounds_us) * 1e3:,.0f}"
+        data = Path(run.options.perf_data or f"{folder}/perf.data")
+        worlds["calls"].ask("prepare", "allreduce", nbytes)
+        sample(perf, worlds["calls"], call_us, data)
+        print_profile(run, symbols(perf, data), call_us * 1e3)

@@ -4,88 +4,70 @@
     python benchmarks providers --namespaces     2 x 2 ranks on two hosts, backend "hierarchical"
     python benchmarks providers --other-python /path/to/python3.10
 
-pygloo exists for Python 3.10 and below only, where recent versions of torch do not: `--other-python` names the Python
-of an environment of its own, with colltensor and pygloo, whose providers take turns with these. Each provider is
-compared with the native one of its own Python. Hosts are network namespaces with a link between them, which needs root.
+pygloo exists for Python 3.10 and below only, where recent versions of torch do not:
+`--other-python` names the Python of an environment of its own, with colltensor and pygloo, whose
+providers take turns with these. Each provider is compared with the native one of its own Python.
+Hosts are network namespaces with a link between them, which needs root.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import subprocess
 import sys
 
 from harness.namespaces import inside, two_hosts
 from harness.rounds import Contestant
-from harness.run import Run, add_options, numbers
+from harness.run import Run, ratio
 from harness.world import Kind
 
-SIZES = ",".join(str(4**power) for power in range(1, 14) if power not in (2, 3, 4))
-FIND = "import sys; from importlib.util import find_spec as f; print('%d.%d' % sys.version_info[:2], *filter(f, {}))"
+OPTIONS = {
+    "rounds": 25,
+    "round_ms": 20.0,
+    "places": ("16", "0"),
+    "other_python": "",
+    "namespaces": False,
+    "sizes": (4, *(4**power for power in range(5, 14))),
+}
+FIND = """
+import sys; from importlib.util import find_spec
+print('%d.%d' % sys.version_info[:2], *filter(find_spec, ('torch', 'pygloo')))
+"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_options(parser, rounds=25, round_ms=20, places=("16", "0"))
-    parser.add_argument("--namespaces", action="store_true", help="two hosts with two ranks each")
-    parser.add_argument(
-        "--other-python", help="another Python, whose providers are measured as well"
-    )
-    parser.add_argument("--sizes", type=numbers, default=numbers(SIZES), help="bytes, with commas")
+def kinds(run: Run, backend: str, prefixes: list[list[str]]) -> dict[str, Kind]:
+    """Return a world for each provider of each Python."""
+    found = {}
+    for python in filter(None, (sys.executable, run.options.other_python)):
+        find = subprocess.run([python, "-c", FIND], capture_output=True, text=True, check=True)
+        version, *there = find.stdout.split()
+        for provider in ("native", *there):
+            own = {"options": {"backend": backend, "provider": provider}, "prefixes": prefixes}
+            name = f"{provider}, {version}"
+            found[name] = Kind(name, "harness.libraries:Colltensor", python, **own)
+    return found
 
 
-def measure(run: Run, options: argparse.Namespace) -> None:
-    """Print the table."""
+def measure(run: Run) -> None:
+    options, rows = run.options, []
     ranks, backend = (4, "hierarchical") if options.namespaces else (2, "gloo")
-    kinds: dict[str, Kind] = {}
     with contextlib.ExitStack() as undo:
         holders = undo.enter_context(two_hosts()) if options.namespaces else []
         prefixes = [inside(holder, []) for holder in holders for _ in range(2)] or [[]]
-        for python in filter(None, (sys.executable, options.other_python)):
-            find = [python, "-c", FIND.format(("torch", "pygloo"))]
-            version, *there = subprocess.run(
-                find, capture_output=True, text=True, check=True
-            ).stdout.split()
-            for provider in ("native", *there):
-                kinds[f"{provider}, {version}"] = Kind(
-                    f"{provider}, {version}",
-                    "harness.libraries:Colltensor",
-                    python,
-                    prefixes=prefixes,
-                    options={"backend": backend, "provider": provider},
-                )
-        worlds = undo.enter_context(run.started([*kinds.values()], ranks))
-        columns = {
-            f"{name} at {place}": (name, place) for name in kinds for place in options.places
-        }
-        contestants = [
-            Contestant(label, name, f"allreduce@{place}")
-            for label, (name, place) in columns.items()
+        there = kinds(run, backend, prefixes)
+        worlds = undo.enter_context(run.started([*there.values()], ranks))
+        ones = [
+            Contestant(f"{name} at {place}", name, f"allreduce@{place}")
+            for name in there
+            for place in options.places
         ]
-        ours = {
-            label: f"native, {name.split(', ')[1]} at {place}"
-            for label, (name, place) in columns.items()
-        }
-        others = [label for label in columns if ours[label] != label]
-        rows = []
+        columns = [one.label for one in ones]
+        native = {label: f"native, {label.partition(', ')[2]}" for label in columns}
+        others = [label for label in columns if native[label] != label]
         for nbytes in options.sizes:
-            found = {
-                label: one.median_us
-                for label, one in run.measure(worlds, contestants, nbytes).items()
-            }
-            rows.append(
-                [
-                    f"{nbytes:,}",
-                    *found.values(),
-                    f"{nbytes / next(iter(found.values())) / 1e3:.2f}",
-                    *(f"{found[label] / found[ours[label]]:.2f}" for label in others),
-                ]
-            )
-    head = [
-        f"bytes, {ranks} ranks",
-        *columns,
-        "GB/s, native",
-        *(f"{label} / native" for label in others),
-    ]
-    run.print("Allreduce by provider", head, rows)
+            found = run.medians(worlds, ones, nbytes)
+            speed = f"{nbytes / found[columns[0]] / 1e3:.2f}"
+            ratios = (ratio(found[label], found[native[label]]) for label in others)
+            rows.append([f"{nbytes:,}", *found.values(), speed, *ratios])
+    head = [f"bytes, {ranks} ranks", *columns, "GB/s, native"]
+    run.print("Allreduce by provider", [*head, *(f"{label} / native" for label in others)], rows)

@@ -1,25 +1,25 @@
-"""Trees of tensors as one call, beside a call a leaf, one array of as many bytes, and another build.
+"""Trees of tensors as one call, beside a call a leaf, one array, and another build.
 
     python benchmarks trees --frameworks numpy,torch,jax
     python benchmarks trees --backend gloo
     python benchmarks trees --baseline OTHER/CHECKOUT:OTHER/libcolltensor.so
 
-Two ranks on one host: ``tree`` is ``group.allreduce(tree)``, ``loop`` an allreduce for each leaf, ``one`` an allreduce
-of one array of as many bytes, ``sync`` a ``Synchronizer`` and ``sync_gradients`` the function. Leaves begin where their
-frameworks put them: numpy's large ones 16 bytes into a page. ``mixed`` is 1,000 leaves of 1 B to 1 MiB, of five dtypes,
-every eighth one strided.
+Two ranks on one host: ``tree`` is ``group.allreduce(tree)``, ``loop`` an allreduce for each leaf,
+``one`` an allreduce of one array of as many bytes, ``sync`` a ``Synchronizer`` and
+``sync_gradients`` the function. Leaves begin where their frameworks put them: numpy's large ones 16
+bytes into a page. ``mixed`` is 1,000 leaves of 1 B to 1 MiB, of five dtypes, every eighth one
+strided.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 from typing import Any
 
 import numpy as np
 from harness.rank import InGroup, Loop, repeat
-from harness.run import Run, add_options, everywhere
+from harness.run import Run, everywhere, ratio
 
 CASES = {
     "1 of 0-d": (1, 0),
@@ -29,12 +29,21 @@ CASES = {
     "mixed": (1000, -1),
 }
 """Number of leaves and elements of each."""
+OPTIONS = {
+    "rounds": 7,
+    "round_ms": 50.0,
+    "baseline": "",
+    "backend": "shm",
+    "frameworks": ("numpy",),
+    "cases": tuple(CASES),
+}
+CHOICES = {"frameworks": ("numpy", "torch", "jax"), "cases": CASES}
 WAYS = ("tree", "loop", "one", "sync_gradients", "sync")
 MOST_KEPT = 1000
 """Leaves of the largest tree that a ``Synchronizer`` is measured with."""
 
 
-def _mixed() -> list[np.ndarray]:
+def mixed() -> list[np.ndarray]:
     """Return numpy leaves of many sizes, dtypes and layouts, the same on every rank."""
     draw, leaves = np.random.default_rng(0), []
     for number in range(1000):
@@ -45,7 +54,7 @@ def _mixed() -> list[np.ndarray]:
     return leaves
 
 
-def _of_framework(framework: str, array: np.ndarray) -> Any:
+def of_framework(framework: str, array: np.ndarray) -> Any:
     """Return an array of a framework with these values."""
     if framework == "torch":
         torch: Any = importlib.import_module("torch")
@@ -60,71 +69,44 @@ def _of_framework(framework: str, array: np.ndarray) -> Any:
 
 # the memory of one case at a time, and the same leaves for each of its ways
 @functools.lru_cache(maxsize=1)
-def _leaves(framework: str, case: str) -> list[Any]:
+def leaves_of(framework: str, case: str) -> list[Any]:
     """Return the leaves of a case."""
     number, count = CASES[case]
-    arrays = _mixed() if count < 0 else [np.ones(count or (), np.float32) for _ in range(number)]
-    return [_of_framework(framework, array) for array in arrays]
+    arrays = mixed() if count < 0 else [np.ones(count or (), np.float32) for _ in range(number)]
+    return [of_framework(framework, array) for array in arrays]
 
 
 class Ranks(InGroup):
-    """The ranks; an operation is a way."""
-
     def loop(self, operation: str, framework: str, case: str) -> Loop:
-        """Return the loop of a way."""
         from colltensor.gradients import Synchronizer, sync_gradients
 
-        group, leaves = self.group, _leaves(framework, case)
+        group, leaves = self.group, leaves_of(framework, case)
         tree = {f"leaf{number}": leaf for number, leaf in enumerate(leaves)}
         if operation == "sync":
             kept = Synchronizer(tree, group=group, average=False)
             return repeat(lambda: kept.sync(tree))
         if operation == "one":
-            one = _of_framework(
-                framework, self.array(max(1, sum(leaf.nbytes for leaf in leaves) // 4))
-            )
+            count = max(1, sum(leaf.nbytes for leaf in leaves) // 4)
+            one = of_framework(framework, self.array(count))
             return repeat(lambda: group.allreduce(one))
-        return repeat(
-            {
-                "tree": lambda: group.allreduce(tree),
-                "loop": lambda: [group.allreduce(leaf) for leaf in leaves],
-                "sync_gradients": lambda: sync_gradients(tree, group=group, average=False),
-            }[operation]
-        )
+        calls = {
+            "tree": lambda: group.allreduce(tree),
+            "loop": lambda: [group.allreduce(leaf) for leaf in leaves],
+            "sync_gradients": lambda: sync_gradients(tree, group=group, average=False),
+        }
+        return repeat(calls[operation])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
-    add_options(parser, rounds=7, round_ms=50, baseline=True)
-    parser.add_argument("--frameworks", default="numpy", help="with commas")
-    parser.add_argument("--cases", default=",".join(CASES), help="with commas")
-    parser.add_argument("--backend", default="shm")
-
-
-def measure(run: Run, options: argparse.Namespace) -> None:
-    """Print a row for each build, framework and case."""
-    rows = []
-    with run.started(
-        run.builds("subjects.trees:Ranks", options={"backend": options.backend})
-    ) as worlds:
-        for framework in options.frameworks.split(","):
-            for case in options.cases.split(","):
+def measure(run: Run) -> None:
+    rows, own = [], {"backend": run.options.backend}
+    with run.started(run.builds("subjects.trees:Ranks", options=own)) as worlds:
+        for framework in run.options.frameworks:
+            for case in run.options.cases:
                 ways = WAYS if CASES[case][0] <= MOST_KEPT else WAYS[:-1]
-                found = run.measure(worlds, everywhere(worlds, ways), framework, case)
+                found = run.medians(worlds, everywhere(worlds, ways), framework, case)
                 for world in worlds:
-                    times = {
-                        way: found[way if world == "this" else f"{world} {way}"].median_us
-                        for way in ways
-                    }
-                    rows.append(
-                        [
-                            world,
-                            framework,
-                            case,
-                            *map(times.get, WAYS),
-                            f"{times['tree'] / times['loop']:.2f}",
-                            f"{times['tree'] / times['one']:.2f}",
-                        ]
-                    )
+                    times = [found.get(f"{world} {way}") for way in WAYS]
+                    ratios = (ratio(times[0], times[1]), ratio(times[0], times[2]))
+                    rows.append([world, framework, case, *times, *ratios])
     head = ["build", "arrays", "leaves", *WAYS, "tree / loop", "tree / one"]
-    run.print(f"Trees, 2 ranks, {options.backend}", head, rows, left=3)
+    run.print(f"Trees, 2 ranks, {run.options.backend}", head, rows, left=3)

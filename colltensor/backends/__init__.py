@@ -6,6 +6,7 @@ import importlib
 from typing import Final, cast
 
 from colltensor.backends.base import Backend, BackendSpec
+from colltensor.backends.pairwise import inherits_collectives
 from colltensor.environment import did_you_mean
 from colltensor.errors import OptionError
 
@@ -54,9 +55,8 @@ def check_backend(name: str, backend: Backend) -> Backend:
     Raises:
         OptionError: It lacks an attribute or a method of ``Backend``.
     """
-    attributes = [
-        attribute for attribute in Backend.__annotations__ if not hasattr(backend, attribute)
-    ]
+    needed = [*Backend.__annotations__, *(["control"] if inherits_collectives(backend) else [])]
+    attributes = [attribute for attribute in needed if not hasattr(backend, attribute)]
     methods = [
         f"{method}()"
         for method, function in vars(Backend).items()
@@ -94,7 +94,10 @@ def get_backend(name: object) -> BackendSpec:
 
 
 def reason(name: object) -> str | None:
-    """Return None if the backend called ``name``, or one that "auto" chooses, can be used here, else what to do."""
+    """Return None if the backend called ``name`` can be used here, else what to do.
+
+    For "auto", if one that it chooses can.
+    """
     if name == "auto":
         missing = [reason(choice) for choice in ("shm", "gloo")]
         return "; ".join(map(str, missing)) if None not in missing else None

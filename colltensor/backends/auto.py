@@ -1,11 +1,11 @@
-"""What ``backend="auto"`` means for a group of several ranks: the fastest transport for where they are.
+"""What ``backend="auto"`` means for several ranks: the fastest transport for where they are.
 
     all on one host                      shm
     several hosts, one rank on each      gloo
     several hosts, several ranks on some hierarchical
 
-Where memory cannot be shared the ranks agree on Gloo. No entry of the table of backends: groups made by it have one
-of those.
+Where memory cannot be shared the ranks agree on Gloo. No entry of the table of backends: groups
+made by it have one of those.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AutoSpec:
     """Chooses a backend once the ranks have met; the choice is the same on every rank."""
 
     def available(self) -> str | None:
-        """Return None if there is a backend for CPU tensors here, else why there is none and what to do."""
+        """Return None if there is a backend for CPU tensors here, else what to do."""
         return backends.reason("auto")
 
     def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
@@ -67,8 +67,9 @@ class AutoSpec:
     ) -> tuple[Backend, str]:
         """Make the backend that fits the hosts of ``meeting``, and say in words why it is this one.
 
-        All ranks call; arguments as for the backends. Where ranks of one host cannot share memory the first group of
-        this process warns, on every rank and with the reason of the rank that lacks something.
+        All ranks call; arguments as for the backends. Where ranks of one host cannot share memory
+        the first group of this process warns, on every rank and with the reason of the rank that
+        lacks something.
 
         Raises:
             BackendUnavailableError: Neither shared memory nor Gloo can be used; says why for both.
@@ -116,10 +117,11 @@ def _listed(hosts: Sequence[str]) -> str:
 
 
 def _warn(control: ControlPlane, reason: str) -> None:
-    """Say that Gloo takes the place of shared memory: once a process as a warning, later in the log alone.
+    """Say that Gloo takes the place of shared memory.
 
-    A line of the log rather than a Python warning: it shows in scripts and in Ray's workers where nobody configured
-    logging, and no filter turns it into an error of one rank in the middle of what all ranks do.
+    Once a process that is a warning, later in the log alone. A line of the log rather than a Python
+    warning: it shows in scripts and in Ray's workers where nobody configured logging, and no filter
+    turns it into an error of one rank in the middle of what all ranks do.
     """
     if _warned.is_set():
         _LOG.debug(

@@ -6,6 +6,7 @@ import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
+from colltensor.backends.pairwise import PairwiseCollectives
 from colltensor.backends.rules import require
 from colltensor.errors import CollectiveError
 from colltensor.types import DType, ReduceOp
@@ -135,11 +136,11 @@ class Backend(Protocol):
         """Free the transport without waiting for other ranks; idempotent."""
 
 
-class BackendBase:
-    """The attributes and methods of a ``Backend`` that need no transport; one that differs overrides them.
+class BackendBase(PairwiseCollectives):
+    """What a ``Backend`` has beside ``name``, ``control``, ``send`` and ``recv``; override what is faster otherwise.
 
-    It takes contiguous host memory, lets the group pack small leaves and agree before each payload, so that ``barrier``
-    has nothing left to do, and knows every data type and op that is defined.
+    It takes contiguous host memory, and every data type and op that is defined. Its collectives are made of sends and
+    receives. The group packs small leaves and agrees before each payload, so ``barrier`` has nothing left to do.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import socket
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,15 @@ import pytest
 
 import colltensor as col
 from colltensor import backends
-from colltensor.backends import get_backend, is_available, reason, register_backend, rules
-from colltensor.backends.gloo import GlooSpec, arithmetic, provider, scheduling, sockets
+from colltensor.backends import (
+    arithmetic,
+    get_backend,
+    is_available,
+    reason,
+    register_backend,
+    rules,
+)
+from colltensor.backends.gloo import GlooSpec, provider, scheduling, sockets
 from colltensor.backends.loopback import LoopbackBackend
 from colltensor.errors import (
     BackendUnavailableError,
@@ -262,6 +271,118 @@ class TestLoopback:
         control.world_size = 2  # type: ignore[misc]
         with pytest.raises(OptionError, match="serves groups of one rank"):
             get_backend("loopback").create(control, control, **options)  # type: ignore[arg-type]
+
+
+class Paired(col.BackendBase):
+    """A rank of a backend that has but ``send`` and ``recv``, which meet: neither returns before the other came."""
+
+    name = "paired"
+
+    def __init__(self, rank: int, size: int, pipes: dict[tuple[int, int], Any]) -> None:
+        self.control = types.SimpleNamespace(rank=rank, world_size=size)
+        self._pipes = pipes
+
+    def send(self, buffers: Any, peer: int, deadline: float) -> None:
+        there, taken = self._pipes[self.control.rank, peer]
+        for view in buffers:
+            there.put(bytes(view.memory()))
+            taken.get(timeout=10)
+
+    def recv(self, buffers: Any, peer: int, deadline: float) -> None:
+        there, taken = self._pipes[peer, self.control.rank]
+        for view in buffers:
+            view.memory()[:] = there.get(timeout=10)
+            taken.put(None)
+
+
+class TestPairwise:
+    """The collectives that a backend of ``send`` and ``recv`` gets from ``BackendBase``."""
+
+    @staticmethod
+    def of_all(size: int, call: Any) -> list[Any]:
+        """Return what ``call(backend, rank)`` gives in each of so many ranks, which are threads."""
+        pairs = itertools.permutations(range(size), 2)
+        pipes = {pair: (queue.SimpleQueue(), queue.SimpleQueue()) for pair in pairs}
+        with ThreadPoolExecutor(size) as ranks:
+            return list(ranks.map(lambda rank: call(Paired(rank, size, pipes), rank), range(size)))
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 5])
+    def test_moves(self, size: int) -> None:
+        def call(backend: Any, rank: int) -> Any:
+            blocks, other = np.arange(2.0 * size) + 100 * rank, np.zeros((4, size, 2))
+            rows = [[seen(row) for row in rows] for rows in other]
+            mine = [seen(block) for block in blocks.reshape(size, 2)]
+            backend.allgather(rows[0], mine[0], LATER)
+            backend.alltoall(rows[1], mine, LATER)
+            for root in range(size):
+                at_root = root == rank
+                backend.gather(rows[2] if at_root else None, mine[1 % size], root, LATER)
+                target = np.zeros(2)
+                backend.scatter(seen(target), mine if at_root else None, root, LATER)
+                assert target.tolist() == [2.0 * rank + 100 * root, 2.0 * rank + 100 * root + 1]
+                target[:] = rank
+                backend.broadcast([seen(target), seen(np.zeros(0))], root, LATER)
+                assert target.tolist() == [root, root]
+            for step in range(size):
+                backend.sendrecv(
+                    mine[0], (rank + step) % size, rows[3][0], (rank - step) % size, LATER
+                )
+                assert other[3, 0, 0] == 100 * ((rank - step) % size)
+            alone = np.full((size, 1), float(rank))
+            views = [seen(row) for row in alone]
+            backend.allgather(views, views[rank], LATER)
+            assert alone.ravel().tolist() == list(range(size))
+            return other
+
+        for rank, (gathered, exchanged, at_root, _) in enumerate(self.of_all(size, call)):
+            for peer in range(size):
+                assert gathered[peer].tolist() == [100 * peer, 100 * peer + 1]
+                assert exchanged[peer].tolist() == [
+                    100 * peer + 2 * rank,
+                    100 * peer + 2 * rank + 1,
+                ]
+                assert at_root[peer, 0] == 100 * peer + 2 * (1 % size)
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 5])
+    @pytest.mark.parametrize("name", [name for name in DTYPES if not DTYPES[name].moves_only])
+    def test_reductions(self, name: str, size: int) -> None:
+        dtype, count = DTYPES[name], 3
+        raw = np.random.default_rng(0).integers(0, 2, (size, size * count * dtype.itemsize))
+        inputs = raw.astype(np.uint8)
+        ops = [op for dtype_, op in rules._PAIRS if dtype_ is dtype]
+
+        def views(array: Any) -> list[BufferView]:
+            return BufferView.from_buffer(memoryview(array)).cast(dtype).blocks(size)
+
+        def call(backend: Any, rank: int) -> None:
+            for op in ops:
+                wanted = [np.zeros(count * dtype.itemsize, np.uint8) for _ in range(size)]
+                for part, into in enumerate(wanted):
+                    places = [views(row)[part].pointer for row in inputs]
+                    arithmetic.combine(into.ctypes.data, places, count, dtype, op)
+                found = inputs[rank].copy()
+                backend.allreduce(views(found), op, LATER)
+                assert found.tobytes() == b"".join(part.tobytes() for part in wanted)
+                found = inputs[rank].copy()
+                backend.reduce(views(found), size - 1, op, LATER)
+                assert (found == inputs[rank]).all() or rank == size - 1
+                assert rank < size - 1 or found.tobytes() == b"".join(
+                    part.tobytes() for part in wanted
+                )
+                found, target = inputs[rank].copy(), np.zeros(count * dtype.itemsize, np.uint8)
+                into = BufferView.from_buffer(memoryview(target)).cast(dtype)
+                backend.reducescatter(into, views(found), op, LATER)
+                assert target.tobytes() == wanted[rank].tobytes()
+                assert (found == inputs[rank]).all()
+
+        self.of_all(size, call)
+
+    def test_what_lacks_its_control_plane_is_no_backend(self) -> None:
+        backend = Paired(0, 1, {})
+        assert backends.check_backend("paired", backend) is backend
+        del backend.control
+        with pytest.raises(OptionError, match="without control"):
+            backends.check_backend("paired", backend)
 
 
 class TestArithmetic:

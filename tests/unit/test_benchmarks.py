@@ -42,6 +42,29 @@ def test_every_subject_is_listed_and_says_what_it_measures() -> None:
         assert f"usage: python benchmarks {subject} " in said
 
 
+PARSE = """
+import sys, types
+sys.path.insert(0, sys.argv[1])
+from harness.run import parse
+subject = types.SimpleNamespace(__doc__="", OPTIONS={"sizes": (1, 2), "places": ("0",), "names": ("a",), "fast": False},
+                                CHOICES={"names": ("a", "b")})
+found = parse("any", subject, ["--sizes", "4,8", "16", "--places", "0,16", "16", "--names", "b", "--rounds", "3"])
+assert (found.sizes, found.places, found.names) == ([4, 8, 16], ["0,16", "16"], ["b"])
+assert (found.rounds, found.round_ms, found.fast) == (3, 5.0, False)
+assert parse("any", subject, ["--fast"]).sizes == [1, 2]
+try:
+    parse("any", subject, ["--names", "a,c"])
+except SystemExit as end:
+    assert end.code == 2
+else:
+    raise AssertionError("'c' is none of the names")
+"""
+
+
+def test_what_options_accept() -> None:
+    run("-c", PARSE, str(BENCHMARKS))
+
+
 @pytest.mark.shm
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from colltensor.backends.arithmetic import ANY_MEMORY
 from colltensor.backends.gloo.part import GlooPart
-from colltensor.backends.gloo.provider import ANY_MEMORY, Transfer
+from colltensor.backends.gloo.provider import Transfer
 from colltensor.backends.hierarchical import shards
 from colltensor.types import DTYPES, ReduceOp
 from colltensor.view import BufferView

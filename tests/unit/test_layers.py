@@ -175,7 +175,7 @@ FRAMEWORKS_OF = {
     "backends.nccl.driver": {"cupy"},
     "backends.loopback": {"numpy"},  # copies strided host memory with numpy's loops
     # reduces host memory where Gloo lacks the type
-    "backends.gloo.arithmetic": {"numpy", "ml_dtypes"},
+    "backends.arithmetic": {"numpy", "ml_dtypes"},
     "backends.gloo.composed": {"numpy"},
     "backends.gloo.pygloo_provider": {"pygloo", "numpy"},
     "backends.gloo.torch_provider": {"torch"},

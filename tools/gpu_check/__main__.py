@@ -1,11 +1,12 @@
 """Check everything that needs a CUDA device, what tells most first, in the time that there is.
 
-    python tools/gpu_check gather build/wheels            on a machine with a network: the wheels to bring
-    python tools/gpu_check run --wheels build/wheels --out results --seconds 560     on the one with the device
-    python tools/gpu_check run --cpu                      anywhere: the same checks on a fake device
+    python tools/gpu_check gather build/wheels      where there is a network: the wheels to bring
+    python tools/gpu_check run --wheels build/wheels --out results --seconds 560
+                                                    on the machine with the device
+    python tools/gpu_check run --cpu                anywhere: the same checks on a fake device
 
-Prints a line for each check, writes ``gpu_check.json``, and ends at the given time whatever hangs. Exits with 1 if a
-check failed. See docs/gpu.md.
+Prints a line for each check, writes ``gpu_check.json``, and ends at the given time whatever hangs.
+Exits with 1 if a check failed. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -139,7 +140,10 @@ def _install(report: Report, wheels: Path, folder: Path, environment: dict[str, 
 
 
 def _shared(wheels: Path | None, folder: Path) -> dict[str, str]:
-    """Return the environment of several ranks on one device, with the libnccl that was brought, if all of it was."""
+    """Return the environment of several ranks on one device.
+
+    It names the libnccl that was brought, if all of it was.
+    """
     library = gather.brought_nccl(wheels.resolve().parent, folder) if wheels is not None else None
     return _SHARED if library is None else {**_SHARED, "LD_PRELOAD": str(library)}
 

@@ -1,4 +1,7 @@
-"""What shows whether anything works at all: imports, one rank, every library's arrays in place, one jitted function."""
+"""What shows whether anything works at all.
+
+Imports, one rank, every library's arrays in place, one jitted function.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ _DISTRIBUTIONS = (
 
 
 def imports(*, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Import what all else needs; returns how long each took. One that cannot be imported does not hide the others."""
+    """Import what all else needs; returns how long each took.
+
+    One that cannot be imported does not hide the others.
+    """
     found = {}
     for name in _DISTRIBUTIONS:
         try:
@@ -79,7 +85,7 @@ def native() -> None:
 
 
 def same_sources() -> str:
-    """Check that the package which is used, a wheel's say, is that of the checkout, whose tests are run."""
+    """Check that the package in use, a wheel's say, is that of the checkout under test."""
     used = Path(importlib.import_module("colltensor").__file__ or "").parent
     ours = {path.relative_to(ROOT / "colltensor"): path for path in ROOT.glob("colltensor/**/*.py")}
     same = {
@@ -93,7 +99,10 @@ def same_sources() -> str:
 
 
 def in_place(library: str) -> str:
-    """Allreduce an array of one library: right values at the address that it had; returns how long the first took."""
+    """Allreduce an array of one library: right values at the address that it had.
+
+    Returns how long the first took.
+    """
     group = shared_group(1)
     values = reduced("float32", COUNT, 0)
     sample = DeviceSample(library, "float32", dense(COUNT), values)
@@ -110,7 +119,7 @@ def donated() -> None:
 
 
 def libnccl(*, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Return NCCL's version, and which libraries of that name this process has; it should be one."""
+    """Return NCCL's version, and this process's libraries of that name: it should be one."""
     if cpu:
         raise SkippedError("there is none on a fake device")
     number = importlib.import_module("cupy.cuda.nccl").get_version()

@@ -1,4 +1,4 @@
-"""The process of one stage: runs checks one after another and tells the parent, line by line, what each one found.
+"""The process of one stage: runs checks one after another, and tells the parent of each.
 
 ``child.py STAGE NAMES DESCRIPTOR FOLDER [--cpu] [--inject]``; started by ``runner``.
 """
@@ -78,7 +78,7 @@ def run(check: Check, channel: Channel, folder: Path, *, cpu: bool) -> bool:
 
 
 def device_is_lost() -> bool:
-    """Return whether CUDA answers this process with an error that stays, though there is a device."""
+    """Return whether CUDA answers with an error that stays, though there is a device."""
     runtime = sys.modules.get("cupy.cuda.runtime")
     if runtime is None:
         return False

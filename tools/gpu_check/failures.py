@@ -1,7 +1,8 @@
-"""Late, dead and disagreeing peers beside one rank on a device: the host never hangs, and its stream runs on.
+"""Late, dead and disagreeing peers beside one rank on a device.
 
-Every libnccl shows these, because NCCL need not connect two ranks for them: the peer is a thread or a process that has
-joined the group and does not do its part.
+The host never hangs, and its stream runs on. Every libnccl shows these, because NCCL need not
+connect two ranks for them: the peer is a thread or a process that has joined the group and does not
+do its part.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ seams: Any = Seams
 
 
 def never_calls(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str:
-    """The peer has joined and does not call: a timeout that names it, and a group made again would be right."""
+    """The peer has joined and does not call.
+
+    A timeout names it, and a group made again would be right.
+    """
     over = threading.Event()
 
     def function(group: Any) -> str:
@@ -77,7 +81,10 @@ def never_calls(library: str, *, channel: Channel, folder: Path, cpu: bool) -> s
 
 
 def never_connects(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str:
-    """The peer calls, but NCCL waits for it in vain: the host gives up, and NCCL's thread is in nobody's way."""
+    """The peer calls, but NCCL waits for it in vain.
+
+    The host gives up, and NCCL's thread is in nobody's way.
+    """
     over = threading.Event()
 
     def connect(original: Any, driver: Any, size: int, unique_id: bytes, rank: int) -> Any:
@@ -131,7 +138,7 @@ def is_killed(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str
 
 
 def differs(library: str, *, channel: Channel, folder: Path, cpu: bool) -> None:
-    """With ``check=True`` the ranks find out, before NCCL is asked, that they bring different counts."""
+    """Ranks of ``check=True`` find out that their counts differ, before NCCL is asked."""
 
     def function(group: Any) -> None:
         with gpu_streams.Queue(library) as queue:
@@ -145,7 +152,10 @@ def differs(library: str, *, channel: Channel, folder: Path, cpu: bool) -> None:
 
 
 def destroyed_early(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str:
-    """A group is destroyed while its call waits behind a long kernel: aborted, reported, and the stream runs on."""
+    """A group is destroyed while its call waits behind a long kernel.
+
+    It is aborted and reported, and the stream runs on.
+    """
     with gpu_streams.Queue(library) as queue:
         group = col.init_collective_group(1, 0, gpu_streams.BACKEND, "destroyed early")
         tensor = queue.full(1.0)
@@ -186,7 +196,10 @@ def long_before(library: str, *, channel: Channel, folder: Path, cpu: bool) -> N
 
 
 def two_ranks(library: str, *, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Two ranks of one process on one device: right values from libnccl 2.30 on, before that words of refusal."""
+    """Two ranks of one process on one device.
+
+    From libnccl 2.30 on right values, before that words of refusal.
+    """
 
     def function(group: Any) -> str:
         with gpu_streams.Queue(library) as queue:
@@ -242,7 +255,10 @@ def _broken(queue: Any) -> tuple[str, BaseException | None]:
 def _refused(
     group: Any, library: str, kind: type[col.CollectiveError], ranks: tuple[int, ...] = (1,)
 ) -> str:
-    """Check that an allreduce fails in time with the right error, and that the stream runs on; returns which."""
+    """Check that an allreduce fails in time with the right error; returns which.
+
+    The stream must run on.
+    """
     with gpu_streams.Queue(library) as queue:
         began = time.monotonic()
         tensor = queue.full(1.0)
@@ -263,7 +279,10 @@ def _refused(
 def _together(
     library: str, folder: Path, function: Callable[[Any], Any], timeout_s: float, **options: Any
 ) -> list[Any]:
-    """Run two ranks in threads, once everything is loaded that takes longer to load than they have time."""
+    """Run two ranks in threads, once everything is loaded.
+
+    Loading takes longer than they have time.
+    """
     _one_rank_works(library)
     return gpu_threads.run(2, folder, function, timeout_s, libraries=(library,), **options)
 

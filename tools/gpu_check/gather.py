@@ -1,4 +1,7 @@
-"""The wheels that a machine without a network needs: gathered here, unpacked there. Standard library alone."""
+"""The wheels that a machine without a network needs: gathered here, unpacked there.
+
+Standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 MAX_NBYTES: Final = 60 << 20
 PACKAGES: Final = ("apache-tvm-ffi", "optree", "jax-tvm-ffi", "pytest-timeout")
-"""What is not where torch, CuPy, JAX and pytest are. The rest of what these need comes with those."""
+"""What is not where torch, CuPy, JAX and pytest are.
+
+The rest of what these need comes with those.
+"""
 _PLATFORMS: Final = tuple(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17))
 _SUMS: Final = "SHA256SUMS"
 _NCCL: Final = "nvidia-nccl-cu13==2.30.*"
@@ -21,12 +27,15 @@ _PART: Final = "part"
 
 
 def gather(folder: Path, python: str, *, nccl: bool) -> int:
-    """Fill a folder with the wheels and their sums; returns 0, or 1 if they are too large to bring at once.
+    """Fill a folder with the wheels and their sums.
+
+    Returns 0, or 1 if they are too large to bring at once.
 
     Args:
         folder: What is brought; emptied first.
         python: The version of the Python that is to use them.
-        nccl: Also fetch libnccl, and put parts of it beside the folder, in ``nccl-0``, ``nccl-1`` ...
+        nccl: Also fetch libnccl, and put parts of it beside the folder, in ``nccl-0``, ``nccl-1``
+            ...
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.whl"), folder / _SUMS]:
@@ -131,7 +140,10 @@ def _unpack(wheel: Path, site: Path) -> None:
 
 
 def brought_nccl(beside: Path, folder: Path) -> Path | None:
-    """Return the libnccl that was brought in parts, put together once; None where a part is missing or is wrong."""
+    """Return the libnccl that was brought in parts, put together once.
+
+    None where a part is missing or is wrong.
+    """
     library = folder / "libnccl.so.2"
     if library.exists():
         return library

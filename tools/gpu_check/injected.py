@@ -1,4 +1,4 @@
-"""Checks that fail in every way that a check can fail, so that a test can see that the rest goes on."""
+"""Checks that fail in every way a check can fail, so that a test sees the rest go on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs stages, each in a process of its own that is killed at its limit, and writes down what each check found.
+"""Runs stages, each in a process that is killed at its limit, and writes down what it found.
 
 Uses the standard library alone: nothing of what is checked can end this process.
 """
@@ -30,7 +30,10 @@ _SHOWN: Final = 200
 
 
 class Report:
-    """Everything that is known so far: lines on the terminal, and a JSON file that is always whole."""
+    """All that is known so far: lines on the terminal, and a file that is always whole.
+
+    The file is JSON.
+    """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self._path = path
@@ -223,7 +226,10 @@ class _Process:
         self._fail(seconds, running, f"its process ended: {how}")
 
     def _fail(self, seconds: float, running: bool, why: str) -> None:
-        """Note what ended the process: in a check, before the first one, or after one, which that is not blamed for."""
+        """Note what ended the process: in a check, before the first one, or after one.
+
+        A check that was over is not blamed for it.
+        """
         error = f"{self._tail()}\n{why}"
         if not running and self._done:
             self._report.add(self._stage.name, "after a check", "FAIL", seconds, error=error)

@@ -1,4 +1,7 @@
-"""Host time and bandwidth beside torch.distributed's, as ``benchmarks nccl`` measures them, in little time."""
+"""Host time and bandwidth beside torch.distributed's, in little time.
+
+They are what ``benchmarks nccl`` measures.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def host_time(*, channel: Channel, folder: Path, cpu: bool) -> str:
 
 
 def large_call(*, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Measure 1 GiB on one rank: an allreduce in place, which should cost nothing, and an allgather, which copies."""
+    """Measure 1 GiB on one rank.
+
+    An allreduce in place should cost nothing; an allgather copies.
+    """
     nbytes, said = FAKE_NBYTES if cpu else benchmark.LARGE_NBYTES, []
     pairs = {
         "allreduce in place": (benchmark.OURS_TORCH, benchmark.THEIRS),
@@ -42,7 +48,9 @@ def large_call(*, channel: Channel, folder: Path, cpu: bool) -> str:
     }
     with _here(folder / "large", cpu) as started:
         for name, pair in pairs.items():
-            times = _times(started, benchmark.until_done(*pair), nbytes, LARGE_ROUNDS, 1)
+            times = _times(
+                started, benchmark.contestants(*pair, end=benchmark.DONE), nbytes, LARGE_ROUNDS, 1
+            )
             ours, theirs = (times[label].median_us for label in pair)
             said.append(
                 f"{name}: ours {ours / 1e3:.3f} ms, {nbytes / ours / 1e3:.0f} GB/s, "
@@ -53,15 +61,20 @@ def large_call(*, channel: Channel, folder: Path, cpu: bool) -> str:
 
 
 def two_ranks(*, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Measure two ranks on one device: 1 GiB beside torch.distributed, 64 MiB beside copies through the host."""
+    """Measure two ranks on one device.
+
+    1 GiB beside torch.distributed, 64 MiB beside copies through the host.
+    """
     if not cpu:
         _needs_two()
     large, ways = (FAKE_NBYTES, FAKE_NBYTES) if cpu else (benchmark.LARGE_NBYTES, WAYS_NBYTES)
     both = (benchmark.OURS_TORCH, benchmark.BY_HOST)
     with worlds.started([benchmark.world([] if cpu else [0, 0])], 2) as started:
-        pair = benchmark.until_done(benchmark.OURS_TORCH, benchmark.THEIRS)
+        pair = benchmark.contestants(benchmark.OURS_TORCH, benchmark.THEIRS, end=benchmark.DONE)
         row, _ = benchmark.large_row(_times(started, pair, large, 3, 1), "one device")
-        times = _times(started, benchmark.until_done(*both), ways, LARGE_ROUNDS, 1)
+        times = _times(
+            started, benchmark.contestants(*both, end=benchmark.DONE), ways, LARGE_ROUNDS, 1
+        )
     line, found = _line(row), {name: times[name].median_us / 1e6 for name in both}
     channel.facts(two_ranks=line, through_the_host=found)
     return (

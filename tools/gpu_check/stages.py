@@ -1,7 +1,7 @@
 """The stages and their checks, what tells most first. Imports nothing of what is checked.
 
-Many checks are functions of ``tests/gpu``, called on one rank. A device that works on one rank alone shows most of what
-only a device can show, on every libnccl; what needs two ranks comes after.
+Many checks are functions of ``tests/gpu``, called on one rank. A device that works on one rank
+alone shows most of what only a device can show, on every libnccl; what needs two ranks comes after.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ class Check:
 
     Attributes:
         name: What is checked.
-        function: ``module:function``; it raises where the check fails, and may return a figure as text.
+        function: ``module:function``; it raises where the check fails, and may return a figure as
+            text.
         arguments: What it gets.
         limit_s: How long it may take before its process is killed.
         needs: Packages; without a card the check is skipped if one is missing, on a card it fails.

@@ -1,7 +1,8 @@
-"""A fake device in the place of the card, for a machine without one: ``tests/device.py`` and what goes with it.
+"""A fake device in the place of the card: ``tests/device.py`` and what goes with it.
 
-It puts the library ``device`` in the place of torch and CuPy, and JAX on the CPU in that of JAX on CUDA, so that the
-checks, this program and the functions of ``tests/gpu`` are run where they are written.
+It is for machines without a card. It puts the library ``device`` in the place of torch and CuPy,
+and JAX on the CPU in that of JAX on CUDA, so that the checks, this program and the functions of
+``tests/gpu`` are run where they are written.
 """
 
 from __future__ import annotations

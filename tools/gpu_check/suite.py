@@ -42,7 +42,9 @@ class Reporter:
 
 
 def run(words: str, shares: bool, *, channel: Channel, folder: Path, cpu: bool) -> str:
-    """Run the tests of CUDA devices, or of the fake one, whose names fit ``words``; returns how many passed.
+    """Run the tests of CUDA devices whose names fit ``words``; returns how many passed.
+
+    With a fake device, those of that.
 
     Raises:
         SkippedError: They put several ranks on one device, and libnccl is too old for that.

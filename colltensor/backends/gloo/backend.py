@@ -7,8 +7,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Concatenate, Final, ParamSpec
 
+from colltensor.backends.arithmetic import divide, float_state
 from colltensor.backends.base import BackendBase, ControlPlane
-from colltensor.backends.gloo.arithmetic import divide, float_state
 from colltensor.backends.gloo.composed import Composer, copy
 from colltensor.backends.gloo.part import GlooPart
 from colltensor.backends.gloo.provider import Provider, Transfer, never_free

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from colltensor.backends.gloo.arithmetic import combine
+from colltensor.backends.arithmetic import combine
 from colltensor.backends.gloo.provider import Provider, Transfer
 from colltensor.types import DType, ReduceOp
 

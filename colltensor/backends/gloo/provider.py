@@ -17,10 +17,6 @@ from colltensor.types import DTYPES, DType, ReduceOp
 Pair = tuple[DType, ReduceOp]
 """A data type and how its elements are combined."""
 
-ANY_MEMORY: Final = ctypes.c_char * (1 << 62)
-"""An array type for all memory: ``frombuffer(ANY_MEMORY.from_address(p), count=n)`` views n elements at p.
-One type serves every size; ctypes takes 8 us to make a new one."""
-
 
 class Transfer(NamedTuple):
     """One message to or from another rank. The memory is contiguous and on the host."""

@@ -17,9 +17,9 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from colltensor.backends.arithmetic import ANY_MEMORY
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo.provider import (
-    ANY_MEMORY,
     KeyExchange,
     Pair,
     Transfer,

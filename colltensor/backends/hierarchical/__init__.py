@@ -1,4 +1,7 @@
-"""Hierarchical: shared memory within hosts, Gloo between them; an element crosses between two hosts once each way."""
+"""Hierarchical: shared memory within hosts, Gloo between them.
+
+An element crosses between two hosts once each way.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ class HierarchicalSpec:
     ) -> Backend:
         """Share memory on every host and connect Gloo between all ranks. All ranks call.
 
-        Where all ranks are on one host that is backend ``shm``, and with one rank on every host ``gloo``.
+        Where all ranks are on one host that is backend ``shm``, and with one rank on every host
+        ``gloo``.
 
         Args:
             control: The group's control plane.
@@ -56,8 +60,8 @@ class HierarchicalSpec:
             provider: Gloo's.
 
         Raises:
-            BackendUnavailableError: On some host the ranks cannot share memory, or there is no Gloo. Raised on every
-                rank; nothing is left behind and ``control`` goes on.
+            BackendUnavailableError: On some host the ranks cannot share memory, or there is no
+                Gloo. Raised on every rank; nothing is left behind and ``control`` goes on.
             CollectiveError: As the other two backends.
         """
         if control is None:
@@ -98,7 +102,9 @@ class Sharing:
     def connect(
         self, meeting: Any, *, timeout_s: float, interface: str | None, provider: str | None
     ) -> Backend:
-        """Connect Gloo between all ranks, or close what there is. All ranks call; arguments as for ``create``.
+        """Connect Gloo between all ranks, or close what there is.
+
+        All ranks call; arguments as for ``create``.
 
         Raises:
             CollectiveError: As the Gloo backend.
@@ -120,7 +126,8 @@ def share(control: ControlPlane, meeting: Any, timeout_s: float) -> Sharing:
     """Share memory between the ranks of each host, on all hosts at the same time. All ranks call.
 
     Raises:
-        BackendUnavailableError: On every rank, where it cannot be done on some host; nothing is left behind.
+        BackendUnavailableError: On every rank, where it cannot be done on some host; nothing is
+            left behind.
         CollectiveError: A rank died or did not come.
     """
     from colltensor.backends.hierarchical.watch import HostControl, Watch

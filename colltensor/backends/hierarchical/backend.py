@@ -1,4 +1,4 @@
-"""HierarchicalBackend: every collective in shared memory within a host and over Gloo between hosts."""
+"""HierarchicalBackend: shared memory within a host, Gloo between hosts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 
 _END_S: Final = 2.0
-"""How long a failed call waits for its other half, which looks ten times a second whether it should end."""
+"""How long a failed call waits for its other half.
+
+That looks ten times a second whether it should end.
+"""
 
 _P = ParamSpec("_P")
 
@@ -58,10 +61,11 @@ def _joined(local: ShmBackend, source: int, destination: int, deadline: float) -
 class HierarchicalBackend(BackendBase):
     """Collectives between hosts of which some have several ranks.
 
-    allreduce, reduce, broadcast and allgather send an element between two hosts once each way, in blocks: while one
-    block is on the network the next is in shared memory. send, recv and sendrecv between ranks of one host go through
-    shared memory. gather, scatter, reducescatter and alltoall, and transfers between hosts, go over Gloo between all
-    ranks. The ranks agree on the control plane before each call, so the steps within one need no agreement.
+    allreduce, reduce, broadcast and allgather send an element between two hosts once each way, in
+    blocks: while one block is on the network the next is in shared memory. send, recv and sendrecv
+    between ranks of one host go through shared memory. gather, scatter, reducescatter and alltoall,
+    and transfers between hosts, go over Gloo between all ranks. The ranks agree on the control
+    plane before each call, so the steps within one need no agreement.
 
     Attributes:
         details: The provider of Gloo, and why it is this one, in words.
@@ -85,11 +89,11 @@ class HierarchicalBackend(BackendBase):
         self._reductions = Reductions(hosts, local, gloo, self._worker)
 
     def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Return True for reductions of 16-bit floats, which are widened to float32 and rounded back."""
+        """Return True for reductions of 16-bit floats, which are widened and rounded back."""
         return dtype.name in WIDENED and operation in REDUCTIONS
 
     def piggybacks(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
-        """Return whether an allreduce of the buffers travels with the ranks' agreement, past hosts and Gloo."""
+        """Return whether an allreduce travels with the agreement, past hosts and Gloo."""
         return self._gloo.piggybacks(buffers, op)
 
     def pack(self, buffers: Sequence[BufferView]) -> bytes:
@@ -104,7 +108,10 @@ class HierarchicalBackend(BackendBase):
 
     @_in_two_halves
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
-        """Combine in place on every rank, each buffer on its own: on each host, then between hosts, in rank order."""
+        """Combine in place on every rank, each buffer on its own.
+
+        On each host, then between hosts, in rank order.
+        """
         for buffer in buffers:
             if buffer.count:
                 self._reductions.allreduce(buffer, op, deadline)
@@ -127,7 +134,7 @@ class HierarchicalBackend(BackendBase):
 
     @_in_two_halves
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
-        """Send ``source`` to one rank of every other host, and copy what arrives to its neighbours."""
+        """Send ``source`` to a rank of every other host, and copy what comes to its neighbours."""
         if source.count:
             self._data_movement.allgather(outputs, source, deadline)
 
@@ -183,7 +190,10 @@ class HierarchicalBackend(BackendBase):
     def sendrecv(
         self, source: BufferView, dst: int, target: BufferView, src: int, deadline: float
     ) -> None:
-        """Send to ``dst`` and receive from ``src`` at once; both may be one rank, this one included."""
+        """Send to ``dst`` and receive from ``src`` at once.
+
+        Both may be one rank, this one included.
+        """
         to, of = self._local_to(dst), self._local_to(src)
         if dst == self._watch.rank:
             copy(target.pointer, source.pointer, target.nbytes)
@@ -219,8 +229,9 @@ class HierarchicalBackend(BackendBase):
     def _verdict(self, error: BaseException) -> BaseException:
         """End the other half of a call that failed, and return what the group gets.
 
-        What the whole group's control plane said has the ranks of the group and is returned as it is. What shared
-        memory found out names positions on a host: a plain error has the group ask every rank itself.
+        What the whole group's control plane said has the ranks of the group and is returned as it
+        is. What shared memory found out names positions on a host: a plain error has the group ask
+        every rank itself.
         """
         self._watch.halt()
         self._worker.end(_END_S)

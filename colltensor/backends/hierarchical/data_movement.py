@@ -28,7 +28,7 @@ class DataMovement:
         self._rank = hosts.neighbours[hosts.position]
 
     def broadcast(self, view: BufferView, root: int, deadline: float) -> None:
-        """Send each block from ``root`` to one rank of every other host, and on to its neighbours."""
+        """Send each block from ``root`` to a rank of every other host, and to its neighbours."""
         hosts, local = self._hosts, self._local
         leaders = hosts.leaders(root)
         leader = leaders[hosts.host]
@@ -55,7 +55,10 @@ class DataMovement:
             task.wait()
 
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
-        """Send ``source`` to one rank of every other host; each copies to its neighbours what it has received."""
+        """Send ``source`` to one rank of every other host.
+
+        Each copies to its neighbours what it has received.
+        """
         hosts, local = self._hosts, self._local
         own = len(hosts.neighbours)
         receives = [
@@ -92,7 +95,10 @@ class DataMovement:
     def _copy_to_neighbours(
         self, pieces: Sequence[BufferView], local: ShmBackend, deadline: float
     ) -> None:
-        """Copy what the ranks of this host have received from the others, as many ranks at a time as there are here."""
+        """Copy what the ranks of this host have received from the others.
+
+        As many ranks at a time as there are here.
+        """
         own = len(self._hosts.neighbours)
         for host, members in enumerate(self._hosts.members):
             if host == self._hosts.host:

@@ -1,7 +1,7 @@
 """Reductions between hosts: in shared memory on each, then over Gloo between them.
 
-Elements are combined on each host in the order of its ranks, and then in the order of the hosts, each in one place or
-in one order: all ranks get the same bits.
+Elements are combined on each host in the order of its ranks, and then in the order of the hosts,
+each in one place or in one order: all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from colltensor.backends.gloo.arithmetic import divide, narrow, widen
+from colltensor.backends.arithmetic import divide, narrow, widen
 from colltensor.backends.gloo.backend import GlooBackend
 from colltensor.backends.gloo.composed import copy
 from colltensor.backends.gloo.part import GlooPart
@@ -25,8 +25,11 @@ WIDENED: Final = frozenset({"float16", "bfloat16"})
 """Types that are summed in float32 from end to end and rounded once."""
 
 LEADER_NBYTES: Final = 256 << 10
-"""Up to this size one rank of each host sends everything: one exchange between hosts. Measured with 2 x 2 ranks on one
-machine of 2 cores, medians: 0.64 ms against 0.93 in shards for 16 KiB, 0.94 against 1.28 for 256 KiB."""
+"""Up to this size one rank of each host sends everything: one exchange between hosts.
+
+Measured with 2 x 2 ranks on one machine of 2 cores, medians: 0.64 ms against 0.93 in shards for 16
+KiB, 0.94 against 1.28 for 256 KiB.
+"""
 
 _FLOAT32: Final = DTYPES["float32"]
 _EXACT: Final = frozenset({ReduceOp.MIN, ReduceOp.MAX})
@@ -72,7 +75,10 @@ class Reductions:
             self._spread(*waiting.popleft(), deadline)
 
     def reduce(self, view: BufferView, root: int, op: ReduceOp, deadline: float) -> None:
-        """Combine in place on ``root``, which is its host's leader; each other host's sends what its ranks come to."""
+        """Combine in place on ``root``, which is its host's leader.
+
+        The leader of each other host sends what its ranks come to.
+        """
         leaders = self._hosts.leaders(root)
         leader = leaders[self._hosts.host]
         leads = self._hosts.neighbours[self._hosts.position] == leader
@@ -100,7 +106,10 @@ class Reductions:
         return self._shards_of[members]
 
     def _send(self, crossing: Callable[[], None] | None, of: int) -> Task:
-        """Give the worker what crosses the network, one of ``of`` in this call; a single one needs no other thread."""
+        """Give the worker what crosses the network, one of ``of`` in this call.
+
+        A single one needs no other thread.
+        """
         if crossing is not None and of > 1:
             return self._worker.send(crossing)
         if crossing is not None:
@@ -110,7 +119,10 @@ class Reductions:
     def _collect(
         self, piece: int, block: BufferView, op: ReduceOp, deadline: float
     ) -> Callable[[], None] | None:
-        """Combine a block on this host; return what makes this rank's slice the result of all hosts, if it has one."""
+        """Combine a block on this host.
+
+        Returns what makes this rank's slice the result of all hosts, if it has one.
+        """
         summed = self._widened(piece, block, op)
         sums = shards(summed, self._shards)
         if self._local is not None and self._shards == len(self._hosts.neighbours):
@@ -190,7 +202,7 @@ class Reductions:
         return cross
 
     def _widened(self, piece: int, block: BufferView, op: ReduceOp) -> BufferView:
-        """Return a block's elements as they are summed: themselves, or in float32 in scratch memory."""
+        """Return a block's elements as they are summed: themselves, or in float32 in scratch."""
         if block.dtype.name not in WIDENED or op in _EXACT:
             return block
         wide = self._scratch.take(piece, block.count, _FLOAT32)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """The hosts of a group, as one rank sees them; the same on every rank but for the last two attributes.
+    """The hosts of a group, as one rank sees them.
+
+    All but the last two attributes are the same on every rank.
 
     Attributes:
         members: The ranks of each host, ascending; the hosts by their lowest rank.
         index: The host of every rank, as an index of ``members``.
         local: The position of every rank among the ranks of its host.
-        shards: The number of ranks of the smallest host: into so many shards a block is divided, each of which one
-            rank of every host carries over the network.
+        shards: The number of ranks of the smallest host: into so many shards a block is divided,
+            each of which one rank of every host carries over the network.
         host: This rank's host.
         position: This rank's position in it.
     """
@@ -52,5 +54,8 @@ class Hosts:
         return tuple(chosen)
 
     def counterparts(self) -> tuple[int, ...]:
-        """Return the ranks at this rank's position on all hosts; only for positions that all hosts have."""
+        """Return the ranks at this rank's position on all hosts.
+
+        Only for positions that all hosts have.
+        """
         return tuple(members[self.position] for members in self.members)

@@ -1,4 +1,4 @@
-"""The control plane as the transports inside a call see it: the whole group's, looked at by two threads."""
+"""The whole group's control plane as the transports inside a call see it, in two threads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class HaltedError(GroupError):
 class Watch:
     """A group's control plane for both halves of a call, in shared memory and over Gloo.
 
-    A failure of one half ends the other within its next look, and so does one that another rank reports. May be used
-    by two threads at once, which the control plane itself may not.
+    A failure of one half ends the other within its next look, and so does one that another rank
+    reports. May be used by two threads at once, which the control plane itself may not.
 
     Attributes:
-        failure: What broke the group, in the ranks of the group; None while it works, as far as this rank knows.
+        failure: What broke the group, in the ranks of the group; None while it works, as far as
+            this rank knows.
     """
 
     def __init__(self, control: ControlPlane) -> None:
@@ -68,11 +69,11 @@ class Watch:
 
 
 class HostControl:
-    """The control plane, and the meeting, of the ranks of one host, through those of the whole group.
+    """The control plane and the meeting of one host's ranks, through those of the group.
 
-    It has no connections of its own: an exchange of a host is one of the whole group in which every host exchanges
-    at the same time. Hosts that need fewer exchanges than others help with the rest in ``conclude``, which every
-    rank must call.
+    It has no connections of its own: an exchange of a host is one of the whole group in which every
+    host exchanges at the same time. Hosts that need fewer exchanges than others help with the rest
+    in ``conclude``, which every rank must call.
 
     Attributes:
         rank: This rank's position on its host.
@@ -99,7 +100,8 @@ class HostControl:
         """Return the payloads of the ranks of this host.
 
         Raises:
-            BackendUnavailableError: One of them has concluded already, with the trouble that it names.
+            BackendUnavailableError: One of them has concluded already, with the trouble that it
+                names.
             CollectiveError: As the whole group's.
         """
         frames = self._watch.allgather(_TAKES_PART + payload, deadline)
@@ -123,7 +125,7 @@ class HostControl:
         self._watch.check()
 
     def agree(self, signature: bytes, describe: Callable[[], str], deadline: float) -> NoReturn:
-        """Report ranks of one host that come to differ within a call on which the whole group had agreed.
+        """Report ranks of one host that differ in a call on which the whole group agreed.
 
         Raises:
             GroupError: Always: the ranks have not taken the same steps.

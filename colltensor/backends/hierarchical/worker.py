@@ -1,4 +1,4 @@
-"""Worker: the thread that moves data between hosts while the caller's thread works in shared memory."""
+"""Worker: the thread that moves data between hosts, beside the caller's in shared memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ NOTHING._finish(None)
 
 
 class Worker:
-    """Does tasks one after the other in a thread of its own, made on first use. After a failure it does no more.
+    """Does tasks one after the other in a thread of its own, made on first use.
+
+    After a failure it does no more.
 
     Attributes:
         failure: What the first task that failed raised.
@@ -73,7 +75,10 @@ class Worker:
         return task
 
     def end(self, timeout_s: float) -> None:
-        """Let the thread end once it has done what it was sent, and wait for it; nothing may be sent any more."""
+        """Let the thread end once it has done what it was sent, and wait for it.
+
+        Nothing may be sent any more.
+        """
         thread = self._thread
         if thread is not None:
             self._tasks.put(None)

@@ -1,12 +1,13 @@
-"""nccl: CUDA tensors of every framework, through ``cupy.cuda.nccl``. Imports cupy only where a group is made.
+"""nccl: CUDA tensors of every framework, through ``cupy.cuda.nccl``.
 
-__init__    whether NCCL can be used here
-backend     the operations, as calls of NCCL
-elements    how data types and reduce ops are spelt, and what stands in where NCCL has none
-members     communicators: made on first use, one for all ranks and one for each pair
-stream_manager       streams and events: what comes after what
-watchdog     the thread that notices late and dead peers, and ends what waits for them
-driver      CUDA and NCCL as cupy offers them
+Imports cupy only where a group is made.
+
+    backend          the operations, as calls of NCCL
+    reductions       how data types and reduce ops are spelt, and what stands in where NCCL has none
+    communicators    made on first use, one for all ranks and one for each pair
+    streams          streams and events: what comes after what
+    watchdog         the thread that notices late and dead peers, and ends what waits for them
+    driver           CUDA and NCCL as cupy offers them
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class NcclSpec:
     """The backend's entry in the table."""
 
     def available(self) -> str | None:
-        """Return None if there are CuPy, a libnccl and a CUDA device, else what is missing and what to do."""
+        """Return None if there are CuPy, libnccl and a CUDA device, else what to do."""
         if find_spec("cupy") is None:
             return f"NCCL is used through CuPy, which is not installed: {_INSTALL}"
         return _missing(os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -72,7 +73,10 @@ SPEC: Final = NcclSpec()
 
 @functools.lru_cache(maxsize=4)
 def _missing(visible: str | None) -> str | None:
-    """Return what is missing, given CUDA_VISIBLE_DEVICES; looked at once, because it imports cupy."""
+    """Return what is missing, given CUDA_VISIBLE_DEVICES.
+
+    It is looked at once, because that imports cupy.
+    """
     try:
         nccl = importlib.import_module("cupy.cuda.nccl")
         runtime = importlib.import_module("cupy.cuda.runtime")

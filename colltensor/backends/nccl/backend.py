@@ -1,7 +1,7 @@
-"""The nccl backend: every operation as calls of NCCL on the tensors' own memory, queued and not waited for.
+"""The nccl backend: operations are calls of NCCL, queued on the tensors' own memory.
 
-A call on lists of tensors is one group of NCCL calls (ncclGroupStart, ncclGroupEnd), so that no list is copied into
-one buffer first.
+Nothing waits for them. A call on lists of tensors is one group of NCCL calls (ncclGroupStart,
+ncclGroupEnd), so that no list is copied into one buffer first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class _Part(NamedTuple):
 
 
 class NcclBackend(BackendBase):
-    """NCCL between the ranks of one group. Payload methods are called after ``begin``, one call at a time."""
+    """NCCL between the ranks of one group.
+
+    Payload methods are called after ``begin``, one call at a time.
+    """
 
     name = "nccl"
     device_types = _DEVICE_TYPES
@@ -82,7 +85,10 @@ class NcclBackend(BackendBase):
     require = staticmethod(reductions.require)
 
     def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Return True for MIN and MAX of floats, which travel as integers; see ``reductions.OrderEncoding``."""
+        """Return True for MIN and MAX of floats, which travel as integers.
+
+        See ``reductions.OrderEncoding``.
+        """
         if op is None or operation not in REDUCTIONS:
             return False
         reduction = reductions.reduction(dtype, op)
@@ -98,7 +104,10 @@ class NcclBackend(BackendBase):
         stages: bool,
         deadline: float,
     ) -> PendingOperation:
-        """Begin to queue one call; see ``QueueingBackend``. Connects the ranks first where this is their first such."""
+        """Begin to queue one call; see ``QueueingBackend``.
+
+        Connects the ranks first where this is their first such call.
+        """
         self._watchdog.check()
         if self._closed:
             raise GroupError(f"{name}: the group was destroyed")
@@ -142,7 +151,10 @@ class NcclBackend(BackendBase):
         self._pending = []
 
     def cancel(self, error: BaseException) -> None:
-        """End what was begun because of an error; raises the failure of the group where that is its reason."""
+        """End what was begun because of an error.
+
+        Raises the failure of the group where that is its reason.
+        """
         self._driver.ungroup()
         self._staging.close()
         while self._left:
@@ -154,14 +166,17 @@ class NcclBackend(BackendBase):
         """Stop watching operations that were not queued; raises what their error comes from."""
         for operation in pending:
             self._watchdog.abandon(operation)
-        # NCCL connects the ranks of an algorithm when it is first used and waits for them inside the call, which
-        # ends with an error of its own when the watchdog ends the communicators.
+        # NCCL connects the ranks of an algorithm when it is first used and waits for them inside
+        # the call, which ends with an error of its own when the watchdog ends the communicators.
         failure = self._watchdog.failure
         if failure is not None and isinstance(error, self._driver.error):
             raise failure from error
 
     def allreduce_at_once(self, view: BufferView, op: ReduceOp) -> QueuedOperation | None:
-        """Queue an allreduce of one tensor that needs nothing but NCCL's call; see ``QueueingBackend``."""
+        """Queue an allreduce of a tensor that needs NCCL's call alone.
+
+        See ``QueueingBackend``.
+        """
         index, stream = view.device.index, view.stream
         communicators = self._communicators.communicators((index,))
         reduction = reductions.reduction(view.dtype, op)
@@ -204,7 +219,10 @@ class NcclBackend(BackendBase):
         self._watchdog.timeout_s = timeout_s
 
     def refuse(self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None) -> None:
-        """Raise if the streams are captured, or this rank has used other devices; see ``QueueingBackend``."""
+        """Raise if the streams are captured, or this rank has used other devices.
+
+        See ``QueueingBackend``.
+        """
         self._stream_manager.refuse_capture(name, views)
         devices = tuple({view.device.index: None for view in views})
         for peer in set(peers or ()):
@@ -218,7 +236,10 @@ class NcclBackend(BackendBase):
         self._communicators.disown()
 
     def drain(self, deadline: float, index: int | None = None) -> None:
-        """Return, on the host, when what this rank has queued, on one device or all, is done; raises if it failed."""
+        """Return, on the host, when what this rank has queued is done, on one device or all.
+
+        Raises if it failed.
+        """
         self._watchdog.drain(deadline, index)
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
@@ -267,7 +288,7 @@ class NcclBackend(BackendBase):
                 )
 
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
-        """Queue one allgather, into memory of its own where outputs are not contiguous, and copies from there.
+        """Queue one allgather; outputs that are not contiguous get copies from its own memory.
 
         How they lie is each rank's own affair, but NCCL's calls must be the same on all of them.
         """
@@ -310,7 +331,10 @@ class NcclBackend(BackendBase):
     def reducescatter(
         self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
     ) -> None:
-        """Queue one reduce-scatter, of copies where sources are not contiguous; see ``allgather``."""
+        """Queue one reduce-scatter, of copies where sources are not contiguous.
+
+        See ``allgather``.
+        """
         reduction = reductions.reduction(target.dtype, op)
         if not target.count or reduction is None:
             return
@@ -384,11 +408,17 @@ class NcclBackend(BackendBase):
                 communicator.recv(target.pointer, target.nbytes, BYTE, other, self._stream)
 
     def barrier(self, deadline: float) -> None:
-        """Return when what this rank has queued is done; that all have called is what the group agrees on."""
+        """Return when what this rank has queued is done.
+
+        That all have called is what the group agrees on.
+        """
         self.drain(deadline)
 
     def close(self) -> None:
-        """End the communicators, once what is queued is done or some seconds have passed; idempotent."""
+        """End the communicators, once what is queued is done or some seconds have passed.
+
+        Idempotent.
+        """
         if self._closed:
             return
         self._closed = True
@@ -481,7 +511,10 @@ class NcclBackend(BackendBase):
 
     @contextlib.contextmanager
     def _each(self, buffers: Sequence[BufferView]) -> Iterator[list[tuple[Any, int, BufferView]]]:
-        """Give communicator and stream of each buffer's device, and the buffer; calls made inside are one."""
+        """Give communicator and stream of each buffer's device, and the buffer.
+
+        Calls made inside are one.
+        """
         if not buffers[0].count:
             yield []
             return
@@ -502,7 +535,10 @@ class NcclBackend(BackendBase):
         written: Iterable[int],
         targets: Sequence[BufferView] = (),
     ) -> Iterator[list[tuple[Any, int, tuple[int, int, NcclReduction]]]]:
-        """As ``_reduced``, each buffer on its own device; ``targets`` follow the buffers and are only written."""
+        """Do as ``_reduced``, each buffer on its own device.
+
+        ``targets`` follow the buffers and are only written.
+        """
         reduction = reductions.reduction(buffers[0].dtype, op)
         assert reduction is not None
         encoded: list[BufferView] = []
@@ -564,7 +600,7 @@ class NcclBackend(BackendBase):
         return into
 
     def _room(self, like: BufferView, dtype: DType, number: int = 1) -> BufferView:
-        """Return memory for elements, of another type, of ``number`` views that are like one of the call's."""
+        """Return memory for ``number`` views that are like one of the call's, of another type."""
         with self._on(like):
             room: BufferView = self._driver.allocate(number * like.count * dtype.itemsize, like)
         return room.cast(dtype)

@@ -1,6 +1,7 @@
-"""CommunicatorCache: the communicators of one group, made on first use: one of all ranks, one for each pair.
+"""CommunicatorCache: the communicators of one group, made on first use.
 
-Each rank of a communicator is one device of one process.
+There is one of all ranks, and one for each pair. Each rank of a communicator is one device of one
+process.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Communicators(NamedTuple):
         handles: This process's, in the order of its devices.
         first: The communicators' rank of the first one.
         firsts: The same for every rank of the group.
-        shared: Whether other ranks are threads of this process; their kernels wait for each other, so that they must
-            not be on one stream.
+        shared: Whether other ranks are threads of this process; their kernels wait for each other,
+            so that they must not be on one stream.
     """
 
     handles: tuple[Any, ...]
@@ -67,7 +68,9 @@ class CommunicatorCache:
         self._lock = threading.Lock()
 
     def all(self, devices: tuple[int, ...], deadline: float) -> Communicators:
-        """Return the communicators of all ranks' devices; every rank calls if they are not there yet.
+        """Return the communicators of all ranks' devices.
+
+        Every rank calls if they are not there yet.
 
         Raises:
             DeviceError: This process has used another device for such calls before.
@@ -102,7 +105,9 @@ class CommunicatorCache:
         return self._made.get(devices)
 
     def pair(self, peer: int, device: int, deadline: float) -> Communicators:
-        """Return the communicator of this rank and ``peer``, the lower rank first; both call if it is not there yet.
+        """Return the communicator of this rank and ``peer``, the lower rank first.
+
+        Both call if it is not there yet.
 
         Raises:
             DeviceError: Another device was used with this peer before.
@@ -120,7 +125,10 @@ class CommunicatorCache:
         return communicators
 
     def refuse(self, devices: tuple[int, ...]) -> None:
-        """Raise DeviceError if this process has used other devices for calls of all ranks before."""
+        """Raise DeviceError if this process has called with other devices before.
+
+        That is about calls of all ranks.
+        """
         for used in self._made:
             if len(used) == len(devices) and used != devices:
                 raise DeviceError(
@@ -138,7 +146,10 @@ class CommunicatorCache:
             )
 
     def disown(self) -> None:
-        """Keep the communicators for ever: CuPy would destroy them when the last reference is gone."""
+        """Keep the communicators for ever.
+
+        CuPy would destroy them when the last reference is gone.
+        """
         for communicator in self._everyone():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(communicator))
 
@@ -161,7 +172,8 @@ class CommunicatorCache:
             try:
                 thread.start()
             except RuntimeError:
-                # the interpreter shuts down: the watchdog's thread, which calls, is waited for instead
+                # the interpreter shuts down: the watchdog's thread, which calls, is waited for
+                # instead
                 self._abort(everyone, keep)
             else:
                 thread.join(_END_TIMEOUT_S)
@@ -200,10 +212,13 @@ class CommunicatorCache:
         devices: tuple[int, ...],
         deadline: float,
     ) -> Communicators:
-        """Make this process's communicators in a thread of its own, because NCCL cannot be told when to give up.
+        """Make this process's communicators in a thread of its own.
+
+        NCCL cannot be told when to give up.
 
         Raises:
-            TimeoutError: A rank did not come before ``deadline``; the thread is left to it, and ends what it makes.
+            TimeoutError: A rank did not come before ``deadline``; the thread is left to it, and
+                ends what it makes.
             RuntimeError: NCCL refused.
             CollectiveError: The group broke meanwhile.
         """

@@ -1,7 +1,7 @@
 """CUDA and NCCL as CuPy offers them: streams, events and communicators, by their numbers.
 
-Imports cupy, and nothing else of the backend. Streams and events are what CUDA calls ``cudaStream_t`` and
-``cudaEvent_t``, as numbers. Tests put a device of their own in its place.
+Imports cupy, and nothing else of the backend. Streams and events are what CUDA calls
+``cudaStream_t`` and ``cudaEvent_t``, as numbers. Tests put a device of their own in its place.
 """
 
 from __future__ import annotations
@@ -36,15 +36,21 @@ class CupyDriver:
     """
 
     error: Final = (nccl.NcclError, KeyError)
-    """CuPy 14.2 has no text for NCCL's results above 6 and raises KeyError in place of its NcclError."""
+    """What CuPy raises for NCCL's errors.
+
+    CuPy 14.2 has no text for results above 6, and raises KeyError in place of its NcclError.
+    """
     in_progress: Final = 7
-    """``ncclInProgress``, which is no error: a communicator may say so while another thread is in a call of it."""
+    """``ncclInProgress``, which is no error.
+
+    A communicator may say so while another thread is in a call of it.
+    """
 
     def __init__(self) -> None:
         self._group = threading.local()
 
     def unique_id(self) -> bytes:
-        """Return what the ranks of a new communicator need to find each other; made by one of them."""
+        """Return what the ranks of a new communicator find each other by; one makes it."""
         return bytes(nccl.get_unique_id())
 
     def connect(self, size: int, unique_id: bytes, rank: int) -> Any:
@@ -69,9 +75,10 @@ class CupyDriver:
         self._group.open = False
 
     def ungroup(self) -> None:
-        """Close the group of calls that an exception left open in this thread, whose next calls would join it.
+        """Close the group of calls that an exception left open in this thread.
 
-        Whatever NCCL says to it: there is none if the exception, an interrupt say, came just before it was opened.
+        Its next calls would join it. Whatever NCCL says to it: there is none if the exception, an
+        interrupt say, came just before it was opened.
         """
         if getattr(self._group, "open", False):
             with contextlib.suppress(*self.error):
@@ -93,7 +100,7 @@ class CupyDriver:
 
     @contextlib.contextmanager
     def on(self, device: int, stream: int | None = None) -> Iterator[None]:
-        """Make a device the current one of this thread, and a stream CuPy's current one, for what CuPy computes."""
+        """Make a device and a stream CuPy's current ones in this thread, to compute on."""
         with cp.cuda.Device(device):
             if stream is None:
                 yield
@@ -103,18 +110,23 @@ class CupyDriver:
                     _stream(stream, device).use()
                     yield
                 finally:
-                    # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
+                    # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the
+                    # current one
                     before.use()
 
     def new_stream(self) -> int:
-        """Return a new stream of the current device, which the legacy default stream does not wait for."""
+        """Return a new stream of the current device.
+
+        The legacy default stream does not wait for it.
+        """
         stream: int = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
         return stream
 
     def capturing(self, stream: int) -> bool:
         """Return whether what is queued on a stream goes into a CUDA graph, or would end a capture.
 
-        The latter is so of the legacy default stream while another one that synchronises with it is captured.
+        The latter is so of the legacy default stream while another one that synchronises with it is
+        captured.
         """
         try:
             return bool(runtime.streamIsCapturing(stream))
@@ -139,7 +151,9 @@ class CupyDriver:
         return bool(runtime.eventQuery(event) == 0)
 
     def check(self, event: int) -> None:
-        """Raise the error that the device reports when it is asked for an event: one that stays, of whatever kernel.
+        """Raise the error that the device reports when it is asked for an event.
+
+        It is one that stays, of whatever kernel.
 
         Raises:
             CUDARuntimeError: A RuntimeError of CuPy's.
@@ -151,8 +165,8 @@ class CupyDriver:
     def mind_own_captures(self) -> None:
         """Let this thread ask for events while another one captures a stream into a CUDA graph.
 
-        Otherwise the question ends a capture in the mode that is CUDA's default, and torch's, without an answer
-        (cuThreadExchangeStreamCaptureMode). CuPy 14 has no name for it.
+        Otherwise the question ends a capture in the mode that is CUDA's default, and torch's,
+        without an answer (cuThreadExchangeStreamCaptureMode). CuPy 14 has no name for it.
         """
         mode = ctypes.c_int(_THREAD_LOCAL)
         # captures are disturbed then, and nothing else
@@ -169,7 +183,10 @@ class CupyDriver:
                 runtime.streamDestroy(stream)
 
     def allocate(self, nbytes: int, like: BufferView) -> BufferView:
-        """Return memory of CuPy's pool for use on CuPy's current stream, on ``like``'s device, as bytes."""
+        """Return memory of CuPy's pool, as bytes, on ``like``'s device.
+
+        It is for use on CuPy's current stream.
+        """
         raw = cp.empty(nbytes, cp.uint8)
         return BufferView.from_address(
             raw.data.ptr,
@@ -189,7 +206,10 @@ class CupyDriver:
     def to_keys(
         self, keys: BufferView, bits: BufferView, mask: int, infinity: int, nan: int
     ) -> None:
-        """Queue, on CuPy's current stream, making keys of the bits of floats; see ``elements.OrderEncoding``."""
+        """Queue, on CuPy's current stream, making keys of the bits of floats.
+
+        See ``reductions.OrderEncoding``.
+        """
         given, result = _array(bits), _array(keys)
         kind = result.dtype.type
         _TO_KEYS(given, kind(mask), kind(infinity), kind(nan), result)
@@ -213,9 +233,10 @@ _FROM_KEYS: Final = cp.ElementwiseKernel(
 
 @functools.lru_cache(maxsize=256)
 def _stream(stream: int, device: int) -> Any:
-    """Return CuPy's object of a stream; kept, because it warns of its deprecation, at five times its own cost.
+    """Return CuPy's object of a stream, which is kept.
 
-    What CuPy 14 has in its place, ``Stream.from_external``, destroys the stream at its end; and owns no device.
+    It warns of its deprecation, at five times its own cost. What CuPy 14 has in its place,
+    ``Stream.from_external``, destroys the stream at its end; and owns no device.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -98,9 +98,10 @@ def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
 class OrderEncoding(NamedTuple):
     """How floats become integers of the same order.
 
-    NCCL's own minimum and maximum of floats drop a NaN where the other operand is none. Read as a signed integer, a
-    positive float keeps its order and a negative one has it reversed (IEEE 754-2019, 3.4: sign, exponent, significand
-    from the top), which turning all bits but the sign mends. A NaN, of either sign, becomes the integer that is found::
+    NCCL's own minimum and maximum of floats drop a NaN where the other operand is none. Read as a
+    signed integer, a positive float keeps its order and a negative one has it reversed (IEEE
+    754-2019, 3.4: sign, exponent, significand from the top), which turning all bits but the sign
+    mends. A NaN, of either sign, becomes the integer that is found::
 
         key = nan            if (bits & mask) > infinity
               bits ^ mask    if bits < 0

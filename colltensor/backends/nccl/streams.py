@@ -1,8 +1,9 @@
 """StreamManager: which stream a call is queued on, what it comes after, and what comes after it.
 
-A synchronous call goes on the stream on which the framework queues its own work, so that nothing else is needed; the
-streams of other frameworks in the same call, and the stream of the call before, are waited for by events. An
-asynchronous one goes on a stream of the group's own, so that the frameworks' work goes on beside it.
+A synchronous call goes on the stream on which the framework queues its own work, so that nothing
+else is needed; the streams of other frameworks in the same call, and the stream of the call before,
+are waited for by events. An asynchronous one goes on a stream of the group's own, so that the
+frameworks' work goes on beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from colltensor.errors import CollectiveError, DeviceError
 from colltensor.view import BufferView
 
 _LEGACY: Final = 1
-"""The stream given for frameworks that have none of their own to name; they free memory without regard to it."""
+"""The stream given for frameworks that have none of their own to name.
+
+They free memory without regard to it.
+"""
 _PER_THREAD: Final = 2
 """``cudaStreamPerThread``: another stream in each thread."""
 _GLANCE_S: Final = 20e-6
@@ -36,7 +40,8 @@ class QueuedOperation:
         ended: The event behind it.
         since: When it was first seen under way, by ``time.monotonic()``.
         timeout_s: How long it may be under way.
-        patience_s: After how many seconds under way the other ranks are asked whether they are there.
+        patience_s: After how many seconds under way the other ranks are asked whether they are
+            there.
         landed: Whether it is done, and its events may be used again.
         failure: Why it did not end, or None.
     """
@@ -73,7 +78,10 @@ class QueuedOperation:
         return self.failure is not None or self._stream_manager.finished(self)
 
     def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
-        """Let streams, and for None the host, go on only when the call is done; see ``PendingOperation``."""
+        """Let streams, and for None the host, go on only when the call is done.
+
+        See ``PendingOperation``.
+        """
         if self.failure is not None:
             raise self.failure
         for stream in streams:
@@ -85,7 +93,9 @@ class QueuedOperation:
             raise self.failure
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return, on the host, when the call is done; the watchdog bounds the wait by the group's timeout.
+        """Return, on the host, when the call is done.
+
+        The watchdog bounds the wait by the group's timeout.
 
         Raises:
             TimeoutError: It is not done after ``timeout_s``.
@@ -113,7 +123,7 @@ class PendingOperations:
         return all(operation.done() for operation in self._pending)
 
     def order(self, streams: Iterable[int | None], timeout_s: float | None = None) -> None:
-        """Let streams of each device, and for None the host, go on only when the call is done there."""
+        """Let streams of each device, and for None the host, wait until the call is done there."""
         wanted = list(streams)
         for operation in self._pending:
             operation.order(wanted, timeout_s)
@@ -137,14 +147,17 @@ class StreamManager:
         apart: bool,
         keep: object,
     ) -> QueuedOperation:
-        """Return the operation of what is queued next, for which its device is the current one and its stream ready.
+        """Return the operation of what is queued next.
+
+        Its device is the current one for it, and its stream is ready.
 
         Args:
             name: The operation.
             views: The views of the call, on one device, the current one; at least one.
             peers: The ranks of a point-to-point call, None for all.
             apart: Whether to use the group's own stream.
-            keep: Kept until the operation is done, where the frameworks' own order does not protect its memory.
+            keep: Kept until the operation is done, where the frameworks' own order does not protect
+                its memory.
         """
         device = views[0].device.index
         streams = {view.stream or 0 for view in views}
@@ -162,12 +175,15 @@ class StreamManager:
         return operation
 
     def follows_itself(self, device: int, stream: int) -> bool:
-        """Return whether a call on a stream comes after the call before as it is, and its memory needs no keeping."""
+        """Return whether a call on a stream follows the call before as it is.
+
+        Then its memory needs no keeping.
+        """
         last = self._last.get(device)
         return last is not None and last.stream == stream and stream not in (_LEGACY, _PER_THREAD)
 
     def begin_alone(self, name: str, device: int, stream: int) -> QueuedOperation:
-        """Do as ``begin`` for a call of all ranks on one tensor for which ``follows_itself`` is true."""
+        """Do as ``begin`` for a call of all ranks on one tensor that ``follows_itself``."""
         began, ended = self._two_events(device)
         self._driver.record(began, stream)
         return QueuedOperation(self, name, None, device, stream, None, began, ended)
@@ -179,7 +195,9 @@ class StreamManager:
         self._last[operation.device] = operation
 
     def refuse_capture(self, name: str, views: Sequence[BufferView]) -> None:
-        """Refuse to queue a call on streams that are captured: a graph that is run again would call on one rank alone.
+        """Refuse to queue a call on streams that are captured.
+
+        A graph that is run again would call on one rank alone.
 
         Raises:
             DeviceError: One of them is.
@@ -202,7 +220,10 @@ class StreamManager:
                     self._driver.leave(before)
 
     def finished(self, operation: QueuedOperation) -> bool:
-        """Return whether the operation is done; takes its events back if so, and lets go of what it keeps."""
+        """Return whether the operation is done.
+
+        If so, takes its events back and lets go of what it keeps.
+        """
         with self._lock:
             if operation.landed:
                 return True
@@ -223,7 +244,10 @@ class StreamManager:
         self._driver.mind_own_captures()
 
     def check(self, operation: QueuedOperation) -> None:
-        """Raise the driver's RuntimeError if the device has failed, after which no operation is ever done."""
+        """Raise the driver's RuntimeError if the device has failed.
+
+        No operation is ever done after that.
+        """
         with self._lock:
             if not operation.landed:
                 self._driver.check(operation.ended)

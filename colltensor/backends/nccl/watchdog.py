@@ -1,7 +1,8 @@
 """Watchdog: the thread that looks after what is queued, because the host does not wait for it.
 
-It finds calls that are not done in time, errors that NCCL reports only when it is asked, and peers that are gone. Then
-it ends the communicators, which ends the kernels that wait in them, and notifies the group.
+It finds calls that are not done in time, errors that NCCL reports only when it is asked, and peers
+that are gone. Then it ends the communicators, which ends the kernels that wait in them, and
+notifies the group.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Watchdog:
             stream_manager: Where the pending operations are.
             timeout_s: How long an operation may be under way.
             errors: Asks the communicators for their errors.
-            end: Called once, with what was found and the operations that it ends: ends all, and notifies the group.
+            end: Called once, with what was found and the operations that it ends: ends all, and
+                notifies the group.
         """
         self._control = control
         self._stream_manager = stream_manager
@@ -61,7 +63,9 @@ class Watchdog:
         self.failure: CollectiveError | None = None
 
     def check(self) -> None:
-        """Raise if an operation failed, or a peer has broken the group; the control plane is looked at now and then.
+        """Raise if an operation failed, or a peer has broken the group.
+
+        The control plane is looked at now and then.
 
         Raises:
             CollectiveError: What happened.
@@ -97,7 +101,10 @@ class Watchdog:
                 self._changed.notify_all()
 
     def abandon(self, operation: QueuedOperation) -> None:
-        """Watch an operation no longer, whose queuing failed; ``fail`` has let go of it where it was the reason."""
+        """Watch an operation no longer, whose queuing failed.
+
+        ``fail`` has let go of it where it was the reason.
+        """
         with self._changed:
             if operation in self._pending:  # not if all of them failed meanwhile
                 self._pending.remove(operation)
@@ -137,16 +144,19 @@ class Watchdog:
     def close(
         self, gone: CollectiveError, end: Callable[[Sequence[QueuedOperation]], None]
     ) -> Sequence[QueuedOperation]:
-        """Stop watching; what is not done fails with ``gone``, because the communicators are ended next.
+        """Stop watching; what is not done fails with ``gone``.
+
+        The communicators are ended next.
 
         Args:
             gone: The error.
-            end: Ends them, given the pending operations that are not done. It is called in the watchdog's thread, if
-                there is one, and waited for some seconds: no other thread can be made while the interpreter shuts down.
+            end: Ends them, given the pending operations that are not done. It is called in the
+                watchdog's thread, if there is one, and waited for some seconds: no other thread can
+                be made while the interpreter shuts down.
 
         Returns:
-            The pending operations that are not done. They hold memory that the device uses until the communicators are
-            ended.
+            The pending operations that are not done. They hold memory that the device uses until
+            the communicators are ended.
         """
         with self._changed:
             self._closed = True
@@ -185,7 +195,7 @@ class Watchdog:
             last()
 
     def _wait(self) -> bool:
-        """Return True when it is time to look at the pending operations, False when the watching ends."""
+        """Return True when it is time to look at what is pending, False when watching ends."""
         with self._changed:
             self._asleep = True
             self._changed.wait_for(lambda: self._pending or self._closed)
@@ -217,7 +227,8 @@ class Watchdog:
             control.check()
         except CollectiveError as error:
             return error
-        # A rank that has left in good order may have done its part. Asked after 1, 2, 4 ... seconds.
+        # A rank that has left in good order may have done its part. Asked after 1, 2, 4 ...
+        # seconds.
         if operation.since is not None and now - operation.since > operation.patience_s:
             operation.patience_s *= 2
             lost: CollectiveError | None = control.gone(operation.name, operation.peers)

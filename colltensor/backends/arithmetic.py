@@ -14,10 +14,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from colltensor.backends.gloo.provider import ANY_MEMORY
 from colltensor.types import DTYPES, DType, ReduceOp
 
 Array = np.ndarray[Any, Any]
+
+ANY_MEMORY: Final = ctypes.c_char * (1 << 62)
+"""An array type for all memory: one type serves every size, where ctypes takes 8 us for a new one.
+
+``frombuffer(ANY_MEMORY.from_address(p), count=n)`` views n elements at p.
+"""
 
 CHUNK: Final = 1 << 16
 """Elements worked on at a time: what is read and written of them stays in a core's cache."""
@@ -120,9 +125,10 @@ def narrow(target: int, source: int, count: int, dtype: DType) -> None:
 
 @contextlib.contextmanager
 def float_state() -> Iterator[None]:
-    """Compute as in native code, whatever state the thread is in: subnormals are numbers, and nothing is reported.
+    """Compute as in native code, whatever state the thread is in.
 
-    XLA's threads flush subnormals to zero, and so do those in which ``torch.set_flush_denormal(True)`` was called.
+    Subnormals are numbers, and nothing is reported. XLA's threads flush subnormals to zero, and so
+    do those in which ``torch.set_flush_denormal(True)`` was called.
     """
     outer = ctypes.create_string_buffer(_FENV_NBYTES)
     if _libm is not None:
@@ -137,7 +143,10 @@ def float_state() -> Iterator[None]:
 
 
 def _reals(elements: Array) -> Array:
-    """Return complex elements as pairs of reals: numpy's division of a complex infinity by a number gives NaN."""
+    """Return complex elements as pairs of reals.
+
+    numpy's division of a complex infinity by a number gives NaN.
+    """
     return elements.view(elements.real.dtype) if elements.dtype.kind == "c" else elements
 
 
@@ -204,7 +213,10 @@ def _widen_bfloat16(halves: Array, wide: Array) -> None:
 
 
 def _narrow_bfloat16(wide: Array, scratch: Array, halves: Array) -> None:
-    """Round to nearest, ties to even: add half of the last place kept, less one where that place is 0."""
+    """Round to nearest, ties to even.
+
+    Adds half of the last place that is kept, less one where that place is 0.
+    """
     bits, rounded = wide.view(np.uint32), scratch.view(np.uint32)
     lost = np.isnan(wide)
     np.right_shift(bits, 16, out=rounded)
