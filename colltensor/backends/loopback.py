@@ -24,8 +24,8 @@ class LoopbackBackend(BackendBase):
     """The transport of a group of one rank: none.
 
     Attributes:
-        fast_calls: Makes calls on tensors as their frameworks made them; None where there is no native code, or was no
-            array library when the group was made.
+        fast_calls: Makes calls on tensors as their frameworks made them. None where there is no
+            native code, or was no array library when the group was made.
     """
 
     name = "loopback"
@@ -100,7 +100,7 @@ class LoopbackBackend(BackendBase):
 
 
 class LoopbackCalls:
-    """The fast calls of a group of one rank: see ``AgreeingBackend``, of which this is the part that it needs."""
+    """The fast calls of a group of one rank: the part of ``AgreeingBackend`` that it needs."""
 
     def __init__(self) -> None:
         self._native = library.load()
