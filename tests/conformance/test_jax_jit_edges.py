@@ -90,7 +90,7 @@ def sparse_operands(rank: int, size: int, world: World) -> None:
     }
     for call in calls.values():
         for wrap in (lambda f: f, jax.jit):
-            with pytest.raises(col.UnsupportedTensorError, match=r"BCOO holds indices.*todense"):
+            with pytest.raises(col.UnsupportedTensorError, match=r"BCOO.*todense\(\)"):
                 wrap(call)(array)
 
 
@@ -143,7 +143,7 @@ def wrong_ranks(rank: int, size: int, world: World) -> None:
     ]
     for call in calls:
         for wrong in (-1, size, 1.0, "0"):
-            with pytest.raises(col.RankError, match=rf"expected 0 to {size - 1}, got"):
+            with pytest.raises(col.RankError, match=rf"\b0 to {size - 1}\b"):
                 call(wrong)
         with pytest.raises(col.RankError, match="static_argnums"):
             jax.jit(call)(0)
