@@ -252,7 +252,7 @@ def net_timeout() -> type[BaseException]:
 def test_two_processes_with_one_rank(pool: RankPool, init_method: str) -> None:
     outcomes = run(pool, [Plan(init_method, rank, 4) for rank in (0, 1, 1)])
     for error in errors_of(outcomes, RankError):
-        assert "rank 1 " in str(error)
+        assert re.search(r" of 4: .*\brank 1 ", str(error))
         assert all(str(outcome.pid) in str(error) for outcome in outcomes[1:])
     assert max(outcome.took_s for outcome in outcomes) < 3
 
@@ -387,7 +387,7 @@ def test_process_left_out_is_not_taken_into_the_next_group(
     results = pool.run(3, left_out, free_port, tmp_path, timeout_s=40)
     assert results[0] == results[1]
     assert results[0][1]
-    assert "rank 1 " in results[2][0]
+    assert re.search(r" of 2: .*\brank 1 ", results[2][0])
 
 
 def threads_meet(
@@ -514,9 +514,7 @@ def test_port_taken_by_a_stranger(pool: RankPool) -> None:
         outcomes = run(pool, plans)
     for outcome, port in zip(outcomes, ports, strict=True):
         assert str(port) in str(outcome.error)
-    for error in errors_of(outcomes[:3], OptionError):
-        assert "free port" in str(error)
-    errors_of(outcomes[3:4], OptionError)
+    errors_of(outcomes[:4], OptionError)
     errors_of(outcomes[4:], net_timeout())
 
 
@@ -1108,7 +1106,7 @@ def test_meet_through() -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "named"),
     [
-        ({"rank": 0}, RankError, "rank 0 "),
+        ({"rank": 0}, RankError, r" of 2: .*\brank 0 "),
         ({"rank": 7}, RankError, "participant 1: rank "),
         ({"world_size": 3}, MismatchError, "world_size"),
         ({"backend": "gloo"}, MismatchError, "backend"),
@@ -1123,7 +1121,7 @@ def test_meet_through_fails_everywhere_alike(
     errors = exchange_in_threads(arguments)
     for error in errors:
         assert type(error) is kind
-        assert named in str(error)
+        assert re.search(named, str(error))
 
 
 TORCHRUN_PROGRAM = """

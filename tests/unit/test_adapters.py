@@ -712,7 +712,7 @@ def named(name: str) -> Any:
     [
         ("abc", "broadcast_object"),
         (b"abc", "broadcast_object"),
-        (None, r"\bNoneType\b"),
+        (None, r"\bNoneType; (?!.*register_adapter)"),
         ({1}, r"\blist\b"),
         (frozenset({1}), r"\blist\b"),
         ((x for x in [1]), r"list\(x\)"),
@@ -721,7 +721,7 @@ def named(name: str) -> Any:
         (bytearray(2), r"numpy\.frombuffer\(x, numpy\.uint8\)"),
         (memoryview(b""), r"numpy\.asarray\(x\)"),
         (len, "register_adapter"),
-        (int, r"\btype\b"),
+        (int, r"\btype; (?!.*register_adapter)"),
         (named("h5py._hl.dataset.Dataset"), r"x\[\.\.\.\] = a"),
         (named("zarr.core.array.Array"), r"x\[\.\.\.\] = a"),
         (named("h5py._hl.group.Group"), r"x\[name\]\[\.\.\.\]"),
