@@ -106,10 +106,7 @@ def waits_and_timeouts(rank: int, world_size: int, world: World) -> None:
     if rank == 0:
         work = group.allreduce(x, async_op=True)
         began = time.monotonic()
-        with pytest.raises(
-            col.CollectiveTimeoutError,
-            match=r"allreduce: wait\(\) timed out after 0\.2 s.*wait again",
-        ):
+        with pytest.raises(col.CollectiveTimeoutError, match=r"allreduce: wait\(\).*0\.2 s"):
             work.wait(0.2)
         assert 0.15 < time.monotonic() - began < 5
         assert not work.done()

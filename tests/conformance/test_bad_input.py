@@ -266,7 +266,7 @@ R = col.ReduceOp
 _TENSORS = {
     "a string": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "tensor", "got str", "broadcast_object"),
+        ("allreduce", "tensor", r"\bstr\b", "broadcast_object"),
         lambda s: s.group.allreduce("abc"),
     ),
     "a large Python int": Row(
@@ -281,20 +281,20 @@ _TENSORS = {
     ),
     "a generator": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "got generator"),
+        ("allreduce", "generator"),
         lambda s: s.group.allreduce(x for x in [s.array()]),
     ),
     "a set": Row(
-        col.UnsupportedTensorError, ("broadcast", "got set"), lambda s: s.group.broadcast({1})
+        col.UnsupportedTensorError, ("broadcast", r"\bset\b"), lambda s: s.group.broadcast({1})
     ),
     "a class": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "got type"),
+        ("allreduce", r"\btype\b"),
         lambda s: s.group.allreduce(np.ndarray),
     ),
     "a bad leaf": Row(
         col.UnsupportedTensorError,
-        ("allreduce", r"leaf \['a'\]\[1\]", "got str"),
+        ("allreduce", r"leaf \['a'\]\[1\]", r"\bstr\b"),
         lambda s: s.group.allreduce({"a": [s.array(), "b"]}),
     ),
     "object dtype": Row(
@@ -314,22 +314,22 @@ _TENSORS = {
     ),
     "datetime dtype": Row(
         col.UnsupportedDTypeError,
-        ("send", "datetime64", "known are"),
+        ("send", "datetime64"),
         lambda s: s.group.send(np.zeros(3, "M8[D]"), (s.rank + 1) % SIZE),
     ),
     "text dtype": Row(
         col.UnsupportedDTypeError,
-        ("broadcast", "<U1", "known are"),
+        ("broadcast", "<U1"),
         lambda s: s.group.broadcast(np.array(["a"])),
     ),
     "another byte order": Row(
         col.UnsupportedDTypeError,
-        ("allreduce", "byte order", "astype"),
+        ("allreduce", "astype"),
         lambda s: s.group.allreduce(np.ones(3, ">f4")),
     ),
     "long double": Row(
         col.UnsupportedDTypeError,
-        ("allreduce", "longdouble|float128", "known are"),
+        ("allreduce", "longdouble|float128"),
         lambda s: s.group.allreduce(np.ones(3, np.longdouble)),
     ),
     "a masked array": Row(
@@ -339,32 +339,32 @@ _TENSORS = {
     ),
     "a matrix": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "matrix", "plain tensor"),
+        ("allreduce", "matrix"),
         lambda s: s.group.allreduce(np.asmatrix([[1.0]])),
     ),
     "a read-only array": Row(
         col.ReadOnlyError,
-        ("allreduce", "tensor", "read-only", r"x\.copy\(\)"),
+        ("allreduce", "tensor", r"x\.copy\(\)"),
         lambda s: s.group.allreduce(_read_only(s)),
     ),
     "a read-only output": Row(
         col.ReadOnlyError,
-        ("allgather", r"tensor_list\[2\]", "read-only"),
+        ("allgather", r"tensor_list\[2\]"),
         lambda s: s.group.allgather([*s.arrays(2), _read_only(s)], s.array()),
     ),
     "a read-only reducescatter target": Row(
         col.ReadOnlyError,
-        ("reducescatter", "read-only"),
+        ("reducescatter", r"x\.copy\(\)"),
         lambda s: s.group.reducescatter(_read_only(s), s.arrays()),
     ),
     "a read-only leaf": Row(
         col.ReadOnlyError,
-        ("allreduce", r"leaf \['b'\]", "read-only"),
+        ("allreduce", r"leaf \['b'\]"),
         lambda s: s.group.allreduce({"a": s.array(), "b": _read_only(s)}),
     ),
     **{
         f"marked read-only: {name}": Row(
-            col.ReadOnlyError, (name, "ReadOnly exports its memory as read-only"), call
+            col.ReadOnlyError, (name, r"ReadOnly\b", r"numpy\.array\(x\)"), call
         )
         for name, call in {
             "allreduce": lambda s: s.group.allreduce(_marked(s)),
@@ -383,19 +383,19 @@ _TENSORS = {
     },
     "a leaf marked read-only": Row(
         col.ReadOnlyError,
-        ("allreduce", r"leaf \['b'\]", "read-only"),
+        ("allreduce", r"leaf \['b'\]"),
         lambda s: s.group.allreduce({"a": s.array(), "b": _marked(s)}),
     ),
     "a gradient marked read-only": Row(
         col.ReadOnlyError,
-        (r"leaf \['a'\]", "read-only"),
+        (r"leaf \['a'\]",),
         lambda s: Synchronizer({"a": np.ones(4, np.float32)}, group=s.group).sync(
             {"a": _marked(s)}
         ),
     ),
     "a device out of reach": Row(
         col.DeviceError,
-        ("allreduce", "device type 8", "cpu or cuda"),
+        ("allreduce", r"\b8\b", r"\bcpu\b", r"\bcuda\b"),
         lambda s: s.group.allreduce(_OnMetal()),
     ),
     "an array that exports nothing": Row(
@@ -442,7 +442,7 @@ _TORCH = {
     ),
     "torch meta": Row(
         col.DeviceError,
-        ("allreduce", "meta", "move it"),
+        ("allreduce", r"\bmeta\b", r"\bcpu\b"),
         lambda s: s.group.allreduce(_torch().ones(3, device="meta")),
         "torch",
     ),
@@ -454,25 +454,25 @@ _TORCH = {
     ),
     "torch freed, a view": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "no memory", "freed"),
+        ("allreduce", r"resize_\(0\)"),
         lambda s: s.group.allreduce(_view_of_freed()),
         "torch",
     ),
     "torch freed, a view in a tree": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "no memory", "freed"),
+        ("allreduce", r"resize_\(0\)"),
         lambda s: s.group.allreduce({"a": _view_of_freed()}),
         "torch",
     ),
     "torch freed": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "no memory", "freed"),
+        ("allreduce", r"resize_\(0\)"),
         lambda s: s.group.allreduce(_freed()),
         "torch",
     ),
     "torch zeros without memory": Row(
         col.UnsupportedTensorError,
-        ("broadcast", "no memory", r"clone\(\)"),
+        ("broadcast", r"clone\(\)"),
         lambda s: s.group.broadcast(_torch()._efficientzerotensor((3,))),
         "torch",
     ),
@@ -496,25 +496,25 @@ _TORCH = {
     ),
     "torch lazy conjugate": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "conjugate", "resolve_conj"),
+        ("allreduce", "resolve_conj"),
         lambda s: s.group.allreduce(_torch().ones(3).to(_torch().complex64).conj()),
         "torch",
     ),
     "torch lazy negation": Row(
         col.UnsupportedTensorError,
-        ("broadcast", "negation", "resolve_neg"),
+        ("broadcast", "resolve_neg"),
         lambda s: s.group.broadcast(_torch().ones(3, dtype=_torch().complex64).conj().imag),
         "torch",
     ),
     "torch expanded": Row(
         col.AliasError,
-        ("allreduce", "several indices on one address", "copy"),
+        ("allreduce", "tensor", "copy"),
         lambda s: s.group.allreduce(_torch().ones(1).expand(4)),
         "torch",
     ),
     "torch quantized": Row(
         col.UnsupportedDTypeError,
-        ("allreduce", "qint8", "known are"),
+        ("allreduce", "qint8"),
         lambda s: s.group.allreduce(_quantized()),
         "torch",
     ),
@@ -526,7 +526,7 @@ _TORCH = {
     ),
     "torch requires grad": Row(
         col.ReadOnlyError,
-        ("allreduce", "requires grad", r"detach\(\)"),
+        ("allreduce", r"torch\.no_grad\(\)", r"detach\(\)"),
         lambda s: s.group.allreduce(_torch().ones(3, requires_grad=True)),
         "torch",
     ),
@@ -541,13 +541,13 @@ _TORCH = {
 _JAX = {
     "a deleted JAX array": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "deleted or donated", "use the array"),
+        ("allreduce", "tensor", "deleted"),
         lambda s: s.group.allreduce(_deleted(s)),
         "jax",
     ),
     "a JAX array in jit": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "Tracer", r"colltensor\.jax\.allreduce", "outside"),
+        ("allreduce", "Tracer", r"colltensor\.jax\.allreduce"),
         lambda s: importlib.import_module("jax").jit(lambda x: s.group.allreduce(x))(
             _jnp().ones(3)
         ),
@@ -569,7 +569,7 @@ _JAX = {
     ),
     **{
         f"a sparse JAX array: {name}": Row(
-            col.UnsupportedTensorError, ("BCOO", "indices|sparse", r"todense\(\)"), call, "jax"
+            col.UnsupportedTensorError, ("BCOO", r"todense\(\)"), call, "jax"
         )
         for name, call in {
             "allreduce": lambda s: s.group.allreduce(_sparse(s.rank)),
@@ -587,7 +587,7 @@ _JAX = {
     },
     "sparse JAX arrays of other rows": Row(
         col.UnsupportedTensorError,
-        ("BCSR holds indices",),
+        ("BCSR", r"todense\(\)"),
         lambda s: s.group.allreduce(
             importlib.import_module("jax.experimental.sparse").BCSR.fromdense(_jnp().eye(2))
         ),
@@ -595,13 +595,13 @@ _JAX = {
     ),
     "sparse JAX arrays as blocks": Row(
         col.UnsupportedTensorError,
-        ("reducescatter", "BCOO", "sparse", r"todense\(\)"),
+        ("reducescatter", "BCOO", r"todense\(\)"),
         lambda s: s.group.reducescatter(s.array(), [_sparse(s.rank)] * SIZE),
         "jax",
     ),
     "a sparse SciPy array": Row(
         col.UnsupportedTensorError,
-        ("allreduce", "sparse", r"toarray\(\)"),
+        ("allreduce", r"toarray\(\)"),
         lambda s: s.group.allreduce(importlib.import_module("scipy.sparse").eye(3)),
         "jax",
     ),
@@ -631,7 +631,7 @@ _JAX = {
     ),
     "JAX int4": Row(
         col.UnsupportedDTypeError,
-        ("broadcast", "int4", "known are"),
+        ("broadcast", "int4"),
         lambda s: s.group.broadcast(_jnp().ones(4, _jnp().int4)),
         "jax",
     ),
@@ -646,41 +646,41 @@ _JAX = {
 _ALIASES = {
     "a broadcast numpy array": Row(
         col.AliasError,
-        ("recv", "several indices on one address"),
+        ("recv", "tensor", "copy"),
         lambda s: s.group.recv(
             np.lib.stride_tricks.as_strided(s.array(), (3, 2), (4, 4)), (s.rank + 1) % SIZE
         ),
     ),
     "one array as two leaves": Row(
         col.AliasError,
-        ("allreduce", r"leaf \['a'\]", r"leaf \['b'\]", "copies"),
+        ("allreduce", r"leaf \['a'\]", r"leaf \['b'\]"),
         lambda s: s.group.allreduce(dict.fromkeys("ab", s.array())),
     ),
     "leaves that overlap": Row(
         col.AliasError,
-        (r"leaf \[0\]", r"leaf \[1\]", "share memory"),
+        (r"leaf \[0\]", r"leaf \[1\]"),
         lambda s: (lambda x: s.group.allreduce([x[:3], x[2:]]))(s.array(5)),
     ),
     "one array as all outputs": Row(
         col.AliasError,
-        ("allgather", r"tensor_list\[0\]", "share memory"),
+        ("allgather", r"tensor_list\[0\]", r"tensor_list\[[12]\]"),
         lambda s: s.group.allgather([s.array()] * SIZE, s.array()),
     ),
     "outputs that overlap": Row(
         col.AliasError,
-        ("alltoall", "output_list", "share memory"),
+        ("alltoall", r"output_list\[0\]", r"output_list\[1\]"),
         lambda s: (lambda x: s.group.alltoall([x[:4], x[3:7], s.array()], s.arrays()))(s.array(7)),
     ),
     "an output that is an input": Row(
         col.AliasError,
-        ("alltoall", r"output_list\[1\]", r"input_list\[2\]", "copy"),
+        ("alltoall", r"output_list\[1\]", r"input_list\[2\]"),
         lambda s: (lambda x: s.group.alltoall([s.array(), x, s.array()], [*s.arrays(2), x]))(
             s.array()
         ),
     ),
     "the tensor in another rank's entry": Row(
         col.AliasError,
-        ("allgather", "tensor_list", "tensor share memory"),
+        ("allgather", r"tensor_list\[\d\]", r"tensor\b"),
         lambda s: (
             lambda x: s.group.allgather(
                 [x if entry == (s.rank + 1) % SIZE else s.array() for entry in range(SIZE)], x
@@ -705,7 +705,7 @@ _ALIASES = {
     ),
     "numpy and torch over one memory": Row(
         col.AliasError,
-        ("allreduce", "share memory"),
+        ("allreduce", r"leaf \[0\]", r"leaf \[1\]"),
         lambda s: (lambda x: s.group.allreduce([x, _torch().from_numpy(x)]))(s.array()),
         "torch",
     ),
@@ -714,17 +714,17 @@ _ALIASES = {
 _LISTS = {
     "an empty list": Row(
         col.ShapeError,
-        ("allgather", "tensor_list", f"list of {SIZE}", "got 0"),
+        ("allgather", "tensor_list", rf"\b{SIZE}\b", r"\b0\b"),
         lambda s: s.group.allgather([], s.array()),
     ),
     "a list too short": Row(
         col.ShapeError,
-        ("reducescatter", "tensor_list", "got 2"),
+        ("reducescatter", "tensor_list", r"\b2\b"),
         lambda s: s.group.reducescatter(s.array(), s.arrays(2)),
     ),
     "a list too long": Row(
         col.ShapeError,
-        ("alltoall", "input_list", "got 4"),
+        ("alltoall", "input_list", r"\b4\b"),
         lambda s: s.group.alltoall(s.arrays(), s.arrays(4)),
     ),
     "no list at the root": Row(
@@ -734,49 +734,49 @@ _LISTS = {
     ),
     "an array that cannot be divided": Row(
         col.ShapeError,
-        ("gather", "tensor_list", f"each of the {SIZE} ranks", "10 elements"),
+        ("gather", "tensor_list", rf"\b{SIZE}\b", r"\b10\b"),
         lambda s: s.group.gather(np.ones((2, 5), np.float32), s.array(), s.rank),
     ),
     "an array of other blocks": Row(
         col.ShapeError,
-        ("reducescatter", "tensor_list, divided by 3 ranks", "expected 4 elements", "got 5"),
+        ("reducescatter", "tensor_list", r"\b4\b", r"\b5\b"),
         lambda s: s.group.reducescatter(s.array(), np.ones((SIZE, 5), np.float32)),
     ),
     "an array of another dtype": Row(
         col.ShapeError,
-        ("alltoall", "output_list, divided by 3 ranks", "4 of int32"),
+        ("alltoall", "output_list", "float32", "int32"),
         lambda s: s.group.alltoall(np.ones((SIZE, 4), np.int32), np.ones((SIZE, 4), np.float32)),
     ),
     "a strided array that cannot be divided": Row(
         col.ShapeError,
-        ("allgather", "tensor_list", "first axis", "contiguous"),
+        ("allgather", "tensor_list", "contiguous"),
         lambda s: s.group.allgather(np.ones((3, 4), np.float32).T, s.array()),
     ),
     "an array in a list": Row(
         col.ShapeError,
-        ("allgather", f"list of {SIZE}", "got 1"),
+        ("allgather", rf"\b{SIZE}\b", r"\b1\b"),
         lambda s: s.group.allgather([np.ones((SIZE, 4), np.float32)], s.array()),
     ),
     "a read-only array for a list": Row(
         col.ReadOnlyError,
-        ("alltoall", "output_list", "read-only"),
+        ("alltoall", "output_list", r"x\.copy\(\)"),
         lambda s: s.group.alltoall(_read_only(s, SIZE * 4), np.ones((SIZE, 4), np.float32)),
     ),
     "another block of the array": Row(
         col.AliasError,
-        ("allgather", r"tensor_list\[\d\]", "share memory"),
+        ("allgather", r"tensor_list\[\d\]", r"tensor\b"),
         lambda s: (lambda x: s.group.allgather(x, x[(s.rank + 1) % SIZE]))(
             np.ones((SIZE, 4), np.float32)
         ),
     ),
     "an array into itself": Row(
         col.AliasError,
-        ("alltoall", r"output_list\[0\]", r"input_list\[0\]", "copy"),
+        ("alltoall", r"output_list\[0\]", r"input_list\[0\]"),
         lambda s: (lambda x: s.group.alltoall(x, x))(np.ones((SIZE, 4), np.float32)),
     ),
     "unequal lists of enough tensors": Row(
         col.ShapeError,
-        ("alltoall", "input_list", "got 4"),
+        ("alltoall", "input_list", r"\b4\b"),
         lambda s: s.group.alltoall(s.arrays(2), s.arrays(4)),
     ),
     "a dict for a list": Row(
@@ -786,7 +786,7 @@ _LISTS = {
     ),
     "an entry of another count": Row(
         col.ShapeError,
-        ("allgather", r"tensor_list\[1\]", "4 elements", "got 5"),
+        ("allgather", r"tensor_list\[1\]", r"\b4\b", r"\b5\b"),
         lambda s: s.group.allgather([s.array(), s.array(5), s.array()], s.array()),
     ),
     "an entry of another dtype": Row(
@@ -796,22 +796,22 @@ _LISTS = {
     ),
     "a container as an entry": Row(
         col.UnsupportedTensorError,
-        ("allgather", r"tensor_list\[0\]", "got list"),
+        ("allgather", r"tensor_list\[0\]", r"\blist\b"),
         lambda s: s.group.allgather([[s.array()]] * SIZE, s.array()),
     ),
     "a container where a tensor belongs": Row(
         col.UnsupportedTensorError,
-        ("scatter", "tensor", "got dict"),
+        ("scatter", "tensor", r"\bdict\b"),
         lambda s: s.group.scatter({"a": s.array()}, s.arrays(), s.rank),
     ),
     "two tensors for one device": Row(
         col.DeviceError,
-        ("allreduce_multigpu", "different CUDA devices"),
+        ("allreduce_multigpu", "tensor_list", r"\bCUDA\b", r"\bcpu\b"),
         lambda s: col.allreduce_multigpu(s.arrays(2), s.group.name),
     ),
     "another GPU": Row(
         col.OptionError,
-        ("send_multigpu", "dst_gpu_index", "index of a GPU"),
+        ("send_multigpu", "dst_gpu_index", r"\bGPU\b", "-1"),
         lambda s: col.send_multigpu(s.array(), (s.rank + 1) % SIZE, -1, s.group.name),
     ),
 }
@@ -819,67 +819,63 @@ _LISTS = {
 _RANKS = {
     "a rank too high": Row(
         col.RankError,
-        ("broadcast", "src_rank", "0 to 2", "got 3"),
+        ("broadcast", "src_rank", "0 to 2", r"\b3\b"),
         lambda s: s.group.broadcast(s.array(), 3),
     ),
     "a negative rank": Row(
-        col.RankError, ("reduce", "dst_rank", "got -1"), lambda s: s.group.reduce(s.array(), -1)
+        col.RankError, ("reduce", "dst_rank", "-1"), lambda s: s.group.reduce(s.array(), -1)
     ),
     "half a rank": Row(
         col.RankError,
-        ("gather", "dst_rank", r"got 1\.5"),
+        ("gather", "dst_rank", r"1\.5"),
         lambda s: s.group.gather(s.arrays(), s.array(), 1.5),
     ),
     "a rank in words": Row(
         col.RankError,
-        ("scatter", "src_rank", "got '0'"),
+        ("scatter", "src_rank", "'0'"),
         lambda s: s.group.scatter(s.array(), s.arrays(), "0"),
     ),
     "no rank": Row(
-        col.RankError, ("recv", "src_rank", "got None"), lambda s: s.group.recv(s.array(), None)
+        col.RankError, ("recv", "src_rank", "None"), lambda s: s.group.recv(s.array(), None)
     ),
     "sending to oneself": Row(
-        col.RankError,
-        ("send", "dst_rank", "itself", "copy"),
-        lambda s: s.group.send(s.array(), s.rank),
+        col.RankError, ("send", "dst_rank", "copy"), lambda s: s.group.send(s.array(), s.rank)
     ),
     "receiving from oneself": Row(
-        col.RankError, ("recv", "src_rank", "itself"), lambda s: s.group.recv(s.array(), s.rank)
+        col.RankError, ("recv", "src_rank"), lambda s: s.group.recv(s.array(), s.rank)
     ),
     "shifting more to oneself than fits": Row(
         col.ShapeError,
-        ("sendrecv", "recv_tensor", "expected 6 elements of float32", "got 4"),
+        ("sendrecv", "recv_tensor", r"\b6\b", "float32", r"\b4\b"),
         lambda s: s.group.sendrecv(s.array(6), s.rank, s.array(4), s.rank),
     ),
     "shifting to nobody": Row(
         col.RankError,
-        ("sendrecv", "dst_rank", "got 7"),
+        ("sendrecv", "dst_rank", r"\b7\b"),
         lambda s: s.group.sendrecv(s.array(), 7, s.array(), 0),
     ),
     "an object from nobody": Row(
         col.RankError,
-        ("broadcast_object", "src_rank", "got 9"),
+        ("broadcast_object", "src_rank", r"\b9\b"),
         lambda s: s.group.broadcast_object(1, 9),
     ),
 }
 
 _OPTIONS = {
     "an op in words": Row(
-        col.OptionError,
-        ("op must be", "SUM", "got 'SUM'"),
-        lambda s: s.group.allreduce(s.array(), "SUM"),
+        col.OptionError, (r"\bop\b", "SUM", "'SUM'"), lambda s: s.group.allreduce(s.array(), "SUM")
     ),
     "an op by number": Row(
-        col.OptionError, ("op must be", "got 0"), lambda s: s.group.reduce(s.array(), 0, 0)
+        col.OptionError, (r"\bop\b", r"\b0\b"), lambda s: s.group.reduce(s.array(), 0, 0)
     ),
     "no op": Row(
         col.OptionError,
-        ("op must be", "got None"),
+        (r"\bop\b", "None"),
         lambda s: s.group.reducescatter(s.array(), s.arrays(), None),
     ),
     "an average of integers": Row(
         col.UnsupportedDTypeError,
-        ("allreduce", "AVERAGE", "int32", "floating-point"),
+        ("allreduce", "AVERAGE", "int32", "SUM"),
         lambda s: s.group.allreduce(s.array(4, "int32"), R.AVERAGE),
     ),
     "an average of bools": Row(
@@ -889,7 +885,7 @@ _OPTIONS = {
     ),
     "a minimum of complex": Row(
         col.UnsupportedDTypeError,
-        ("allreduce", "MIN", "complex64", "real and imaginary"),
+        ("allreduce", "MIN", "complex64"),
         lambda s: s.group.allreduce(s.array(4, "complex64"), R.MIN),
     ),
     "a product of complex": Row(
@@ -904,7 +900,7 @@ _OPTIONS = {
     ),
     "a sum of float8": Row(
         col.UnsupportedDTypeError,
-        ("allreduce", "float8_e5m2", "only be moved", "convert"),
+        ("allreduce", "float8_e5m2", "float16"),
         lambda s: s.group.allreduce(s.array(4, "float8_e5m2")),
     ),
     "a bad leaf dtype": Row(
@@ -913,69 +909,71 @@ _OPTIONS = {
         lambda s: s.group.allreduce([s.array(), s.array(4, "int64")], R.AVERAGE),
     ),
     "a colour that is none": Row(
-        col.OptionError, ("split", "color", "got 'red'"), lambda s: s.group.split("red")
+        col.OptionError, ("split", "color", "'red'"), lambda s: s.group.split("red")
     ),
     "a negative colour": Row(
-        col.OptionError, ("split", "color", "got -2"), lambda s: s.group.split(-2)
+        col.OptionError, ("split", "color", "-2"), lambda s: s.group.split(-2)
     ),
     "a key that is none": Row(
-        col.OptionError, ("split", "key", "got 'a'"), lambda s: s.group.split(0, "a")
+        col.OptionError, ("split", "key", "'a'"), lambda s: s.group.split(0, "a")
     ),
 }
 
 _GROUPS = {
     "an unknown group": Row(
         col.GroupError,
-        ("'nowhere'", "not initialized", r"init_collective_group\(\)"),
+        ("'nowhere'", r"init_collective_group\(\)"),
         lambda s: col.allreduce(s.array(), "nowhere"),
     ),
     "an op for a group name": Row(
-        col.GroupError, ("not initialized",), lambda s: col.allreduce(s.array(), R.SUM)
+        col.GroupError,
+        ("'0'", r"init_collective_group\(\)"),
+        lambda s: col.allreduce(s.array(), R.SUM),
     ),
     "a list for a group name": Row(
-        col.GroupError, ("not initialized",), lambda s: col.barrier(["pool"])
+        col.GroupError,
+        (r"\['pool'\]", r"init_collective_group\(\)"),
+        lambda s: col.barrier(["pool"]),
     ),
     "a group's handle that is gone": Row(
         col.GroupError,
-        ("destroyed", "make it again|init_collective_group"),
+        ("allreduce", r"init_collective_group\(\)"),
         lambda s: _destroyed(s).allreduce(s.array()),
     ),
     "an async call after destroy": Row(
-        col.GroupError, ("destroyed",), lambda s: _destroyed(s).allreduce(s.array(), async_op=True)
+        col.GroupError,
+        ("allreduce", r"init_collective_group\(\)"),
+        lambda s: _destroyed(s).allreduce(s.array(), async_op=True),
     ),
     "objects after destroy": Row(
         col.GroupError,
-        ("allgather_object", "destroyed"),
+        ("allgather_object", r"init_collective_group\(\)"),
         lambda s: _destroyed(s).allgather_object(1),
     ),
     "a split after destroy": Row(
-        col.GroupError, ("split", "destroyed"), lambda s: _destroyed(s).split(0)
+        col.GroupError, ("split", r"init_collective_group\(\)"), lambda s: _destroyed(s).split(0)
     ),
     "a name after destroy": Row(
-        col.GroupError, ("short-lived", "not initialized"), _by_name_after_destroy
+        col.GroupError, ("short-lived", r"init_collective_group\(\)"), _by_name_after_destroy
     ),
-    "a group of the parent process": Row(
-        col.GroupError, ("allreduce", "parent process", "of its own"), _in_child
-    ),
+    "a group of the parent process": Row(col.GroupError, ("allreduce", r"\bfork"), _in_child),
     "a name that is taken": Row(
         col.GroupError,
-        ("init_collective_group", "exists already", "destroy_collective_group"),
+        ("init_collective_group", "destroy_collective_group"),
         lambda s: s.init(1, 0, "loopback", s.group.name),
     ),
-    "no name": Row(
-        col.OptionError, ("group_name", "not empty"), lambda s: s.init(1, 0, "loopback", "")
-    ),
+    "no name": Row(col.OptionError, ("group_name", "''"), lambda s: s.init(1, 0, "loopback", "")),
     "a number for a name": Row(
-        col.OptionError, ("group_name", "got 5"), lambda s: s.init(1, 0, "loopback", 5)
+        col.OptionError, ("group_name", r"\b5\b"), lambda s: s.init(1, 0, "loopback", 5)
     ),
     "nobody in the group": Row(
-        col.RankError, ("world_size", "at least 1", "got 0"), lambda s: s.init(0, 0)
+        col.RankError, ("world_size", r"\b1\b", r"\b0\b"), lambda s: s.init(0, 0)
     ),
     "a rank outside": Row(
-        col.RankError, ("rank", "0 to 2", "got 3"), lambda s: s.init(3, 3, group_name="x")
+        col.RankError, ("rank", "0 to 2", r"\b3\b"), lambda s: s.init(3, 3, group_name="x")
     ),
     "a negative own rank": Row(
-        col.RankError, ("rank", "got -1"), lambda s: s.init(3, -1, group_name="x")
+        col.RankError, ("rank", "-1"), lambda s: s.init(3, -1, group_name="x")
     ),
     "half an own rank": Row(
         col.RankError, ("rank", r"1\.5"), lambda s: s.init(3, 1.5, group_name="x")
@@ -992,12 +990,12 @@ _GROUPS = {
     ),
     "no time": Row(
         col.OptionError,
-        ("timeout_s", "got 0"),
+        ("timeout_s", r"\b0\b"),
         lambda s: s.init(3, s.rank, group_name="x", timeout_s=0),
     ),
     "time for ever": Row(
         col.OptionError,
-        ("timeout_s", "got inf"),
+        ("timeout_s", r"\binf\b"),
         lambda s: s.init(3, s.rank, group_name="x", timeout_s=float("inf")),
     ),
     "time in words": Row(
@@ -1022,7 +1020,7 @@ _GROUPS = {
     ),
     "a number for a method": Row(
         col.OptionError,
-        ("init_method", "got 5"),
+        ("init_method", r"\b5\b"),
         lambda s: s.init(3, s.rank, group_name="x", init_method=5),
     ),
     "no environment": Row(
@@ -1032,7 +1030,7 @@ _GROUPS = {
     ),
     "a folder that is not there": Row(
         col.OptionError,
-        ("init_method", "does not exist", "every rank"),
+        ("init_method", "/no/such/dir"),
         lambda s: s.init(3, s.rank, group_name="x", init_method="file:///no/such/dir/x"),
     ),
     "an unknown provider": Row(
@@ -1079,7 +1077,7 @@ _MISMATCHES = {
     ),
     "dtypes of one width and kind": Row(
         col.MismatchError,
-        ("float16", "bfloat16"),
+        (r"\bfloat16", "bfloat16"),
         lambda s: s.group.allreduce(s.array(4, "bfloat16" if s.rank == 0 else "float16")),
         ranks=(0,),
     ),
@@ -1208,15 +1206,15 @@ _MISMATCHES = {
     ),
     "count of a message": Row(
         col.MismatchError,
-        ("transfer #", "rank 0", "rank 1", "5"),
+        (r"transfer #\d", "rank 0", "rank 1", "5"),
         lambda s: _transfer(s, 5, "float32"),
     ),
     "dtype of a message": Row(
         col.MismatchError,
-        ("transfer #", r"float32\[4\]", r"float64\[4\]"),
+        (r"transfer #\d", r"float32\[4\]", r"float64\[4\]"),
         lambda s: _transfer(s, 4, "float64"),
     ),
-    "count of a shift": Row(col.MismatchError, ("transfer #", r"\[4\]", r"\[3\]"), _shift),
+    "count of a shift": Row(col.MismatchError, (r"transfer #\d", r"\[4\]", r"\[3\]"), _shift),
     "an empty tensor": Row(
         col.MismatchError,
         (r"\[0\]", r"\[4\]"),
@@ -1270,8 +1268,9 @@ def make_the_call(rank: int, world_size: int, world: World, name: str, url: str)
     elapsed = time.monotonic() - began
     site.check()
     after = site.group.allreduce(np.arange(3.0) + rank)
+    message = str(error).replace(site.group.name, "NAME")  # whose digits would match
     return Outcome(
-        type(error).__name__, str(error), getattr(error, "ranks", None), elapsed, after.tolist()
+        type(error).__name__, message, getattr(error, "ranks", None), elapsed, after.tolist()
     )
 
 
@@ -1323,9 +1322,7 @@ def sharded(rank: int, world_size: int) -> list[Any]:
     everywhere = jax.device_put(
         jax.numpy.arange(4.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     )
-    with pytest.raises(
-        col.UnsupportedTensorError, match=r"replicated over 2 devices.*x\.addressable_data\(0\)"
-    ):
+    with pytest.raises(col.UnsupportedTensorError, match=r"x\.addressable_data\(0\)"):
         group.allreduce(everywhere)
     assert jax.device_put(
         group.allreduce(everywhere.addressable_data(0)), everywhere.sharding
@@ -1350,4 +1347,4 @@ def test_sharded_jax_array(tmp_path: Path) -> None:
         messages, ("allreduce: tensor", r"leaf \['w'\]", "broadcast: tensor"), strict=True
     ):
         assert re.search(words, message)
-        assert re.search(r"sharded over 2 devices.*addressable_shards", message), message
+        assert "x.addressable_shards" in message, message

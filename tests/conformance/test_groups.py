@@ -221,7 +221,7 @@ def forked_child(rank: int, world_size: int, world: World) -> None:
                     call()
                     words.append("it worked")
                 except col.GroupError as error:
-                    words.append("refused" if "parent process" in str(error) else str(error))
+                    words.append("refused" if "fork" in str(error) else str(error))
             group.destroy()
             os.write(writer, ",".join(words).encode())
         finally:

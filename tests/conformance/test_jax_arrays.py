@@ -263,7 +263,7 @@ def arrays_that_cannot_be_used(rank: int, world_size: int, world: World) -> None
     for gone in (deleted, given):
         for tree in (gone, {"a": gone, "b": _fresh(1.0)}):
             for donate in (False, True):
-                with pytest.raises(col.UnsupportedTensorError, match="deleted or donated before"):
+                with pytest.raises(col.UnsupportedTensorError, match="deleted"):
                     group.allreduce(tree, donate=donate)
     concrete = _fresh(1.0)
     for tree in (concrete, {"a": concrete}):
@@ -273,9 +273,7 @@ def arrays_that_cannot_be_used(rank: int, world_size: int, world: World) -> None
                 group.allreduce(tree, donate=donate)
                 return v
 
-            with pytest.raises(
-                col.UnsupportedTensorError, match=r"use the collectives of colltensor\.jax"
-            ):
+            with pytest.raises(col.UnsupportedTensorError, match=r"colltensor\.jax"):
                 jax.jit(call)(1.0)
     assert not concrete.is_deleted()
     assert (np.asarray(group.allreduce(concrete)) == world_size).all()

@@ -558,15 +558,15 @@ def mismatch(rank: int, size: int, transport: Transport, name: str) -> None:
             with pytest.raises(col.MismatchError):
                 group.allreduce(np.ones(5))
         else:
-            with pytest.raises(jax.errors.JaxRuntimeError, match=r"disagree|differ"):
+            with pytest.raises(jax.errors.JaxRuntimeError, match=r"allreduce .*\[4\].*\[5\]"):
                 step(jnp.ones(4)).block_until_ready()
         x = step(jnp.ones(4)) if rank != size - 1 else group.allreduce(np.ones(4))
         assert float(x[0]) == size
         with pytest.raises(col.UnsupportedDTypeError):
             jax.jit(lambda a: cj.allreduce(a, group, col.ReduceOp.AVERAGE))(jnp.ones(3, "int32"))
-        with pytest.raises(col.RankError, match="got 7"):
+        with pytest.raises(col.RankError, match=r"broadcast: .*\b7\b"):
             jax.jit(lambda a: cj.broadcast(a, 7, group))(jnp.ones(3))
-        with pytest.raises(col.ShapeError, match="first axis"):
+        with pytest.raises(col.ShapeError, match=rf"reducescatter: x .*\({size + 1},\)"):
             jax.jit(lambda a: cj.reducescatter(a, group))(jnp.ones(size + 1))
         with pytest.raises(col.GroupError, match="nobody"):
             jax.jit(lambda a: cj.allreduce(a, "nobody"))(jnp.ones(3))
@@ -591,11 +591,11 @@ def failure_in_the_background(rank: int, size: int, name: str) -> None:
         square = jnp.ones((512, 512))
         for step in (jax.jit(slow), jax.jit(cj.ordered(slow))):
             assert float(step(square, jnp.ones(3))[0]) == size
-            with pytest.raises(jax.errors.JaxRuntimeError, match="disagree"):
+            with pytest.raises(jax.errors.JaxRuntimeError, match=r"allreduce .*\[3\].*\[4\]"):
                 step(square, jnp.ones(3 + rank)).block_until_ready()
             cj.forget_failures()
             assert float(step(square, jnp.ones(3))[0]) == size
-            with pytest.raises(jax.errors.JaxRuntimeError, match="disagree"):
+            with pytest.raises(jax.errors.JaxRuntimeError, match=r"allreduce .*\[3\].*\[4\]"):
                 step(square, jnp.ones(3 + rank)).block_until_ready()
             assert float(group.allreduce(np.ones(3))[0]) == size
             assert float(step(square, jnp.ones(3))[0]) == size
@@ -623,7 +623,7 @@ def a_rank_dies(rank: int, size: int, transport: Transport, name: str, how: str)
         expected = col.CollectiveTimeoutError if how == "late" else col.PeerLostError
         assert isinstance(caught.value.__cause__, expected)
         assert caught.value.__cause__.ranks == (size - 1,)
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"cannot be used any more|destroyed"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=rf"\brank {size - 1}"):
             step(jnp.ones(4)).block_until_ready()
 
 
@@ -644,10 +644,10 @@ def remade(rank: int, size: int, transport: Transport, name: str) -> None:
             if _ == 0:
                 assert float(step(jnp.ones(4))[0]) == size
                 continue
-            with pytest.raises(jax.errors.JaxRuntimeError, match="jit the function anew"):
+            with pytest.raises(jax.errors.JaxRuntimeError, match=r"\bjit\b"):
                 step(jnp.ones(4)).block_until_ready()
             assert float(fresh(jnp.ones(4))[0]) == size
-    with pytest.raises(jax.errors.JaxRuntimeError, match="jit the function anew"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"\bjit\b"):
         fresh(jnp.ones(4)).block_until_ready()
 
 

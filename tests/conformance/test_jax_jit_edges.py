@@ -90,7 +90,7 @@ def sparse_operands(rank: int, size: int, world: World) -> None:
     }
     for call in calls.values():
         for wrap in (lambda f: f, jax.jit):
-            with pytest.raises(col.UnsupportedTensorError, match=r"BCOO holds indices.*todense"):
+            with pytest.raises(col.UnsupportedTensorError, match=r"BCOO.*todense\(\)"):
                 wrap(call)(array)
 
 
@@ -143,7 +143,7 @@ def wrong_ranks(rank: int, size: int, world: World) -> None:
     ]
     for call in calls:
         for wrong in (-1, size, 1.0, "0"):
-            with pytest.raises(col.RankError, match=rf"expected 0 to {size - 1}, got"):
+            with pytest.raises(col.RankError, match=rf"\b0 to {size - 1}\b"):
                 call(wrong)
         with pytest.raises(col.RankError, match="static_argnums"):
             jax.jit(call)(0)
@@ -370,8 +370,8 @@ def test_a_call_without_its_attributes_is_an_error() -> None:
             except jax.errors.JaxRuntimeError as error:
                 print(str(error).splitlines()[0])
     """)
-    assert found.count("without its attribute dtype") == 2
-    assert found.count("without its attribute source") == 1
+    assert found.count("attribute dtype") == 2
+    assert found.count("attribute source") == 1
 
 
 def test_the_first_failure_is_as_cheap_as_the_next() -> None:

@@ -81,9 +81,7 @@ def numbers(rank: int, world_size: int, world: World) -> None:
         same(group.allreduce(np.bool_(rank == last)), np.True_)
     with report.case("average"):
         same(group.allreduce(float(mine), R.AVERAGE), total / world_size)
-        with pytest.raises(
-            col.UnsupportedDTypeError, match=r"AVERAGE is not defined for int64.*take the SUM"
-        ):
+        with pytest.raises(col.UnsupportedDTypeError, match=r"AVERAGE .*int64.* SUM"):
             group.allreduce(mine, R.AVERAGE)
     with report.case("a number and an array of none"):
         array = np.zeros((), np.float64)
@@ -109,7 +107,7 @@ def numbers(rank: int, world_size: int, world: World) -> None:
         assert list(result) == list(given)
     with (
         report.case("too large"),
-        pytest.raises(col.UnsupportedDTypeError, match=r"leaf \['x'\].*does not fit int64"),
+        pytest.raises(col.UnsupportedDTypeError, match=r"leaf \['x'\].* int64"),
     ):
         group.broadcast({"x": 1 << 63})
     with report.case("gradients"):
@@ -170,12 +168,14 @@ def constants(rank: int, world_size: int, world: World) -> None:
             group.broadcast([len if rank == 0 else abs, 1])
     for unknown in (object(), {1}, frozenset({"a"}), functools.partial(len), (x for x in [1])):
         with report.case("unknown", type(unknown).__name__):
-            words = rf"broadcast: tensor \(rank {rank}\): leaf \['a'\]\[1\]: .*got .*{type(unknown).__name__}"
+            words = (
+                rf"broadcast: tensor \(rank {rank}\): leaf \['a'\]\[1\]: .*{type(unknown).__name__}"
+            )
             with pytest.raises(col.UnsupportedTensorError, match=words):
                 group.broadcast({"a": [1.0, unknown]})
     with (
         report.case("a reduction"),
-        pytest.raises(col.UnsupportedTensorError, match=r"leaf \['a'\]: .*got str"),
+        pytest.raises(col.UnsupportedTensorError, match=r"leaf \['a'\]: .*\bstr\b"),
     ):
         group.allreduce({"a": "adam", "b": 1.0})
     report.done()

@@ -64,7 +64,7 @@ def alike(rank: int, world_size: int, world: World, libraries: tuple[str, ...]) 
         if last:
             parameters[wrong] = parameters_of(rank, libraries, 1)[wrong]
         with pytest.raises(
-            col.MismatchError, match=rf"leaf \[{wrong}\] has other values on rank"
+            col.MismatchError, match=rf"leaf \[{wrong}\] .*colltensor\.broadcast"
         ) as caught:
             compare_parameters(parameters, group=group)
         assert caught.value.ranks == (world_size - 1,)
@@ -87,7 +87,7 @@ def unequal_start(rank: int, world_size: int, world: World) -> str:
         Synchronizer(parameters, group=group)
     assert caught.value.ranks == tuple(range(1, world_size))
     with pytest.raises(
-        col.MismatchError, match=r"leaves \['weights'\]\[0\], \['weights'\]\[1\] have other values"
+        col.MismatchError, match=r"\['weights'\]\[0\], \['weights'\]\[1\] .*colltensor\.broadcast"
     ):
         compare_parameters(parameters, group=group)
     gradients = {
@@ -97,7 +97,7 @@ def unequal_start(rank: int, world_size: int, world: World) -> str:
     # as a template, or on purpose
     Synchronizer(parameters, group=group, compare=False).sync(gradients)
     assert gradients["weights"][0].tolist() == [[(world_size - 1) / 2] * 3] * 2
-    with pytest.raises(col.MismatchError, match="compare is "):
+    with pytest.raises(col.MismatchError, match=r"compare .*False"):
         Synchronizer(np.ones(3), group=group, compare=rank != 0)
     assert group.broadcast(parameters) is parameters  # the remedy
     Synchronizer(parameters, group=group).sync(gradients)
@@ -109,10 +109,7 @@ def test_a_synchronizer_of_unequal_parameters(pool: RankPool, ranks: World) -> N
     """They stayed unequal for ever, without a word."""
     found = pool.run(ranks.size, unequal_start, ranks)
     assert all(message == found[0] for message in found)
-    assert (
-        "leaves ['weights'][0], ['weights'][1] have other values on rank 1 than on rank 0; call"
-        in found[0]
-    )
+    assert "['weights'][0], ['weights'][1] " in found[0]
     assert "colltensor.broadcast(parameters)" in found[0]
     assert "compare=False" in found[0]
 
@@ -136,12 +133,11 @@ def bits(rank: int, world_size: int, world: World) -> None:
         with pytest.raises(col.MismatchError):
             compare_parameters(parameters, group=group)
     with pytest.raises(
-        col.MismatchError, match=r"leaf \['a'\] is float64\[4\] on rank \d, float64\[3\] on rank 0"
+        col.MismatchError, match=r"\['a'\] .*float64\[4\] .*rank \d, float64\[3\] .*rank 0"
     ):
         compare_parameters({"a": np.ones(4 if last else 3)}, group=group)
     with pytest.raises(
-        col.UnsupportedTensorError,
-        match=r"compare_parameters of group '.*: leaf \['f'\]: expected a",
+        col.UnsupportedTensorError, match=r"compare_parameters of group '.*: leaf \['f'\]: "
     ):
         compare_parameters({"a": np.ones(3), "f": print}, group=group)
     compare_parameters({}, group=group)
@@ -217,7 +213,7 @@ def mixed(rank: int, world_size: int, world: World) -> None:
     Synchronizer(parameters, group=world.group())
     if rank == world_size - 1:
         parameters = {**parameters, "bias": np.zeros(3, np.float32)}
-    with pytest.raises(col.MismatchError, match=r"leaf \['bias'\] has other values"):
+    with pytest.raises(col.MismatchError, match=r"leaf \['bias'\] .*colltensor\.broadcast"):
         Synchronizer(parameters, group=world.group())
 
 
@@ -304,7 +300,7 @@ def test_init_compares_parameters(pool: RankPool, ranks: World, inside: bool) ->
     """0.268 against 1.268 after three steps in step, without a word."""
     for errors in pool.run(ranks.size, initialised, ranks, inside):
         for error in errors:
-            assert "leaf ['b'][0] has other values on rank" in error
+            assert "leaf ['b'][0] " in error
             assert "colltensor.broadcast(parameters)" in error
             assert "compare=False" in error
 
@@ -314,7 +310,7 @@ def by_majority(rank: int, world_size: int, world: World, inside: bool) -> None:
     init = jax.jit(transform.init) if inside else transform.init
     odd = world_size - 1
     kind = jax.errors.JaxRuntimeError if inside else col.MismatchError
-    with pytest.raises(kind, match=rf"rank {odd} differs: leaf .*on rank {odd} than on rank 0"):
+    with pytest.raises(kind, match=rf"rank {odd} .*leaf \['b'\]\[0\] .*rank 0"):
         _run(jax, init, _parameters(jax, int(rank == odd)))
     importlib.import_module("colltensor.jax").forget_failures()
 
@@ -350,7 +346,6 @@ def without_init(rank: int, world_size: int, world: World) -> None:
                     jax.jit(transform.update)(params, state)
                     jax.clear_caches()
             assert len(warned) == expected
-            assert all("has not compared the ranks' parameters" in line for line in warned)
             assert all("compare_parameters(parameters)" in line for line in warned)
         _, _, transform = _optax("late", compare=False)
         transform.init(params)
@@ -433,6 +428,4 @@ def through_python(rank: int, world_size: int, world: World) -> list[str]:
 def test_jitted_calls_that_go_through_python_are_logged_once(pool: RankPool, ranks: World) -> None:
     for lines in pool.run(ranks.size, through_python, ranks):
         assert len(lines) == (ranks.backend != "shm")
-        assert all(
-            "a jitted broadcast goes through Python" in line and "'gloo'" in line for line in lines
-        )
+        assert all("broadcast" in line and "'gloo'" in line for line in lines)

@@ -58,12 +58,12 @@ def stale_values_raise(rank: int, world_size: int, world: World) -> None:
     saved = torch.full((3,), 2.0)
     loss = (weight * saved).sum()  # saves `saved` for the backward pass
     group.allreduce(saved)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
     view = torch.zeros(2, 3)
     loss = (weight * view[1]).sum()
     group.allreduce(view)  # the base of the saved view
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
 
 
@@ -79,9 +79,7 @@ def gradients_are_refused_as_torch_does(rank: int, world_size: int, world: World
         torch.full((3,), float(rank + 1), requires_grad=True),
         torch.nn.Parameter(torch.full((3,), float(rank + 1))),
     ):
-        with pytest.raises(
-            col.ReadOnlyError, match=r"allreduce: tensor .*requires grad.*torch\.no_grad\(\)"
-        ):
+        with pytest.raises(col.ReadOnlyError, match=r"allreduce: tensor .*torch\.no_grad\(\)"):
             group.allreduce(leaf)
         before = leaf._version
         with torch.no_grad():
@@ -92,7 +90,7 @@ def gradients_are_refused_as_torch_does(rank: int, world_size: int, world: World
         assert group.allreduce(leaf.detach()).tolist() == [total * world_size] * 3
         group.allgather([torch.empty(3) for _ in range(world_size)], leaf)  # reading is allowed
     grown = torch.ones(3, requires_grad=True) * 2
-    with pytest.raises(col.ReadOnlyError, match="requires grad"):
+    with pytest.raises(col.ReadOnlyError, match=r"torch\.no_grad\(\)"):
         group.allreduce([grown])
 
 

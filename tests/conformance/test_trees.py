@@ -174,7 +174,7 @@ def what_changes(rank: int, size: int, world: World) -> None:
                         assert (tree[name] == sum(range(size)) + size * number).all(), tree
     with report.case("one memory in two leaves"):
         array = np.ones(6, "float32")
-        with pytest.raises(col.AliasError, match="share memory"):
+        with pytest.raises(col.AliasError, match=r"\['a'\] .*\['b'\]"):
             group.allreduce({"a": array[:4], "b": array[3:]})
         whole = {"a": array[::2], "b": array[1::2]}  # which interleave, and share none
         group.allreduce(whole)
@@ -182,7 +182,7 @@ def what_changes(rank: int, size: int, world: World) -> None:
     with report.case("read-only"):
         array = np.ones(3)
         array.flags.writeable = False
-        with pytest.raises(col.ReadOnlyError, match="leaf"):
+        with pytest.raises(col.ReadOnlyError, match=r"leaf \['b'\]"):
             group.allreduce({"a": np.ones(2), "b": array})
     with (
         report.case("a leaf that is none"),
@@ -232,7 +232,7 @@ def versions(rank: int, size: int, world: World) -> None:
     group.allreduce(tree)
     # of the same structure and dtype, whose memory holds other values
     lazy = torch._neg_view(torch.ones(3))
-    with pytest.raises(col.UnsupportedTensorError, match=r"\['b'\].*lazy negation"):
+    with pytest.raises(col.UnsupportedTensorError, match=r"\['b'\].*resolve_neg\(\)"):
         group.allreduce({"a": torch.ones(3), "b": lazy})
     before = torch.ones(3)
     shared = torch._lazy_clone(before)  # of one memory until one of them is written

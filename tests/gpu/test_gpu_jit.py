@@ -388,10 +388,10 @@ def disagree(rank: int, size: int, folder: str) -> None:
     step = jax.jit(lambda a: cj.allreduce(a, group))
     for _ in range(2):
         assert float(step(jnp.ones(4))[0]) == 2
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"disagree|differ"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"allreduce .*\[4\].*\[5\]"):
             step(jnp.ones(4 + rank)).block_until_ready()
         cj.forget_failures()
-    with pytest.raises(col.UnsupportedDTypeError, match="NCCL has no"):
+    with pytest.raises(col.UnsupportedDTypeError, match=r"\bNCCL .*\bint16\b"):
         step(jnp.ones(4, "int16"))
     group.barrier()
     group.destroy()

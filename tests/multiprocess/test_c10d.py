@@ -416,7 +416,7 @@ def beyond_gloo(rank: int, world_size: int, path: Path) -> list[Any]:
             dist.all_reduce(torch.ones(2, device="meta"))
         with pytest.raises(col.RankError):
             dist.group.WORLD.send([torch.ones(2)], world_size, 0)
-        with pytest.raises(col.ShapeError, match="expected an output of"):
+        with pytest.raises(col.ShapeError, match=rf"reduce_scatter: .*\b{rank + 1} .*\b7\b"):
             dist.reduce_scatter(torch.ones(7), [torch.ones(r + 1) for r in range(world_size)])
         dist.group.WORLD.monitored_barrier(timedelta(seconds=5))
         return plain(
@@ -509,7 +509,7 @@ def received_over(rank: int, world_size: int, path: Path, count: int) -> None:
             loss.backward()
         else:
             dist.recv(kept, 0)
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            with pytest.raises(RuntimeError, match="inplace"):
                 loss.backward()
 
 
@@ -770,7 +770,7 @@ def lose_a_peer(
             time.sleep(0.3)
             os._exit(1)
         if rank == 1:
-            return (2,), "rank 2 died or left"
+            return (), ""
         with pytest.raises(col.PeerLostError) as caught:
             (dist.send if sends else dist.recv)(tensor, 2)
         return caught.value.ranks, str(caught.value)
@@ -782,11 +782,10 @@ def test_the_dead_end_of_a_transfer_has_its_rank_in_the_process_group(
     pool: RankPool, tmp_path: Path, sends: bool, acquainted: bool
 ) -> None:
     found = pool.run(3, lose_a_peer, tmp_path / "store", sends, acquainted, may_die=(2,))
-    for ranks, words in found[:2]:
-        assert ranks == (2,)
-        assert re.search(r"rank 2\b.* (died|left)", words), words
-        assert "rank 0 died" not in words
-        assert "rank 1 died" not in words
+    ranks, message = found[0]
+    assert ranks == (2,)
+    behind = re.split(r"\brank 0(?:\)| of 3): ", message)[1]
+    assert set(re.findall(r"rank (\d)", behind)) == {"2"}, message
 
 
 def late(rank: int, world_size: int, path: Path) -> list[str]:
@@ -823,7 +822,7 @@ def waiting(rank: int, world_size: int, path: Path) -> float:
             time.sleep(1.0)
             return 0.0
         work = dist.all_reduce(torch.ones(1), async_op=True)
-        with pytest.raises(col.CollectiveTimeoutError, match="goes on"):
+        with pytest.raises(col.CollectiveTimeoutError, match=r"wait\(\).*\b0\.2 s"):
             work.wait(timedelta(seconds=0.2))
         assert not work.is_completed()
         work.wait()
@@ -878,10 +877,8 @@ def test_a_rank_that_leaves_in_a_call_ends_it_at_once(
     found = pool.run(3, leaving, tmp_path / "store", how, asynchronous)
     assert max(took_s for took_s, _ in found) < 4.0
     assert re.match(r"PeerLostError: .*rank 0 .*Connection closed by peer", found[1][1]), found
-    words = "destroyed" if how == "shutdown" else "aborted"
-    assert how == "dropped" or re.match(
-        rf"GroupError: .*process group .* was {words}", found[0][1]
-    ), found
+    # what happened to it is in the error, and is no loss of a rank
+    assert how == "dropped" or re.match(r"GroupError: .*'leaving' \(rank 0\)", found[0][1]), found
 
 
 def broken_and_dropped(rank: int, world_size: int, path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -210,12 +211,12 @@ def test_mismatch_names_the_same_ranks_everywhere_and_the_group_goes_on(
 ) -> None:
     for _ in range(2):
         for rank, letter in enumerate(signatures):
-            group.start(rank, "agree", letter.encode(), f"call {letter} of rank {rank}", 10.0)
+            group.start(rank, "agree", letter.encode(), f"call-{letter}-{rank}", 10.0)
         outcomes = group.results()
         assert_named(outcomes, "MismatchError", named)
         for outcome in outcomes.values():
             for rank in named:
-                assert f"rank {rank}: call {signatures[rank]} of rank {rank}" in outcome.message
+                assert f"rank {rank}: call-{signatures[rank]}-{rank}" in outcome.message
         group.agree()
 
 
@@ -294,7 +295,7 @@ def test_a_peer_that_is_no_other_rank(group: Group, peer: int) -> None:
     group.start(1, "pair", peer, b"pair", "pair", 10.0)
     outcome = group.result(1)
     assert outcome.error == "RankError"
-    assert f"got {peer}" in outcome.message
+    assert re.search(rf"peer .*{peer}\b", outcome.message)
     group.agree()
 
 
@@ -385,7 +386,8 @@ def test_a_stopped_rank_is_named_at_the_timeout_and_hears_of_it(group: Group, st
     outcomes = group.results(others)
     assert_named(outcomes, "CollectiveTimeoutError", (stopped,))
     assert_soon(outcomes, start, 0.7 + 1.0 + SOON_S)
-    assert all("does not answer" in outcome.message for outcome in outcomes.values())
+    # nothing is known of its calls
+    assert all(re.search(rf"rank {stopped} [^#;.]*[;.]", o.message) for o in outcomes.values())
     group.ranks[stopped].signal(signal.SIGCONT)
     group.start(stopped, "agree", b"wait", "wait", 10.0)
     outcomes = group.results([stopped])
@@ -405,10 +407,7 @@ def test_a_late_rank_is_named_with_what_it_does_and_gets_the_same_error(
     outcomes = group.results(others)
     assert_named(outcomes, "CollectiveTimeoutError", (late,))
     assert_soon(outcomes, start, 0.7 + SOON_S)
-    assert all(
-        f"rank {late} has not called yet: its last operation was #3" in o.message
-        for o in outcomes.values()
-    )
+    assert all(re.search(rf"rank {late} [^;.]*#3\b", o.message) for o in outcomes.values())
     group.start(late, "agree", b"wait", "wait", 10.0)
     outcomes = group.results([late])
     assert_named(outcomes, "CollectiveTimeoutError", (late,))
@@ -423,7 +422,8 @@ def test_several_late_ranks_and_different_timeouts(group: Group) -> None:
     outcomes = group.results([0, 2])
     assert_named(outcomes, "CollectiveTimeoutError", (1, 3))
     assert all(
-        "rank 1 is in send(dst_rank=0) #4" in outcome.message for outcome in outcomes.values()
+        re.search(r"rank 1 .*send\(dst_rank=0\) #4", outcome.message)
+        for outcome in outcomes.values()
     )
     assert outcomes[0].seconds < 0.5 + 2 * SOON_S
 
@@ -447,7 +447,7 @@ def test_a_late_half_of_a_pair(group: Group, waiter: int, late: int) -> None:
     group.start(waiter, "pair", late, b"pair", "pair", 0.7)
     outcomes = group.results([waiter])
     assert_named(outcomes, "CollectiveTimeoutError", (late,))
-    assert "has not called yet" in outcomes[waiter].message
+    assert re.search(rf"rank {late} [^;.]*[;.]", outcomes[waiter].message)
     for rank in group.all(waiter):
         group.start(rank, "agree", b"wait", "wait", 5.0)
     outcomes = group.results(group.all(waiter))
@@ -471,14 +471,14 @@ def test_an_interrupt_ends_the_wait_and_is_told(group: Group, interrupted: int) 
     outcomes[missing] = group.result(missing)
     assert {outcome.error for outcome in outcomes.values()} == {"GroupError"}
     assert all(
-        f"rank {interrupted} of" in o.message and "interrupted" in o.message
+        f"rank {interrupted} of" in o.message and "KeyboardInterrupt" in o.message
         for o in outcomes.values()
     )
 
 
 @of(5)
 def test_a_failure_between_exchanges_is_raised_by_the_next_one(group: Group) -> None:
-    group.do(4, "fail", "PeerLostError", "the payload says that rank 2 is lost", (2,))
+    group.do(4, "fail", "PeerLostError", "lost-2", (2,))
     time.sleep(0.3)
     for rank in group.all(4):
         group.start(rank, "agree", b"next", "next", 10.0)
@@ -488,7 +488,7 @@ def test_a_failure_between_exchanges_is_raised_by_the_next_one(group: Group) -> 
     group.start(4, "agree", b"next", "next", 10.0)
     outcome = group.result(4)
     assert outcome.error == "GroupError"
-    assert "the payload says that rank 2 is lost" in outcome.message
+    assert "lost-2" in outcome.message
 
 
 @of(5)
@@ -513,9 +513,7 @@ def test_a_rank_that_leaves_while_others_wait(group: Group, leaver: int, how: st
     outcomes = group.results(others)
     assert_named(outcomes, "PeerLostError", (leaver,))
     assert_soon(outcomes, start)
-    assert all(
-        "has destroyed the group or ended" in outcome.message for outcome in outcomes.values()
-    )
+    assert all(f"rank {leaver} " in outcome.message for outcome in outcomes.values())
     if how == "close":
         group.result(leaver)
         group.start(leaver, "agree", b"wait", "wait", 1.0)
@@ -567,7 +565,7 @@ def test_a_forked_child_is_told_so_and_disturbs_nobody(group: Group) -> None:
     for rank in (0, 1):
         said = group.do(rank, "in_child", 0.0)
         assert said.startswith("GroupError")
-        assert "forked child" in said
+        assert "fork" in said
     group.agree()
     group.everywhere("ring", 2, 10.0)
 
@@ -659,9 +657,9 @@ def test_a_rank_that_dies_before_the_group_is_made(pool: Pool) -> None:
 @of(4)
 def test_diagnosis(group: Group) -> None:
     group.agree()
-    error, ranks, message = group.do(0, "diagnose", "allreduce", "connection reset")
+    error, ranks, message = group.do(0, "diagnose", "allreduce", "ECONNRESET")
     assert (error, ranks) == ("GroupError", ())
-    assert "connection reset" in message
+    assert "ECONNRESET" in message
     assert group.do(0, "diagnose", "allreduce", None)[:2] == ("CollectiveTimeoutError", ())
     group.ranks[2].signal(signal.SIGSTOP)
     assert group.do(0, "diagnose", "allreduce", None)[:2] == ("CollectiveTimeoutError", (2,))

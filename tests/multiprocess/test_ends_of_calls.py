@@ -47,7 +47,7 @@ def call_without_a_thread(rank: int, size: int, name: str, backend: str) -> None
         if rank == 0:
             with no_threads():
                 for _ in range(2):
-                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                    with pytest.raises(RuntimeError, match=r"\bthread\b"):
                         group.allreduce(np.ones(3), async_op=True)
         data = np.ones(3)
         group.allreduce(data)
@@ -70,14 +70,14 @@ def transfer_without_a_thread(rank: int, size: int, name: str, backend: str) -> 
         if rank % 2 == 0:
             with no_threads():
                 for call in (group.send, group.recv):
-                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                    with pytest.raises(RuntimeError, match=r"\bthread\b"):
                         call(np.zeros(3), peer, async_op=True)
             group.send(np.full(3, 5.0), peer)
             sending = group.send(np.full(3, 7.0), peer, async_op=True)
             time.sleep(0.3)  # until its thread has it
             with no_threads():
                 for _ in range(2):
-                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                    with pytest.raises(RuntimeError, match=r"\bthread\b"):
                         group.recv(data, peer, async_op=True)
                 # behind the send, in its thread
                 assert group.allreduce(np.ones(3)).tolist() == [size] * 3
@@ -114,7 +114,7 @@ def call_torch_without_a_thread(rank: int, size: int, path: Path) -> None:
                     lambda: dist.irecv(torch.ones(3), 1),
                     lambda: dist.irecv(torch.ones(3), 1),
                 ):
-                    with pytest.raises(RuntimeError, match="can't start new thread"):
+                    with pytest.raises(RuntimeError, match=r"\bthread\b"):
                         call()
         dist.all_reduce(data)
         dist.all_reduce(data, async_op=True).wait()
@@ -162,8 +162,9 @@ def queue_behind_a_loss(
                 call()
             assert how != "late" or "timed out after 1.5 s" in str(caught.value)
             found.append((type(caught.value).__name__, getattr(caught.value, "ranks", ())))
-        with pytest.raises(col.GroupError, match="cannot be used any more"):
+        with pytest.raises(col.GroupError) as refused:
             group.barrier()  # issued when all was lost
+        assert isinstance(refused.value.__cause__, col.CollectiveError)
         return found
 
 
@@ -262,7 +263,7 @@ def refuse_timeouts(rank: int, size: int, name: str, backend: str) -> None:
     wrong: tuple[Any, ...] = (float("nan"), "x", -1, None, 0, float("inf"), True)
     with made(backend, rank, size, name, timeout_s=7.0) as group:
         for timeout_s in wrong:
-            with pytest.raises(col.OptionError, match="timeout_s: expected seconds"):
+            with pytest.raises(col.OptionError, match=rf"timeout_s: .*{timeout_s!r}"):
                 group.set_timeout(timeout_s)
         assert group.timeout_s == 7.0
         group.set_timeout(1e30)

@@ -78,49 +78,14 @@ def enter(
 @pytest.mark.parametrize(
     ("what", "left", "who", "words"),
     [
-        (
-            "files",
-            0,
-            1,
-            r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)",
-        ),
-        (
-            "files",
-            1,
-            1,
-            r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)",
-        ),
-        (
-            "files",
-            2,
-            1,
-            r".*: (\[Errno 24\] )?Too many open files.*; raise the limit of open files \(ulimit -n\)",
-        ),
-        ("files", 3, 0, r"GroupError: .*: .*Too many open files.*; .*\(ulimit -n\)"),
-        (
-            "threads",
-            0,
-            0,
-            r"GroupError: .*rendezvous failed: can't start new thread; .*\(ulimit -u",
-        ),
-        (
-            "threads",
-            0,
-            1,
-            r"GroupError: .*it cannot be made: can't start new thread; .*\(ulimit -u",
-        ),
-        (
-            "threads",
-            1,
-            0,
-            r"CollectiveTimeoutError: .*rank 0 could not hear who came: can't start new thread",
-        ),
-        (
-            "memfd",
-            0,
-            0,
-            r"BackendUnavailableError: .*Operation not permitted; the system does not permit it: ",
-        ),
+        ("files", 0, 1, r"\w+Error: .*\(ulimit -n\)"),
+        ("files", 1, 1, r"\w+Error: .*\(ulimit -n\)"),
+        ("files", 2, 1, r"\w+Error: .*\(ulimit -n\)"),
+        ("files", 3, 0, r"GroupError: .*\(ulimit -n\)"),
+        ("threads", 0, 0, r"GroupError: init_collective_group\(.*\(ulimit -u"),
+        ("threads", 0, 1, r"GroupError: group '.*\(ulimit -u"),
+        ("threads", 1, 0, r"CollectiveTimeoutError: .*rank 0 .*\bthread\b"),
+        ("memfd", 0, 0, r"BackendUnavailableError: .*\[Errno 1\]"),
     ],
 )
 def test_the_rank_that_lacks_something_says_so(

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_a_provider_means_gloo(pool: RankPool, provider: str, hosts: str) -> Non
 
 
 MISSING = "/nowhere/libcolltensor.so"
+PROVIDER = re.compile(r"\bGloo.*'(native|torch|pygloo)'")
 
 
 def without_library(
@@ -215,20 +217,7 @@ def refused(name: str, flags: int) -> int:
 @pytest.mark.parametrize("hosts", ["aaa", "aabb"])
 @pytest.mark.parametrize(
     ("trouble", "words"),
-    [
-        (
-            "library",
-            f"there is no file {MISSING}, which the variable COLLTENSOR_LIBRARY names: build it",
-        ),
-        (
-            "filter",
-            "shared memory cannot be reserved: [Errno 1] Operation not permitted; the system does not",
-        ),
-        (
-            "memory",
-            "its control group has 1.0 MiB left; free memory or raise the container's limit",
-        ),
-    ],
+    [("library", "COLLTENSOR_LIBRARY"), ("filter", "[Errno 1]"), ("memory", " 1.0 MiB ")],
 )
 def test_gloo_in_the_place_of_shared_memory_is_told_once(
     pool: RankPool, hosts: str, trouble: str, words: str
@@ -238,79 +227,52 @@ def test_gloo_in_the_place_of_shared_memory_is_told_once(
         pool.run(len(hosts), told, hosts, {"name": fresh()}, trouble)
     ):
         for why in whys:
-            assert why.startswith("backend='auto': ranks of one host cannot share memory: "), rank
+            assert why.startswith("backend='auto': "), rank
             assert words in why
-            assert "Gloo's provider is" in why
+            assert PROVIDER.search(why)
         assert len(lines) == 1, rank
         assert lines[0].startswith("warning: group 'hosts-")
-        assert f"(rank {rank}): colltensor is using 'gloo' between ranks of one host" in lines[0]
+        assert f"(rank {rank}): " in lines[0]
+        assert "'gloo'" in lines[0]
         assert words in lines[0]
         if trouble == "library" and hosts == "aaa":
-            assert "rank 2: there is no file" in lines[0]
+            assert re.search(rf"rank 2: .*{MISSING}", lines[0])
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("hosts", "options", "words", "hinted"),
     [
-        ("a", {}, "a group of one rank needs no transport", False),
-        ("aa", {}, "backend='auto': all 2 ranks are on one host", False),
-        (
-            "ab",
-            {},
-            "backend='auto': each rank is on a host of its own (rank 0: simulated-a, rank 1: sim",
-            False,
-        ),
-        ("abcdef", {}, "host of its own (rank 0: simulated-a, rank 1: ", False),
-        (
-            "aab",
-            {},
-            "backend='auto': the 3 ranks are on 2 hosts, several of them on one; Gloo's provider is",
-            False,
-        ),
-        ("aa", {"backend": "shm"}, "backend='shm' was asked for; large messages", False),
-        (
-            "aa",
-            {"backend": "hierarchical"},
-            "backend='hierarchical' was asked for, and all ranks are on one",
-            False,
-        ),
-        (
-            "ab",
-            {"backend": "hierarchical"},
-            "backend='hierarchical' was asked for, and each rank is on a host",
-            False,
-        ),
-        ("ab", {"backend": "gloo"}, "backend='gloo' was asked for; Gloo's provider is", False),
-        (
-            "aa",
-            {"backend": "gloo"},
-            "all ranks are on one host, where backend='auto' would use shared memory",
-            True,
-        ),
+        ("a", {}, r"^[^'=]+$", False),
+        ("aa", {}, r"^backend='auto': .*\b2\b", False),
+        ("ab", {}, r"^backend='auto': .*\(rank 0: simulated-a, rank 1: sim", False),
+        ("abcdef", {}, r"\(rank 0: simulated-a, rank 1: ", False),
+        ("aab", {}, rf"^backend='auto': .*\b3 .*\b2 .*; {PROVIDER.pattern}", False),
+        ("aa", {"backend": "shm"}, "^backend='shm' ", False),
+        ("aa", {"backend": "hierarchical"}, "^backend='hierarchical' ", False),
+        ("ab", {"backend": "hierarchical"}, "^backend='hierarchical' ", False),
+        ("ab", {"backend": "gloo"}, rf"^backend='gloo' .*; {PROVIDER.pattern}", False),
+        ("aa", {"backend": "gloo"}, r"^backend='gloo' .*backend='auto'", True),
     ],
 )
 def test_why(pool: RankPool, hosts: str, options: dict[str, Any], words: str, hinted: bool) -> None:
     for whys, lines in pool.run(len(hosts), told, hosts, {"name": fresh(), **options}, ""):
-        assert all(words in why for why in (whys if len(set(hosts)) == 1 else whys[:2])), whys
-        assert len(lines) == hinted, lines
-        assert all(
-            "hint: group 'hosts-" in line and "with backend='auto'" in line for line in lines
+        assert all(re.search(words, why) for why in (whys if len(set(hosts)) == 1 else whys[:2])), (
+            whys
         )
+        assert len(lines) == hinted, lines
+        assert all("hint: group 'hosts-" in line and "backend='auto'" in line for line in lines)
 
 
 def test_why_a_provider(pool: RankPool, provider: str) -> None:
     for whys, lines in pool.run(2, told, "aa", {"name": fresh(), "provider": provider}, ""):
-        assert whys[0].startswith(f"provider={provider!r} was asked for, which is one of gloo")
+        assert re.match(f"provider={provider!r} .*gloo", whys[0])
         assert len(lines) == 1  # the hint
 
 
 def test_why_memory_is_not_read(pool: RankPool) -> None:
     for whys, lines in pool.run(2, told, "aa", {"name": fresh()}, "reading"):
-        assert (
-            "large messages are staged, because the ranks do not read each other's memory (rank 0: COLL"
-            in whys[0]
-        )
+        assert "(rank 0: COLLTENSOR_READ_PEERS" in whys[0]
         assert not lines
 
 
@@ -347,9 +309,9 @@ def test_a_plain_script_shows_the_warning(tmp_path: Path) -> None:
     for rank, process in enumerate(ranks):
         _, printed = process.communicate(timeout=90)
         assert process.returncode == 0, printed
-        assert printed.count("colltensor is using 'gloo'") == 1, printed
+        assert printed.count("group 'default' (rank") == 1, printed
         assert f"(rank {rank})" in printed
-        assert f"there is no file {missing}" in printed
+        assert str(missing) in printed
 
 
 @pytest.fixture
@@ -378,8 +340,8 @@ def test_an_explicit_backend_is_not_replaced(
     for error, logged in pool.run(
         len(hosts), without_library, hosts, fresh(), lacking, options, broken
     ):
-        assert f"'{backend}' cannot be used" in error
-        assert f"{broken} cannot be loaded" in error
+        assert f"'{backend}' " in error
+        assert f"{broken} " in error
         assert "using 'gloo'" not in logged
 
 
@@ -403,9 +365,8 @@ def without_both(rank: int, size: int, hosts: str, name: str, broken: str) -> st
 @pytest.mark.parametrize("hosts", ["aa", "aab"])
 def test_neither_says_both_reasons(pool: RankPool, broken: str, hosts: str) -> None:
     for found in pool.run(len(hosts), without_both, hosts, fresh(), broken):
-        assert f"{broken} cannot be loaded" in found
-        assert f"build {broken} again" in found
-        assert "pip install torch" in found
+        assert f"build {broken} " in found
+        assert re.search(r"pip install .*\btorch\b", found)
 
 
 def test_auto_is_available_with_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,8 +425,9 @@ def lose_a_rank(
         with pytest.raises(col.CollectiveError) as caught:
             call_for_ever(group, call, data)
         took = time.monotonic() - died
-        with pytest.raises(col.GroupError, match="cannot be used any more"):
+        with pytest.raises(col.GroupError) as refused:
             group.allreduce(data)
+        assert isinstance(refused.value.__cause__, col.CollectiveError)
         began = time.monotonic()
         group.destroy()
         left = time.monotonic() - began

@@ -255,7 +255,7 @@ def test_the_end_with_a_computation_that_waits(tmp_path: Path, backend: str) -> 
     )
     assert code == _CODE
     assert "terminate" not in errors
-    assert "its process ends" in errors
+    assert "(rank 0)" in errors
     assert took < _SOON_S
     assert output == "PeerLostError (0,)\n"
 

@@ -37,7 +37,7 @@ class Elsewhere(LoopbackSpec):
     """A backend that this rank lacks."""
 
     def available(self) -> str | None:
-        return "there is no such device in this host"
+        return "no-such-device"
 
 
 def ask(
@@ -118,7 +118,7 @@ def test_a_file_that_rank_0_cannot_write_is_heard_of_by_the_others(pool: RankPoo
     """Nobody may make files in /proc, and all ranks can look there."""
     results = pool.run(3, ask, "file:///proc/colltensor-meeting", [[{}]] * 3, timeout_s=40)
     own = results[0][0]
-    assert "rank 0 cannot write /proc/colltensor-meeting" in str(own)
+    assert "/proc/colltensor-meeting" in str(own)
     for error, took_s in results:
         assert type(error) is OptionError
         assert str(error).endswith(str(own).partition(": ")[2])
@@ -148,7 +148,7 @@ def test_a_secret_that_a_rank_cannot_read_is_heard_of_by_the_others(
         assert (
             "missing" in str(error)
             if culprit or rank == culprit
-            else "another secret" in str(error)
+            else "COLLTENSOR_SECRET" in str(error)
         )
         assert took_s < 5
 
@@ -162,7 +162,7 @@ def test_all_may_ask_for_another_backend_where_one_rank_lacks_the_first(
     results = pool.run(3, ask_for_device, init_method, attempts, culprit, timeout_s=60)
     for error, made, took_s in results:
         assert type(error) is BackendUnavailableError
-        assert "no such device" in str(error)
+        assert "no-such-device" in str(error)
         assert made == ("gloo", 2.0)
         assert took_s < 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,9 +80,8 @@ def refuse(rank: int, size: int, name: str, backend: str) -> None:
             assert time.monotonic() - began < 4.0
             if rank != refusing:
                 assert caught.value.ranks == (refusing,), case
-                assert f"rank {refusing} refused its part of {case.split(',')[0]}: " in str(
-                    caught.value
-                )
+                operation = case.split(",")[0]
+                assert re.search(rf"rank {refusing} .*\b{operation}: ", str(caught.value))
             assert group.allreduce(np.ones(3)).tolist() == [size] * 3, case
             assert group.allreduce(np.ones(3), async_op=True).result().tolist() == [size] * 3, case
 
@@ -99,16 +99,14 @@ def refuse_under_autograd(rank: int, size: int, name: str) -> None:
     with made("shm", rank, size, name) as group:
         for number in (1, size):
             entries = [torch.ones(3 - place, requires_grad=True) for place in range(number)]
-            with pytest.raises(
-                col.MismatchError if rank else col.ShapeError, match=r"refused its part|expected"
-            ):
+            with pytest.raises(col.MismatchError if rank else col.ShapeError, match=r"\bscatter: "):
                 ct.scatter(torch.ones(3), None if rank else entries, 0, group)
             assert group.allreduce(np.ones(3)).tolist() == [size] * 3
         for sparse in ((0,), (0, 1)):
             model = torch.nn.Embedding(4, 2, sparse=rank in sparse)
             ct.sync_gradients(model, group)
             error = col.UnsupportedTensorError if rank in sparse else col.MismatchError
-            with pytest.raises(error, match="the gradient of weight is sparse"):
+            with pytest.raises(error, match=r"\bweight .*sparse=False"):
                 model(torch.arange(3)).sum().backward()
             assert group.allreduce(np.ones(3)).tolist() == [size] * 3
 

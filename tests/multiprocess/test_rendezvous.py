@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -251,7 +252,7 @@ def net_timeout() -> type[BaseException]:
 def test_two_processes_with_one_rank(pool: RankPool, init_method: str) -> None:
     outcomes = run(pool, [Plan(init_method, rank, 4) for rank in (0, 1, 1)])
     for error in errors_of(outcomes, RankError):
-        assert "rank 1 is claimed by" in str(error)
+        assert re.search(r" of 4: .*\brank 1 ", str(error))
         assert all(str(outcome.pid) in str(error) for outcome in outcomes[1:])
     assert max(outcome.took_s for outcome in outcomes) < 3
 
@@ -262,7 +263,7 @@ def test_two_processes_with_rank_0(pool: RankPool, init_method: str) -> None:
         [Plan(init_method, rank, 3, delay_s=0.1 * index) for index, rank in enumerate((0, 1, 0))],
     )
     for error in errors_of(outcomes, RankError):
-        assert "rank 0 is claimed by" in str(error)
+        assert re.search(r" of 3: .*\brank 0 ", str(error))
     assert max(outcome.took_s for outcome in outcomes) < 3
 
 
@@ -275,7 +276,7 @@ def test_ranks_that_disagree(pool: RankPool, init_method: str, option: str) -> N
     outcomes = run(pool, plans)
     for error in errors_of(outcomes, MismatchError):
         assert error.ranks == (1,)
-        assert f"disagree about {option}" in str(error)
+        assert f" {option}: " in str(error)
         assert all(str(outcome.pid) in str(error) for outcome in outcomes)
 
 
@@ -386,7 +387,7 @@ def test_process_left_out_is_not_taken_into_the_next_group(
     results = pool.run(3, left_out, free_port, tmp_path, timeout_s=40)
     assert results[0] == results[1]
     assert results[0][1]
-    assert "rank 1 was taken by another process" in results[2][0]
+    assert re.search(r" of 2: .*\brank 1 ", results[2][0])
 
 
 def threads_meet(
@@ -513,9 +514,7 @@ def test_port_taken_by_a_stranger(pool: RankPool) -> None:
         outcomes = run(pool, plans)
     for outcome, port in zip(outcomes, ports, strict=True):
         assert str(port) in str(outcome.error)
-    for error in errors_of(outcomes[:3], OptionError):
-        assert "choose a free port" in str(error)
-    errors_of(outcomes[3:4], OptionError)
+    errors_of(outcomes[:4], OptionError)
     errors_of(outcomes[4:], net_timeout())
 
 
@@ -523,7 +522,7 @@ def test_port_that_nobody_may_listen_at(pool: RankPool) -> None:
     variables = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "1"}
     (outcome,) = run(pool, [Plan("env://", 1, 2, timeout_s=1.0, variables=variables)])
     (error,) = errors_of([outcome], net_timeout())
-    assert "cannot resolve the host name 'no-such-host.invalid'" in str(error)
+    assert "'no-such-host.invalid'" in str(error)
 
 
 def test_garbage_is_ignored(pool: RankPool, free_port: int) -> None:
@@ -588,7 +587,6 @@ def test_a_rank_with_another_secret_is_told_to_all(
         pool, [*plans[:culprit], replace(plans[culprit], variables=wrong), *plans[culprit + 1 :]]
     )
     for error in errors_of(outcomes, OptionError):
-        assert "another secret" in str(error)
         assert "COLLTENSOR_SECRET" in str(error)
     if culprit:
         assert all(f"rank {culprit} (process " in str(outcomes[rank].error) for rank in range(2))
@@ -659,7 +657,7 @@ def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(
 def come_with_another_secret(port: int) -> None:
     """As rank 1, with a socket of another user's."""
     deadline = time.monotonic() + 10
-    said = JoinRequest(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "a stranger", 0.0, 9.0)
+    said = JoinRequest(1, 2, "g", "auto", net.host_id(), None, "127.0.0.1", "stranger", 0.0, 9.0)
     os.seteuid(65534)
     try:
         sock = socket.socket()
@@ -696,10 +694,10 @@ def test_a_stranger_with_another_secret_does_not_end_a_meeting(
     for meeting in found:
         meeting.listener.close()
     assert len(found) == 2
-    told = [record.getMessage() for record in caplog.records if "a stranger" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "'stranger'" in record.getMessage()]
     assert len(told) == 2
-    assert "group 'g' (rank 0): a process that calls itself rank 1" in told[0]
-    assert "group 'g' (rank 1): rank 0 says: a process that calls itself rank 1" in told[1]
+    assert re.search(r"group 'g' \(rank 0\): .*rank 1 \('stranger'\)", told[0])
+    assert re.search(r"group 'g' \(rank 1\): rank 0 .*rank 1 \('stranger'\)", told[1])
 
 
 def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_has_come() -> None:
@@ -714,11 +712,11 @@ def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_h
         assembly = _Assembly(hellos[0], inbox, time.monotonic() + 0.3)
         inbox.put(Joiner(far, hellos[1], time.monotonic() + 9))
         inbox.put(Stranger(hellos[1], is_own=True))
-        with pytest.raises(net_timeout(), match="rank 2 did not come"):
+        with pytest.raises(net_timeout(), match=r"\brank 2 "):
             assembly.gather()
         assembly._deadline += 5
         inbox.put(Stranger(hellos[2], is_own=True))
-        with pytest.raises(OptionError, match=r"rank 2 .*has another secret than rank 0"):
+        with pytest.raises(OptionError, match=r"\brank 2 .*COLLTENSOR_SECRET"):
             assembly.gather()
         assembly.dismiss()
 
@@ -764,10 +762,10 @@ def test_interface_of_rank_0(pool: RankPool, tmp_path: Path) -> None:
 
 def test_unusable_files(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("somebody's data")
-    for name, complaint in (("data", "is no rendezvous file"), ("no/such", "does not exist")):
+    for name, named in (("data", "data"), ("no/such", "no")):
         for rank in range(2):
             directory, _, _ = open_directory(f"file://{tmp_path}/{name}", rank, 2)
-            with pytest.raises(OptionError, match=complaint):
+            with pytest.raises(OptionError, match=rf"{tmp_path}/{named}\b"):
                 meet(
                     directory,
                     group_name="default",
@@ -780,15 +778,13 @@ def test_unusable_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [10**7, 10**30])
 def test_a_world_beyond_reason_is_refused_at_once(tmp_path: Path, world_size: int) -> None:
-    with pytest.raises(OptionError, match="world_size must be at most 65536"):
+    with pytest.raises(OptionError, match=r"world_size .*\b65536"):
         open_directory(f"file://{tmp_path}", 0, world_size)
 
 
 def test_many_missing_ranks_are_counted(tmp_path: Path) -> None:
     directory, _, _ = open_directory(f"file://{tmp_path}", 0, 1000)
-    with pytest.raises(
-        net_timeout(), match=r"999 ranks \(1, 2, 3, .*, 20, \.\.\.\) did not come"
-    ) as caught:
+    with pytest.raises(net_timeout(), match=r"\b999 ranks \(1, 2, 3, .*, 20, \.\.\.\)") as caught:
         meet(directory, group_name="g", world_size=1000, rank=0, deadline=time.monotonic() + 0.2)
     assert caught.value.ranks == tuple(range(1, 1000))
 
@@ -816,7 +812,7 @@ def test_what_is_no_file_is_refused_at_once_and_left_alone(
     before = (tmp_path / "x").lstat()
     directory, _, _ = open_directory(f"file://{tmp_path}/x", rank, 2)
     began = time.monotonic()
-    with pytest.raises(OptionError, match="is no rendezvous file"):
+    with pytest.raises(OptionError, match=rf"{tmp_path}/x\b"):
         meet(directory, group_name="default", world_size=2, rank=rank, deadline=began + 5)
     assert time.monotonic() - began < 1
     after = (tmp_path / "x").lstat()
@@ -888,7 +884,7 @@ def test_a_port_is_free_again_where_no_thread_could_listen_at_it(
 
     directory, _, _ = open_directory(f"tcp://127.0.0.1:{port}", 0, 2)
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(GroupError, match="new thread") as kept:
+    with pytest.raises(GroupError, match=r"\bthread\b") as kept:
         meet(directory, group_name="default", world_size=2, rank=0, deadline=time.monotonic() + 10)
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         pass
@@ -904,8 +900,9 @@ def test_who_waits_for_a_file_asks_whether_rank_0_can_write_it(
     with pytest.raises(CollectiveTimeoutError) as caught:
         FileDirectory(str(tmp_path / "meet")).locate("default", time.monotonic())
     assert caught.value.ranks == (0,)
-    assert "that rank 0 can write it" in str(caught.value)
-    assert ("this rank may not write" in str(caught.value)) is not may_write
+    # without the right to write there this rank is told so; rank 0 may have it all the same
+    assert str(tmp_path / "meet") in str(caught.value)
+    assert (f" {tmp_path}; " in str(caught.value)) is not may_write
 
 
 def die_before_publishing(rank: int, world_size: int, path: str) -> None:
@@ -1109,8 +1106,8 @@ def test_meet_through() -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "named"),
     [
-        ({"rank": 0}, RankError, "rank 0 is claimed by"),
-        ({"rank": 7}, RankError, "participant 1: rank must be"),
+        ({"rank": 0}, RankError, r" of 2: .*\brank 0 "),
+        ({"rank": 7}, RankError, "participant 1: rank "),
         ({"world_size": 3}, MismatchError, "world_size"),
         ({"backend": "gloo"}, MismatchError, "backend"),
         ({"interface": "eth99"}, OptionError, "participant 1: interface"),
@@ -1124,7 +1121,7 @@ def test_meet_through_fails_everywhere_alike(
     errors = exchange_in_threads(arguments)
     for error in errors:
         assert type(error) is kind
-        assert named in str(error)
+        assert re.search(named, str(error))
 
 
 TORCHRUN_PROGRAM = """

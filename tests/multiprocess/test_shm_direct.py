@@ -371,7 +371,7 @@ def left_between_steps(rank: int, size: int, name: str) -> bool:
             thread.start()
             thread.join()
             assert time.monotonic() - began < 2
-            with pytest.raises(col.GroupError, match="destroyed"):
+            with pytest.raises(col.GroupError, match=r"init_collective_group\(\)"):
                 call.finish((data,), PENDING)
         else:
             time.sleep(0.5)
@@ -398,7 +398,7 @@ def left_pending(rank: int, size: int, name: str) -> bool:
             time.sleep(0.2)
             group.allreduce(data)  # rank 0 has come to this one
         began = time.monotonic()
-        with pytest.raises(col.GroupError, match="one at a time"):
+        with pytest.raises(col.GroupError, match=r"^barrier: group '"):
             group.barrier()
         assert time.monotonic() - began < 2
     return True
@@ -427,7 +427,7 @@ def call_between_steps(rank: int, size: int, name: str) -> bool:
                     return bool(finish(tensors, code))
 
             def handle(*_: Any) -> None:
-                with pytest.raises(col.GroupError, match="inside another call"):
+                with pytest.raises(col.GroupError, match="__del__"):
                     group.barrier()
                 refused.append(True)
 
@@ -471,11 +471,11 @@ def raising_after_the_call(rank: int, size: int, name: str, operation: str) -> N
 
             def raises(*tensors: Any) -> int:
                 code = function(*tensors)
-                raise ValueError(f"a handler's, after {code}")
+                raise ValueError(f"handler {code}")
 
             call.function = raises
             time.sleep(0.2)
-            with pytest.raises(ValueError, match="a handler's"):
+            with pytest.raises(ValueError, match=r"^handler \d+$"):
                 run(*arguments)
             with pytest.raises(col.GroupError):
                 group.barrier()
@@ -742,7 +742,7 @@ def interrupted_claim(rank: int, size: int, name: str) -> str:
 @pytest.mark.needs("jax")
 def test_an_interrupt_while_a_claim_waits(pool: RankPool) -> None:
     broken, told = pool.run(2, interrupted_claim, fresh())
-    assert "Interrupt" in broken
+    assert "KeyboardInterrupt" in broken
     assert "rank 0" in told
 
 

@@ -234,7 +234,7 @@ def go_without_memory(rank: int, size: int, name: str) -> str:
 def test_without_the_memory_of_one_rank_all_take_gloo(pool: RankPool) -> None:
     for words in pool.run(2, go_without_memory, fresh()):
         assert words.startswith("gloo: ")
-        assert "ranks [1] did not fetch it in time" in words
+        assert "ranks [1]" in words
 
 
 class Link:

@@ -138,9 +138,7 @@ def values(rank: int, world_size: int) -> None:
     ]
     assert not ct.allreduce(mine, group).requires_grad
     assert torch.equal(mine, before)
-    with pytest.raises(
-        col.ShapeError, match=r"alltoall: tensor_list \(rank \d\): expected 3 tensors"
-    ):
+    with pytest.raises(col.ShapeError, match=rf"alltoall: tensor_list \(rank {rank}\): .*\b3 "):
         ct.alltoall(entries[rank][:2], group)
 
 
@@ -164,14 +162,8 @@ def one_requires_grad(rank: int, world_size: int) -> None:
     with torch.no_grad():
         assert not ct.allreduce(ties, group).requires_grad
     for call, words in (
-        (
-            lambda: ct.allreduce(x, group, col.ReduceOp.PRODUCT),
-            r"allreduce: op: .*PRODUCT, which has no derivative",
-        ),
-        (
-            lambda: ct.reduce(x, 0, group, col.ReduceOp.MAX),
-            r"reduce: op: .*MAX.*allreduce has a rule for it",
-        ),
+        (lambda: ct.allreduce(x, group, col.ReduceOp.PRODUCT), r"allreduce: op: .*PRODUCT"),
+        (lambda: ct.reduce(x, 0, group, col.ReduceOp.MAX), r"reduce: op: .*MAX.*\ballreduce\b"),
         (lambda: ct.reducescatter([x] * 3, group, col.ReduceOp.MIN), r"reducescatter: op: .*MIN"),
     ):
         with pytest.raises(col.OptionError, match=words):

@@ -463,11 +463,11 @@ def start(rank: int, world_size: int) -> None:
     handle.remove()
     handle.remove()
     model(torch.full((2, 4), float(rank))).sum().backward()
-    with pytest.raises(col.OptionError, match="expected a module with parameters"):
+    with pytest.raises(col.OptionError, match="module_or_parameters"):
         torch.col.sync_gradients([], group)
-    with pytest.raises(col.OptionError, match=r"compression: expected .*'fp16'"):
+    with pytest.raises(col.OptionError, match=r"compression: .*'fp16'"):
         torch.col.sync_gradients(model, group, compression="fp8")
-    with pytest.raises(col.UnsupportedTensorError, match=r"weight has no memory yet"):
+    with pytest.raises(col.UnsupportedTensorError, match=r"\bweight .*'meta'"):
         torch.col.sync_gradients(torch.nn.LazyLinear(3), group)
 
 
@@ -483,22 +483,18 @@ def differing(rank: int, world_size: int) -> None:
         (
             torch.nn.Linear(4, 5 if here else 3),
             {},
-            r"rank 1 has weight: parameter float32 5x4 \(rank 0: .*3x4\)",
+            r"rank 1 .*\bweight: .*float32 5x4 \(rank 0: .*3x4\)",
         ),
-        (
-            torch.nn.Linear(4, 3, bias=not here),
-            {},
-            r"rank 1 has no bias \(rank 0: parameter float32 3\)",
-        ),
+        (torch.nn.Linear(4, 3, bias=not here), {}, r"rank 1 .*\bbias \(rank 0: .*float32 3\)"),
         (
             torch.nn.Linear(4, 3).to(torch.float64 if here else torch.float32),
             {},
-            "rank 1 has weight: .*float64",
+            r"rank 1 .*\bweight: .*float64",
         ),
         (
             torch.nn.Linear(4, 3),
             {"average": not here},
-            r"rank 1 has average: False \(rank 0: True\)",
+            r"rank 1 .*\baverage: False \(rank 0: True\)",
         ),
         (torch.nn.Linear(4, 3).requires_grad_(not here), {}, "frozen"),
     ]
@@ -525,15 +521,13 @@ def refusals(rank: int, world_size: int, overlap: bool | str) -> None:
     embedding = torch.nn.Embedding(10, 3, sparse=True)
     with (
         torch.col.sync_gradients(embedding, group, overlap=overlap),
-        pytest.raises(
-            col.UnsupportedTensorError, match=r"gradient of weight is sparse .*sparse=False"
-        ),
+        pytest.raises(col.UnsupportedTensorError, match=r"\bweight .*sparse=False"),
     ):
         embedding(torch.tensor([1, 2])).sum().backward()
     model = mlp(torch)
     with (
         torch.col.sync_gradients(model, group, overlap=overlap),
-        pytest.raises(col.UnsupportedTensorError, match=r"has a history .*create_graph=True"),
+        pytest.raises(col.UnsupportedTensorError, match=r"create_graph=True"),
     ):
         model(part(torch, rank)).square().sum().backward(create_graph=True)
     group.destroy()
@@ -606,14 +600,14 @@ def launched(rank: int, world_size: int, overlap: bool | str) -> None:
     group = group_of(world_size, "shm")
     model = mlp(torch)
     notes: list[str] = []
-    model[1].register_full_backward_hook(lambda *_: notes.append("the first layer"))
+    model[1].register_full_backward_hook(lambda *_: notes.append("reached"))
     with torch.col.sync_gradients(
         model, group, overlap=overlap, compression=Noting(notes), bucket_nbytes=1
     ):
         for step in range(3):
             notes.clear()
             model(part(torch, rank)).square().mean().backward()
-            place = notes.index("the first layer")
+            place = notes.index("reached")
             early = {name.partition(".")[0] for name in notes[:place]}
             assert early == ({"2", "4"} if overlap == "worker" and step else set()), (step, notes)
             everyone = group.allgather_object([note for note in notes if "." in note])
@@ -823,9 +817,7 @@ def once_more(rank: int, world_size: int) -> None:
         x = checkpoint(model[:2], part(torch, rank).requires_grad_(), use_reentrant=True)
         for _ in range(2):
             x = checkpoint(model[2:4], x, use_reentrant=True)
-        with pytest.raises(
-            col.GroupError, match=r"2\.(weight|bias) was accumulated once more .*overlap=False"
-        ):
+        with pytest.raises(col.GroupError, match=r"\b2\.(weight|bias) .*overlap=False"):
             model[4](x).sum().backward()
     # not before both are out of their pass, which destroying would end
     group_of(world_size, "shm").barrier()
@@ -838,7 +830,7 @@ def test_accumulated_after_it_was_reduced(pool: RankPool) -> None:
 
 def test_errors_reach_the_test(pool: RankPool) -> None:
     """The parity above would notice: without the hook the ranks' gradients differ."""
-    with pytest.raises(RanksFailedError, match="Not equal to tolerance"):
+    with pytest.raises(RanksFailedError, match="AssertionError"):
         pool.run(2, without_sync)
 
 

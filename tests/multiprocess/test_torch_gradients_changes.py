@@ -54,7 +54,7 @@ def converted(rank: int, world_size: int, keep: bool) -> None:
         model.zero_grad(set_to_none=not keep)
         model.double()
         with pytest.raises(
-            col.UnsupportedTensorError, match=r"4\.bias is float64\[3\].* float32\[3\].*remove\(\)"
+            col.UnsupportedTensorError, match=r"4\.bias .*float64\[3\].* float32\[3\].*remove\(\)"
         ):
             model(part(torch, rank).double()).square().mean().backward()
         assert all(p.grad.dtype == torch.float64 for p in model.parameters())
@@ -96,7 +96,7 @@ def names(rank: int, world_size: int) -> None:
     group = group_of(world_size, "shm")
     torch.manual_seed(rank)
     first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    with pytest.raises(col.OptionError, match="several parameters named 'weight'"):
+    with pytest.raises(col.OptionError, match=r"module_or_parameters: .*'weight'"):
         torch.col.sync_gradients([*first.named_parameters(), *second.named_parameters()], group)
     with torch.col.sync_gradients([*first.parameters(), *second.parameters()], group):
         values = group.allgather_object(
@@ -115,7 +115,7 @@ def twice(rank: int, world_size: int) -> None:
     group = group_of(world_size, "shm")
     model = mlp(torch)
     handle = torch.col.sync_gradients(model, group, average=False)
-    with pytest.raises(col.OptionError, match=r"0\.weight is kept in step .* already.*remove\(\)"):
+    with pytest.raises(col.OptionError, match=r"\b0\.weight .*remove\(\)"):
         torch.col.sync_gradients([("0.weight", model[0].weight)], group)
     handle.remove()
     other = group.split(0)

@@ -169,7 +169,7 @@ def unlike(rank: int, world_size: int, overlap: bool | str) -> None:
         model(inputs).sum().backward()
         model[rank].requires_grad_(True)
         with pytest.raises(
-            col.MismatchError, match=rf"unfrozen or removed \({rank}\.weight, {rank}\.bias\)"
+            col.MismatchError, match=rf"rank {rank} .*\({rank}\.weight, {rank}\.bias\)"
         ) as caught:
             model(inputs).sum().backward()
         assert caught.value.ranks == (1,)
@@ -196,9 +196,9 @@ def one_alone(rank: int, world_size: int) -> None:
         with pytest.raises(col.MismatchError) as caught:
             model(part(torch, rank)).sum().backward()
         if rank == 1:
-            assert "parameters of rank 1 were replaced" in str(caught.value)
+            assert " rank 1 " in str(caught.value)
             assert "4.weight" in str(caught.value)
-        with pytest.raises(col.MismatchError, match=r"rank 1 has 4\.weight: parameter float32 7x"):
+        with pytest.raises(col.MismatchError, match=r"rank 1 .*4\.weight: .*float32 7x"):
             handle.broadcast()
         if rank == 0:
             head(torch, model)
@@ -236,9 +236,7 @@ def reassigned(rank: int, world_size: int) -> None:
         assert model.later.item() == 12.0
         if rank == 1:
             model.later = None
-        with pytest.raises(
-            col.MismatchError, match=r"rank 1 has no later \(rank 0: buffer float32 scalar\)"
-        ):
+        with pytest.raises(col.MismatchError, match=r"rank 1 .*\blater \(rank 0: .*float32\b"):
             handle.broadcast()
 
 
@@ -269,7 +267,7 @@ def converted(rank: int, world_size: int) -> None:
         future.set_swap_module_params_on_conversion(True)
         try:
             # without its hooks, else
-            with pytest.raises(RuntimeError, match=r"Couldn't swap Linear\.weight"):
+            with pytest.raises(RuntimeError, match=r"Linear\.weight"):
                 model.float()
         finally:
             future.set_swap_module_params_on_conversion(False)
@@ -306,7 +304,7 @@ def swapped(rank: int, world_size: int, options: dict[str, Any], listed: bool) -
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
         if average:
             model.double()
-            with pytest.raises(col.UnsupportedTensorError, match=r"call sync_gradients again"):
+            with pytest.raises(col.UnsupportedTensorError, match=r"remove\(\)"):
                 model(part(torch, rank).double()).sum().backward()
             group.barrier()
         handle.remove()
@@ -316,7 +314,7 @@ def swapped(rank: int, world_size: int, options: dict[str, Any], listed: bool) -
         with torch.col.sync_gradients(model, group, **options):
             model.zero_grad()
             check(torch, group, model, rank, 4, average)
-            with pytest.raises(col.OptionError, match="kept in step over group"):
+            with pytest.raises(col.OptionError, match=r"\b0\.weight .*remove\(\)"):
                 torch.col.sync_gradients(model, group)
     finally:
         future.set_swap_module_params_on_conversion(False)

@@ -34,7 +34,7 @@ for call, arguments in (
     try:
         call(*arguments)
     except col.GroupError as error:
-        print("Ray Client" in str(error), "ray job submit" in str(error))
+        print("ray://" in str(error), "ray job submit" in str(error))
 print(ray.get([actor.add.remote(rank) for rank, actor in enumerate(actors)], timeout=60))
 """
 

@@ -99,7 +99,7 @@ def test_a_block_that_is_interrupted_while_an_actor_is_busy(
     with caplog.at_level(logging.WARNING, "colltensor"), pytest.raises(KeyboardInterrupt):
         interrupt()
     assert time.monotonic() - began[0] < 2
-    assert "did not" in caplog.text
+    assert f"group '{name}' (driver): " in caplog.text
     gate.touch()
     ray.get(busy, timeout=60)
     assert crew.run(2, has_group, name) == [False] * 2
@@ -120,7 +120,7 @@ def test_an_end_that_an_actor_is_late_for_is_an_error(crew: Crew, tmp_path: Path
 def test_an_actor_that_cannot_be_located_is_named(crew: Crew, spawn: Spawn) -> None:
     """No rank is settled yet: the error tells its position in the list."""
     nowhere = spawn(Member, resources={"no_node_has_it": 1})
-    with pytest.raises(col.CollectiveTimeoutError, match="position 1 did not") as caught:
+    with pytest.raises(col.CollectiveTimeoutError, match=r"\bposition 1\b") as caught:
         col.collective_group([crew.actors[0], nowhere], timeout_s=1)
     assert caught.value.ranks == (1,)
 
@@ -205,21 +205,29 @@ def test_a_block_of_placed_actors_that_raises(crew: Crew) -> None:
 
 def test_a_cluster_without_room(crew: Crew) -> None:
     began = time.monotonic()
-    with pytest.raises(
-        col.CollectiveTimeoutError, match="timed out after 1 s: the cluster has no room"
-    ):
+    with pytest.raises(col.CollectiveTimeoutError, match=r"placed_actors: .*\b1 s: .*ray status"):
         placed_actors(ray.remote(Placed), 2, resources={FIRST_NODE: 0.9}, timeout_s=1).__enter__()
     assert time.monotonic() - began < 5
     assert states() == []
 
 
 WRONG: list[Any] = [
-    pytest.param((Placed, 1), {}, "decorated with ray.remote", id="plain class"),
-    pytest.param((ray.remote(Placed), 0), {}, "at least 1 actor", id="none"),
-    pytest.param((ray.remote(Placed), 1), {"strategy": "STACK"}, "strategy", id="strategy"),
-    pytest.param((ray.remote(Placed), 1), {"num_cpus": 0}, "some resource", id="nothing reserved"),
+    pytest.param((Placed, 1), {}, r"actor_class: .*ray\.remote", id="plain class"),
+    pytest.param((ray.remote(Placed), 0), {}, r"count: .*\b0$", id="none"),
     pytest.param(
-        (ray.remote(Placed), 1), {"resources": {SECOND_NODE: -1}}, "below 0", id="negative"
+        (ray.remote(Placed), 1), {"strategy": "STACK"}, "strategy: .*'STACK'", id="strategy"
+    ),
+    pytest.param(
+        (ray.remote(Placed), 1),
+        {"num_cpus": 0},
+        r"placed_actors: .*'CPU': 0\b",
+        id="nothing reserved",
+    ),
+    pytest.param(
+        (ray.remote(Placed), 1),
+        {"resources": {SECOND_NODE: -1}},
+        rf"placed_actors: .*'{SECOND_NODE}': -1\b",
+        id="negative",
     ),
 ]
 

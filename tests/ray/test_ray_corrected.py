@@ -133,7 +133,7 @@ def write_to_the_store(rank: int, name: str, references: list[Any]) -> str:
         lambda: col.allgather([spare, array], spare.copy(), name),
         lambda: col.reducescatter(array, [spare, spare], name),
     ):
-        with pytest.raises(col.ReadOnlyError, match="cop"):
+        with pytest.raises(col.ReadOnlyError, match=r"\bcopy\(\)"):
             call()
     return str(np.asarray(ray.get(references[0])).sum())
 
@@ -201,9 +201,7 @@ def test_ranks_that_disagree(crew: Crew, case: str) -> None:
 
 def test_a_world_size_that_is_not_the_number_of_actors(crew: Crew) -> None:
     for world_size in (1, 3):
-        with pytest.raises(
-            col.RankError, match=f"expected 2, the number of actors, got {world_size}"
-        ):
+        with pytest.raises(col.RankError, match=rf"world_size: .*\b2, .*\b{world_size}$"):
             col.create_collective_group(crew.actors[:2], world_size, [0, 1], "gloo", new_name())
 
 

@@ -97,43 +97,42 @@ def declare_and_destroy(actors: list[Any], name: str) -> None:
 
 
 MALFORMED: list[Any] = [
-    pytest.param(lambda a: ([a[0], a[1], a[0]],), col.RankError, "twice", id="an actor twice"),
     pytest.param(
-        lambda a: (a, 2),
-        col.RankError,
-        "expected 3, the number of actors, got 2",
-        id="world size too small",
+        lambda a: ([a[0], a[1], a[0]],), col.RankError, r"\bactors: ", id="an actor twice"
     ),
     pytest.param(
-        lambda a: (a, 4),
-        col.RankError,
-        "expected 3, the number of actors, got 4",
-        id="world size too large",
+        lambda a: (a, 2), col.RankError, r"world_size: .*\b3, .*\b2$", id="world size too small"
+    ),
+    pytest.param(
+        lambda a: (a, 4), col.RankError, r"world_size: .*\b3, .*\b4$", id="world size too large"
     ),
     pytest.param(lambda a: (a, "3"), col.RankError, "world_size", id="world size no number"),
     pytest.param(
-        lambda a: (a, 3, [0, 1]), col.RankError, "each of 0 to 2 once", id="too few ranks"
+        lambda a: (a, 3, [0, 1]), col.RankError, r"\branks: .*\b0 to 2\b", id="too few ranks"
     ),
     pytest.param(
-        lambda a: (a, 3, [0, 1, 1]), col.RankError, "each of 0 to 2 once", id="a rank twice"
+        lambda a: (a, 3, [0, 1, 1]), col.RankError, r"\branks: .*\b0 to 2\b", id="a rank twice"
     ),
     pytest.param(
-        lambda a: (a, 3, [1, 2, 3]), col.RankError, "each of 0 to 2 once", id="a rank outside"
+        lambda a: (a, 3, [1, 2, 3]), col.RankError, r"\branks: .*\b0 to 2\b", id="a rank outside"
     ),
     pytest.param(
         lambda a: (a, 3, ["0", "1", "2"]),
         col.RankError,
-        "each of 0 to 2 once",
+        r"\branks: .*\b0 to 2\b",
         id="ranks no numbers",
     ),
-    pytest.param(lambda a: ([],), col.OptionError, "actor handles", id="no actors"),
-    pytest.param(lambda a: (a[0],), col.OptionError, "actor handles", id="no list"),
-    pytest.param(lambda a: ([a[0], "actor"],), col.OptionError, "actor handles", id="no handle"),
+    pytest.param(lambda a: ([],), col.OptionError, r"\bactors: ", id="no actors"),
+    pytest.param(lambda a: (a[0],), col.OptionError, r"\bactors: ", id="no list"),
+    pytest.param(lambda a: ([a[0], "actor"],), col.OptionError, r"\bactors: ", id="no handle"),
     pytest.param(
         lambda a: (a, 3, None, "carrier-pigeon"), ValueError, "carrier-pigeon", id="unknown backend"
     ),
     pytest.param(
-        lambda a: (a, 3, None, "loopback"), col.OptionError, "one rank", id="loopback for three"
+        lambda a: (a, 3, None, "loopback"),
+        col.OptionError,
+        "backend='auto'",
+        id="loopback for three",
     ),
     pytest.param(lambda a: (a, 3, None, "gloo", ""), col.OptionError, "group_name", id="no name"),
     pytest.param(
@@ -142,7 +141,7 @@ MALFORMED: list[Any] = [
     pytest.param(
         lambda a: (a, 3, None, "gloo", "x", "1 s"),
         col.OptionError,
-        "milliseconds",
+        "gloo_timeout",
         id="timeout no number",
     ),
 ]
@@ -172,12 +171,12 @@ def test_a_dead_actor_is_named(crew: Crew, spawn: Spawn) -> None:
 
 class Stillborn(Member):
     def __init__(self) -> None:
-        raise ValueError("the constructor failed")
+        raise ValueError("in-constructor")
 
 
 def test_an_actor_whose_constructor_fails_is_named(crew: Crew, spawn: Spawn) -> None:
     name = new_name()
-    with pytest.raises(col.PeerLostError, match="the constructor failed") as caught:
+    with pytest.raises(col.PeerLostError, match="in-constructor") as caught:
         col.create_collective_group(
             [crew.actors[0], crew.actors[1], spawn(Stillborn)], group_name=name
         )
@@ -188,7 +187,7 @@ def test_an_actor_whose_constructor_fails_is_named(crew: Crew, spawn: Spawn) -> 
 def test_an_actor_that_cannot_start_is_named(crew: Crew, spawn: Spawn) -> None:
     nowhere = spawn(Member, resources={"no_node_has_it": 1})
     name = new_name()
-    with pytest.raises(col.CollectiveTimeoutError, match="lack of resources") as caught:
+    with pytest.raises(col.CollectiveTimeoutError, match="ray status") as caught:
         col.create_collective_group([crew.actors[0], nowhere], group_name=name, timeout_s=2)
     assert caught.value.ranks == (1,)
     assert crew.run(1, has_group, name) == [False]
@@ -199,7 +198,7 @@ def test_a_busy_actor_is_named_and_left_clean(crew: Crew, tmp_path: Path) -> Non
     busy = crew.actors[1].run.remote(hold, 1, gate)
     name = new_name()
     began = time.monotonic()
-    with pytest.raises(col.CollectiveTimeoutError, match="busy") as caught:
+    with pytest.raises(col.CollectiveTimeoutError, match="ray status") as caught:
         col.create_collective_group(crew.actors[:3], group_name=name, gloo_timeout=2000)
     assert caught.value.ranks == (1,)
     assert 2 <= time.monotonic() - began < 10
@@ -214,7 +213,7 @@ def test_a_busy_actor_destroys_the_group_when_it_comes_to_it(crew: Crew, tmp_pat
     name, gate = new_name(), tmp_path / "gate"
     group = col.create_collective_group(crew.actors[:3], group_name=name)
     busy = crew.actors[2].run.remote(hold, 2, gate)
-    with pytest.raises(col.CollectiveTimeoutError, match="busy") as caught:
+    with pytest.raises(col.CollectiveTimeoutError, match="ray status") as caught:
         group.destroy(timeout_s=2)
     assert caught.value.ranks == (2,)
     assert crew.run(2, has_group, name) == [False] * 2
@@ -225,7 +224,7 @@ def test_a_busy_actor_destroys_the_group_when_it_comes_to_it(crew: Crew, tmp_pat
 
 def test_a_name_taken_in_one_actor(crew: Crew) -> None:
     with crew.group(2) as name:
-        with pytest.raises(col.GroupError, match=r"rank 1.*exists already"):
+        with pytest.raises(col.GroupError, match=r"rank 1.*destroy_collective_group\(\)"):
             col.create_collective_group([crew.actors[2], crew.actors[0]], group_name=name)
         assert crew.run(3, has_group, name) == [True, True, False]
         assert crew.run(2, total, name) == [[3.0, 3.0]] * 2
@@ -235,9 +234,9 @@ def test_what_one_actor_raises_names_its_rank(crew: Crew) -> None:
     name = new_name()
     crew.run(2, forget_gloo, 1)
     try:
-        with pytest.raises(col.BackendUnavailableError, match=r"rank 1.*on a Tuesday"):
+        with pytest.raises(col.BackendUnavailableError, match=r"rank 1.*no-gloo-today"):
             col.create_collective_group(crew.actors[:2], backend="gloo", group_name=name)
-        with pytest.raises(col.OptionError, match=r"interface .* got 'nope0'"):
+        with pytest.raises(col.OptionError, match=r"interface .*'nope0'"):
             col.create_collective_group(crew.actors[:1], group_name=name, interface="nope0")
     finally:
         crew.run(2, forget_gloo, -1)
@@ -251,7 +250,7 @@ def forget_gloo(rank: int, forgetful: int) -> None:
     spec = type(backends.get_backend("gloo"))
     if rank == forgetful:
         spec.kept_available = spec.available
-        spec.available = lambda self: "no Gloo on a Tuesday"
+        spec.available = lambda self: "no-gloo-today"
     elif "kept_available" in vars(spec):
         spec.available = spec.kept_available
         del spec.kept_available
@@ -381,15 +380,15 @@ def late_calls() -> None:
     )
     said = actor_member.introduce(None, first, 5.0)
     actor_member.leave(None, first.token)
-    with pytest.raises(col.GroupError, match="gave it up"):
+    with pytest.raises(col.GroupError, match=r"create_collective_group: group 'late'"):
         actor_member.listen(None, first.token, "late", [said])
     where = actor_member.listen(
         None, second.token, "late", [actor_member.introduce(None, second, 5.0)]
     )
-    with pytest.raises(col.GroupError, match="makes it anew"):
+    with pytest.raises(col.GroupError, match=r"create_collective_group: group 'late'"):
         actor_member.introduce(None, first, 5.0)
     actor_member._members[second.token].leave()
-    with pytest.raises(col.GroupError, match="gave it up"):
+    with pytest.raises(col.GroupError, match=r"create_collective_group: group 'late'"):
         actor_member.connect(None, second.token, "late", [where], 5.0)
     assert not col.is_group_initialized("late")
     actor_member.leave(None, second.token)

@@ -256,17 +256,14 @@ def misuse(rank: int, name: str) -> None:
         handle.send(np.ones(2), None)
     with pytest.raises(col.RankError):
         handle.recv([np.ones(2)], RecvOptions())
-    with pytest.raises(col.OptionError, match="a list of one"):
+    with pytest.raises(col.OptionError, match=r"send: tensor: .*\b2$"):
         handle.send([np.ones(2)] * 2, SendOptions())
     for wrong in (np.ones((2, 2)).T, np.ones(2)):
-        with (
-            as_if_cupy_were_here(),
-            pytest.raises(col.OptionError, match="n_elements=3: expected a contiguous tensor"),
-        ):
+        with as_if_cupy_were_here(), pytest.raises(col.OptionError, match="n_elements=3: "):
             collective.send_multigpu(wrong, 1 - rank, 0, name, 3)
-    with pytest.raises(ValueError, match="less than world size"):
+    with pytest.raises(ValueError, match=r"rank '2' .*'2'"):
         collective.broadcast(np.ones(2), 2, name)
-    with pytest.raises(RuntimeError, match="second time"):
+    with pytest.raises(RuntimeError, match="initialize"):
         collective.init_collective_group(2, rank, "COLLTENSOR", name)
     with pytest.raises(col.MismatchError):
         collective.allreduce(np.ones(2 + rank), name)
@@ -286,7 +283,7 @@ def transports(rank: int, name: str) -> str:
     assert not col.is_group_initialized(name)
     assert not collective.is_backend_available("COLLTENSOR_NCCL")
     assert not hasattr(collective.types.Backend, "COLLTENSOR_LOOPBACK")
-    with pytest.raises(RuntimeError, match="not available"):
+    with pytest.raises(RuntimeError, match="COLLTENSOR_NCCL"):
         init(rank, name, "COLLTENSOR_NCCL")
     return backend
 
@@ -370,7 +367,7 @@ def test_registering_again_and_over_others(
     with pytest.raises(col.OptionError, match="timeout_s"):
         colltensor.ray.register(timeout_s=0)
     monkeypatch.setitem(backend_registry._global_registry._map, "COLLTENSOR", BaseGroup)
-    with pytest.raises(col.OptionError, match="another class"):
+    with pytest.raises(col.OptionError, match="COLLTENSOR"):
         colltensor.ray.register()
 
 

@@ -115,7 +115,7 @@ def test_a_receiver_that_dies_halfway_hurts_nobody(
     assert isinstance(outcome(doomed.run.remote(total, ref)), ray.exceptions.RayActorError)
     assert result(actors.second, total, ref) == sum(range(1 << 20))
     deadline = time.monotonic() + 20
-    while not any("failed, in the receiver too" in line for line in result(origin, log_lines)):
+    while not any("(rank 0): " in line for line in result(origin, log_lines)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -146,7 +146,7 @@ def test_a_mismatch_is_an_error_on_both_sides(actors: SimpleNamespace, receiver:
     error = outcome(target.run.remote(receive_by_hand, description, (5,)))
     assert isinstance(error, col.MismatchError)
     deadline = time.monotonic() + 10
-    while not any("failed, in the receiver too" in line for line in result(origin, log_lines)):
+    while not any("(rank 0): " in line for line in result(origin, log_lines)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert result(target, receive_by_hand, description, (2, 2)) == [[0.0, 1.0], [2.0, 3.0]]
@@ -161,7 +161,7 @@ def test_what_cannot_be_sent_fails_where_it_is_returned(actors: SimpleNamespace)
     error = outcome(ref)
     assert isinstance(error, col.UnsupportedDTypeError)
     assert "COLLTENSOR_NUMPY" in str(error)
-    assert "array 1 of 2" in str(error)
+    assert "1 of 2" in str(error)
     assert isinstance(outcome(actors.second.run.remote(total, ref)), col.UnsupportedDTypeError)
     assert not result(actors.first, is_alive)
 
@@ -180,7 +180,7 @@ def test_an_array_given_up_after_the_return_is_an_error_of_its_receiver(
     assert result(actors.first, give_up_value, framework)
     error = outcome(actors.second.run.remote(total, ref))
     assert isinstance(error, col.CollectiveError)
-    assert "deleted" in str(error) if framework == "jax" else "storage was freed" in str(error)
+    assert ("deleted" if framework == "jax" else "resize_(0)") in str(error)
     assert result(actors.second, total, give(actors.first, framework, counted, framework, 3)) == 3.0
 
 

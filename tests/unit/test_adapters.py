@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 import runpy
 import subprocess
 import sys
@@ -105,7 +106,7 @@ class TestNumpy:
         array.flags.writeable = False
         assert source(array).readonly
         assert source(array).pointer == array.ctypes.data
-        with pytest.raises(ReadOnlyError, match=r"read-only.*x\.copy\(\)"):
+        with pytest.raises(ReadOnlyError, match=r"x\.copy\(\)"):
             target(array)
         with pytest.raises(ReadOnlyError):
             target(np.frombuffer(b"12345678", np.float64))
@@ -114,9 +115,10 @@ class TestNumpy:
         "dtype", ["O", "M8[s]", "m8[s]", "U3", "S3", "V4", ">i4", "g", "G", [("a", "f4")]]
     )
     def test_other_dtypes(self, dtype: Any) -> None:
+        array = np.zeros(2, dtype)
         for look in (target, source):
-            with pytest.raises(UnsupportedDTypeError, match="is not supported"):
-                look(np.zeros(2, dtype))
+            with pytest.raises(UnsupportedDTypeError, match=re.escape(str(array.dtype))):
+                look(array)
 
     @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
     def test_subclasses_are_refused(self) -> None:
@@ -129,7 +131,9 @@ class TestNumpy:
             np.zeros(3).view(Tagged),
             np.rec.array([(1, 2)]),
         ):
-            with pytest.raises(UnsupportedTensorError, match="subclasses are refused"):
+            with pytest.raises(
+                UnsupportedTensorError, match=rf"{type(array).__name__}\b.*register_adapter\(\)"
+            ):
                 target(array)
 
     def test_no_reference_is_kept(self) -> None:
@@ -220,7 +224,7 @@ class TestTorch:
         torch = self.torch()
         for leaf in (torch.nn.Parameter(torch.ones(3)), torch.ones(3, requires_grad=True)):
             assert source(leaf).pointer == leaf.data_ptr()
-            with pytest.raises(ReadOnlyError, match="requires grad"):
+            with pytest.raises(ReadOnlyError, match=r"torch\.no_grad\(\)"):
                 target(leaf)
             with torch.no_grad():
                 assert target(leaf).pointer == leaf.data_ptr()
@@ -341,7 +345,7 @@ class TestJax:
             source(jax.numpy.ones(3, jax.numpy.int4))
         with pytest.raises(UnsupportedTensorError, match="PRNGKeyArray"):
             source(jax.random.key(0))
-        with pytest.raises(UnsupportedTensorError, match="outside the traced function"):
+        with pytest.raises(UnsupportedTensorError, match=r"Tracer.*colltensor\.jax"):
             jax.jit(source)(jax.numpy.ones(3))
 
 
@@ -434,7 +438,7 @@ class TestDlpack:
             assert view.device == CPU
 
     def test_device_numbers(self) -> None:
-        with pytest.raises(DeviceError, match="device type 8"):
+        with pytest.raises(DeviceError, match=r"\b8\b.*\bcpu\b"):
             target(Exporter(np.ones(3), (8, 0)))
 
     def test_read_only_memory(self) -> None:
@@ -451,14 +455,14 @@ class TestDlpack:
         assert (view.pointer, view.strides, view.readonly) == (array.ctypes.data, (2,), True)
         assert BufferView.from_dlpack(ReadOnly(array), dtype=DTYPES["float64"], device=CPU).readonly
         assert not BufferView.from_dlpack(array, dtype=DTYPES["float64"], device=CPU).readonly
-        with pytest.raises(ReadOnlyError, match=r"ReadOnly exports.*read-only.*numpy\.array\(x\)"):
+        with pytest.raises(ReadOnlyError, match=r"ReadOnly\b.*numpy\.array\(x\)"):
             target(ReadOnly(array))
 
     @exports_by_version
     def test_a_copy_is_read_but_not_written(self) -> None:
         array = np.arange(3.0)
         assert source(Copying(array)).count == 3
-        with pytest.raises(ReadOnlyError, match="exports a copy"):
+        with pytest.raises(ReadOnlyError, match=r"Copying\b.*numpy\.array\(x\)"):
             target(Copying(array))
 
     def test_a_device_without_an_index(self) -> None:
@@ -635,16 +639,16 @@ def test_register_adapter() -> None:
     assert adapter_of(Custom()) is first
     register_adapter(last)
     assert adapter_of(Custom()) is last
-    with pytest.raises(OptionError, match="no method claims, source"):
+    with pytest.raises(OptionError, match="claims, source"):
         register_adapter(object())  # type: ignore[arg-type]
     for attributes, words in (
-        ({"name": None}, "attribute name of type str, got None"),
-        ({"immutable": 1}, "attribute immutable of type bool"),
-        ({"directly_exportable": True}, "directly_exportable: expected a function, got True"),
+        ({"name": None}, r"\bname\b.*\bstr\b.*\bNone\b"),
+        ({"immutable": 1}, r"\bimmutable\b.*\bbool\b"),
+        ({"directly_exportable": True}, r"directly_exportable: .*\bTrue\b"),
     ):
         with pytest.raises(OptionError, match=words):
             register_adapter(type("Wrong", (CustomAdapter,), attributes)())
-    with pytest.raises(OptionError, match=r"got a class; pass CustomAdapter\(\)"):
+    with pytest.raises(OptionError, match=r"CustomAdapter\(\)"):
         register_adapter(CustomAdapter)  # type: ignore[arg-type]
 
 
@@ -668,7 +672,7 @@ def test_read_only_views_of_a_registered_adapter_are_not_written(alone: Any) -> 
         lambda: target_of(Locked(), tensor),
     ]
     for call in calls:
-        with pytest.raises(ReadOnlyError, match="Custom is read-only"):
+        with pytest.raises(ReadOnlyError, match=r"\bCustom\b"):
             call()
 
 
@@ -678,7 +682,7 @@ def test_read_only_views_of_a_registered_adapter_are_not_written(alone: Any) -> 
 )
 def test_what_is_no_tensor(thing: Any) -> None:
     assert find_adapter(type(thing)) is None
-    with pytest.raises(UnsupportedTensorError, match="expected a numpy, torch, JAX or CuPy array"):
+    with pytest.raises(UnsupportedTensorError, match=rf"__dlpack__.*\b{type(thing).__name__}\b"):
         adapter_of(thing)
 
 
@@ -708,16 +712,16 @@ def named(name: str) -> Any:
     [
         ("abc", "broadcast_object"),
         (b"abc", "broadcast_object"),
-        (None, "pass a tensor"),
-        ({1}, "pass a list"),
-        (frozenset({1}), "pass a list"),
+        (None, r"\bNoneType; (?!.*register_adapter)"),
+        ({1}, r"\blist\b"),
+        (frozenset({1}), r"\blist\b"),
         ((x for x in [1]), r"list\(x\)"),
         (map(int, []), r"list\(x\)"),
         ({}.values(), r"list\(x\)"),
         (bytearray(2), r"numpy\.frombuffer\(x, numpy\.uint8\)"),
-        (memoryview(b""), r"numpy\.asarray\(x\), which shares"),
+        (memoryview(b""), r"numpy\.asarray\(x\)"),
         (len, "register_adapter"),
-        (int, "leave it out"),
+        (int, r"\btype; (?!.*register_adapter)"),
         (named("h5py._hl.dataset.Dataset"), r"x\[\.\.\.\] = a"),
         (named("zarr.core.array.Array"), r"x\[\.\.\.\] = a"),
         (named("h5py._hl.group.Group"), r"x\[name\]\[\.\.\.\]"),
@@ -731,7 +735,7 @@ def named(name: str) -> Any:
         pytest.param(
             named("jax._src.random.prng.PRNGKeyArray"), "key_data", marks=pytest.mark.needs("jax")
         ),
-        (named("some.Table"), r"numpy\.array\(x\), a copy"),
+        (named("some.Table"), r"numpy\.array\(x\)"),
     ],
     ids=lambda thing: thing if isinstance(thing, str) else type(thing).__name__,
 )
@@ -832,9 +836,7 @@ def test_a_guard_knows_only_what_its_adapter_said(own_adapters: None) -> None:
 def test_a_functional_tensor_is_called_so(alone: Any) -> None:
     """It has no address either, and was told of freed storage."""
     torch = importlib.import_module("torch")
-    with pytest.raises(
-        UnsupportedTensorError, match=r"stands for others inside.*outside the traced function"
-    ):
+    with pytest.raises(UnsupportedTensorError, match=r"torch\.func\.functionalize"):
         torch.func.functionalize(alone.allreduce)(torch.zeros(2))
 
 
@@ -1026,7 +1028,7 @@ def test_what_a_base_cannot_know_is_asked_for() -> None:
     class Immutable(BytearrayAdapter):
         immutable = True
 
-    for wrong, words in ((Viewless(), "no method source"), (Immutable(), "allocate_result")):
+    for wrong, words in ((Viewless(), r"\bsource\b"), (Immutable(), "allocate_result")):
         with pytest.raises(OptionError, match=words):
             col.register_adapter(wrong)
 
@@ -1045,5 +1047,5 @@ def test_a_view_of_freed_storage_has_no_memory() -> None:
     part = whole[10:]
     whole.untyped_storage().resize_(0)
     assert part.data_ptr() != 0  # the offset
-    with pytest.raises(UnsupportedTensorError, match="freed"):
+    with pytest.raises(UnsupportedTensorError, match=r"resize_\(0\)"):
         find_adapter(torch.Tensor).source(part)  # type: ignore[union-attr]

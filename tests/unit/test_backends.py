@@ -79,17 +79,16 @@ class TestTable:
         assert is_available("loopback")
 
     def test_auto_is_no_entry_of_the_table(self) -> None:
-        with pytest.raises(OptionError, match="'auto' or one of"):
+        with pytest.raises(OptionError, match=r"^backend: .*'auto'"):
             get_backend("auto")
         assert is_available("auto") == (is_available("shm") or is_available("gloo"))
 
     @pytest.mark.parametrize("name", ["mpi", "", None, 3])
     def test_an_unknown_name(self, name: object) -> None:
-        with pytest.raises(
-            OptionError, match=r"'auto' or one of gloo, hierarchical, loopback, nccl, shm, got"
-        ):
+        known = "gloo, hierarchical, loopback, nccl, shm"
+        with pytest.raises(OptionError, match=rf"^backend: .*{known}, .*{name!r}"):
             get_backend(name)
-        assert "there is no backend" in str(reason(name))
+        assert repr(name) in str(reason(name))
         assert not is_available(name)
 
     def test_registering(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +133,7 @@ class TestTable:
         before = threading.active_count()
         with pytest.raises(
             OptionError,
-            match=r"backend 'pigeon': .* without takes_strided.*, needs_agreement.*allreduce\(\)",
+            match=r"backend 'pigeon': .* takes_strided.*, needs_agreement.*allreduce\(\)",
         ):
             col.init_collective_group(1, 0, "pigeon", init_method=f"file://{tmp_path}/x")
         assert threading.active_count() == before
@@ -142,11 +141,11 @@ class TestTable:
 
     @pytest.mark.parametrize("name", ["", "auto", None])
     def test_registering_under_no_name(self, name: object) -> None:
-        with pytest.raises(OptionError, match="name must be a non-empty string"):
+        with pytest.raises(OptionError, match=rf"register_backend: name .*{name!r}"):
             register_backend(name, get_backend("loopback"))
 
     def test_registering_something_else(self) -> None:
-        with pytest.raises(OptionError, match=r"without available\(\) and create\(\)"):
+        with pytest.raises(OptionError, match=r"'pigeon'.* available\(\) .*create\(\)"):
             register_backend("pigeon", object())  # type: ignore[arg-type]
 
     def test_looking_imports_no_framework(self) -> None:
@@ -184,13 +183,12 @@ class TestRequire:
                 rules.require(operation, DTYPES[name], op)
                 continue
             with pytest.raises(
-                UnsupportedDTypeError,
-                match=f"{operation} with op={op.name} is not defined for {name}",
+                UnsupportedDTypeError, match=rf"^{operation} .*op={op.name} .*\b{name}\b"
             ):
                 rules.require(operation, DTYPES[name], op)
 
     def test_a_reduction_without_op(self) -> None:
-        with pytest.raises(OptionError, match="allreduce needs a reduce op"):
+        with pytest.raises(OptionError, match=r"^allreduce .*SUM, .*\bNone\b"):
             rules.require("allreduce", DTYPES["float32"], None)
 
 
@@ -261,7 +259,7 @@ class TestLoopback:
             BufferView.from_address(place, (1,), DTYPES["int8"], device=far, owner=None)
             for place in (64, 128)
         ]
-        with pytest.raises(DeviceError, match="import torch or cupy first"):
+        with pytest.raises(DeviceError, match=r"\btorch\b.*\bcupy\b"):
             self.backend.allgather([views[0]], views[1], LATER)
 
     def test_more_ranks_are_refused(self) -> None:
@@ -269,7 +267,7 @@ class TestLoopback:
         assert get_backend("loopback").create(None, None, **options).name == "loopback"  # type: ignore[arg-type]
         control = Lonely()
         control.world_size = 2  # type: ignore[misc]
-        with pytest.raises(OptionError, match="serves groups of one rank"):
+        with pytest.raises(OptionError, match=r"'loopback' .*\b2; .*'auto'"):
             get_backend("loopback").create(control, control, **options)  # type: ignore[arg-type]
 
 
@@ -538,7 +536,7 @@ class TestGlooParts:
         keys = provider.KeyExchange(Two(), LATER)
         keys.set("0/0", b"here")
         assert (keys.get("0/0"), keys.get("0/1")) == (b"here", b"there")
-        with pytest.raises(RuntimeError, match=r"no rank has published '0/2'"):
+        with pytest.raises(RuntimeError, match="'0/2'"):
             keys.get("0/2")
 
     def test_gloo_needs_a_provider(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,7 +549,7 @@ class TestGlooParts:
         assert "pip install" in str(GlooSpec().available())
         assert reason("gloo") is not None
         with pytest.raises(
-            BackendUnavailableError, match=r"native is missing on ranks 0 \(/nowhere/lib.*torch"
+            BackendUnavailableError, match=r"\bnative .* 0 \(/nowhere/libcoll.*\btorch\b"
         ):
             GlooSpec().create(Lonely(), Lonely(), timeout_s=1.0, interface=None, provider=None)
 

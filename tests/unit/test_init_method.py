@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -46,17 +47,17 @@ def test_secret_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("COLLTENSOR_SECRET", os.fsdecode(b" hush \xff"))
     assert open_directory("tcp://host:1", 0, 3)[0] == FixedDirectory("host", 1, b"hush \xff")
     monkeypatch.setenv("COLLTENSOR_SECRET", "another")
-    with pytest.raises(OptionError, match="different secrets"):
+    with pytest.raises(OptionError, match=r"COLLTENSOR_SECRET\b.*COLLTENSOR_SECRET_FILE"):
         open_directory("tcp://host:1", 0, 3)
     assert open_directory("tcp://host:1", 0, 3, secret=b"x")[0] == FixedDirectory("host", 1, b"x")
 
 
 @pytest.mark.parametrize(("make", "complaint"), [
-    (lambda path: None, "cannot be read: No such file"),
-    (lambda path: path.write_bytes(b" \n"), "is empty"),
-    (lambda path: path.write_bytes(b"x" * 70000), "at most"),
-    (lambda path: path.mkdir(), "cannot be read"),
-    (os.mkfifo, "is something else"),
+    (lambda path: None, os.strerror(errno.ENOENT)),
+    (lambda path: path.write_bytes(b" \n"), "secret"),
+    (lambda path: path.write_bytes(b"x" * 70000), r"\b65536\b"),
+    (lambda path: path.mkdir(), os.strerror(errno.EISDIR)),
+    (os.mkfifo, "secret"),
 ])  # fmt: skip
 def test_files_without_a_secret(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make: Callable[[Path], object], complaint: str
@@ -125,7 +126,7 @@ def test_missing_variable_is_named(
         monkeypatch.delenv(name)
     else:
         monkeypatch.setenv(name, value)
-    with pytest.raises(OptionError, match=f"variable {name} is not set.*torchrun"):
+    with pytest.raises(OptionError, match=rf"\b{name}\b.*torchrun"):
         open_directory(None, None, None)
 
 
@@ -170,14 +171,14 @@ def test_only_the_environment_fills_in(
     rank: int | None, world_size: int | None, named: str
 ) -> None:
     for init_method in ("tcp://10.0.0.1:29500", "file:///tmp/x"):
-        with pytest.raises(OptionError, match=f"^{named} must be given"):
+        with pytest.raises(OptionError, match=rf"^{named}\b"):
             open_directory(init_method, rank, world_size)
 
 
 @pytest.mark.parametrize("rank", [-1, 2, 1.0, "0", True])
 def test_rank_outside_the_group(rank: object) -> None:
     for init_method in ("tcp://10.0.0.1:29500", "file:///tmp/x", "env://"):
-        with pytest.raises(RankError, match="rank must be an integer from 0 to 1"):
+        with pytest.raises(RankError, match=rf"^rank .*\b0 to 1\b.*{rank!r}"):
             open_directory(init_method, rank, 2)  # type: ignore[arg-type]
 
 
@@ -208,7 +209,7 @@ def test_ray_worker_meets_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(directory, RayDirectory)
     assert (rank, world_size) == (1, 2)
     assert isinstance(open_directory("env://", None, None)[0], FixedDirectory)
-    with pytest.raises(OptionError, match="rank must be given"):
+    with pytest.raises(OptionError, match=r"^rank\b"):
         open_directory(None, None, 2)
     ray.is_initialized = lambda: False  # type: ignore[attr-defined]
     assert isinstance(open_directory(None, None, None)[0], FixedDirectory)
@@ -225,7 +226,7 @@ def test_ray_worker_meets_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_likely_spelling_is_asked_for(given: str, meant: str) -> None:
-    with pytest.raises(OptionError, match=rf"got '{given}' \(did you mean '{meant}'\?\)"):
+    with pytest.raises(OptionError, match=rf"'{given}' \(.*'{meant}'\?\)"):
         open_directory(given, 0, 2)
 
 
@@ -233,5 +234,5 @@ def test_a_likely_spelling_is_asked_for(given: str, meant: str) -> None:
 def test_a_name_that_is_too_long(path: str) -> None:
     """It was told that the ranks do not reach each other."""
     directory, _, _ = open_directory(f"file://{path}", 0, 2)
-    with pytest.raises(OptionError, match=r"too long|does not exist"):
+    with pytest.raises(OptionError, match=f"^init_method: .*{path[:60]}"):
         directory.publish("y" * 90, b"")

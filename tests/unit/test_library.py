@@ -82,7 +82,7 @@ def test_it_is_found_in_whichever_folder_of_an_editable_install_has_it(
 
 def test_a_missing_library(folder: Path) -> None:
     with pytest.raises(
-        BackendUnavailableError, match=r"missing.*pip install.*apt-get install g\+\+.*-e \."
+        BackendUnavailableError, match=r"pip install .*apt-get install g\+\+.*-e \."
     ) as caught:
         library.load()
     assert str(folder / "libcolltensor.so") in str(caught.value)
@@ -94,16 +94,14 @@ def test_the_variable_names_a_file_that_is_not_there(
 ) -> None:
     monkeypatch.setenv("COLLTENSOR_LIBRARY", str(tmp_path / "elsewhere.so"))
     with pytest.raises(
-        BackendUnavailableError, match=r"no file .*elsewhere\.so, which .* COLLTENSOR_LIBRARY names"
+        BackendUnavailableError, match=rf"{tmp_path}/elsewhere\.so, .*\bCOLLTENSOR_LIBRARY\b"
     ):
         library.load()
 
 
 def test_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(
-        BackendUnavailableError, match=r"needs Linux, and this is darwin; use backend='gloo'"
-    ):
+    with pytest.raises(BackendUnavailableError, match=r"\bdarwin; .*backend='gloo'"):
         library.load()
     assert not is_available("shm")
 
@@ -111,15 +109,11 @@ def test_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     place = file_of(folder)
     assert is_available("shm")  # which loads nothing
-    with pytest.raises(
-        BackendUnavailableError, match=r"cannot be loaded: .*; pip install --force-reinstall"
-    ) as caught:
+    with pytest.raises(BackendUnavailableError, match=r"; pip install --force-reinstall") as caught:
         library.load()
     assert str(place) in str(caught.value)
     monkeypatch.setenv("COLLTENSOR_LIBRARY", str(place))
-    with pytest.raises(
-        BackendUnavailableError, match=r"cannot be loaded: .*; build .*libcolltensor\.so again"
-    ):
+    with pytest.raises(BackendUnavailableError, match=rf"; build {place}\b"):
         library.load()
 
 
@@ -134,7 +128,7 @@ def test_a_library_of_something_else(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     other = tmp_path / "other.so"
     other.symlink_to(found[0])
     monkeypatch.setenv("COLLTENSOR_LIBRARY", str(other))
-    with pytest.raises(BackendUnavailableError, match=r"cannot be loaded: .*shm_interface"):
+    with pytest.raises(BackendUnavailableError, match=r"other\.so .*\bshm_interface\b"):
         library.load()
 
 
@@ -156,7 +150,7 @@ def fake_tvm_ffi(
 
 def test_a_library_of_another_interface(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_tvm_ffi(monkeypatch, tmp_path, "0.1.13.post2", library.INTERFACE + 1)
-    wanted = rf"has interface {library.INTERFACE + 1}, and this colltensor needs {library.INTERFACE}; build .* again"
+    wanted = rf"\b{library.INTERFACE + 1}, .*\b{library.INTERFACE}; build {tmp_path}"
     with pytest.raises(BackendUnavailableError, match=wanted):
         library.load()
 
@@ -166,7 +160,7 @@ def test_a_tvm_ffi_of_another_abi(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str
 ) -> None:
     asked = fake_tvm_ffi(monkeypatch, tmp_path, version, library.INTERFACE)
-    wanted = rf"{version} is installed: pip install 'apache-tvm-ffi==0\.1\.\*'"
+    wanted = rf"\b{version} .*: pip install 'apache-tvm-ffi==0\.1\.\*'"
     with pytest.raises(BackendUnavailableError, match=wanted):
         library.load()
     assert not asked, "the library was loaded against another ABI"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import hmac
 import os
@@ -70,7 +71,7 @@ def test_end_of_connection_is_a_connection_error(pair: tuple[socket.socket, sock
     near, far = pair
     near.sendall(b"\x01\0\0")
     near.close()
-    with pytest.raises(ConnectionError, match="3 of 9 bytes"):
+    with pytest.raises(ConnectionError, match="3 of 9"):
         net.recv_frame(far, soon())
 
 
@@ -106,10 +107,10 @@ def test_sending_to_one_who_does_not_read_times_out(
 def test_frame_above_the_limit_is_refused_unread(pair: tuple[socket.socket, socket.socket]) -> None:
     near, far = pair
     near.sendall(struct.pack("!BQ", 1, 1 << 60))
-    with pytest.raises(net.FrameError, match="at most"):
+    with pytest.raises(net.FrameError, match=r"\b1152921504606846976\b"):
         net.recv_frame(far, soon())
     near.sendall(struct.pack("!BQ", 1, 101))
-    with pytest.raises(net.FrameError, match="at most 100"):
+    with pytest.raises(net.FrameError, match=r"\b101\b.*\b100\b|\b100\b.*\b101\b"):
         net.recv_frame(far, soon(), limit=100)
 
 
@@ -236,7 +237,7 @@ def test_silent_side_times_out(pair: tuple[socket.socket, socket.socket]) -> Non
 
 
 def test_context_has_a_limit(pair: tuple[socket.socket, socket.socket]) -> None:
-    with pytest.raises(ValueError, match="at most 4096"):
+    with pytest.raises(ValueError, match=r"\b4096\b"):
         net.prove(pair[0], b"", b"g" * 4097, soon())
 
 
@@ -296,7 +297,7 @@ def test_dialling_never_connects_a_socket_to_itself() -> None:
     original = socket.socket
     socket.socket = Selfish  # type: ignore[misc]
     try:
-        with pytest.raises(ConnectionRefusedError, match="nobody listens"):
+        with pytest.raises(ConnectionRefusedError, match=rf"\b{free_port}\b"):
             net.dial(("127.0.0.1", free_port), soon())
     finally:
         socket.socket = original  # type: ignore[misc]
@@ -324,7 +325,7 @@ def test_port_is_free_again_at_once() -> None:
         port = listener.getsockname()[1]
         near = net.dial(("127.0.0.1", port), soon())
         far, _ = listener.accept()
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(OSError, match=rf"\[Errno {errno.EADDRINUSE}\]"):
             net.listen("127.0.0.1", port)
     far.close()
     near.close()
@@ -342,7 +343,7 @@ def test_interface_by_name_and_by_address() -> None:
     "interface", ["eth99", "", "192.0.2.77", "not an interface", "0.0.0.0", "::", 3, None]
 )
 def test_unknown_interface_lists_what_there_is(interface: object) -> None:
-    with pytest.raises(OptionError, match=r"interface must be .*lo \(127\.0\.0\.1\)"):
+    with pytest.raises(OptionError, match=r"\binterface .*\blo \(127\.0\.0\.1\)"):
         net.interface_address(interface)  # type: ignore[arg-type]
 
 

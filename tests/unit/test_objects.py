@@ -45,7 +45,7 @@ class Elsewhere:
 
 def test_what_cannot_be_made_here_names_both_ranks() -> None:
     with pytest.raises(
-        CollectiveError, match=r"broadcast_object \(rank 1\).* of rank 0 .*no_such_package"
+        CollectiveError, match=r"broadcast_object \(rank 1\).* rank 0 .*no_such_package"
     ) as caught:
         copied([Elsewhere()])
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
@@ -74,9 +74,7 @@ def test_plain_data_passes_without_pickles_that_call() -> None:
     ],
 )
 def test_objects_are_refused_by_name_where_none_are_wanted(obj: Any, name: str) -> None:
-    with pytest.raises(
-        CollectiveError, match=rf"broadcast_object \(rank 1\): the object of rank 0 holds {name}"
-    ):
+    with pytest.raises(CollectiveError, match=rf"broadcast_object \(rank 1\): .*rank 0 .*{name}"):
         plain(obj)
 
 
@@ -87,7 +85,7 @@ def test_no_pickle_changes_what_the_process_shares() -> None:
         named + b"\x8c\x07float32\x85R}\x8c\x08itemsizeK@sb.",
         named + b"}\x8c\x0c__defaults__)sb.",
     ):
-        with pytest.raises(CollectiveError, match="cannot be unpickled here"):
+        with pytest.raises(CollectiveError, match=r"broadcast_object \(rank 1\): .*rank 0\b"):
             loads(payload, "broadcast_object", 1, 0, allow_pickle=False)
     assert DTYPES["float32"].itemsize == 4
 
@@ -98,7 +96,7 @@ def test_the_variable_that_refuses_objects(monkeypatch: pytest.MonkeyPatch) -> N
         assert pickle_allowed(None) is expected
         assert pickle_allowed(True) is True
     monkeypatch.setenv("COLLTENSOR_ALLOW_PICKLE", "never")
-    with pytest.raises(OptionError, match=r"COLLTENSOR_ALLOW_PICKLE: expected 0 .*, got 'never'"):
+    with pytest.raises(OptionError, match=r"COLLTENSOR_ALLOW_PICKLE: .*'never'"):
         pickle_allowed(None)
 
 

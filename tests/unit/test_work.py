@@ -39,9 +39,7 @@ def test_result_and_done(queue: OperationQueue) -> None:
     go = threading.Event()
     work = queue.put(Work("allreduce", lambda: go.wait(10) and "sum"))
     assert not work.done()
-    with pytest.raises(
-        CollectiveTimeoutError, match=r"allreduce: wait\(\) timed out after 0\.01 s"
-    ):
+    with pytest.raises(CollectiveTimeoutError, match=r"allreduce: wait\(\) .*\b0\.01 s"):
         work.wait(0.01)
     go.set()
     assert work.result() == "sum"
@@ -163,8 +161,8 @@ def test_the_thread_of_the_native_queue_is_gone_when_the_queue_is_closed() -> No
 
 
 def test_nothing_waits_in_a_queue_that_was_closed(queue: OperationQueue) -> None:
-    queue.close(GroupError("group 'tested' was destroyed"), 5.0)
-    with pytest.raises(GroupError, match=r"^allreduce: group 'tested' was destroyed$"):
+    queue.close(GroupError("group 'tested'"), 5.0)
+    with pytest.raises(GroupError, match=r"^allreduce: group 'tested'$"):
         queue.put(Work("allreduce", lambda: None))
     assert not queue.is_busy()
 
@@ -186,13 +184,13 @@ def test_an_idle_queue_has_no_thread() -> None:
 
 
 def test_the_worker_ends_when_the_queue_is_closed() -> None:
-    queue = OperationQueue("of a group with a name")
+    queue = OperationQueue("named-group")
     queue.put(Work("op", lambda: None)).wait(5)
     names = [thread.name for thread in threading.enumerate()]
-    assert any("of a group with a name" in name for name in names)
+    assert any("named-group" in name for name in names)
     queue.close(GroupError("over"), 5.0)
     deadline = time.monotonic() + 5
-    while any("of a group with a name" in thread.name for thread in threading.enumerate()):
+    while any("named-group" in thread.name for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -394,7 +392,7 @@ def test_a_work_says_how_it_ended_as_a_future_does() -> None:
         for work in (failed, good):
             work.add_done_callback(called.append)
         for wait in (failed.exception, failed.result):
-            with pytest.raises(CollectiveTimeoutError, match="goes on"):
+            with pytest.raises(CollectiveTimeoutError, match=r"a call: .*\b0\.01 s"):
                 wait(0.01)
         release.set()
         assert (good.exception(), good.result(5), good.exception(5)) == (None, "result", None)

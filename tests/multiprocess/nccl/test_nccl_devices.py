@@ -127,7 +127,7 @@ class TestSeveralDevices:
     def test_what_is_wrong_with_a_list_is_said(self, ranks: World) -> None:
         def run(group: Group) -> None:
             same = [DeviceArray(np.zeros(3, np.float32)) for _ in range(2)]
-            with pytest.raises(col.errors.DeviceError, match="different CUDA devices"):
+            with pytest.raises(col.errors.DeviceError, match=r"tensor_list .*\bcuda:0, cuda:0\b"):
                 group.multigpu.allreduce(same)
             longer = [same[0], DeviceArray(np.zeros(4, np.float32), device=1)]
             with pytest.raises(col.errors.ShapeError, match=r"tensor_list\[1\]"):
@@ -246,7 +246,7 @@ class TestAuto:
 
     def test_shm_alone_says_which_backend_can(self, ranks: World) -> None:
         def run(group: Group) -> None:
-            with pytest.raises(col.errors.DeviceError, match="'nccl' or 'auto'"):
+            with pytest.raises(col.errors.DeviceError, match=r"'nccl' .*'auto'"):
                 group.allreduce(on_device(0))
 
         ranks.values(2, run, backend="shm")

@@ -76,8 +76,7 @@ class TestFailures:
             return caught.value
 
         errors = ranks.values(3, run, timeout_s=1.0)
-        assert "rank 1" in str(errors[0])
-        assert "rank 2 has" not in str(errors[0])
+        assert (errors[0].__cause__ or errors[0]).ranks == (1,)
 
     def test_connecting_is_bounded(self, ranks: World) -> None:
         def run(group: Group) -> Any:
@@ -117,7 +116,7 @@ class TestFailures:
             group.barrier()
             release = ranks.machine.hold(device.current())
             if group.rank == 0:
-                ranks.spec.drivers[0].made[0].error = device.NcclError("unhandled system error")
+                ranks.spec.drivers[0].made[0].error = device.NcclError("ncclSystemError")
             work = group.allreduce(tensor, async_op=True)
             until = time.monotonic() + 10
             while not work.done():
@@ -129,7 +128,7 @@ class TestFailures:
             return caught.value
 
         for error in ranks.values(2, run):
-            assert "unhandled system error" in str(error)
+            assert "ncclSystemError" in str(error)
 
     def test_nccl_waits_for_a_late_rank_inside_the_call(self, ranks: World) -> None:
         """As where it connects an algorithm's ranks: the abort ends the call, and the verdict is the watchdog's."""
@@ -143,7 +142,7 @@ class TestFailures:
             def blocked(*arguments: int) -> None:
                 while not communicator.aborted:
                     time.sleep(0.01)
-                raise device.NcclError("unhandled system error")
+                raise device.NcclError("ncclSystemError")
 
             def slow() -> None:
                 abort()
@@ -163,8 +162,8 @@ class TestFailures:
             tensor = on_device(group.rank)
             group.allreduce(tensor)
             group.barrier()
-            ranks.machine.refuses = device.NcclError("invalid argument")
-            with pytest.raises(col.errors.CollectiveError, match=r"invalid argument|told"):
+            ranks.machine.refuses = device.NcclError("ncclInvalidArgument")
+            with pytest.raises(col.errors.CollectiveError, match="ncclInvalidArgument"):
                 group.allreduce(tensor)
             return None
 
@@ -231,10 +230,10 @@ class TestFailures:
             aborting, refused = threading.Event(), threading.Event()
 
             def fail(*arguments: Any) -> None:
-                made.error = device.NcclError("unhandled system error")
+                made.error = device.NcclError("ncclSystemError")
                 assert aborting.wait(10)
                 refused.set()
-                raise device.NcclError("invalid argument")
+                raise device.NcclError("ncclInvalidArgument")
 
             def abort() -> None:
                 made.aborted = True
@@ -248,7 +247,7 @@ class TestFailures:
                 group.allreduce(tensor)
             return caught.value
 
-        assert "rank 1 has not called" in str(ranks.values(2, run)[0])
+        assert ranks.values(2, run)[0].ranks == (1,)
 
     @pytest.mark.usefixtures("ranks_of_either_kind")
     def test_an_error_of_the_device_ends_the_group_for_all(self, ranks: World) -> None:
@@ -381,9 +380,9 @@ class TestFailures:
 
     def test_leaves_on_two_devices(self, ranks: World) -> None:
         def run(group: Group) -> None:
-            with pytest.raises(col.errors.DeviceError, match="cuda:0 and cuda:1"):
+            with pytest.raises(col.errors.DeviceError, match=r"\bcuda:0 .*\bcuda:1\b"):
                 group.allreduce([on_device(0), DeviceArray(np.zeros(3, np.float32), device=1)])
-            with pytest.raises(col.errors.DeviceError, match="on cpu"):
+            with pytest.raises(col.errors.DeviceError, match=r"\bcpu\b"):
                 group.allreduce([on_device(0), np.zeros(3, np.float32)])
 
         ranks.values(2, run)
@@ -541,7 +540,7 @@ class TestFailures:
                 with pytest.raises(col.DeviceError, match="CUDA graph"):
                     group.allreduce(tensor)
                 ranks.machine.captured.discard(device.current())
-                with pytest.raises(col.DeviceError, match="keeps its device"):
+                with pytest.raises(col.DeviceError, match=r"\bcuda:1\b.*\bcuda:0\b"):
                     group.allreduce(DeviceArray(values(0), device=1))
             return group.allreduce(tensor).read()
 

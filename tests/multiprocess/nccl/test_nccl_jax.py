@@ -161,9 +161,7 @@ class TestEmitted:
                 lambda a: cj.allreduce(a, group),
                 lambda a: cj.reducescatter(jnp.stack([a, a]), group),
             ):
-                with pytest.raises(
-                    col.UnsupportedDTypeError, match=r"NCCL has no \w+ with op=SUM of int16"
-                ):
+                with pytest.raises(col.UnsupportedDTypeError, match=r"NCCL .*op=SUM .*\bint16\b"):
                     emitted(function, x, "cuda")
 
         ranks.values(2, run)
@@ -182,7 +180,7 @@ class TestEmitted:
                 out_specs=parts,
                 check_vma=False,
             )
-            with pytest.raises(col.DeviceError, match="one device of a process"):
+            with pytest.raises(col.DeviceError, match=r"\bshard_map\b"):
                 emitted(both, jax.ShapeDtypeStruct((4,), jnp.float32), "cuda")
 
         ranks.values(2, run)
@@ -406,15 +404,15 @@ class TestInsideJit:
             op = ReduceOp.SUM if group.rank else ReduceOp.MAX
             step = jax.jit(lambda a: cj.allreduce(a, group))
             assert float(step(jnp.ones(COUNT))[0]) == 2
-            with pytest.raises(jax.errors.JaxRuntimeError, match=r"disagree|differ"):
+            with pytest.raises(jax.errors.JaxRuntimeError, match=r"allreduce .*\bMAX\b"):
                 jax.jit(lambda a: cj.allreduce(a, group, op))(jnp.ones(COUNT)).block_until_ready()
             cj.forget_failures()
             assert float(step(jnp.ones(COUNT))[0]) == 2
             group.barrier()
-            ranks.machine.refuses = device.NcclError("invalid argument")
-            with pytest.raises(jax.errors.JaxRuntimeError, match="invalid argument"):
+            ranks.machine.refuses = device.NcclError("ncclInvalidArgument")
+            with pytest.raises(jax.errors.JaxRuntimeError, match="ncclInvalidArgument"):
                 step(jnp.ones(COUNT)).block_until_ready()
-            with pytest.raises(col.GroupError, match="invalid argument"):
+            with pytest.raises(col.GroupError, match="ncclInvalidArgument"):
                 group.synchronize()
 
         ranks.values(2, run, check=True)

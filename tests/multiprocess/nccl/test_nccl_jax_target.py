@@ -286,9 +286,7 @@ class TestTargetFailures:
         def run(group: Group) -> None:
             rank = Rank(group, ranks.machine)
             memory = rank.write(given(group.rank))
-            with pytest.raises(
-                col.DeviceError, match="make the group with backend='nccl' or 'auto'"
-            ):
+            with pytest.raises(col.DeviceError, match=r"backend='nccl' .*'auto'"):
                 rank.call("allreduce", memory, memory, op=SUM)
 
         ranks.values(2, run, backend="shm")
@@ -299,7 +297,7 @@ class TestTargetFailures:
         def run(group: Group) -> Any:
             rank = Rank(group, ranks.machine)
             memory = rank.write(given(group.rank))
-            with pytest.raises(col.CollectiveError, match="do not fit each other"):
+            with pytest.raises(col.CollectiveError, match=r"\bJAX\b.*\bjax\.jit\b"):
                 rank.call("allreduce", memory, np.zeros_like(memory), op=SUM)
             rank.call("allreduce", memory, memory, op=SUM)
             return rank.read(memory)
@@ -313,7 +311,7 @@ class TestTargetFailures:
             memory = rank.write(given(group.rank))
             group.barrier()
             group.destroy()
-            with pytest.raises(col.GroupError, match="jit the function anew"):
+            with pytest.raises(col.GroupError, match=r"\bjit\b"):
                 rank.call("allreduce", memory, memory, op=SUM)
 
         ranks.values(2, run)
@@ -322,7 +320,7 @@ class TestTargetFailures:
         def run(group: Group) -> None:
             rank = Rank(group, ranks.machine)
             memory = rank.write(given(group.rank))
-            with pytest.raises(col.MismatchError, match=r"disagree|differ"):
+            with pytest.raises(col.MismatchError, match=r"\bMAX\b"):
                 rank.call("allreduce", memory, memory, op=SUM if group.rank else int(ReduceOp.MAX))
             np.testing.assert_array_equal(rank.read(memory), given(group.rank))
             rank.call("allreduce", memory, memory, op=SUM)
@@ -361,8 +359,8 @@ class TestTargetFailures:
             memory = rank.write(given(group.rank))
             rank.call("allreduce", memory, memory, op=SUM)
             group.barrier()
-            ranks.machine.refuses = device.NcclError("invalid argument")
-            with pytest.raises(col.errors.CollectiveError, match="invalid argument"):
+            ranks.machine.refuses = device.NcclError("ncclInvalidArgument")
+            with pytest.raises(col.errors.CollectiveError, match="ncclInvalidArgument"):
                 rank.call("allreduce", memory, memory, op=SUM)
 
         ranks.values(2, run)
