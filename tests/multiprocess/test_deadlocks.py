@@ -70,22 +70,28 @@ def wait_in_a_circle(
         )
 
 
-EVERYWHERE = [
+ALWAYS = [
     "sends behind sends",
     "a wait, and a receive",
     "a send, and a barrier",
     "three sends around",
 ]
+NATIVE = ("shm", "native")
 
 
 @pytest.mark.parametrize(
     ("transport", "circle"),
     [
         pytest.param(
-            *transport.values, circle, id=f"{transport.id}-{circle}", marks=transport.marks
+            *transport.values,
+            circle,
+            id=f"{transport.id}-{circle}",
+            marks=transport.marks
+            if transport.id in NATIVE and circle in ALWAYS
+            else [*transport.marks, pytest.mark.slow],
         )
         for transport in TRANSPORTS
-        for circle in (CIRCLES if transport.id in ("shm", "native") else EVERYWHERE)
+        for circle in (CIRCLES if transport.id in NATIVE else ALWAYS)
     ],
 )
 def test_ranks_that_wait_for_each_other_are_told(
@@ -177,4 +183,4 @@ def test_other_threads_and_callbacks_may_make_the_missing_call(
     found = pool.run(size, help_each_other, transport, fresh(), how)
     assert [taken for taken, _ in found[:2]] == [6.0, 5.0]
     if how == "thread":
-        assert any("wait for each other" in line for line in found[0][1])
+        assert any("sendrecv" in line for line in found[0][1])
