@@ -82,7 +82,7 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(
 
 def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
     torch_distributed = pytest.importorskip("torch.distributed")
-    from colltensor.torch.c10d.registration import create
+    from colltensor.torch.c10d import create
 
     store = torch_distributed.HashStore()
     errors: dict[int, CollectiveError] = {}

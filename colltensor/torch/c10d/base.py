@@ -24,10 +24,9 @@ from colltensor.torch.c10d.delegated import DelegatedBackends
 from colltensor.torch.c10d.identity import Identity
 from colltensor.torch.c10d.inbox import CLOSED, translated
 from colltensor.torch.c10d.meeting import meet
-from colltensor.torch.c10d.queue import ProcessGroupQueue
-from colltensor.torch.c10d.tensors import apart, bare, only
+from colltensor.torch.c10d.payloads import apart, bare, only
 from colltensor.torch.c10d.transfers import PATIENCE_S, Connect, Transfers
-from colltensor.torch.c10d.work import FinishedWork, PendingWork, QueuedCall
+from colltensor.torch.c10d.work import FinishedWork, PendingWork, ProcessGroupQueue, QueuedCall
 from colltensor.work import consequence, nested
 
 _profiler_enabled: Final = _compat.profiler_enabled()

@@ -126,8 +126,8 @@ class Inbox:
         self._reading: set[int] = set()  # sources whose next message is being read
         # the number of the last that was, by source
         self._taken: collections.Counter[int] = collections.Counter()
-        # sources and numbers of messages that count for nothing
-        self._withdrawn: set[tuple[int, int]] = set()
+        # by source, the numbers of messages that count for nothing and may still come
+        self._withdrawn: dict[int, list[range]] = {}
         self._lost: dict[int, BaseException] = {}
         self._closed: CollectiveError | None = None
 
@@ -194,7 +194,13 @@ class Inbox:
     def withdraw(self, source: int, number: int) -> None:
         """Discard a message that is still to come, by its number."""
         with self._changed:
-            self._withdrawn.add((source, number))
+            runs = self._withdrawn.setdefault(source, [])
+            if (
+                runs and runs[-1].stop == number
+            ):  # who tries in vain again and again fills no memory
+                runs[-1] = range(runs[-1].start, number + 1)
+            else:
+                runs.append(range(number, number + 1))
 
     def hold(self, receive: Receive) -> None:
         """Let no message be taken for a receive until ``release``; it keeps its place before those issued later."""
@@ -274,7 +280,7 @@ class Inbox:
         number, tag, nbytes, dtype, is_inline = header.read()
         with self._changed:
             self._taken[source] = number
-            if (source, number) in self._withdrawn:
+            if self._is_withdrawn(source, number):
                 return
             receive: Receive | None = None
 
@@ -319,6 +325,14 @@ class Inbox:
                 self._messages.append(Message(source, tag, dtype, target))
                 return
         _end(receive, _store(receive, source, dtype, target))
+
+    def _is_withdrawn(self, source: int, number: int) -> bool:
+        """Return whether a message that has come counts for nothing; those before it never come any more."""
+        runs = self._withdrawn.pop(source, [])
+        later = [run for run in runs if run.stop > number + 1]
+        if later:
+            self._withdrawn[source] = later
+        return any(number in run for run in runs)
 
     def _match(self, source: int, tag: int) -> Receive | None:
         """Take the first receive for such a message from the list; None while that is held."""

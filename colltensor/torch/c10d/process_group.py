@@ -11,7 +11,7 @@ import torch
 from colltensor._compat import torch as _compat
 from colltensor.torch.c10d import payloads
 from colltensor.torch.c10d.base import BaseProcessGroup
-from colltensor.torch.c10d.tensors import bare, flat, of_rank, only, op_of, options, split
+from colltensor.torch.c10d.payloads import bare, flat, of_rank, only, op_of, options, split
 from colltensor.types import ReduceOp
 from colltensor.untraced import keep_compilers_out
 

@@ -8,6 +8,7 @@ discarded by its number. Where other threads run, which may make the call that h
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -26,6 +27,8 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
 """Whoever comes later has the lower one look at once, so that they look again only in case a message was lost."""
 _ANSWER_S: Final = 30.0
 """How long an end that was agreed on is asked for."""
+_REMEMBERED: Final = round(_ANSWER_S / _FIRST_PAUSE_S)
+"""How many waits can be refused meanwhile."""
 _INTERRUPTED_S: Final = 2.0
 _log: Final = logging.getLogger(__name__)
 
@@ -100,7 +103,8 @@ class Standoffs:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._wait: Wait | None = None
-        self._refused: set[int] = set()
+        # the last ones: whoever was not answered asks again, but not for ever
+        self._refused: collections.deque[int] = collections.deque(maxlen=_REMEMBERED)
         self._warned = False
 
     def wait_for(
@@ -139,7 +143,7 @@ class Standoffs:
             progress = None if wait is None or wait.peer != asker else wait.progress()
             if end:
                 if wait is not None and progress is not None and wait.number == end:
-                    self._refused.add(end)
+                    self._refused.append(end)
                     wait.refuse(self._error(wait), Progress(sent, taken))
                 return json.dumps(end in self._refused).encode()
             if wait is None or progress is None:

@@ -11,21 +11,24 @@ from __future__ import annotations
 import collections
 import functools
 import threading
+import time
+import weakref
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, without_frames
 from colltensor.group import Group
 from colltensor.torch.c10d.inbox import Header, Inbox, Receive, bytes_of, translating
-from colltensor.torch.c10d.queue import ProcessGroupQueue
 from colltensor.torch.c10d.standoffs import Progress, Standoffs
-from colltensor.torch.c10d.work import Deadline, Deadlines, QueuedCall
+from colltensor.torch.c10d.work import ProcessGroupQueue, QueuedCall
 
 PATIENCE_S: Final = 7 * 86400.0
 """The timeout of the groups in here: ``Deadlines`` ends operations, and between them a group waits for the next."""
 _RECEIVER: Final = 1
+_PRUNE_FROM: Final = 64
+_LONGEST_WAIT_S: Final = 86400.0
 
 Connect = Callable[[int, int, Callable[[], None]], Group]
 """Makes the group of a source and a destination, in whose order the two are its ranks; calls the function meanwhile."""
@@ -59,10 +62,8 @@ class Transfers:
         self._issued: collections.Counter[int] = collections.Counter()
         # and of the last that was sent, or is
         self._sent: collections.Counter[int] = collections.Counter()
-        # those that are not done
+        # those that are not done, and count
         self._open: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
-        # destinations and numbers of messages that count for nothing
-        self._withdrawn: set[tuple[int, int]] = set()
         self._held: dict[tuple[int, int], threading.Event] = {}  # of those that may soon
 
     def send(
@@ -209,10 +210,10 @@ class Transfers:
         other: Progress,
     ) -> None:
         """End a send that both ranks count for nothing, as they do the other rank's."""
-        self._withdrawn.add((destination, number))
         self._inbox.withdraw(destination, other.sent)
         self._open[destination].discard(number)
         operation.end(error)
+        self._outboxes[destination].withdraw(operation)
         self._release(destination, number)
 
     def _release(self, destination: int, number: int) -> None:
@@ -225,7 +226,7 @@ class Transfers:
         held = self._held.get((destination, number))
         if held is not None:
             held.wait()
-        return (destination, number) not in self._withdrawn
+        return number in self._open[destination]
 
     def _deliver(self, tensor: torch.Tensor, destination: int, number: int, tag: int) -> None:
         try:
@@ -267,3 +268,72 @@ class Transfers:
         if operation.end(error):
             self.close(error)
             operation.notify()
+
+
+class Deadline(NamedTuple):
+    """When an operation expires, and what is said then."""
+
+    at: float
+    operation: weakref.ref[QueuedCall]
+    timeout_s: float
+    ranks: tuple[int, ...]
+
+    def is_over(self) -> bool:
+        """Return whether the operation is done; nothing else keeps one that is."""
+        operation = self.operation()
+        return operation is None or operation.done()
+
+
+class Deadlines:
+    """Calls ``expire`` for each operation that is not done in time."""
+
+    def __init__(self, expire: Callable[[Deadline], None]) -> None:
+        self._expire = expire
+        self._changed = threading.Condition(threading.Lock())
+        self._pending: list[Deadline] = []
+        self._prune_at = _PRUNE_FROM
+        self._wake_at = 0.0
+        self._started = self._closed = False
+
+    def add(self, operation: QueuedCall, timeout_s: float, ranks: tuple[int, ...]) -> None:
+        """Let ``operation`` expire after ``timeout_s``, for which ``ranks`` are to blame.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
+        deadline = Deadline(time.monotonic() + timeout_s, weakref.ref(operation), timeout_s, ranks)
+        with self._changed:
+            if len(self._pending) >= self._prune_at:
+                self._pending = [entry for entry in self._pending if not entry.is_over()]
+                self._prune_at = 2 * len(self._pending) + _PRUNE_FROM
+            if not self._started:
+                threading.Thread(
+                    target=self._serve, name="colltensor deadlines", daemon=True
+                ).start()
+                self._started = True
+            self._pending.append(deadline)
+            if deadline.at < self._wake_at:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closed = True
+            self._pending.clear()
+            self._changed.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._wake_at = min((entry.at for entry in self._pending), default=float("inf"))
+                left_s = min(self._wake_at - time.monotonic(), _LONGEST_WAIT_S)
+                if left_s > 0 and not self._closed:
+                    self._changed.wait(left_s)
+                if self._closed:
+                    return
+                now = time.monotonic()
+                late = [entry for entry in self._pending if entry.at <= now]
+                self._pending = [entry for entry in self._pending if entry.at > now]
+            for entry in late:
+                if not entry.is_over():
+                    self._expire(entry)
