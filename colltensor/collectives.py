@@ -348,19 +348,9 @@ def create_collective_group(
     check: bool = False,
 ) -> CollectiveGroup:
     """Make a group of Ray actors from the driver; see ``colltensor.ray.create_collective_group``."""
+    arguments = locals()
     declare = importlib.import_module("colltensor.ray.declare")
-    group: CollectiveGroup = declare.create_collective_group(
-        actors,
-        world_size,
-        ranks,
-        backend,
-        group_name,
-        gloo_timeout,
-        timeout_s=timeout_s,
-        interface=interface,
-        provider=provider,
-        check=check,
-    )
+    group: CollectiveGroup = declare.create_collective_group(**arguments)
     return group
 
 
@@ -376,17 +366,9 @@ def collective_group(
     check: bool = False,
 ) -> CollectiveGroup:
     """Make a group of Ray actors for the length of a ``with`` block; see ``colltensor.ray.collective_group``."""
+    arguments = locals()
     declare = importlib.import_module("colltensor.ray.declare")
-    group: CollectiveGroup = declare.collective_group(
-        actors,
-        backend,
-        group_name,
-        ranks=ranks,
-        timeout_s=timeout_s,
-        interface=interface,
-        provider=provider,
-        check=check,
-    )
+    group: CollectiveGroup = declare.collective_group(**arguments)
     return group
 
 

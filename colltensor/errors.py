@@ -43,7 +43,18 @@ class BackendUnavailableError(CollectiveError):
     """The backend cannot be used here."""
 
 
-class MismatchError(CollectiveError):
+class _RanksError(CollectiveError):
+    """Base of the errors that name ranks, which a pickle keeps."""
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
+class MismatchError(_RanksError):
     """The ranks of a group disagree about a call; no data was changed and the group goes on.
 
     One exception: where a ``sendrecv`` is agreed with one peer and not with the other, the agreed
@@ -53,42 +64,21 @@ class MismatchError(CollectiveError):
         ranks: The ranks that differ from the majority (from rank 0 where there is none).
     """
 
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
-
-
-class PeerLostError(CollectiveError, ConnectionError):
+class PeerLostError(_RanksError, ConnectionError):
     """A rank died, left or cannot be reached; the group is broken.
 
     Attributes:
         ranks: The ranks that are lost.
     """
 
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
-
-
-class CollectiveTimeoutError(CollectiveError, TimeoutError):
+class CollectiveTimeoutError(_RanksError, TimeoutError):
     """A rank did not arrive within the group's timeout; the group is broken.
 
     Attributes:
         ranks: The ranks that are late, as far as they could be told.
     """
-
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
 
 
 class RankError(CollectiveError, ValueError):

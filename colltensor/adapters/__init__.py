@@ -30,6 +30,9 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 _GUARDS: Final = 8
 """How often a guard learns other tensors, before those of the last time stay."""
+_OPTIONAL: Final = ("directly_exportable", "reduced", "stream", "kinds", "addresses", "allocate_results",
+                    "written_together", "restored", "alike", "reader")  # fmt: skip
+"""What ``AdapterBase`` says that an adapter may have."""
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
@@ -78,35 +81,29 @@ def register_adapter(adapter: Adapter) -> None:
         raise OptionError(
             f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}"
         )
+
     for name, kind in (("name", str), ("immutable", bool)):
         if not isinstance(getattr(adapter, name, None), kind):
             raise OptionError(
                 f"register_adapter: adapter {adapter!r}: expected an attribute {name} of type {kind.__name__}, "
                 f"got {getattr(adapter, name, 'none')!r}"
             )
+
     default = getattr(type(adapter), "allocate_result", None) is AdapterBase.allocate_result
     if adapter.immutable and default:
         raise OptionError(
             f"register_adapter: adapter {adapter!r}: tensors that are immutable need an allocate_result of their own, "
             "which returns a new one"
         )
-    for name in (
-        "directly_exportable",
-        "reduced",
-        "stream",
-        "kinds",
-        "addresses",
-        "allocate_results",
-        "written_together",
-        "restored",
-        "alike",
-        "reader",
-    ):
+
+    for name in _OPTIONAL:
         function = getattr(adapter, name, None)
         if function is not None and not callable(function):
             raise OptionError(
                 f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}"
             )
+
+    # What was found before may be the new adapter's.
     add_adapter(adapter)
     known.clear()
     exporters.clear()

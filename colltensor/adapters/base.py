@@ -49,7 +49,7 @@ class Adapter(Protocol):
 
 
 class AdapterBase:
-    """An adapter of mutable tensors but for ``name``, ``claims`` and ``source``.
+    """An adapter but for ``name``, ``claims`` and ``source``; of immutable tensors but for ``allocate_result`` as well.
 
     An adapter may also have any of these, which make calls faster or keep more of its framework's promises:
 

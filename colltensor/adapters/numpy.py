@@ -57,6 +57,8 @@ class NumpyAdapter(AdapterBase):
                 "the numpy array is read-only (arrays out of ray.get are views of the object store, shared by "
                 "every reader) and the call would write to it; pass x.copy()"
             )
+
+        # DLPack does not know every type: others travel as integers of their width.
         carrier = CARRIER_OF.get(dtype)
         try:
             handle = dlpack.export(tensor if carrier is None else tensor.view(carrier))
@@ -111,15 +113,9 @@ def _numbers() -> set[tuple[int, int, int]]:
     found: set[tuple[int, int, int]] = {
         (dtype.num, code, 8 * dtype.itemsize) for dtype, code in _DLPACK_CODES.items()
     }
-    for character in np.typecodes["AllInteger"]:
-        alike = np.dtype(character)
-        found.add(
-            (
-                alike.num,
-                _DLPACK_CODES[np.dtype(f"{alike.kind}{alike.itemsize}")],
-                8 * alike.itemsize,
-            )
-        )
+    for alike in map(np.dtype, np.typecodes["AllInteger"]):
+        code = _DLPACK_CODES[np.dtype(f"{alike.kind}{alike.itemsize}")]
+        found.add((alike.num, code, 8 * alike.itemsize))
     return found
 
 
@@ -131,16 +127,10 @@ def _reads(trial: Callable[[int, int, int], bool], reader: int, dtype: np.dtype[
         if not trial(reader, id(sample), words.buffer_info()[0]):
             return False
         strides = [step // dtype.itemsize for step in sample.strides]
-        said = [
-            sample.ctypes.data,
-            _DLPACK_CODES[dtype],
-            8 * dtype.itemsize,
-            sample.ndim,
-            *sample.shape,
-            *strides,
-        ]
-        if words.tolist() != said:
+        said = [sample.ctypes.data, _DLPACK_CODES[dtype], 8 * dtype.itemsize, sample.ndim]
+        if words.tolist() != [*said, *sample.shape, *strides]:
             return False
+
     whole.flags.writeable = False
     words = array.array("q", bytes(64))
     return not trial(reader, id(whole), words.buffer_info()[0])
@@ -181,15 +171,16 @@ class HostMemory:
             # numpy's arrays over it take 3 us to make
             ctypes.memmove(target.pointer, source.pointer, target.nbytes)
             return
-        if target.nbytes >= _NATIVE_FROM_NBYTES and (target.strides is None) != (
-            source.strides is None
-        ):
+
+        is_one_strided = (target.strides is None) != (source.strides is None)
+        if is_one_strided and target.nbytes >= _NATIVE_FROM_NBYTES:
             for found in native_copies:
                 native = found()
                 if native is not None and target.dtype == source.dtype:
                     words = _copy_words(target, source)
                     native(words.buffer_info()[0])
                     return
+
         to, of = host_array(target), host_array(source)
         if source.strides is None:
             to[...] = of.reshape(target.shape)
@@ -224,20 +215,9 @@ def _copy_words(target: BufferView, source: BufferView) -> array.array[int]:
     scatters = target.strides is not None
     strided, contiguous = (target, source) if scatters else (source, target)
     assert strided.strides is not None
-    shape = strided.shape
-    return array.array(
-        "q",
-        (
-            scatters,
-            contiguous.pointer,
-            strided.pointer,
-            strided.dtype.itemsize,
-            strided.count,
-            len(shape),
-            *shape,
-            *strided.strides,
-        ),
-    )
+    shape, itemsize = strided.shape, strided.dtype.itemsize
+    head = (scatters, contiguous.pointer, strided.pointer, itemsize, strided.count, len(shape))
+    return array.array("q", (*head, *shape, *strided.strides))
 
 
 def host_array(view: BufferView) -> np.ndarray[Any, Any]:

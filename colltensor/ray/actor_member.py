@@ -6,6 +6,7 @@ nothing waits and no thread runs: the driver carries the bytes.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import weakref
@@ -148,13 +149,8 @@ class ActorMember:
     def _make(self, listeners: Sequence[bytes], patience_s: float) -> Group:
         spec = self._spec
         try:
-            return table.make_group(
-                spec.world_size,
-                spec.rank,
-                lambda: self._meet(listeners),
-                patience_s,
-                **spec.options,
-            )
+            meet = functools.partial(self._meet, listeners)
+            return table.make_group(spec.world_size, spec.rank, meet, patience_s, **spec.options)
         finally:
             if not self._has_met:
                 self.introduction.abandon()

@@ -64,7 +64,7 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(
         if rank == 1:
             culprits.add(threading.get_ident())
         try:
-            meet(SlowStore(store, 0.1 * rank), "all", rank, 3, name="g", meet_s=5.0, timeout_s=5.0)
+            meet(SlowStore(store, 0.1 * rank), "all", rank, 3, name="g", timeout_s=5.0)
         except CollectiveError as error:
             errors[rank] = error
 
@@ -123,12 +123,12 @@ def test_what_one_rank_alone_met_with_leaves_nothing_for_the_next_meeting() -> N
         raise PeerLostError("rank 1 has gone", (1,))
 
     with pytest.raises(PeerLostError, match="has gone"):
-        meet(store, "again", 0, 2, name="g", meet_s=5.0, timeout_s=5.0, check=look)
+        meet(store, "again", 0, 2, name="g", timeout_s=5.0, check=look)
     assert not store.check(["again/1/0"])
     groups: list[Any] = []
 
     def make(rank: int) -> None:
-        groups.append(meet(store, "again", rank, 2, name="g", meet_s=9.0, timeout_s=9.0))
+        groups.append(meet(store, "again", rank, 2, name="g", timeout_s=9.0))
 
     run_in_threads(make, range(2))
     run_in_threads(lambda group: group.destroy(), groups)
@@ -170,8 +170,7 @@ def test_whoever_reads_the_store_knows_no_secret(
 
     monkeypatch.setattr(c10d_meeting, "connect", connect)
     run_in_threads(
-        lambda rank: c10d_meeting.meet(store, "all", rank, 2, name="g", meet_s=5, timeout_s=5),
-        range(2),
+        lambda rank: c10d_meeting.meet(store, "all", rank, 2, name="g", timeout_s=5), range(2)
     )
     assert len(used) == 2
     assert used[0].secret == used[1].secret
@@ -201,7 +200,7 @@ def test_another_secret_of_one_rank_is_heard_by_all(
     def make(rank: int) -> None:
         secrets[threading.get_ident()] = b"another" if rank == culprit else b"hush"
         try:
-            c10d_meeting.meet(store, "all", rank, 3, name="g", meet_s=5.0, timeout_s=5.0)
+            c10d_meeting.meet(store, "all", rank, 3, name="g", timeout_s=5.0)
         except CollectiveError as error:
             errors[rank] = error
 

@@ -64,35 +64,24 @@ class BaseProcessGroup(Identity):
         super().__init__(rank, size, store, name)
         self._timeout = timeout
         self._store = store.clone()  # torch waits in the other one, which nobody can use meanwhile
-        seconds = timeout.total_seconds()
-        self._group: Group = meet(
-            self._store,
-            "all",
-            rank,
-            size,
-            name=f"c10d {name}",
-            meet_s=seconds,
-            timeout_s=seconds,
-            refusal=refusal,
+        seconds, called = timeout.total_seconds(), f"c10d {name}"
+        group = self._group = meet(
+            self._store, "all", rank, size, name=called, timeout_s=seconds, refusal=refusal
         )
-        self._queue = ProcessGroupQueue(self._group.name)
-        self._transfers = Transfers(
-            self._group.name,
-            rank,
-            size,
-            _weakly(self._connect),
-            functools.partial(bridge.ask, self._group),
-            functools.partial(bridge.lost, self._group),
-        )
-        bridge.answer_with(self._group, self._transfers.standoffs.answer)
+
+        self._queue = ProcessGroupQueue(group.name)
+        ask, lost = functools.partial(bridge.ask, group), functools.partial(bridge.lost, group)
+        connect = _weakly(self._connect)
+        self._transfers = Transfers(group.name, rank, size, connect, ask, lost)
+        bridge.answer_with(group, self._transfers.standoffs.answer)
         self._delegated = DelegatedBackends(store, rank, size, timeout)
+
         self._parts = itertools.count()
         self._issued = 0
         self._ended: str | None = None
         # Whoever drops a process group has left it, as with torch's own, so that no other rank waits for this one.
-        self._dropped = weakref.finalize(
-            self, _leave_beside, self._queue, self._transfers, self._group, name
-        )
+        parts = self._queue, self._transfers, group
+        self._dropped = weakref.finalize(self, _leave_beside, *parts, name)
         self._dropped.atexit = False
 
     @property
@@ -167,6 +156,7 @@ class BaseProcessGroup(Identity):
         members = sorted(new_ranks)
         if self.rank() not in members:
             return None
+
         store = distributed_c10d.PrefixStore(
             f"split/{number}/{'-'.join(map(str, members))}/", self.get_group_store()
         )
@@ -260,6 +250,7 @@ class BaseProcessGroup(Identity):
         self._issued += 1
         if opts.timeout != _UNSET:
             call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
+
         if not opts.asyncOp and self._queue.enter():
             try:
                 call(*arguments)
@@ -272,6 +263,7 @@ class BaseProcessGroup(Identity):
             return FinishedWork(tensors)
         if not opts.asyncOp and self._queue.is_inside():
             raise nested(name, self._group.name)
+
         arguments = apart(arguments)
         inference = bool(tensors) and tensors[0].is_inference()
         broken = self._group.broken
@@ -334,6 +326,7 @@ class BaseProcessGroup(Identity):
         """Meet the other end of one direction of a pair."""
         sends = source == self.rank()
         peer = destination if sends else source
+        way = f"{source}>{destination}"
 
         asked_at = time.monotonic()
         told: CollectiveError | None = None  # in the ranks of this group
@@ -352,16 +345,9 @@ class BaseProcessGroup(Identity):
                 raise
 
         try:
-            return meet(
-                self._store,
-                f"{source}>{destination}",
-                0 if sends else 1,
-                2,
-                meet_s=PATIENCE_S,
-                timeout_s=PATIENCE_S,
-                name=f"{self._group.name} {source}>{destination}",
-                check=look,
-            )
+            name = f"{self._group.name} {way}"
+            end = 0 if sends else 1
+            return meet(self._store, way, end, 2, name=name, timeout_s=PATIENCE_S, check=look)
         except CollectiveError as error:
             if error is told:
                 raise

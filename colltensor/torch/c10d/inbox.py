@@ -138,6 +138,7 @@ class Inbox:
             RuntimeError: No thread can be started; nothing is left behind.
         """
         with self._changed:
+            # A message that an earlier receive is held for is that one's.
             found = next(
                 (
                     message
@@ -152,11 +153,13 @@ class Inbox:
                 self._messages.remove(found)
             elif error is None:
                 error = self._hopeless(receive)
+
             if found is None and error is None:
                 self._read_from(self._others if receive.source is None else [receive.source])
                 self._receives.append(receive)
                 self._changed.notify_all()
                 return
+
         if found is not None:
             error = _store(receive, found.source, found.dtype, found.data)
         _end(receive, error)
@@ -164,9 +167,8 @@ class Inbox:
     def taken(self, source: int) -> int | None:
         """Return the number of the last message of ``source``'s that came; None while one may come without a call."""
         with self._changed:
-            return (
-                None if source in self._reading or self._any_from(source) else self._taken[source]
-            )
+            may_come = source in self._reading or self._any_from(source)
+            return None if may_come else self._taken[source]
 
     def taken_before(self, receive: Receive) -> int | None:
         """Return the number of the last message that came of its source; None if ``receive`` has taken one."""
@@ -180,16 +182,9 @@ class Inbox:
     def tags_beside(self, operation: QueuedCall) -> list[int]:
         """Return the tags of the messages that are there and that a receive does not take, though of its source."""
         with self._changed:
-            receive = next(
-                (receive for receive in self._receives if receive.operation is operation), None
-            )
-            return sorted(
-                {
-                    m.tag
-                    for m in self._messages
-                    if receive is not None and receive.may_come_from(m.source)
-                }
-            )
+            issued = [receive for receive in self._receives if receive.operation is operation]
+            beside = (m for m in self._messages for r in issued if r.may_come_from(m.source))
+            return sorted({message.tag for message in beside})
 
     def withdraw(self, source: int, number: int) -> None:
         """Discard a message that is still to come, by its number."""
@@ -292,13 +287,12 @@ class Inbox:
             self._changed.wait_for(is_complete)
             if self._closed is not None:
                 return
+
         try:
-            fits = receive is not None and _fits(receive.tensor, dtype, nbytes)
-            target = (
-                receive.tensor
-                if receive is not None and fits
-                else torch.empty(nbytes, dtype=torch.uint8)
-            )
+            if receive is not None and _fits(receive.tensor, dtype, nbytes):
+                fits, target = True, receive.tensor
+            else:
+                fits, target = False, torch.empty(nbytes, dtype=torch.uint8)
             if is_inline:
                 header.copy_to(target)
                 if not target.is_inference():
@@ -318,6 +312,8 @@ class Inbox:
             if receive is not None:
                 _end(receive, error)
             raise
+
+        # A receive that takes it may have been issued meanwhile.
         with self._changed:
             if receive is None:
                 receive = self._match(source, tag)

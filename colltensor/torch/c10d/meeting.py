@@ -28,7 +28,6 @@ def meet(
     world_size: int,
     *,
     name: str,
-    meet_s: float,
     timeout_s: float,
     check: Callable[[], None] | None = None,
     refusal: CollectiveError | None = None,
@@ -44,8 +43,7 @@ def meet(
         rank: This rank in the group.
         world_size: The number of ranks.
         name: The group's name in messages.
-        meet_s: How long the others may take to come, in seconds.
-        timeout_s: How long a call of the group waits for other ranks, in seconds.
+        timeout_s: How long the others may take to come, and a call of the group then waits for them, in seconds.
         check: Called now and then while others are waited for; what it raises ends the wait.
         refusal: Why this rank will not be in the group, which every rank is to raise.
 
@@ -59,7 +57,8 @@ def meet(
         if refusal is not None:
             raise refusal
         return solitary(name, options)
-    deadline = time.monotonic() + meet_s
+
+    deadline = time.monotonic() + timeout_s
     secret = b""
     try:
         secret = given_secret()
@@ -67,6 +66,7 @@ def meet(
         refusal = refusal or error
     if not secret and (host := _host_of(store)) is not None:
         warn_of_strangers(host, name, rank)
+
     exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
     everybody_hears = False
     try:
@@ -85,6 +85,7 @@ def meet(
             # What this rank alone met with (a lost peer, say) is told to nobody through the keys.
             everybody_hears = exchange.is_whole and not isinstance(error, CollectiveTimeoutError)
             raise
+
         group = connect(meeting, options, deadline)
         try:
             group.barrier()  # now all have read all keys
@@ -95,7 +96,7 @@ def meet(
             raise
     except BaseException as error:
         if isinstance(error, CollectiveTimeoutError):
-            say_timed_out(error, meet_s)
+            say_timed_out(error, timeout_s)
         with contextlib.suppress(DistError):  # the store may be what failed
             exchange.leave() if everybody_hears else exchange.withdraw()
         raise

@@ -66,11 +66,9 @@ def apart(value: Any) -> Any:
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor if it is contiguous, else memory of its shape that is."""
-    return (
-        tensor
-        if tensor.is_contiguous()
-        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    )
+    if tensor.is_contiguous():
+        return tensor
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def only(operation: str, argument: str, tensors: Any) -> torch.Tensor:
@@ -317,6 +315,7 @@ def exchange(
             f"all-to-all: group '{group.name}' (rank {rank}): this rank gives itself {sources[rank].numel()} elements "
             f"and gets {targets[rank].numel()}"
         )
+
     targets[rank].copy_(sources[rank].view_as(targets[rank]))
     for step in range(1, size):
         to, of = (rank + step) % size, (rank - step) % size
@@ -341,6 +340,7 @@ def allreduce_sparse(group: Group, tensor: torch.Tensor, op: ReduceOp) -> None:
         raise UnsupportedTensorError(
             f"allreduce: tensor: layout {tensor.layout} is not supported; use sparse COO"
         )
+
     mine = tensor.coalesce()
     indices, values = mine.indices(), mine.values()
     counts = _element_counts(group, mine)
@@ -348,6 +348,8 @@ def allreduce_sparse(group: Group, tensor: torch.Tensor, op: ReduceOp) -> None:
     # an element a row, to be padded below
     all_indices = _gather(group, indices.t().contiguous(), most)
     all_values = _gather(group, values.contiguous(), most)
+
+    # In the order of the ranks, so that all get the same bits.
     total = None
     for count, place, value in zip(counts, all_indices, all_values, strict=True):
         part = torch.sparse_coo_tensor(place[:count].t(), value[:count], mine.shape)

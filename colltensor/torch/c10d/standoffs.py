@@ -120,6 +120,7 @@ class Standoffs:
         """Return when the operation is done; the arguments are ``Wait``'s attributes."""
         if operation.is_done_within(_FIRST_PAUSE_S):
             return
+
         wait = Wait(next(self._numbers), sends, peer, operation, progress, hold, release, refuse)
         wait.agreed.set()
         outer, self._wait = self._wait, wait
@@ -163,9 +164,8 @@ class Standoffs:
 
     def _look(self, wait: Wait) -> None:
         """Ask the other rank whether it waits for this one, and end both waits if so."""
-        mine, said = wait.progress(), None
-        if mine is not None:
-            said = self._question(wait.peer, 0, mine)
+        mine = wait.progress()
+        said = None if mine is None else self._question(wait.peer, 0, mine)
         if mine is None or said is None:
             return
         if self._rank > wait.peer:  # that one looks too, now that it was asked
@@ -177,12 +177,15 @@ class Standoffs:
         if not (is_alone and _is_alone()):
             self._warn(wait)
             return
+
+        # Held from here on, so that it ends as the other rank's does, or goes on.
         with self._lock:
             mine = wait.progress()
             if self._wait is not wait or mine is None:
                 return
             wait.agreed.clear()
             wait.hold()
+
         ended = False
         try:
             ended = self._has_ended(wait, number, mine)

@@ -51,6 +51,7 @@ class Transfers:
         self._rank = rank
         self._connect = connect
         self._failure: CollectiveError | None = None
+
         self._guard = threading.Lock()
         self._outboxes: dict[int, ProcessGroupQueue] = {}
         self._headers: dict[int, Header] = {}
@@ -58,6 +59,7 @@ class Transfers:
         self._deadlines = Deadlines(self._expire)
         self._inbox = Inbox(name, rank, size, self._group)
         self.standoffs = Standoffs(name, rank, ask, lost, self.close)
+
         # the number of the last message, by destination
         self._issued: collections.Counter[int] = collections.Counter()
         # and of the last that was sent, or is
@@ -75,18 +77,18 @@ class Transfers:
                 raise self._refusal("send")
             outbox = self._outboxes.get(destination)
             if outbox is None:
-                outbox = self._outboxes[destination] = ProcessGroupQueue(
-                    f"{self._name} to {destination}"
-                )
-                self._headers[destination] = Header()
+                outbox = ProcessGroupQueue(f"{self._name} to {destination}")
+                self._outboxes[destination], self._headers[destination] = outbox, Header()
             number = self._issued[destination] = self._issued[destination] + 1
             self._open[destination].add(number)
+
         operation = QueuedCall(
             f"send to rank {destination}, tag {tag}",
             lambda: self._deliver(tensor, destination, number, tag),
         )
         operation.watch = functools.partial(self._watch_send, operation, destination, number)
         self._deadlines.add(operation, timeout_s, (destination,))
+
         try:
             outbox.put(operation)
         except RuntimeError as error:  # no thread can be started
@@ -233,10 +235,9 @@ class Transfers:
             group = self._group(self._rank, destination)
             if not self._counts(destination, number):
                 return
-            message, header = (
-                tensor.resolve_conj().resolve_neg().contiguous(),
-                self._headers[destination],
-            )
+
+            message = tensor.resolve_conj().resolve_neg().contiguous()
+            header = self._headers[destination]
             is_inline = header.write(message, number, tag)
             self._sent[destination] = number
             with translating(f"group '{self._name}' (rank {self._rank})", self._rank, destination):

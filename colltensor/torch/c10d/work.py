@@ -215,6 +215,7 @@ class ProcessGroupQueue:
                     return
                 operation = self._waiting.popleft()
                 self._running = True
+
             operation.execute()
             self.turn.release()
             with self._lock:
@@ -225,6 +226,7 @@ class ProcessGroupQueue:
                     # no new thread: this one goes on when it has told
                     with contextlib.suppress(RuntimeError):
                         self._man()
+
             operation.notify()
             del operation  # not kept while this waits: its error has the caller's frames
 
