@@ -28,12 +28,8 @@ _CONSTANTS: Final = frozenset(
         "enum.Enum",
         "numpy.dtype",
         "numpy.generic",
-        "torch.dtype",
-        "torch.device",
-        "torch.layout",
-        "torch.memory_format",
-        "torch.Size",
     }
+    | {f"torch.{name}" for name in ("dtype", "device", "layout", "memory_format", "Size")}
 )
 """Modules of which all types, and names of types of which all values are the same on ranks that write them alike."""
 _remedies: Final[dict[type, str | None]] = {}
@@ -114,9 +110,8 @@ def _remedy(kind: type) -> str | None:
 def structure_of(tree: Any) -> optree.PyTreeSpec | None:
     """Return what ``leaves_like`` compares with; None for a tree with nodes that only jax knows."""
     leaves, structure = _flattened(tree, _is_tensor)
-    return (
-        None if any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves) else structure
-    )
+    has_jax_nodes = any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves)
+    return None if has_jax_nodes else structure
 
 
 def flat_tree(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:

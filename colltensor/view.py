@@ -69,9 +69,11 @@ class BufferView:
         self.count = count
         self.dtype = dtype
         self.device = device
+
         # None: the owner's, read when asked for, which contiguous tensors seldom are
         self._shape = shape
         self.strides = strides
+
         self.readonly = readonly
         self.handle = handle
         self.owner = owner

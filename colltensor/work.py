@@ -109,9 +109,7 @@ class Work:
         if self._queue is not None and not self._finished.is_set() and self._queue.is_inside():
             raise _waits_inside(self._operation)
         if not self._finished.wait(None if timeout_s is None else _seconds(timeout_s)):
-            raise CollectiveTimeoutError(
-                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
-            )
+            raise _late(self._operation, timeout_s)
         if self._error is not None:
             raise self._error
 
@@ -184,10 +182,8 @@ def call_back(callback: Callable[[Work], None], work: Work) -> None:
     try:
         callback(work)
     except BaseException as error:
-        if (
-            not isinstance(error, Exception)
-            and threading.current_thread() is threading.main_thread()
-        ):
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and not isinstance(error, Exception):
             raise  # it may be Ctrl-C, and no operation runs in this thread
         told = (type(error), error, error.__traceback__, threading.current_thread())
         threading.excepthook(threading.ExceptHookArgs(told))
@@ -239,20 +235,16 @@ class QueuedWork(Work):
         began = time.monotonic()
         super().wait(timeout_s)
         assert self._pending is not None
-        left_s = (
-            None
-            if timeout_s is None
-            else max(0.0, _seconds(timeout_s) - (time.monotonic() - began))
-        )
+        left_s = None
+        if timeout_s is not None:
+            left_s = max(0.0, began + _seconds(timeout_s) - time.monotonic())
         try:
             self._pending.order(self._streams(), left_s)
         except CollectiveError as error:
             self._error = error
             raise
         except TimeoutError:
-            raise CollectiveTimeoutError(
-                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
-            ) from None
+            raise _late(self._operation, timeout_s) from None
 
     def done(self) -> bool:
         """Return True once the device is done with the operation, or it failed; never waits."""
@@ -341,16 +333,11 @@ class IssuedWork(Work):
         queue = self._issuer
         if not self._over and queue.is_before(self):
             raise _waits_inside(self._operation)
-        if not self._over and not queue.wait_for(
-            self, None if timeout_s is None else _seconds(timeout_s)
-        ):
+        seconds = None if timeout_s is None else _seconds(timeout_s)
+        if not self._over and not queue.wait_for(self, seconds):
             if timeout_s is None:
-                raise GroupError(
-                    f"{self._operation}: it was issued by the parent process of this one"
-                )
-            raise CollectiveTimeoutError(
-                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
-            )
+                raise _parents(self._operation)
+            raise _late(self._operation, timeout_s)
         if self._error is not None:
             raise self._error
 
@@ -362,9 +349,7 @@ class IssuedWork(Work):
         """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
         if self._over or not self._issuer.notify(self, callback):
             if not self.done():
-                raise GroupError(
-                    f"{self._operation}: it was issued by the parent process of this one"
-                )
+                raise _parents(self._operation)
             call_back(callback, self)
 
     def fail(self, code: int) -> None:
@@ -383,6 +368,16 @@ class IssuedWork(Work):
             self._notify(self._written)
         self._held, self._written = None, ()
         self._over = True
+
+
+def _late(operation: str, timeout_s: float | None) -> CollectiveTimeoutError:
+    return CollectiveTimeoutError(
+        f"{operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
+    )
+
+
+def _parents(operation: str) -> GroupError:
+    return GroupError(f"{operation}: it was issued by the parent process of this one")
 
 
 def _waits_inside(operation: str) -> GroupError:
@@ -410,9 +405,7 @@ def consequence(
     """
     if not isinstance(broken, (PeerLostError, CollectiveTimeoutError)):
         return None
-    error = type(broken)(
-        f"{operation}: group '{group_name}' (rank {rank}): a call before it failed: {broken}",
-        broken.ranks,
-    )
+    where = f"{operation}: group '{group_name}' (rank {rank})"
+    error = type(broken)(f"{where}: a call before it failed: {broken}", broken.ranks)
     error.__cause__ = broken
     return error

@@ -65,12 +65,8 @@ def _watch_the_end(group: Group) -> None:
         try:
             thread.start()
         except RuntimeError as error:  # no more threads: the groups' timeouts bound the wait
-            _log.debug(
-                "group %r (rank %d): the end of this process will wait for jitted collectives under way: %s",
-                group.name,
-                group.rank,
-                error,
-            )
+            words = "group %r (rank %d): the end of this process will wait for jitted collectives under way: %s"
+            _log.debug(words, group.name, group.rank, error)
         else:
             _end_watchers.append(thread)
 

@@ -70,41 +70,38 @@ class ActorCall:
         failed: dict[int, CollectiveError] = {}
         unasked = list(range(len(self._actors)))
         deadline = self.deadline
+
         while waiting or unasked:
             for place in unasked:
+                actor = self._actors[place]
                 try:
-                    waiting[
-                        self._actors[place].__ray_call__.remote(question, *arguments[place])
-                    ] = place
+                    waiting[actor.__ray_call__.remote(question, *arguments[place])] = place
                 except RayError as error:
                     failed[place] = self._unreachable(place, error)
             unasked.clear()
             if failed:
                 deadline = min(deadline, time.monotonic() + _VERDICT_S)
-            ready, _ = (
-                ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-                if waiting
-                else ([], [])
-            )
+
+            left_s = max(0.0, deadline - time.monotonic())
+            ready = ray.wait(list(waiting), timeout=left_s)[0] if waiting else []
             if not ready:
                 break
+
             place = waiting.pop(ready[0])
             try:
                 answers[place] = ray.get(ready[0])
             except RayTaskError as error:
                 failed[place] = self._notified(place, error)
             except RayError as error:
+                restarts = again and isinstance(error, ActorUnavailableError)
                 if dead_are_done:
                     answers[place] = None
-                elif (
-                    again
-                    and isinstance(error, ActorUnavailableError)
-                    and time.monotonic() < deadline
-                ):
+                elif restarts and time.monotonic() < deadline:
                     time.sleep(_PAUSE_S)
                     unasked.append(place)
                 else:
                     failed[place] = self._unreachable(place, error)
+
         if failed:
             raise _cause(failed)
         if waiting:
@@ -157,10 +154,6 @@ def _cause(failed: Mapping[int, CollectiveError]) -> CollectiveError:
     """Return the error that explains the others: an actor's own before a death, a death before a wait in vain."""
 
     def order(error: CollectiveError) -> int:
-        return (
-            2
-            if isinstance(error, CollectiveTimeoutError)
-            else int(isinstance(error, PeerLostError))
-        )
+        return 2 if isinstance(error, CollectiveTimeoutError) else isinstance(error, PeerLostError)
 
     return min((failed[place] for place in sorted(failed)), key=order)

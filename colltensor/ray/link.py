@@ -225,9 +225,8 @@ class Links:
             late = f"{where}: timed out after {TIMEOUT_S:g} s: it did not answer"
             raise CollectiveTimeoutError(late, (0,)) from error
         except OSError as error:
-            raise PeerLostError(
-                f"{where}: it is dead, or cannot be reached: {error}", (0,)
-            ) from error
+            words = f"{where}: it is dead, or cannot be reached: {error}"
+            raise PeerLostError(words, (0,)) from error
 
     def abort(self, obj_id: str) -> None:
         """End the transfers of an object that are under way here; they raise."""
@@ -271,6 +270,7 @@ class Links:
             else:
                 link.open(deadline)
                 link.request(obj_id, deadline)
+
             yield link
             self._give_back(link)
         finally:

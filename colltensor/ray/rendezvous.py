@@ -119,9 +119,8 @@ class RayDirectory:
             board = _find(key)
             found = b"" if board is None else _read(key, board, _READ_WITHIN_S)
         if found and another_rank_0_lives(found, key):
-            raise taken(
-                0, [who_am_i(), f"the process that owns the actor '{name}' in this Ray namespace"]
-            ) from error
+            owner = f"the process that owns the actor '{name}' in this Ray namespace"
+            raise taken(0, [who_am_i(), owner]) from error
         if is_late:
             raise OptionError(
                 f"group_name: Ray does not let rank 0 start the actor '{name}': {error}; choose another group_name"

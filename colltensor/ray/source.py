@@ -102,12 +102,10 @@ class Source:
             self._serving.add(sock)
         try:
             now = time.monotonic()
-            net.verify(
-                sock,
-                lambda context: self.endpoint.secret if context == CONTEXT else None,
-                now + HANDSHAKE_S,
-            )
+            secrets_of = {CONTEXT: self.endpoint.secret}
+            net.verify(sock, secrets_of.get, now + HANDSHAKE_S)
             self._door.proven(sock)
+
             group = form_group(sock, 0, self.endpoint.who, now + TIMEOUT_S)
             try:
                 while not self._is_closed:
@@ -115,13 +113,11 @@ class Source:
             finally:
                 group.destroy()
         except CollectiveError as error:
-            _LOG.warning(
-                "group %r (rank %d): failed, in the receiver too: %s", self._group_name, 0, error
-            )
+            words = "group %r (rank %d): failed, in the receiver too: %s"
+            _LOG.warning(words, self._group_name, 0, error)
         except OSError as error:  # the receiver went, or has not asked for long, or was no receiver
-            _LOG.debug(
-                "group %r (rank %d): stops answering a receiver: %s", self._group_name, 0, error
-            )
+            words = "group %r (rank %d): stops answering a receiver: %s"
+            _LOG.debug(words, self._group_name, 0, error)
         finally:
             with self._lock:
                 self._serving.discard(sock)
@@ -132,8 +128,10 @@ class Source:
         kind, payload = net.recv_frame(sock, time.monotonic() + _PATIENCE_S, net.UNPROVEN_LIMIT)
         if kind != Step.WANTED:
             raise net.FrameError(f"expected a request, got a frame of kind {kind}")
+        obj_id = payload.decode()
         with self._lock:
-            arrays = self._objects.get(payload.decode())
+            arrays = self._objects.get(obj_id)
+
         try:
             if arrays is None:
                 raise GroupError(
@@ -141,15 +139,11 @@ class Source:
                 )
             views = views_of(arrays)
         except CollectiveError as error:
-            _LOG.warning(
-                "group %r (rank %d): cannot send object %s: %s",
-                self._group_name,
-                0,
-                payload.decode(),
-                error,
-            )
+            words = "group %r (rank %d): cannot send object %s: %s"
+            _LOG.warning(words, self._group_name, 0, obj_id, error)
             net.send_frame(sock, Step.FAILED, encode_error(error), time.monotonic() + TIMEOUT_S)
             return
+
         net.send_frame(sock, Step.READY, b"", time.monotonic() + TIMEOUT_S)
         group.send(list(arrays), 1)
         if views[0].device.type != "cpu":

@@ -61,6 +61,7 @@ class PowerSGD:
                 matrices.append((gradient.reshape(gradient.shape[0], -1), name))
             else:
                 plain.append(gradient)
+
         kept = [self._remembered(matrix, name) for matrix, name in matrices]
         for (matrix, _), memory in zip(matrices, kept, strict=True):
             memory.error.add_(matrix)  # from here on the matrix to be sent
@@ -70,9 +71,11 @@ class PowerSGD:
         lefts = [torch.linalg.qr(left).Q for left in lefts]
         if not matrices:
             return
+
         rights = [memory.error.mT @ left for memory, left in zip(kept, lefts, strict=True)]
         yield (together := _pack(rights, bucket.flat))
         rights = _unpack(together, [], rights)
+
         for gradient, name in zip(bucket.gradients, bucket.names, strict=True):
             if self._pays(gradient):
                 self._use(gradient, self._memory[name], lefts.pop(0), rights.pop(0), name)

@@ -111,10 +111,8 @@ _REMEDY = "start the processes with torchrun, or unset TORCHELASTIC_USE_AGENT_ST
 
 def _name(key: str) -> str:
     """Return the store's key; each restart of the job has keys of its own."""
-    run, attempt = (
-        os.environ.get("TORCHELASTIC_RUN_ID", ""),
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-    )
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return f"colltensor/{run}/{attempt}/{key}"
 
 
