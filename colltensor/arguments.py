@@ -1,4 +1,4 @@
-"""Arguments: checks what a call was given against its group and backend, before the first byte moves."""
+"""Arguments: checks what a call was given, against group and backend, before a byte moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTEWISE: Final = frozenset({"broadcast", "send", "recv"})
 
 
 class Arguments:
-    """Turns a call's arguments into Buffers and ranks. Messages name operation, argument and rank."""
+    """Turns arguments into Buffers and ranks; errors name operation, argument and rank."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Arguments:
         backend: Backend,
         other: Callable[[BufferView], Backend],
     ) -> None:
-        """Check for ``backend``, and for tensors that it cannot reach, for what ``other`` returns."""
+        """Check for ``backend``; for tensors it does not reach, for what ``other`` returns."""
         self._name = name
         self._rank = rank
         self._world_size = world_size

@@ -122,7 +122,7 @@ def without_frames(error: CollectiveError) -> CollectiveError:
 
 
 def say_timed_out(error: CollectiveTimeoutError, timeout_s: float) -> None:
-    """Add to a timeout's message the words that programs look for, and how long it was, unless it has them."""
+    """Say in a timeout's message that it timed out and after how long, if it does not."""
     if "timed out after" not in str(error):
         error.args = f"{error} (timed out after {timeout_s:g} s)", *error.args[1:]
 

@@ -1,4 +1,4 @@
-"""Group: the collectives of one group of ranks; adapts the tensors of a call, checks them, runs it."""
+"""Group: the collectives of one group of ranks; checks the tensors of a call, and runs it."""
 
 from __future__ import annotations
 
@@ -178,8 +178,14 @@ class Group:
             self._allreduce, self._barrier = self._fastpath.allreduce, self._fastpath.barrier
 
         _groups.add(self)
-        made = "group %r (rank %d): made of %d ranks, backend %r: %s"
-        _log.debug(made, name, rank, world_size, self.backend, why)
+        _log.debug(
+            "group %r (rank %d): made of %d ranks, backend %r: %s",
+            name,
+            rank,
+            world_size,
+            self.backend,
+            why,
+        )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -189,12 +195,12 @@ class Group:
 
     @property
     def timeout_s(self) -> float:
-        """How long every operation waits for the other ranks, in seconds; ``set_timeout`` changes it."""
+        """How long every operation waits for other ranks, in seconds; see ``set_timeout``."""
         return self._engine.timeout_s
 
     @property
     def broken(self) -> CollectiveError | None:
-        """The error that broke the group, on this rank or told by another one; None while it works."""
+        """The error that broke the group, here or on another rank; None while it works."""
         return self._engine.broken or (self._control.broken if self._control is not None else None)
 
     def allreduce(
@@ -805,7 +811,7 @@ class Group:
         return obj if root == self.rank else theirs
 
     def allgather_object(self, obj: Any) -> list[Any]:
-        """Return the list of all ranks' ``obj`` on every rank, pickled on the way as in ``broadcast_object``."""
+        """Return all ranks' ``obj`` on every rank, pickled as in ``broadcast_object``."""
         payload = objects.dumps(obj)
         found = self._exchange("allgather_object", payload, -1)
         found[self.rank] = payload
@@ -816,7 +822,7 @@ class Group:
         return everyone
 
     def _unpickled(self, payload: bytes, operation: str, of: int) -> Any:
-        """Return the object of rank ``of``; its own a rank looks at only where it might be refused."""
+        """Return rank ``of``'s object; one's own is looked at where it might be refused."""
         allowed = self._options.allow_pickle
         if of == self.rank and allowed:
             return None
@@ -885,7 +891,7 @@ class Group:
         self._close("was destroyed; make it again with init_collective_group()")
 
     def _end(self) -> None:
-        """Do as ``destroy``, but keep the name, because the process ends. No call imports anything any more."""
+        """Do as ``destroy``, but keep the name; calls import nothing more: the process ends."""
         self._arguments = _Ended(self.name, self.rank)
         self._close("has ended, because its process ends")
 
@@ -903,7 +909,7 @@ class Group:
             self._backend.close()
 
     def _close_behind(self) -> None:
-        """Close the backend when the call has ended in which a signal's handler has closed the group."""
+        """Close the backend after the call in which a signal's handler closed the group."""
         deadline = time.monotonic() + _LEAVING_S
         while self._engine.progress() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -919,7 +925,7 @@ class Group:
         self._devices.synchronize(gpu_id)
 
     def _make_part(self, name: str, members: list[int]) -> Group | None:
-        """Meet the other members through this group's control plane; non-members only help with the exchange."""
+        """Meet the other members over this control plane; others only help to exchange."""
 
         def exchange(payload: bytes) -> list[bytes]:
             everyone = self._exchange("split", payload, -1)
@@ -965,7 +971,7 @@ class Group:
         donate: bool,
         copy: bool | None,
     ) -> Buffers:
-        """Adapt a tensor that is written on some ranks alone, which tell the others if it cannot be."""
+        """Adapt a tensor that some ranks alone write, which tell the others if they cannot."""
         adapt: Callable[..., Buffers] = self._arguments.tensor
 
         try:
@@ -1007,7 +1013,7 @@ class Group:
 
 
 class _Ended:
-    """Stands for a group's arguments once its process ends: refuses a call before anything is imported for it."""
+    """Stands for a group's arguments once its process ends, when nothing can be imported."""
 
     def __init__(self, name: str, rank: int) -> None:
         self._name = name
@@ -1054,7 +1060,7 @@ def _end_all() -> None:
 
 
 def _calling() -> set[int]:
-    """Return the other threads that are in a function of this package that may call a native library."""
+    """Return the other threads in a function of the package that may call native code."""
     here = threading.get_ident()
     files = {
         ident: frame.f_code.co_filename

@@ -34,7 +34,7 @@ class GroupOptions:
     allow_pickle: bool = field(default_factory=lambda: objects.pickle_allowed(None))
 
     def backend_for(self, world_size: int) -> str:
-        """Return the backend's name; ``"auto"`` where the hosts of the ranks decide, once they have met."""
+        """Return the backend's name; ``"auto"`` until the ranks have met and their hosts decide."""
         if self.backend != "auto":
             return self.backend
         if world_size == 1:
@@ -85,7 +85,7 @@ class GroupOptions:
         return backend, f"{why}; {details}" if details else why
 
     def _asked(self, name: str, made: str, meeting: Any) -> str:
-        """Return why a backend is used that was asked for, and hint at the faster one where there is one."""
+        """Return why a backend that was asked for is used, and hint at a faster one."""
         why = f"backend={self.backend!r} was asked for"
         if self.backend == "auto":
             why = f"provider={self.provider!r} was asked for, which is one of {name}"

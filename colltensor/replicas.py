@@ -1,4 +1,4 @@
-"""Replicas: what the leaves of all ranks must have in common, down to the bits of their parameters."""
+"""Replicas: what the leaves of all ranks have in common, down to the bits of parameters."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Plain:
 
 
 def fingerprint(view: BufferView) -> str:
-    """Return a hash of a tensor's elements in row-major order, the same for any framework, layout and device."""
+    """Return a hash of the elements in row-major order, for any framework, layout and device."""
     return blake2b(memory_of(view.device.type).contents(view), digest_size=16).hexdigest()
 
 

@@ -206,7 +206,7 @@ def destroy_collective_group(group_name: str = "default") -> None:
 
 
 def _check_process(group_name: str) -> None:
-    """Refuse to make a group while the process ends, when Python imports nothing and starts no thread any more."""
+    """Refuse a group while the process ends, when nothing is imported and no thread started."""
     if exit_hooks.is_over():
         raise GroupError(
             f"init_collective_group: group '{group_name}': this process ends and makes no groups any more (this call "

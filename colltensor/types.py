@@ -88,7 +88,7 @@ CPU: Final = Device("cpu", 0)
 
 
 class ReduceOp(enum.IntEnum):
-    """How the ranks' elements are combined. The first five are ``ray.util.collective``'s, numbers included."""
+    """How elements are combined; the first five, numbers included, as in Ray's collectives."""
 
     SUM = 0
     PRODUCT = 1

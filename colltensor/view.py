@@ -230,7 +230,7 @@ class BufferView:
         return self.pointer + low * self.dtype.itemsize, self.pointer + high * self.dtype.itemsize
 
     def overlaps_itself(self) -> bool:
-        """Return True where two index tuples may share memory (a broadcast axis, a sliding window)."""
+        """Return True where elements may share memory (a broadcast axis, a sliding window)."""
         if self.strides is None or self.count == 0:
             return False
         pairs = zip(self.strides, self.shape, strict=True)

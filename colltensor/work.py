@@ -1,4 +1,4 @@
-"""Work, the handle of an asynchronous collective, and what is raised where one cannot be had or waited for."""
+"""Work, the handle of an asynchronous collective, and the errors of calls and waits in vain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Lane = tuple[int, int]
 
 
 class _Always(threading.Event):
-    """An event that is always set. Waiting takes no lock, which an interrupted thread would leave to all others."""
+    """An event that is always set; no lock that an interrupted thread could leave taken."""
 
     def is_set(self) -> bool:
         return True
@@ -86,7 +86,7 @@ class Work:
     def __init__(
         self, operation: str, run: Callable[[], Any], finished: threading.Event | None = None
     ) -> None:
-        """Make the handle of what ``run`` does; with ``finished=FINISHED`` it is run before anybody waits for it."""
+        """Make the handle of ``run``; with ``FINISHED`` it runs before anybody waits."""
         self._operation = operation
         self._run: Callable[[], Any] | None = run
         self._finished = threading.Event() if finished is None else finished
@@ -118,7 +118,7 @@ class Work:
         return self._finished.is_set()
 
     def result(self, timeout_s: float | None = None) -> Any:
-        """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
+        """Wait as ``wait`` does; return what the call returns without ``async_op``."""
         self.wait(timeout_s)
         return self._result
 
@@ -231,7 +231,7 @@ class QueuedWork(Work):
         self._pending = self._begin()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Let this thread's streams, or the host where it must, wait for the operation; see ``Work.wait``."""
+        """Let this thread's streams, or else the host, wait for it; see ``Work.wait``."""
         began = time.monotonic()
         super().wait(timeout_s)
         assert self._pending is not None
@@ -253,13 +253,13 @@ class QueuedWork(Work):
         return self._error is not None or (self._pending is not None and self._pending.done())
 
     def result(self, timeout_s: float | None = None) -> Any:
-        """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
+        """Wait as ``wait`` does; return what the call returns without ``async_op``."""
         self.wait(timeout_s)
         return self._get()
 
 
 class EndedWork(Work):
-    """An operation that had ended when its call returned, as a short one does whose other ranks are there."""
+    """An operation that had ended when its call returned, as a short one may."""
 
     _error: BaseException | None = None
 

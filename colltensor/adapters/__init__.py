@@ -143,7 +143,7 @@ def find_adapter(kind: type) -> Adapter | None:
 
 
 def number_adapter(kind: type) -> Adapter | None:
-    """Return the adapter for numbers of this type, which are no tensors to ``find_adapter``; None for what is none."""
+    """Return the adapter for numbers of this type, no tensors to ``find_adapter``; else None."""
     if kind in _NUMBERS or any(
         base.__name__ == "generic" and base.__module__ == "numpy" for base in kind.__mro__
     ):
@@ -206,7 +206,7 @@ def host_memory() -> HostMemory:
 
 
 def stream_of(adapter: Adapter, index: int) -> int | None:
-    """Return the stream on which this thread's work is queued now; None where the host must wait. See ``Adapter``."""
+    """Return the stream of this thread's work of now; None where the host must wait."""
     function: Callable[[int], int | None] | None = getattr(adapter, "stream", None)
     return LEGACY_STREAM if function is None else function(index)
 
@@ -239,7 +239,7 @@ class Guard:
         )
 
     def learn(self, tensors: Sequence[Any], kinds: set[type]) -> None:
-        """Remember what exportable tensors of these types are like, if one framework has them all and can tell."""
+        """Remember what these tensors are like, if one framework has them all and can tell."""
         adapters = {known.get(kind) for kind in kinds}
         if not self._left or len(adapters) > 1:
             return
@@ -250,7 +250,7 @@ class Guard:
 
 
 def are_exportable(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
-    """Return True if a backend may take all of the tensors as they are; ``guard`` is asked first, and learns."""
+    """Return True if a backend may take all as they are; ``guard`` answers first, and learns."""
     if guard is not None and guard.knows(tensors):
         return True
     kinds = set(map(type, tensors))
@@ -267,7 +267,7 @@ def are_exportable(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
 
 
 def reader_of(kind: type) -> int:
-    """Return the address of the C function that reads tensors of a type, 0 where there is none. See ``Adapter``."""
+    """Return the C function that reads a type's tensors, 0 for none; see ``AdapterBase``."""
     found = _readers.get(kind)
     if found is None:
         function: Callable[[type], int] | None = getattr(known.get(kind), "reader", None)

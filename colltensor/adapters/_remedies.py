@@ -92,7 +92,7 @@ def name_of(kind: type) -> str:
 
 
 def remedy_for(tensor: Any) -> str:
-    """Return what the caller may do with an object that no adapter takes, for the end of a message."""
+    """Return what to do with an object that no adapter takes, for the end of a message."""
     kind = type(tensor)
     names = [name_of(base) for base in kind.__mro__]
     for name in names:

@@ -28,7 +28,7 @@ _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class DlpackAdapter(AdapterBase):
-    """Any object with ``__dlpack__`` and ``__dlpack_device__``, taken to be mutable unless it says otherwise."""
+    """Any object that exports DLPack, taken to be mutable unless it says otherwise."""
 
     name = "dlpack"
 

@@ -172,7 +172,7 @@ def _strides(tensor: Any) -> tuple[int, ...] | None:
 
 
 def _tiling(layout: Any) -> Any:
-    """Return what a layout has beside the order of the axes: tiles, or elements smaller than a byte."""
+    """Return what a layout has beside the axes' order: tiles, or elements below a byte."""
     tiling = getattr(layout, "tiling", None) or getattr(layout, "_tiling", None)
     return tiling or getattr(layout, "sub_byte_element_size_in_bits", 0)
 
@@ -221,7 +221,7 @@ def _sharded(tensor: Any) -> UnsupportedTensorError:
 
 
 def with_every_dtype(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function makes while JAX makes 64-bit arrays, which another process may have switched on."""
+    """Return what a function makes while JAX makes 64-bit arrays, which senders may have."""
     home = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
     with home.enable_x64(True):
         return function(*arguments)

@@ -1,4 +1,4 @@
-"""The adapter for numbers: Python's and numpy's scalars, which nobody can write, so that results are new ones."""
+"""The adapter for numbers: Python's and numpy's scalars, whose results are new ones."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def on(stream: int) -> Iterator[None]:
 
 
 class DeviceAdapter(AdapterBase):
-    """The adapter of ``DeviceBuffer``, written in place; XLA orders what comes next by the stream."""
+    """The adapter of ``DeviceBuffer``, written in place; its stream orders what follows."""
 
     name = "jax"
 

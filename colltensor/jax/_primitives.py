@@ -110,14 +110,14 @@ def _linear(primitive: Primitive, transpose: Callable[..., Any]) -> None:
 
 
 def _instantiated(tangent: Any) -> Any:
-    """Make zeros of a tangent that is known to be zero: what one rank leaves out, the others would wait for."""
+    """Make a tangent's known zeros real: others would wait for what one leaves out."""
     return ad.instantiate_zeros(tangent)
 
 
 def _of_extremes(
     primitive: Primitive, x: Any, y: Any, tangent: Any, op: int, parameters: dict[str, int]
 ) -> Any:
-    """Return the tangent of a minimum or maximum: the mean of the tangents of the ranks that have it."""
+    """Return the tangent of MIN or MAX: the mean of those of the ranks that have it."""
     if op not in _TIED or primitive is not allreduce_p:
         # What JAX itself raises where a primitive has no rule.
         raise NotImplementedError(
@@ -179,7 +179,7 @@ _linear(sendrecv_p, _sendrecv)
 
 
 def _vectorise(primitive: Primitive, given: int | None = None, result: int | None = None) -> None:
-    """Let the payload hold the whole batch: the axis stays, or is moved to ``given`` and comes back at ``result``."""
+    """Send the whole batch: its axis stays, or goes to ``given`` and back at ``result``."""
 
     def batch(operands: Any, axes: Any, **parameters: int) -> Any:
         (x,), (axis,) = operands, axes

@@ -67,7 +67,7 @@ def complete(
     result_address: int,
     result_nbytes: int,
 ) -> None:
-    """End a call that the native target left: a mismatch, a failure, or all of it where that has no way to do it."""
+    """End what the native target left: a mismatch, a failure, or a call it cannot make."""
     group, name = group_of(number), NATIVE_NAMES[operation]
     if code == _REFUSED and (number, name) not in _notified:
         _notified.add((number, name))
@@ -91,8 +91,13 @@ def _notify(group: Group, name: str) -> None:
         reason = "its operations are observed"
     else:
         reason = "an asynchronous eager call was before it, or the call has no native way (its dtype, op or size)"
-    words = "group %r (rank %d): a jitted %s goes through Python, which takes tens of microseconds more: %s"
-    _log.debug(words, group.name, group.rank, name, reason)
+    _log.debug(
+        "group %r (rank %d): a jitted %s goes through Python, which takes tens of microseconds more: %s",
+        group.name,
+        group.rank,
+        name,
+        reason,
+    )
 
 
 def queue(

@@ -1,4 +1,4 @@
-"""ActorCall: the driver's questions to all actors of a group, each with a deadline and errors that name the actor."""
+"""ActorCall: the driver's questions to a group's actors; deadlines, errors that name actors."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class ActorCall:
     def notify(
         self, message: Callable[..., Any], arguments: tuple[Any, ...], patience_s: float
     ) -> None:
-        """Have every actor that can be reached run a function; the busy ones do it when they come to it."""
+        """Have all actors that can be reached run a function, busy ones later."""
         told = []
         for actor in self._actors:
             try:
@@ -151,7 +151,7 @@ class ActorCall:
 
 
 def _cause(failed: Mapping[int, CollectiveError]) -> CollectiveError:
-    """Return the error that explains the others: an actor's own before a death, a death before a wait in vain."""
+    """Return what explains the others: an actor's own error, then a death, then a timeout."""
 
     def order(error: CollectiveError) -> int:
         return 2 if isinstance(error, CollectiveTimeoutError) else isinstance(error, PeerLostError)

@@ -1,4 +1,4 @@
-"""What a transport must know of a framework: its array type in Ray's eyes, memory to receive into, its pending work."""
+"""What a transport knows of a framework: array type, memory to receive into, pending work."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def views_of(arrays: Sequence[Any]) -> list[BufferView]:
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> Any:
-    """Return an uninitialised numpy array at a multiple of 64 bytes, which JAX takes over without a copy."""
+    """Return an uninitialised numpy array aligned to 64 bytes, which JAX need not copy."""
     numpy = importlib.import_module("numpy")
     nbytes = numpy.dtype(dtype).itemsize * int(numpy.prod(shape, dtype=numpy.int64))
     raw = numpy.empty(nbytes + 64, numpy.uint8)

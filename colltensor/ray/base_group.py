@@ -50,7 +50,7 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
 
     @classmethod
     def check_backend_availability(cls) -> bool:
-        """Return whether groups can be made here; ``colltensor.backend_unavailable_reason`` says why not."""
+        """Return whether groups can be made here; ``backend_unavailable_reason`` says why not."""
         return cls.transport == "auto" or backends.is_available(cls.transport)
 
     def allreduce(self, tensor: Any, allreduce_options: Any = None) -> Any:
@@ -100,7 +100,7 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
     def reducescatter(
         self, tensor: Any, tensor_list: Any, reducescatter_options: Any = None
     ) -> Any:
-        """Combine entry ``r`` of all ranks' lists into rank ``r``'s tensor; the lists stay as they were."""
+        """Combine entry ``r`` of all lists, which stay, into rank ``r``'s tensor."""
         op = _option("reducescatter", reducescatter_options, "reduceOp", ReduceOp.SUM)
         if not isinstance(tensor, list):
             return self.group.reducescatter(tensor, tensor_list, op)

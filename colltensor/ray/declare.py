@@ -116,8 +116,12 @@ class CollectiveGroup:
         try:
             self.destroy(_GRACE_S if issubclass(kind, Exception) else 0.0)
         except CollectiveError as late:  # what the block raised says more
-            words = "group %r (driver): %s; it is destroyed because of %s"
-            _LOG.warning(words, self.name, late, kind.__name__)
+            _LOG.warning(
+                "group %r (driver): %s; it is destroyed because of %s",
+                self.name,
+                late,
+                kind.__name__,
+            )
 
     def __repr__(self) -> str:
         return f"CollectiveGroup({self.name!r}, {self.world_size} actors, generation {self.generation})"
@@ -220,7 +224,7 @@ def collective_group(
 def _declared(
     where: str, actors: list[ActorHandle[Any]], options: dict[str, Any], by_node: bool = False
 ) -> CollectiveGroup:
-    """Check the options and make the group, ``by_node`` with the actors of one node side by side."""
+    """Check the options and make the group, ``by_node`` with each node's actors side by side."""
     table.check_options(len(actors), **options)
     name, deadline = options["group_name"], time.monotonic() + options["timeout_s"]
     operation = f"{where} '{name}'"
@@ -264,7 +268,7 @@ def _make(
 def _by_node(
     operation: str, actors: Sequence[ActorHandle[Any]], deadline: float
 ) -> list[ActorHandle[Any]]:
-    """Return the actors with those of one host together, hosts and actors else in the order in which they came."""
+    """Return the actors with those of a host together, else in the order in which they came."""
     hosts = ActorCall(operation, actors, deadline, called="position").ask(
         actor_member.locate, [()] * len(actors), again=True
     )

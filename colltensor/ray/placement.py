@@ -1,4 +1,4 @@
-"""Starts the actors of a group where they belong: in a placement group of Ray's, side by side or apart."""
+"""Starts the actors of a group in a placement group of Ray's, side by side or apart."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Source:
         self._listener.close()
 
     def disown(self) -> None:
-        """Close a forked child's copies of the sockets; the child's own source is made when it needs one."""
+        """Close a forked child's copies of the sockets; it makes a source of its own."""
         global _lock
         self._door.disown()
         for sock in (self._listener, *self._serving):
@@ -97,7 +97,7 @@ class Source:
         _LOG.warning("group %r (rank %d): %s: %s", self._group_name, 0, what, error)
 
     def _serve(self, sock: socket.socket) -> None:
-        """Answer one receiver until it goes. What fails here fails there too; this process goes on."""
+        """Answer one receiver until it goes; what fails here fails there too."""
         with self._lock:
             self._serving.add(sock)
         try:
@@ -113,11 +113,13 @@ class Source:
             finally:
                 group.destroy()
         except CollectiveError as error:
-            words = "group %r (rank %d): failed, in the receiver too: %s"
-            _LOG.warning(words, self._group_name, 0, error)
+            _LOG.warning(
+                "group %r (rank %d): failed, in the receiver too: %s", self._group_name, 0, error
+            )
         except OSError as error:  # the receiver went, or has not asked for long, or was no receiver
-            words = "group %r (rank %d): stops answering a receiver: %s"
-            _LOG.debug(words, self._group_name, 0, error)
+            _LOG.debug(
+                "group %r (rank %d): stops answering a receiver: %s", self._group_name, 0, error
+            )
         finally:
             with self._lock:
                 self._serving.discard(sock)
@@ -139,8 +141,9 @@ class Source:
                 )
             views = views_of(arrays)
         except CollectiveError as error:
-            words = "group %r (rank %d): cannot send object %s: %s"
-            _LOG.warning(words, self._group_name, 0, obj_id, error)
+            _LOG.warning(
+                "group %r (rank %d): cannot send object %s: %s", self._group_name, 0, obj_id, error
+            )
             net.send_frame(sock, Step.FAILED, encode_error(error), time.monotonic() + TIMEOUT_S)
             return
 

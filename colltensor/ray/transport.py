@@ -111,7 +111,7 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         communicator_metadata: Any,
         target_buffers: list[Any] | None = None,
     ) -> Fetch:
-        """Begin to receive, for ``ray.get``, which may fetch several objects at once and has a timeout."""
+        """Begin to receive; ``ray.get`` may fetch several objects, and has a timeout."""
         # here, where the caller's device is current
         buffers = self._buffers(tensor_transport_metadata, target_buffers)
         future: Future[list[Any]] = Future()

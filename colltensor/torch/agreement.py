@@ -1,4 +1,4 @@
-"""Before the first step: the ranks compare their parameters, buffers and options, and take over rank 0's values."""
+"""Before the first step: the ranks compare what they have, and take over rank 0's values."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def named_tensors(source: Source) -> tuple[Named, Named]:
 
 
 def described(parameters: Named, buffers: Named, *, frozen: bool = False) -> dict[str, str]:
-    """Return parameters and buffers in the words that the ranks compare; with ``frozen``, which parameters are."""
+    """Return parameters and buffers in the words that ranks compare; ``frozen`` says which are."""
     tensors = {}
     for name, parameter in parameters:
         tensors[name] = _in_words(parameter, "parameter")
@@ -174,7 +174,7 @@ def sendable(tensors: Named) -> Sendable:
 
 
 def take_over(group: Group, tensors: Sendable) -> None:
-    """Copy rank 0's values into every rank's tensors, in place; no copy of ``sendable`` may be older than them."""
+    """Copy rank 0's values into every rank's tensors, in place; ``tensors`` must be of now."""
     with torch.no_grad():
         group.broadcast({name: sent for name, _, sent in tensors}, 0)
         if group.rank != 0:

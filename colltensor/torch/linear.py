@@ -55,7 +55,7 @@ def apply(operation: LinearMap, tensors: Tensors) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Allreduce:
-    """y_r = sum of x_s, times a factor, on every r: A_rs = 1 for all r and s, which is its own transpose."""
+    """y_r = sum of x_s, times a factor, on every r: A_rs = 1 for all r and s, its own transpose."""
 
     group: Group
     op: ReduceOp
@@ -90,7 +90,7 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """y_r = x_root; divided by the number of ranks where ``op`` is AVERAGE: A_rs = 1 where s is the root."""
+    """y_r = x_root, divided by the number of ranks for AVERAGE: A_rs = 1 where s is the root."""
 
     group: Group
     root: int

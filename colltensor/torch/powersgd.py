@@ -99,7 +99,7 @@ class PowerSGD:
         return memory
 
     def _first_right(self, matrix: torch.Tensor, name: str) -> torch.Tensor:
-        """Return a random Q that is the same on all ranks, and the global random state as it was."""
+        """Return a random Q, the same on all ranks; the global random state stays as it was."""
         rows, columns = matrix.shape
         generator = torch.Generator().manual_seed(self._seed + sum(name.encode()) + columns)
         shape = columns, min(self._rank, rows, columns)
@@ -131,7 +131,7 @@ def _pack(tensors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 def _unpack(
     packed: torch.Tensor, back: list[torch.Tensor], shapes: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Copy the first tensors back to where they came from; return the others as views with their shapes."""
+    """Copy the first tensors back to their places; return the others as views with their shapes."""
     start = 0
     for tensor in back:
         tensor.copy_(packed[start : start + tensor.numel()].view(tensor.shape))

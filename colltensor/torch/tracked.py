@@ -182,7 +182,7 @@ class Tracked:
             handle.remove()
 
     def _walk(self) -> list[torch.Tensor]:
-        """Return the parameters that there are now, some more than once; cheaper than ``Module.parameters``."""
+        """Return the parameters of now, some more than once; cheaper than ``Module.parameters``."""
         if self._module is None:
             return [parameter for _, given in self._given if (parameter := given()) is not None]
         module = self._module()

@@ -31,7 +31,7 @@ _operators: list[Any] = []  # torch forgets an operator whose library is gone
 
 
 def register() -> None:
-    """Let ``dist.init_process_group`` and ``dist.new_group`` know the backend; nothing where there is no c10d."""
+    """Let torch.distributed know the backend; nothing where torch was built without it."""
     if dist.is_available():
         # torch 2.6 takes a name once, by any function
         if NAME.upper() not in _compat.registered_backends():
@@ -43,7 +43,7 @@ def register() -> None:
 
 
 def _gather_into(source: torch.Tensor, size: int, group: Any, *, out: torch.Tensor) -> torch.Tensor:
-    """Do for CPU tensors of any group what torch's operator does, which calls no method of a group made in Python."""
+    """Do torch's operator for CPU tensors: its own calls no method of a group made in Python."""
     c10d = _compat.c10d()
     found = c10d._resolve_process_group(group) if isinstance(group, str) else group
     opts = c10d.AllgatherOptions()

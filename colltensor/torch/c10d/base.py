@@ -1,4 +1,4 @@
-"""BaseProcessGroup: what a process group is made of, how its operations run, point-to-point, and its end."""
+"""BaseProcessGroup: the parts of a process group, how operations run, point-to-point, its end."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class BaseProcessGroup(Identity):
         return self._delegated.backend_for(self, device)
 
     def send(self, tensors: Any, dstRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
-        """Send one tensor to a rank; done when a receive there has taken it, or that rank has it where it is short."""
+        """Send one tensor; done when a receive has taken it, or the rank has it, if it is short."""
         tensor = only("send", "tensors", tensors)
         if not tensor.is_cpu:
             return self._elsewhere(tensor).send([tensor], dstRank, tag)
@@ -113,7 +113,7 @@ class BaseProcessGroup(Identity):
         return self._receive(tensor, srcRank, tag)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
-        """Receive one tensor with a tag from whichever rank sends first; ``source_rank()`` tells."""
+        """Receive one tensor with a tag from any rank; ``source_rank()`` says which."""
         tensor = only("recv_anysource", "tensors", tensors)
         if not tensor.is_cpu:
             return self._elsewhere(tensor).recv_anysource([tensor], tag)
@@ -216,7 +216,7 @@ class BaseProcessGroup(Identity):
         self._end("destroyed")
 
     def abort(self) -> None:
-        """Leave the group at once; what was issued fails, here and on the ranks that are in a call."""
+        """Leave the group at once; what was issued fails, here and on ranks in a call."""
         self._delegated.abort()
         self._end("aborted")
 
@@ -246,7 +246,7 @@ class BaseProcessGroup(Identity):
         call: Callable[..., Any],
         *arguments: Any,
     ) -> Any:
-        """Make a call in its turn: here if no handle is asked for and none is before it, else in the queue's thread."""
+        """Make a call in its turn: here if nobody asks for a handle and none is before it."""
         self._issued += 1
         if opts.timeout != _UNSET:
             call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
@@ -280,7 +280,7 @@ class BaseProcessGroup(Identity):
         return self._enqueue(QueuedCall(name, run), tensors)
 
     def _reword(self, error: PeerLostError | GroupError) -> None:
-        """Say that this rank has left if that is why; else say of lost ranks what programs for torch look for."""
+        """Say that this rank has left, or of lost ranks what programs for torch look for."""
         if is_from_handler(error):
             return
         words = self._ended if isinstance(error, GroupError) else CLOSED
@@ -367,13 +367,13 @@ def _seen(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call(inference: bool, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Make a call in another thread than the one that issued it, where inference tensors may be written too."""
+    """Make a call in another thread than its issuer's; it may write inference tensors too."""
     with torch.inference_mode(inference) if inference else contextlib.nullcontext():
         call(*arguments)
 
 
 def _weakly(connect: Connect) -> Connect:
-    """Return what calls a method whose object it does not keep: threads of the transfers have it."""
+    """Return what calls a method without keeping its object: threads of the transfers have it."""
     method = weakref.WeakMethod(connect)
 
     def connected(source: int, destination: int, check: Callable[[], None]) -> Group:
@@ -395,7 +395,7 @@ def _leave(queue: ProcessGroupQueue, transfers: Transfers, group: Group, why: st
 
 
 def _leave_beside(queue: ProcessGroupQueue, transfers: Transfers, group: Group, name: str) -> None:
-    """Leave a group in a thread of its own: this one may have any lock, because it collects garbage."""
+    """Leave a group in a thread of its own: this one collects garbage, and may have any lock."""
     why = f"process group '{name}' was dropped"
     # no thread can be started: the interpreter ends, and its groups with it
     with contextlib.suppress(RuntimeError):

@@ -60,7 +60,7 @@ def translated(error: CollectiveError, name: str, source: int, destination: int)
 
 @contextlib.contextmanager
 def translating(name: str, source: int, destination: int) -> Iterator[None]:
-    """Raise errors of the group of one direction as errors of the process group; see ``translated``."""
+    """Raise errors of one direction's group as the process group's; see ``translated``."""
     try:
         yield
     except CollectiveError as error:
@@ -112,7 +112,7 @@ class Message:
 
 
 class Inbox:
-    """The receives of one rank. A thread for each source reads headers while a receive waits that may take them."""
+    """The receives of one rank; a thread a source reads headers while a receive may want them."""
 
     def __init__(self, name: str, rank: int, size: int, group: Callable[[int, int], Group]) -> None:
         self._where = f"group '{name}' (rank {rank})"
@@ -165,13 +165,13 @@ class Inbox:
         _end(receive, error)
 
     def taken(self, source: int) -> int | None:
-        """Return the number of the last message of ``source``'s that came; None while one may come without a call."""
+        """Return the number of ``source``'s last message; None while more may come unasked."""
         with self._changed:
             may_come = source in self._reading or self._any_from(source)
             return None if may_come else self._taken[source]
 
     def taken_before(self, receive: Receive) -> int | None:
-        """Return the number of the last message that came of its source; None if ``receive`` has taken one."""
+        """Return the number of its source's last message; None if ``receive`` took one."""
         with self._changed:
             return (
                 self._taken[receive.source]
@@ -180,7 +180,7 @@ class Inbox:
             )
 
     def tags_beside(self, operation: QueuedCall) -> list[int]:
-        """Return the tags of the messages that are there and that a receive does not take, though of its source."""
+        """Return the tags of messages of the receive's source that it does not take."""
         with self._changed:
             issued = [receive for receive in self._receives if receive.operation is operation]
             beside = (m for m in self._messages for r in issued if r.may_come_from(m.source))
@@ -198,7 +198,7 @@ class Inbox:
                 runs.append(range(number, number + 1))
 
     def hold(self, receive: Receive) -> None:
-        """Let no message be taken for a receive until ``release``; it keeps its place before those issued later."""
+        """Take no message for a receive until ``release``; later ones do not pass it."""
         with self._changed:
             receive.held = True
 
@@ -269,7 +269,7 @@ class Inbox:
         return any(receive.may_come_from(source) and not receive.held for receive in self._receives)
 
     def _take(self, group: Group, source: int, header: Header) -> None:
-        """Read one message: into the receive that takes it, or beside, so that the next message can come."""
+        """Read one message, into its receive or beside it, so that the next can come."""
         with translating(self._where, source, self._rank):
             group.recv(header.tensor, SENDER)
         number, tag, nbytes, dtype, is_inline = header.read()
@@ -323,7 +323,7 @@ class Inbox:
         _end(receive, _store(receive, source, dtype, target))
 
     def _is_withdrawn(self, source: int, number: int) -> bool:
-        """Return whether a message that has come counts for nothing; those before it never come any more."""
+        """Return whether a message that came counts for nothing; forget those before it."""
         runs = self._withdrawn.pop(source, [])
         later = [run for run in runs if run.stop > number + 1]
         if later:
@@ -339,7 +339,7 @@ class Inbox:
         return found
 
     def _lose(self, source: int, error: BaseException) -> None:
-        """End the receives that can only come from a source that is gone, or from any when all are."""
+        """End the receives for which nothing can come, now that a source is gone."""
         with self._changed:
             if self._closed is not None:
                 return
@@ -362,7 +362,7 @@ def _fits(tensor: torch.Tensor, dtype: torch.dtype, nbytes: int) -> bool:
 def _store(
     receive: Receive, source: int, dtype: torch.dtype, data: torch.Tensor
 ) -> BaseException | None:
-    """Copy a message into a receive's tensor, strided or not; return the error if it does not fit."""
+    """Copy a message into a receive's tensor, strided or not; return an error if it misfits."""
     tensor = receive.tensor
     if tensor.dtype is not dtype or tensor.nbytes != len(data):
         return MismatchError(
@@ -377,7 +377,7 @@ def _store(
 
 
 def _end(receive: Receive, error: BaseException | None) -> None:
-    """End a receive; what waits for it may wait for another one, so it is called in a thread of its own."""
+    """End a receive, and tell who waits in a thread of its own: it may wait for another one."""
     if receive.operation.end(error) and receive.operation.awaited:
         try:
             threading.Thread(target=receive.operation.notify, daemon=True).start()
@@ -420,7 +420,7 @@ class Header:
         return True
 
     def read(self) -> tuple[int, int, int, torch.dtype, bool]:
-        """Return the message's number, tag, number of bytes and dtype, and whether it is in here."""
+        """Return the message's number, tag, bytes and dtype, and whether it is in here."""
         number, tag, nbytes, code = _WORDS.unpack_from(self._memory)
         return number, tag, nbytes, _DTYPES[code], nbytes <= _INLINE_NBYTES
 

@@ -156,7 +156,7 @@ class _Exchange:
             self._store.delete_key(self._key(number, self._rank))
 
     def leave(self) -> None:
-        """Delete all keys if this rank is the last to have read them: an error of one is there until all raised it."""
+        """Delete all keys if this rank read them last, so that all read an error."""
         count = f"{self._prefix}/left"
         if self._store.add(count, 1) == self._world_size:
             for number in range(1, self._round + 1):
@@ -168,7 +168,7 @@ class _Exchange:
         return f"{self._prefix}/{number}/{rank}"
 
     def _get(self, key: str, rank: int) -> bytes:
-        """Poll rather than wait: the wait of a store holds it, and knows neither Ctrl-C nor a lost peer."""
+        """Poll: a store's own wait holds it, and knows neither Ctrl-C nor lost peers."""
         backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S)
         while not self._store.check([key]):
             if time.monotonic() > self._deadline:

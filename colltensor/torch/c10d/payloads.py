@@ -47,7 +47,7 @@ def op_of(operation: str, op: Any) -> ReduceOp:
 
 
 def bare(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor without autograd and without a subclass, on the same memory: torch's backends only write."""
+    """Return the same memory without autograd and subclass: torch's backends only write."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor if tensor.__class__ in _BARE else tensor.as_subclass(torch.Tensor)
@@ -209,7 +209,7 @@ def reduce_to(group: Group, tensor: torch.Tensor, root: int) -> None:
 
 
 def gather_rows(group: Group, output: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy every rank's ``source`` into its row of ``output``, whose row of this rank may be ``source`` itself."""
+    """Copy every rank's ``source``, which may be its row of ``output``, into its row there."""
     target = flat(output)
     group.allgather(target, source)
     if target is not output:

@@ -129,7 +129,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
         )
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
-        """Copy every rank's tensor into its part of every rank's output, which may be where the input lies."""
+        """Copy every rank's tensor into its part of every output; they may share memory."""
         opts = options(c10d.AllgatherOptions, opts)
         if not input.is_cpu:
             return self._elsewhere(input).all_gather_single(output, input, opts)
@@ -203,7 +203,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
         *,
         op: Any = None,
     ) -> Any:
-        """Combine all ranks' entry of each rank into that rank's tensor; sizes may differ from rank to rank."""
+        """Combine all ranks' entry of each rank into its tensor; sizes may differ by rank."""
         opts = options(c10d.ReduceScatterOptions, opts, timeout, reduceOp=op)
         target = only("reduce_scatter", "output_tensors", output_tensors)
         inputs = of_rank("reduce_scatter", input_tensors)
@@ -251,7 +251,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
         opts: Any = None,
         timeout: Timeout = None,
     ) -> Any:
-        """Copy each part of every rank's input into the sender's part of the receiver's output; sizes may differ."""
+        """Copy part ``r`` of inputs to the sender's part of rank ``r``'s output, of any size."""
         opts = options(c10d.AllToAllOptions, opts, timeout)
         if not input.is_cpu:
             return self._elsewhere(input).all_to_all_single(
@@ -275,7 +275,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
         opts: Any = None,
         timeout: Timeout = None,
     ) -> Any:
-        """Copy each entry of a rank's inputs into the sender's entry of the receiver's outputs; sizes may differ."""
+        """Copy entry ``r`` of inputs to the sender's entry of ``r``'s outputs, of any size."""
         opts = options(c10d.AllToAllOptions, opts, timeout)
         if input_tensors and not input_tensors[0].is_cpu:
             return self._elsewhere(input_tensors[0]).alltoall(output_tensors, input_tensors, opts)

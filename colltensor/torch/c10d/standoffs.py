@@ -137,7 +137,7 @@ class Standoffs:
             wait.agreed.wait(_INTERRUPTED_S)
 
     def answer(self, asker: int, question: bytes) -> bytes:
-        """Say for what this rank waits, or end it because the other rank will; in any thread, without waiting."""
+        """Say for what this rank waits, or end it as the other rank will; never waits."""
         end, sent, taken = json.loads(question)
         with self._lock:
             wait = self._wait

@@ -71,7 +71,7 @@ class Transfers:
     def send(
         self, tensor: torch.Tensor, destination: int, tag: int, timeout_s: float
     ) -> QueuedCall:
-        """Send to ``destination``; ends when a receive there has taken the message, or that rank has a short one."""
+        """Send; ends when a receive there has taken the message, or the rank a short one."""
         with self._guard:
             if self._failure is not None:
                 raise self._refusal("send")
@@ -115,7 +115,7 @@ class Transfers:
         return receive
 
     def drain(self, deadline: float) -> None:
-        """Wait until everything was sent, or until ``deadline``, a value of ``time.monotonic()``."""
+        """Wait until everything was sent, or until ``deadline`` on ``time.monotonic()``."""
         with self._guard:
             outboxes = dict(self._outboxes)
         for destination, outbox in outboxes.items():
@@ -199,7 +199,7 @@ class Transfers:
         return Progress(number, taken)
 
     def _receive_progress(self, receive: Receive, source: int) -> Progress | None:
-        """Return how far this rank and ``source`` are, if a recv waits for its send and none is issued here."""
+        """Return how far the two ranks are, if a recv waits for a send and none is issued."""
         taken = self._inbox.taken_before(receive)
         return None if taken is None or self._open[source] else Progress(self._sent[source], taken)
 

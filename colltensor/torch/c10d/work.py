@@ -61,7 +61,7 @@ class QueuedCall(Work):
         return self._finished.wait(seconds)
 
     def is_inside(self) -> bool:
-        """Return whether this thread is in a call that is before the operation, which cannot be waited for then."""
+        """Return whether this thread is in a call that the operation has to wait for."""
         return self._queue is not None and self._queue.is_inside()
 
     def execute(self) -> None:
@@ -83,7 +83,7 @@ class QueuedCall(Work):
         return True
 
     def then(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once the operation is done, in the thread that ended it or, if it is done, at once."""
+        """Call ``callback`` in the thread that ends the operation; at once if it is done."""
         with self._guard:
             if not self._finished.is_set():
                 self._listeners.append(callback)
@@ -99,7 +99,7 @@ class QueuedCall(Work):
 
 
 class ProcessGroupQueue:
-    """Runs operations one at a time, as they were issued: in the caller's thread after ``enter``, else in its own."""
+    """Runs operations in their order: in the caller's thread after ``enter``, else its own."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -114,11 +114,11 @@ class ProcessGroupQueue:
         self._running = False
 
     def enter(self) -> bool:
-        """Take the turn if nobody has it or waits for it; then ``turn.release`` and ``pass_on`` must follow."""
+        """Take a free turn nobody waits for; ``turn.release`` and ``pass_on`` must follow."""
         return not self._waiting and self.turn.take()
 
     def is_inside(self) -> bool:
-        """Return whether this thread runs an operation, so that what it begins meanwhile cannot be waited for."""
+        """Return whether this thread runs an operation, and can wait for none after it."""
         return self.turn.owner() == threading.get_ident() or self._is_locked_here()
 
     def pass_on(self) -> None:
@@ -293,7 +293,7 @@ class PendingWork(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> Any:
-        """Return the ``torch.futures.Future`` of the tensors; its error is a RuntimeError with ours in its text."""
+        """Return the future of the tensors; its error is a RuntimeError in our words."""
         if self._future is None:
             operation, tensors = self._operation, self._tensors
             _followed.add(operation)
