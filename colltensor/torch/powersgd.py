@@ -78,7 +78,7 @@ class PowerSGD:
 
         for gradient, name in zip(bucket.gradients, bucket.names, strict=True):
             if self._pays(gradient):
-                self._use(gradient, self._memory[name], lefts.pop(0), rights.pop(0), name)
+                self._use(gradient, name, lefts.pop(0), rights.pop(0))
 
     def _pays(self, gradient: torch.Tensor) -> bool:
         if gradient.dim() < 2 or gradient.dtype not in COMPRESSED or not gradient.numel():
@@ -106,14 +106,10 @@ class PowerSGD:
         return torch.randn(shape, generator=generator, dtype=matrix.dtype).to(matrix.device)
 
     def _use(
-        self,
-        gradient: torch.Tensor,
-        memory: _Memory,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        name: str,
+        self, gradient: torch.Tensor, name: str, left: torch.Tensor, right: torch.Tensor
     ) -> None:
         """Replace a gradient by the product of its factors, and remember what they lack."""
+        memory = self._memory[name]
         product = left @ right.mT
         gradient.copy_(product.view(gradient.shape))
         if torch.isfinite(right).all():  # the average, so that all ranks decide alike

@@ -227,16 +227,9 @@ class BaseProcessGroup(Identity):
         # a FileStore's file goes when the last of these does
         self._store = self._given_store = None
 
-    def _run(
-        self,
-        name: str,
-        opts: Any,
-        tensors: list[torch.Tensor],
-        call: Callable[..., Any],
-        *arguments: Any,
-    ) -> Any:
-        """Make a call, which a profiler sees: all of it, or how it is issued."""
-        return _seen(name, self._issue, name, opts, tensors, call, *arguments)
+    def _run(self, name: str, *arguments: Any) -> Any:
+        """Do as ``_issue``, and let a profiler see the call: all of it, or how it is issued."""
+        return _seen(name, self._issue, name, *arguments)
 
     def _issue(
         self,

@@ -236,7 +236,46 @@ class ProcessGroupQueue:
         )
 
 
-class PendingWork(dist.Work):
+class FinishedWork(dist.Work):
+    """torch's handle of an operation that is done."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Return True."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Return True."""
+        return True
+
+    def is_success(self) -> bool:
+        """Return True."""
+        return True
+
+    def exception(self) -> BaseException | None:
+        """Return None."""
+        return None
+
+    def synchronize(self) -> None:
+        """Wait."""
+        self.wait()
+
+    def result(self) -> list[torch.Tensor]:
+        """Wait, and return the tensors that were written."""
+        self.wait()
+        return self._tensors
+
+    def get_future(self) -> Any:
+        """Return a ``torch.futures.Future`` that has the tensors."""
+        future: Any = torch.futures.Future()
+        future.set_result(self._tensors)
+        return future
+
+
+class PendingWork(FinishedWork):
     """torch's handle of an operation that may still run; keeps its tensors."""
 
     def __init__(
@@ -245,9 +284,8 @@ class PendingWork(dist.Work):
         tensors: list[torch.Tensor],
         received: Callable[[], int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tensors)
         self._operation = operation
-        self._tensors = tensors
         self._future: Any = None
         self._received = received
 
@@ -277,15 +315,6 @@ class PendingWork(dist.Work):
         """Return what the operation failed with, or None."""
         return self._operation.error
 
-    def synchronize(self) -> None:
-        """Wait."""
-        self.wait()
-
-    def result(self) -> list[torch.Tensor]:
-        """Wait, and return the tensors that were written."""
-        self.wait()
-        return self._tensors
-
     def source_rank(self) -> int:
         """Return the rank that sent, once a receive is done; -1 for other operations."""
         return -1 if self._received is None else self._received()
@@ -310,42 +339,6 @@ class PendingWork(dist.Work):
             self._future = _script().list_after(ended, tensors) if half else ended
             operation.then(lambda: done.set_result(None))
         return self._future
-
-
-class FinishedWork(dist.Work):
-    """torch's handle of an operation that is done."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
-        """Return True."""
-        return True
-
-    def is_completed(self) -> bool:
-        """Return True."""
-        return True
-
-    def is_success(self) -> bool:
-        """Return True."""
-        return True
-
-    def exception(self) -> None:
-        """Return None."""
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-    def result(self) -> list[torch.Tensor]:
-        """Return the tensors that were written."""
-        return self._tensors
-
-    def get_future(self) -> Any:
-        """Return a ``torch.futures.Future`` that has the tensors."""
-        future: Any = torch.futures.Future()
-        future.set_result(self._tensors)
-        return future
 
 
 @functools.cache
