@@ -30,8 +30,8 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 _GUARDS: Final = 8
 """How often a guard learns other tensors, before those of the last time stay."""
-_OPTIONAL: Final = ("directly_exportable", "reduced", "stream", "kinds", "addresses", "allocate_results",
-                    "written_together", "restored", "alike", "reader")  # fmt: skip
+_OPTIONAL: Final = ("directly_exportable", "reduced", "stream", "kinds", "addresses", "reader",
+                    "allocate_results", "written_together", "restored", "alike")  # fmt: skip
 """What ``AdapterBase`` says that an adapter may have."""
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 _registered: list[Adapter] = []
@@ -267,7 +267,7 @@ def are_exportable(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
 
 
 def reader_of(kind: type) -> int:
-    """Return the C function that reads a type's tensors, 0 for none; see ``AdapterBase``."""
+    """Return the address of the C function that reads a type's tensors, 0 for none."""
     found = _readers.get(kind)
     if found is None:
         function: Callable[[type], int] | None = getattr(known.get(kind), "reader", None)

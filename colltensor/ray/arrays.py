@@ -62,8 +62,8 @@ class Framework(Protocol):
         """Wait on the host until the work that this thread has queued on a CUDA device is done."""
 
 
-class _Plain:
-    """What travels is the tensor itself, received where it stays; nothing is pending."""
+class _FrameworkBase:
+    """A framework whose tensors themselves travel, and are received where they stay."""
 
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -77,7 +77,7 @@ class _Plain:
         pass
 
 
-class _Torch(_Plain):
+class _Torch(_FrameworkBase):
     transport = "COLLTENSOR"
 
     def data_type(self) -> type:
@@ -100,7 +100,7 @@ class _Torch(_Plain):
         importlib.import_module("torch").cuda.current_stream(index).synchronize()
 
 
-class _Numpy(_Plain):
+class _Numpy(_FrameworkBase):
     transport = "COLLTENSOR_NUMPY"
     devices: tuple[str, ...] = ("cpu",)
 
@@ -117,7 +117,7 @@ class _Numpy(_Plain):
         return NumpyArray(buffer)
 
 
-class _Jax(_Plain):
+class _Jax(_FrameworkBase):
     """On a CPU the elements arrive in numpy's memory, which becomes the array's: nothing is filled or compiled.
 
     The adapter waits for what is pending.
@@ -150,7 +150,7 @@ class _Jax(_Plain):
         return home.enable_x64(True)
 
 
-class _Cupy(_Plain):
+class _Cupy(_FrameworkBase):
     transport = "COLLTENSOR_CUPY"
     devices: tuple[str, ...] = ("cuda",)
 
