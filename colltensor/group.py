@@ -634,11 +634,11 @@ class Group:
                 else:
                     done = fast.alltoall_stack.pair(output_list, input_list, output_list)
             elif kind is input_list.__class__ and len(output_list) == len(input_list):
-                tensors, written = (*output_list, *input_list), len(output_list)
+                tensors, count = (*output_list, *input_list), len(output_list)
                 if async_op:
-                    done = fast.alltoall.issue(tensors, 0, written, output_list)
+                    done = fast.alltoall.issue(tensors, 0, count, output_list)
                 else:
-                    done = fast.alltoall.run(tensors, 0, written)
+                    done = fast.alltoall.run(tensors, 0, count)
             if done:
                 return done if async_op else output_list
 
