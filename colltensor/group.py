@@ -669,9 +669,10 @@ class Group:
             MismatchError: Both ranks of a pair wait in a send to each other, or both in a ``recv``: use ``sendrecv``.
         """
         fast = self._fastpath if copy is None and not async_op else None
-        calls = fast.send if fast is not None and dst_rank.__class__ is int else None
-        if calls is not None and calls[dst_rank].run((tensor,), 0, 0):
-            return tensor
+        if fast is not None and dst_rank.__class__ is int:
+            done = fast.send[dst_rank].run((tensor,), 0, 0)
+            if done:
+                return tensor
 
         peer = self._arguments.peer("send", "dst_rank", dst_rank)
         trees = self._trees if copy is None and not async_op else None
@@ -700,9 +701,10 @@ class Group:
             ``tensor`` itself, with JAX arrays and numbers replaced by new ones.
         """
         fast = self._fastpath if copy is None and not async_op else None
-        calls = fast.recv if fast is not None and src_rank.__class__ is int else None
-        if calls is not None and calls[src_rank].run((tensor,), 0, 1):
-            return tensor
+        if fast is not None and src_rank.__class__ is int:
+            done = fast.recv[src_rank].run((tensor,), 0, 1)
+            if done:
+                return tensor
 
         peer = self._arguments.peer("recv", "src_rank", src_rank)
         trees = self._trees if copy is None and not async_op else None
