@@ -1,4 +1,4 @@
-"""Arguments: checks what a call was given against its group and backend, before the first byte moves."""
+"""Arguments: checks what a call was given, against group and backend, before a byte moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTEWISE: Final = frozenset({"broadcast", "send", "recv"})
 
 
 class Arguments:
-    """Turns a call's arguments into Buffers and ranks. Messages name operation, argument and rank."""
+    """Turns arguments into Buffers and ranks; errors name operation, argument and rank."""
 
     def __init__(
         self,
@@ -28,18 +28,16 @@ class Arguments:
         backend: Backend,
         other: Callable[[BufferView], Backend],
     ) -> None:
-        """Check for ``backend``, and for tensors that it cannot reach, for what ``other`` returns."""
+        """Check for ``backend``; for tensors it does not reach, for what ``other`` returns."""
         self._name = name
         self._rank = rank
         self._world_size = world_size
         self._backend = backend
         self._other = other
+
         self._gatherer = Gatherer()
-        self._gathers = (
-            "cpu" in backend.device_types
-            and backend.packs_small_leaves
-            and not backend.takes_strided
-        )
+        packs = backend.packs_small_leaves and not backend.takes_strided
+        self._gathers = packs and "cpu" in backend.device_types
         self._accepted: set[tuple[str, ReduceOp | None, DType, str, bool | None]] = set()
 
     def tensor(
@@ -69,10 +67,12 @@ class Arguments:
                 if adapter is None
                 else TensorBuffers(tensor, adapter, write, donate)
             )
+
             views = buffers.views
             for view in views:
                 if (operation, op, view.dtype, view.device.type, copy) not in self._accepted:
                     self._accept(operation, view, op, copy)
+
             if len(views) > 1:
                 _refuse_devices(views)
             if len(views) > 1 or (views and views[0].strides is not None):
@@ -88,19 +88,16 @@ class Arguments:
     def backend_for(self, buffers: Buffers) -> Backend:
         """Return the backend that reaches the tensors of an argument."""
         backend, views = self._backend, buffers.views
-        return (
-            backend
-            if not views or views[0].device.type in backend.device_types
-            else self._other(views[0])
-        )
+        if not views or views[0].device.type in backend.device_types:
+            return backend
+        return self._other(views[0])
 
     def _accept(
         self, operation: str, view: BufferView, op: ReduceOp | None, copy: bool | None
     ) -> None:
         """Check what depends on dtype, op and device alone, and remember that it passed."""
-        backend = (
-            self._backend if view.device.type in self._backend.device_types else self._other(view)
-        )
+        is_reached = view.device.type in self._backend.device_types
+        backend = self._backend if is_reached else self._other(view)
         backend.require(operation, view.dtype, op)
         if copy is False and backend.stages_dtype(operation, view.dtype, op):
             raise OptionError(
@@ -136,14 +133,12 @@ class Arguments:
                     f"{operation}: {argument} (rank {self._rank}): expected an array that has a block for each of the "
                     f"{size} ranks of group '{self._name}', but {error}"
                 ) from None
+
             first = blocks.views[0]
-            self.alike(
-                operation,
-                f"{argument}, divided by {size} ranks,",
-                first,
-                first if like is None else like,
-            )
+            name = f"{argument}, divided by {size} ranks,"
+            self.alike(operation, name, first, first if like is None else like)
             return blocks
+
         self.length(operation, argument, given)
         adapted: list[Buffers] = []
         for index, tensor in enumerate(given):
@@ -152,6 +147,7 @@ class Arguments:
             like = buffers.views[0] if like is None else like
             self.alike(operation, name, buffers.views[0], like)
             adapted.append(buffers)
+
         blocks = Blocks(given, adapted, size)
         backend = self.backend_for(blocks)
         if copy is False and operation in backend.copies_lists and not in_a_row(blocks.transfers):
@@ -190,12 +186,9 @@ class Arguments:
 
     def length(self, operation: str, argument: str, tensor_list: Any) -> None:
         """Check that ``tensor_list`` is a list or tuple with an entry for every rank."""
-        if not isinstance(tensor_list, (list, tuple)) or len(tensor_list) != self._world_size:
-            got = (
-                f"{len(tensor_list)}"
-                if isinstance(tensor_list, (list, tuple))
-                else f"a {type(tensor_list).__name__}"
-            )
+        is_list = isinstance(tensor_list, (list, tuple))
+        if not is_list or len(tensor_list) != self._world_size:
+            got = f"{len(tensor_list)}" if is_list else f"a {type(tensor_list).__name__}"
             raise ShapeError(
                 f"{operation}: {argument} (rank {self._rank}): expected a list of {self._world_size} tensors, one for "
                 f"each rank of group '{self._name}', or one array of them all, got {got}"
@@ -218,19 +211,16 @@ class Arguments:
         """
         spans = [view.span() for view, _ in read]
         low, high = min(start for start, _ in spans), max(end for _, end in spans)
+
         try:
             if not apart:
                 refuse_overlaps([(view, name) for view, name in written if not view.readonly], [])
             for index, (view, name) in enumerate(written):
                 start, end = view.span()
-                if (
-                    view.readonly
-                    or start >= high
-                    or end <= low
-                    or (index == same and _identical(view, read[0][0]))
-                ):
+                if view.readonly or start >= high or end <= low:
                     continue
-                refuse_overlaps([(view, name)], list(read))
+                if index != same or not _identical(view, read[0][0]):
+                    refuse_overlaps([(view, name)], list(read))
         except TensorError as error:
             raise type(error)(f"{operation} (rank {self._rank}): {error}") from error
 
@@ -299,15 +289,11 @@ class Arguments:
         Raises:
             RankError: One is no rank of the group, or only one is this rank.
         """
-        if (
-            self.rank("sendrecv", "dst_rank", dst_rank)
-            == self.rank("sendrecv", "src_rank", src_rank)
-            == self._rank
-        ):
-            return self._rank, self._rank
-        return self.peer("sendrecv", "dst_rank", dst_rank), self.peer(
-            "sendrecv", "src_rank", src_rank
-        )
+        to = self.rank("sendrecv", "dst_rank", dst_rank)
+        of = self.rank("sendrecv", "src_rank", src_rank)
+        if to == of == self._rank:
+            return to, of
+        return self.peer("sendrecv", "dst_rank", to), self.peer("sendrecv", "src_rank", of)
 
     def number(self, operation: str, argument: str, value: Any) -> int | None:
         """Return a whole number as an int, and None as it is.
@@ -337,11 +323,8 @@ def _refuse_devices(views: Sequence[BufferView]) -> None:
 
 
 def _identical(first: BufferView, second: BufferView) -> bool:
-    return (
-        first.pointer == second.pointer
-        and first.count == second.count
-        and _layout(first) == _layout(second)
-    )
+    is_same = first.pointer == second.pointer and first.count == second.count
+    return is_same and _layout(first) == _layout(second)
 
 
 def _layout(view: BufferView) -> list[tuple[int, int]] | None:

@@ -86,7 +86,7 @@ def allgather(
     async_op: bool = False,
     copy: bool | None = None,
 ) -> Any:
-    """Copy every rank's ``tensor`` into ``tensor_list`` on all ranks; see ``Group.allgather``."""
+    """Copy every ``tensor`` into ``tensor_list`` on ``dst_rank``; see ``Group.gather``."""
     return find_group(group_name).allgather(tensor_list, tensor, async_op=async_op, copy=copy)
 
 
@@ -100,7 +100,7 @@ def reducescatter(
     donate: bool = False,
     copy: bool | None = None,
 ) -> Any:
-    """Combine entry ``r`` of all ranks' lists into rank ``r``'s ``tensor``; see ``Group.reducescatter``."""
+    """Combine all lists' entry ``r`` into rank ``r``'s ``tensor``; see ``Group.reducescatter``."""
     return find_group(group_name).reducescatter(
         tensor, tensor_list, op, async_op=async_op, donate=donate, copy=copy
     )
@@ -115,7 +115,7 @@ def gather(
     async_op: bool = False,
     copy: bool | None = None,
 ) -> Any:
-    """Copy every rank's ``tensor`` into ``tensor_list`` on rank ``dst_rank``; see ``Group.gather``."""
+    """Copy every ``tensor`` into ``tensor_list`` on ``dst_rank``; see ``Group.gather``."""
     return find_group(group_name).gather(
         tensor_list, tensor, dst_rank, async_op=async_op, copy=copy
     )
@@ -131,7 +131,7 @@ def scatter(
     donate: bool = False,
     copy: bool | None = None,
 ) -> Any:
-    """Copy entry ``r`` of rank ``src_rank``'s list into rank ``r``'s ``tensor``; see ``Group.scatter``."""
+    """Copy ``src_rank``'s entry ``r`` into rank ``r``'s ``tensor``; see ``Group.scatter``."""
     return find_group(group_name).scatter(
         tensor, tensor_list, src_rank, async_op=async_op, donate=donate, copy=copy
     )
@@ -211,7 +211,7 @@ def allgather_object(obj: Any, group_name: str = "default") -> list[Any]:
 def allreduce_multigpu(
     tensor_list: list[Any], group_name: str = "default", op: ReduceOp = ReduceOp.SUM
 ) -> Any:
-    """As ``allreduce`` over the tensors, one a GPU, of each process's list; see ``Group.multigpu``."""
+    """As ``allreduce`` over every process's list of one tensor a GPU; see ``Group.multigpu``."""
     group = find_group(group_name)
     if _is_one(tensor_list):
         return [group.allreduce(tensor_list[0], op)]
@@ -268,7 +268,7 @@ def reducescatter_multigpu(
 def send_multigpu(
     tensor: Any, dst_rank: int, dst_gpu_index: int, group_name: str = "default", n_elements: int = 0
 ) -> Any:
-    """As ``send``, the first ``n_elements`` (0: all), to rank ``dst_rank``, whichever GPU it receives on."""
+    """As ``send`` of the first ``n_elements`` (0: all), whichever GPU ``dst_rank`` receives on."""
     _index("send_multigpu", "dst_gpu_index", dst_gpu_index)
     return send(first_elements("send_multigpu", tensor, n_elements), dst_rank, group_name)
 
@@ -276,7 +276,7 @@ def send_multigpu(
 def recv_multigpu(
     tensor: Any, src_rank: int, src_gpu_index: int, group_name: str = "default", n_elements: int = 0
 ) -> Any:
-    """As ``recv`` into the first ``n_elements`` (0: all) from rank ``src_rank``, whichever GPU it sends from."""
+    """As ``recv`` into the first ``n_elements`` (0: all), whichever GPU ``src_rank`` sends from."""
     _index("recv_multigpu", "src_gpu_index", src_gpu_index)
     return recv(first_elements("recv_multigpu", tensor, n_elements), src_rank, group_name)
 
@@ -347,20 +347,10 @@ def create_collective_group(
     provider: str | None = None,
     check: bool = False,
 ) -> CollectiveGroup:
-    """Make a group of Ray actors from the driver; see ``colltensor.ray.create_collective_group``."""
+    """Make a group of Ray actors; see ``colltensor.ray.create_collective_group``."""
+    arguments = locals()
     declare = importlib.import_module("colltensor.ray.declare")
-    group: CollectiveGroup = declare.create_collective_group(
-        actors,
-        world_size,
-        ranks,
-        backend,
-        group_name,
-        gloo_timeout,
-        timeout_s=timeout_s,
-        interface=interface,
-        provider=provider,
-        check=check,
-    )
+    group: CollectiveGroup = declare.create_collective_group(**arguments)
     return group
 
 
@@ -375,18 +365,10 @@ def collective_group(
     provider: str | None = None,
     check: bool = False,
 ) -> CollectiveGroup:
-    """Make a group of Ray actors for the length of a ``with`` block; see ``colltensor.ray.collective_group``."""
+    """Make a group of Ray actors for a ``with`` block; see ``colltensor.ray.collective_group``."""
+    arguments = locals()
     declare = importlib.import_module("colltensor.ray.declare")
-    group: CollectiveGroup = declare.collective_group(
-        actors,
-        backend,
-        group_name,
-        ranks=ranks,
-        timeout_s=timeout_s,
-        interface=interface,
-        provider=provider,
-        check=check,
-    )
+    group: CollectiveGroup = declare.collective_group(**arguments)
     return group
 
 

@@ -43,7 +43,18 @@ class BackendUnavailableError(CollectiveError):
     """The backend cannot be used here."""
 
 
-class MismatchError(CollectiveError):
+class _RanksError(CollectiveError):
+    """Base of the errors that name ranks, which a pickle keeps."""
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
+class MismatchError(_RanksError):
     """The ranks of a group disagree about a call; no data was changed and the group goes on.
 
     Two exceptions: where a ``sendrecv`` is agreed with one peer and not with the other, the agreed
@@ -54,42 +65,21 @@ class MismatchError(CollectiveError):
         ranks: The ranks that differ from the majority (from rank 0 where there is none), or all of the circle.
     """
 
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
-
-
-class PeerLostError(CollectiveError, ConnectionError):
+class PeerLostError(_RanksError, ConnectionError):
     """A rank died, left or cannot be reached; the group is broken.
 
     Attributes:
         ranks: The ranks that are lost.
     """
 
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
-
-
-class CollectiveTimeoutError(CollectiveError, TimeoutError):
+class CollectiveTimeoutError(_RanksError, TimeoutError):
     """A rank did not arrive within the group's timeout; the group is broken.
 
     Attributes:
         ranks: The ranks that are late, as far as they could be told.
     """
-
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
 
 
 class RankError(CollectiveError, ValueError):
@@ -133,7 +123,7 @@ def without_frames(error: CollectiveError) -> CollectiveError:
 
 
 def say_timed_out(error: CollectiveTimeoutError, timeout_s: float) -> None:
-    """Add to a timeout's message the words that programs look for, and how long it was, unless it has them."""
+    """Say in a timeout's message that it timed out and after how long, if it does not."""
     if "timed out after" not in str(error):
         error.args = f"{error} (timed out after {timeout_s:g} s)", *error.args[1:]
 

@@ -1,4 +1,4 @@
-"""Group: the collectives of one group of ranks; adapts the tensors of a call, checks them, runs it."""
+"""Group: the collectives of one group of ranks; checks the tensors of a call, and runs it."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ def connect(meeting: Meeting, options: GroupOptions, deadline: float) -> Group:
             f"group '{meeting.group_name}' (rank {meeting.rank}): it cannot be made: {error}; "
             + remedy_for_system(error, "see that the ranks reach each other")
         ) from error
+
+    # The other ranks make the backend too: they are told why this one cannot.
     try:
         options.prepare(meeting.world_size, meeting.host_ids)
         backend, why = options.make(control, meeting)
@@ -77,23 +79,13 @@ def connect(meeting: Meeting, options: GroupOptions, deadline: float) -> Group:
             control.fail(found)
         finally:
             control.close()
-        if (
-            found is error
-            or not isinstance(error, (RuntimeError, OSError))
-            or is_from_handler(error)
-        ):
+        is_own = isinstance(error, (RuntimeError, OSError)) and not is_from_handler(error)
+        if found is error or not is_own:
             raise
         raise found from error
-    return Group(
-        meeting.group_name,
-        meeting.rank,
-        meeting.world_size,
-        backend,
-        control,
-        options,
-        meeting,
-        why,
-    )
+
+    name, rank, size = meeting.group_name, meeting.rank, meeting.world_size
+    return Group(name, rank, size, backend, control, options, meeting, why)
 
 
 def solitary(name: str, options: GroupOptions) -> Group:
@@ -161,7 +153,7 @@ class Group:
         self._options = options
         self._backend = backend
         self._control = control
-        self._meeting = meeting
+
         agreeing = self._agreeing = backend if isinstance(backend, AgreeingBackend) else None
         self._engine = Engine(name, rank, control, backend, options.timeout_s)
         self._queue = self._engine.queue
@@ -170,21 +162,24 @@ class Group:
             control.set_timeout(options.timeout_s)
         self._devices = Devices(name, rank, backend, control, self._engine, options, meeting)
         self._splits = 0
-        self._on_destroy: Callable[[], None] | None = (
-            None  # frees the name, where the group has one
-        )
+        # Frees the name, where the group has one.
+        self._on_destroy: Callable[[], None] | None = None
         self._arguments: Any = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
-        fast: Any = agreeing or getattr(backend, "fast_calls", None)
+
+        # Any: calls ask for them in their first lines, where an assertion for the type checker would cost time.
         self._fastpath: Any = None
         self._trees: Any = None
+        self._allreduce: Any = None
+        self._barrier: Any = None
+        fast: Any = agreeing or getattr(backend, "fast_calls", None)
         if fast is not None:
             self._fastpath = FastPath(fast, self._engine, self._arguments, rank, world_size)
+            self._allreduce, self._barrier = self._fastpath.allreduce, self._fastpath.barrier
         if agreeing is not None:
             self._trees = TreeFastPath(self._fastpath)
+
         _groups.add(self)
-        self._allreduce = None if self._fastpath is None else self._fastpath.allreduce
-        self._barrier = None if self._fastpath is None else self._fastpath.barrier
         _log.debug(
             "group %r (rank %d): made of %d ranks, backend %r: %s",
             name,
@@ -202,12 +197,12 @@ class Group:
 
     @property
     def timeout_s(self) -> float:
-        """How long every operation waits for the other ranks, in seconds; ``set_timeout`` changes it."""
+        """How long every operation waits for other ranks, in seconds; see ``set_timeout``."""
         return self._engine.timeout_s
 
     @property
     def broken(self) -> CollectiveError | None:
-        """The error that broke the group, on this rank or told by another one; None while it works."""
+        """The error that broke the group, here or on another rank; None while it works."""
         return self._engine.broken or (self._control.broken if self._control is not None else None)
 
     def allreduce(
@@ -234,6 +229,8 @@ class Group:
         """
         if op.__class__ is not ReduceOp:
             op = self._arguments.op("allreduce", op)
+
+        # The fast path stands here in line, because each function that a call enters takes its time.
         calls = self._allreduce  # which bridge.follow() may take away in another thread
         if calls is not None and copy is None and not async_op and self._queue.idle:
             needs_write_notice = tensor.__class__ not in no_write_notice
@@ -253,49 +250,32 @@ class Group:
             if work is not None:
                 return work
         if self._trees is not None and copy is None and not async_op:
-            done = self._trees.run(
-                "allreduce", op, -1, tensor, True, donate, None if _like is None else _like.plan
-            )
+            plan = None if _like is None else _like.plan
+            done = self._trees.run("allreduce", op, -1, tensor, True, donate, plan)
             if done is not None:
                 return done
         if _like is not None:  # a Synchronizer, whose plan a tree on the fast path is of
             _like.check(tensor)
-        buffers = self._arguments.tensor(
-            "allreduce", "tensor", tensor, op, True, donate, copy, True
-        )
-        engine = self._engine
-        if (
-            self._is_alone
-            and not async_op
-            and buffers.__class__ is TensorBuffers
-            and not buffers.allocates
-            and engine.before is None
-            and engine.broken is None
-            and not self._queue.is_busy()
-        ):
-            buffers.store()  # one rank: the sum of its elements is there
-            return tensor
-        if (
-            self._engine.device is not None
-            and copy is None
-            and not async_op
-            and buffers.__class__ is TensorBuffers
-            and self._engine.allreduce_at_once(buffers, op)
-        ):
-            return tensor
-        return self._engine.run(
-            Call(
-                "allreduce",
-                buffers,
-                op,
-                -1,
-                copy is not False,
-                (buffers,),
-                self._arguments.backend_for(buffers).allreduce,
-                (buffers.transfers, op),
-                buffers.result,
-            ),
-            async_op,
+
+        arguments, engine = self._arguments, self._engine
+        buffers = arguments.tensor("allreduce", "tensor", tensor, op, True, donate, copy, True)
+        if not async_op and buffers.__class__ is TensorBuffers:
+            if (
+                self._is_alone
+                and not buffers.allocates
+                and engine.before is None
+                and engine.broken is None
+                and not self._queue.is_busy()
+            ):
+                buffers.store()  # one rank: the sum of its elements is there
+                return tensor
+            if engine.device is not None and copy is None and engine.allreduce_at_once(buffers, op):
+                return tensor
+
+        move, moved = arguments.backend_for(buffers).allreduce, (buffers.transfers, op)
+        fused, result = copy is not False, buffers.result
+        return engine.run(
+            Call("allreduce", buffers, op, -1, fused, (buffers,), move, moved, result), async_op
         )
 
     def reduce(
@@ -321,46 +301,29 @@ class Group:
         Returns:
             On ``dst_rank`` as ``allreduce``; elsewhere ``tensor`` itself.
         """
-        if (
-            self._fastpath is not None
-            and copy is None
-            and op.__class__ is ReduceOp
-            and dst_rank.__class__ is int
-        ):
-            call = self._fastpath.reduce[op][dst_rank]
+        fast = self._fastpath if copy is None and op.__class__ is ReduceOp else None
+        if fast is not None and dst_rank.__class__ is int:
+            call = fast.reduce[op][dst_rank]
             if async_op:
                 done = call.issue((tensor,), 0, dst_rank == self.rank, tensor)
             else:
                 done = call.run((tensor,), 0, dst_rank == self.rank)
             if done:
                 return done if async_op else tensor
-        op, root = (
-            self._arguments.op("reduce", op),
-            self._arguments.rank("reduce", "dst_rank", dst_rank),
-        )
+
+        op = self._arguments.op("reduce", op)
+        root = self._arguments.rank("reduce", "dst_rank", dst_rank)
         write = root == self.rank
-        if (
-            self._trees is not None
-            and copy is None
-            and not async_op
-            and self._trees.run("reduce", op, root, tensor, write) is not None
-        ):
+        trees = self._trees if copy is None and not async_op else None
+        if trees is not None and trees.run("reduce", op, root, tensor, write) is not None:
             return tensor
+
         buffers = self._written_by_some("reduce", tensor, op, root, write, donate, copy)
-        return self._engine.run(
-            Call(
-                "reduce",
-                buffers,
-                op,
-                root,
-                copy is not False,
-                (buffers,),
-                self._arguments.backend_for(buffers).reduce,
-                (buffers.transfers, root, op),
-                buffers.result,
-            ),
-            async_op,
+        move, moved = self._arguments.backend_for(buffers).reduce, (buffers.transfers, root, op)
+        call = Call(
+            "reduce", buffers, op, root, copy is not False, (buffers,), move, moved, buffers.result
         )
+        return self._engine.run(call, async_op)
 
     def scan(
         self,
@@ -395,19 +358,11 @@ class Group:
                 f"scan: tensor (rank {self.rank}): it is on {min(devices)}, and scan works on host memory; copy it to "
                 "the CPU first"
             )
-        prefix = importlib.import_module("colltensor.prefix")
+
+        prefix = importlib.import_module("colltensor.prefix")  # few programs need it
         move = functools.partial(prefix.scan, backend, self.rank, self.world_size)
-        call = Call(
-            "scan",
-            buffers,
-            op,
-            -1,
-            copy is not False,
-            (buffers,),
-            move,
-            (buffers.transfers, op),
-            buffers.result,
-        )
+        moved, result = (buffers.transfers, op), buffers.result
+        call = Call("scan", buffers, op, -1, copy is not False, (buffers,), move, moved, result)
         return self._engine.run(call, async_op)
 
     def broadcast(
@@ -439,30 +394,18 @@ class Group:
                 done = call.run((tensor,), 0, src_rank != self.rank)
             if done:
                 return done if async_op else tensor
+
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
         write = root != self.rank
-        if (
-            self._trees is not None
-            and copy is None
-            and not async_op
-            and self._trees.run("broadcast", NO_OP, root, tensor, write) is not None
-        ):
+        trees = self._trees if copy is None and not async_op else None
+        if trees is not None and trees.run("broadcast", NO_OP, root, tensor, write) is not None:
             return tensor
+
         buffers = self._written_by_some("broadcast", tensor, None, root, write, donate, copy)
-        return self._engine.run(
-            Call(
-                "broadcast",
-                buffers,
-                None,
-                root,
-                copy is not False,
-                (buffers,),
-                self._arguments.backend_for(buffers).broadcast,
-                (buffers.transfers, root),
-                buffers.result,
-            ),
-            async_op,
-        )
+        move, moved = self._arguments.backend_for(buffers).broadcast, (buffers.transfers, root)
+        fused, result = copy is not False, buffers.result
+        call = Call("broadcast", buffers, None, root, fused, (buffers,), move, moved, result)
+        return self._engine.run(call, async_op)
 
     def allgather(
         self, tensor_list: Any, tensor: Any, *, async_op: bool = False, copy: bool | None = None
@@ -491,32 +434,20 @@ class Group:
                 done = self._fastpath.allgather.run((*tensor_list, tensor), 0, len(tensor_list))
             if done:
                 return done if async_op else tensor_list
-        source = self._arguments.tensor(
-            "allgather", "tensor", tensor, None, False, False, copy, False
-        )
+
+        name, arguments = "allgather", self._arguments
+        source = arguments.tensor(name, "tensor", tensor, None, False, False, copy, False)
         view = source.views[0]
-        targets = self._arguments.blocks(
-            "allgather", "tensor_list", tensor_list, view, None, True, copy
-        )
-        self._arguments.separate(
-            "allgather", targets.named("tensor_list"), [(view, "tensor")], self.rank, targets.whole
-        )
-        return self._engine.run(
-            Call(
-                "allgather",
-                source,
-                None,
-                -1,
-                True,
-                (source, targets),
-                lambda deadline: self._arguments.backend_for(source).allgather(
-                    targets.transfers, source.transfers[0], deadline
-                ),
-                (),
-                targets.result,
-            ),
-            async_op,
-        )
+        targets = arguments.blocks(name, "tensor_list", tensor_list, view, None, True, copy)
+        written = targets.named("tensor_list")
+        arguments.separate(name, written, [(view, "tensor")], self.rank, targets.whole)
+
+        def move(deadline: float) -> None:
+            backend = arguments.backend_for(source)
+            backend.allgather(targets.transfers, source.transfers[0], deadline)
+
+        call = Call(name, source, None, -1, True, (source, targets), move, (), targets.result)
+        return self._engine.run(call, async_op)
 
     def gather(
         self,
@@ -539,52 +470,38 @@ class Group:
         Returns:
             As ``allgather``.
         """
-        if (
-            self._fastpath is not None
-            and copy is None
-            and not async_op
-            and dst_rank.__class__ is int
-        ):
+        fast = self._fastpath if copy is None and not async_op else None
+        if fast is not None and dst_rank.__class__ is int:
             if dst_rank != self.rank:
-                done = self._fastpath.gather[dst_rank].run((tensor,), 0, 0)
+                done = fast.gather[dst_rank].run((tensor,), 0, 0)
             elif tensor_list.__class__ is not list:
-                done = self._fastpath.gather_stack[dst_rank].pair(tensor_list, tensor, tensor_list)
+                done = fast.gather_stack[dst_rank].pair(tensor_list, tensor, tensor_list)
             else:
-                done = self._fastpath.gather[dst_rank].run(
-                    (*tensor_list, tensor), 0, len(tensor_list)
-                )
+                done = fast.gather[dst_rank].run((*tensor_list, tensor), 0, len(tensor_list))
             if done:
                 return tensor_list
-        root = self._arguments.rank("gather", "dst_rank", dst_rank)
-        source = self._arguments.tensor("gather", "tensor", tensor, None, False, False, copy, False)
+
+        name, arguments = "gather", self._arguments
+        root = arguments.rank(name, "dst_rank", dst_rank)
+        source = arguments.tensor(name, "tensor", tensor, None, False, False, copy, False)
         targets = None
         if root == self.rank:
-            with self._refusing("gather", root, source):
+            with self._refusing(name, root, source):
                 view = source.views[0]
-                targets = self._arguments.blocks(
-                    "gather", "tensor_list", tensor_list, view, None, True, copy
-                )
-                self._arguments.separate(
-                    "gather", targets.named("tensor_list"), [(view, "tensor")], root, targets.whole
-                )
+                targets = arguments.blocks(name, "tensor_list", tensor_list, view, None, True, copy)
+                written = targets.named("tensor_list")
+                arguments.separate(name, written, [(view, "tensor")], root, targets.whole)
+
+        def move(deadline: float) -> None:
+            received = None if targets is None else targets.transfers
+            arguments.backend_for(source).gather(received, source.transfers[0], root, deadline)
+
+        def result() -> Any:
+            return tensor_list if targets is None else targets.result()
+
+        buffers = (source,) if targets is None else (source, targets)
         return self._engine.run(
-            Call(
-                "gather",
-                source,
-                None,
-                root,
-                True,
-                (source,) if targets is None else (source, targets),
-                lambda deadline: self._arguments.backend_for(source).gather(
-                    None if targets is None else targets.transfers,
-                    source.transfers[0],
-                    root,
-                    deadline,
-                ),
-                (),
-                lambda: tensor_list if targets is None else targets.result(),
-            ),
-            async_op,
+            Call(name, source, None, root, True, buffers, move, (), result), async_op
         )
 
     def scatter(
@@ -611,53 +528,37 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if (
-            self._fastpath is not None
-            and copy is None
-            and not async_op
-            and src_rank.__class__ is int
-        ):
+        fast = self._fastpath if copy is None and not async_op else None
+        if fast is not None and src_rank.__class__ is int:
             if src_rank != self.rank:
-                done = self._fastpath.scatter[src_rank].run((tensor,), 0, 1)
+                done = fast.scatter[src_rank].run((tensor,), 0, 1)
             elif tensor_list.__class__ is not list:
-                done = self._fastpath.scatter_stack[src_rank].pair(tensor, tensor_list, tensor)
+                done = fast.scatter_stack[src_rank].pair(tensor, tensor_list, tensor)
             else:
-                done = self._fastpath.scatter[src_rank].run((tensor, *tensor_list), 0, 1)
+                done = fast.scatter[src_rank].run((tensor, *tensor_list), 0, 1)
             if done:
                 return tensor
-        root = self._arguments.rank("scatter", "src_rank", src_rank)
-        target = self._arguments.tensor(
-            "scatter", "tensor", tensor, None, True, donate, copy, False
-        )
+
+        name, arguments = "scatter", self._arguments
+        root = arguments.rank(name, "src_rank", src_rank)
+        target = arguments.tensor(name, "tensor", tensor, None, True, donate, copy, False)
         sources = None
         if root == self.rank:
-            with self._refusing("scatter", root, target):
+            with self._refusing(name, root, target):
                 view = target.views[0]
-                sources = self._arguments.blocks(
-                    "scatter", "tensor_list", tensor_list, view, None, False, copy
+                sources = arguments.blocks(
+                    name, "tensor_list", tensor_list, view, None, False, copy
                 )
-                if not self._arguments.in_place("scatter", target, sources.views[root], copy):
-                    self._arguments.separate(
-                        "scatter", [(view, "tensor")], sources.named("tensor_list")
-                    )
+                if not arguments.in_place(name, target, sources.views[root], copy):
+                    arguments.separate(name, [(view, "tensor")], sources.named("tensor_list"))
+
+        def move(deadline: float) -> None:
+            sent = None if sources is None else sources.transfers
+            arguments.backend_for(target).scatter(target.transfers[0], sent, root, deadline)
+
+        buffers = (target,) if sources is None else (target, sources)
         return self._engine.run(
-            Call(
-                "scatter",
-                target,
-                None,
-                root,
-                True,
-                (target,) if sources is None else (target, sources),
-                lambda deadline: self._arguments.backend_for(target).scatter(
-                    target.transfers[0],
-                    None if sources is None else sources.transfers,
-                    root,
-                    deadline,
-                ),
-                (),
-                target.result,
-            ),
-            async_op,
+            Call(name, target, None, root, True, buffers, move, (), target.result), async_op
         )
 
     def reducescatter(
@@ -683,49 +584,33 @@ class Group:
         Returns:
             ``tensor`` itself, or a new JAX array.
         """
-        if self._fastpath is not None and copy is None and op.__class__ is ReduceOp:
-            if async_op:
-                stacked = tensor_list.__class__ is not list
-                call = (
-                    self._fastpath.reducescatter_stack if stacked else self._fastpath.reducescatter
-                )[op]
-                done = call.issue(
-                    (tensor, tensor_list) if stacked else (tensor, *tensor_list), 0, 1, tensor
-                )
+        fast = self._fastpath if copy is None and op.__class__ is ReduceOp else None
+        if fast is not None:
+            if async_op and tensor_list.__class__ is not list:
+                done = fast.reducescatter_stack[op].issue((tensor, tensor_list), 0, 1, tensor)
+            elif async_op:
+                done = fast.reducescatter[op].issue((tensor, *tensor_list), 0, 1, tensor)
             elif tensor_list.__class__ is not list:
-                done = self._fastpath.reducescatter_stack[op].pair(tensor, tensor_list, tensor)
+                done = fast.reducescatter_stack[op].pair(tensor, tensor_list, tensor)
             else:
-                done = self._fastpath.reducescatter[op].run((tensor, *tensor_list), 0, 1)
+                done = fast.reducescatter[op].run((tensor, *tensor_list), 0, 1)
             if done:
                 return done if async_op else tensor
-        op = self._arguments.op("reducescatter", op)
-        target = self._arguments.tensor(
-            "reducescatter", "tensor", tensor, op, True, donate, copy, False
-        )
+
+        name, arguments = "reducescatter", self._arguments
+        op = arguments.op(name, op)
+        target = arguments.tensor(name, "tensor", tensor, op, True, donate, copy, False)
         view = target.views[0]
-        sources = self._arguments.blocks(
-            "reducescatter", "tensor_list", tensor_list, view, op, False, copy
-        )
-        if not self._arguments.in_place("reducescatter", target, sources.views[self.rank], copy):
-            self._arguments.separate(
-                "reducescatter", [(view, "tensor")], sources.named("tensor_list")
-            )
-        return self._engine.run(
-            Call(
-                "reducescatter",
-                target,
-                op,
-                -1,
-                True,
-                (target, sources),
-                lambda deadline: self._arguments.backend_for(target).reducescatter(
-                    target.transfers[0], sources.transfers, op, deadline
-                ),
-                (),
-                target.result,
-            ),
-            async_op,
-        )
+        sources = arguments.blocks(name, "tensor_list", tensor_list, view, op, False, copy)
+        if not arguments.in_place(name, target, sources.views[self.rank], copy):
+            arguments.separate(name, [(view, "tensor")], sources.named("tensor_list"))
+
+        def move(deadline: float) -> None:
+            backend = arguments.backend_for(target)
+            backend.reducescatter(target.transfers[0], sources.transfers, op, deadline)
+
+        call = Call(name, target, op, -1, True, (target, sources), move, (), target.result)
+        return self._engine.run(call, async_op)
 
     def alltoall(
         self, output_list: Any, input_list: Any, *, async_op: bool = False, copy: bool | None = None
@@ -742,53 +627,36 @@ class Group:
         Returns:
             ``output_list``, or a new JAX array for one.
         """
-        if self._fastpath is not None and copy is None:
+        fast, kind = self._fastpath if copy is None else None, output_list.__class__
+        if fast is not None:
             done = None
-            if output_list.__class__ is not list and input_list.__class__ is not list:
+            if kind is not list and input_list.__class__ is not list:
                 if async_op:
-                    done = self._fastpath.alltoall_stack.issue(
-                        (output_list, input_list), 0, 1, output_list
-                    )
+                    done = fast.alltoall_stack.issue((output_list, input_list), 0, 1, output_list)
                 else:
-                    done = self._fastpath.alltoall_stack.pair(output_list, input_list, output_list)
-            elif output_list.__class__ is input_list.__class__ and len(output_list) == len(
-                input_list
-            ):
-                tensors, written = (*output_list, *input_list), len(output_list)
+                    done = fast.alltoall_stack.pair(output_list, input_list, output_list)
+            elif kind is input_list.__class__ and len(output_list) == len(input_list):
+                tensors, count = (*output_list, *input_list), len(output_list)
                 if async_op:
-                    done = self._fastpath.alltoall.issue(tensors, 0, written, output_list)
+                    done = fast.alltoall.issue(tensors, 0, count, output_list)
                 else:
-                    done = self._fastpath.alltoall.run(tensors, 0, written)
+                    done = fast.alltoall.run(tensors, 0, count)
             if done:
                 return done if async_op else output_list
-        sources = self._arguments.blocks(
-            "alltoall", "input_list", input_list, None, None, False, copy
-        )
-        targets = self._arguments.blocks(
-            "alltoall", "output_list", output_list, sources.views[0], None, True, copy
-        )
-        self._arguments.separate(
-            "alltoall",
-            targets.named("output_list"),
-            sources.named("input_list"),
-            apart=targets.whole,
-        )
-        return self._engine.run(
-            Call(
-                "alltoall",
-                sources,
-                None,
-                -1,
-                True,
-                (sources, targets),
-                lambda deadline: self._arguments.backend_for(sources).alltoall(
-                    targets.transfers, sources.transfers, deadline
-                ),
-                (),
-                targets.result,
-            ),
-            async_op,
-        )
+
+        name, arguments = "alltoall", self._arguments
+        sources = arguments.blocks(name, "input_list", input_list, None, None, False, copy)
+        like = sources.views[0]
+        targets = arguments.blocks(name, "output_list", output_list, like, None, True, copy)
+        read, written = sources.named("input_list"), targets.named("output_list")
+        arguments.separate(name, written, read, apart=targets.whole)
+
+        def move(deadline: float) -> None:
+            backend = arguments.backend_for(sources)
+            backend.alltoall(targets.transfers, sources.transfers, deadline)
+
+        call = Call(name, sources, None, -1, True, (sources, targets), move, (), targets.result)
+        return self._engine.run(call, async_op)
 
     def send(
         self, tensor: Any, dst_rank: int, *, async_op: bool = False, copy: bool | None = None
@@ -803,38 +671,23 @@ class Group:
             MismatchError: Both ranks of a pair wait in a send to each other, or both in a ``recv``: use ``sendrecv``.
                 Also if ranks wait for each other in any other circle, which breaks the group.
         """
-        if (
-            self._fastpath is not None
-            and copy is None
-            and not async_op
-            and dst_rank.__class__ is int
-            and self._fastpath.send[dst_rank].run((tensor,), 0, 0)
-        ):
-            return tensor
+        fast = self._fastpath if copy is None and not async_op else None
+        if fast is not None and dst_rank.__class__ is int:
+            done = fast.send[dst_rank].run((tensor,), 0, 0)
+            if done:
+                return tensor
+
         peer = self._arguments.peer("send", "dst_rank", dst_rank)
-        if (
-            self._trees is not None
-            and copy is None
-            and not async_op
-            and self._trees.run("transfer", NO_OP, peer, tensor, False) is not None
-        ):
+        trees = self._trees if copy is None and not async_op else None
+        if trees is not None and trees.run("transfer", NO_OP, peer, tensor, False) is not None:
             return tensor
+
         buffers = self._arguments.tensor("send", "tensor", tensor, None, False, False, copy, True)
-        return self._engine.run(
-            Call(
-                "send",
-                buffers,
-                None,
-                -1,
-                copy is not False,
-                (buffers,),
-                self._arguments.backend_for(buffers).send,
-                (buffers.transfers, peer),
-                buffers.result,
-                [self._sending(peer, buffers)],
-            ),
-            async_op,
-        )
+        move, moved = self._arguments.backend_for(buffers).send, (buffers.transfers, peer)
+        fused, result = copy is not False, buffers.result
+        peers = [self._transfer(self.rank, peer, buffers)]
+        call = Call("send", buffers, None, -1, fused, (buffers,), move, moved, result, peers)
+        return self._engine.run(call, async_op)
 
     def recv(
         self,
@@ -850,38 +703,23 @@ class Group:
         Returns:
             ``tensor`` itself, with JAX arrays and numbers replaced by new ones.
         """
-        if (
-            self._fastpath is not None
-            and copy is None
-            and not async_op
-            and src_rank.__class__ is int
-            and self._fastpath.recv[src_rank].run((tensor,), 0, 1)
-        ):
-            return tensor
+        fast = self._fastpath if copy is None and not async_op else None
+        if fast is not None and src_rank.__class__ is int:
+            done = fast.recv[src_rank].run((tensor,), 0, 1)
+            if done:
+                return tensor
+
         peer = self._arguments.peer("recv", "src_rank", src_rank)
-        if (
-            self._trees is not None
-            and copy is None
-            and not async_op
-            and self._trees.run("transfer", NO_OP, -1, tensor, True, source=peer) is not None
-        ):
+        trees = self._trees if copy is None and not async_op else None
+        if trees and trees.run("transfer", NO_OP, -1, tensor, True, source=peer) is not None:
             return tensor
+
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
-        return self._engine.run(
-            Call(
-                "recv",
-                buffers,
-                None,
-                -1,
-                copy is not False,
-                (buffers,),
-                self._arguments.backend_for(buffers).recv,
-                (buffers.transfers, peer),
-                buffers.result,
-                [self._receiving(peer, buffers)],
-            ),
-            async_op,
-        )
+        move, moved = self._arguments.backend_for(buffers).recv, (buffers.transfers, peer)
+        fused, result = copy is not False, buffers.result
+        peers = [self._transfer(peer, self.rank, buffers)]
+        call = Call("recv", buffers, None, -1, fused, (buffers,), move, moved, result, peers)
+        return self._engine.run(call, async_op)
 
     def sendrecv(
         self,
@@ -903,49 +741,33 @@ class Group:
         Returns:
             ``recv_tensor`` itself, or a new JAX array.
         """
-        if (
-            self._fastpath is not None
-            and copy is None
-            and not async_op
-            and dst_rank.__class__ is int
-            and src_rank.__class__ is int
-            and self._fastpath.sendrecv[dst_rank][src_rank].pair(
-                send_tensor, recv_tensor, recv_tensor
-            )
-        ):
-            return recv_tensor
-        to, of = self._arguments.shift(dst_rank, src_rank)
-        source = self._arguments.tensor(
-            "sendrecv", "send_tensor", send_tensor, None, False, False, copy, False
-        )
-        target = self._arguments.tensor(
-            "sendrecv", "recv_tensor", recv_tensor, None, True, donate, copy, False
-        )
+        fast = self._fastpath if copy is None and not async_op else None
+        if fast is not None and dst_rank.__class__ is int and src_rank.__class__ is int:
+            shift = fast.sendrecv[dst_rank][src_rank]
+            if shift.pair(send_tensor, recv_tensor, recv_tensor):
+                return recv_tensor
+
+        name, arguments = "sendrecv", self._arguments
+        to, of = arguments.shift(dst_rank, src_rank)
+        source = arguments.tensor(name, "send_tensor", send_tensor, None, False, False, copy, False)
+        target = arguments.tensor(name, "recv_tensor", recv_tensor, None, True, donate, copy, False)
         sent, received = source.views[0], target.views[0]
-        if not self._arguments.in_place("sendrecv", target, sent, copy):
-            self._arguments.separate(
-                "sendrecv", [(received, "recv_tensor")], [(sent, "send_tensor")]
-            )
+        if not arguments.in_place(name, target, sent, copy):
+            arguments.separate(name, [(received, "recv_tensor")], [(sent, "send_tensor")])
         if to == self.rank:  # no peer to compare with
-            self._arguments.alike("sendrecv", "recv_tensor", received, sent)
-        self._arguments.same_device("sendrecv", "recv_tensor", received, sent)
-        return self._engine.run(
-            Call(
-                "sendrecv",
-                source,
-                None,
-                -1,
-                True,
-                (source, target),
-                lambda deadline: self._arguments.backend_for(source).sendrecv(
-                    source.transfers[0], to, target.transfers[0], of, deadline
-                ),
-                (),
-                target.result,
-                [] if to == self.rank else [self._sending(to, source), self._receiving(of, target)],
-            ),
-            async_op,
-        )
+            arguments.alike(name, "recv_tensor", received, sent)
+        arguments.same_device(name, "recv_tensor", received, sent)
+
+        def move(deadline: float) -> None:
+            backend = arguments.backend_for(source)
+            backend.sendrecv(source.transfers[0], to, target.transfers[0], of, deadline)
+
+        there = self._transfer(self.rank, to, source)
+        back = self._transfer(of, self.rank, target)
+        peers = [] if to == self.rank else [there, back]
+        buffers, result = (source, target), target.result
+        call = Call(name, source, None, -1, True, buffers, move, (), result, peers)
+        return self._engine.run(call, async_op)
 
     def barrier(self, *, async_op: bool = False) -> Any:
         """Return when all ranks have called."""
@@ -994,7 +816,7 @@ class Group:
         return obj if root == self.rank else theirs
 
     def allgather_object(self, obj: Any) -> list[Any]:
-        """Return the list of all ranks' ``obj`` on every rank, pickled on the way as in ``broadcast_object``."""
+        """Return all ranks' ``obj`` on every rank, pickled as in ``broadcast_object``."""
         payload = objects.dumps(obj)
         found = self._exchange("allgather_object", payload, -1)
         found[self.rank] = payload
@@ -1005,7 +827,7 @@ class Group:
         return everyone
 
     def _unpickled(self, payload: bytes, operation: str, of: int) -> Any:
-        """Return the object of rank ``of``; its own a rank looks at only where it might be refused."""
+        """Return rank ``of``'s object; one's own is looked at where it might be refused."""
         allowed = self._options.allow_pickle
         if of == self.rank and allowed:
             return None
@@ -1055,6 +877,8 @@ class Group:
             self._engine.device.set_timeout(timeout_s)
         if self._agreeing is None:
             return
+
+        # The timeout is part of the calls that native code was given.
         self._agreeing.set_timeout(timeout_s)
         self._fastpath.renew()
         self._trees.renew()
@@ -1072,7 +896,7 @@ class Group:
         self._close("was destroyed; make it again with init_collective_group()")
 
     def _end(self) -> None:
-        """Do as ``destroy``, but keep the name, because the process ends. No call imports anything any more."""
+        """Do as ``destroy``, but keep the name; calls import nothing more: the process ends."""
         self._arguments = _Ended(self.name, self.rank)
         self._close("has ended, because its process ends")
 
@@ -1090,7 +914,7 @@ class Group:
             self._backend.close()
 
     def _close_behind(self) -> None:
-        """Close the backend when the call has ended in which a signal's handler has closed the group."""
+        """Close the backend after the call in which a signal's handler closed the group."""
         deadline = time.monotonic() + _LEAVING_S
         while self._engine.progress() is not None and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -1106,7 +930,7 @@ class Group:
         self._devices.synchronize(gpu_id)
 
     def _make_part(self, name: str, members: list[int]) -> Group | None:
-        """Meet the other members through this group's control plane; non-members only help with the exchange."""
+        """Meet the other members over this control plane; others only help to exchange."""
 
         def exchange(payload: bytes) -> list[bytes]:
             everyone = self._exchange("split", payload, -1)
@@ -1118,19 +942,20 @@ class Group:
             exchange(b"")
             exchange(b"")
             return None
+
+        options, size = self._options, len(members)
         deadline = time.monotonic() + self.timeout_s
-        rank = members.index(self.rank)
         with saying_timed_out(self.timeout_s):
             meeting = meet_through(
                 exchange,
                 group_name=name,
-                world_size=len(members),
-                rank=rank,
-                interface=self._options.interface,
-                backend=self._options.asked_of(len(members)),
+                world_size=size,
+                rank=members.index(self.rank),
+                interface=options.interface,
+                backend=options.asked_of(size),
                 host_id=self._control.host_id,
             )
-            return connect(meeting, self._options, deadline)
+            return connect(meeting, options, deadline)
 
     @contextlib.contextmanager
     def _refusing(self, name: str, root: int, argument: Buffers | None) -> Iterator[None]:
@@ -1151,59 +976,40 @@ class Group:
         donate: bool,
         copy: bool | None,
     ) -> Buffers:
-        """Adapt a tensor that is written on some ranks alone, which tell the others if it cannot be."""
-        found: Buffers
+        """Adapt a tensor that some ranks alone write, which tell the others if they cannot."""
+        adapt: Callable[..., Buffers] = self._arguments.tensor
+
         try:
-            found = self._arguments.tensor(name, "tensor", tensor, op, write, donate, copy, True)
+            return adapt(name, "tensor", tensor, op, write, donate, copy, True)
         except TensorError as error:
             if write:
-                # it could not be read either, as on the other ranks
+                # Suppressed: where it cannot be read either, the other ranks cannot read theirs.
                 with contextlib.suppress(CollectiveError):
-                    found = self._arguments.tensor(
-                        name, "tensor", tensor, op, False, False, copy, True
-                    )
+                    found = adapt(name, "tensor", tensor, op, False, False, copy, True)
                     self._engine.refuse(name, root, found, error)
             raise
-        return found
 
-    def _sending(self, peer: int, buffers: Buffers) -> Transfer:
+    def _transfer(self, source: int, destination: int, buffers: Buffers) -> Transfer:
+        """Return what this rank sends, or receives, between itself and another one."""
         backend = self._arguments.backend_for(buffers)
-        return Transfer(
-            self.rank,
-            peer,
-            buffers,
-            lambda deadline: backend.send(buffers.transfers, peer, deadline),
-        )
+        sends = source == self.rank
+        one_way, peer = (backend.send, destination) if sends else (backend.recv, source)
 
-    def _receiving(self, peer: int, buffers: Buffers) -> Transfer:
-        backend = self._arguments.backend_for(buffers)
-        return Transfer(
-            peer,
-            self.rank,
-            buffers,
-            lambda deadline: backend.recv(buffers.transfers, peer, deadline),
-        )
+        def move(deadline: float) -> None:
+            one_way(buffers.transfers, peer, deadline)
+
+        return Transfer(source, destination, buffers, move)
 
     def _exchange(self, name: str, payload: bytes, root: int) -> list[bytes]:
         """Allgather bytes over the control plane, once the ranks agreed on the operation."""
         control = self._control
         found: list[bytes] = []
-        self._engine.run(
-            Call(
-                name,
-                None,
-                None,
-                root,
-                True,
-                (),
-                lambda deadline: found.extend(
-                    [payload] if control is None else control.allgather(payload, deadline)
-                ),
-                (),
-                lambda: found,
-            ),
-            False,
-        )
+
+        def move(deadline: float) -> None:
+            found.extend([payload] if control is None else control.allgather(payload, deadline))
+
+        call = Call(name, None, None, root, True, (), move, (), lambda: found)
+        self._engine.run(call, False)
         return found
 
     def __repr__(self) -> str:
@@ -1212,16 +1018,15 @@ class Group:
 
 
 class _Ended:
-    """Stands for a group's arguments once its process ends: refuses a call before anything is imported for it."""
+    """Stands for a group's arguments once its process ends, when nothing can be imported."""
 
     def __init__(self, name: str, rank: int) -> None:
         self._name = name
         self._rank = rank
 
     def __getattr__(self, _: str) -> Any:
-        raise GroupError(
-            f"group '{self._name}' (rank {self._rank}) has ended, because its process ends"
-        )
+        where = f"group '{self._name}' (rank {self._rank})"
+        raise GroupError(f"{where} has ended, because its process ends")
 
 
 _groups: Final[weakref.WeakSet[Group]] = weakref.WeakSet()
@@ -1244,6 +1049,7 @@ def _end_all() -> None:
     deadline = time.monotonic() + _END_GRACE_S
     while any(group._engine.progress() for group in groups) and time.monotonic() < deadline:
         time.sleep(0.005)
+
     if groups:
         threading.excepthook = functools.partial(_notify, threading.excepthook)
     caught = _callers() if groups else set()
@@ -1252,9 +1058,11 @@ def _end_all() -> None:
             group._end()
         except RuntimeError as error:  # the others end all the same
             _log.debug("group %r (rank %d): does not end well: %s", group.name, group.rank, error)
+
     deadline = time.monotonic() + _LEAVING_S
     while groups and _calling() and time.monotonic() < deadline:
         time.sleep(0.005)
+
     # Their callers may have native frames too: a backward pass of torch's, in which the error goes up.
     deadline = time.monotonic() + _GOING_S
     while caught & set(sys._current_frames()) and time.monotonic() < deadline:
@@ -1262,7 +1070,7 @@ def _end_all() -> None:
 
 
 def _calling() -> set[int]:
-    """Return the other threads that are in a function of this package that may call a native library."""
+    """Return the other threads in a function of the package that may call native code."""
     here = threading.get_ident()
     files = {
         ident: frame.f_code.co_filename

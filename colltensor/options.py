@@ -34,7 +34,7 @@ class GroupOptions:
     allow_pickle: bool = field(default_factory=lambda: objects.pickle_allowed(None))
 
     def backend_for(self, world_size: int) -> str:
-        """Return the backend's name; ``"auto"`` where the hosts of the ranks decide, once they have met."""
+        """Return the backend's name; ``"auto"`` until the ranks have met and their hosts decide."""
         if self.backend != "auto":
             return self.backend
         if world_size == 1:
@@ -73,37 +73,28 @@ class GroupOptions:
             CollectiveError: As the backends.
         """
         name = self.backend_for(meeting.world_size)
-        arguments: dict[str, Any] = {
-            "timeout_s": self.timeout_s,
-            "interface": self.interface,
-            "provider": self.provider,
-        }
+        arguments: dict[str, Any] = {"interface": self.interface, "provider": self.provider}
+        arguments["timeout_s"] = self.timeout_s
         if name == "auto":
             backend, why = auto.SPEC.choose(control, meeting, **arguments)
         else:
-            backend = backends.check_backend(
-                name, backends.get_backend(name).create(control, meeting, **arguments)
-            )
+            made = backends.get_backend(name).create(control, meeting, **arguments)
+            backend = backends.check_backend(name, made)
             why = self._asked(name, backend.name, meeting)
         details = getattr(backend, "details", "")
         return backend, f"{why}; {details}" if details else why
 
     def _asked(self, name: str, made: str, meeting: Any) -> str:
-        """Return why a backend is used that was asked for, and hint at the faster one where there is one."""
-        why = (
-            f"backend={self.backend!r} was asked for"
-            if self.backend != "auto"
-            else (f"provider={self.provider!r} was asked for, which is one of {name}")
-        )
+        """Return why a backend that was asked for is used, and hint at a faster one."""
+        why = f"backend={self.backend!r} was asked for"
+        if self.backend == "auto":
+            why = f"provider={self.provider!r} was asked for, which is one of {name}"
         hosts = len(set(meeting.host_ids))
         if made != name:
             return f"{why}, and {'all ranks are on one host' if hosts == 1 else 'each rank is on a host of its own'}"
-        if (
-            name != "gloo"
-            or hosts > 1
-            or meeting.world_size == 1
-            or backends.reason("shm") is not None
-        ):
+
+        could_share = hosts == 1 and meeting.world_size > 1 and backends.reason("shm") is None
+        if name != "gloo" or not could_share:
             return why
         if not _hinted.is_set():
             _hinted.set()

@@ -1,4 +1,4 @@
-"""Replicas: what the leaves of all ranks must have in common, down to the bits of their parameters."""
+"""Replicas: what the leaves of all ranks have in common, down to the bits of parameters."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Plain:
 
 
 def fingerprint(view: BufferView) -> str:
-    """Return a hash of a tensor's elements in row-major order, the same for any framework, layout and device."""
+    """Return a hash of the elements in row-major order, for any framework, layout and device."""
     return blake2b(memory_of(view.device.type).contents(view), digest_size=16).hexdigest()
 
 
@@ -85,13 +85,13 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
         TensorError: A leaf that cannot be used; the message has its path.
         MismatchError: They differ.
     """
+    here = f"{where} of group '{group.name}' (rank {group.rank})"
     leaves: list[Leaf | Plain] = []
     try:
         tensors, paths, _ = flatten(parameters)
     except TensorError as error:
-        raise type(error)(
-            f"{where} of group '{group.name}' (rank {group.rank}): {error}"
-        ) from error
+        raise type(error)(f"{here}: {error}") from error
+
     for leaf, path in zip(tensors, paths, strict=True):
         adapter = number_adapter(type(leaf))
         if isinstance(leaf, (str, bytes)):
@@ -105,9 +105,8 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
                 leaves.append(Plain(path, repr(leaf)))
                 continue
             place = f"leaf {path}" if path else "the tensor"
-            raise type(error)(
-                f"{where} of group '{group.name}' (rank {group.rank}): {place}: {error}"
-            ) from error
+            raise type(error)(f"{here}: {place}: {error}") from error
+
     compare(group, where, {}, leaves, remedy)
 
 
@@ -136,6 +135,7 @@ def compare(
     ranks = [rank for rank, theirs in enumerate(everyone) if theirs != reference]
     if not ranks:
         return
+
     of = everyone.index(reference)
     difference, only_values = _difference(ranks[0], everyone[ranks[0]], of, reference)
     if not only_values:
@@ -154,20 +154,18 @@ def _difference(
     for (option, here), (_, there) in zip(theirs[0], usual[0], strict=True):
         if here != there:
             return f"{option} is {here!r} on rank {rank}, {there!r} on rank {of}", False
+
     pairs = list(zip(theirs[1:], usual[1:], strict=False))
     for here, there in pairs:
         if here.path != there.path:
-            return (
-                f"leaf {here.path} of rank {rank} is where rank {of} has leaf {there.path}",
-                False,
-            )
+            words = f"leaf {here.path} of rank {rank} is where rank {of} has leaf {there.path}"
+            return words, False
         if (here.shape, here.dtype) != (there.shape, there.dtype):
             return f"leaf {here.path} is {here} on rank {rank}, {there} on rank {of}", False
     if len(theirs) != len(usual):
-        return (
-            f"it has {len(theirs) - 1} leaves on rank {rank}, {len(usual) - 1} on rank {of}",
-            False,
-        )
+        words = f"it has {len(theirs) - 1} leaves on rank {rank}, {len(usual) - 1} on rank {of}"
+        return words, False
+
     return values_differ(rank, of, [here.path for here, there in pairs if here != there]), True
 
 

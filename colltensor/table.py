@@ -93,7 +93,7 @@ def init_collective_group(
     options: GroupOptions | None = None
     try:
         environment.check()
-        seconds = timeout_s if gloo_timeout is None else _seconds(gloo_timeout)
+        seconds = timeout_s if gloo_timeout is None else seconds_of(gloo_timeout)
         options = _options(backend, seconds, interface, provider, check, allow_pickle)
         if world_size is None or rank is None:
             _, rank, world_size = open_directory(init_method, rank, world_size)
@@ -122,12 +122,8 @@ def make_group(
     meeting: Callable[[], Meeting],
     patience_s: float,
     *,
-    backend: str,
     group_name: str,
-    timeout_s: float,
-    interface: str | None,
-    provider: str | None,
-    check: bool = False,
+    **options: Any,
 ) -> Group:
     """Make a group as ``init_collective_group`` does, with ranks that met in another way.
 
@@ -136,47 +132,31 @@ def make_group(
         rank: This process's rank.
         meeting: Returns the meeting; not called for a group of one rank that needs none.
         patience_s: How long the ranks may take to connect, in seconds.
-        backend: As for ``init_collective_group``; the other options too.
         group_name: The group's name, free in this process.
-        timeout_s: How long every operation waits.
-        interface: As for ``init_collective_group``.
-        provider: As for ``init_collective_group``.
-        check: As for ``init_collective_group``.
+        options: The options of ``init_collective_group``, ``backend`` and ``timeout_s`` among them.
     """
     _check_process(group_name)
-    options = _options(backend, timeout_s, interface, provider, check)
-    world_size, rank = _check(world_size, rank, options)
+    asked = _options(**options)
+    world_size, rank = _check(world_size, rank, asked)
 
     def make() -> Group:
-        if world_size == 1 and options.backend_for(1) == "loopback":
-            return solitary(group_name, options)
-        return connect(meeting(), options, time.monotonic() + patience_s)
+        if world_size == 1 and asked.backend_for(1) == "loopback":
+            return solitary(group_name, asked)
+        return connect(meeting(), asked, time.monotonic() + patience_s)
 
     return _enter(group_name, make)
 
 
 def check_options(
-    world_size: int,
-    *,
-    backend: str,
-    group_name: str,
-    timeout_s: float,
-    interface: str | None,
-    provider: str | None,
-    check: bool = False,
-    member: bool = False,
+    world_size: int, *, group_name: str, member: bool = False, **options: Any
 ) -> None:
     """Check a group's options before it is made.
 
     Args:
         world_size: The number of ranks.
-        backend: As for ``init_collective_group``; the other options too.
         group_name: The group's name.
-        timeout_s: How long every operation waits.
-        interface: As for ``init_collective_group``.
-        provider: As for ``init_collective_group``.
-        check: As for ``init_collective_group``.
         member: This process will be in the group: the name must be free here and the backend usable.
+        options: As for ``make_group``.
 
     Raises:
         OptionError, RankError: An option has a value that no group could use.
@@ -184,11 +164,11 @@ def check_options(
         BackendUnavailableError: The backend cannot be used here.
     """
     _check_name(group_name)
-    options = _options(backend, timeout_s, interface, provider, check)
+    asked = _options(**options)
     _check_numbers(world_size, 0)
-    _check_loopback(options, world_size)
+    _check_loopback(asked, world_size)
     if member:
-        _check(world_size, 0, options)
+        _check(world_size, 0, asked)
         if group_name in _groups:
             raise _taken(group_name)
 
@@ -229,7 +209,7 @@ def destroy_collective_group(group_name: str = "default") -> None:
 
 
 def _check_process(group_name: str) -> None:
-    """Refuse to make a group while the process ends, when Python imports nothing and starts no thread any more."""
+    """Refuse a group while the process ends, when nothing is imported and no thread started."""
     if exit_hooks.is_over():
         raise GroupError(
             f"init_collective_group: group '{group_name}': this process ends and makes no groups any more (this call "
@@ -325,17 +305,19 @@ def _report(
         except OptionError:
             # the secret may be what was refused, and ranks of this user listen without
             directory, rank, world_size = open_directory(init_method, rank, world_size, secret=b"")
+
+        asked = backend if options is None else options.asked_of(world_size)
         report_refusal(
-            directory,
-            error,
-            group_name=group_name,
-            world_size=world_size,
-            rank=rank,
-            backend=backend if options is None else options.asked_of(world_size),
+            directory, error, group_name=group_name, world_size=world_size, rank=rank, backend=asked
         )
 
 
-def _seconds(gloo_timeout: Any) -> float:
+def seconds_of(gloo_timeout: Any) -> float:
+    """Return the seconds of a timeout in milliseconds, as ``ray.util.collective`` has them.
+
+    Raises:
+        OptionError: It is no timeout.
+    """
     try:
         return timeout_of(gloo_timeout) / 1000
     except OptionError:
@@ -347,8 +329,8 @@ def _seconds(gloo_timeout: Any) -> float:
 def _options(
     backend: str,
     timeout_s: Any,
-    interface: str | None,
-    provider: str | None,
+    interface: str | None = None,
+    provider: str | None = None,
     check: bool = False,
     allow_pickle: bool | None = None,
 ) -> GroupOptions:
@@ -358,10 +340,8 @@ def _options(
     name, provider_of_name = _SPELLINGS.get(backend.lower(), (backend.lower(), None))
     if name != "auto":
         backends.get_backend(name)
-    allowed = objects.pickle_allowed(allow_pickle)
-    return GroupOptions(
-        name, seconds, interface, provider or provider_of_name, bool(check), allowed
-    )
+    allowed, provider = objects.pickle_allowed(allow_pickle), provider or provider_of_name
+    return GroupOptions(name, seconds, interface, provider, bool(check), allowed)
 
 
 def _check(world_size: Any, rank: Any, options: GroupOptions) -> tuple[int, int]:
@@ -404,11 +384,8 @@ def _check_numbers(world_size: Any, rank: Any) -> tuple[int, int]:
 
 
 def _taken(group_name: str) -> GroupError:
-    state = (
-        "exists already"
-        if _groups.get(group_name) is not None
-        else "is being made by another thread"
-    )
+    is_made = _groups.get(group_name) is not None
+    state = "exists already" if is_made else "is being made by another thread"
     return GroupError(
         f"init_collective_group: group '{group_name}' {state} in this process; destroy_collective_group() it "
         "first, or choose another group_name"

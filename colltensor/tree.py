@@ -28,12 +28,8 @@ _CONSTANTS: Final = frozenset(
         "enum.Enum",
         "numpy.dtype",
         "numpy.generic",
-        "torch.dtype",
-        "torch.device",
-        "torch.layout",
-        "torch.memory_format",
-        "torch.Size",
     }
+    | {f"torch.{name}" for name in ("dtype", "device", "layout", "memory_format", "Size")}
 )
 """Modules of which all types, and names of types of which all values are the same on ranks that write them alike."""
 _remedies: Final[dict[type, str | None]] = {}
@@ -41,7 +37,7 @@ _remedies: Final[dict[type, str | None]] = {}
 
 
 def is_container(value: Any) -> bool:
-    """Return True for a dict, list, tuple or other pytree node, which is no tensor but may hold some; not for None."""
+    """Return True for a pytree node (dict, list ...) that may hold tensors; not for None."""
     if value is None or find_adapter(type(value)) is not None:
         return False
     return not optree.tree_is_leaf(value) or _is_jax_node(value)
@@ -114,13 +110,12 @@ def _remedy(kind: type) -> str | None:
 def structure_of(tree: Any) -> optree.PyTreeSpec | None:
     """Return what ``leaves_like`` compares with; None for a tree with nodes that only jax knows."""
     leaves, structure = _flattened(tree, _is_tensor)
-    return (
-        None if any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves) else structure
-    )
+    has_jax_nodes = any(not _is_tensor(leaf) and _is_jax_node(leaf) for leaf in leaves)
+    return None if has_jax_nodes else structure
 
 
 def flat_tree(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
-    """Return leaves and structure as fast as can be; a structure unlike ``structure_of`` has other leaves inside."""
+    """Return leaves and structure fast; one unlike ``structure_of`` has other leaves inside."""
     leaves, structure = _flattened(tree)
     return leaves, structure
 
@@ -191,7 +186,7 @@ def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], A
 
 
 def leaves_like(tree: Any, structure: optree.PyTreeSpec) -> list[Any] | None:
-    """Return the leaves of a tree of this structure, in ``flatten``'s order and cheaper; None for another tree."""
+    """Return a tree's leaves as ``flatten``, but cheaper; None for another structure."""
     leaves, found = _flattened(tree)
     return leaves if found == structure else None
 

@@ -45,26 +45,16 @@ def _named(name: str) -> DType:
 
 
 def _all_dtypes() -> dict[str, DType]:
+    # In this order, because a type's place is its code, which ranks send each other.
     plain = [("bool", 1, "b")]
-    signs = (("", "i"), ("u", "u"))
-    plain += [
-        (f"{prefix}int{bits}", bits // 8, kind)
-        for prefix, kind in signs
-        for bits in (8, 16, 32, 64)
-    ]
+    plain += [(f"int{bits}", bits // 8, "i") for bits in (8, 16, 32, 64)]
+    plain += [(f"uint{bits}", bits // 8, "u") for bits in (8, 16, 32, 64)]
     plain += [("float16", 2, "f"), ("bfloat16", 2, "f"), ("float32", 4, "f"), ("float64", 8, "f")]
     plain += [("complex64", 8, "c"), ("complex128", 16, "c")]
     dtypes = {name: DType(name, size, kind, code) for code, (name, size, kind) in enumerate(plain)}
-    for name in (
-        "float8_e4m3fn",
-        "float8_e4m3fnuz",
-        "float8_e5m2",
-        "float8_e5m2fnuz",
-        "float8_e8m0fnu",
-        "float8_e4m3",
-        "float8_e3m4",
-        "float8_e4m3b11fnuz",
-    ):
+
+    small = "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu", "e4m3", "e3m4", "e4m3b11fnuz"
+    for name in (f"float8_{bits}" for bits in small):
         dtypes[name] = DType(name, 1, "f", len(dtypes), moves_only=True)
     return dtypes
 
@@ -98,7 +88,7 @@ CPU: Final = Device("cpu", 0)
 
 
 class ReduceOp(enum.IntEnum):
-    """How the ranks' elements are combined. The first five are ``ray.util.collective``'s, numbers included."""
+    """How elements are combined; the first five, numbers included, as in Ray's collectives."""
 
     SUM = 0
     PRODUCT = 1

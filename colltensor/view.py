@@ -69,9 +69,11 @@ class BufferView:
         self.count = count
         self.dtype = dtype
         self.device = device
+
         # None: the owner's, read when asked for, which contiguous tensors seldom are
         self._shape = shape
         self.strides = strides
+
         self.readonly = readonly
         self.handle = handle
         self.owner = owner
@@ -89,17 +91,8 @@ class BufferView:
         readonly = readonly or bool(flags & dlpack.READ_ONLY)
         shape = tuple(handle.shape)
         strides = None if handle.is_contiguous() else tuple(handle.strides)
-        return cls(
-            handle.data_ptr(),
-            math.prod(shape),
-            dtype,
-            device,
-            shape,
-            strides,
-            readonly,
-            handle,
-            tensor,
-        )
+        pointer, count = handle.data_ptr(), math.prod(shape)
+        return cls(pointer, count, dtype, device, shape, strides, readonly, handle, tensor)
 
     @classmethod
     def from_address(
@@ -157,27 +150,16 @@ class BufferView:
 
     def become(self, other: BufferView) -> None:
         """View the memory of ``other`` instead, which has the same shape and elements."""
-        self.pointer, self.handle, self.owner, self.strides = (
-            other.pointer,
-            other.handle,
-            other.owner,
-            other.strides,
-        )
-        self.readonly, self.device, self.stream = other.readonly, other.device, other.stream
+        self.pointer, self.handle, self.owner = other.pointer, other.handle, other.owner
+        self.strides, self.readonly = other.strides, other.readonly
+        self.device, self.stream = other.device, other.stream
 
     def slice(self, start: int, stop: int) -> BufferView:
         """Return the elements ``start`` to ``stop`` in row-major order of a contiguous view."""
         if self.strides is not None:
             raise ValueError(f"slice() needs a contiguous view, got {self!r}")
-        return BufferView.from_address(
-            self.pointer + start * self.dtype.itemsize,
-            (stop - start,),
-            self.dtype,
-            device=self.device,
-            readonly=self.readonly,
-            owner=self,
-            stream=self.stream,
-        )
+        pointer, count = self.pointer + start * self.dtype.itemsize, stop - start
+        return self._part(pointer, count, self.dtype, (count,), None)
 
     def blocks(self, number: int) -> list[BufferView]:
         """Cut the elements, in row-major order, into ``number`` views of equal counts.
@@ -187,6 +169,7 @@ class BufferView:
         """
         if number == 1:
             return [self]
+
         count, rest = divmod(self.count, number)
         if self.strides is None:
             if rest:
@@ -194,26 +177,19 @@ class BufferView:
                     f"{self.count} elements cannot be divided into {number} equal blocks"
                 )
             return [self.slice(block * count, (block + 1) * count) for block in range(number)]
+
         extent, rest = divmod(self.shape[0], number)
         if rest:
             raise ValueError(
                 f"a strided array of shape {list(self.shape)} cannot be divided into {number} equal blocks along its "
                 "first axis; pass a contiguous one"
             )
+
         step = extent * self.strides[0] * self.dtype.itemsize
         shape = (extent, *self.shape[1:])
         steps = None if are_row_major(shape, self.strides) else self.strides
         return [
-            BufferView.from_address(
-                self.pointer + block * step,
-                shape,
-                self.dtype,
-                device=self.device,
-                strides=steps,
-                readonly=self.readonly,
-                owner=self,
-                stream=self.stream,
-            )
+            self._part(self.pointer + block * step, count, self.dtype, shape, steps)
             for block in range(number)
         ]
 
@@ -223,15 +199,21 @@ class BufferView:
             raise ValueError(
                 f"cast() to {dtype} needs a contiguous view of a multiple of its size, got {self!r}"
             )
-        shape = (self.nbytes // dtype.itemsize,)
-        return BufferView.from_address(
-            self.pointer,
-            shape,
-            dtype,
-            device=self.device,
-            readonly=self.readonly,
-            owner=self,
-            stream=self.stream,
+        count = self.nbytes // dtype.itemsize
+        return self._part(self.pointer, count, dtype, (count,), None)
+
+    def _part(
+        self,
+        pointer: int,
+        count: int,
+        dtype: DType,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...] | None,
+    ) -> BufferView:
+        """Return a view of some of this memory, which it keeps alive."""
+        device, readonly, stream = self.device, self.readonly, self.stream
+        return BufferView(
+            pointer, count, dtype, device, shape, strides, readonly, None, self, stream
         )
 
     def span(self) -> tuple[int, int]:
@@ -248,7 +230,7 @@ class BufferView:
         return self.pointer + low * self.dtype.itemsize, self.pointer + high * self.dtype.itemsize
 
     def overlaps_itself(self) -> bool:
-        """Return True where two index tuples may share memory (a broadcast axis, a sliding window)."""
+        """Return True where elements may share memory (a broadcast axis, a sliding window)."""
         if self.strides is None or self.count == 0:
             return False
         pairs = zip(self.strides, self.shape, strict=True)

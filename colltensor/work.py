@@ -1,4 +1,4 @@
-"""Work, the handle of an asynchronous collective, and what is raised where one cannot be had or waited for."""
+"""Work, the handle of an asynchronous collective, and the errors of calls and waits in vain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Lane = tuple[int, int]
 
 
 class _Always(threading.Event):
-    """An event that is always set. Waiting takes no lock, which an interrupted thread would leave to all others."""
+    """An event that is always set; no lock that an interrupted thread could leave taken."""
 
     def is_set(self) -> bool:
         return True
@@ -99,7 +99,7 @@ class Work:
     def __init__(
         self, operation: str, run: Callable[[], Any], finished: threading.Event | None = None
     ) -> None:
-        """Make the handle of what ``run`` does; with ``finished=FINISHED`` it is run before anybody waits for it."""
+        """Make the handle of ``run``; with ``FINISHED`` it runs before anybody waits."""
         self._operation = operation
         self._run: Callable[[], Any] | None = run
         self._finished = threading.Event() if finished is None else finished
@@ -122,9 +122,7 @@ class Work:
         if self._queue is not None and not self._finished.is_set() and self._queue.is_inside():
             raise _waits_inside(self._operation)
         if not self._wait(timeout_s):
-            raise CollectiveTimeoutError(
-                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
-            )
+            raise _late(self._operation, timeout_s)
         if self._error is not None:
             raise self._error
 
@@ -143,7 +141,7 @@ class Work:
         return self._finished.is_set()
 
     def result(self, timeout_s: float | None = None) -> Any:
-        """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
+        """Wait as ``wait`` does; return what the call returns without ``async_op``."""
         self.wait(timeout_s)
         return self._result
 
@@ -207,10 +205,8 @@ def call_back(callback: Callable[[Work], None], work: Work) -> None:
     try:
         callback(work)
     except BaseException as error:
-        if (
-            not isinstance(error, Exception)
-            and threading.current_thread() is threading.main_thread()
-        ):
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and not isinstance(error, Exception):
             raise  # it may be Ctrl-C, and no operation runs in this thread
         told = (type(error), error, error.__traceback__, threading.current_thread())
         threading.excepthook(threading.ExceptHookArgs(told))
@@ -258,24 +254,20 @@ class QueuedWork(Work):
         self._pending = self._begin()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Let this thread's streams, or the host where it must, wait for the operation; see ``Work.wait``."""
+        """Let this thread's streams, or else the host, wait for it; see ``Work.wait``."""
         began = time.monotonic()
         super().wait(timeout_s)
         assert self._pending is not None
-        left_s = (
-            None
-            if timeout_s is None
-            else max(0.0, _seconds(timeout_s) - (time.monotonic() - began))
-        )
+        left_s = None
+        if timeout_s is not None:
+            left_s = max(0.0, began + _seconds(timeout_s) - time.monotonic())
         try:
             self._pending.order(self._streams(), left_s)
         except CollectiveError as error:
             self._error = error
             raise
         except TimeoutError:
-            raise CollectiveTimeoutError(
-                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
-            ) from None
+            raise _late(self._operation, timeout_s) from None
 
     def done(self) -> bool:
         """Return True once the device is done with the operation, or it failed; never waits."""
@@ -284,13 +276,13 @@ class QueuedWork(Work):
         return self._error is not None or (self._pending is not None and self._pending.done())
 
     def result(self, timeout_s: float | None = None) -> Any:
-        """Wait as ``wait`` does, and return what the call would have returned without ``async_op``."""
+        """Wait as ``wait`` does; return what the call returns without ``async_op``."""
         self.wait(timeout_s)
         return self._get()
 
 
 class EndedWork(Work):
-    """An operation that had ended when its call returned, as a short one does whose other ranks are there."""
+    """An operation that had ended when its call returned, as a short one may."""
 
     _error: BaseException | None = None
 
@@ -366,12 +358,8 @@ class IssuedWork(Work):
             raise _waits_inside(self._operation)
         if not self._over and not self._wait(timeout_s):
             if timeout_s is None:
-                raise GroupError(
-                    f"{self._operation}: it was issued by the parent process of this one"
-                )
-            raise CollectiveTimeoutError(
-                f"{self._operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
-            )
+                raise _parents(self._operation)
+            raise _late(self._operation, timeout_s)
         if self._error is not None:
             raise self._error
 
@@ -393,9 +381,7 @@ class IssuedWork(Work):
         """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
         if self._over or not self._issuer.notify(self, callback):
             if not self.done():
-                raise GroupError(
-                    f"{self._operation}: it was issued by the parent process of this one"
-                )
+                raise _parents(self._operation)
             call_back(callback, self)
 
     def fail(self, code: int) -> None:
@@ -414,6 +400,16 @@ class IssuedWork(Work):
             self._notify(self._written)
         self._held, self._written = None, ()
         self._over = True
+
+
+def _late(operation: str, timeout_s: float | None) -> CollectiveTimeoutError:
+    return CollectiveTimeoutError(
+        f"{operation}: wait() timed out after {timeout_s:g} s; the operation goes on, wait again"
+    )
+
+
+def _parents(operation: str) -> GroupError:
+    return GroupError(f"{operation}: it was issued by the parent process of this one")
 
 
 def _waits_inside(operation: str) -> GroupError:
@@ -441,9 +437,7 @@ def consequence(
     """
     if not isinstance(broken, (PeerLostError, CollectiveTimeoutError, MismatchError)):
         return None
-    error = type(broken)(
-        f"{operation}: group '{group_name}' (rank {rank}): a call before it failed: {broken}",
-        broken.ranks,
-    )
+    where = f"{operation}: group '{group_name}' (rank {rank})"
+    error = type(broken)(f"{where}: a call before it failed: {broken}", broken.ranks)
     error.__cause__ = broken
     return error

@@ -26,6 +26,6 @@ def register() -> None:
 
 def _create(options: Any, backend_options: Any) -> Any:
     """Make a process group: import what makes it."""
-    from colltensor.torch.c10d import registration
+    from colltensor.torch import c10d
 
-    return registration.create(options, backend_options)
+    return c10d.create(options, backend_options)

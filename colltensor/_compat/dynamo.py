@@ -1,4 +1,7 @@
-"""What the package uses of torch's compiler that has no public name; loads neither. Tested with torch 2.6 to 2.13."""
+"""What the package uses of torch's compiler that has no public name; loads neither.
+
+Tested with torch 2.6 to 2.13.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 
 def frame_evaluation(torch: ModuleType) -> Any:
-    """Return Dynamo's hold on the interpreter, without loading Dynamo; None where this torch has it elsewhere."""
+    """Return Dynamo's hold on the interpreter without loading it; None if it is elsewhere."""
     frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     return frames if hasattr(frames, "set_code_exec_strategy") else None
 

@@ -52,10 +52,10 @@ def convert_constvars_jaxpr(jaxpr: Any) -> Any:
 
 
 def forget_tokens() -> None:
-    """Let later computations of this thread run, after an asynchronous one failed: JAX keeps its token otherwise."""
+    """Let this thread's computations run again after one failed, whose token JAX keeps."""
     importlib.import_module("jax._src.dispatch").runtime_tokens.clear()
 
 
 def layout_name(array_kind: type) -> str:
-    """Return JAX's own name of what an array's ``format`` is made of, which takes ten times as long."""
+    """Return JAX's name of what an array's ``format`` is made of, at a tenth of the time."""
     return "_pjrt_layout" if hasattr(array_kind, "_pjrt_layout") else "format"

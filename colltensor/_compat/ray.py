@@ -26,5 +26,5 @@ def timeline_event(category: bytes, facts: Mapping[str, str]) -> Any:
 
 
 def collective_registry(module: Any) -> Any:
-    """Return what ``ray.util.collective.backend_registry`` knows of others' backends; Ray has no public way to ask."""
+    """Return what Ray knows of others' backends, for which it has no public question."""
     return module._global_registry

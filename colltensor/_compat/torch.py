@@ -31,7 +31,7 @@ foreach_copy: Final = torch._foreach_copy_
 
 
 def current_autograd_node() -> Callable[[], Any]:
-    """Return what returns the node that autograd's engine runs in this thread, None outside of it."""
+    """Return what gives the node that autograd runs in this thread, None outside of it."""
     return torch._C._current_autograd_node
 
 
@@ -49,7 +49,7 @@ def c10d() -> Any:
 
 
 def backend_config(group: Any) -> str | None:
-    """Return what ``init_process_group`` was asked for a group, ``"cpu:gloo,cuda:nccl"``; None before it is known."""
+    """Return what was asked for a group, ``"cpu:gloo,cuda:nccl"``; None before torch knows."""
     from torch.distributed import distributed_c10d
 
     found: str | None = distributed_c10d._world.pg_backend_config.get(group)

@@ -30,6 +30,9 @@ _ADAPTERS: Final = {  # by the package of a tensor's type
 _MEMORIES: Final = {"cpu": "colltensor.adapters.numpy", "cuda": "colltensor.adapters.cupy"}
 _GUARDS: Final = 8
 """How often a guard learns other tensors, before those of the last time stay."""
+_OPTIONAL: Final = ("directly_exportable", "reduced", "stream", "kinds", "addresses", "reader",
+                    "allocate_results", "written_together", "restored", "alike")  # fmt: skip
+"""What ``AdapterBase`` says that an adapter may have."""
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 _registered: list[Adapter] = []
 known: Final[dict[type, Adapter]] = {}
@@ -78,35 +81,29 @@ def register_adapter(adapter: Adapter) -> None:
         raise OptionError(
             f"register_adapter: adapter {adapter!r} has no method {', '.join(missing)}"
         )
+
     for name, kind in (("name", str), ("immutable", bool)):
         if not isinstance(getattr(adapter, name, None), kind):
             raise OptionError(
                 f"register_adapter: adapter {adapter!r}: expected an attribute {name} of type {kind.__name__}, "
                 f"got {getattr(adapter, name, 'none')!r}"
             )
+
     default = getattr(type(adapter), "allocate_result", None) is AdapterBase.allocate_result
     if adapter.immutable and default:
         raise OptionError(
             f"register_adapter: adapter {adapter!r}: tensors that are immutable need an allocate_result of their own, "
             "which returns a new one"
         )
-    for name in (
-        "directly_exportable",
-        "reduced",
-        "stream",
-        "kinds",
-        "addresses",
-        "allocate_results",
-        "written_together",
-        "restored",
-        "alike",
-        "reader",
-    ):
+
+    for name in _OPTIONAL:
         function = getattr(adapter, name, None)
         if function is not None and not callable(function):
             raise OptionError(
                 f"register_adapter: adapter {adapter!r}: {name}: expected a function, got {function!r}"
             )
+
+    # What was found before may be the new adapter's.
     add_adapter(adapter)
     known.clear()
     exporters.clear()
@@ -146,7 +143,7 @@ def find_adapter(kind: type) -> Adapter | None:
 
 
 def number_adapter(kind: type) -> Adapter | None:
-    """Return the adapter for numbers of this type, which are no tensors to ``find_adapter``; None for what is none."""
+    """Return the adapter for numbers of this type, no tensors to ``find_adapter``; else None."""
     if kind in _NUMBERS or any(
         base.__name__ == "generic" and base.__module__ == "numpy" for base in kind.__mro__
     ):
@@ -209,7 +206,7 @@ def host_memory() -> HostMemory:
 
 
 def stream_of(adapter: Adapter, index: int) -> int | None:
-    """Return the stream on which this thread's work is queued now; None where the host must wait. See ``Adapter``."""
+    """Return the stream of this thread's work of now; None where the host must wait."""
     function: Callable[[int], int | None] | None = getattr(adapter, "stream", None)
     return LEGACY_STREAM if function is None else function(index)
 
@@ -242,7 +239,7 @@ class Guard:
         )
 
     def learn(self, tensors: Sequence[Any], kinds: set[type]) -> None:
-        """Remember what exportable tensors of these types are like, if one framework has them all and can tell."""
+        """Remember what these tensors are like, if one framework has them all and can tell."""
         adapters = {known.get(kind) for kind in kinds}
         if not self._left or len(adapters) > 1:
             return
@@ -253,7 +250,7 @@ class Guard:
 
 
 def are_exportable(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
-    """Return True if a backend may take all of the tensors as they are; ``guard`` is asked first, and learns."""
+    """Return True if a backend may take all as they are; ``guard`` answers first, and learns."""
     if guard is not None and guard.knows(tensors):
         return True
     kinds = set(map(type, tensors))
@@ -270,7 +267,7 @@ def are_exportable(tensors: Sequence[Any], guard: Guard | None = None) -> bool:
 
 
 def reader_of(kind: type) -> int:
-    """Return the address of the C function that reads tensors of a type, 0 where there is none. See ``Adapter``."""
+    """Return the address of the C function that reads a type's tensors, 0 for none."""
     found = _readers.get(kind)
     if found is None:
         function: Callable[[type], int] | None = getattr(known.get(kind), "reader", None)

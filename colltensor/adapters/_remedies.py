@@ -13,9 +13,17 @@ _PANDAS: Final = (
     "pandas shows its memory as read-only: pass a = x.to_numpy(copy=True), and write the result back, "
     "x[:] = a"
 )
+_INDEX: Final = (
+    "it cannot be written: pass a = x.to_numpy(copy=True), and make pandas.Index(a) of the result"
+)
+_KEY: Final = (
+    "a typed key is no array of numbers: pass jax.random.key_data(x), and make a key of the result with "
+    "jax.random.wrap_key_data()"
+)
 _ITERATOR: Final = (
     "what it yields is gone once it is read: pass tensors = list(x), which are written in place"
 )
+_SET: Final = "a set has no order that all ranks share: pass a list, in one order on every rank"
 _SHARES: Final = "pass numpy.asarray(x), which shares its memory"
 _OBJECT: Final = "it holds no numbers: use broadcast_object or allgather_object"
 
@@ -25,8 +33,8 @@ _BY_NAME: Final = {
     "bytes": _OBJECT,
     "function": "it holds no numbers: leave it out",
     "type": "it holds no numbers: leave it out",
-    "set": "a set has no order that all ranks share: pass a list, in one order on every rank",
-    "frozenset": "a set has no order that all ranks share: pass a list, in one order on every rank",
+    "set": _SET,
+    "frozenset": _SET,
     "generator": _ITERATOR,
     "map": _ITERATOR,
     "filter": _ITERATOR,
@@ -41,14 +49,8 @@ _BY_NAME: Final = {
         "inside jax.jit, jax.grad or jax.vmap arrays have no memory: use colltensor.jax, as in "
         "colltensor.jax.allreduce(x), or call it outside the traced function"
     ),
-    "jax._src.random.prng.PRNGKeyArray": (
-        "a typed key is no array of numbers: pass jax.random.key_data(x), and make a key of the result with "
-        "jax.random.wrap_key_data()"
-    ),
-    "jax._src.prng.PRNGKeyArray": (
-        "a typed key is no array of numbers: pass jax.random.key_data(x), and make a key of the result with "
-        "jax.random.wrap_key_data()"
-    ),
+    "jax._src.random.prng.PRNGKeyArray": _KEY,
+    "jax._src.prng.PRNGKeyArray": _KEY,
     "jax.ShapeDtypeStruct": "it has a shape, but no memory: pass jax.numpy.zeros(x.shape, x.dtype)",
     "torch.nn.modules.container.ParameterList": "pass list(x), under torch.no_grad()",
     "torch.nn.modules.container.ParameterDict": "pass dict(x.items()), under torch.no_grad()",
@@ -77,25 +79,20 @@ _BY_NAME: Final = {
     "pandas.DataFrame": _PANDAS,
     "pandas.core.series.Series": _PANDAS,
     "pandas.core.frame.DataFrame": _PANDAS,
-    "pandas.Index": "it cannot be written: pass a = x.to_numpy(copy=True), and make pandas.Index(a) of the result",
-    "pandas.core.indexes.base.Index": (
-        "it cannot be written: pass a = x.to_numpy(copy=True), and make pandas.Index(a) of the result"
-    ),
+    "pandas.Index": _INDEX,
+    "pandas.core.indexes.base.Index": _INDEX,
 }
 """By the full name of a class or a base of it; Python's own without their module."""
 
 
 def name_of(kind: type) -> str:
     """Return the full name of a type; without its module where that is Python's own."""
-    return (
-        kind.__qualname__
-        if kind.__module__ == "builtins"
-        else f"{kind.__module__}.{kind.__qualname__}"
-    )
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
 
 
 def remedy_for(tensor: Any) -> str:
-    """Return what the caller may do with an object that no adapter takes, for the end of a message."""
+    """Return what to do with an object that no adapter takes, for the end of a message."""
     kind = type(tensor)
     names = [name_of(base) for base in kind.__mro__]
     for name in names:
@@ -103,6 +100,8 @@ def remedy_for(tensor: Any) -> str:
             return _BY_NAME[name]
         if name.endswith("variables.Variable"):  # TensorFlow's and Keras's
             return _VARIABLE
+
+    # No name is known: its methods say something.
     if hasattr(kind, "todense"):  # SciPy's, JAX's, CuPy's and pydata's
         return (
             f"it is sparse, several arrays of any length: pass a dense one, x.{_dense(kind)}(), or x.data alone where "

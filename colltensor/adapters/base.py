@@ -49,7 +49,7 @@ class Adapter(Protocol):
 
 
 class AdapterBase:
-    """An adapter of mutable tensors but for ``name``, ``claims`` and ``source``.
+    """An adapter but for ``name``, ``claims`` and ``source``; of immutable tensors but for ``allocate_result`` as well.
 
     An adapter may also have any of these, which make calls faster or keep more of its framework's promises:
 
@@ -116,7 +116,7 @@ class Memory(Protocol):
 
 
 class HostMemory(Memory, Protocol):
-    """The memory of the host, whose elements may be written at any time: no stream orders what happens to them."""
+    """The host's memory, whose elements may be written at any time: no stream orders it."""
 
     def array(self, view: BufferView) -> Any:
         """Return a writable array, of the framework that has these functions, over a view that it keeps alive."""

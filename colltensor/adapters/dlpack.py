@@ -28,7 +28,7 @@ _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class DlpackAdapter(AdapterBase):
-    """Any object with ``__dlpack__`` and ``__dlpack_device__``, taken to be mutable unless it says otherwise."""
+    """Any object that exports DLPack, taken to be mutable unless it says otherwise."""
 
     name = "dlpack"
 
@@ -64,6 +64,7 @@ def view_of(tensor: Any) -> tuple[BufferView, int]:
         raise DeviceError(
             f"the tensor is on DLPack device type {int(kind)}; move it to cpu or cuda, where collectives work"
         )
+
     try:
         handle, flags = dlpack.export_with_flags(tensor)
     except BufferError as error:
@@ -74,25 +75,18 @@ def view_of(tensor: Any) -> tuple[BufferView, int]:
         raise UnsupportedTensorError(
             f"{type(tensor).__name__} cannot be exported through DLPack: {error}"
         ) from error
+
     name = _dtype_name(handle)
     dtype = DTYPES.get(name)
     if dtype is None:
         raise UnsupportedDTypeError(f"dtype {name} is not supported; known are {', '.join(DTYPES)}")
-    shape = tuple(handle.shape)
+
+    pointer, shape = handle.data_ptr(), tuple(handle.shape)
     strides = None if handle.is_contiguous() else tuple(handle.strides)
     device, stream = (CPU, None) if kind == _CPU else (Device("cuda", int(index)), LEGACY_STREAM)
-    readonly = bool(flags & dlpack.READ_ONLY)
+    count, readonly = math.prod(shape), bool(flags & dlpack.READ_ONLY)
     view = BufferView(
-        handle.data_ptr(),
-        math.prod(shape),
-        dtype,
-        device,
-        shape,
-        strides,
-        readonly,
-        handle,
-        tensor,
-        stream,
+        pointer, count, dtype, device, shape, strides, readonly, handle, tensor, stream
     )
     return view, flags
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from colltensor._compat.jax import layout_name, traces_nothing
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
+from colltensor.adapters.base import AdapterBase
 from colltensor.errors import DeviceError, UnsupportedTensorError
 from colltensor.types import CPU, Device
 from colltensor.view import LEGACY_STREAM, BufferView, are_row_major
@@ -42,7 +43,7 @@ _devices: Final[dict[Any, Device]] = {}
 """By JAX's devices, as far as arrays on them were seen."""
 
 
-class JaxAdapter:
+class JaxAdapter(AdapterBase):
     """jax.Array on one device of this process."""
 
     name = "jax"
@@ -59,9 +60,6 @@ class JaxAdapter:
                 "the JAX array was deleted or donated before; use the array that call returned"
             )
         return _view(tensor, readonly=True)
-
-    def target(self, tensor: Any) -> BufferView:
-        return self.source(tensor)
 
     def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         (result,) = self.allocate_results((tensor,), donate)
@@ -99,9 +97,6 @@ class JaxAdapter:
                 raise RuntimeError("deleted")
         return list(map(_kind_of, tensors))
 
-    def written(self, tensor: Any) -> None:
-        pass
-
     def reduced(self, tensor: Any) -> tuple[Any, ...] | None:
         if tensor.dtype.name not in _WIDE:
             return None
@@ -123,32 +118,24 @@ def _view(tensor: Any, *, readonly: bool) -> BufferView:
     dtype = DTYPE_OF.get(tensor.dtype)
     if dtype is None:
         raise unsupported_dtype(tensor.dtype)
+
     devices = tensor.sharding.device_set
     if len(devices) != 1:
         raise _sharded(tensor)
     (where,) = devices
-    device = _devices.get(where)
-    if device is None:
-        device = _device_of(where, tensor)
+    device = _devices.get(where) or _device_of(where, tensor)
+
+    # What computes the array is waited for, on the host or by a stream.
     if device is CPU:
         tensor.block_until_ready()
         stream = None
     else:
         stream = LEGACY_STREAM
         tensor.__dlpack__(stream=stream)  # makes that stream wait for the array, and not the host
+
+    pointer, count = tensor.unsafe_buffer_pointer(), tensor.size
     strides = None if tensor.ndim < 2 else _strides(tensor)
-    return BufferView(
-        tensor.unsafe_buffer_pointer(),
-        tensor.size,
-        dtype,
-        device,
-        None,
-        strides,
-        readonly,
-        None,
-        tensor,
-        stream,
-    )
+    return BufferView(pointer, count, dtype, device, None, strides, readonly, None, tensor, stream)
 
 
 def _strides(tensor: Any) -> tuple[int, ...] | None:
@@ -162,6 +149,7 @@ def _strides(tensor: Any) -> tuple[int, ...] | None:
     """
     if _layout_of(tensor) in _row_major_layouts:
         return None
+
     layout = tensor.format
     # before JAX 0.7
     layout = layout.layout if hasattr(layout, "layout") else layout.device_local_layout
@@ -174,6 +162,7 @@ def _strides(tensor: Any) -> tuple[int, ...] | None:
             f"the JAX array's memory is not laid out by strides ({layout}); pass jax.jit(jax.numpy.copy)(x), which has "
             "the default layout"
         )
+
     strides = [0] * len(order)
     step = 1
     for axis in reversed(order):
@@ -183,7 +172,7 @@ def _strides(tensor: Any) -> tuple[int, ...] | None:
 
 
 def _tiling(layout: Any) -> Any:
-    """Return what a layout has beside the order of the axes: tiles, or elements smaller than a byte."""
+    """Return what a layout has beside the axes' order: tiles, or elements below a byte."""
     tiling = getattr(layout, "tiling", None) or getattr(layout, "_tiling", None)
     return tiling or getattr(layout, "sub_byte_element_size_in_bits", 0)
 
@@ -232,7 +221,7 @@ def _sharded(tensor: Any) -> UnsupportedTensorError:
 
 
 def with_every_dtype(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function makes while JAX makes 64-bit arrays, which another process may have switched on."""
+    """Return what a function makes while JAX makes 64-bit arrays, which senders may have."""
     home = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
     with home.enable_x64(True):
         return function(*arguments)

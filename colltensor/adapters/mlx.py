@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import mlx.core as mx
 
+from colltensor.adapters.base import AdapterBase
 from colltensor.adapters.dlpack import view_of
 from colltensor.adapters.numpy import MEMORY
 from colltensor.view import BufferView
 
 
-class MlxAdapter:
+class MlxAdapter(AdapterBase):
     """mlx.core.array in host memory."""
 
     name = "mlx"
@@ -41,9 +42,6 @@ class MlxAdapter:
         # numpy knows no bfloat16
         result = mx.array(MEMORY.array(raw)).view(tensor.dtype).reshape(tensor.shape)
         return result, view_of(result)[0]
-
-    def written(self, tensor: Any) -> None:
-        pass
 
 
 ADAPTER: Final = MlxAdapter()

@@ -1,4 +1,4 @@
-"""The adapter for numbers: Python's and numpy's scalars, which nobody can write, so that results are new ones."""
+"""The adapter for numbers: Python's and numpy's scalars, whose results are new ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from colltensor.adapters._numpy_dtypes import DTYPE_OF
+from colltensor.adapters.base import AdapterBase
 from colltensor.errors import UnsupportedDTypeError
 from colltensor.types import CPU
 from colltensor.view import BufferView
@@ -18,7 +19,7 @@ _DTYPES: Final = {
 """Those of Python's numbers, the same on every system."""
 
 
-class NumberAdapter:
+class NumberAdapter(AdapterBase):
     """bool, int, float and complex, and numpy's scalars, as arrays of no axis."""
 
     name = "number"
@@ -32,15 +33,9 @@ class NumberAdapter:
         view.readonly = True
         return view
 
-    def target(self, tensor: Any) -> BufferView:
-        return self.source(tensor)
-
     def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         array = _array(tensor)
         return array, _view(array)
-
-    def written(self, tensor: Any) -> None:
-        pass
 
     def restored(self, result: Any, given: Any) -> Any:
         return result.item() if type(given) in _DTYPES else result[()]

@@ -35,7 +35,7 @@ _OVERLAP_WORK: Final[Any] = 1 << 16
 
 
 class NumpyAdapter(AdapterBase):
-    """numpy.ndarray and numpy.memmap, in place. Other subclasses are refused: they may hide elements."""
+    """numpy.ndarray and numpy.memmap, in place; other subclasses may hide elements."""
 
     name = "numpy"
     # numpy exports neither read-only memory nor types that DLPack does not know
@@ -57,6 +57,8 @@ class NumpyAdapter(AdapterBase):
                 "the numpy array is read-only (arrays out of ray.get are views of the object store, shared by "
                 "every reader) and the call would write to it; pass x.copy()"
             )
+
+        # DLPack does not know every type: others travel as integers of their width.
         carrier = CARRIER_OF.get(dtype)
         try:
             handle = dlpack.export(tensor if carrier is None else tensor.view(carrier))
@@ -75,7 +77,7 @@ class NumpyAdapter(AdapterBase):
 
 @functools.lru_cache
 def _reader() -> int:
-    """Return the address of native code's reader of arrays, 0 where numpy's may lie otherwise than it knows them."""
+    """Return native code's reader of arrays, 0 where numpy's may lie in another way."""
     for found in native_readers:
         native = found()
         if native is None:
@@ -95,7 +97,7 @@ def _reader() -> int:
 
 
 def _c_version() -> int:
-    """Return the version of numpy's interface for C, which says how arrays lie (``PyArray_GetNDArrayCVersion``)."""
+    """Return the version of numpy's C interface, which says how arrays lie."""
     # numpy 1.26 may have a _core, too, which holds other things
     home = "numpy._core" if int(np.__version__.partition(".")[0]) >= 2 else "numpy.core"
     core: Any = importlib.import_module(f"{home}._multiarray_umath")
@@ -107,40 +109,28 @@ def _c_version() -> int:
 
 
 def _numbers() -> set[tuple[int, int, int]]:
-    """Return numpy's number, DLPack's code and the bits of every type that an array may have; several are alike."""
+    """Return numpy's number, DLPack's code and the bits of all types; several are alike."""
     found: set[tuple[int, int, int]] = {
         (dtype.num, code, 8 * dtype.itemsize) for dtype, code in _DLPACK_CODES.items()
     }
-    for character in np.typecodes["AllInteger"]:
-        alike = np.dtype(character)
-        found.add(
-            (
-                alike.num,
-                _DLPACK_CODES[np.dtype(f"{alike.kind}{alike.itemsize}")],
-                8 * alike.itemsize,
-            )
-        )
+    for alike in map(np.dtype, np.typecodes["AllInteger"]):
+        code = _DLPACK_CODES[np.dtype(f"{alike.kind}{alike.itemsize}")]
+        found.add((alike.num, code, 8 * alike.itemsize))
     return found
 
 
 def _reads(trial: Callable[[int, int, int], bool], reader: int, dtype: np.dtype[Any]) -> bool:
-    """Return whether a reader finds what numpy says of arrays of a type, and takes none that must not be written."""
+    """Return whether a reader finds what numpy says, and takes no read-only array."""
     whole = np.zeros((4, 6), dtype)
     for sample in (whole, whole.T, whole[::2, ::-3], whole[1], whole[0, 0, ...], whole[:0]):
         words = array.array("q", bytes(8 * (4 + 2 * sample.ndim)))
         if not trial(reader, id(sample), words.buffer_info()[0]):
             return False
         strides = [step // dtype.itemsize for step in sample.strides]
-        said = [
-            sample.ctypes.data,
-            _DLPACK_CODES[dtype],
-            8 * dtype.itemsize,
-            sample.ndim,
-            *sample.shape,
-            *strides,
-        ]
-        if words.tolist() != said:
+        said = [sample.ctypes.data, _DLPACK_CODES[dtype], 8 * dtype.itemsize, sample.ndim]
+        if words.tolist() != [*said, *sample.shape, *strides]:
             return False
+
     whole.flags.writeable = False
     words = array.array("q", bytes(64))
     return not trial(reader, id(whole), words.buffer_info()[0])
@@ -167,7 +157,7 @@ def _element_strides(array: Any) -> tuple[int, ...]:
 
 
 class HostMemory:
-    """Staging buffers on the host, and copies between layouts: native code's if they are large, else numpy's."""
+    """Host staging buffers, and copies between layouts: large ones by native code."""
 
     def allocate(self, nbytes: int, like: BufferView | None = None) -> BufferView:
         raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
@@ -181,15 +171,16 @@ class HostMemory:
             # numpy's arrays over it take 3 us to make
             ctypes.memmove(target.pointer, source.pointer, target.nbytes)
             return
-        if target.nbytes >= _NATIVE_FROM_NBYTES and (target.strides is None) != (
-            source.strides is None
-        ):
+
+        is_one_strided = (target.strides is None) != (source.strides is None)
+        if is_one_strided and target.nbytes >= _NATIVE_FROM_NBYTES:
             for found in native_copies:
                 native = found()
                 if native is not None and target.dtype == source.dtype:
                     words = _copy_words(target, source)
                     native(words.buffer_info()[0])
                     return
+
         to, of = host_array(target), host_array(source)
         if source.strides is None:
             to[...] = of.reshape(target.shape)
@@ -224,24 +215,13 @@ def _copy_words(target: BufferView, source: BufferView) -> array.array[int]:
     scatters = target.strides is not None
     strided, contiguous = (target, source) if scatters else (source, target)
     assert strided.strides is not None
-    shape = strided.shape
-    return array.array(
-        "q",
-        (
-            scatters,
-            contiguous.pointer,
-            strided.pointer,
-            strided.dtype.itemsize,
-            strided.count,
-            len(shape),
-            *shape,
-            *strided.strides,
-        ),
-    )
+    shape, itemsize = strided.shape, strided.dtype.itemsize
+    head = (scatters, contiguous.pointer, strided.pointer, itemsize, strided.count, len(shape))
+    return array.array("q", (*head, *shape, *strided.strides))
 
 
 def host_array(view: BufferView) -> np.ndarray[Any, Any]:
-    """Return a writable numpy array over a view of host memory, of integers for bits numpy cannot name."""
+    """Return a writable array over host memory, of integers for bits numpy cannot name."""
     low, high = view.span()
     raw = (ctypes.c_char * (high - low)).from_address(low)
     raw._view = view  # type: ignore[attr-defined]  # the array keeps its view, and so the owner, alive

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import tensorflow as tf
 
+from colltensor.adapters.base import AdapterBase
 from colltensor.adapters.dlpack import view_of
 from colltensor.errors import DeviceError, UnsupportedDTypeError
 from colltensor.types import CPU, DTYPES
@@ -18,7 +19,7 @@ from colltensor.view import BufferView
 _EAGER: Final = type(tf.constant(0))
 
 
-class TensorflowAdapter:
+class TensorflowAdapter(AdapterBase):
     """tf.Tensor outside tf.function."""
 
     name = "tensorflow"
@@ -59,9 +60,6 @@ class TensorflowAdapter:
         with tf.device(tensor.device):
             result = tf.raw_ops.DeepCopy(x=tensor)
         return result, view_of(result)[0]
-
-    def written(self, tensor: Any) -> None:
-        pass
 
 
 ADAPTER: Final = TensorflowAdapter()

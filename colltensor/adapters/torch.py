@@ -85,9 +85,8 @@ class TorchAdapter(AdapterBase):
         A layout and a lazy negation or conjugate are dispatch keys; so is what transforms and modes of torch add. All
         extents and strides may be others.
         """
-        if (
-            _is_inference_mode_enabled()
-        ):  # what it would learn of a plain tensor fits an inference tensor outside
+        # What it would learn of a plain tensor fits an inference tensor outside.
+        if _is_inference_mode_enabled():
             return None
         anything = [[None] * tensor.dim() for tensor in tensors]
         try:
@@ -149,6 +148,7 @@ def _view(tensor: Any) -> BufferView:
             "the torch tensor is a lazy negation or conjugate, whose memory holds other values; pass "
             "tensor.resolve_neg().resolve_conj()"
         )
+
     device = CPU if tensor.is_cpu else _device(tensor)
     try:
         strides = None if tensor.is_contiguous() else tensor.stride()
@@ -160,6 +160,7 @@ def _view(tensor: Any) -> BufferView:
             f"the torch tensor (layout {tensor.layout}) is no plain array in memory ({error}); pass a dense tensor, "
             "tensor.to_dense(), outside torch.func's transforms"
         ) from error
+
     # a view of freed storage has its offset for an address
     if count and (
         not pointer or (tensor.storage_offset() and not tensor.untyped_storage().nbytes())
@@ -174,6 +175,7 @@ def _view(tensor: Any) -> BufferView:
             "not gathered), or it is one of autograd's zeros; pass a tensor with memory, such as tensor.clone() of the "
             "latter"
         )
+
     return BufferView(pointer, count, dtype, device, None, strides, False, None, tensor, stream)
 
 

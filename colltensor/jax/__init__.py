@@ -1,4 +1,4 @@
-"""For JAX users only: collectives inside ``jax.jit``, and the optax transformation that keeps gradients in step."""
+"""For JAX users: collectives inside ``jax.jit``, and an optax transformation for gradients."""
 
 from colltensor.jax._groups import forget_failures
 from colltensor.jax._order import ordered

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from colltensor.adapters.base import AdapterBase
 from colltensor.types import Device, DType
 from colltensor.view import BufferView
 
@@ -43,35 +44,19 @@ def on(stream: int) -> Iterator[None]:
         _here.stream = outer
 
 
-class DeviceAdapter:
-    """The adapter of ``DeviceBuffer``, written in place."""
+class DeviceAdapter(AdapterBase):
+    """The adapter of ``DeviceBuffer``, written in place; its stream orders what follows."""
 
     name = "jax"
-    immutable = False
 
     def claims(self, kind: type) -> bool:
         return kind is DeviceBuffer
 
     def source(self, tensor: DeviceBuffer) -> BufferView:
+        shape, device = (tensor.count,), Device("cuda", tensor.device)
         return BufferView.from_address(
-            tensor.pointer,
-            (tensor.count,),
-            tensor.dtype,
-            device=Device("cuda", tensor.device),
-            owner=tensor,
-            stream=tensor.stream,
+            tensor.pointer, shape, tensor.dtype, device=device, owner=tensor, stream=tensor.stream
         )
-
-    def target(self, tensor: DeviceBuffer) -> BufferView:
-        return self.source(tensor)
-
-    def allocate_result(
-        self, tensor: DeviceBuffer, donate: bool
-    ) -> tuple[DeviceBuffer, BufferView]:
-        return tensor, self.source(tensor)
-
-    def written(self, tensor: DeviceBuffer) -> None:
-        """XLA orders what comes next by the stream."""
 
     def stream(self, index: int) -> int | None:
         stream: int | None = getattr(_here, "stream", None)

@@ -43,7 +43,7 @@ _ended: Final = threading.Event()
 
 
 def number_of(group: Group) -> int:
-    """Return the group's number, the same for as long as the group lives and never another group's."""
+    """Return the group's number: one for as long as it lives, and never another's."""
     with _lock:
         number = _numbers.get(group)
         if number is None:
@@ -115,7 +115,7 @@ def group_of(number: int) -> Group:
 
 
 def _wait() -> None:
-    """Wait for the jitted collectives that this thread has started. A failed one raises where its result is read."""
+    """Wait for this thread's jitted collectives; reading a failed result raises."""
     if getattr(_here, "inside", False) or library.load().shm_jax_inside():
         return
     try:
@@ -125,7 +125,7 @@ def _wait() -> None:
 
 
 def forget_failures() -> None:
-    """Let later computations of this thread run, after an asynchronous one failed: JAX keeps its token otherwise."""
+    """Let this thread's computations run again after one failed, whose token JAX keeps."""
     forget_tokens()
 
 

@@ -33,7 +33,7 @@ class Ordered(effects.Effect):  # type: ignore[misc]  # jax is not looked into
 
 
 class Kept(effects.Effect):  # type: ignore[misc]  # jax is not looked into
-    """The effect of an ``ordered`` function seen from outside: it is not dropped; its order is settled inside."""
+    """An ``ordered`` function's effect from outside: not dropped, its order settled inside."""
 
     def __str__(self) -> str:
         return "ordered collectives"
@@ -53,7 +53,7 @@ for _kind in (Ordered, Kept):
 def lower_to(
     target: str, context: Any, operand: Any, aliased: bool, attributes: dict[str, Any]
 ) -> Any:
-    """Emit a call of an XLA target with one operand and one result, after the collective before it."""
+    """Emit a call of a target, of one operand and result, after the collective before."""
     _refuse_several_devices(target, context)
     token = context.tokens_in.get(ORDERED)
     with_token = context.replace(

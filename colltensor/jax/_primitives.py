@@ -40,9 +40,8 @@ def _make(
     primitive = Primitive(f"colltensor_{name or operation}")
 
     def abstract(x: Any, *, size: int, **parameters: int) -> Any:
-        return jax.core.ShapedArray(shape(x.shape, size), x.dtype, weak_type=x.weak_type), {
-            _order.ORDERED
-        }
+        result = jax.core.ShapedArray(shape(x.shape, size), x.dtype, weak_type=x.weak_type)
+        return result, {_order.ORDERED}
 
     def lower(
         context: Any, x: Any, *, number: int, op: int, root: int, source: int, **parameters: int
@@ -53,20 +52,13 @@ def _make(
             if group.backend == "loopback":
                 return _order.lower_to_nothing(context, x)
             reductions.require(name or operation, dtype, None if op == NO_OP else ReduceOp(op))
-        numbers = {
-            "handle": bridge.shared_memory(group),
-            "number": number,
-            "dtype": dtype.code,
-            "itemsize": dtype.itemsize,
-            "operation": NATIVE[operation],
-            "op": op,
-            "root": root,
-            "source": source,
-        }
-        aliased = operation in ("allreduce", "reduce", "broadcast") or (
-            operation == "transfer" and name != "sendrecv"
-        )
+
+        numbers = {"handle": bridge.shared_memory(group), "number": number}
+        numbers |= {"operation": NATIVE[operation], "op": op, "root": root, "source": source}
+        numbers |= {"dtype": dtype.code, "itemsize": dtype.itemsize}
         attributes = {key: np.int64(value) for key, value in numbers.items()}
+        # Where operand and result are one array, XLA may give them one memory.
+        aliased = (name or operation) in ("allreduce", "reduce", "broadcast", "send", "recv")
         return _order.lower_to(_targets.TARGET, context, x, aliased, attributes)
 
     def call(x: Any, **parameters: int) -> Any:
@@ -118,14 +110,14 @@ def _linear(primitive: Primitive, transpose: Callable[..., Any]) -> None:
 
 
 def _instantiated(tangent: Any) -> Any:
-    """Make zeros of a tangent that is known to be zero: what one rank leaves out, the others would wait for."""
+    """Make a tangent's known zeros real: others would wait for what one leaves out."""
     return ad.instantiate_zeros(tangent)
 
 
 def _of_extremes(
     primitive: Primitive, x: Any, y: Any, tangent: Any, op: int, parameters: dict[str, int]
 ) -> Any:
-    """Return the tangent of a minimum or maximum: the mean of the tangents of the ranks that have it."""
+    """Return the tangent of MIN or MAX: the mean of those of the ranks that have it."""
     if op not in _TIED or primitive is not allreduce_p:
         # What JAX itself raises where a primitive has no rule.
         raise NotImplementedError(
@@ -176,21 +168,18 @@ def _sendrecv(v: Any, *, root: int, source: int, **parameters: int) -> Any:
     return sendrecv_p.bind(v, root=source, source=root, **parameters)
 
 
-for _primitive, _transpose in (
-    (allreduce_p, _allreduce),
-    (reduce_p, _reduce),
-    (broadcast_p, _broadcast),
-    (allgather_p, _allgather),
-    (reducescatter_p, _reducescatter),
-    (send_p, _send),
-    (recv_p, _recv),
-    (sendrecv_p, _sendrecv),
-):
-    _linear(_primitive, _transpose)
+_linear(allreduce_p, _allreduce)
+_linear(reduce_p, _reduce)
+_linear(broadcast_p, _broadcast)
+_linear(allgather_p, _allgather)
+_linear(reducescatter_p, _reducescatter)
+_linear(send_p, _send)
+_linear(recv_p, _recv)
+_linear(sendrecv_p, _sendrecv)
 
 
 def _vectorise(primitive: Primitive, given: int | None = None, result: int | None = None) -> None:
-    """Let the payload hold the whole batch: the axis stays, or is moved to ``given`` and comes back at ``result``."""
+    """Send the whole batch: its axis stays, or goes to ``given`` and back at ``result``."""
 
     def batch(operands: Any, axes: Any, **parameters: int) -> Any:
         (x,), (axis,) = operands, axes

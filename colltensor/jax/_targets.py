@@ -67,11 +67,12 @@ def complete(
     result_address: int,
     result_nbytes: int,
 ) -> None:
-    """End a call that the native target left: a mismatch, a failure, or all of it where that has no way to do it."""
+    """End what the native target left: a mismatch, a failure, or a call it cannot make."""
     group, name = group_of(number), NATIVE_NAMES[operation]
     if code == _REFUSED and (number, name) not in _notified:
         _notified.add((number, name))
         _notify(group, name)
+
     host = host_dtype(_DTYPES[dtype])
     given = _memory(given_address, given_nbytes, host)
     result = _memory(result_address, result_nbytes, host)
@@ -84,15 +85,12 @@ def complete(
 
 def _notify(group: Group, name: str) -> None:
     """Log, once for each group and operation, that jitted calls go through Python, and why."""
-    reason = f"backend {group.backend!r} is not reached from native code"
-    if group.backend == "shm":
-        reason = (
-            "its operations are observed"
-            if observers.is_observed()
-            else (
-                "an asynchronous eager call was before it, or the call has no native way (its dtype, op or size)"
-            )
-        )
+    if group.backend != "shm":
+        reason = f"backend {group.backend!r} is not reached from native code"
+    elif observers.is_observed():
+        reason = "its operations are observed"
+    else:
+        reason = "an asynchronous eager call was before it, or the call has no native way (its dtype, op or size)"
     _log.debug(
         "group %r (rank %d): a jitted %s goes through Python, which takes tens of microseconds more: %s",
         group.name,
@@ -125,14 +123,14 @@ def queue(
         CollectiveError: The call cannot be queued, or they have not: then the result would be of other elements.
     """
     group, name, kind = group_of(number), NATIVE_NAMES[operation], _DTYPES[dtype]
-    in_place = name in ("allreduce", "reduce", "broadcast") or (
-        name == "transfer" and (root < 0 or source < 0)
-    )
+    is_one_way = name == "transfer" and (root < 0 or source < 0)
+    in_place = name in ("allreduce", "reduce", "broadcast") or is_one_way
     if in_place and given_nbytes and given_address != result_address:
         raise CollectiveError(
             f"{name}: XLA gave the operand and the result of a call in place memory of their own: colltensor and this "
             "version of JAX do not fit each other; call it outside of jax.jit"
         )
+
     given = DeviceBuffer(given_address, given_nbytes // kind.itemsize, kind, device, stream)
     result = DeviceBuffer(result_address, result_nbytes // kind.itemsize, kind, device, stream)
     with inside(group, name), _device.on(stream):
@@ -208,37 +206,24 @@ def _in_words(function: Callable[..., None]) -> Callable[..., str | None]:
 
 
 def _register() -> None:
-    bridge, native = _jax_tvm_ffi(), library.load()
-    convert = dlpack.tvm_ffi().convert
-    _make_known(bridge, native, TARGET, native.shm_jax_target(convert(_in_words(complete))), "cpu")
+    convert, native = dlpack.tvm_ffi().convert, library.load()
+    _make_known(native.shm_jax_target(convert(_in_words(complete))), "cpu")
     add_adapter(_device.ADAPTER)
     # Kept by JAX until there is a CUDA device, if ever.
-    _make_known(
-        bridge,
-        native,
-        TARGET,
-        native.shm_jax_device_target(convert(_in_words(queue))),
-        "gpu",
-        on_device=True,
-    )
+    _make_known(native.shm_jax_device_target(convert(_in_words(queue))), "gpu")
 
 
-def _make_known(
-    bridge: ModuleType,
-    native: Any,
-    name: str,
-    function: Any,
-    platform: str,
-    *,
-    on_device: bool = False,
-) -> None:
+def _make_known(function: Any, platform: str) -> None:
     """Register a target with XLA, behind the handler that takes the token out.
 
     It may not be part of a CUDA graph, which would call it once for all its runs.
     """
+    on_device = platform == "gpu"
     order = [*(["ctx.stream"] if on_device else []), "args", "rets"]
-    capsule = bridge.register_ffi_target(f"{name}_without_token", function, order, platform)
+    name = f"{TARGET}_without_token"
+    capsule = _jax_tvm_ffi().register_ffi_target(name, function, order, platform)
+
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    handler = native.shm_jax_without_token(pointer(capsule, None), on_device)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform=platform)
+    handler = library.load().shm_jax_without_token(pointer(capsule, None), on_device)
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform=platform)

@@ -169,12 +169,14 @@ def _call(
         raise GroupError(
             f"{name}: group: expected a colltensor.Group or a group's name, got {group!r}"
         )
+
     look = None if op is None and name != "allgather" else refuse_indices
     try:
         leaves, structure = jax.tree_util.tree_flatten(x, is_leaf=look)
     except ValueError as error:  # of JAX's sorting
         refuse_unordered_keys(x, error)
         raise
+
     leaves = [leaf if _is_float0(leaf) else _array(name, leaf) for leaf in leaves]
     by_dtype: dict[Any, list[int]] = {}
     for index, leaf in enumerate(leaves):
@@ -184,16 +186,19 @@ def _call(
     if per_rank:
         for leaf in leaves:
             _check_blocks(leaf, found)
+
     op = None if op is None else ReduceOp.of(op)
     for members in by_dtype.values():
         if len(members) == 1:
             leaves[members[0]] = _bind(primitive, name, leaves[members[0]], found, op, root, source)
             continue
+
         shapes = [leaves[index].shape[1:] if per_rank else leaves[index].shape for index in members]
         parts = [
             leaves[index].reshape((found.world_size, -1) if per_rank else -1) for index in members
         ]
         result = _bind(primitive, name, jnp.concatenate(parts, axis=-1), found, op, root, source)
+
         start = 0
         for index, shape in zip(members, shapes, strict=True):
             count = math.prod(shape)
@@ -218,6 +223,7 @@ def _bind(
     if dtype is None:
         raise unsupported_dtype(x.dtype)
     require(name, dtype, op)
+
     for argument, peer in (("dst_rank", root), ("src_rank", source)):
         if isinstance(peer, jax.core.Tracer):
             raise RankError(
@@ -230,15 +236,10 @@ def _bind(
             )
     if name in ("send", "recv") and rank in (root, source):
         raise RankError(f"{name}: rank {rank} is this rank itself; use sendrecv to copy to oneself")
-    return primitive.bind(
-        x,
-        number=_groups.number_of(group),
-        size=size,
-        rank=rank,
-        op=NO_OP if op is None else int(op),
-        root=NO_RANK if root is None else int(root),
-        source=NO_RANK if source is None else int(source),
-    )
+
+    number, code = _groups.number_of(group), NO_OP if op is None else int(op)
+    to, of = (NO_RANK if peer is None else int(peer) for peer in (root, source))
+    return primitive.bind(x, number=number, size=size, rank=rank, op=code, root=to, source=of)
 
 
 def _is_float0(leaf: Any) -> bool:

@@ -73,7 +73,7 @@ class _Replicas:
         self._group = group
 
     def compare(self, params: Any) -> None:
-        """Compare them if the group is there yet: programs without one call ``init`` as well, to evaluate."""
+        """Compare if there is a group yet: programs that evaluate call ``init`` as well."""
         try:
             group = find_group(self._group) if isinstance(self._group, str) else self._group
         except GroupError:

@@ -1,4 +1,4 @@
-"""Whether all ranks have the same parameters: pytrees of JAX arrays, or of values that are being traced."""
+"""Whether all ranks have the same parameters: pytrees of JAX arrays or of traced values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _judge(group: Group, paths: Sequence[str], hashes: Any) -> None:
 
 
 def _hash(x: Any, path: str) -> Any:
-    """Return 128 bits that depend on every bit of an array, on its place, and on what the array is called."""
+    """Return 128 bits that depend on every bit of an array, its place, and its name."""
     words = _words(x)
     place = jax.lax.iota(jnp.uint32, words.size) + jnp.uint32(
         zlib.crc32(f"{path} {x.dtype}{x.shape}".encode())
@@ -109,7 +109,7 @@ def _words(x: Any) -> Any:
 
 
 def _mixed(words: Any) -> Any:
-    """Return words of which every bit depends on every bit: MurmurHash3's finaliser, which maps no two to one."""
+    """Return words mixed one to one, by MurmurHash3's finaliser, so that all bits count."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
     return words ^ (words >> 16)

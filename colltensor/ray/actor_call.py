@@ -1,4 +1,4 @@
-"""ActorCall: the driver's questions to all actors of a group, each with a deadline and errors that name the actor."""
+"""ActorCall: the driver's questions to a group's actors; deadlines, errors that name actors."""
 
 from __future__ import annotations
 
@@ -70,41 +70,38 @@ class ActorCall:
         failed: dict[int, CollectiveError] = {}
         unasked = list(range(len(self._actors)))
         deadline = self.deadline
+
         while waiting or unasked:
             for place in unasked:
+                actor = self._actors[place]
                 try:
-                    waiting[
-                        self._actors[place].__ray_call__.remote(question, *arguments[place])
-                    ] = place
+                    waiting[actor.__ray_call__.remote(question, *arguments[place])] = place
                 except RayError as error:
                     failed[place] = self._unreachable(place, error)
             unasked.clear()
             if failed:
                 deadline = min(deadline, time.monotonic() + _VERDICT_S)
-            ready, _ = (
-                ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-                if waiting
-                else ([], [])
-            )
+
+            left_s = max(0.0, deadline - time.monotonic())
+            ready = ray.wait(list(waiting), timeout=left_s)[0] if waiting else []
             if not ready:
                 break
+
             place = waiting.pop(ready[0])
             try:
                 answers[place] = ray.get(ready[0])
             except RayTaskError as error:
                 failed[place] = self._notified(place, error)
             except RayError as error:
+                restarts = again and isinstance(error, ActorUnavailableError)
                 if dead_are_done:
                     answers[place] = None
-                elif (
-                    again
-                    and isinstance(error, ActorUnavailableError)
-                    and time.monotonic() < deadline
-                ):
+                elif restarts and time.monotonic() < deadline:
                     time.sleep(_PAUSE_S)
                     unasked.append(place)
                 else:
                     failed[place] = self._unreachable(place, error)
+
         if failed:
             raise _cause(failed)
         if waiting:
@@ -114,7 +111,7 @@ class ActorCall:
     def notify(
         self, message: Callable[..., Any], arguments: tuple[Any, ...], patience_s: float
     ) -> None:
-        """Have every actor that can be reached run a function; the busy ones do it when they come to it."""
+        """Have all actors that can be reached run a function, busy ones later."""
         told = []
         for actor in self._actors:
             try:
@@ -154,13 +151,9 @@ class ActorCall:
 
 
 def _cause(failed: Mapping[int, CollectiveError]) -> CollectiveError:
-    """Return the error that explains the others: an actor's own before a death, a death before a wait in vain."""
+    """Return what explains the others: an actor's own error, then a death, then a timeout."""
 
     def order(error: CollectiveError) -> int:
-        return (
-            2
-            if isinstance(error, CollectiveTimeoutError)
-            else int(isinstance(error, PeerLostError))
-        )
+        return 2 if isinstance(error, CollectiveTimeoutError) else isinstance(error, PeerLostError)
 
     return min((failed[place] for place in sorted(failed)), key=order)

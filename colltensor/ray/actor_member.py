@@ -6,6 +6,7 @@ nothing waits and no thread runs: the driver carries the bytes.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import weakref
@@ -98,7 +99,7 @@ class ActorMember:
             self._settled.set()
 
     def leave(self) -> None:
-        """Give up what there is so far: the listener, or the group; one that is being made goes when it is made."""
+        """Give up the listener, or the group; one in the making goes once it is made."""
         with _lock:
             self._has_left = True
             group = self._group() if self._group is not None else None
@@ -148,13 +149,8 @@ class ActorMember:
     def _make(self, listeners: Sequence[bytes], patience_s: float) -> Group:
         spec = self._spec
         try:
-            return table.make_group(
-                spec.world_size,
-                spec.rank,
-                lambda: self._meet(listeners),
-                patience_s,
-                **spec.options,
-            )
+            meet = functools.partial(self._meet, listeners)
+            return table.make_group(spec.world_size, spec.rank, meet, patience_s, **spec.options)
         finally:
             if not self._has_met:
                 self.introduction.abandon()
@@ -217,7 +213,7 @@ def listen(actor: object, token: Token, group_name: str, introductions: Sequence
 def connect(
     actor: object, token: Token, group_name: str, listeners: Sequence[bytes], patience_s: float
 ) -> None:
-    """Connect to the other ranks, which all listen now, and enter the group in this process's table."""
+    """Connect to the other ranks, which all listen now, and enter the group in the table."""
     _member(token, group_name).connect(listeners, patience_s)
 
 

@@ -1,4 +1,4 @@
-"""What a transport must know of a framework: its array type in Ray's eyes, memory to receive into, its pending work."""
+"""What a transport knows of a framework: array type, memory to receive into, pending work."""
 
 from __future__ import annotations
 
@@ -62,9 +62,23 @@ class Framework(Protocol):
         """Wait on the host until the work that this thread has queued on a CUDA device is done."""
 
 
-class _Torch:
-    transport = "COLLTENSOR"
+class _FrameworkBase:
+    """A framework whose tensors themselves travel, and are received where they stay."""
+
     devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def inside(self, tensor: Any) -> Any:
+        return tensor
+
+    def result(self, buffer: Any) -> Any:
+        return buffer
+
+    def synchronize(self, index: int) -> None:
+        pass
+
+
+class _Torch(_FrameworkBase):
+    transport = "COLLTENSOR"
 
     def data_type(self) -> type:
         kind: type = importlib.import_module("torch").Tensor
@@ -82,14 +96,11 @@ class _Torch:
             _ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
-    def result(self, buffer: Any) -> Any:
-        return buffer
-
     def synchronize(self, index: int) -> None:
         importlib.import_module("torch").cuda.current_stream(index).synchronize()
 
 
-class _Numpy:
+class _Numpy(_FrameworkBase):
     transport = "COLLTENSOR_NUMPY"
     devices: tuple[str, ...] = ("cpu",)
 
@@ -105,22 +116,18 @@ class _Numpy:
     def result(self, buffer: Any) -> Any:
         return NumpyArray(buffer)
 
-    def synchronize(self, index: int) -> None:
-        pass
 
+class _Jax(_FrameworkBase):
+    """On a CPU the elements arrive in numpy's memory, which becomes the array's: nothing is filled or compiled.
 
-class _Jax:
-    """On a CPU the elements arrive in numpy's memory, which becomes the array's: nothing is filled or compiled."""
+    The adapter waits for what is pending.
+    """
 
     transport = "COLLTENSOR_JAX"
-    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def data_type(self) -> type:
         kind: type = importlib.import_module("colltensor._compat.jax").array_type()
         return kind
-
-    def inside(self, tensor: Any) -> Any:
-        return tensor
 
     def buffer(self, shape: Sequence[int], dtype: Any, device: str) -> Any:
         if device == "cpu":
@@ -135,9 +142,6 @@ class _Jax:
         with self._every_dtype():
             return jax.device_put(buffer, jax.local_devices(backend="cpu")[0])
 
-    def synchronize(self, index: int) -> None:
-        pass  # the adapter waits for JAX arrays
-
     def _every_dtype(self) -> Any:
         """Let JAX make 64-bit arrays, which may come from a process where they are switched on."""
         jax = importlib.import_module("jax")
@@ -146,7 +150,7 @@ class _Jax:
         return home.enable_x64(True)
 
 
-class _Cupy:
+class _Cupy(_FrameworkBase):
     transport = "COLLTENSOR_CUPY"
     devices: tuple[str, ...] = ("cuda",)
 
@@ -154,14 +158,8 @@ class _Cupy:
         kind: type = importlib.import_module("cupy").ndarray
         return kind
 
-    def inside(self, tensor: Any) -> Any:
-        return tensor
-
     def buffer(self, shape: Sequence[int], dtype: Any, device: str) -> Any:
         return importlib.import_module("cupy").empty(shape, dtype)
-
-    def result(self, buffer: Any) -> Any:
-        return buffer
 
     def synchronize(self, index: int) -> None:
         importlib.import_module("cupy").cuda.get_current_stream(index).synchronize()
@@ -195,7 +193,7 @@ def views_of(arrays: Sequence[Any]) -> list[BufferView]:
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> Any:
-    """Return an uninitialised numpy array at a multiple of 64 bytes, which JAX takes over without a copy."""
+    """Return an uninitialised numpy array aligned to 64 bytes, which JAX need not copy."""
     numpy = importlib.import_module("numpy")
     nbytes = numpy.dtype(dtype).itemsize * int(numpy.prod(shape, dtype=numpy.int64))
     raw = numpy.empty(nbytes + 64, numpy.uint8)

@@ -50,7 +50,7 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
 
     @classmethod
     def check_backend_availability(cls) -> bool:
-        """Return whether groups can be made here; ``colltensor.backend_unavailable_reason`` says why not."""
+        """Return whether groups can be made here; ``backend_unavailable_reason`` says why not."""
         return cls.transport == "auto" or backends.is_available(cls.transport)
 
     def allreduce(self, tensor: Any, allreduce_options: Any = None) -> Any:
@@ -58,11 +58,9 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
         op = _option("allreduce", allreduce_options, "reduceOp", ReduceOp.SUM)
         if not isinstance(tensor, list):
             return self.group.allreduce(tensor, op)
-        return (
-            [self.group.allreduce(tensor[0], op)]
-            if _is_one(tensor)
-            else self.group.multigpu.allreduce(tensor, op)
-        )
+        if _is_one(tensor):
+            return [self.group.allreduce(tensor[0], op)]
+        return self.group.multigpu.allreduce(tensor, op)
 
     def barrier(self, barrier_options: Any = None) -> None:
         """Return when all ranks have called."""
@@ -102,7 +100,7 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
     def reducescatter(
         self, tensor: Any, tensor_list: Any, reducescatter_options: Any = None
     ) -> Any:
-        """Combine entry ``r`` of all ranks' lists into rank ``r``'s tensor; the lists stay as they were."""
+        """Combine entry ``r`` of all lists, which stay, into rank ``r``'s tensor."""
         op = _option("reducescatter", reducescatter_options, "reduceOp", ReduceOp.SUM)
         if not isinstance(tensor, list):
             return self.group.reducescatter(tensor, tensor_list, op)
@@ -126,11 +124,9 @@ class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked i
 @functools.cache
 def group_class(transport: str) -> type[RayGroup]:
     """Return the class of groups over this backend."""
-    return (
-        RayGroup
-        if transport == "auto"
-        else type(f"RayGroup_{transport}", (RayGroup,), {"transport": transport})
-    )
+    if transport == "auto":
+        return RayGroup
+    return type(f"RayGroup_{transport}", (RayGroup,), {"transport": transport})
 
 
 def _option(operation: str, given: Any, name: str, default: Any) -> Any:

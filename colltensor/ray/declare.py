@@ -171,18 +171,11 @@ def create_collective_group(
             group of this name. After any error no actor has the group.
     """
     if gloo_timeout is not None:
-        if isinstance(gloo_timeout, bool) or not isinstance(gloo_timeout, (int, float)):
-            raise OptionError(
-                f"create_collective_group: gloo_timeout: expected milliseconds, got {gloo_timeout!r}"
-            )
-        timeout_s = gloo_timeout / 1000
+        timeout_s = table.seconds_of(gloo_timeout)
     in_order = _in_rank_order("create_collective_group", actors, world_size, ranks)
     options = {"backend": backend, "group_name": group_name, "timeout_s": timeout_s, "interface": interface,
                "provider": provider, "check": check}  # fmt: skip
-    table.check_options(len(in_order), **options)  # type: ignore[arg-type]  # a mapping of the right types
-    operation = f"create_collective_group '{group_name}'"
-    token = _make(operation, in_order, options, time.monotonic() + timeout_s)
-    return CollectiveGroup(group_name, in_order, token, options)
+    return _declared("create_collective_group", in_order, options)
 
 
 def collective_group(
@@ -221,17 +214,23 @@ def collective_group(
     Raises:
         CollectiveError: As ``create_collective_group``.
     """
-    where = "collective_group"
-    in_order = _in_rank_order(where, actors, None, ranks)
+    in_order = _in_rank_order("collective_group", actors, None, ranks)
     name = f"group-{secrets.token_hex(8)}" if group_name is None else group_name
     options = {"backend": backend, "group_name": name, "timeout_s": timeout_s, "interface": interface,
                "provider": provider, "check": check}  # fmt: skip
-    table.check_options(len(in_order), **options)  # type: ignore[arg-type]  # a mapping of the right types
-    deadline = time.monotonic() + timeout_s
+    return _declared("collective_group", in_order, options, by_node=ranks is None)
+
+
+def _declared(
+    where: str, actors: list[ActorHandle[Any]], options: dict[str, Any], by_node: bool = False
+) -> CollectiveGroup:
+    """Check the options and make the group, ``by_node`` with each node's actors side by side."""
+    table.check_options(len(actors), **options)
+    name, deadline = options["group_name"], time.monotonic() + options["timeout_s"]
     operation = f"{where} '{name}'"
-    if ranks is None and len(in_order) > 1:
-        in_order = _by_node(operation, in_order, deadline)
-    return CollectiveGroup(name, in_order, _make(operation, in_order, options, deadline), options)
+    if by_node and len(actors) > 1:
+        actors = _by_node(operation, actors, deadline)
+    return CollectiveGroup(name, actors, _make(operation, actors, options, deadline), options)
 
 
 def _make(
@@ -245,15 +244,14 @@ def _make(
     token = actor_member.Token(_DRIVER, next(_generations))
     name, size = options["group_name"], len(actors)
     patience_s = max(0.1, deadline - time.monotonic()) + _GRACE_S
+    specs = [
+        actor_member.MemberSpec(token, rank, size, dict(options), replaces) for rank in range(size)
+    ]
     call = ActorCall(operation, actors, deadline)
+
     try:
-        specs = [
-            actor_member.MemberSpec(token, rank, size, dict(options), replaces)
-            for rank in range(size)
-        ]
-        introductions = call.ask(
-            actor_member.introduce, [(spec, patience_s) for spec in specs], again=True
-        )
+        questions = [(spec, patience_s) for spec in specs]
+        introductions = call.ask(actor_member.introduce, questions, again=True)
         listeners = call.ask(actor_member.listen, [(token, name, ray.put(introductions))] * size)
         left_s = max(0.1, deadline - time.monotonic())
         call.deadline += _GRACE_S
@@ -270,16 +268,12 @@ def _make(
 def _by_node(
     operation: str, actors: Sequence[ActorHandle[Any]], deadline: float
 ) -> list[ActorHandle[Any]]:
-    """Return the actors with those of one host together, hosts and actors else in the order in which they came."""
+    """Return the actors with those of a host together, else in the order in which they came."""
     hosts = ActorCall(operation, actors, deadline, called="position").ask(
         actor_member.locate, [()] * len(actors), again=True
     )
-    return [
-        actor
-        for _, actor in sorted(
-            zip(hosts, actors, strict=True), key=lambda pair: hosts.index(pair[0])
-        )
-    ]
+    order = sorted(range(len(actors)), key=lambda place: hosts.index(hosts[place]))
+    return [actors[place] for place in order]
 
 
 def _in_rank_order(
@@ -289,6 +283,7 @@ def _in_rank_order(
     ranks: Sequence[int] | None,
 ) -> list[ActorHandle[Any]]:
     refuse_client(where)
+
     is_list = isinstance(actors, (list, tuple))
     if not is_list or not actors or not all(isinstance(actor, ActorHandle) for actor in actors):
         raise OptionError(f"{where}: actors: expected a list of actor handles, got {actors!r:.200}")
@@ -301,6 +296,7 @@ def _in_rank_order(
         raise RankError(
             f"{where}: world_size: expected {size}, the number of actors, got {world_size!r}"
         )
+
     try:
         numbers = list(range(size)) if ranks is None else [operator.index(rank) for rank in ranks]
     except TypeError:
@@ -309,6 +305,4 @@ def _in_rank_order(
         raise RankError(
             f"{where}: ranks: expected each of 0 to {size - 1} once, one for each actor, got {ranks!r:.200}"
         )
-    return [
-        actor for _, actor in sorted(zip(numbers, actors, strict=True), key=lambda pair: pair[0])
-    ]
+    return [actors[numbers.index(rank)] for rank in range(size)]

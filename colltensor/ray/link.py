@@ -101,7 +101,7 @@ def _swap(sock: socket.socket, rank: int, mine: bytes, deadline: float) -> list[
 
 
 class Link:
-    """A connection to one source. One thread uses it; any thread may close it, which ends the use with an error."""
+    """A connection to one source. One thread uses it; any may close it, which ends the use."""
 
     def __init__(self, endpoint: SourceAddress) -> None:
         self.endpoint = endpoint
@@ -187,7 +187,7 @@ class Link:
 
 
 class Links:
-    """The links of this process, by the source. Safe for threads, which never wait for one another's transfers."""
+    """This process's links, by source; no thread waits for another one's transfer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -225,9 +225,8 @@ class Links:
             late = f"{where}: timed out after {TIMEOUT_S:g} s: it did not answer"
             raise CollectiveTimeoutError(late, (0,)) from error
         except OSError as error:
-            raise PeerLostError(
-                f"{where}: it is dead, or cannot be reached: {error}", (0,)
-            ) from error
+            words = f"{where}: it is dead, or cannot be reached: {error}"
+            raise PeerLostError(words, (0,)) from error
 
     def abort(self, obj_id: str) -> None:
         """End the transfers of an object that are under way here; they raise."""
@@ -252,7 +251,7 @@ class Links:
 
     @contextlib.contextmanager
     def _ready(self, obj_id: str, endpoint: SourceAddress, deadline: float) -> Iterator[Link]:
-        """A link whose source is about to send the object; it is kept afterwards, or closed if anything failed."""
+        """A link whose source is about to send the object; kept afterwards unless it failed."""
         link = self._take(obj_id, endpoint)
         try:
             while link.is_open:
@@ -271,13 +270,14 @@ class Links:
             else:
                 link.open(deadline)
                 link.request(obj_id, deadline)
+
             yield link
             self._give_back(link)
         finally:
             self._drop(link)
 
     def _take(self, obj_id: str, endpoint: SourceAddress) -> Link:
-        """Return an idle link to the source, or a new one that is not open yet; busy with the object from now on."""
+        """Return an idle link, or a new one to be opened; busy with the object from now on."""
         now = time.monotonic()
         old: list[Link] = []
         with self._lock:

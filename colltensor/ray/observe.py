@@ -54,16 +54,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self._operations = Counter("colltensor_operations", "Collective operations.", _TAGS)
-        self._bytes = Counter(
-            "colltensor_bytes", "Bytes that ranks bring to collective operations.", _TAGS
-        )
+        what = "Bytes that ranks bring to collective operations."
+        self._bytes = Counter("colltensor_bytes", what, _TAGS)
         self._errors = Counter("colltensor_errors", "Collective operations that raised.", _TAGS)
-        self._duration = Histogram(
-            "colltensor_duration_seconds",
-            "Duration of collective operations in seconds.",
-            _BOUNDARIES_S,
-            _TAGS,
-        )
+        name, what = "colltensor_duration_seconds", "Duration of collective operations in seconds."
+        self._duration = Histogram(name, what, _BOUNDARIES_S, _TAGS)
 
     def observe(self, operation: Operation) -> Callable[[], None]:
         """Count an operation once it is over."""

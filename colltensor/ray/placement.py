@@ -1,4 +1,4 @@
-"""Starts the actors of a group where they belong: in a placement group of Ray's, side by side or apart."""
+"""Starts the actors of a group in a placement group of Ray's, side by side or apart."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def placed_actors(
     bundle = _bundle(actor_class, count, strategy, num_cpus, num_gpus, resources)
     group = placement_group([bundle] * count, strategy=strategy)
     actors: list[ActorHandle[Any]] = []
+
     try:
         _await(group, bundle, timeout_s)
         options.update(num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}))
@@ -75,9 +76,8 @@ def placed_actors(
                 placement_group=group, placement_group_bundle_index=index
             )
             start = actor_class.options(scheduling_strategy=where, **options)
-            actors.append(
-                start.remote(*(args(place) if callable(args) else args), **(kwargs or {}))
-            )
+            given = args(place) if callable(args) else args
+            actors.append(start.remote(*given, **(kwargs or {})))
         yield actors
     finally:
         for actor in actors:
@@ -104,6 +104,7 @@ def _bundle(
         raise OptionError(
             f"{where}: strategy: expected one of {', '.join(_STRATEGIES)}, got {strategy!r}"
         )
+
     asked = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}
     bundle = {name: amount for name, amount in asked.items() if amount > 0}
     if not bundle or len(bundle) < sum(amount != 0 for amount in asked.values()):

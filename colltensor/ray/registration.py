@@ -36,13 +36,9 @@ def register(*, timeout_s: float = 30.0, interface: str | None = None) -> None:
         OptionError: An argument has a value that no group could use, or a name is taken by a backend of somebody else.
     """
     table.check_options(
-        1,
-        backend="auto",
-        group_name="default",
-        timeout_s=timeout_s,
-        interface=interface,
-        provider=None,
+        1, group_name="default", backend="auto", timeout_s=timeout_s, interface=interface
     )
+
     try:
         registry = importlib.import_module("ray.util.collective.backend_registry")
     except ImportError as error:
@@ -50,9 +46,11 @@ def register(*, timeout_s: float = 30.0, interface: str | None = None) -> None:
             "register: this version of Ray takes no collective backends of others; upgrade it, or replace the "
             "program's import by `import colltensor as col`"
         ) from error
+
     known = collective_registry(registry)
     base_group = importlib.import_module("colltensor.ray.base_group")
     base_group.options.update(timeout_s=timeout_s, interface=interface)
+
     names = [name for name in ("auto", *backends.backend_names()) if name != "loopback"]
     for name in names:
         ours = base_group.group_class(name)
@@ -94,6 +92,7 @@ def register_tensor_transports(frameworks: Iterable[str] | None = None) -> tuple
             )
         if importlib.util.find_spec(name) is None:
             raise BackendUnavailableError(f"register_tensor_transports: {name} is not installed")
+
     try:
         from ray.experimental import register_tensor_transport
 
@@ -102,15 +101,12 @@ def register_tensor_transports(frameworks: Iterable[str] | None = None) -> tuple
         raise BackendUnavailableError(
             f"this Ray has no tensor transports to register, 2.60 has: {error}"
         ) from error
+
     for name in chosen:
         framework = FRAMEWORKS[name]
+        devices, kind = list(framework.devices), framework.data_type()
         try:
-            register_tensor_transport(
-                framework.transport,
-                list(framework.devices),
-                TRANSPORTS[name],
-                framework.data_type(),
-            )
+            register_tensor_transport(framework.transport, devices, TRANSPORTS[name], kind)
         except ValueError as error:  # Ray has no way to ask
             if "already registered" not in str(error):
                 raise

@@ -44,7 +44,7 @@ _Board: Final = ray.remote(num_cpus=0)(EndpointBoard)
 
 
 class RayDirectory:
-    """Leaves endpoints in the Ray namespace of this process, where whoever runs in it can read them."""
+    """Leaves endpoints in this process's Ray namespace, for whoever runs in it."""
 
     def __init__(self) -> None:
         refuse_client("init_collective_group")
@@ -119,9 +119,8 @@ class RayDirectory:
             board = _find(key)
             found = b"" if board is None else _read(key, board, _READ_WITHIN_S)
         if found and another_rank_0_lives(found, key):
-            raise taken(
-                0, [who_am_i(), f"the process that owns the actor '{name}' in this Ray namespace"]
-            ) from error
+            owner = f"the process that owns the actor '{name}' in this Ray namespace"
+            raise taken(0, [who_am_i(), owner]) from error
         if is_late:
             raise OptionError(
                 f"group_name: Ray does not let rank 0 start the actor '{name}': {error}; choose another group_name"
@@ -144,7 +143,7 @@ def refuse_client(operation: str) -> None:
 
 
 def address_in_ray() -> str | None:
-    """Return the address by which Ray's nodes reach this one, where it is an address of this host."""
+    """Return the address by which Ray's nodes reach this one, if it is this host's."""
     find = cast("Callable[[], str]", ray.util.get_node_ip_address)  # Ray gives it no type
     address = find()
     is_usable = address in net.local_addresses() and not net.is_loopback(address)

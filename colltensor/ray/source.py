@@ -84,7 +84,7 @@ class Source:
         self._listener.close()
 
     def disown(self) -> None:
-        """Close a forked child's copies of the sockets; the child's own source is made when it needs one."""
+        """Close a forked child's copies of the sockets; it makes a source of its own."""
         global _lock
         self._door.disown()
         for sock in (self._listener, *self._serving):
@@ -97,17 +97,15 @@ class Source:
         _LOG.warning("group %r (rank %d): %s: %s", self._group_name, 0, what, error)
 
     def _serve(self, sock: socket.socket) -> None:
-        """Answer one receiver until it goes. What fails here fails there too; this process goes on."""
+        """Answer one receiver until it goes; what fails here fails there too."""
         with self._lock:
             self._serving.add(sock)
         try:
             now = time.monotonic()
-            net.verify(
-                sock,
-                lambda context: self.endpoint.secret if context == CONTEXT else None,
-                now + HANDSHAKE_S,
-            )
+            secrets_of = {CONTEXT: self.endpoint.secret}
+            net.verify(sock, secrets_of.get, now + HANDSHAKE_S)
             self._door.proven(sock)
+
             group = form_group(sock, 0, self.endpoint.who, now + TIMEOUT_S)
             try:
                 while not self._is_closed:
@@ -132,8 +130,10 @@ class Source:
         kind, payload = net.recv_frame(sock, time.monotonic() + _PATIENCE_S, net.UNPROVEN_LIMIT)
         if kind != Step.WANTED:
             raise net.FrameError(f"expected a request, got a frame of kind {kind}")
+        obj_id = payload.decode()
         with self._lock:
-            arrays = self._objects.get(payload.decode())
+            arrays = self._objects.get(obj_id)
+
         try:
             if arrays is None:
                 raise GroupError(
@@ -142,14 +142,11 @@ class Source:
             views = views_of(arrays)
         except CollectiveError as error:
             _LOG.warning(
-                "group %r (rank %d): cannot send object %s: %s",
-                self._group_name,
-                0,
-                payload.decode(),
-                error,
+                "group %r (rank %d): cannot send object %s: %s", self._group_name, 0, obj_id, error
             )
             net.send_frame(sock, Step.FAILED, encode_error(error), time.monotonic() + TIMEOUT_S)
             return
+
         net.send_frame(sock, Step.READY, b"", time.monotonic() + TIMEOUT_S)
         group.send(list(arrays), 1)
         if views[0].device.type != "cpu":

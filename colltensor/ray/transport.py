@@ -101,11 +101,8 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
             PeerLostError: The source is dead.
             CollectiveError: See ``Links.fetch``.
         """
-        return self._fetch(
-            obj_id,
-            tensor_transport_metadata,
-            self._buffers(tensor_transport_metadata, target_buffers),
-        )
+        buffers = self._buffers(tensor_transport_metadata, target_buffers)
+        return self._fetch(obj_id, tensor_transport_metadata, buffers)
 
     def fetch_multiple_tensors(
         self,
@@ -114,7 +111,7 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         communicator_metadata: Any,
         target_buffers: list[Any] | None = None,
     ) -> Fetch:
-        """Begin to receive, for ``ray.get``, which may fetch several objects at once and has a timeout."""
+        """Begin to receive; ``ray.get`` may fetch several objects, and has a timeout."""
         # here, where the caller's device is current
         buffers = self._buffers(tensor_transport_metadata, target_buffers)
         future: Future[list[Any]] = Future()
@@ -167,11 +164,13 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         if len(devices) > 1:
             names = " and ".join(sorted(map(repr, devices)))
             raise DeviceError(f"the arrays of one object are on {names}; return them one by one")
+
         (device,) = devices
         if device.type not in self.framework.devices:
             raise DeviceError(
                 f"it carries arrays on {' and '.join(self.framework.devices)}, not on {device}"
             )
+
         home = source.local_source()
         endpoint = home.endpoint
         if device != CPU:
@@ -185,10 +184,8 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         """Return what to receive into: the arrays that the user set for the object, or new ones."""
         framework, device = self.framework, description.tensor_device
         if given is None:
-            made = [
-                framework.buffer(shape, dtype, str(device))
-                for shape, dtype in description.tensor_meta
-            ]
+            kinds = description.tensor_meta
+            made = [framework.buffer(shape, dtype, str(device)) for shape, dtype in kinds]
         elif framework is not FRAMEWORKS["torch"]:
             raise OptionError(
                 f"{framework.transport} receives into new arrays only; set no target for the ObjectRef"
@@ -201,6 +198,7 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
                         f"target {index} is on {view.device} and the array sent is on {device}; receive there, and "
                         "then move it"
                     )
+
         if made and device != CPU.type:
             # what the memory was used for before may not be done
             framework.synchronize(views_of(made)[0].device.index)

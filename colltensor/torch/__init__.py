@@ -8,7 +8,7 @@ registers the backend ``colltensor`` with torch.distributed.
 from __future__ import annotations
 
 from colltensor.torch.buckets import Bucket
-from colltensor.torch.c10d.registration import register
+from colltensor.torch.c10d import register
 from colltensor.torch.collectives import (
     allgather,
     allreduce,

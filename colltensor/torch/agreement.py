@@ -1,4 +1,4 @@
-"""Before the first step: the ranks compare their parameters, buffers and options, and take over rank 0's values."""
+"""Before the first step: the ranks compare what they have, and take over rank 0's values."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def named_tensors(source: Source) -> tuple[Named, Named]:
             entry if isinstance(entry, tuple) else (f"parameter {number}", entry)
             for number, entry in enumerate(source)
         ]
-        parameters = list(
-            {id(parameter): (name, parameter) for name, parameter in reversed(given)}.values()
-        )[::-1]
+        # Each once, by its first name.
+        once = {id(parameter): (name, parameter) for name, parameter in reversed(given)}
+        parameters = list(once.values())[::-1]
+
     for name, parameter in parameters:
         if not isinstance(parameter, torch.Tensor) or not parameter.is_leaf:
             raise OptionError(
                 f"sync_gradients: {name}: expected a parameter (a leaf tensor), got {type(parameter).__name__}"
             )
-        if (
-            isinstance(parameter, (UninitializedParameter, UninitializedBuffer))
-            or parameter.is_meta
-        ):
+        is_lazy = isinstance(parameter, (UninitializedParameter, UninitializedBuffer))
+        if is_lazy or parameter.is_meta:
             raise UnsupportedTensorError(
                 f"sync_gradients: {name} has no memory yet (a lazy module, or device 'meta'); run a first forward "
                 "pass, or move the module to its device, before"
             )
+
     names = [name for name, _ in parameters]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -97,7 +97,7 @@ def named_tensors(source: Source) -> tuple[Named, Named]:
 
 
 def described(parameters: Named, buffers: Named, *, frozen: bool = False) -> dict[str, str]:
-    """Return parameters and buffers in the words that the ranks compare; with ``frozen``, which parameters are."""
+    """Return parameters and buffers in the words that ranks compare; ``frozen`` says which are."""
     tensors = {}
     for name, parameter in parameters:
         tensors[name] = _in_words(parameter, "parameter")
@@ -127,18 +127,18 @@ def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> l
             f"{reports[refusing[0]].refusal}; nothing was changed, call again on all ranks",
             refusing,
         )
-    complaints = []
-    ranks = []
+
+    complaints, ranks = [], []
     for rank, report in enumerate(reports):
-        found = _differences(reports[0].options, report.options) + _differences(
-            reports[0].tensors, report.tensors
-        )
+        found = _differences(reports[0].options, report.options)
+        found += _differences(reports[0].tensors, report.tensors)
         if not found and list(report.tensors) != list(reports[0].tensors):
             found = ["the same parameters in another order"]
         if found:
             more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             complaints.append(f"rank {rank} has {', '.join(found[:_SHOWN])}{more}")
             ranks.append(rank)
+
     if complaints:
         raise MismatchError(
             f"sync_gradients: the ranks of group '{group.name}' differ: {'; '.join(complaints)}; make the same "
@@ -174,7 +174,7 @@ def sendable(tensors: Named) -> Sendable:
 
 
 def take_over(group: Group, tensors: Sendable) -> None:
-    """Copy rank 0's values into every rank's tensors, in place; no copy of ``sendable`` may be older than them."""
+    """Copy rank 0's values into every rank's tensors, in place; ``tensors`` must be of now."""
     with torch.no_grad():
         group.broadcast({name: sent for name, _, sent in tensors}, 0)
         if group.rank != 0:
@@ -222,10 +222,8 @@ def _sharing(tensors: Sequence[torch.Tensor]) -> set[int]:
     spans = []
     for number, tensor in enumerate(tensors):
         if tensor.numel():
-            last = sum(
-                (length - 1) * stride
-                for length, stride in zip(tensor.shape, tensor.stride(), strict=True)
-            )
+            axes = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((length - 1) * stride for length, stride in axes)
             start = tensor.data_ptr()
             spans.append((str(tensor.device), start, start + (last + 1) * tensor.itemsize, number))
     shared: set[int] = set()
@@ -266,15 +264,11 @@ def _in_words(tensor: torch.Tensor, kind: str) -> str:
 
 def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Return in words what one rank has otherwise than rank 0."""
-    lines = [
-        f"no {name} (rank 0: {words})" for name, words in expected.items() if name not in found
+    lacking = [name for name in expected if name not in found]
+    more = [name for name in found if name not in expected]
+    other = [name for name in expected if name in found and found[name] != expected[name]]
+    return [
+        *(f"no {name} (rank 0: {expected[name]})" for name in lacking),
+        *(f"{name}: {found[name]} (rank 0: none)" for name in more),
+        *(f"{name}: {found[name]} (rank 0: {expected[name]})" for name in other),
     ]
-    lines += [
-        f"{name}: {words} (rank 0: none)" for name, words in found.items() if name not in expected
-    ]
-    lines += [
-        f"{name}: {found[name]} (rank 0: {words})"
-        for name, words in expected.items()
-        if name in found and found[name] != words
-    ]
-    return lines

@@ -1,4 +1,4 @@
-"""The end of a backward pass: one call when the outermost one is over, whatever backward passes run inside it."""
+"""The end of a backward pass: one call, when the outermost of those that are nested is over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _current_node: Final = _compat.current_autograd_node()
 
 
 def is_running() -> bool:
-    """Return whether autograd's engine runs in this thread: in compiled backward passes hooks run without it."""
+    """Return whether autograd's engine runs in this thread; compiled backward passes go without."""
     return _current_node() is not None
 
 

@@ -125,11 +125,8 @@ def scatter(
     found = _group(group)
     entries = [tensor] * found.world_size
     if found.rank == src_rank:
-        with (
-            found._refusing("scatter", src_rank, None)
-            if tensor.is_cpu
-            else contextlib.nullcontext()
-        ):
+        nobody_waits = contextlib.nullcontext()
+        with found._refusing("scatter", src_rank, None) if tensor.is_cpu else nobody_waits:
             entries = _entries(found, "scatter", tensor_list)
     return apply(Scatter(found, src_rank), _recorded(found, "scatter", None, entries))[0]
 
@@ -234,11 +231,13 @@ def _recorded(
     """
     if not torch.is_grad_enabled() or not _differentiable(tensors[0]):
         return tensors
+
     here = any(tensor.requires_grad for tensor in tensors)
     anywhere = torch.tensor([here], device=tensors[0].device)  # a group may reach no other
     group.allreduce(anywhere, ReduceOp.MAX)
     if not anywhere:
         return tensors
+
     if op is not None and op not in (*_LINEAR, *(_EXTREMES if extremes else ())):
         other = "; allreduce has a rule for it" if op in _EXTREMES else ""
         raise OptionError(
@@ -257,17 +256,3 @@ def _entries(
             f"{name}: tensor_list (rank {group.rank}): expected {group.world_size} tensors, one a rank, got {found}"
         )
     return list(tensor_list)
-
-
-__all__ = [
-    "allgather",
-    "allreduce",
-    "alltoall",
-    "broadcast",
-    "gather",
-    "recv",
-    "reduce",
-    "reducescatter",
-    "scatter",
-    "send",
-]

@@ -1,4 +1,4 @@
-"""Compression: how a bucket of gradients is made smaller for the transport. The protocol, and 16-bit floats."""
+"""Compression: how gradients are made smaller for the transport; protocol, and 16-bit floats."""
 
 from __future__ import annotations
 

@@ -55,13 +55,12 @@ def apply(operation: LinearMap, tensors: Tensors) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Allreduce:
-    """y_r = sum of x_s, times a factor, on every r: A_rs = 1 for all r and s, which is its own transpose."""
+    """y_r = sum of x_s, times a factor, on every r: A_rs = 1 for all r and s, its own transpose."""
 
     group: Group
     op: ReduceOp
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         result = _copy(tensors[0])
         self.group.allreduce(result, self.op)
         return [result]
@@ -80,7 +79,6 @@ class Reduce:
     op: ReduceOp
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         result = _copy(tensors[0])
         self.group.reduce(result, self.root, self.op)
         return [result if self.group.rank == self.root else result.zero_()]
@@ -92,14 +90,13 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """y_r = x_root; divided by the number of ranks where ``op`` is AVERAGE: A_rs = 1 where s is the root."""
+    """y_r = x_root, divided by the number of ranks for AVERAGE: A_rs = 1 where s is the root."""
 
     group: Group
     root: int
     op: ReduceOp = ReduceOp.SUM
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         result = _copy(tensors[0])
         self.group.broadcast(result, self.root)
         return [result.div_(self.group.world_size) if self.op is ReduceOp.AVERAGE else result]
@@ -117,7 +114,6 @@ class Allgather:
     op: ReduceOp = ReduceOp.SUM
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         results = _room(self.group, tensors[0])
         self.group.allgather(results, tensors[0].contiguous())
         if self.op is ReduceOp.AVERAGE:
@@ -137,7 +133,6 @@ class Reducescatter:
     op: ReduceOp
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         result = _empty(tensors[0])
         self.group.reducescatter(result, [tensor.contiguous() for tensor in tensors], self.op)
         return [result]
@@ -155,7 +150,6 @@ class Gather:
     root: int
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         results = _room(self.group, tensors[0])
         here = self.group.rank == self.root
         self.group.gather(results if here else None, tensors[0].contiguous(), self.root)
@@ -174,7 +168,6 @@ class Scatter:
     root: int
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         result = _empty(tensors[0])
         here = self.group.rank == self.root
         self.group.scatter(
@@ -194,7 +187,6 @@ class Alltoall:
     group: Group
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         results = _room(self.group, tensors[0])
         self.group.alltoall(results, [tensor.contiguous() for tensor in tensors])
         return results
@@ -214,7 +206,6 @@ class Send:
     dtype: torch.dtype
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         self.group.send(tensors[0].contiguous(), self.peer)
         return [torch.zeros((), dtype=self.dtype, device=tensors[0].device)]
 
@@ -233,7 +224,6 @@ class Recv:
     dtype: torch.dtype
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """Run it: see LinearMap."""
         result = torch.empty(self.shape, dtype=self.dtype, device=tensors[0].device)
         self.group.recv(result, self.peer)
         return [result]

@@ -61,6 +61,7 @@ class PowerSGD:
                 matrices.append((gradient.reshape(gradient.shape[0], -1), name))
             else:
                 plain.append(gradient)
+
         kept = [self._remembered(matrix, name) for matrix, name in matrices]
         for (matrix, _), memory in zip(matrices, kept, strict=True):
             memory.error.add_(matrix)  # from here on the matrix to be sent
@@ -70,12 +71,14 @@ class PowerSGD:
         lefts = [torch.linalg.qr(left).Q for left in lefts]
         if not matrices:
             return
+
         rights = [memory.error.mT @ left for memory, left in zip(kept, lefts, strict=True)]
         yield (together := _pack(rights, bucket.flat))
         rights = _unpack(together, [], rights)
+
         for gradient, name in zip(bucket.gradients, bucket.names, strict=True):
             if self._pays(gradient):
-                self._use(gradient, self._memory[name], lefts.pop(0), rights.pop(0), name)
+                self._use(gradient, name, lefts.pop(0), rights.pop(0))
 
     def _pays(self, gradient: torch.Tensor) -> bool:
         if gradient.dim() < 2 or gradient.dtype not in COMPRESSED or not gradient.numel():
@@ -96,21 +99,17 @@ class PowerSGD:
         return memory
 
     def _first_right(self, matrix: torch.Tensor, name: str) -> torch.Tensor:
-        """Return a random Q that is the same on all ranks, and the global random state as it was."""
+        """Return a random Q, the same on all ranks; the global random state stays as it was."""
         rows, columns = matrix.shape
         generator = torch.Generator().manual_seed(self._seed + sum(name.encode()) + columns)
         shape = columns, min(self._rank, rows, columns)
         return torch.randn(shape, generator=generator, dtype=matrix.dtype).to(matrix.device)
 
     def _use(
-        self,
-        gradient: torch.Tensor,
-        memory: _Memory,
-        left: torch.Tensor,
-        right: torch.Tensor,
-        name: str,
+        self, gradient: torch.Tensor, name: str, left: torch.Tensor, right: torch.Tensor
     ) -> None:
         """Replace a gradient by the product of its factors, and remember what they lack."""
+        memory = self._memory[name]
         product = left @ right.mT
         gradient.copy_(product.view(gradient.shape))
         if torch.isfinite(right).all():  # the average, so that all ranks decide alike
@@ -128,7 +127,7 @@ def _pack(tensors: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 def _unpack(
     packed: torch.Tensor, back: list[torch.Tensor], shapes: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Copy the first tensors back to where they came from; return the others as views with their shapes."""
+    """Copy the first tensors back to their places; return the others as views with their shapes."""
     start = 0
     for tensor in back:
         tensor.copy_(packed[start : start + tensor.numel()].view(tensor.shape))

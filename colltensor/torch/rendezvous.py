@@ -41,7 +41,7 @@ class StoreDirectory:
 
     @property
     def address(self) -> str | None:
-        """The loopback where the agent has started all ranks of the job, None where they are on several hosts."""
+        """The loopback where the agent has started all ranks; None if there are several hosts."""
         everybody, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
         return "127.0.0.1" if everybody and everybody == here else None
 
@@ -93,7 +93,7 @@ class StoreDirectory:
             raise OSError(f"{self._spelt()}: {error}") from error
 
     def _store(self, deadline: float) -> TCPStore:
-        """Return the connection to the store; each directory has its own, for torch's waits for one call at a time."""
+        """Return this directory's own connection: torch's waits for one call at a time."""
         if self._client is None:
             wait = timedelta(seconds=min(_CONNECT_S, time_left(deadline)))
             self._client = TCPStore(
@@ -111,10 +111,8 @@ _REMEDY = "start the processes with torchrun, or unset TORCHELASTIC_USE_AGENT_ST
 
 def _name(key: str) -> str:
     """Return the store's key; each restart of the job has keys of its own."""
-    run, attempt = (
-        os.environ.get("TORCHELASTIC_RUN_ID", ""),
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-    )
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return f"colltensor/{run}/{attempt}/{key}"
 
 

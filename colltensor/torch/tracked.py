@@ -90,18 +90,15 @@ class Tracked:
             self._add_parts(module, "")
             return named_tensors(module)[0]
         if self._module is None:
-            return [
-                (name, found)
-                for name, parameter in self._given
-                if (found := parameter()) is not None
-            ]
+            given = [(name, parameter()) for name, parameter in self._given]
+            return [(name, found) for name, found in given if found is not None]
+
         # the module is gone, and parts of it live on
         living: dict[int, tuple[str, torch.Tensor]] = {}
         for reference, prefix in self._parts.values():
             part = reference()
-            for name, parameter in (
-                [] if part is None else part.named_parameters(prefix, recurse=False)
-            ):
+            own = () if part is None else part.named_parameters(prefix, recurse=False)
+            for name, parameter in own:
                 living.setdefault(id(parameter), (name, parameter))
         return list(living.values())
 
@@ -185,13 +182,15 @@ class Tracked:
             handle.remove()
 
     def _walk(self) -> list[torch.Tensor]:
-        """Return the parameters that there are now, some more than once; cheaper than ``Module.parameters``."""
+        """Return the parameters of now, some more than once; cheaper than ``Module.parameters``."""
         if self._module is None:
             return [parameter for _, given in self._given if (parameter := given()) is not None]
         module = self._module()
         parts = [module]
         if module is None:
             parts = [known() for known, _ in self._parts.values()]
+
+        # Once for each module: a child may have several parents.
         seen = {id(part) for part in parts}
         found: list[torch.Tensor | None] = []
         for part in parts:  # which grows meanwhile
@@ -204,6 +203,7 @@ class Tracked:
                     if child is not None and id(child) not in seen:
                         seen.add(id(child))
                         parts.append(child)
+
         return [parameter for parameter in found if parameter is not None]
 
     def _add_parts(self, module: torch.nn.Module, prefix: str) -> None:

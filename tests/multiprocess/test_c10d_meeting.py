@@ -65,7 +65,7 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(
         if rank == 1:
             culprits.add(threading.get_ident())
         try:
-            meet(SlowStore(store, 0.1 * rank), "all", rank, 3, name="g", meet_s=5.0, timeout_s=5.0)
+            meet(SlowStore(store, 0.1 * rank), "all", rank, 3, name="g", timeout_s=5.0)
         except CollectiveError as error:
             errors[rank] = error
 
@@ -83,7 +83,7 @@ def test_a_wrong_option_of_one_rank_is_heard_by_the_slow_too(
 
 def test_process_group_options_of_one_rank_are_refused_on_all() -> None:
     torch_distributed = pytest.importorskip("torch.distributed")
-    from colltensor.torch.c10d.registration import create
+    from colltensor.torch.c10d import create
 
     store = torch_distributed.HashStore()
     errors: dict[int, CollectiveError] = {}
@@ -124,12 +124,12 @@ def test_what_one_rank_alone_met_with_leaves_nothing_for_the_next_meeting() -> N
         raise PeerLostError("rank 1", (1,))
 
     with pytest.raises(PeerLostError, match=r"^rank 1$"):
-        meet(store, "again", 0, 2, name="g", meet_s=5.0, timeout_s=5.0, check=look)
+        meet(store, "again", 0, 2, name="g", timeout_s=5.0, check=look)
     assert not store.check(["again/1/0"])
     groups: list[Any] = []
 
     def make(rank: int) -> None:
-        groups.append(meet(store, "again", rank, 2, name="g", meet_s=9.0, timeout_s=9.0))
+        groups.append(meet(store, "again", rank, 2, name="g", timeout_s=9.0))
 
     run_in_threads(make, range(2))
     run_in_threads(lambda group: group.destroy(), groups)
@@ -171,8 +171,7 @@ def test_whoever_reads_the_store_knows_no_secret(
 
     monkeypatch.setattr(c10d_meeting, "connect", connect)
     run_in_threads(
-        lambda rank: c10d_meeting.meet(store, "all", rank, 2, name="g", meet_s=5, timeout_s=5),
-        range(2),
+        lambda rank: c10d_meeting.meet(store, "all", rank, 2, name="g", timeout_s=5), range(2)
     )
     assert len(used) == 2
     assert used[0].secret == used[1].secret
@@ -205,7 +204,7 @@ def test_another_secret_of_one_rank_is_heard_by_all(
     def make(rank: int) -> None:
         secrets[threading.get_ident()] = b"another" if rank == culprit else b"hush"
         try:
-            c10d_meeting.meet(store, "all", rank, 3, name="g", meet_s=5.0, timeout_s=5.0)
+            c10d_meeting.meet(store, "all", rank, 3, name="g", timeout_s=5.0)
         except CollectiveError as error:
             errors[rank] = error
 

@@ -145,6 +145,37 @@ def test_a_refused_send_does_not_hold_up_the_end(
     assert max(pool.run(2, leave_behind_a_refused_send, tmp_path / "meet", number)) < 3.0
 
 
+def refuse_again_and_again(rank: int, size: int, path: Path) -> tuple[int, int, int]:
+    """Return how many numbers of refused messages, and operations, this rank keeps; in the end how many numbers."""
+    with world(rank, size, path) as (torch, dist):
+        made = dist.group.WORLD
+        made = getattr(made, "_get_backend", lambda device: made)(torch.device("cpu"))
+        inbox = made._transfers._inbox
+        for _ in range(6):
+            refused(lambda: dist.send(torch.ones(3), 1 - rank))
+        kept = len(inbox._withdrawn[1 - rank])
+        waiting = len(made._transfers._outboxes[1 - rank]._waiting)
+        mine = torch.zeros(1)
+        dist.send(torch.ones(1), 1 - rank) if rank else dist.recv(mine, 1 - rank)
+        dist.recv(mine, 1 - rank) if rank else dist.send(torch.ones(1), 1 - rank)
+        assert mine.item() == 1
+        return kept, waiting, len(inbox._withdrawn)
+
+
+def test_what_was_refused_is_not_kept_for_ever(pool: RankPool, tmp_path: Path) -> None:
+    """Numbers that follow each other are one run, and a message that comes ends those before it."""
+    for kept, waiting, left in pool.run(2, refuse_again_and_again, tmp_path / "meet"):
+        assert (kept, waiting, left) == (1, 0, 0)
+
+
+def test_the_waits_that_were_refused_are_forgotten() -> None:
+    standoffs = importlib.import_module("colltensor.torch.c10d.standoffs")
+    made = standoffs.Standoffs("tested", 1, print, print, print)
+    made._refused.extend(range(10_000))
+    assert made.answer(0, b"[9999, 1, 0]") == b"true"
+    assert made.answer(0, b"[1, 1, 0]") == b"false"
+
+
 def wait_for_another_tag(rank: int, size: int, path: Path, count: int) -> str:
     """Rank 0 sends with one tag, rank 1 waits for another one, in vain: rank 0 does something else meanwhile."""
     with world(rank, size, path) as (torch, dist):

@@ -275,7 +275,7 @@ def test_an_interrupt_at_any_moment_leaves_no_turn_taken(queue: OperationQueue) 
 @before_3_11
 @pytest.mark.needs("torch")
 def test_an_interrupt_at_any_moment_leaves_no_turn_of_torch_distributed_taken() -> None:
-    line = c10d("queue").ProcessGroupQueue("tested")
+    line = c10d("work").ProcessGroupQueue("tested")
     interrupt_turns(line)
     line.close(GroupError("over"))
 
@@ -288,7 +288,7 @@ def c10d(name: str) -> Any:
 @pytest.mark.needs("torch")
 def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
     """Its error has the frames of what has failed, and those the process group, which could never be collected."""
-    line = c10d("queue").ProcessGroupQueue("tested")
+    line = c10d("work").ProcessGroupQueue("tested")
 
     def fail(held: object) -> None:
         raise GroupError("broken")
@@ -312,11 +312,8 @@ def test_a_thread_of_torch_distributed_that_waits_keeps_no_operation() -> None:
 def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    line, work, start = (
-        c10d("queue").ProcessGroupQueue("tested"),
-        c10d("work"),
-        threading.Thread.start,
-    )
+    work, start = c10d("work"), threading.Thread.start
+    line = work.ProcessGroupQueue("tested")
 
     def interrupted(thread: threading.Thread) -> None:
         start(thread)
@@ -335,7 +332,7 @@ def test_a_thread_that_began_although_its_start_was_interrupted_is_counted(
 
 @pytest.mark.needs("torch")
 def test_a_deadline_keeps_no_operation() -> None:
-    deadlines, expired = c10d("work"), []
+    deadlines, expired = c10d("transfers"), []
     made = deadlines.Deadlines(lambda entry: expired.append(entry.operation()))
     done, late = (c10d("work").QueuedCall("op") for _ in range(2))
     alive = weakref.ref(done)

@@ -1,4 +1,4 @@
-"""BaseProcessGroup: what a process group is made of, how its operations run, point-to-point, and its end."""
+"""BaseProcessGroup: the parts of a process group, how operations run, point-to-point, its end."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ from colltensor.torch.c10d.delegated import DelegatedBackends
 from colltensor.torch.c10d.identity import Identity
 from colltensor.torch.c10d.inbox import CLOSED, translated
 from colltensor.torch.c10d.meeting import meet
-from colltensor.torch.c10d.queue import ProcessGroupQueue
-from colltensor.torch.c10d.tensors import apart, bare, only
+from colltensor.torch.c10d.payloads import apart, bare, only
 from colltensor.torch.c10d.transfers import PATIENCE_S, Connect, Transfers
-from colltensor.torch.c10d.work import FinishedWork, PendingWork, QueuedCall
+from colltensor.torch.c10d.work import FinishedWork, PendingWork, ProcessGroupQueue, QueuedCall
 from colltensor.work import consequence, nested
 
 _profiler_enabled: Final = _compat.profiler_enabled()
@@ -65,35 +64,24 @@ class BaseProcessGroup(Identity):
         super().__init__(rank, size, store, name)
         self._timeout = timeout
         self._store = store.clone()  # torch waits in the other one, which nobody can use meanwhile
-        seconds = timeout.total_seconds()
-        self._group: Group = meet(
-            self._store,
-            "all",
-            rank,
-            size,
-            name=f"c10d {name}",
-            meet_s=seconds,
-            timeout_s=seconds,
-            refusal=refusal,
+        seconds, called = timeout.total_seconds(), f"c10d {name}"
+        group = self._group = meet(
+            self._store, "all", rank, size, name=called, timeout_s=seconds, refusal=refusal
         )
-        self._queue = ProcessGroupQueue(self._group.name)
-        self._transfers = Transfers(
-            self._group.name,
-            rank,
-            size,
-            _weakly(self._connect),
-            functools.partial(bridge.ask, self._group),
-            functools.partial(bridge.lost, self._group),
-        )
-        bridge.answer_with(self._group, self._transfers.standoffs.answer)
+
+        self._queue = ProcessGroupQueue(group.name)
+        ask, lost = functools.partial(bridge.ask, group), functools.partial(bridge.lost, group)
+        connect = _weakly(self._connect)
+        self._transfers = Transfers(group.name, rank, size, connect, ask, lost)
+        bridge.answer_with(group, self._transfers.standoffs.answer)
         self._delegated = DelegatedBackends(store, rank, size, timeout)
+
         self._parts = itertools.count()
         self._issued = 0
         self._ended: str | None = None
         # Whoever drops a process group has left it, as with torch's own, so that no other rank waits for this one.
-        self._dropped = weakref.finalize(
-            self, _leave_beside, self._queue, self._transfers, self._group, name
-        )
+        parts = self._queue, self._transfers, group
+        self._dropped = weakref.finalize(self, _leave_beside, *parts, name)
         self._dropped.atexit = False
 
     @property
@@ -107,7 +95,7 @@ class BaseProcessGroup(Identity):
         return self._delegated.backend_for(self, device)
 
     def send(self, tensors: Any, dstRank: int, tag: int = 0) -> Any:  # noqa: N803 - torch's
-        """Send one tensor to a rank; done when a receive there has taken it, or that rank has it where it is short."""
+        """Send one tensor; done when a receive has taken it, or the rank has it, if it is short."""
         tensor = only("send", "tensors", tensors)
         if not tensor.is_cpu:
             return self._elsewhere(tensor).send([tensor], dstRank, tag)
@@ -125,7 +113,7 @@ class BaseProcessGroup(Identity):
         return self._receive(tensor, srcRank, tag)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Any:
-        """Receive one tensor with a tag from whichever rank sends first; ``source_rank()`` tells."""
+        """Receive one tensor with a tag from any rank; ``source_rank()`` says which."""
         tensor = only("recv_anysource", "tensors", tensors)
         if not tensor.is_cpu:
             return self._elsewhere(tensor).recv_anysource([tensor], tag)
@@ -168,6 +156,7 @@ class BaseProcessGroup(Identity):
         members = sorted(new_ranks)
         if self.rank() not in members:
             return None
+
         store = distributed_c10d.PrefixStore(
             f"split/{number}/{'-'.join(map(str, members))}/", self.get_group_store()
         )
@@ -227,7 +216,7 @@ class BaseProcessGroup(Identity):
         self._end("destroyed")
 
     def abort(self) -> None:
-        """Leave the group at once; what was issued fails, here and on the ranks that are in a call."""
+        """Leave the group at once; what was issued fails, here and on ranks in a call."""
         self._delegated.abort()
         self._end("aborted")
 
@@ -238,16 +227,9 @@ class BaseProcessGroup(Identity):
         # a FileStore's file goes when the last of these does
         self._store = self._given_store = None
 
-    def _run(
-        self,
-        name: str,
-        opts: Any,
-        tensors: list[torch.Tensor],
-        call: Callable[..., Any],
-        *arguments: Any,
-    ) -> Any:
-        """Make a call, which a profiler sees: all of it, or how it is issued."""
-        return _seen(name, self._issue, name, opts, tensors, call, *arguments)
+    def _run(self, name: str, *arguments: Any) -> Any:
+        """Do as ``_issue``, and let a profiler see the call: all of it, or how it is issued."""
+        return _seen(name, self._issue, name, *arguments)
 
     def _issue(
         self,
@@ -257,10 +239,11 @@ class BaseProcessGroup(Identity):
         call: Callable[..., Any],
         *arguments: Any,
     ) -> Any:
-        """Make a call in its turn: here if no handle is asked for and none is before it, else in the queue's thread."""
+        """Make a call in its turn: here if nobody asks for a handle and none is before it."""
         self._issued += 1
         if opts.timeout != _UNSET:
             call, arguments = self._within, (opts.timeout.total_seconds(), call, arguments)
+
         if not opts.asyncOp and self._queue.enter():
             try:
                 call(*arguments)
@@ -273,6 +256,7 @@ class BaseProcessGroup(Identity):
             return FinishedWork(tensors)
         if not opts.asyncOp and self._queue.is_inside():
             raise nested(name, self._group.name)
+
         arguments = apart(arguments)
         inference = bool(tensors) and tensors[0].is_inference()
         broken = self._group.broken
@@ -289,7 +273,7 @@ class BaseProcessGroup(Identity):
         return self._enqueue(QueuedCall(name, run), tensors)
 
     def _reword(self, error: PeerLostError | GroupError) -> None:
-        """Say that this rank has left if that is why; else say of lost ranks what programs for torch look for."""
+        """Say that this rank has left, or of lost ranks what programs for torch look for."""
         if is_from_handler(error):
             return
         words = self._ended if isinstance(error, GroupError) else CLOSED
@@ -335,6 +319,7 @@ class BaseProcessGroup(Identity):
         """Meet the other end of one direction of a pair."""
         sends = source == self.rank()
         peer = destination if sends else source
+        way = f"{source}>{destination}"
 
         asked_at = time.monotonic()
         told: CollectiveError | None = None  # in the ranks of this group
@@ -353,16 +338,9 @@ class BaseProcessGroup(Identity):
                 raise
 
         try:
-            return meet(
-                self._store,
-                f"{source}>{destination}",
-                0 if sends else 1,
-                2,
-                meet_s=PATIENCE_S,
-                timeout_s=PATIENCE_S,
-                name=f"{self._group.name} {source}>{destination}",
-                check=look,
-            )
+            name = f"{self._group.name} {way}"
+            end = 0 if sends else 1
+            return meet(self._store, way, end, 2, name=name, timeout_s=PATIENCE_S, check=look)
         except CollectiveError as error:
             if error is told:
                 raise
@@ -382,13 +360,13 @@ def _seen(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call(inference: bool, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Make a call in another thread than the one that issued it, where inference tensors may be written too."""
+    """Make a call in another thread than its issuer's; it may write inference tensors too."""
     with torch.inference_mode(inference) if inference else contextlib.nullcontext():
         call(*arguments)
 
 
 def _weakly(connect: Connect) -> Connect:
-    """Return what calls a method whose object it does not keep: threads of the transfers have it."""
+    """Return what calls a method without keeping its object: threads of the transfers have it."""
     method = weakref.WeakMethod(connect)
 
     def connected(source: int, destination: int, check: Callable[[], None]) -> Group:
@@ -410,7 +388,7 @@ def _leave(queue: ProcessGroupQueue, transfers: Transfers, group: Group, why: st
 
 
 def _leave_beside(queue: ProcessGroupQueue, transfers: Transfers, group: Group, name: str) -> None:
-    """Leave a group in a thread of its own: this one may have any lock, because it collects garbage."""
+    """Leave a group in a thread of its own: this one collects garbage, and may have any lock."""
     why = f"process group '{name}' was dropped"
     # no thread can be started: the interpreter ends, and its groups with it
     with contextlib.suppress(RuntimeError):

@@ -32,11 +32,11 @@ class DelegatedBackends:
         self._config: str | None = None
 
     def inherit(self, owner: Any, others: DelegatedBackends) -> None:
-        """Have the backends that ``owner``, which has ``others``, was asked for: torch knows nothing of this group."""
+        """Have the backends that ``owner``, which has ``others``, was asked for."""
         self._config = others._asked_config(owner)
 
     def known(self, owner: Any) -> bool:
-        """Return True once it is known which devices ``owner`` is for; torch tells when it has made the group."""
+        """Return True once torch has told for which devices ``owner`` is, after making it."""
         return self._config is not None or backend_config(owner) is not None
 
     def devices(self, owner: Any) -> list[torch.device]:
@@ -102,7 +102,7 @@ class DelegatedBackends:
         )
 
     def _asked(self, owner: Any) -> dict[str, str]:
-        """Return the backend's name for each device but the CPU that ``init_process_group`` was asked for."""
+        """Return the backend asked for by device, but for the CPU's."""
         pairs = (pair.split(":") for pair in self._asked_config(owner).split(","))
         return {device: name for device, name in pairs if device != "cpu"}
 

@@ -1,4 +1,4 @@
-"""Identity: what torch asks a process group about itself: its rank, size, names, store, and what it supports."""
+"""Identity: what torch asks a group about itself: rank, size, names, store, what it supports."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Identity(_ProcessGroup):
     _get_backend_name = getBackendName
 
     def getGroupName(self) -> str:  # noqa: N802 - torch's
-        """Return the name that torch knows the group by; its own class asks a backend, of which there is none here."""
+        """Return torch's name of the group; its own class asks a backend, and here is none."""
         return self._label
 
     def _set_group_name(self, name: str) -> None:

@@ -60,7 +60,7 @@ def translated(error: CollectiveError, name: str, source: int, destination: int)
 
 @contextlib.contextmanager
 def translating(name: str, source: int, destination: int) -> Iterator[None]:
-    """Raise errors of the group of one direction as errors of the process group; see ``translated``."""
+    """Raise errors of one direction's group as the process group's; see ``translated``."""
     try:
         yield
     except CollectiveError as error:
@@ -112,7 +112,7 @@ class Message:
 
 
 class Inbox:
-    """The receives of one rank. A thread for each source reads headers while a receive waits that may take them."""
+    """The receives of one rank; a thread a source reads headers while a receive may want them."""
 
     def __init__(self, name: str, rank: int, size: int, group: Callable[[int, int], Group]) -> None:
         self._where = f"group '{name}' (rank {rank})"
@@ -126,8 +126,8 @@ class Inbox:
         self._reading: set[int] = set()  # sources whose next message is being read
         # the number of the last that was, by source
         self._taken: collections.Counter[int] = collections.Counter()
-        # sources and numbers of messages that count for nothing
-        self._withdrawn: set[tuple[int, int]] = set()
+        # by source, the numbers of messages that count for nothing and may still come
+        self._withdrawn: dict[int, list[range]] = {}
         self._lost: dict[int, BaseException] = {}
         self._closed: CollectiveError | None = None
 
@@ -138,6 +138,7 @@ class Inbox:
             RuntimeError: No thread can be started; nothing is left behind.
         """
         with self._changed:
+            # A message that an earlier receive is held for is that one's.
             found = next(
                 (
                     message
@@ -152,24 +153,25 @@ class Inbox:
                 self._messages.remove(found)
             elif error is None:
                 error = self._hopeless(receive)
+
             if found is None and error is None:
                 self._read_from(self._others if receive.source is None else [receive.source])
                 self._receives.append(receive)
                 self._changed.notify_all()
                 return
+
         if found is not None:
             error = _store(receive, found.source, found.dtype, found.data)
         _end(receive, error)
 
     def taken(self, source: int) -> int | None:
-        """Return the number of the last message of ``source``'s that came; None while one may come without a call."""
+        """Return the number of ``source``'s last message; None while more may come unasked."""
         with self._changed:
-            return (
-                None if source in self._reading or self._any_from(source) else self._taken[source]
-            )
+            may_come = source in self._reading or self._any_from(source)
+            return None if may_come else self._taken[source]
 
     def taken_before(self, receive: Receive) -> int | None:
-        """Return the number of the last message that came of its source; None if ``receive`` has taken one."""
+        """Return the number of its source's last message; None if ``receive`` took one."""
         with self._changed:
             return (
                 self._taken[receive.source]
@@ -178,26 +180,25 @@ class Inbox:
             )
 
     def tags_beside(self, operation: QueuedCall) -> list[int]:
-        """Return the tags of the messages that are there and that a receive does not take, though of its source."""
+        """Return the tags of messages of the receive's source that it does not take."""
         with self._changed:
-            receive = next(
-                (receive for receive in self._receives if receive.operation is operation), None
-            )
-            return sorted(
-                {
-                    m.tag
-                    for m in self._messages
-                    if receive is not None and receive.may_come_from(m.source)
-                }
-            )
+            issued = [receive for receive in self._receives if receive.operation is operation]
+            beside = (m for m in self._messages for r in issued if r.may_come_from(m.source))
+            return sorted({message.tag for message in beside})
 
     def withdraw(self, source: int, number: int) -> None:
         """Discard a message that is still to come, by its number."""
         with self._changed:
-            self._withdrawn.add((source, number))
+            runs = self._withdrawn.setdefault(source, [])
+            if (
+                runs and runs[-1].stop == number
+            ):  # who tries in vain again and again fills no memory
+                runs[-1] = range(runs[-1].start, number + 1)
+            else:
+                runs.append(range(number, number + 1))
 
     def hold(self, receive: Receive) -> None:
-        """Let no message be taken for a receive until ``release``; it keeps its place before those issued later."""
+        """Take no message for a receive until ``release``; later ones do not pass it."""
         with self._changed:
             receive.held = True
 
@@ -268,13 +269,13 @@ class Inbox:
         return any(receive.may_come_from(source) and not receive.held for receive in self._receives)
 
     def _take(self, group: Group, source: int, header: Header) -> None:
-        """Read one message: into the receive that takes it, or beside, so that the next message can come."""
+        """Read one message, into its receive or beside it, so that the next can come."""
         with translating(self._where, source, self._rank):
             group.recv(header.tensor, SENDER)
         number, tag, nbytes, dtype, is_inline = header.read()
         with self._changed:
             self._taken[source] = number
-            if (source, number) in self._withdrawn:
+            if self._is_withdrawn(source, number):
                 return
             receive: Receive | None = None
 
@@ -286,13 +287,12 @@ class Inbox:
             self._changed.wait_for(is_complete)
             if self._closed is not None:
                 return
+
         try:
-            fits = receive is not None and _fits(receive.tensor, dtype, nbytes)
-            target = (
-                receive.tensor
-                if receive is not None and fits
-                else torch.empty(nbytes, dtype=torch.uint8)
-            )
+            if receive is not None and _fits(receive.tensor, dtype, nbytes):
+                fits, target = True, receive.tensor
+            else:
+                fits, target = False, torch.empty(nbytes, dtype=torch.uint8)
             if is_inline:
                 header.copy_to(target)
                 if not target.is_inference():
@@ -312,6 +312,8 @@ class Inbox:
             if receive is not None:
                 _end(receive, error)
             raise
+
+        # A receive that takes it may have been issued meanwhile.
         with self._changed:
             if receive is None:
                 receive = self._match(source, tag)
@@ -319,6 +321,14 @@ class Inbox:
                 self._messages.append(Message(source, tag, dtype, target))
                 return
         _end(receive, _store(receive, source, dtype, target))
+
+    def _is_withdrawn(self, source: int, number: int) -> bool:
+        """Return whether a message that came counts for nothing; forget those before it."""
+        runs = self._withdrawn.pop(source, [])
+        later = [run for run in runs if run.stop > number + 1]
+        if later:
+            self._withdrawn[source] = later
+        return any(number in run for run in runs)
 
     def _match(self, source: int, tag: int) -> Receive | None:
         """Take the first receive for such a message from the list; None while that is held."""
@@ -329,7 +339,7 @@ class Inbox:
         return found
 
     def _lose(self, source: int, error: BaseException) -> None:
-        """End the receives that can only come from a source that is gone, or from any when all are."""
+        """End the receives for which nothing can come, now that a source is gone."""
         with self._changed:
             if self._closed is not None:
                 return
@@ -352,7 +362,7 @@ def _fits(tensor: torch.Tensor, dtype: torch.dtype, nbytes: int) -> bool:
 def _store(
     receive: Receive, source: int, dtype: torch.dtype, data: torch.Tensor
 ) -> BaseException | None:
-    """Copy a message into a receive's tensor, strided or not; return the error if it does not fit."""
+    """Copy a message into a receive's tensor, strided or not; return an error if it misfits."""
     tensor = receive.tensor
     if tensor.dtype is not dtype or tensor.nbytes != len(data):
         return MismatchError(
@@ -367,7 +377,7 @@ def _store(
 
 
 def _end(receive: Receive, error: BaseException | None) -> None:
-    """End a receive; what waits for it may wait for another one, so it is called in a thread of its own."""
+    """End a receive, and tell who waits in a thread of its own: it may wait for another one."""
     if receive.operation.end(error) and receive.operation.awaited:
         try:
             threading.Thread(target=receive.operation.notify, daemon=True).start()
@@ -410,7 +420,7 @@ class Header:
         return True
 
     def read(self) -> tuple[int, int, int, torch.dtype, bool]:
-        """Return the message's number, tag, number of bytes and dtype, and whether it is in here."""
+        """Return the message's number, tag, bytes and dtype, and whether it is in here."""
         number, tag, nbytes, code = _WORDS.unpack_from(self._memory)
         return number, tag, nbytes, _DTYPES[code], nbytes <= _INLINE_NBYTES
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch marks none exported
@@ -28,7 +29,6 @@ def meet(
     world_size: int,
     *,
     name: str,
-    meet_s: float,
     timeout_s: float,
     check: Callable[[], None] | None = None,
     refusal: CollectiveError | None = None,
@@ -44,8 +44,7 @@ def meet(
         rank: This rank in the group.
         world_size: The number of ranks.
         name: The group's name in messages.
-        meet_s: How long the others may take to come, in seconds.
-        timeout_s: How long a call of the group waits for other ranks, in seconds.
+        timeout_s: How long the others may take to come, and a call of the group then waits for them, in seconds.
         check: Called now and then while others are waited for; what it raises ends the wait.
         refusal: Why this rank will not be in the group, which every rank is to raise.
 
@@ -59,7 +58,8 @@ def meet(
         if refusal is not None:
             raise refusal
         return solitary(name, options)
-    deadline = time.monotonic() + meet_s
+
+    deadline = time.monotonic() + timeout_s
     secret = b""
     try:
         secret = given_secret()
@@ -67,6 +67,7 @@ def meet(
         refusal = refusal or error
     if not secret and (host := _host_of(store)) is not None:
         warn_of_strangers(host, name, rank)
+
     exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
     everybody_hears = False
     try:
@@ -85,6 +86,7 @@ def meet(
             # What this rank alone met with (a lost peer, say) is told to nobody through the keys.
             everybody_hears = exchange.is_whole and not isinstance(error, CollectiveTimeoutError)
             raise
+
         group = connect(meeting, options, deadline)
         try:
             group.barrier()  # now all have read all keys
@@ -95,7 +97,7 @@ def meet(
             raise
     except BaseException as error:
         if isinstance(error, CollectiveTimeoutError):
-            say_timed_out(error, meet_s)
+            say_timed_out(error, timeout_s)
         with contextlib.suppress(DistError):  # the store may be what failed
             exchange.leave() if everybody_hears else exchange.withdraw()
         raise
@@ -109,75 +111,70 @@ def _host_of(store: Any) -> str | None:
     return str(store.host) if isinstance(store, TCPStore) else None
 
 
+@dataclass(slots=True)
 class _Exchange:
     """Hands this rank's bytes to all ranks through the store, round by round, and returns all ranks'.
 
     Attributes:
-        is_whole: Whether the last round was read to its end.
+        store: The c10d store; keys in it begin with ``prefix``.
+        rank: This rank, of ``world_size`` in the group of that name.
+        deadline: When all must have come; ``check`` is called meanwhile.
+        round: The number of the last round.
+        is_whole: Whether that was read to its end.
     """
 
-    def __init__(
-        self,
-        store: Any,
-        prefix: str,
-        rank: int,
-        world_size: int,
-        name: str,
-        deadline: float,
-        check: Callable[[], None] | None,
-    ) -> None:
-        self._store = store
-        self._prefix = prefix
-        self._rank = rank
-        self._world_size = world_size
-        self._name = name
-        self._deadline = deadline
-        self._check = check
-        self._round = 0
-        self.is_whole = False
+    store: Any
+    prefix: str
+    rank: int
+    world_size: int
+    name: str
+    deadline: float
+    check: Callable[[], None] | None
+    round: int = 0
+    is_whole: bool = False
 
     def __call__(self, payload: bytes) -> list[bytes]:
-        self._round += 1
+        self.round += 1
         self.is_whole = False
-        self._store.set(self._key(self._round, self._rank), payload.hex())
+        self.store.set(self._key(self.round, self.rank), payload.hex())
         payloads = [
             payload
-            if rank == self._rank
-            else bytes.fromhex(self._get(self._key(self._round, rank), rank).decode())
-            for rank in range(self._world_size)
+            if rank == self.rank
+            else bytes.fromhex(self._get(self._key(self.round, rank), rank).decode())
+            for rank in range(self.world_size)
         ]
         self.is_whole = True
         return payloads
 
     def withdraw(self) -> None:
         """Delete this rank's keys."""
-        for number in range(1, self._round + 1):
-            self._store.delete_key(self._key(number, self._rank))
+        for number in range(1, self.round + 1):
+            self.store.delete_key(self._key(number, self.rank))
 
     def leave(self) -> None:
-        """Delete all keys if this rank is the last to have read them: an error of one is there until all raised it."""
-        count = f"{self._prefix}/left"
-        if self._store.add(count, 1) == self._world_size:
-            for number in range(1, self._round + 1):
-                for rank in range(self._world_size):
-                    self._store.delete_key(self._key(number, rank))
-            self._store.delete_key(count)
+        """Delete all keys if this rank read them last, so that all read an error."""
+        count = f"{self.prefix}/left"
+        if self.store.add(count, 1) == self.world_size:
+            for number in range(1, self.round + 1):
+                for rank in range(self.world_size):
+                    self.store.delete_key(self._key(number, rank))
+            self.store.delete_key(count)
 
     def _key(self, number: int, rank: int) -> str:
-        return f"{self._prefix}/{number}/{rank}"
+        return f"{self.prefix}/{number}/{rank}"
 
     def _get(self, key: str, rank: int) -> bytes:
-        """Poll rather than wait: the wait of a store holds it, and knows neither Ctrl-C nor a lost peer."""
+        """Poll: a store's own wait holds it, and knows neither Ctrl-C nor lost peers."""
         backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S)
-        while not self._store.check([key]):
-            if time.monotonic() > self._deadline:
+        while not self.store.check([key]):
+            if time.monotonic() > self.deadline:
                 raise CollectiveTimeoutError(
-                    f"group '{self._name}' (rank {self._rank} of {self._world_size}): rank {rank} did not come to make "
+                    f"group '{self.name}' (rank {self.rank} of {self.world_size}): rank {rank} did not come to make "
                     "the group within the timeout; start it, or make the group with a longer timeout",
                     (rank,),
                 )
-            if self._check is not None:
-                self._check()
+            if self.check is not None:
+                self.check()
             backoff.pause()
-        found: bytes = self._store.get(key)
+        found: bytes = self.store.get(key)
         return found

@@ -11,7 +11,7 @@ import torch
 from colltensor._compat import torch as _compat
 from colltensor.torch.c10d import payloads
 from colltensor.torch.c10d.base import BaseProcessGroup
-from colltensor.torch.c10d.tensors import bare, flat, of_rank, only, op_of, options, split
+from colltensor.torch.c10d.payloads import bare, flat, of_rank, only, op_of, options, split
 from colltensor.types import ReduceOp
 from colltensor.untraced import keep_compilers_out
 
@@ -41,39 +41,26 @@ class ColltensorProcessGroup(BaseProcessGroup):
         tensor = only("allreduce", "tensors", tensors) if tensors.__class__ is list else tensors
         if not tensor.is_cpu:
             return self._elsewhere(tensor).allreduce([tensor], opts)
-        reduce_op = op_of("allreduce", opts.reduceOp)
+
+        name, group, reduce_op = "allreduce", self._group, op_of("allreduce", opts.reduceOp)
         if tensor.layout is not torch.strided:
-            return self._run(
-                "allreduce",
-                opts,
-                [tensor],
-                payloads.allreduce_sparse,
-                self._group,
-                bare(tensor),
-                reduce_op,
-            )
+            sparse = payloads.allreduce_sparse
+            return self._run(name, opts, [tensor], sparse, group, bare(tensor), reduce_op)
         if reduce_op is ReduceOp.AVERAGE and payloads.is_integral(tensor):
-            return self._run(
-                "allreduce", opts, [tensor], payloads.reduce_all, self._group, [bare(tensor)]
-            )
-        return self._run(
-            "allreduce", opts, [tensor], self._group.allreduce, bare(tensor), reduce_op
-        )
+            return self._run(name, opts, [tensor], payloads.reduce_all, group, [bare(tensor)])
+        return self._run(name, opts, [tensor], group.allreduce, bare(tensor), reduce_op)
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Any:
         """Combine several tensors over all ranks, in as few transfers as pays."""
         opts = options(c10d.AllreduceCoalescedOptions, opts)
         if tensors and not tensors[0].is_cpu:
             return self._elsewhere(tensors[0]).allreduce_coalesced(tensors, opts)
-        reduce_op = op_of("allreduce_coalesced", opts.reduceOp)
-        given = [bare(tensor) for tensor in tensors]
+        name, group = "allreduce_coalesced", self._group
+        reduce_op = op_of(name, opts.reduceOp)
+        written, given = list(tensors), [bare(tensor) for tensor in tensors]
         if reduce_op is ReduceOp.AVERAGE and any(map(payloads.is_integral, given)):
-            return self._run(
-                "allreduce_coalesced", opts, list(tensors), payloads.reduce_all, self._group, given
-            )
-        return self._run(
-            "allreduce_coalesced", opts, list(tensors), self._group.allreduce, given, reduce_op
-        )
+            return self._run(name, opts, written, payloads.reduce_all, group, given)
+        return self._run(name, opts, written, group.allreduce, given, reduce_op)
 
     def reduce(
         self,
@@ -89,20 +76,12 @@ class ColltensorProcessGroup(BaseProcessGroup):
         tensor = only("reduce", "tensors", tensors)
         if not tensor.is_cpu:
             return self._elsewhere(tensor).reduce([tensor], opts)
-        reduce_op = op_of("reduce", opts.reduceOp)
+
+        name, group, reduce_op = "reduce", self._group, op_of("reduce", opts.reduceOp)
+        arguments = bare(tensor), opts.rootRank
         if reduce_op is ReduceOp.AVERAGE and payloads.is_integral(tensor):
-            return self._run(
-                "reduce",
-                opts,
-                [tensor],
-                payloads.reduce_to,
-                self._group,
-                bare(tensor),
-                opts.rootRank,
-            )
-        return self._run(
-            "reduce", opts, [tensor], self._group.reduce, bare(tensor), opts.rootRank, reduce_op
-        )
+            return self._run(name, opts, [tensor], payloads.reduce_to, group, *arguments)
+        return self._run(name, opts, [tensor], group.reduce, *arguments, reduce_op)
 
     def broadcast(
         self, tensors: Any, opts: Any = None, timeout: Timeout = None, *, root: int | None = None
@@ -121,10 +100,8 @@ class ColltensorProcessGroup(BaseProcessGroup):
     ) -> Any:
         """Copy every rank's tensor into the entry of its rank of every rank's list."""
         opts = options(c10d.AllgatherOptions, opts, timeout)
-        source, outputs = (
-            only("allgather", "input_tensors", input_tensors),
-            of_rank("allgather", output_tensors),
-        )
+        source = only("allgather", "input_tensors", input_tensors)
+        outputs = of_rank("allgather", output_tensors)
         if not source.is_cpu:
             return self._elsewhere(source).allgather([outputs], [source], opts)
         targets = [bare(output) for output in outputs]
@@ -152,7 +129,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
         )
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
-        """Copy every rank's tensor into its part of every rank's output, which may be where the input lies."""
+        """Copy every rank's tensor into its part of every output; they may share memory."""
         opts = options(c10d.AllgatherOptions, opts)
         if not input.is_cpu:
             return self._elsewhere(input).all_gather_single(output, input, opts)
@@ -170,18 +147,10 @@ class ColltensorProcessGroup(BaseProcessGroup):
             return self._elsewhere(input_list[0]).all_gather_single_coalesced(
                 output_lists, input_list, opts
             )
-        calls = [
-            (self._group, bare(output), bare(source))
-            for output, source in zip(output_lists, input_list, strict=True)
-        ]
-        return self._run(
-            "all_gather_single_coalesced",
-            opts,
-            list(output_lists),
-            payloads.one_by_one,
-            payloads.gather_rows,
-            calls,
-        )
+        pairs = zip(output_lists, input_list, strict=True)
+        calls = [(self._group, bare(output), bare(source)) for output, source in pairs]
+        name, arguments = "all_gather_single_coalesced", (payloads.gather_rows, calls)
+        return self._run(name, opts, list(output_lists), payloads.one_by_one, *arguments)
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
@@ -234,17 +203,15 @@ class ColltensorProcessGroup(BaseProcessGroup):
         *,
         op: Any = None,
     ) -> Any:
-        """Combine all ranks' entry of each rank into that rank's tensor; sizes may differ from rank to rank."""
+        """Combine all ranks' entry of each rank into its tensor; sizes may differ by rank."""
         opts = options(c10d.ReduceScatterOptions, opts, timeout, reduceOp=op)
         target = only("reduce_scatter", "output_tensors", output_tensors)
         inputs = of_rank("reduce_scatter", input_tensors)
         if not target.is_cpu:
             return self._elsewhere(target).reduce_scatter([target], [inputs], opts)
-        sources, reduce_op = (
-            [bare(source) for source in inputs],
-            op_of("reduce_scatter", opts.reduceOp),
-        )
-        arguments = self._group, bare(target), sources, reduce_op
+
+        reduce_op = op_of("reduce_scatter", opts.reduceOp)
+        arguments = self._group, bare(target), [bare(source) for source in inputs], reduce_op
         return self._run("reduce_scatter", opts, [target], payloads.reduce_parts, *arguments)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
@@ -252,12 +219,8 @@ class ColltensorProcessGroup(BaseProcessGroup):
         opts = options(c10d.ReduceScatterOptions, opts)
         if not output.is_cpu:
             return self._elsewhere(output).reduce_scatter_single(output, input, opts)
-        arguments = (
-            self._group,
-            bare(output),
-            bare(input),
-            op_of("reduce_scatter_single", opts.reduceOp),
-        )
+        reduce_op = op_of("reduce_scatter_single", opts.reduceOp)
+        arguments = self._group, bare(output), bare(input), reduce_op
         return self._run("reduce_scatter_single", opts, [output], payloads.reduce_rows, *arguments)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -271,14 +234,11 @@ class ColltensorProcessGroup(BaseProcessGroup):
             elsewhere = self._elsewhere(output_tensors[0])
             return elsewhere.reduce_scatter_single_coalesced(output_tensors, input_tensors, opts)
         name = "reduce_scatter_single_coalesced"
-        reduce_op, pairs = (
-            op_of(name, opts.reduceOp),
-            zip(output_tensors, input_tensors, strict=True),
-        )
+        reduce_op = op_of(name, opts.reduceOp)
+        pairs = zip(output_tensors, input_tensors, strict=True)
         calls = [(self._group, bare(output), bare(source), reduce_op) for output, source in pairs]
-        return self._run(
-            name, opts, list(output_tensors), payloads.one_by_one, payloads.reduce_rows, calls
-        )
+        arguments = payloads.reduce_rows, calls
+        return self._run(name, opts, list(output_tensors), payloads.one_by_one, *arguments)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
@@ -291,21 +251,20 @@ class ColltensorProcessGroup(BaseProcessGroup):
         opts: Any = None,
         timeout: Timeout = None,
     ) -> Any:
-        """Copy each part of every rank's input into the sender's part of the receiver's output; sizes may differ."""
+        """Copy part ``r`` of inputs to the sender's part of rank ``r``'s output, of any size."""
         opts = options(c10d.AllToAllOptions, opts, timeout)
         if not input.is_cpu:
             return self._elsewhere(input).all_to_all_single(
                 output, input, list(output_split_sizes), list(input_split_sizes), opts
             )
+
         name, count = "all_to_all_single", self.size()
         whole, source = bare(output), bare(input).contiguous()
         target = flat(whole)
         targets = split(name, "output", target, output_split_sizes, count)
         sources = split(name, "input", source, input_split_sizes, count)
-        copied = None if target is whole else whole
-        return self._run(
-            name, opts, [output], payloads.exchange, self._group, copied, target, targets, sources
-        )
+        arguments = None if target is whole else whole, target, targets, sources
+        return self._run(name, opts, [output], payloads.exchange, self._group, *arguments)
 
     alltoall_base = all_to_all_single
 
@@ -316,24 +275,19 @@ class ColltensorProcessGroup(BaseProcessGroup):
         opts: Any = None,
         timeout: Timeout = None,
     ) -> Any:
-        """Copy each entry of a rank's inputs into the sender's entry of the receiver's outputs; sizes may differ."""
+        """Copy entry ``r`` of inputs to the sender's entry of ``r``'s outputs, of any size."""
         opts = options(c10d.AllToAllOptions, opts, timeout)
         if input_tensors and not input_tensors[0].is_cpu:
             return self._elsewhere(input_tensors[0]).alltoall(output_tensors, input_tensors, opts)
         outputs = list(output_tensors)
-        targets, sources = (
-            [bare(output) for output in outputs],
-            [bare(source) for source in input_tensors],
-        )
-        return self._run(
-            "alltoall", opts, outputs, payloads.exchange, self._group, None, None, targets, sources
-        )
+        targets = [bare(output) for output in outputs]
+        arguments = None, None, targets, [bare(source) for source in input_tensors]
+        return self._run("alltoall", opts, outputs, payloads.exchange, self._group, *arguments)
 
     def barrier(self, opts: Any = None, timeout: Timeout = None) -> Any:
         """Meet all ranks."""
-        return self._run(
-            "barrier", options(c10d.BarrierOptions, opts, timeout), [], self._group.barrier
-        )
+        opts = options(c10d.BarrierOptions, opts, timeout)
+        return self._run("barrier", opts, [], self._group.barrier)
 
     def monitored_barrier(self, timeout: Timeout = None, wait_all_ranks: bool = False) -> None:
         """Meet all ranks; the error names those that do not come, all of them in any case."""

@@ -8,6 +8,7 @@ discarded by its number. Where other threads run, which may make the call that h
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -26,6 +27,8 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
 """Whoever comes later has the lower one look at once, so that they look again only in case a message was lost."""
 _ANSWER_S: Final = 30.0
 """How long an end that was agreed on is asked for."""
+_REMEMBERED: Final = round(_ANSWER_S / _FIRST_PAUSE_S)
+"""How many waits can be refused meanwhile."""
 _INTERRUPTED_S: Final = 2.0
 _log: Final = logging.getLogger(__name__)
 
@@ -100,7 +103,8 @@ class Standoffs:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._wait: Wait | None = None
-        self._refused: set[int] = set()
+        # the last ones: whoever was not answered asks again, but not for ever
+        self._refused: collections.deque[int] = collections.deque(maxlen=_REMEMBERED)
         self._warned = False
 
     def wait_for(
@@ -116,6 +120,7 @@ class Standoffs:
         """Return when the operation is done; the arguments are ``Wait``'s attributes."""
         if operation.is_done_within(_FIRST_PAUSE_S):
             return
+
         wait = Wait(next(self._numbers), sends, peer, operation, progress, hold, release, refuse)
         wait.agreed.set()
         outer, self._wait = self._wait, wait
@@ -132,14 +137,14 @@ class Standoffs:
             wait.agreed.wait(_INTERRUPTED_S)
 
     def answer(self, asker: int, question: bytes) -> bytes:
-        """Say for what this rank waits, or end it because the other rank will; in any thread, without waiting."""
+        """Say for what this rank waits, or end it as the other rank will; never waits."""
         end, sent, taken = json.loads(question)
         with self._lock:
             wait = self._wait
             progress = None if wait is None or wait.peer != asker else wait.progress()
             if end:
                 if wait is not None and progress is not None and wait.number == end:
-                    self._refused.add(end)
+                    self._refused.append(end)
                     wait.refuse(self._error(wait), Progress(sent, taken))
                 return json.dumps(end in self._refused).encode()
             if wait is None or progress is None:
@@ -159,9 +164,8 @@ class Standoffs:
 
     def _look(self, wait: Wait) -> None:
         """Ask the other rank whether it waits for this one, and end both waits if so."""
-        mine, said = wait.progress(), None
-        if mine is not None:
-            said = self._question(wait.peer, 0, mine)
+        mine = wait.progress()
+        said = None if mine is None else self._question(wait.peer, 0, mine)
         if mine is None or said is None:
             return
         if self._rank > wait.peer:  # that one looks too, now that it was asked
@@ -173,12 +177,15 @@ class Standoffs:
         if not (is_alone and _is_alone()):
             self._warn(wait)
             return
+
+        # Held from here on, so that it ends as the other rank's does, or goes on.
         with self._lock:
             mine = wait.progress()
             if self._wait is not wait or mine is None:
                 return
             wait.agreed.clear()
             wait.hold()
+
         ended = False
         try:
             ended = self._has_ended(wait, number, mine)

@@ -11,21 +11,24 @@ from __future__ import annotations
 import collections
 import functools
 import threading
+import time
+import weakref
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, without_frames
 from colltensor.group import Group
 from colltensor.torch.c10d.inbox import Header, Inbox, Receive, bytes_of, translating
-from colltensor.torch.c10d.queue import ProcessGroupQueue
 from colltensor.torch.c10d.standoffs import Progress, Standoffs
-from colltensor.torch.c10d.work import Deadline, Deadlines, QueuedCall
+from colltensor.torch.c10d.work import ProcessGroupQueue, QueuedCall
 
 PATIENCE_S: Final = 7 * 86400.0
 """The timeout of the groups in here: ``Deadlines`` ends operations, and between them a group waits for the next."""
 _RECEIVER: Final = 1
+_PRUNE_FROM: Final = 64
+_LONGEST_WAIT_S: Final = 86400.0
 
 Connect = Callable[[int, int, Callable[[], None]], Group]
 """Makes the group of a source and a destination, in whose order the two are its ranks; calls the function meanwhile."""
@@ -48,6 +51,7 @@ class Transfers:
         self._rank = rank
         self._connect = connect
         self._failure: CollectiveError | None = None
+
         self._guard = threading.Lock()
         self._outboxes: dict[int, ProcessGroupQueue] = {}
         self._headers: dict[int, Header] = {}
@@ -55,37 +59,36 @@ class Transfers:
         self._deadlines = Deadlines(self._expire)
         self._inbox = Inbox(name, rank, size, self._group)
         self.standoffs = Standoffs(name, rank, ask, lost, self.close)
+
         # the number of the last message, by destination
         self._issued: collections.Counter[int] = collections.Counter()
         # and of the last that was sent, or is
         self._sent: collections.Counter[int] = collections.Counter()
-        # those that are not done
+        # those that are not done, and count
         self._open: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
-        # destinations and numbers of messages that count for nothing
-        self._withdrawn: set[tuple[int, int]] = set()
         self._held: dict[tuple[int, int], threading.Event] = {}  # of those that may soon
 
     def send(
         self, tensor: torch.Tensor, destination: int, tag: int, timeout_s: float
     ) -> QueuedCall:
-        """Send to ``destination``; ends when a receive there has taken the message, or that rank has a short one."""
+        """Send; ends when a receive there has taken the message, or the rank a short one."""
         with self._guard:
             if self._failure is not None:
                 raise self._refusal("send")
             outbox = self._outboxes.get(destination)
             if outbox is None:
-                outbox = self._outboxes[destination] = ProcessGroupQueue(
-                    f"{self._name} to {destination}"
-                )
-                self._headers[destination] = Header()
+                outbox = ProcessGroupQueue(f"{self._name} to {destination}")
+                self._outboxes[destination], self._headers[destination] = outbox, Header()
             number = self._issued[destination] = self._issued[destination] + 1
             self._open[destination].add(number)
+
         operation = QueuedCall(
             f"send to rank {destination}, tag {tag}",
             lambda: self._deliver(tensor, destination, number, tag),
         )
         operation.watch = functools.partial(self._watch_send, operation, destination, number)
         self._deadlines.add(operation, timeout_s, (destination,))
+
         try:
             outbox.put(operation)
         except RuntimeError as error:  # no thread can be started
@@ -112,7 +115,7 @@ class Transfers:
         return receive
 
     def drain(self, deadline: float) -> None:
-        """Wait until everything was sent, or until ``deadline``, a value of ``time.monotonic()``."""
+        """Wait until everything was sent, or until ``deadline`` on ``time.monotonic()``."""
         with self._guard:
             outboxes = dict(self._outboxes)
         for destination, outbox in outboxes.items():
@@ -196,7 +199,7 @@ class Transfers:
         return Progress(number, taken)
 
     def _receive_progress(self, receive: Receive, source: int) -> Progress | None:
-        """Return how far this rank and ``source`` are, if a recv waits for its send and none is issued here."""
+        """Return how far the two ranks are, if a recv waits for a send and none is issued."""
         taken = self._inbox.taken_before(receive)
         return None if taken is None or self._open[source] else Progress(self._sent[source], taken)
 
@@ -209,10 +212,10 @@ class Transfers:
         other: Progress,
     ) -> None:
         """End a send that both ranks count for nothing, as they do the other rank's."""
-        self._withdrawn.add((destination, number))
         self._inbox.withdraw(destination, other.sent)
         self._open[destination].discard(number)
         operation.end(error)
+        self._outboxes[destination].withdraw(operation)
         self._release(destination, number)
 
     def _release(self, destination: int, number: int) -> None:
@@ -225,17 +228,16 @@ class Transfers:
         held = self._held.get((destination, number))
         if held is not None:
             held.wait()
-        return (destination, number) not in self._withdrawn
+        return number in self._open[destination]
 
     def _deliver(self, tensor: torch.Tensor, destination: int, number: int, tag: int) -> None:
         try:
             group = self._group(self._rank, destination)
             if not self._counts(destination, number):
                 return
-            message, header = (
-                tensor.resolve_conj().resolve_neg().contiguous(),
-                self._headers[destination],
-            )
+
+            message = tensor.resolve_conj().resolve_neg().contiguous()
+            header = self._headers[destination]
             is_inline = header.write(message, number, tag)
             self._sent[destination] = number
             with translating(f"group '{self._name}' (rank {self._rank})", self._rank, destination):
@@ -267,3 +269,72 @@ class Transfers:
         if operation.end(error):
             self.close(error)
             operation.notify()
+
+
+class Deadline(NamedTuple):
+    """When an operation expires, and what is said then."""
+
+    at: float
+    operation: weakref.ref[QueuedCall]
+    timeout_s: float
+    ranks: tuple[int, ...]
+
+    def is_over(self) -> bool:
+        """Return whether the operation is done; nothing else keeps one that is."""
+        operation = self.operation()
+        return operation is None or operation.done()
+
+
+class Deadlines:
+    """Calls ``expire`` for each operation that is not done in time."""
+
+    def __init__(self, expire: Callable[[Deadline], None]) -> None:
+        self._expire = expire
+        self._changed = threading.Condition(threading.Lock())
+        self._pending: list[Deadline] = []
+        self._prune_at = _PRUNE_FROM
+        self._wake_at = 0.0
+        self._started = self._closed = False
+
+    def add(self, operation: QueuedCall, timeout_s: float, ranks: tuple[int, ...]) -> None:
+        """Let ``operation`` expire after ``timeout_s``, for which ``ranks`` are to blame.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
+        deadline = Deadline(time.monotonic() + timeout_s, weakref.ref(operation), timeout_s, ranks)
+        with self._changed:
+            if len(self._pending) >= self._prune_at:
+                self._pending = [entry for entry in self._pending if not entry.is_over()]
+                self._prune_at = 2 * len(self._pending) + _PRUNE_FROM
+            if not self._started:
+                threading.Thread(
+                    target=self._serve, name="colltensor deadlines", daemon=True
+                ).start()
+                self._started = True
+            self._pending.append(deadline)
+            if deadline.at < self._wake_at:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closed = True
+            self._pending.clear()
+            self._changed.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._wake_at = min((entry.at for entry in self._pending), default=float("inf"))
+                left_s = min(self._wake_at - time.monotonic(), _LONGEST_WAIT_S)
+                if left_s > 0 and not self._closed:
+                    self._changed.wait(left_s)
+                if self._closed:
+                    return
+                now = time.monotonic()
+                late = [entry for entry in self._pending if entry.at <= now]
+                self._pending = [entry for entry in self._pending if entry.at > now]
+            for entry in late:
+                if not entry.is_over():
+                    self._expire(entry)

@@ -1,22 +1,31 @@
-"""The handles of operations: ours, which call back when they are done, and torch's around them; their deadlines."""
+"""The operations of a process group: their handles, ours and torch's around them, and the queue that runs them.
+
+``colltensor.operation_queue`` has one thread; here a callback may wait for a later operation, as torch's PowerSGD hook
+does, so another thread goes on meanwhile.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 
 from colltensor.errors import CollectiveError, without_frames
+from colltensor.turn import Turn, lock_of_handlers
 from colltensor.work import Work
 
 _NO_TIMEOUT: Final = timedelta(0)
+_CLOSE_TIMEOUT_S: Final = 5.0
+_LOOK_S: Final = 0.1
 _followed: Final[weakref.WeakSet[QueuedCall]] = weakref.WeakSet()
 """Operations whose end a future tells, and with it whoever calls us then."""
 
@@ -52,7 +61,7 @@ class QueuedCall(Work):
         return self._finished.wait(seconds)
 
     def is_inside(self) -> bool:
-        """Return whether this thread is in a call that is before the operation, which cannot be waited for then."""
+        """Return whether this thread is in a call that the operation has to wait for."""
         return self._queue is not None and self._queue.is_inside()
 
     def execute(self) -> None:
@@ -74,7 +83,7 @@ class QueuedCall(Work):
         return True
 
     def then(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once the operation is done, in the thread that ended it or, if it is done, at once."""
+        """Call ``callback`` in the thread that ends the operation; at once if it is done."""
         with self._guard:
             if not self._finished.is_set():
                 self._listeners.append(callback)
@@ -89,7 +98,185 @@ class QueuedCall(Work):
             callback()
 
 
-class PendingWork(dist.Work):
+class ProcessGroupQueue:
+    """Runs operations in their order: in the caller's thread after ``enter``, else its own."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.turn = Turn()
+        self._lock, self._is_locked_here = lock_of_handlers()
+        self._changed = threading.Condition(self._lock)
+        self._waiting: collections.deque[QueuedCall] = collections.deque()
+        self._closed: CollectiveError | None = None
+        self.awaited: Work | None = None
+        self._watched = False  # somebody waits for the turn to be free
+        self._idle = 0  # threads that wait for an operation
+        # a thread runs one, and takes the next unless it has somebody to tell
+        self._running = False
+
+    def enter(self) -> bool:
+        """Take a free turn nobody waits for; ``turn.release`` and ``pass_on`` must follow."""
+        return not self._waiting and self.turn.take()
+
+    def is_inside(self) -> bool:
+        """Return whether this thread runs an operation, and can wait for none after it."""
+        return self.turn.owner() == threading.get_ident() or self._is_locked_here()
+
+    def pass_on(self) -> None:
+        """Let who waits for the turn know that it was given back."""
+        if self._waiting or self._watched:
+            with self._lock:
+                self._changed.notify_all()
+
+    def put(self, operation: QueuedCall) -> None:
+        """Run ``operation`` in a thread of the queue when its turn comes; it fails at once where the queue is closed.
+
+        Raises:
+            RuntimeError: No thread can be started; nothing is left behind.
+        """
+        operation._queue = self
+        with self._lock:
+            if self._closed is None:
+                try:
+                    self._waiting.append(operation)
+                    self._man()
+                except BaseException:
+                    if operation in self._waiting:
+                        self._waiting.remove(operation)
+                    raise
+                return
+        operation.end(self._closed)
+        operation.notify()
+
+    def withdraw(self, operation: QueuedCall) -> None:
+        """Forget an operation that was ended by others, if its turn has not come."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove(operation)
+            self._changed.notify_all()
+
+    def drain(self, deadline: float) -> None:
+        """Wait until everything that was put has run, or until ``deadline``, a value of ``time.monotonic()``.
+
+        Not for an operation that runs in a thread of the caller's own.
+        """
+        with self._lock:
+            self._watched = True
+            self._changed.wait_for(
+                lambda: (not self._waiting and not self.turn.owner()) or self._is_callers(),
+                max(0.0, deadline - time.monotonic()),
+            )
+
+    def close(self, error: CollectiveError) -> None:
+        """Fail what waits, and wait a while for the operation that runs."""
+        with self._lock:
+            self._closed, self._watched = error, True
+            cancelled = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+            # else in a signal's handler: it ends when that returns
+            if self.turn.owner() != threading.get_ident():
+                self._changed.wait_for(lambda: not self.turn.owner(), _CLOSE_TIMEOUT_S)
+        for operation in cancelled:
+            operation.end(error)
+            operation.notify()
+
+    def _is_callers(self) -> bool:
+        """Return whether the operation that runs does so after ``enter``."""
+        return bool(self.turn.owner()) and not self._running
+
+    def _man(self) -> None:
+        """See that somebody takes the next operation; the lock is held."""
+        if self._running:
+            return
+        if self._idle > 0:
+            self._changed.notify()
+        else:
+            self._idle += 1
+            try:
+                threading.Thread(
+                    target=self._serve, name=f"colltensor {self._name}", daemon=True
+                ).start()
+            except BaseException:
+                self._idle -= 1
+                raise
+
+    def _serve(self) -> None:
+        with self._lock:
+            self._idle = max(0, self._idle - 1)  # 0 if a signal's handler raised in who started it
+        while True:
+            with self._lock:
+                if self._idle and not self._waiting:  # one that waits is enough
+                    return
+                self._idle += 1
+                while not self._may_go_on():
+                    # A signal's handler may have raised in who gave the turn back, before it told.
+                    self._changed.wait(_LOOK_S if self._waiting else None)
+                self._idle -= 1
+                if not self._waiting:  # closed, with the turn never taken
+                    return
+                operation = self._waiting.popleft()
+                self._running = True
+
+            operation.execute()
+            self.turn.release()
+            with self._lock:
+                self._running = False
+                if self._watched:
+                    self._changed.notify_all()
+                if self._waiting and operation.awaited:
+                    # no new thread: this one goes on when it has told
+                    with contextlib.suppress(RuntimeError):
+                        self._man()
+
+            operation.notify()
+            del operation  # not kept while this waits: its error has the caller's frames
+
+    def _may_go_on(self) -> bool:
+        return (self._closed is not None and not self._waiting) or bool(
+            self._waiting and self.turn.take()
+        )
+
+
+class FinishedWork(dist.Work):
+    """torch's handle of an operation that is done."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Return True."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Return True."""
+        return True
+
+    def is_success(self) -> bool:
+        """Return True."""
+        return True
+
+    def exception(self) -> BaseException | None:
+        """Return None."""
+        return None
+
+    def synchronize(self) -> None:
+        """Wait."""
+        self.wait()
+
+    def result(self) -> list[torch.Tensor]:
+        """Wait, and return the tensors that were written."""
+        self.wait()
+        return self._tensors
+
+    def get_future(self) -> Any:
+        """Return a ``torch.futures.Future`` that has the tensors."""
+        future: Any = torch.futures.Future()
+        future.set_result(self._tensors)
+        return future
+
+
+class PendingWork(FinishedWork):
     """torch's handle of an operation that may still run; keeps its tensors."""
 
     def __init__(
@@ -98,9 +285,8 @@ class PendingWork(dist.Work):
         tensors: list[torch.Tensor],
         received: Callable[[], int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tensors)
         self._operation = operation
-        self._tensors = tensors
         self._future: Any = None
         self._received = received
 
@@ -130,15 +316,6 @@ class PendingWork(dist.Work):
         """Return what the operation failed with, or None."""
         return self._operation.error
 
-    def synchronize(self) -> None:
-        """Wait."""
-        self.wait()
-
-    def result(self) -> list[torch.Tensor]:
-        """Wait, and return the tensors that were written."""
-        self.wait()
-        return self._tensors
-
     def source_rank(self) -> int:
         """Return the rank that sent, once a receive is done; -1 for other operations."""
         return -1 if self._received is None else self._received()
@@ -146,7 +323,7 @@ class PendingWork(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> Any:
-        """Return the ``torch.futures.Future`` of the tensors; its error is a RuntimeError with ours in its text."""
+        """Return the future of the tensors; its error is a RuntimeError in our words."""
         if self._future is None:
             operation, tensors = self._operation, self._tensors
             _followed.add(operation)
@@ -163,42 +340,6 @@ class PendingWork(dist.Work):
             self._future = _script().list_after(ended, tensors) if half else ended
             operation.then(lambda: done.set_result(None))
         return self._future
-
-
-class FinishedWork(dist.Work):
-    """torch's handle of an operation that is done."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
-        """Return True."""
-        return True
-
-    def is_completed(self) -> bool:
-        """Return True."""
-        return True
-
-    def is_success(self) -> bool:
-        """Return True."""
-        return True
-
-    def exception(self) -> None:
-        """Return None."""
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-    def result(self) -> list[torch.Tensor]:
-        """Return the tensors that were written."""
-        return self._tensors
-
-    def get_future(self) -> Any:
-        """Return a ``torch.futures.Future`` that has the tensors."""
-        future: Any = torch.futures.Future()
-        future.set_result(self._tensors)
-        return future
 
 
 @functools.cache
@@ -227,76 +368,3 @@ def is_followed() -> bool:
 
 def _nothing() -> None:
     pass
-
-
-_PRUNE_FROM = 64
-_LONGEST_WAIT_S = 86400.0
-
-
-class Deadline(NamedTuple):
-    """When an operation expires, and what is said then."""
-
-    at: float
-    operation: weakref.ref[QueuedCall]
-    timeout_s: float
-    ranks: tuple[int, ...]
-
-    def is_over(self) -> bool:
-        """Return whether the operation is done; nothing else keeps one that is."""
-        operation = self.operation()
-        return operation is None or operation.done()
-
-
-class Deadlines:
-    """Calls ``expire`` for each operation that is not done in time."""
-
-    def __init__(self, expire: Callable[[Deadline], None]) -> None:
-        self._expire = expire
-        self._changed = threading.Condition(threading.Lock())
-        self._pending: list[Deadline] = []
-        self._prune_at = _PRUNE_FROM
-        self._wake_at = 0.0
-        self._started = self._closed = False
-
-    def add(self, operation: QueuedCall, timeout_s: float, ranks: tuple[int, ...]) -> None:
-        """Let ``operation`` expire after ``timeout_s``, for which ``ranks`` are to blame.
-
-        Raises:
-            RuntimeError: No thread can be started; nothing is left behind.
-        """
-        deadline = Deadline(time.monotonic() + timeout_s, weakref.ref(operation), timeout_s, ranks)
-        with self._changed:
-            if len(self._pending) >= self._prune_at:
-                self._pending = [entry for entry in self._pending if not entry.is_over()]
-                self._prune_at = 2 * len(self._pending) + _PRUNE_FROM
-            if not self._started:
-                threading.Thread(
-                    target=self._serve, name="colltensor deadlines", daemon=True
-                ).start()
-                self._started = True
-            self._pending.append(deadline)
-            if deadline.at < self._wake_at:
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """End the thread."""
-        with self._changed:
-            self._closed = True
-            self._pending.clear()
-            self._changed.notify_all()
-
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                self._wake_at = min((entry.at for entry in self._pending), default=float("inf"))
-                left_s = min(self._wake_at - time.monotonic(), _LONGEST_WAIT_S)
-                if left_s > 0 and not self._closed:
-                    self._changed.wait(left_s)
-                if self._closed:
-                    return
-                now = time.monotonic()
-                late = [entry for entry in self._pending if entry.at <= now]
-                self._pending = [entry for entry in self._pending if entry.at > now]
-            for entry in late:
-                if not entry.is_over():
-                    self._expire(entry)
