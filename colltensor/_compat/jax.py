@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any, Final
@@ -54,6 +55,24 @@ def convert_constvars_jaxpr(jaxpr: Any) -> Any:
 def forget_tokens() -> None:
     """Let this thread's computations run again after one failed, whose token JAX keeps."""
     importlib.import_module("jax._src.dispatch").runtime_tokens.clear()
+
+
+def sharding_name(array_kind: type) -> str:
+    """Return the name of an array's sharding itself, of which ``sharding`` is a property."""
+    return "_sharding" if hasattr(array_kind, "_sharding") else "sharding"
+
+
+def ready_function() -> Callable[[list[Any]], object]:
+    """Return what waits for arrays: JAX's own function, which takes nothing else, or its public one."""
+    with contextlib.suppress(ImportError):
+        client = importlib.import_module("jax._src.lib").xla_client
+        found: Callable[[list[Any]], object] | None = getattr(
+            client, "batched_block_until_ready", None
+        )
+        if found is not None:
+            return found
+    public: Callable[[list[Any]], object] = jax.block_until_ready
+    return public
 
 
 def layout_name(array_kind: type) -> str:

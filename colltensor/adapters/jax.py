@@ -10,7 +10,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 
-from colltensor._compat.jax import layout_name, traces_nothing
+from colltensor._compat.jax import layout_name, ready_function, sharding_name, traces_nothing
 from colltensor.adapters._numpy_dtypes import DTYPE_OF, unsupported_dtype
 from colltensor.adapters.base import AdapterBase
 from colltensor.errors import DeviceError, UnsupportedTensorError
@@ -31,8 +31,11 @@ _SOME: Final = 8
 """How many at once: XLA hands longer computations to other threads, which ranks that share cores wait for."""
 _LAYOUT: Final = layout_name(_ARRAY)
 _layout_of: Final = operator.attrgetter(_LAYOUT)
-_kind_of: Final = operator.attrgetter("aval", "sharding", _LAYOUT)
+_kind_of: Final = operator.attrgetter("aval", sharding_name(_ARRAY), _LAYOUT)
 """Shape, dtype, device and layout, as quickly as JAX gives them."""
+_wait_for: Final = ready_function()
+_is_deleted: Final = operator.methodcaller("is_deleted")
+_address_of: Final = operator.methodcaller("unsafe_buffer_pointer")
 _row_major_layouts: Final[set[Any]] = set()
 """As far as they were seen."""
 _ROW_MAJOR: Final = tuple(range(64))
@@ -88,13 +91,12 @@ class JaxAdapter(AdapterBase):
         if len(tensors) == 1:
             tensors[0].block_until_ready()
         else:
-            jax.block_until_ready(tensors)
-        return [tensor.unsafe_buffer_pointer() for tensor in tensors]
+            _wait_for(list(tensors))
+        return list(map(_address_of, tensors))
 
     def kinds(self, tensors: Sequence[Any]) -> list[Any]:
-        for tensor in tensors:
-            if tensor.is_deleted():  # JAX may not survive the question that follows
-                raise RuntimeError("deleted")
+        if any(map(_is_deleted, tensors)):  # JAX may not survive the question that follows
+            raise RuntimeError("deleted")
         return list(map(_kind_of, tensors))
 
     def reduced(self, tensor: Any) -> tuple[Any, ...] | None:
