@@ -38,7 +38,7 @@ from colltensor.fastpath import NO_OP, FastPath
 from colltensor.fastpath_trees import TreeFastPath
 from colltensor.multigpu import MultiGpu
 from colltensor.options import GroupOptions, timeout_of
-from colltensor.rendezvous import Meeting, meet_through
+from colltensor.rendezvous import Introduction, Meeting, meet_through
 from colltensor.types import CPU, ReduceOp
 from colltensor.untraced import keep_compilers_out
 
@@ -1119,8 +1119,7 @@ class Group:
         deadline = time.monotonic() + self.timeout_s
         rank = members.index(self.rank)
         with saying_timed_out(self.timeout_s):
-            meeting = meet_through(
-                exchange,
+            part = Introduction(
                 group_name=name,
                 world_size=len(members),
                 rank=rank,
@@ -1128,7 +1127,7 @@ class Group:
                 backend=self._options.asked_of(len(members)),
                 host_id=self._control.host_id,
             )
-            return connect(meeting, self._options, deadline)
+            return connect(meet_through(exchange, part), self._options, deadline)
 
     @contextlib.contextmanager
     def _refusing(self, name: str, root: int, argument: Buffers | None) -> Iterator[None]:

@@ -45,7 +45,7 @@ class Ranks(Timed):
             self._tune(self._socket)
             return
         from colltensor.control import Control
-        from colltensor.rendezvous.meeting import Meeting
+        from colltensor.rendezvous import Meeting
 
         hosts = ("here",) * self.ranks
         meeting = Meeting(
@@ -56,7 +56,6 @@ class Ranks(Timed):
             b"s" * 32,
             tuple(map(tuple, addresses)),
             hosts,
-            {},
             self._listener,
         )
         self._deadline = time.monotonic() + LIMIT_S

@@ -25,7 +25,7 @@ from colltensor.control.messages import REMEDY, Failure, Status
 from colltensor.errors import CollectiveError, GroupError, PeerLostError
 
 if TYPE_CHECKING:
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
 SILENCE_S = 1.0
 """How long, in seconds, a rank may take to answer a question before it counts as stopped."""

@@ -29,7 +29,7 @@ from colltensor.control.messages import Failure, Status
 from colltensor.listener import HANDSHAKE_S, Listener
 
 if TYPE_CHECKING:
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
 _REQUEST_LIMIT = 1 << 20
 _log = logging.getLogger("colltensor")

@@ -1,20 +1,30 @@
-"""What ranks tell each other when they meet: the messages, and whether the ranks agree.
+"""The protocol by which ranks meet, whatever carries their bytes: who is there, and where each one listens.
 
-Messages are frames of ``colltensor.net`` whose payload is JSON; whatever arrives is checked field by field and
-refused as FrameError, since on a port without a secret anybody may have sent it.
+A meeting has two rounds, each of which hands every rank's bytes to every rank (``Exchange``). In the first the ranks
+say who they are, in the second where they listen. The carrier is TCP through rank 0 (``tcp``), a group that is split,
+torch.distributed's store, or the driver of Ray's actors.
+
+The bytes are JSON. They are checked field by field and refused as FrameError: at a port without a secret anybody may
+have sent them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import hmac
 import json
 import math
+import operator
+import os
 import secrets
+import socket
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
+from colltensor import net
 from colltensor.errors import (
     BackendUnavailableError,
     CollectiveError,
@@ -24,11 +34,20 @@ from colltensor.errors import (
     OptionError,
     PeerLostError,
     RankError,
+    remedy_for_system,
 )
-from colltensor.net import FrameError, is_loopback
+from colltensor.net import FrameError
+from colltensor.rendezvous.secret import MISTAKE, derived, proof
+
+Exchange: TypeAlias = Callable[[bytes], Sequence[bytes]]
+"""Hands over this rank's bytes and returns every rank's, in one order on every rank. It bounds its own time."""
 
 _MAGIC = b"colltensor endpoint 1\n"
+_ERROR = b'{"error":'
 _REFUSAL_LIMIT = 1000
+_NAME_LIMIT = 1024
+_WORLD_LIMIT = 1 << 16
+_GENERATION_NBYTES, _SECRET_NBYTES = 8, 32
 _PLAIN_ERRORS = {
     kind.__name__: kind for kind in (BackendUnavailableError, GroupError, OptionError, RankError)
 }
@@ -38,7 +57,7 @@ _RANKS_ERRORS = {
 
 
 class Message(enum.IntEnum):
-    """The kinds of frames of a meeting."""
+    """The kinds of frames of a meeting over TCP."""
 
     JOIN = 1
     CLAIM = 2
@@ -46,9 +65,8 @@ class Message(enum.IntEnum):
     RETRY = 4
     FAILED = 5
     PLACE = 6
-    BOUND = 7
-    TABLE = 8
-    NOTE = 9
+    EVERYBODY = 7
+    NOTE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +80,13 @@ class JoinRequest:
         backend: The backend it asked for.
         host_id: ``net.host_id()`` of its process.
         address: The address that its caller chose for it, or None.
-        seen_from: Its own address on the connection to rank 0.
+        seen_from: Its own address on the way to the others, where that is known.
         who: Its process, for messages.
         age_s: For how long it has been trying, in seconds.
         patience_s: For how long it will go on.
         refusal: Why it will not be in the group, as an encoded error; empty for a rank that means to be.
+        nonce: Random digits; rank 0's become the group's generation and secret.
+        proof: Shows that it was given the secret that the others have.
     """
 
     rank: int
@@ -80,6 +100,8 @@ class JoinRequest:
     age_s: float
     patience_s: float
     refusal: str = ""
+    nonce: str = ""
+    proof: str = ""
 
     def encode(self) -> bytes:
         """Return the message's payload."""
@@ -94,17 +116,24 @@ class JoinRequest:
         """
         fields = unpack(payload, rank=int, world_size=int, group_name=str, backend=str, host_id=str,
                         address=(str, type(None)), seen_from=str, who=str, age_s=float, patience_s=float,
-                        refusal=str)  # fmt: skip
+                        refusal=str, nonce=str, proof=str)  # fmt: skip
         try:
-            is_loopback(fields["seen_from"])
+            if fields["seen_from"]:
+                net.is_loopback(fields["seen_from"])
             if not math.isfinite(fields["age_s"] + fields["patience_s"]):
                 raise ValueError("a length of time is not finite")
+            bytes.fromhex(fields["nonce"] + fields["proof"])
             request = cls(**fields)
         except (OverflowError, TypeError, ValueError) as error:
             raise FrameError(f"malformed request: {error}") from error
         if request.refusal:
             decode_error(request.refusal.encode(errors="replace"))
         return request
+
+    @property
+    def location(self) -> str:
+        """The beginning of an error message: the operation, the group and the rank."""
+        return f"init_collective_group(group_name={self.group_name!r}) on rank {self.rank} of {self.world_size}"
 
     def refusing(self, error: CollectiveError) -> JoinRequest:
         """Return what a rank says that will not be in the group, and why."""
@@ -163,54 +192,308 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """What rank 0 tells every rank at the end.
+class Meeting:
+    """What every rank of a group knows once the ranks have met.
 
     Attributes:
-        generation: 8 random bytes: this incarnation of the group.
-        salt: Random bytes from which, with the meeting's secret, the group's secret is derived.
-        addresses: Where each rank's control plane listens.
-        host_ids: The host of each rank.
-        properties: Rank 0's properties.
+        rank: This process's rank.
+        world_size: How many ranks there are.
+        group_name: The group's name.
+        generation: 8 random bytes, the same on every rank: this incarnation of the group.
+        secret: 32 bytes that the group's connections are authenticated with.
+        addresses: Where the control plane of each rank listens.
+        host_ids: The host of each rank: equal ones reach each other over 127.0.0.1.
+        listener: This rank's own socket, bound and listening at its entry of ``addresses``.
     """
 
+    rank: int
+    world_size: int
+    group_name: str
     generation: bytes
-    salt: bytes = field(repr=False)
+    secret: bytes = field(repr=False)
     addresses: tuple[tuple[str, int], ...]
     host_ids: tuple[str, ...]
-    properties: dict[str, Any]
+    listener: socket.socket
 
-    @classmethod
-    def fresh(
-        cls,
-        addresses: tuple[tuple[str, int], ...],
-        host_ids: tuple[str, ...],
-        properties: dict[str, Any],
-    ) -> Table:
-        """Return the table of a new incarnation of a group."""
-        return cls(secrets.token_bytes(8), secrets.token_bytes(32), addresses, host_ids, properties)
 
-    def encode(self) -> bytes:
-        """Return the message's payload."""
-        return pack({**asdict(self), "generation": self.generation.hex(), "salt": self.salt.hex()})
+class Introduction:
+    """One rank's part of a meeting.
 
-    @classmethod
-    def decode(cls, payload: bytes) -> Table:
-        """Return the message of a payload.
+    ``first()`` gives its bytes of round one, ``second(payloads)`` those of round two, ``finish(payloads)`` the meeting.
+    An error of one rank travels in its bytes, so that every rank raises it, and none waits. Who gives up in between
+    calls ``abandon()``.
+
+    The payloads carry the group's secret: the channel must be one that only the ranks can read, or the ranks must have
+    been given a secret that is not in it.
+
+    Attributes:
+        request: What this rank says of itself; None where it has no rank or no name to say.
+        error: Why this rank will not be in the group, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        group_name: str,
+        world_size: int,
+        rank: int,
+        interface: str | None = None,
+        backend: str = "auto",
+        address: str | None = None,
+        host_id: str | None = None,
+        refusal: CollectiveError | None = None,
+        secret: bytes = b"",
+    ) -> None:
+        """Take this rank's part; raises nothing.
+
+        Args:
+            group_name: The group's name, the same on every rank.
+            world_size: How many ranks there are, the same on every rank.
+            rank: This process's rank.
+            interface: The network interface (its name or address) on which this rank is to be reached; by default
+                the loopback within one host, and else the one that reaches the others.
+            backend: The backend asked for, the same on every rank. Where one rank lacks it, only ranks that ask for it
+                too are told: the others may have met this rank's next attempt.
+            address: This host's address on the network that the hosts share, for ranks on several hosts and no
+                ``interface``; by default the address of the default route.
+            host_id: Names this process's host in place of ``net.host_id()``.
+            refusal: Why this rank will not be in the group, which every rank is to raise.
+            secret: What all ranks were given, where others can read the channel: the group's secret is derived from it.
+        """
+        self._secret = secret
+        self._external = address
+        self._listener: socket.socket | None = None
+        self._requests: list[JoinRequest] = []
+        self._said: list[bytes] = []
+        self.request: JoinRequest | None = None
+        self.error = refusal
+        try:
+            self._introduce(group_name, world_size, rank, interface, backend, host_id)
+        except CollectiveError as error:
+            self.error = refusal or error
+        except OSError as error:
+            remedy = remedy_for_system(error, "see that the network can be used")
+            self.error = refusal or GroupError(f"the network cannot be used: {error}; {remedy}")
+        if self.request is not None and self.error is not None:
+            self.request = self.request.refusing(self.error)
+
+    def _introduce(
+        self,
+        group_name: object,
+        world_size: object,
+        rank: object,
+        interface: str | None,
+        backend: object,
+        host_id: str | None,
+    ) -> None:
+        """Check what this rank says of itself; what can be said of it all the same is in ``request``."""
+        rank, world_size = checked_rank(rank, world_size)
+        if (
+            not isinstance(group_name, str)
+            or not 0 < len(group_name.encode(errors="replace")) <= _NAME_LIMIT
+        ):
+            raise OptionError(
+                f"group_name must be a string of 1 to {_NAME_LIMIT} bytes, got {group_name!r:.80}"
+            )
+        if group_name.encode(errors="replace").decode() != group_name:
+            raise OptionError(f"group_name must be valid Unicode, got {group_name!r:.80}")
+        nonce = secrets.token_bytes(_GENERATION_NBYTES + _SECRET_NBYTES)
+        host = net.host_id() if host_id is None else host_id
+        request = JoinRequest(rank, world_size, group_name, str(backend)[:_NAME_LIMIT], host, None, "", who_am_i(),
+                              0.0, 0.0, "", nonce.hex(), proof(self._secret, nonce).hex())  # fmt: skip
+        self.request = request
+        if request.backend != backend:
+            raise OptionError(f"backend must be the name of a backend, got {backend!r:.80}")
+        if interface is not None and self.error is None:
+            self.request = replace(request, address=net.interface_address(interface))
+
+    def first(self) -> bytes:
+        """Return what this rank says of itself."""
+        if self.request is not None:
+            return self.request.encode()
+        assert self.error is not None
+        return encode_error(self.error)
+
+    def second(self, payloads: Sequence[bytes]) -> bytes:
+        """Return where this rank listens.
 
         Raises:
-            FrameError: The payload is malformed.
+            CollectiveError: A rank's own error, or what the ranks disagree about; the same on every rank.
         """
-        fields = unpack(
-            payload, generation=str, salt=str, addresses=list, host_ids=list, properties=dict
+        self._requests = [JoinRequest.decode(data) for data in self._unwrapped(payloads)]
+        in_order = in_rank_order(self._requests)
+        refusals = [request.refuses() for request in in_order if request.refusal]
+        problem = (
+            next(iter(refusals), None)
+            or disagreement(in_order)
+            or self._wrong_number()
+            or self._wrong_secret()
         )
+        if problem is not None:
+            raise self._here(problem)
+        self._said = list(payloads)
+        address = self._address(in_order)
         try:
-            addresses = tuple((str(host), int(port)) for host, port in fields["addresses"])
-            host_ids = tuple(map(str, fields["host_ids"]))
-            generation, salt = bytes.fromhex(fields["generation"]), bytes.fromhex(fields["salt"])
-            return cls(generation, salt, addresses, host_ids, fields["properties"])
-        except (TypeError, ValueError) as error:
-            raise FrameError(f"malformed table: {error}") from error
+            self._listener = net.listen(address)
+        except OSError as error:
+            remedy = remedy_for_system(error, "choose with interface=")
+            return encode_error(
+                OptionError(f"cannot listen on {address} of {who_am_i()}: {error}; {remedy}")
+            )
+        return pack({"host": address, "port": self._listener.getsockname()[1]})
+
+    def finish(self, payloads: Sequence[bytes]) -> Meeting:
+        """Return what every rank now knows.
+
+        Raises:
+            CollectiveError: A rank's own error; the same on every rank.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.abandon)
+            bound = [unpack(data, host=str, port=int) for data in self._unwrapped(payloads)]
+            mine, listener = self.request, self._listener
+            if mine is None or listener is None:
+                raise OptionError("finish() must follow first() and second()")
+            in_order = in_rank_order(self._requests)
+            places = {
+                request.rank: (fields["host"], fields["port"])
+                for request, fields in zip(self._requests, bound, strict=True)
+            }
+            said = [len(data).to_bytes(8, "big") + data for data in (*self._said, *payloads)]
+            nonce = bytes.fromhex(in_order[0].nonce)
+            meeting = Meeting(
+                mine.rank,
+                mine.world_size,
+                mine.group_name,
+                nonce[:_GENERATION_NBYTES],
+                derived(self._secret, nonce[_GENERATION_NBYTES:], b"".join(said)),
+                tuple(places[request.rank] for request in in_order),
+                tuple(request.host_id for request in in_order),
+                listener,
+            )
+            undo.pop_all()
+        return meeting
+
+    def abandon(self) -> None:
+        """Close what was opened; for one who will not call ``finish``."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def _unwrapped(self, payloads: Sequence[bytes]) -> Sequence[bytes]:
+        """Return the payloads, or raise the first error among them."""
+        for index, payload in enumerate(payloads):
+            error = error_in(payload)
+            if error is not None:
+                who = (
+                    f"rank {self._requests[index].rank}"
+                    if self._requests
+                    else f"participant {index}"
+                )
+                error.args = (f"{who}: {error}",)
+                raise self._here(error)
+        return payloads
+
+    def _here(self, error: CollectiveError) -> CollectiveError:
+        if self.request is not None:
+            error.args = (f"{self.request.location}: {error}",)
+        return error
+
+    def _wrong_secret(self) -> CollectiveError | None:
+        """Return the error where ranks were given different secrets, as far as this one can tell."""
+        others = []
+        for request in in_rank_order(self._requests):
+            expected = proof(self._secret, bytes.fromhex(request.nonce))
+            if not hmac.compare_digest(expected, bytes.fromhex(request.proof)):
+                others.append(request.rank)
+        if not others:
+            return None
+        who = "this rank" if 0 in others else " and ".join(f"rank {rank}" for rank in others)
+        return OptionError(f"{who} came with another secret than rank 0; {MISTAKE}")
+
+    def _wrong_number(self) -> CollectiveError | None:
+        came, world_size = len(self._requests), self._requests[0].world_size
+        if came == world_size:
+            return None
+        return RankError(
+            f"expected {world_size} participants for world_size {world_size}, got {came}"
+        )
+
+    def _address(self, in_order: Sequence[JoinRequest]) -> str:
+        """Return where to listen: on the loopback within one host, else where the other hosts reach this one."""
+        assert self.request is not None
+        first, mine = in_order[0], in_order[self.request.rank]
+        if mine.address:
+            return mine.address
+        if len({request.host_id for request in in_order}) == 1:
+            return "127.0.0.1"
+        seen_from = mine.seen_from
+        if seen_from and mine.host_id == first.host_id and net.is_loopback(seen_from):
+            seen_from = first.seen_from
+        return seen_from or self._external or net.local_addresses()[0]
+
+
+def meet_through(exchange: Exchange, part: Introduction) -> Meeting:
+    """Bring the ranks of a new group together through an exchange of bytes that they have already.
+
+    Args:
+        exchange: Is called twice. It must be one that only these ranks can read, but where they were given a secret.
+        part: What this rank says of itself.
+
+    Returns:
+        What every rank knows. The caller owns its listener.
+
+    Raises:
+        CollectiveError: An argument of any rank cannot be used, or the ranks disagree; the same on every rank.
+    """
+    said = exchange(part.first())
+    try:
+        place = part.second(said)
+    except CollectiveError as error:
+        # Everybody raises this; the second round is for those who only help with the exchange and count on two.
+        exchange(encode_error(error))
+        raise
+    with contextlib.ExitStack() as undo:
+        undo.callback(part.abandon)
+        meeting = part.finish(exchange(place))
+        undo.pop_all()
+    return meeting
+
+
+def who_am_i() -> str:
+    """Return this process's name in messages to other ranks."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def checked_rank(rank: object, world_size: object) -> tuple[int, int]:
+    """Return rank and world size as integers.
+
+    Raises:
+        OptionError: The world size is no positive integer, or beyond reason.
+        RankError: The rank is no integer of ``range(world_size)``.
+    """
+    size = _integer(world_size)
+    if size is None or size < 1:
+        raise OptionError(f"world_size must be an integer of at least 1, got {world_size!r}")
+    if size > _WORLD_LIMIT:
+        raise OptionError(
+            f"world_size must be at most {_WORLD_LIMIT}, got {size}: rank 0 holds a connection to every rank while "
+            f"they meet"
+        )
+    number = _integer(rank)
+    if number is None or not 0 <= number < size:
+        raise RankError(
+            f"rank must be an integer from 0 to {size - 1} (world_size is {size}), got {rank!r}"
+        )
+    return number, size
+
+
+def _integer(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # any object may be passed; TypeError says no
+    except TypeError:
+        return None
 
 
 def pack(fields: Mapping[str, Any]) -> bytes:
@@ -259,6 +542,11 @@ def decode_error(payload: bytes) -> CollectiveError:
             fields["message"], [rank for rank in fields["ranks"] if isinstance(rank, int)]
         )
     return _PLAIN_ERRORS.get(fields["error"], GroupError)(fields["message"])
+
+
+def error_in(payload: bytes) -> CollectiveError | None:
+    """Return the error that a rank says in place of what was asked of it, or None."""
+    return decode_error(payload) if payload.startswith(_ERROR) else None
 
 
 def disagreement(requests: Sequence[JoinRequest]) -> CollectiveError | None:

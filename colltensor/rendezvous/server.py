@@ -40,13 +40,13 @@ class Joiner:
         sock: The connection.
         request: What it said.
         deadline: When it will give up, by this process's clock.
-        port: The port that it bound for its control plane; 0 before it did.
+        place: What it said in the second round; empty before it did.
     """
 
     sock: socket.socket
     request: JoinRequest
     deadline: float
-    port: int = 0
+    place: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

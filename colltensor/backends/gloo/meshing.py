@@ -22,7 +22,7 @@ from colltensor import net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo.provider import expired
 from colltensor.listener import Listener
-from colltensor.rendezvous.meeting import Meeting
+from colltensor.rendezvous import Meeting
 
 _HANDSHAKE_S: Final = 4.0
 """How long one connection may take until it is taken; then its rank dials again."""

@@ -29,7 +29,7 @@ from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import cgroup, library
 from colltensor.errors import BackendUnavailableError, CollectiveError, remedy_for_system
 from colltensor.listener import HANDSHAKE_S, Listener
-from colltensor.rendezvous.meeting import Meeting
+from colltensor.rendezvous import Meeting
 
 MAX_RANKS: Final = 256
 
