@@ -52,7 +52,6 @@ from colltensor.rendezvous.server import (
     JoinerQueue,
     RendezvousServer,
     Stranger,
-    Subscription,
     leave_server,
     open_server,
     remember,
@@ -137,12 +136,14 @@ def report_refusal(directory: Directory, part: Introduction) -> None:
             exchange(part.first())
 
 
-def _exchange(directory: Directory, request: JoinRequest, deadline: float) -> Host | Guest:
-    side = Host if request.rank == 0 else Guest
+def _exchange(
+    directory: Directory, request: JoinRequest, deadline: float
+) -> ServerExchange | ClientExchange:
+    side = ServerExchange if request.rank == 0 else ClientExchange
     return side(directory, request, deadline)
 
 
-class Host:
+class ServerExchange:
     """The exchange as rank 0 has it; used as a context, whose end by an error all ranks hear of.
 
     Attributes:
@@ -167,11 +168,11 @@ class Host:
         self._error = request.refuses()
         self._informed: set[tuple[int, str]] = set()
         self._strangers: dict[int, str] = {}
-        self._inbox = JoinerQueue()
+        self._inbox = JoinerQueue(directory.scope())
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._inbox, selectors.EVENT_READ)
 
-    def __enter__(self) -> Host:
+    def __enter__(self) -> ServerExchange:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -204,7 +205,7 @@ class Host:
         else:
             self._await_places(payload)
             said = [payload, *(joiner.place for joiner in self._joiners)]
-            remember(self._directory.scope(), self._request.group_name, self._request.world_size)
+            remember(self._inbox.scope, self._request.group_name, self._request.world_size)
             # from here on the group exists, and it is the group that notices who is lost
             self._tell(said)
         return said
@@ -212,17 +213,19 @@ class Host:
     def _open(self) -> None:
         """Listen, and let all ranks know where."""
         directory, request = self._directory, self._request
-        key, subscription = request.group_name, Subscription(self._inbox, directory.scope())
+        key = request.group_name
         if directory.secret == b"":
             warn_of_strangers(directory.host, key, request.rank)
         if isinstance(directory, FixedDirectory):
             self.secret = directory.secret
-            self._server = _open_fixed(directory, key, subscription, self._deadline)
+            self._server = _open_fixed(directory, key, self._inbox, self._deadline)
             return
         address = request.address or directory.address()
-        self._server = open_server(address or "", 0, secrets.token_bytes(32), key, subscription)
+        self._server = open_server(address or "", 0, secrets.token_bytes(32), key, self._inbox)
         addresses = (address,) if address else tuple(net.local_addresses())
-        endpoint = Endpoint(request.host_id, addresses, self._server.port, secrets.token_bytes(32))
+        endpoint = Endpoint(
+            request.host_id, addresses, self._server.address[1], secrets.token_bytes(32)
+        )
         # nobody knows of its port so far
         self._server.secret = self.secret = directory.sealed(endpoint).secret
         try:
@@ -299,8 +302,9 @@ class Host:
 
     def _give_up(self, error: BaseException) -> None:
         """Tell every rank that came why there will be no group."""
-        if self._server is not None and self._server.obstacle and _is_timeout(error):
-            error.args = (f"{error}; rank 0 could not hear who came: {self._server.obstacle}",)
+        obstacle = self._server.obstacle if self._server is not None else ""
+        if obstacle and isinstance(error, CollectiveTimeoutError):
+            error.args = (f"{error}; rank 0 could not hear who came: {obstacle}",)
         if not isinstance(error, CollectiveError):
             what = (
                 "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}"
@@ -473,7 +477,7 @@ class Host:
         return ""
 
 
-class Guest:
+class ClientExchange:
     """The exchange as every rank but 0 has it; used as a context.
 
     Attributes:
@@ -495,7 +499,7 @@ class Guest:
         self._started = time.monotonic()
         self._sock: socket.socket | None = None
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> ClientExchange:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -691,14 +695,14 @@ def _own_up(sock: socket.socket, request: JoinRequest, deadline: float) -> None:
 
 
 def _open_fixed(
-    directory: FixedDirectory, key: str, subscription: Subscription, deadline: float
+    directory: FixedDirectory, key: str, inbox: JoinerQueue, deadline: float
 ) -> RendezvousServer:
     """Listen at the given port; it may be another rank 0's, or for a moment an earlier meeting's."""
     started = time.monotonic()
     where = _listening_address(directory.host)
     while True:
         try:
-            return open_server(where, directory.port, directory.secret, key, subscription)
+            return open_server(where, directory.port, directory.secret, key, inbox)
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL and where:
                 _LOG.debug(
@@ -745,10 +749,6 @@ def _try_send(sock: socket.socket, kind: Message, payload: bytes = b"") -> None:
     """Tell a process what may concern it, if it is still there."""
     with contextlib.suppress(OSError):
         net.send_frame(sock, kind, payload, time.monotonic() + _GRACE_S)
-
-
-def _is_timeout(error: BaseException) -> bool:
-    return isinstance(error, CollectiveTimeoutError)
 
 
 def _spelt(endpoint: Endpoint) -> str:

@@ -27,7 +27,7 @@ from colltensor.errors import (
 )
 from colltensor.options import GroupOptions
 from colltensor.rendezvous import tcp
-from colltensor.rendezvous.tcp import Host
+from colltensor.rendezvous.tcp import ServerExchange
 
 pytestmark = pytest.mark.slow
 
@@ -192,8 +192,8 @@ def test_ranks_that_knew_better_do_not_hear_of_a_backend_that_they_did_not_ask_f
 
 
 STOPS = {
-    "before it welcomes anybody": (Host, "_admit"),
-    "before it says who is there": (Host, "_tell"),
+    "before it welcomes anybody": (ServerExchange, "_admit"),
+    "before it says who is there": (ServerExchange, "_tell"),
     "before it says where all are": (tcp, "remember"),
     "before it connects": (table, "connect"),
     "before it makes the backend": (GroupOptions, "make"),

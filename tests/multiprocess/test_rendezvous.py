@@ -716,7 +716,7 @@ def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_h
         for rank in range(3)
     ]
     near, far = socket.socketpair()
-    with near, far, tcp.Host(Directory(), hellos[0], time.monotonic() + 0.3) as host:
+    with near, far, tcp.ServerExchange(Directory(), hellos[0], time.monotonic() + 0.3) as host:
         host._inbox.put(Joiner(far, hellos[1], time.monotonic() + 9))
         host._inbox.put(Stranger(hellos[1], is_own=True))
         with pytest.raises(net_timeout(), match="rank 2 did not come"):
