@@ -1,8 +1,8 @@
 """The protocol by which ranks meet, whatever carries their bytes: who is there, and where each one listens.
 
-A meeting has two rounds, each of which hands every rank's bytes to every rank (``Exchange``). In the first the ranks
-say who they are, in the second where they listen. The carrier is TCP through rank 0 (``tcp``), a group that is split,
-torch.distributed's store, or the driver of Ray's actors.
+A meeting has two rounds, in each of which every rank says something, and all get what comes of it (``Exchange``). In
+the first the ranks say who they are, in the second where they listen. The carrier is TCP through rank 0 (``tcp``), a
+group that is split, torch.distributed's store, or the driver of Ray's actors.
 
 The bytes are JSON. They are checked field by field and refused as FrameError: at a port without a secret anybody may
 have sent them.
@@ -39,8 +39,9 @@ from colltensor.errors import (
 from colltensor.net import FrameError
 from colltensor.rendezvous.secret import MISTAKE, derived, proof
 
-Exchange: TypeAlias = Callable[[bytes], Sequence[bytes]]
-"""Hands over this rank's bytes and returns every rank's, in one order on every rank. It bounds its own time."""
+Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
+Exchange: TypeAlias = Callable[[bytes, Combine], bytes]
+"""Hands over this rank's bytes and returns what the function makes of every rank's, on this rank or another."""
 
 _MAGIC = b"colltensor endpoint 1\n"
 _ERROR = b'{"error":'
@@ -105,7 +106,7 @@ class JoinRequest:
 
     def encode(self) -> bytes:
         """Return the message's payload."""
-        return pack(asdict(self))
+        return pack({name: getattr(self, name) for name in self.__slots__})
 
     @classmethod
     def decode(cls, payload: bytes) -> JoinRequest:
@@ -219,9 +220,10 @@ class Meeting:
 class Introduction:
     """One rank's part of a meeting.
 
-    ``first()`` gives its bytes of round one, ``second(payloads)`` those of round two, ``finish(payloads)`` the meeting.
-    An error of one rank travels in its bytes, so that every rank raises it, and none waits. Who gives up in between
-    calls ``abandon()``.
+    ``first()`` gives its bytes of round one, ``second(agreed)`` those of round two, ``finish(table)`` the meeting;
+    ``agree`` and ``tabulate`` combine what the ranks say in a round, on every rank or on one for all. An error of one
+    rank travels in its bytes, so that every rank raises it, and none waits. Who gives up in between calls
+    ``abandon()``.
 
     The payloads carry the group's secret: the channel must be one that only the ranks can read, or the ranks must have
     been given a secret that is not in it.
@@ -263,8 +265,7 @@ class Introduction:
         self._secret = secret
         self._external = address
         self._listener: socket.socket | None = None
-        self._requests: list[JoinRequest] = []
-        self._said: list[bytes] = []
+        self._agreed = b""
         self.request: JoinRequest | None = None
         self.error = refusal
         try:
@@ -314,61 +315,87 @@ class Introduction:
         assert self.error is not None
         return encode_error(self.error)
 
-    def second(self, payloads: Sequence[bytes]) -> bytes:
+    def agree(self, payloads: Sequence[bytes]) -> bytes:
+        """Return what the ranks agree on in the first round, or the error that all are to raise."""
+        for index, payload in enumerate(payloads):
+            error = error_in(payload)
+            if error is not None:
+                error.args = (f"participant {index}: {error}",)
+                return encode_error(error)
+        requests = in_rank_order(map(JoinRequest.decode, payloads))
+        refusals = [request.refuses() for request in requests if request.refusal]
+        problem = (
+            next(iter(refusals), None)
+            or disagreement(requests)
+            or _wrong_number(requests)
+            or self._wrong_secret(requests)
+        )
+        if problem is not None:
+            return encode_error(problem)
+        hosts = [request.host_id for request in requests]
+        return pack({"nonce": requests[0].nonce, "hosts": hosts, "places": _places(requests)})
+
+    def second(self, agreed: bytes) -> bytes:
         """Return where this rank listens.
+
+        Args:
+            agreed: What ``agree`` returned.
 
         Raises:
             CollectiveError: A rank's own error, or what the ranks disagree about; the same on every rank.
         """
-        self._requests = [JoinRequest.decode(data) for data in self._unwrapped(payloads)]
-        in_order = in_rank_order(self._requests)
-        refusals = [request.refuses() for request in in_order if request.refusal]
-        problem = (
-            next(iter(refusals), None)
-            or disagreement(in_order)
-            or self._wrong_number()
-            or self._wrong_secret()
-        )
-        if problem is not None:
-            raise self._here(problem)
-        self._said = list(payloads)
-        address = self._address(in_order)
+        error = error_in(agreed)
+        if error is not None or self.request is None:
+            raise self._here(error or self.error or GroupError("this rank has nothing to say"))
+        self._agreed, rank = agreed, self.request.rank
+        places = unpack(agreed, places=list)["places"]
+        address = str(places[rank]) or self._external or net.local_addresses()[0]
         try:
             self._listener = net.listen(address)
-        except OSError as error:
-            remedy = remedy_for_system(error, "choose with interface=")
-            return encode_error(
-                OptionError(f"cannot listen on {address} of {who_am_i()}: {error}; {remedy}")
-            )
-        return pack({"host": address, "port": self._listener.getsockname()[1]})
+        except OSError as reason:
+            remedy = remedy_for_system(reason, "choose with interface=")
+            message = f"rank {rank}: cannot listen on {address} of {who_am_i()}: {reason}; {remedy}"
+            return encode_error(OptionError(message))
+        return pack({"rank": rank, "host": address, "port": self._listener.getsockname()[1]})
 
-    def finish(self, payloads: Sequence[bytes]) -> Meeting:
+    def tabulate(self, payloads: Sequence[bytes]) -> bytes:
+        """Return the table of addresses from what the ranks said in the second round, or the error to raise."""
+        for payload in payloads:
+            if error_in(payload) is not None:
+                return payload
+        said = [unpack(data, rank=int, host=str, port=int) for data in payloads]
+        said.sort(key=lambda fields: fields["rank"])
+        return pack({"addresses": [(fields["host"], fields["port"]) for fields in said]})
+
+    def finish(self, table: bytes) -> Meeting:
         """Return what every rank now knows.
+
+        Args:
+            table: What ``tabulate`` returned.
 
         Raises:
             CollectiveError: A rank's own error; the same on every rank.
         """
         with contextlib.ExitStack() as undo:
             undo.callback(self.abandon)
-            bound = [unpack(data, host=str, port=int) for data in self._unwrapped(payloads)]
+            error = error_in(table)
+            if error is not None:
+                raise self._here(error)
             mine, listener = self.request, self._listener
             if mine is None or listener is None:
                 raise OptionError("finish() must follow first() and second()")
-            in_order = in_rank_order(self._requests)
-            places = {
-                request.rank: (fields["host"], fields["port"])
-                for request, fields in zip(self._requests, bound, strict=True)
-            }
-            said = [len(data).to_bytes(8, "big") + data for data in (*self._said, *payloads)]
-            nonce = bytes.fromhex(in_order[0].nonce)
+            agreed = unpack(self._agreed, nonce=str, hosts=list)
+            addresses = unpack(table, addresses=list)["addresses"]
+            nonce = bytes.fromhex(agreed["nonce"])
+            said = len(self._agreed).to_bytes(8, "big") + self._agreed + table
             meeting = Meeting(
                 mine.rank,
                 mine.world_size,
                 mine.group_name,
                 nonce[:_GENERATION_NBYTES],
-                derived(self._secret, nonce[_GENERATION_NBYTES:], b"".join(said)),
-                tuple(places[request.rank] for request in in_order),
-                tuple(request.host_id for request in in_order),
+                derived(self._secret, nonce[_GENERATION_NBYTES:], said),
+                tuple((str(host), int(port)) for host, port in addresses),
+                tuple(map(str, agreed["hosts"])),
                 listener,
             )
             undo.pop_all()
@@ -379,29 +406,15 @@ class Introduction:
         if self._listener is not None:
             self._listener.close()
 
-    def _unwrapped(self, payloads: Sequence[bytes]) -> Sequence[bytes]:
-        """Return the payloads, or raise the first error among them."""
-        for index, payload in enumerate(payloads):
-            error = error_in(payload)
-            if error is not None:
-                who = (
-                    f"rank {self._requests[index].rank}"
-                    if self._requests
-                    else f"participant {index}"
-                )
-                error.args = (f"{who}: {error}",)
-                raise self._here(error)
-        return payloads
-
     def _here(self, error: CollectiveError) -> CollectiveError:
         if self.request is not None:
             error.args = (f"{self.request.location}: {error}",)
         return error
 
-    def _wrong_secret(self) -> CollectiveError | None:
+    def _wrong_secret(self, requests: Iterable[JoinRequest]) -> CollectiveError | None:
         """Return the error where ranks were given different secrets, as far as this one can tell."""
         others = []
-        for request in in_rank_order(self._requests):
+        for request in requests:
             expected = proof(self._secret, bytes.fromhex(request.nonce))
             if not hmac.compare_digest(expected, bytes.fromhex(request.proof)):
                 others.append(request.rank)
@@ -410,33 +423,13 @@ class Introduction:
         who = "this rank" if 0 in others else " and ".join(f"rank {rank}" for rank in others)
         return OptionError(f"{who} came with another secret than rank 0; {MISTAKE}")
 
-    def _wrong_number(self) -> CollectiveError | None:
-        came, world_size = len(self._requests), self._requests[0].world_size
-        if came == world_size:
-            return None
-        return RankError(
-            f"expected {world_size} participants for world_size {world_size}, got {came}"
-        )
 
-    def _address(self, in_order: Sequence[JoinRequest]) -> str:
-        """Return where to listen: on the loopback within one host, else where the other hosts reach this one."""
-        assert self.request is not None
-        first, mine = in_order[0], in_order[self.request.rank]
-        if mine.address:
-            return mine.address
-        if len({request.host_id for request in in_order}) == 1:
-            return "127.0.0.1"
-        seen_from = mine.seen_from
-        if seen_from and mine.host_id == first.host_id and net.is_loopback(seen_from):
-            seen_from = first.seen_from
-        return seen_from or self._external or net.local_addresses()[0]
-
-
-def meet_through(exchange: Exchange, part: Introduction) -> Meeting:
+def meet_through(gather: Callable[[bytes], Sequence[bytes]], part: Introduction) -> Meeting:
     """Bring the ranks of a new group together through an exchange of bytes that they have already.
 
     Args:
-        exchange: Is called twice. It must be one that only these ranks can read, but where they were given a secret.
+        gather: Hands over this rank's bytes and returns every rank's, in one order on every rank. It is called twice,
+            bounds its own time, and must be one that only these ranks can read, but where they were given a secret.
         part: What this rank says of itself.
 
     Returns:
@@ -445,18 +438,47 @@ def meet_through(exchange: Exchange, part: Introduction) -> Meeting:
     Raises:
         CollectiveError: An argument of any rank cannot be used, or the ranks disagree; the same on every rank.
     """
-    said = exchange(part.first())
+    return perform(lambda payload, combine: combine(gather(payload)), part)
+
+
+def perform(exchange: Exchange, part: Introduction) -> Meeting:
+    """Meet through any exchange: see ``meet_through``."""
+    agreed = exchange(part.first(), part.agree)
     try:
-        place = part.second(said)
+        place = part.second(agreed)
     except CollectiveError as error:
         # Everybody raises this; the second round is for those who only help with the exchange and count on two.
-        exchange(encode_error(error))
+        exchange(encode_error(error), part.tabulate)
         raise
     with contextlib.ExitStack() as undo:
         undo.callback(part.abandon)
-        meeting = part.finish(exchange(place))
+        meeting = part.finish(exchange(place, part.tabulate))
         undo.pop_all()
     return meeting
+
+
+def _wrong_number(requests: Sequence[JoinRequest]) -> CollectiveError | None:
+    came, world_size = len(requests), requests[0].world_size
+    if came == world_size:
+        return None
+    return RankError(f"expected {world_size} participants for world_size {world_size}, got {came}")
+
+
+def _places(requests: Sequence[JoinRequest]) -> list[str]:
+    """Return where each rank is to listen: on the loopback within one host, else where the other hosts reach it.
+
+    It is empty for a rank that is to find that out by itself.
+    """
+    first = requests[0]
+    if len({request.host_id for request in requests}) == 1:
+        return [request.address or "127.0.0.1" for request in requests]
+    places = []
+    for request in requests:
+        seen_from = request.seen_from
+        if seen_from and request.host_id == first.host_id and net.is_loopback(seen_from):
+            seen_from = first.seen_from
+        places.append(request.address or seen_from)
+    return places
 
 
 def who_am_i() -> str:

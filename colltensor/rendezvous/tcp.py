@@ -1,4 +1,4 @@
-"""The exchange of a meeting over TCP: rank 0 hears what every rank says, and tells everyone all of it.
+"""The exchange of a meeting over TCP: rank 0 hears what every rank says, and tells all what comes of it.
 
 Rank 0 listens and leaves in a directory how it is reached; the others find that, prove that they know its secret, and
 stay connected. So rank 0 sees who is missing, who was lost, and who is no rank; and whatever ends the meeting it tells
@@ -16,7 +16,6 @@ import secrets
 import selectors
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 from colltensor import net
@@ -31,6 +30,7 @@ from colltensor.errors import (
     remedy_for_system,
 )
 from colltensor.rendezvous.protocol import (
+    Combine,
     Endpoint,
     Introduction,
     JoinRequest,
@@ -42,6 +42,7 @@ from colltensor.rendezvous.protocol import (
     error_in,
     meet_through,
     pack,
+    perform,
     taken,
     unpack,
     who_am_i,
@@ -71,7 +72,7 @@ _HANDSHAKE_S = 5.0
 _STRANGER_S = 3.0
 _REFUSED_S = 0.3
 _VERDICT_SLACK_S = 1.0
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.1
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.001, 0.1
 
 
 def meet(directory: Directory, part: Introduction, deadline: float) -> Meeting:
@@ -104,7 +105,7 @@ def meet(directory: Directory, part: Introduction, deadline: float) -> Meeting:
         return meet_through(lambda payload: [payload], part)
     try:
         with _exchange(directory, request, deadline) as exchange:
-            meeting = meet_through(exchange, part)
+            meeting = perform(exchange, part)
         return replace(meeting, secret=derived(exchange.secret, meeting.secret, b""))
     except CollectiveError as error:
         error.args = (f"{request.location}: {error}",)
@@ -133,7 +134,7 @@ def report_refusal(directory: Directory, part: Introduction) -> None:
     with contextlib.suppress(CollectiveError, OSError):
         deadline = time.monotonic() + _REFUSAL_S
         with _exchange(directory, part.request, deadline) as exchange:
-            exchange(part.first())
+            exchange(part.first(), part.agree)
 
 
 def _exchange(
@@ -193,21 +194,20 @@ class ServerExchange:
                         "group %r (rank %d): its endpoint could not be removed: %s", key, 0, reason
                     )
 
-    def __call__(self, payload: bytes) -> list[bytes]:
-        """Hand over rank 0's bytes; the first time, once all ranks are there."""
+    def __call__(self, payload: bytes, combine: Combine) -> bytes:
+        """Tell every rank what comes of what all say; the first time, once all ranks are there."""
         if self._server is None:
             self._open()
             self._gather()
-            self._joiners.sort(key=lambda joiner: joiner.request.rank)
-            own = replace(self._request, seen_from=self._seen_from())
-            said = [request.encode() for request in (own, *(j.request for j in self._joiners))]
-            self._tell(said)
+            own = replace(self._request, seen_from=self._seen_from()).encode()
+            said = combine([own, *(joiner.request.encode() for joiner in self._joiners)])
         else:
             self._await_places(payload)
-            said = [payload, *(joiner.place for joiner in self._joiners)]
-            remember(self._inbox.scope, self._request.group_name, self._request.world_size)
+            said = combine([payload, *(joiner.place for joiner in self._joiners)])
             # from here on the group exists, and it is the group that notices who is lost
-            self._tell(said)
+            remember(self._inbox.scope, self._request.group_name, self._request.world_size)
+        for joiner in self._joiners:
+            self._send(joiner, Message.EVERYBODY, said)
         return said
 
     def _open(self) -> None:
@@ -283,22 +283,18 @@ class ServerExchange:
 
     def _await_places(self, payload: bytes) -> None:
         """Wait until every rank has said where it listens."""
-        self._note_error(0, payload)
+        self._error = self._error or error_in(payload)
         while self._error is None and not all(joiner.place for joiner in self._joiners):
             if time.monotonic() >= self._limit():
-                late = tuple(joiner.request.rank for joiner in self._joiners if not joiner.place)
+                late = tuple(
+                    sorted(joiner.request.rank for joiner in self._joiners if not joiner.place)
+                )
                 raise CollectiveTimeoutError(
                     f"{_listed(late)} came but stopped answering in the meeting", late
                 )
             self._step(self._limit())
         if self._error is not None:
             raise self._error
-
-    def _tell(self, said: Sequence[bytes]) -> None:
-        """Tell every rank what all have said."""
-        payload = pack({"said": [data.decode() for data in said]})
-        for joiner in self._joiners:
-            self._send(joiner, Message.EVERYBODY, payload)
 
     def _give_up(self, error: BaseException) -> None:
         """Tell every rank that came why there will be no group."""
@@ -423,15 +419,9 @@ class ServerExchange:
             if kind != Message.PLACE:
                 raise net.FrameError(f"unexpected frame of kind {kind}")
             joiner.place = payload
-            self._note_error(joiner.request.rank, payload)
+            self._error = self._error or error_in(payload)
         except (ConnectionError, TimeoutError) as reason:
             self._lose(joiner, reason)
-
-    def _note_error(self, rank: int, payload: bytes) -> None:
-        error = error_in(payload)
-        if error is not None:
-            error.args = (f"rank {rank}: {error}",)
-            self._error = self._error or error
 
     def _send(self, joiner: Joiner, kind: Message, payload: bytes = b"") -> None:
         try:
@@ -506,7 +496,7 @@ class ClientExchange:
         if self._sock is not None:
             self._sock.close()
 
-    def __call__(self, payload: bytes) -> list[bytes]:
+    def __call__(self, payload: bytes, combine: Combine) -> bytes:
         """Hand over this rank's bytes; from the moment that rank 0 takes them, losing it is an error."""
         sock = self._sock
         try:
@@ -514,7 +504,7 @@ class ClientExchange:
                 sock = self._sock = self._find_rank_0()
             else:
                 net.send_frame(sock, Message.PLACE, payload, self._deadline)
-            return [str(data).encode() for data in unpack(self._heard(sock), said=list)["said"]]
+            return self._heard(sock)
         except CollectiveError:
             raise
         except TimeoutError as error:
