@@ -123,6 +123,8 @@ class JoinRequest:
                 net.is_loopback(fields["seen_from"])
             if not math.isfinite(fields["age_s"] + fields["patience_s"]):
                 raise ValueError("a length of time is not finite")
+            if not 0 <= fields["rank"] < fields["world_size"]:
+                raise ValueError(f"there is no rank {fields['rank']} of {fields['world_size']}")
             bytes.fromhex(fields["nonce"] + fields["proof"])
             request = cls(**fields)
         except (OverflowError, TypeError, ValueError) as error:

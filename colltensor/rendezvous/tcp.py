@@ -282,7 +282,8 @@ class ServerExchange:
             self._step(self._limit() if grace_ends is None else min(grace_ends, self._limit()))
 
     def _await_places(self, payload: bytes) -> None:
-        """Wait until every rank has said where it listens."""
+        """Wait until every rank has said where it listens; who comes now has come too late."""
+        self._selector.unregister(self._inbox)
         self._error = self._error or error_in(payload)
         while self._error is None and not all(joiner.place for joiner in self._joiners):
             if time.monotonic() >= self._limit():
@@ -488,6 +489,9 @@ class ClientExchange:
         self._deadline = deadline
         self._started = time.monotonic()
         self._sock: socket.socket | None = None
+        self._reason = ""
+        self._stranger_since: float | None = None
+        self._refused_since: float | None = None
 
     def __enter__(self) -> ClientExchange:
         return self
@@ -521,60 +525,70 @@ class ClientExchange:
 
     def _find_rank_0(self) -> socket.socket:
         """Return the connection to rank 0, which has taken this rank in."""
-        directory, request, deadline = self._directory, self._request, self._deadline
-        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
-        reason, where, says_who = "", "", False
-        stranger_since: float | None = None
-        refused_since: float | None = None
-        while time.monotonic() < deadline:
+        key = self._request.group_name
+        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, self._deadline)
+        while time.monotonic() < self._deadline:
             try:
-                endpoint = directory.find(request.group_name, deadline)
+                endpoint = self._directory.find(key, self._deadline)
+                sock = self._enter(endpoint) if endpoint is not None else None
+                if sock is not None:
+                    return sock
                 if endpoint is None:
-                    reason = directory.absent(request.group_name)
-                else:
-                    where, says_who = _spelt(endpoint), bool(endpoint.host_id)
-                    self.secret = endpoint.secret
-                    with contextlib.ExitStack() as undo:
-                        sock = _reach(
-                            endpoint, request.group_name, request.host_id, deadline, request
-                        )
-                        undo.enter_context(sock)
-                        reason = "it answers, but this group is not meeting there"
-                        stranger_since = refused_since = None
-                        if self._is_taken_in(sock):
-                            undo.pop_all()
-                            return sock
+                    self._reason = self._directory.absent(key)
             except CollectiveError:
                 raise
-            except net.FrameError as error:
-                reason = f"something else listens at its address ({error})"
-                stranger_since = stranger_since or time.monotonic()
-                if not says_who and time.monotonic() - stranger_since > _STRANGER_S:
-                    raise OptionError(
-                        f"rank 0 was looked for at {where}, but {reason}; choose another port or file"
-                    ) from error
             except (ConnectionError, TimeoutError) as error:
-                reason = f"last, {where and f'at {where}: '}{error}"
-                if isinstance(error, ConnectionRefusedError):
-                    stranger_since = None
-                if isinstance(error, net.WrongSecretError):
-                    refused_since = refused_since or time.monotonic()
-            # Not at once: another job's rank 0 may meet at that port for a moment.
-            if (
-                refused_since
-                and directory.secret is not None
-                and time.monotonic() - refused_since > _REFUSED_S
-            ):
-                raise OptionError(
-                    f"rank 0 meets at {where} with another secret than this rank has; {MISTAKE}"
-                )
+                self._reason = f"last: {error}"
             backoff.pause()
         raise CollectiveTimeoutError(
-            f"expected rank 0 to meet this group within the timeout, but it did not come{reason and ': '}{reason}; "
-            f"start every rank with the same group_name and init_method, or allow more time with timeout_s (a rank 0 "
-            f"that did start has given up: see its own error message)",
+            f"expected rank 0 to meet this group within the timeout, but it did not come"
+            f"{self._reason and ': '}{self._reason}; start every rank with the same group_name and init_method, or "
+            f"allow more time with timeout_s (a rank 0 that did start has given up: see its own error message)",
             (0,),
         )
+
+    def _enter(self, endpoint: Endpoint) -> socket.socket | None:
+        """Ask rank 0 to take this rank in; None where the next attempt may go better."""
+        request = self._request
+        with contextlib.ExitStack() as undo:
+            try:
+                sock = _reach(
+                    endpoint, request.group_name, request.host_id, self._deadline, request
+                )
+                undo.enter_context(sock)
+                self._reason = "it answers, but this group is not meeting there"
+                self._stranger_since = self._refused_since = None
+                if self._is_taken_in(sock):
+                    undo.pop_all()
+                    self.secret = endpoint.secret
+                    return sock
+            except CollectiveError:
+                raise
+            except (ConnectionError, TimeoutError) as error:
+                self._judge(endpoint, error)
+        return None
+
+    def _judge(self, endpoint: Endpoint, error: OSError) -> None:
+        """Note why rank 0 did not take this rank in, and give up where that lasts."""
+        now, where = time.monotonic(), _spelt(endpoint)
+        self._reason = f"last, at {where}: {error}"
+        if isinstance(error, net.FrameError):
+            self._reason = f"something else listens at its address ({error})"
+            self._stranger_since = self._stranger_since or now
+            if not endpoint.host_id and now - self._stranger_since > _STRANGER_S:
+                raise OptionError(
+                    f"rank 0 was looked for at {where}, but {self._reason}; choose another port or file"
+                ) from error
+        elif isinstance(error, ConnectionRefusedError):
+            self._stranger_since = None
+        elif isinstance(error, net.WrongSecretError):
+            self._refused_since = self._refused_since or now
+        # Not at once: another job's rank 0 may meet at that port for a moment.
+        since = self._refused_since if self._directory.secret is not None else None
+        if since is not None and now - since > _REFUSED_S:
+            raise OptionError(
+                f"rank 0 meets at {where} with another secret than this rank has; {MISTAKE}"
+            ) from error
 
     def _is_taken_in(self, sock: socket.socket) -> bool:
         """Say who one is; return whether rank 0 is meeting this group now."""

@@ -579,6 +579,16 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
                 net.recv_frame(sock, time.monotonic() + 0.2)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"rank": -1}, {"rank": 3}, {"nonce": "x"}, {"age_s": float("inf")}, {"who": 1}]
+)
+def test_what_no_rank_says_is_refused(wrong: dict[str, Any]) -> None:
+    said = JoinRequest(1, 3, "g", "auto", "", None, "127.0.0.1", "process 1", 0.0, 9.0)
+    assert JoinRequest.decode(said.encode()) == said
+    with pytest.raises(net.FrameError):
+        JoinRequest.decode(replace(said, **wrong).encode())
+
+
 @pytest.mark.parametrize("culprit", [0, 2])
 @pytest.mark.parametrize("wrong", [{"COLLTENSOR_SECRET": "another"}, {}])
 def test_a_rank_with_another_secret_is_told_to_all(
@@ -725,6 +735,27 @@ def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_h
         host._inbox.put(Stranger(hellos[2], is_own=True))
         with pytest.raises(OptionError, match=r"rank 2 .*has another secret than rank 0"):
             host._gather()
+
+
+def test_who_comes_when_all_are_there_keeps_nobody_waiting() -> None:
+    """The ranks are told who is there, and say where they listen; then comes one whose rank is taken."""
+    hellos = [
+        JoinRequest(rank, 2, "g", "auto", "", None, "127.0.0.1", f"process {rank}", 0.0, 9.0)
+        for rank in range(2)
+    ]
+    (near, far), (late_near, late_far) = socket.socketpair(), socket.socketpair()
+    deadline = time.monotonic() + 1.0
+    with near, far, late_near, late_far:
+        with tcp.ServerExchange(Directory(), hellos[0], deadline) as host:
+            host._inbox.put(Joiner(far, hellos[1], time.monotonic() + 9))
+            host._gather()
+            late = replace(hellos[1], who="a latecomer")
+            host._inbox.put(Joiner(late_far, late, time.monotonic() + 9))
+            net.send_frame(near, Message.PLACE, b"{}")
+            host._await_places(b"{}")
+        assert time.monotonic() < deadline
+        kind, words = net.recv_frame(late_near, deadline)
+        assert (kind, b"a latecomer" in words) == (Message.FAILED, True)
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
