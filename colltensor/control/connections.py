@@ -187,7 +187,7 @@ class Connections:
     def arrive(self, link: Link) -> None:
         """Take over a link that another rank has opened."""
         self._arrivals.append(link)
-        self._wake()
+        self.wake()
         if self._shut:
             link.close()
 
@@ -377,9 +377,6 @@ class Connections:
 
     def wake(self) -> None:
         """Let the thread that waits look again."""
-        self._wake()
-
-    def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
 
@@ -387,7 +384,7 @@ class Connections:
         """Do what is due after a failure or a close, or wake the thread that works the links to do it on leaving."""
         while not self._disowned and self._due():
             if not self._baton.acquire(blocking=False):
-                self._wake()
+                self.wake()
                 return
             try:
                 if self._failures and not self._flooded:
