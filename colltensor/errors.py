@@ -31,6 +31,17 @@ class CollectiveError(RuntimeError):
     """Base of every error that ColTensor raises on purpose."""
 
 
+class _RanksError(CollectiveError):
+    """Base of the errors that name ranks."""
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
 class OptionError(CollectiveError, ValueError):
     """An option has a value that no call could use."""
 
@@ -43,7 +54,7 @@ class BackendUnavailableError(CollectiveError):
     """The backend cannot be used here."""
 
 
-class MismatchError(CollectiveError):
+class MismatchError(_RanksError):
     """The ranks of a group disagree about a call; no data was changed and the group goes on.
 
     One exception: where a ``sendrecv`` is agreed with one peer and not with the other, the agreed
@@ -53,42 +64,21 @@ class MismatchError(CollectiveError):
         ranks: The ranks that differ from the majority (from rank 0 where there is none).
     """
 
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
-
-
-class PeerLostError(CollectiveError, ConnectionError):
+class PeerLostError(_RanksError, ConnectionError):
     """A rank died, left or cannot be reached; the group is broken.
 
     Attributes:
         ranks: The ranks that are lost.
     """
 
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
-
-
-class CollectiveTimeoutError(CollectiveError, TimeoutError):
+class CollectiveTimeoutError(_RanksError, TimeoutError):
     """A rank did not arrive within the group's timeout; the group is broken.
 
     Attributes:
         ranks: The ranks that are late, as far as they could be told.
     """
-
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
 
 
 class RankError(CollectiveError, ValueError):
@@ -121,6 +111,20 @@ class ShapeError(TensorError, ValueError):
 
 class AliasError(TensorError, ValueError):
     """Two buffers of one call share memory, at least one of them to be written."""
+
+
+def class_name(error: CollectiveError) -> str:
+    """Return the name of the class in this module that an error is of, for ``rebuilt``."""
+    names = (kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind)
+    return str(next(names))
+
+
+def rebuilt(name: str, message: str, ranks: Iterable[int]) -> CollectiveError:
+    """Return the error that another rank has told of; one of a class that is not known is a GroupError."""
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, CollectiveError)):
+        return GroupError(message)
+    return kind(message, ranks) if issubclass(kind, _RanksError) else kind(message)
 
 
 def without_frames(error: CollectiveError) -> CollectiveError:

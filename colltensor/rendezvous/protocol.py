@@ -26,14 +26,13 @@ from typing import Any, TypeAlias
 
 from colltensor import net
 from colltensor.errors import (
-    BackendUnavailableError,
     CollectiveError,
-    CollectiveTimeoutError,
     GroupError,
     MismatchError,
     OptionError,
-    PeerLostError,
     RankError,
+    class_name,
+    rebuilt,
     remedy_for_system,
 )
 from colltensor.net import FrameError
@@ -49,12 +48,6 @@ _REFUSAL_LIMIT = 1000
 _NAME_LIMIT = 1024
 _WORLD_LIMIT = 1 << 16
 _GENERATION_NBYTES, _SECRET_NBYTES = 8, 32
-_PLAIN_ERRORS = {
-    kind.__name__: kind for kind in (BackendUnavailableError, GroupError, OptionError, RankError)
-}
-_RANKS_ERRORS = {
-    kind.__name__: kind for kind in (MismatchError, PeerLostError, CollectiveTimeoutError)
-}
 
 
 class Message(enum.IntEnum):
@@ -143,7 +136,7 @@ class JoinRequest:
         message = f"rank {self.rank}: {error}"[:_REFUSAL_LIMIT]
         return replace(
             self,
-            refusal=pack({"error": type(error).__name__, "message": message, "ranks": []}).decode(),
+            refusal=pack({"error": class_name(error), "message": message, "ranks": []}).decode(),
         )
 
     def refuses(self) -> CollectiveError | None:
@@ -550,7 +543,7 @@ def unpack(payload: bytes, **types: type | tuple[type, ...]) -> dict[str, Any]:
 def encode_error(error: CollectiveError) -> bytes:
     """Return an error as a payload."""
     ranks = list(getattr(error, "ranks", ()))
-    return pack({"error": type(error).__name__, "message": str(error), "ranks": ranks})
+    return pack({"error": class_name(error), "message": str(error), "ranks": ranks})
 
 
 def decode_error(payload: bytes) -> CollectiveError:
@@ -560,12 +553,8 @@ def decode_error(payload: bytes) -> CollectiveError:
         FrameError: The payload is malformed.
     """
     fields = unpack(payload, error=str, message=str, ranks=list)
-    with_ranks = _RANKS_ERRORS.get(fields["error"])
-    if with_ranks is not None:
-        return with_ranks(
-            fields["message"], [rank for rank in fields["ranks"] if isinstance(rank, int)]
-        )
-    return _PLAIN_ERRORS.get(fields["error"], GroupError)(fields["message"])
+    ranks = [rank for rank in fields["ranks"] if isinstance(rank, int)]
+    return rebuilt(fields["error"], fields["message"], ranks)
 
 
 def error_in(payload: bytes) -> CollectiveError | None:
