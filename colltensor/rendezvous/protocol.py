@@ -94,7 +94,7 @@ class JoinRequest:
     age_s: float
     patience_s: float
     refusal: str = ""
-    nonce: str = ""
+    nonce: str = field(default="", repr=False)
     proof: str = ""
 
     def encode(self) -> bytes:
@@ -328,7 +328,7 @@ class Introduction:
         if problem is not None:
             return encode_error(problem)
         hosts = [request.host_id for request in requests]
-        return pack({"nonce": requests[0].nonce, "hosts": hosts, "places": _places(requests)})
+        return pack({"hosts": hosts, "places": _places(requests), "nonce": requests[0].nonce})
 
     def second(self, agreed: bytes) -> bytes:
         """Return where this rank listens.

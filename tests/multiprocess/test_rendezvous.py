@@ -583,7 +583,10 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
     "wrong", [{"rank": -1}, {"rank": 3}, {"nonce": "x"}, {"age_s": float("inf")}, {"who": 1}]
 )
 def test_what_no_rank_says_is_refused(wrong: dict[str, Any]) -> None:
-    said = JoinRequest(1, 3, "g", "auto", "", None, "127.0.0.1", "process 1", 0.0, 9.0)
+    said = JoinRequest(
+        1, 3, "g", "auto", "", None, "127.0.0.1", "process 1", 0.0, 9.0, nonce="5ec2e7"
+    )
+    assert "5ec2e7" not in repr(said)
     assert JoinRequest.decode(said.encode()) == said
     with pytest.raises(net.FrameError):
         JoinRequest.decode(replace(said, **wrong).encode())
