@@ -202,8 +202,7 @@ class RendezvousServer:
             raise net.FrameError(
                 f"a request for {request.group_name!r:.80} came where {group_name!r:.80} was named"
             )
-        with self._lock:
-            meeting = self._meetings.get(group_name)
+        meeting = self._meetings.get(group_name)
         if meeting is not None:
             now = time.monotonic()
             refusal = _left_over(meeting.scope, request, now)
@@ -220,15 +219,13 @@ class RendezvousServer:
         kind, payload = net.recv_frame(sock, time.monotonic() + _STRANGER_S, net.UNPROVEN_LIMIT)
         if kind == Message.JOIN:
             request = JoinRequest.decode(payload)
-            with self._lock:
-                meeting = self._meetings.get(request.group_name)
+            meeting = self._meetings.get(request.group_name)
             if meeting is not None:
                 meeting.put(Stranger(request, is_own(sock)))
 
     def _contest(self, sock: socket.socket, group_name: str, who: str, deadline: float) -> None:
         """Answer another process that wants to be rank 0: the two of them cannot both be right."""
-        with self._lock:
-            meeting = self._meetings.get(group_name)
+        meeting = self._meetings.get(group_name)
         if meeting is not None and meeting.put(who):
             error = taken(0, [f"process {os.getpid()} on {socket.gethostname()}", who])
             net.send_frame(sock, Message.FAILED, encode_error(error), deadline)
