@@ -352,7 +352,7 @@ def _host_tag() -> str:
 
 
 def _remove_drafts(target: Path, folder: int) -> None:
-    """Remove what a rank 0 that was killed while it wrote left beside the target: see FileDirectory.publish.
+    """Remove what a rank 0 that was killed while it wrote left beside the target: see FileDirectory.put.
 
     A draft is there for seconds at most: one of a process of this host that is gone, or an old one.
     """
