@@ -31,6 +31,17 @@ class CollectiveError(RuntimeError):
     """Base of every error that ColTensor raises on purpose."""
 
 
+class _RanksError(CollectiveError):
+    """Base of the errors that name ranks."""
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
 class OptionError(CollectiveError, ValueError):
     """An option has a value that no call could use."""
 
@@ -41,17 +52,6 @@ class GroupError(CollectiveError):
 
 class BackendUnavailableError(CollectiveError):
     """The backend cannot be used here."""
-
-
-class _RanksError(CollectiveError):
-    """Base of the errors that name ranks, which a pickle keeps."""
-
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = tuple(ranks)
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
 
 
 class MismatchError(_RanksError):
@@ -112,6 +112,20 @@ class ShapeError(TensorError, ValueError):
 
 class AliasError(TensorError, ValueError):
     """Two buffers of one call share memory, at least one of them to be written."""
+
+
+def class_name(error: CollectiveError) -> str:
+    """Return the name of the class in this module that an error is of, for ``rebuilt``."""
+    names = (kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind)
+    return str(next(names))
+
+
+def rebuilt(name: str, message: str, ranks: Iterable[int]) -> CollectiveError:
+    """Return the error that another rank has told of; one of a class that is not known is a GroupError."""
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, CollectiveError)):
+        return GroupError(message)
+    return kind(message, ranks) if issubclass(kind, _RanksError) else kind(message)
 
 
 def without_frames(error: CollectiveError) -> CollectiveError:

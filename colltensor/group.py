@@ -38,7 +38,7 @@ from colltensor.fastpath import NO_OP, FastPath
 from colltensor.fastpath_trees import TreeFastPath
 from colltensor.multigpu import MultiGpu
 from colltensor.options import GroupOptions, timeout_of
-from colltensor.rendezvous import Meeting, meet_through
+from colltensor.rendezvous import Introduction, Meeting, meet_through
 from colltensor.types import CPU, ReduceOp
 from colltensor.untraced import keep_compilers_out
 
@@ -946,8 +946,7 @@ class Group:
         options, size = self._options, len(members)
         deadline = time.monotonic() + self.timeout_s
         with saying_timed_out(self.timeout_s):
-            meeting = meet_through(
-                exchange,
+            part = Introduction(
                 group_name=name,
                 world_size=size,
                 rank=members.index(self.rank),
@@ -955,7 +954,7 @@ class Group:
                 backend=options.asked_of(size),
                 host_id=self._control.host_id,
             )
-            return connect(meeting, options, deadline)
+            return connect(meet_through(exchange, part), options, deadline)
 
     @contextlib.contextmanager
     def _refusing(self, name: str, root: int, argument: Buffers | None) -> Iterator[None]:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -43,14 +44,14 @@ _listening = 0
 class Listener:
     """Accepts connections in a thread of its own and gives each that speaks to ``serve``, in a thread of its own.
 
-    ``serve`` gets a connected socket, which it closes or hands on, and calls ``proven`` once the other side has proved
-    itself.
+    ``serve`` gets a connected socket, and has the other side prove itself by ``verify``. It returns True if it keeps
+    the socket, which is closed else; what it raises of a connection is noted.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        serve: Callable[[socket.socket], None],
+        serve: Callable[[socket.socket], bool | None],
         note: Callable[[str, Exception], None],
         name: str,
         ranks: int = 0,
@@ -59,7 +60,7 @@ class Listener:
 
         Args:
             sock: A listening socket, which is left open at the end.
-            serve: Answers one connection; raises nothing.
+            serve: Answers one connection.
             note: Hears of what could not be accepted or served, in words.
             name: The thread's name.
             ranks: How many ranks may come at the same time, who are no strangers.
@@ -86,7 +87,27 @@ class Listener:
         self._poller.register(self._sock, select.POLLIN)
         self._thread.start()
 
-    def proven(self, sock: socket.socket) -> None:
+    def verify(
+        self, sock: socket.socket, secret_of: Callable[[bytes], bytes | None]
+    ) -> tuple[bytes, float]:
+        """Let the other side prove itself; it is no stranger from then on.
+
+        Args:
+            sock: The connection.
+            secret_of: As for ``net.verify``.
+
+        Returns:
+            The context that the other side named, and when its request must have come.
+
+        Raises:
+            ConnectionError, TimeoutError: As ``net.verify``.
+        """
+        until = time.monotonic() + HANDSHAKE_S
+        context = net.verify(sock, secret_of, until)
+        self._forget(sock)
+        return context, until
+
+    def _forget(self, sock: socket.socket) -> None:
         """Count a connection among the strangers no more."""
         with self._lock:
             self._speaking.pop(sock, None)
@@ -207,18 +228,23 @@ class Listener:
             ).start()
         except RuntimeError as error:
             self._note("cannot serve a connection", error)
-            self.proven(sock)
+            self._forget(sock)
             sock.close()
 
     def _answer(self, sock: socket.socket) -> None:
+        is_kept = False
         try:
-            self._serve(sock)
+            is_kept = bool(self._serve(sock))
+        except (OSError, ValueError, struct.error) as error:
+            self._note("turned a connection away", error)
         finally:
-            self.proven(sock)
+            self._forget(sock)
+            if not is_kept:
+                sock.close()
 
 
 def _end(sock: socket.socket) -> None:
-    """End a connection that its thread closes, or has closed."""
+    """End a connection that its thread closes."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 

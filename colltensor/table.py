@@ -27,7 +27,14 @@ from colltensor.errors import (
 )
 from colltensor.group import Group, connect, groups_named, solitary
 from colltensor.options import GroupOptions, timeout_of
-from colltensor.rendezvous import Directory, Meeting, meet, open_directory, report_refusal
+from colltensor.rendezvous import (
+    Directory,
+    Introduction,
+    Meeting,
+    meet,
+    open_directory,
+    report_refusal,
+)
 
 _lock = threading.Lock()
 _groups: dict[str, Group | None] = {}
@@ -277,16 +284,15 @@ def _meet(
         return solitary(group_name, options)
     deadline = time.monotonic() + options.timeout_s
     with saying_timed_out(options.timeout_s):
-        meeting = meet(
-            directory,
+        part = Introduction(
             group_name=group_name,
             world_size=world_size,
             rank=rank,
-            deadline=deadline,
             interface=options.interface,
             backend=options.asked_of(world_size),
+            host_id=directory.host_id,
         )
-        return connect(meeting, options, deadline)
+        return connect(meet(directory, part, deadline), options, deadline)
 
 
 def _report(
@@ -306,10 +312,15 @@ def _report(
             # the secret may be what was refused, and ranks of this user listen without
             directory, rank, world_size = open_directory(init_method, rank, world_size, secret=b"")
 
-        asked = backend if options is None else options.asked_of(world_size)
-        report_refusal(
-            directory, error, group_name=group_name, world_size=world_size, rank=rank, backend=asked
+        part = Introduction(
+            group_name=group_name,
+            world_size=world_size,
+            rank=rank,
+            backend=backend if options is None else options.asked_of(world_size),
+            host_id=directory.host_id,
+            refusal=error,
         )
+        report_refusal(directory, part)
 
 
 def seconds_of(gloo_timeout: Any) -> float:

@@ -40,11 +40,11 @@ class Ranks(Timed):
             self._exchange = lambda: (own.send(FRAME), own.recv(len(FRAME), socket.MSG_WAITALL))
             return
         from colltensor.control import Control
-        from colltensor.rendezvous.meeting import Meeting
+        from colltensor.rendezvous import Meeting
 
         deadline, places = time.monotonic() + 600, tuple(map(tuple, addresses))
         secrets, hosts = (b"8 bytes.", b"s" * 32), ("here",) * self.ranks
-        group = (self.rank, self.ranks, "benchmark", *secrets, places, hosts, {}, self._listener)
+        group = (self.rank, self.ranks, "benchmark", *secrets, places, hosts, self._listener)
         control = Control(Meeting(*group), deadline)
         self._exchange = lambda: control.agree(SIGNATURE, lambda: "benchmark", deadline)
 

@@ -56,7 +56,7 @@ class Ranks(Timed):
 
     def address(self) -> tuple[str, int]:
         """Return where this rank's control plane listens; strangers would scan for it."""
-        return self.group._meeting.addresses[self.rank]
+        return self.group._control._detector.meeting.addresses[self.rank]
 
     def counts(self) -> dict[str, float]:
         """Return what this process has: memory in MB, threads, descriptors."""

@@ -25,7 +25,7 @@ from colltensor.control.messages import REMEDY, Failure, Status
 from colltensor.errors import CollectiveError, GroupError, PeerLostError
 
 if TYPE_CHECKING:
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
 SILENCE_S = 1.0
 """How long, in seconds, a rank may take to answer a question before it counts as stopped."""
@@ -190,7 +190,7 @@ class Connections:
     def arrive(self, link: Link) -> None:
         """Take over a link that another rank has opened."""
         self._arrivals.append(link)
-        self._wake()
+        self.wake()
         if self._shut:
             link.close()
 
@@ -390,9 +390,6 @@ class Connections:
 
     def wake(self) -> None:
         """Let the thread that waits look again."""
-        self._wake()
-
-    def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
 
@@ -400,7 +397,7 @@ class Connections:
         """Do what is due after a failure or a close, or wake the thread that works the links to do it on leaving."""
         while not self._disowned and self._due():
             if not self._baton.acquire(blocking=False):
-                self._wake()
+                self.wake()
                 return
             try:
                 if self._failures and not self._flooded:

@@ -36,7 +36,7 @@ from colltensor.errors import (
 )
 
 if TYPE_CHECKING:
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
 ALL_RANKS = -1
 _ATTEMPT_S = 1.0

@@ -20,7 +20,7 @@ from colltensor import net
 from colltensor.control.messages import Failure, Status
 
 if TYPE_CHECKING:
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
 SIGNATURE_NBYTES: Final = 32
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hmac
 import logging
 import socket
-import time
 from typing import TYPE_CHECKING, Protocol
 
 from colltensor import net
@@ -26,10 +25,10 @@ from colltensor.control.frames import (
     context_of,
 )
 from colltensor.control.messages import Failure, Status
-from colltensor.listener import HANDSHAKE_S, Listener
+from colltensor.listener import Listener
 
 if TYPE_CHECKING:
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
 _REQUEST_LIMIT = 1 << 20
 _log = logging.getLogger("colltensor")
@@ -62,7 +61,7 @@ class ControlListener:
         self._closed = False
         name = f"colltensor-{meeting.group_name}"
         self._listener = Listener(
-            meeting.listener, self._receive, self._note, name, meeting.world_size
+            meeting.listener, self._serve, self._note, name, meeting.world_size
         )
         self._listener.start()
 
@@ -81,25 +80,13 @@ class ControlListener:
         meeting = self._meeting
         _log.debug("group %r (rank %d): %s: %s", meeting.group_name, meeting.rank, what, error)
 
-    def _receive(self, sock: socket.socket) -> None:
-        kept = False
-        try:
-            deadline = time.monotonic() + HANDSHAKE_S
-            net.verify(sock, self._secret_of, deadline)
-            self._listener.proven(sock)
-            wish, request = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
-            kept = self._serve(sock, wish, request, deadline)
-        except (OSError, ValueError) as error:
-            self._note("turned a connection away", error)
-        finally:
-            if not kept:
-                sock.close()
-
     def _secret_of(self, context: bytes) -> bytes | None:
         return self._meeting.secret if hmac.compare_digest(context, self._context) else None
 
-    def _serve(self, sock: socket.socket, wish: int, request: bytes, deadline: float) -> bool:
-        """Do what an authenticated rank asks; return whether its connection stays open."""
+    def _serve(self, sock: socket.socket) -> bool:
+        """Do what a rank asks that proves itself; return whether its connection stays open."""
+        _, deadline = self._listener.verify(sock, self._secret_of)
+        wish, request = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
         if len(request) < CALLER.size:
             raise net.FrameError(
                 f"expected a request of at least {CALLER.size} bytes, got {len(request)}"

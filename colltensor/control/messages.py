@@ -12,13 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from colltensor import errors
-from colltensor.errors import (
-    CollectiveError,
-    CollectiveTimeoutError,
-    GroupError,
-    MismatchError,
-    PeerLostError,
-)
+from colltensor.errors import CollectiveError, CollectiveTimeoutError, MismatchError, PeerLostError
 
 _LANE = 1 << 16
 REFUSED = "refused its part of "
@@ -45,10 +39,8 @@ class Failure:
     @classmethod
     def of(cls, error: CollectiveError, origin: int) -> Failure:
         """Return the failure that ``error`` stands for."""
-        known = next(
-            kind for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind
-        )
-        return cls(known.__name__, str(error), tuple(getattr(error, "ranks", ())), origin)
+        ranks = tuple(getattr(error, "ranks", ()))
+        return cls(errors.class_name(error), str(error), ranks, origin)
 
     def encode(self) -> bytes:
         """Return the failure as bytes."""
@@ -62,17 +54,12 @@ class Failure:
 
     def exception(self, reader: int) -> CollectiveError:
         """Return a new exception that says this to rank ``reader``; class and ranks are the same on every rank."""
-        kind = vars(errors).get(self.error)
         message = (
             self.message
             if reader == self.origin
             else f"{self.message} (rank {self.origin} told rank {reader})"
         )
-        if not (isinstance(kind, type) and issubclass(kind, CollectiveError)):
-            return GroupError(message)
-        if issubclass(kind, (PeerLostError, CollectiveTimeoutError, MismatchError)):
-            return kind(message, self.ranks)
-        return kind(message)
+        return errors.rebuilt(self.error, message, self.ranks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from colltensor.control.tree import Describe, Pairs, Tree
 from colltensor.errors import CollectiveError, GroupError, PeerLostError, RankError
 
 if TYPE_CHECKING:
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
 _LOSS_GRACE_S = 1.0
 

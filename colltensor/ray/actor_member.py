@@ -160,7 +160,7 @@ class ActorMember:
             if self._has_left:
                 raise _gone(self._spec.options["group_name"])
             self._has_met = True
-        return self.introduction.finish(listeners)
+        return self.introduction.finish(self.introduction.tabulate(listeners))
 
     def _destroy(self, group: Group) -> None:
         """Destroy the group, and nothing else that may have its name by now."""
@@ -207,7 +207,8 @@ def introduce(actor: object, spec: MemberSpec, patience_s: float) -> bytes:
 
 def listen(actor: object, token: Token, group_name: str, introductions: Sequence[bytes]) -> bytes:
     """Return where this rank listens, now that it knows what all ranks said."""
-    return _member(token, group_name).introduction.second(introductions)
+    part = _member(token, group_name).introduction
+    return part.second(part.agree(introductions))
 
 
 def connect(

@@ -21,7 +21,7 @@ from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupErro
 from colltensor.group import Group, connect
 from colltensor.options import GroupOptions
 from colltensor.ray.rendezvous import address_in_ray, node_host_id
-from colltensor.rendezvous import Introduction
+from colltensor.rendezvous import Introduction, meet_through
 from colltensor.rendezvous.protocol import decode_error
 
 CONTEXT: Final = b"colltensor direct transport"
@@ -82,12 +82,7 @@ def form_group(sock: socket.socket, rank: int, who: str, deadline: float) -> Gro
     """
     part = Introduction(group_name=group_name(who), world_size=2, rank=rank, address=address_in_ray(),
                         host_id=node_host_id())  # fmt: skip
-    try:
-        said = _swap(sock, rank, part.first(), deadline)
-        meeting = part.finish(_swap(sock, rank, part.second(said), deadline))
-    except BaseException:
-        part.abandon()
-        raise
+    meeting = meet_through(lambda mine: _swap(sock, rank, mine, deadline), part)
     return connect(meeting, GroupOptions(timeout_s=TIMEOUT_S), deadline)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, Final, cast
 
@@ -18,14 +17,11 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from colltensor import net
-from colltensor.errors import CollectiveTimeoutError, GroupError, OptionError
-from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
-from colltensor.rendezvous.protocol import taken
+from colltensor.errors import GroupError, OptionError
+from colltensor.rendezvous import Directory
 
 _PREFIX: Final = "colltensor:"
-_FREE_WITHIN_S: Final = 10.0
 _READ_WITHIN_S: Final = 3.0
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.2
 
 
 class EndpointBoard:
@@ -43,88 +39,54 @@ _Board: Final = ray.remote(num_cpus=0)(EndpointBoard)
 """Made once, because Ray keeps a copy of each class that ``ray.remote`` makes until the job ends."""
 
 
-class RayDirectory:
+class RayDirectory(Directory):
     """Leaves endpoints in this process's Ray namespace, for whoever runs in it."""
 
     def __init__(self) -> None:
         refuse_client("init_collective_group")
+        self.host_id = node_host_id()
         self._boards: dict[str, Any] = {}
 
-    @property
     def scope(self) -> str:
         """Say which place this is."""
         context = ray.get_runtime_context()
         return f"ray:{context.get_job_id()}:{context.namespace}"
 
-    @property
-    def host_id(self) -> str:
-        """Name this process's host."""
-        return node_host_id()
-
-    @property
     def address(self) -> str | None:
-        """The address by which Ray's nodes reach this one."""
+        """Return the address by which Ray's nodes reach this one."""
         return address_in_ray()
 
-    def publish(self, key: str, endpoint: bytes) -> None:
+    def put(self, key: str, endpoint: bytes, stale: bytes) -> bytes | None:
         """Start the named actor that holds the endpoint: see Directory.
 
         The actor of a rank 0 that died, or of the last meeting of this name, may take a moment to end.
         """
-        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S)
-        free_by = time.monotonic() + _FREE_WITHIN_S
-        while True:
-            try:
-                self._boards[key] = _Board.options(name=_PREFIX + key).remote(endpoint)
-                return
-            except ValueError as error:
-                self._make_way(key, error, time.monotonic() > free_by)
-            backoff.pause()
-
-    def locate(self, key: str, deadline: float) -> bytes:
-        """Return the endpoint once rank 0 left it: see Directory."""
-        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
-        reason = "no actor of that name exists"
-        while (left_s := deadline - time.monotonic()) > 0:
-            try:
+        try:
+            self._boards[key] = _Board.options(name=_PREFIX + key).remote(endpoint)
+            return None
+        except ValueError:
+            with contextlib.suppress(RayActorError, GetTimeoutError):
                 board = _find(key)
-                if board is not None:
-                    return _read(key, board, left_s)
-            except (RayActorError, GetTimeoutError) as error:
-                reason = f"last: {error}"
-            if not backoff.pause():
-                break
-        raise CollectiveTimeoutError(
-            f"expected rank 0 to leave an endpoint in Ray's actor '{_PREFIX + key}' within the timeout, but it did "
-            f"not ({reason}); start rank 0 in the same Ray namespace, with the same group_name",
-            (0,),
-        )
+                return b"" if board is None else _read(key, board, _READ_WITHIN_S)
+        return b""
 
-    def withdraw(self, key: str) -> None:
+    def read(self, key: str, deadline: float) -> bytes | None:
+        """Return the endpoint once rank 0 left it: see Directory."""
+        board = _find(key)
+        try:
+            return None if board is None else _read(key, board, net.time_left(deadline))
+        except (RayActorError, GetTimeoutError) as error:
+            raise ConnectionError(f"in Ray's actor '{_PREFIX + key}': {error}") from error
+
+    def absent(self, key: str) -> str:
+        """Say which actor there is not: see Directory."""
+        return f"it has left no endpoint in Ray's actor '{_PREFIX + key}'; start rank 0 in the same Ray namespace"
+
+    def remove(self, key: str, endpoint: bytes) -> None:
         """End the actor: see Directory."""
         board = self._boards.pop(key, None)
         if board is not None and ray.is_initialized():
             ray.kill(board)
-
-    def _make_way(self, key: str, error: ValueError, is_late: bool) -> None:
-        """Return where the name is on the way to be free.
-
-        Raises:
-            RankError: Another rank 0 of this group lives.
-            OptionError: The name stays taken, or belongs to somebody else.
-        """
-        name = _PREFIX + key
-        found = b""
-        with contextlib.suppress(RayActorError, GetTimeoutError):
-            board = _find(key)
-            found = b"" if board is None else _read(key, board, _READ_WITHIN_S)
-        if found and another_rank_0_lives(found, key):
-            owner = f"the process that owns the actor '{name}' in this Ray namespace"
-            raise taken(0, [who_am_i(), owner]) from error
-        if is_late:
-            raise OptionError(
-                f"group_name: Ray does not let rank 0 start the actor '{name}': {error}; choose another group_name"
-            ) from error
 
 
 def refuse_client(operation: str) -> None:

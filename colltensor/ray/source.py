@@ -21,7 +21,7 @@ from colltensor import net
 from colltensor.control import exit_hooks
 from colltensor.errors import CollectiveError, GroupError
 from colltensor.group import Group
-from colltensor.listener import HANDSHAKE_S, Listener
+from colltensor.listener import Listener
 from colltensor.ray.arrays import views_of
 from colltensor.ray.link import (
     CONTEXT,
@@ -101,12 +101,8 @@ class Source:
         with self._lock:
             self._serving.add(sock)
         try:
-            now = time.monotonic()
-            secrets_of = {CONTEXT: self.endpoint.secret}
-            net.verify(sock, secrets_of.get, now + HANDSHAKE_S)
-            self._door.proven(sock)
-
-            group = form_group(sock, 0, self.endpoint.who, now + TIMEOUT_S)
+            self._door.verify(sock, self._secret_of)
+            group = form_group(sock, 0, self.endpoint.who, time.monotonic() + TIMEOUT_S)
             try:
                 while not self._is_closed:
                     self._answer(sock, group)
@@ -123,7 +119,9 @@ class Source:
         finally:
             with self._lock:
                 self._serving.discard(sock)
-            sock.close()
+
+    def _secret_of(self, context: bytes) -> bytes | None:
+        return self.endpoint.secret if context == CONTEXT else None
 
     def _answer(self, sock: socket.socket, group: Group) -> None:
         """Wait for one request and serve it; keeps no reference to the arrays."""

@@ -1,18 +1,18 @@
 """Rendezvous: how the ranks of a new group find each other and agree that they are one group.
 
+Introduction                                   one rank's part of the protocol, whatever carries its bytes
+meet_through(gather, part)                     the meeting where the ranks can exchange bytes already
 open_directory(init_method, rank, world_size)  where rank 0 says how it is reached
-meet(directory, ...)                           the meeting itself, over TCP with rank 0
-meet_through(exchange, ...)                    the same where the ranks can exchange bytes already
-report_refusal(directory, error, ...)          tell the others why this rank will not come
+meet(directory, part, deadline)                the meeting over TCP with rank 0
+report_refusal(directory, part)                tell the others why this rank will not come
 
-secret, users, messages <- server, directory <- joining <- hosting, files <- meeting <- exchange, methods
+secret, users <- protocol <- server, stores <- tcp, init_method
 """
 
-from colltensor.rendezvous.directory import Directory, FixedDirectory
-from colltensor.rendezvous.exchange import Introduction, meet_through
-from colltensor.rendezvous.files import FileDirectory
 from colltensor.rendezvous.init_method import open_directory
-from colltensor.rendezvous.meeting import Meeting, meet, report_refusal
+from colltensor.rendezvous.protocol import Introduction, Meeting, meet_through
+from colltensor.rendezvous.stores import Directory, FileDirectory, FixedDirectory
+from colltensor.rendezvous.tcp import meet, report_refusal
 
 __all__ = [
     "Directory",

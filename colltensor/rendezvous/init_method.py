@@ -14,10 +14,9 @@ import sys
 from typing import cast
 
 from colltensor.errors import OptionError
-from colltensor.rendezvous.directory import Directory, FixedDirectory
-from colltensor.rendezvous.files import FileDirectory
-from colltensor.rendezvous.meeting import checked_rank
+from colltensor.rendezvous.protocol import checked_rank
 from colltensor.rendezvous.secret import given_secret
+from colltensor.rendezvous.stores import Directory, FileDirectory, FixedDirectory
 
 _SPELLINGS = "'env://', 'tcp://host:port' or 'file:///path'"
 

@@ -1,44 +1,57 @@
-"""What ranks tell each other when they meet: the messages, and whether the ranks agree.
+"""The protocol by which ranks meet, whatever carries their bytes: who is there, and where each one listens.
 
-Messages are frames of ``colltensor.net`` whose payload is JSON; whatever arrives is checked field by field and
-refused as FrameError, since on a port without a secret anybody may have sent it.
+A meeting has two rounds, in each of which every rank says something, and all get what comes of it (``Exchange``). In
+the first the ranks say who they are, in the second where they listen. The carrier is TCP through rank 0 (``tcp``), a
+group that is split, torch.distributed's store, or the driver of Ray's actors.
+
+The bytes are JSON. They are checked field by field and refused as FrameError: at a port without a secret anybody may
+have sent them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import hmac
 import json
 import math
+import operator
+import os
 import secrets
+import socket
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
+from colltensor import net
 from colltensor.errors import (
-    BackendUnavailableError,
     CollectiveError,
-    CollectiveTimeoutError,
     GroupError,
     MismatchError,
     OptionError,
-    PeerLostError,
     RankError,
+    class_name,
+    rebuilt,
+    remedy_for_system,
 )
-from colltensor.net import FrameError, is_loopback
+from colltensor.net import FrameError
+from colltensor.rendezvous.secret import MISTAKE, derived, proof
+
+Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
+Exchange: TypeAlias = Callable[[bytes, Combine], bytes]
+"""Hands over this rank's bytes and returns what the function makes of every rank's, on this rank or another."""
 
 _MAGIC = b"colltensor endpoint 1\n"
+_ERROR = b'{"error":'
 _REFUSAL_LIMIT = 1000
-_PLAIN_ERRORS = {
-    kind.__name__: kind for kind in (BackendUnavailableError, GroupError, OptionError, RankError)
-}
-_RANKS_ERRORS = {
-    kind.__name__: kind for kind in (MismatchError, PeerLostError, CollectiveTimeoutError)
-}
+_NAME_LIMIT = 1024
+_WORLD_LIMIT = 1 << 16
+_GENERATION_NBYTES, _SECRET_NBYTES = 8, 32
 
 
 class Message(enum.IntEnum):
-    """The kinds of frames of a meeting."""
+    """The kinds of frames of a meeting over TCP."""
 
     JOIN = 1
     CLAIM = 2
@@ -46,9 +59,8 @@ class Message(enum.IntEnum):
     RETRY = 4
     FAILED = 5
     PLACE = 6
-    BOUND = 7
-    TABLE = 8
-    NOTE = 9
+    EVERYBODY = 7
+    NOTE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +74,13 @@ class JoinRequest:
         backend: The backend it asked for.
         host_id: ``net.host_id()`` of its process.
         address: The address that its caller chose for it, or None.
-        seen_from: Its own address on the connection to rank 0.
+        seen_from: Its own address on the way to the others, where that is known.
         who: Its process, for messages.
         age_s: For how long it has been trying, in seconds.
         patience_s: For how long it will go on.
         refusal: Why it will not be in the group, as an encoded error; empty for a rank that means to be.
+        nonce: Random digits; rank 0's become the group's generation and secret.
+        proof: Shows that it was given the secret that the others have.
     """
 
     rank: int
@@ -80,10 +94,12 @@ class JoinRequest:
     age_s: float
     patience_s: float
     refusal: str = ""
+    nonce: str = field(default="", repr=False)
+    proof: str = ""
 
     def encode(self) -> bytes:
         """Return the message's payload."""
-        return pack(asdict(self))
+        return pack({name: getattr(self, name) for name in self.__slots__})
 
     @classmethod
     def decode(cls, payload: bytes) -> JoinRequest:
@@ -94,11 +110,15 @@ class JoinRequest:
         """
         fields = unpack(payload, rank=int, world_size=int, group_name=str, backend=str, host_id=str,
                         address=(str, type(None)), seen_from=str, who=str, age_s=float, patience_s=float,
-                        refusal=str)  # fmt: skip
+                        refusal=str, nonce=str, proof=str)  # fmt: skip
         try:
-            is_loopback(fields["seen_from"])
+            if fields["seen_from"]:
+                net.is_loopback(fields["seen_from"])
             if not math.isfinite(fields["age_s"] + fields["patience_s"]):
                 raise ValueError("a length of time is not finite")
+            if not 0 <= fields["rank"] < fields["world_size"]:
+                raise ValueError(f"there is no rank {fields['rank']} of {fields['world_size']}")
+            bytes.fromhex(fields["nonce"] + fields["proof"])
             request = cls(**fields)
         except (OverflowError, TypeError, ValueError) as error:
             raise FrameError(f"malformed request: {error}") from error
@@ -106,12 +126,17 @@ class JoinRequest:
             decode_error(request.refusal.encode(errors="replace"))
         return request
 
+    @property
+    def location(self) -> str:
+        """The beginning of an error message: the operation, the group and the rank."""
+        return f"init_collective_group(group_name={self.group_name!r}) on rank {self.rank} of {self.world_size}"
+
     def refusing(self, error: CollectiveError) -> JoinRequest:
         """Return what a rank says that will not be in the group, and why."""
         message = f"rank {self.rank}: {error}"[:_REFUSAL_LIMIT]
         return replace(
             self,
-            refusal=pack({"error": type(error).__name__, "message": message, "ranks": []}).decode(),
+            refusal=pack({"error": class_name(error), "message": message, "ranks": []}).decode(),
         )
 
     def refuses(self) -> CollectiveError | None:
@@ -163,54 +188,329 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """What rank 0 tells every rank at the end.
+class Meeting:
+    """What every rank of a group knows once the ranks have met.
 
     Attributes:
-        generation: 8 random bytes: this incarnation of the group.
-        salt: Random bytes from which, with the meeting's secret, the group's secret is derived.
-        addresses: Where each rank's control plane listens.
-        host_ids: The host of each rank.
-        properties: Rank 0's properties.
+        rank: This process's rank.
+        world_size: How many ranks there are.
+        group_name: The group's name.
+        generation: 8 random bytes, the same on every rank: this incarnation of the group.
+        secret: 32 bytes that the group's connections are authenticated with.
+        addresses: Where the control plane of each rank listens.
+        host_ids: The host of each rank: equal ones reach each other over 127.0.0.1.
+        listener: This rank's own socket, bound and listening at its entry of ``addresses``.
     """
 
+    rank: int
+    world_size: int
+    group_name: str
     generation: bytes
-    salt: bytes = field(repr=False)
+    secret: bytes = field(repr=False)
     addresses: tuple[tuple[str, int], ...]
     host_ids: tuple[str, ...]
-    properties: dict[str, Any]
+    listener: socket.socket
 
-    @classmethod
-    def fresh(
-        cls,
-        addresses: tuple[tuple[str, int], ...],
-        host_ids: tuple[str, ...],
-        properties: dict[str, Any],
-    ) -> Table:
-        """Return the table of a new incarnation of a group."""
-        return cls(secrets.token_bytes(8), secrets.token_bytes(32), addresses, host_ids, properties)
 
-    def encode(self) -> bytes:
-        """Return the message's payload."""
-        return pack({**asdict(self), "generation": self.generation.hex(), "salt": self.salt.hex()})
+class Introduction:
+    """One rank's part of a meeting.
 
-    @classmethod
-    def decode(cls, payload: bytes) -> Table:
-        """Return the message of a payload.
+    ``first()`` gives its bytes of round one, ``second(agreed)`` those of round two, ``finish(table)`` the meeting;
+    ``agree`` and ``tabulate`` combine what the ranks say in a round, on every rank or on one for all. An error of one
+    rank travels in its bytes, so that every rank raises it, and none waits. Who gives up in between calls
+    ``abandon()``.
+
+    The payloads carry the group's secret: the channel must be one that only the ranks can read, or the ranks must have
+    been given a secret that is not in it.
+
+    Attributes:
+        request: What this rank says of itself; None where it has no rank or no name to say.
+        error: Why this rank will not be in the group, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        group_name: str,
+        world_size: int,
+        rank: int,
+        interface: str | None = None,
+        backend: str = "auto",
+        address: str | None = None,
+        host_id: str | None = None,
+        refusal: CollectiveError | None = None,
+        secret: bytes = b"",
+    ) -> None:
+        """Take this rank's part; raises nothing.
+
+        Args:
+            group_name: The group's name, the same on every rank.
+            world_size: How many ranks there are, the same on every rank.
+            rank: This process's rank.
+            interface: The network interface (its name or address) on which this rank is to be reached; by default
+                the loopback within one host, and else the one that reaches the others.
+            backend: The backend asked for, the same on every rank. Where one rank lacks it, only ranks that ask for it
+                too are told: the others may have met this rank's next attempt.
+            address: This host's address on the network that the hosts share, for ranks on several hosts and no
+                ``interface``; by default the address of the default route.
+            host_id: Names this process's host in place of ``net.host_id()``.
+            refusal: Why this rank will not be in the group, which every rank is to raise.
+            secret: What all ranks were given, where others can read the channel: the group's secret is derived from it.
+        """
+        self._secret = secret
+        self._external = address
+        self._listener: socket.socket | None = None
+        self._agreed = b""
+        self.request: JoinRequest | None = None
+        self.error = refusal
+        try:
+            self._introduce(group_name, world_size, rank, interface, backend, host_id)
+        except CollectiveError as error:
+            self.error = refusal or error
+        except OSError as error:
+            remedy = remedy_for_system(error, "see that the network can be used")
+            self.error = refusal or GroupError(f"the network cannot be used: {error}; {remedy}")
+        if self.request is not None and self.error is not None:
+            self.request = self.request.refusing(self.error)
+
+    def _introduce(
+        self,
+        group_name: object,
+        world_size: object,
+        rank: object,
+        interface: str | None,
+        backend: object,
+        host_id: str | None,
+    ) -> None:
+        """Check what this rank says of itself; what can be said of it all the same is in ``request``."""
+        rank, world_size = checked_rank(rank, world_size)
+        if (
+            not isinstance(group_name, str)
+            or not 0 < len(group_name.encode(errors="replace")) <= _NAME_LIMIT
+        ):
+            raise OptionError(
+                f"group_name must be a string of 1 to {_NAME_LIMIT} bytes, got {group_name!r:.80}"
+            )
+        if group_name.encode(errors="replace").decode() != group_name:
+            raise OptionError(f"group_name must be valid Unicode, got {group_name!r:.80}")
+        nonce = secrets.token_bytes(_GENERATION_NBYTES + _SECRET_NBYTES)
+        host = net.host_id() if host_id is None else host_id
+        request = JoinRequest(rank, world_size, group_name, str(backend)[:_NAME_LIMIT], host, None, "", who_am_i(),
+                              0.0, 0.0, "", nonce.hex(), proof(self._secret, nonce).hex())  # fmt: skip
+        self.request = request
+        if request.backend != backend:
+            raise OptionError(f"backend must be the name of a backend, got {backend!r:.80}")
+        if interface is not None and self.error is None:
+            self.request = replace(request, address=net.interface_address(interface))
+
+    def first(self) -> bytes:
+        """Return what this rank says of itself."""
+        if self.request is not None:
+            return self.request.encode()
+        assert self.error is not None
+        return encode_error(self.error)
+
+    def agree(self, payloads: Sequence[bytes]) -> bytes:
+        """Return what the ranks agree on in the first round, or the error that all are to raise."""
+        for index, payload in enumerate(payloads):
+            error = error_in(payload)
+            if error is not None:
+                error.args = (f"participant {index}: {error}",)
+                return encode_error(error)
+        requests = in_rank_order(map(JoinRequest.decode, payloads))
+        refusals = [request.refuses() for request in requests if request.refusal]
+        problem = (
+            next(iter(refusals), None)
+            or disagreement(requests)
+            or _wrong_number(requests)
+            or self._wrong_secret(requests)
+        )
+        if problem is not None:
+            return encode_error(problem)
+        hosts = [request.host_id for request in requests]
+        return pack({"hosts": hosts, "places": _places(requests), "nonce": requests[0].nonce})
+
+    def second(self, agreed: bytes) -> bytes:
+        """Return where this rank listens.
+
+        Args:
+            agreed: What ``agree`` returned.
 
         Raises:
-            FrameError: The payload is malformed.
+            CollectiveError: A rank's own error, or what the ranks disagree about; the same on every rank.
         """
-        fields = unpack(
-            payload, generation=str, salt=str, addresses=list, host_ids=list, properties=dict
-        )
+        error = error_in(agreed)
+        if error is not None or self.request is None:
+            raise self._here(error or self.error or GroupError("this rank has nothing to say"))
+        self._agreed, rank = agreed, self.request.rank
+        places = unpack(agreed, places=list)["places"]
+        address = str(places[rank]) or self._external or net.local_addresses()[0]
         try:
-            addresses = tuple((str(host), int(port)) for host, port in fields["addresses"])
-            host_ids = tuple(map(str, fields["host_ids"]))
-            generation, salt = bytes.fromhex(fields["generation"]), bytes.fromhex(fields["salt"])
-            return cls(generation, salt, addresses, host_ids, fields["properties"])
-        except (TypeError, ValueError) as error:
-            raise FrameError(f"malformed table: {error}") from error
+            self._listener = net.listen(address)
+        except OSError as reason:
+            remedy = remedy_for_system(reason, "choose with interface=")
+            message = f"rank {rank}: cannot listen on {address} of {who_am_i()}: {reason}; {remedy}"
+            return encode_error(OptionError(message))
+        return pack({"rank": rank, "host": address, "port": self._listener.getsockname()[1]})
+
+    def tabulate(self, payloads: Sequence[bytes]) -> bytes:
+        """Return the table of addresses from what the ranks said in the second round, or the error to raise."""
+        for payload in payloads:
+            if error_in(payload) is not None:
+                return payload
+        said = [unpack(data, rank=int, host=str, port=int) for data in payloads]
+        said.sort(key=lambda fields: fields["rank"])
+        return pack({"addresses": [(fields["host"], fields["port"]) for fields in said]})
+
+    def finish(self, table: bytes) -> Meeting:
+        """Return what every rank now knows.
+
+        Args:
+            table: What ``tabulate`` returned.
+
+        Raises:
+            CollectiveError: A rank's own error; the same on every rank.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.abandon)
+            error = error_in(table)
+            if error is not None:
+                raise self._here(error)
+            mine, listener = self.request, self._listener
+            if mine is None or listener is None:
+                raise OptionError("finish() must follow first() and second()")
+            agreed = unpack(self._agreed, nonce=str, hosts=list)
+            addresses = unpack(table, addresses=list)["addresses"]
+            nonce = bytes.fromhex(agreed["nonce"])
+            said = len(self._agreed).to_bytes(8, "big") + self._agreed + table
+            meeting = Meeting(
+                mine.rank,
+                mine.world_size,
+                mine.group_name,
+                nonce[:_GENERATION_NBYTES],
+                derived(self._secret, nonce[_GENERATION_NBYTES:], said),
+                tuple((str(host), int(port)) for host, port in addresses),
+                tuple(map(str, agreed["hosts"])),
+                listener,
+            )
+            undo.pop_all()
+        return meeting
+
+    def abandon(self) -> None:
+        """Close what was opened; for one who will not call ``finish``."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def _here(self, error: CollectiveError) -> CollectiveError:
+        if self.request is not None:
+            error.args = (f"{self.request.location}: {error}",)
+        return error
+
+    def _wrong_secret(self, requests: Iterable[JoinRequest]) -> CollectiveError | None:
+        """Return the error where ranks were given different secrets, as far as this one can tell."""
+        others = []
+        for request in requests:
+            expected = proof(self._secret, bytes.fromhex(request.nonce))
+            if not hmac.compare_digest(expected, bytes.fromhex(request.proof)):
+                others.append(request.rank)
+        if not others:
+            return None
+        who = "this rank" if 0 in others else " and ".join(f"rank {rank}" for rank in others)
+        return OptionError(f"{who} came with another secret than rank 0; {MISTAKE}")
+
+
+def meet_through(gather: Callable[[bytes], Sequence[bytes]], part: Introduction) -> Meeting:
+    """Bring the ranks of a new group together through an exchange of bytes that they have already.
+
+    Args:
+        gather: Hands over this rank's bytes and returns every rank's, in one order on every rank. It is called twice,
+            bounds its own time, and must be one that only these ranks can read, but where they were given a secret.
+        part: What this rank says of itself.
+
+    Returns:
+        What every rank knows. The caller owns its listener.
+
+    Raises:
+        CollectiveError: An argument of any rank cannot be used, or the ranks disagree; the same on every rank.
+    """
+    return perform(lambda payload, combine: combine(gather(payload)), part)
+
+
+def perform(exchange: Exchange, part: Introduction) -> Meeting:
+    """Meet through any exchange: see ``meet_through``."""
+    agreed = exchange(part.first(), part.agree)
+    try:
+        place = part.second(agreed)
+    except CollectiveError as error:
+        # Everybody raises this; the second round is for those who only help with the exchange and count on two.
+        exchange(encode_error(error), part.tabulate)
+        raise
+    with contextlib.ExitStack() as undo:
+        undo.callback(part.abandon)
+        meeting = part.finish(exchange(place, part.tabulate))
+        undo.pop_all()
+    return meeting
+
+
+def _wrong_number(requests: Sequence[JoinRequest]) -> CollectiveError | None:
+    came, world_size = len(requests), requests[0].world_size
+    if came == world_size:
+        return None
+    return RankError(f"expected {world_size} participants for world_size {world_size}, got {came}")
+
+
+def _places(requests: Sequence[JoinRequest]) -> list[str]:
+    """Return where each rank is to listen: on the loopback within one host, else where the other hosts reach it.
+
+    It is empty for a rank that is to find that out by itself.
+    """
+    first = requests[0]
+    if len({request.host_id for request in requests}) == 1:
+        return [request.address or "127.0.0.1" for request in requests]
+    places = []
+    for request in requests:
+        seen_from = request.seen_from
+        if seen_from and request.host_id == first.host_id and net.is_loopback(seen_from):
+            seen_from = first.seen_from
+        places.append(request.address or seen_from)
+    return places
+
+
+def who_am_i() -> str:
+    """Return this process's name in messages to other ranks."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def checked_rank(rank: object, world_size: object) -> tuple[int, int]:
+    """Return rank and world size as integers.
+
+    Raises:
+        OptionError: The world size is no positive integer, or beyond reason.
+        RankError: The rank is no integer of ``range(world_size)``.
+    """
+    size = _integer(world_size)
+    if size is None or size < 1:
+        raise OptionError(f"world_size must be an integer of at least 1, got {world_size!r}")
+    if size > _WORLD_LIMIT:
+        raise OptionError(
+            f"world_size must be at most {_WORLD_LIMIT}, got {size}: rank 0 holds a connection to every rank while "
+            f"they meet"
+        )
+    number = _integer(rank)
+    if number is None or not 0 <= number < size:
+        raise RankError(
+            f"rank must be an integer from 0 to {size - 1} (world_size is {size}), got {rank!r}"
+        )
+    return number, size
+
+
+def _integer(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # any object may be passed; TypeError says no
+    except TypeError:
+        return None
 
 
 def pack(fields: Mapping[str, Any]) -> bytes:
@@ -243,7 +543,7 @@ def unpack(payload: bytes, **types: type | tuple[type, ...]) -> dict[str, Any]:
 def encode_error(error: CollectiveError) -> bytes:
     """Return an error as a payload."""
     ranks = list(getattr(error, "ranks", ()))
-    return pack({"error": type(error).__name__, "message": str(error), "ranks": ranks})
+    return pack({"error": class_name(error), "message": str(error), "ranks": ranks})
 
 
 def decode_error(payload: bytes) -> CollectiveError:
@@ -253,12 +553,13 @@ def decode_error(payload: bytes) -> CollectiveError:
         FrameError: The payload is malformed.
     """
     fields = unpack(payload, error=str, message=str, ranks=list)
-    with_ranks = _RANKS_ERRORS.get(fields["error"])
-    if with_ranks is not None:
-        return with_ranks(
-            fields["message"], [rank for rank in fields["ranks"] if isinstance(rank, int)]
-        )
-    return _PLAIN_ERRORS.get(fields["error"], GroupError)(fields["message"])
+    ranks = [rank for rank in fields["ranks"] if isinstance(rank, int)]
+    return rebuilt(fields["error"], fields["message"], ranks)
+
+
+def error_in(payload: bytes) -> CollectiveError | None:
+    """Return the error that a rank says in place of what was asked of it, or None."""
+    return decode_error(payload) if payload.startswith(_ERROR) else None
 
 
 def disagreement(requests: Sequence[JoinRequest]) -> CollectiveError | None:

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from colltensor import net
 from colltensor.errors import CollectiveError, RankError, remedy_for_system
-from colltensor.listener import HANDSHAKE_S, Listener
+from colltensor.listener import Listener
 from colltensor.rendezvous.protocol import JoinRequest, Message, encode_error, taken, unpack
 from colltensor.rendezvous.users import is_own
 
@@ -40,13 +40,13 @@ class Joiner:
         sock: The connection.
         request: What it said.
         deadline: When it will give up, by this process's clock.
-        port: The port that it bound for its control plane; 0 before it did.
+        place: What it said in the second round; empty before it did.
     """
 
     sock: socket.socket
     request: JoinRequest
     deadline: float
-    port: int = 0
+    place: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,14 @@ Item: TypeAlias = Joiner | Stranger | str
 
 
 class JoinerQueue:
-    """Carries joiners from the server's threads to the thread that meets; readable, for a selector."""
+    """Carries joiners from the server's threads to the thread that meets; readable, for a selector.
 
-    def __init__(self) -> None:
+    Attributes:
+        scope: Within which the group's name is unique.
+    """
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
         self._lock = threading.Lock()
         self._items: collections.deque[Item] = collections.deque()
         self._open = True
@@ -111,40 +116,30 @@ class JoinerQueue:
         return items
 
 
-@dataclass(frozen=True, slots=True)
-class Subscription:
-    """One group's meeting at a server: where its joiners go, and the scope within which its name is unique."""
-
-    inbox: JoinerQueue
-    scope: str
-
-
 class RendezvousServer:
     """One listening port and its meetings, by group name.
 
     Attributes:
-        port: The port.
-        address: What it was opened for; None where only one meeting knows of it.
+        address: The address that it was opened for, and the port.
         secret: What those who come must know.
         obstacle: What the system last refused this process while somebody came, and what to do; "" for nothing.
     """
 
-    def __init__(self, listener: socket.socket, secret: bytes, address: Address | None) -> None:
-        self.port: int = listener.getsockname()[1]
-        self.address = address
+    def __init__(self, listener: socket.socket, host: str, secret: bytes) -> None:
+        self.address: Address = host, listener.getsockname()[1]
         self.obstacle = ""
         self._listener = listener
         self.secret = secret
         self._lock = threading.Lock()
-        self._meetings: dict[str, Subscription] = {}
-        name = f"colltensor-rendezvous-{self.port}"
-        self._greeter = Listener(listener, self._greet, self._note_obstacle, name, _RANKS_AT_ONCE)
+        self._meetings: dict[str, JoinerQueue] = {}
+        name = f"colltensor-rendezvous-{self.address[1]}"
+        self._greeter = Listener(listener, self._greet, self._note, name, _RANKS_AT_ONCE)
 
     def start(self) -> None:
         """Begin to accept connections."""
         self._greeter.start()
 
-    def add(self, group_name: str, meeting: Subscription) -> None:
+    def add(self, group_name: str, meeting: JoinerQueue) -> None:
         """Serve a meeting.
 
         Raises:
@@ -177,39 +172,28 @@ class RendezvousServer:
         self._greeter.disown()
         self._listener.close()
 
-    def _note_obstacle(self, _: str, error: Exception) -> None:
-        self.obstacle = f"{error}; {remedy_for_system(error, 'free memory')}"
-        self._note_dropped(error)
-
-    def _note_dropped(self, error: Exception) -> None:
+    def _note(self, what: str, error: Exception) -> None:
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            self.obstacle = f"{error}; {remedy_for_system(error, 'free memory')}"
         # several groups may meet at one port; whoever listens there is rank 0
-        names = ", ".join(list(self._meetings))
-        _LOG.debug(
-            "group %r (rank %d): port %d: a connection was dropped: %s", names, 0, self.port, error
-        )
+        names, port = ", ".join(list(self._meetings)), self.address[1]
+        _LOG.debug("group %r (rank %d): port %d: %s: %s", names, 0, port, what, error)
 
-    def _greet(self, sock: socket.socket) -> None:
-        """Authenticate one connection and hand it on; whatever goes wrong is that connection's end only."""
-        handed_on = False
+    def _greet(self, sock: socket.socket) -> bool:
+        """Authenticate one connection; return whether it was handed on."""
         try:
-            deadline = time.monotonic() + HANDSHAKE_S
-            group_name = net.verify(sock, lambda _: self.secret, deadline).decode(errors="replace")
-            self._greeter.proven(sock)
-            kind, payload = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
-            if kind == Message.JOIN:
-                handed_on = self._introduce(sock, group_name, JoinRequest.decode(payload), deadline)
-            elif kind == Message.CLAIM:
-                self._contest(sock, group_name, str(unpack(payload, who=str)["who"]), deadline)
-            else:
-                raise net.FrameError(f"expected a request, got a frame of kind {kind}")
-        except net.WrongSecretError as error:
-            self._note_dropped(error)
+            context, deadline = self._greeter.verify(sock, lambda _: self.secret)
+        except net.WrongSecretError:
             self._hear_stranger(sock)
-        except OSError as error:
-            self._note_dropped(error)
-        finally:
-            if not handed_on:
-                sock.close()
+            raise
+        group_name = context.decode(errors="replace")
+        kind, payload = net.recv_frame(sock, deadline, net.UNPROVEN_LIMIT)
+        if kind == Message.JOIN:
+            return self._introduce(sock, group_name, JoinRequest.decode(payload), deadline)
+        if kind != Message.CLAIM:
+            raise net.FrameError(f"expected a request, got a frame of kind {kind}")
+        self._contest(sock, group_name, str(unpack(payload, who=str)["who"]), deadline)
+        return False
 
     def _introduce(
         self, sock: socket.socket, group_name: str, request: JoinRequest, deadline: float
@@ -218,37 +202,31 @@ class RendezvousServer:
             raise net.FrameError(
                 f"a request for {request.group_name!r:.80} came where {group_name!r:.80} was named"
             )
-        with self._lock:
-            meeting = self._meetings.get(group_name)
+        meeting = self._meetings.get(group_name)
         if meeting is not None:
             now = time.monotonic()
             refusal = _left_over(meeting.scope, request, now)
             if refusal is not None:
                 net.send_frame(sock, Message.FAILED, encode_error(refusal), deadline)
                 return False
-            if meeting.inbox.put(Joiner(sock, request, now + request.patience_s)):
+            if meeting.put(Joiner(sock, request, now + request.patience_s)):
                 return True
         net.send_frame(sock, Message.RETRY, b"", deadline)
         return False
 
     def _hear_stranger(self, sock: socket.socket) -> None:
         """Let a meeting know of a process with another secret: what it says may be true, and counts if it is ours."""
-        try:
-            kind, payload = net.recv_frame(sock, time.monotonic() + _STRANGER_S, net.UNPROVEN_LIMIT)
-            if kind == Message.JOIN:
-                request = JoinRequest.decode(payload)
-                with self._lock:
-                    meeting = self._meetings.get(request.group_name)
-                if meeting is not None:
-                    meeting.inbox.put(Stranger(request, is_own(sock)))
-        except OSError as error:
-            self._note_dropped(error)
+        kind, payload = net.recv_frame(sock, time.monotonic() + _STRANGER_S, net.UNPROVEN_LIMIT)
+        if kind == Message.JOIN:
+            request = JoinRequest.decode(payload)
+            meeting = self._meetings.get(request.group_name)
+            if meeting is not None:
+                meeting.put(Stranger(request, is_own(sock)))
 
     def _contest(self, sock: socket.socket, group_name: str, who: str, deadline: float) -> None:
         """Answer another process that wants to be rank 0: the two of them cannot both be right."""
-        with self._lock:
-            meeting = self._meetings.get(group_name)
-        if meeting is not None and meeting.inbox.put(who):
+        meeting = self._meetings.get(group_name)
+        if meeting is not None and meeting.put(who):
             error = taken(0, [f"process {os.getpid()} on {socket.gethostname()}", who])
             net.send_frame(sock, Message.FAILED, encode_error(error), deadline)
         else:
@@ -257,12 +235,11 @@ class RendezvousServer:
 
 _LOCK = threading.Lock()
 _SERVERS: dict[Address, RendezvousServer] = {}
-_PRIVATE_SERVERS: set[RendezvousServer] = set()
 _FINISHED: dict[str, tuple[float, int]] = {}
 
 
 def open_server(
-    host: str, port: int, secret: bytes, group_name: str, meeting: Subscription
+    host: str, port: int, secret: bytes, group_name: str, meeting: JoinerQueue
 ) -> RendezvousServer:
     """Return a server that serves the meeting; meetings at one given port of this process share theirs.
 
@@ -279,41 +256,32 @@ def open_server(
     """
     with _LOCK:
         server = _SERVERS.get((host, port))
-        if server is not None and server.secret != secret:
+        if server is None:
+            server = RendezvousServer(net.listen(host, port), host, secret)
+            try:
+                server.start()
+            except RuntimeError:
+                # no thread can be started; whoever keeps the error would keep the port
+                server.close()
+                raise
+            _SERVERS[server.address] = server
+        elif server.secret != secret:
             raise OSError(
                 errno.EADDRINUSE,
                 "another meeting of this process has the port, with another secret",
             )
-        if server is not None:
-            server.add(group_name, meeting)
-            return server
-        server = RendezvousServer(net.listen(host, port), secret, (host, port) if port else None)
-        try:
-            server.start()
-        except RuntimeError:
-            # no thread can be started; whoever keeps the error would keep the port
-            server.close()
-            raise
         server.add(group_name, meeting)
-        if server.address:
-            _SERVERS[server.address] = server
-        else:
-            _PRIVATE_SERVERS.add(server)
     return server
 
 
 def leave_server(server: RendezvousServer, group_name: str) -> None:
     """End the server's service to a meeting; the last one closes the port."""
-    is_over = False
     with _LOCK:
-        if server.remove(group_name):
-            if server.address:
-                _SERVERS.pop(server.address, None)
-            _PRIVATE_SERVERS.discard(server)
-            server.stop()
-            is_over = True
-    if is_over:
-        server.close()
+        if not server.remove(group_name):
+            return
+        _SERVERS.pop(server.address, None)
+        server.stop()
+    server.close()
 
 
 def remember(scope: str, group_name: str, world_size: int) -> None:
@@ -348,10 +316,9 @@ def _after_fork() -> None:
     """Give up the parent's ports in a forked child; they would stay taken after the parent closed them."""
     global _LOCK
     _LOCK = threading.Lock()
-    for server in [*_SERVERS.values(), *_PRIVATE_SERVERS]:
+    for server in _SERVERS.values():
         server.disown()
     _SERVERS.clear()
-    _PRIVATE_SERVERS.clear()
 
 
 if hasattr(os, "register_at_fork"):

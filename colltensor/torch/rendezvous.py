@@ -8,17 +8,14 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # torch does not mark it exported
 
-from colltensor import net
-from colltensor.errors import CollectiveTimeoutError, OptionError
+from colltensor.errors import OptionError
 from colltensor.net import time_left
-from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
-from colltensor.rendezvous.protocol import taken
+from colltensor.rendezvous import Directory
 
 _CONNECT_S = 10.0
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.25
 
 
-class StoreDirectory:
+class StoreDirectory(Directory):
     """Leaves endpoints as keys of a ``torch.distributed.TCPStore`` that somebody else serves.
 
     Attributes:
@@ -32,62 +29,45 @@ class StoreDirectory:
         self.port = port
         self.secret = secret
         self._client: TCPStore | None = None
-        self._published: dict[str, bytes] = {}
 
-    @property
     def scope(self) -> str:
         """Say which place this is."""
         return f"store://{self.host}:{self.port}"
 
-    @property
     def address(self) -> str | None:
-        """The loopback where the agent has started all ranks; None if there are several hosts."""
+        """Return the loopback where the agent has started all ranks; None if there are several hosts."""
         everybody, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
         return "127.0.0.1" if everybody and everybody == here else None
 
-    def publish(self, key: str, endpoint: bytes) -> None:
+    def put(self, key: str, endpoint: bytes, stale: bytes) -> bytes | None:
         """Set the key: see Directory."""
-        text = endpoint.hex()
-        name = _name(key)
         try:
             store = self._store(time.monotonic() + _CONNECT_S)
-            found = store.compare_set(name, "", text)
-            if found.decode() != text:
-                if another_rank_0_lives(_decoded(found), key, self.secret):
-                    raise taken(0, [who_am_i(), f"another process that wrote the key {name}"])
-                store.set(name, text)
+            found = _decoded(store.compare_set(_name(key), "", endpoint.hex()))
+            if found == stale:
+                store.set(_name(key), endpoint.hex())
         except DistError as error:
             raise OptionError(f"rank 0 cannot use {self._spelt()}: {error}; {_REMEDY}") from error
-        self._published[key] = endpoint
+        return None if found in (endpoint, stale) else found
 
-    def locate(self, key: str, deadline: float) -> bytes:
-        """Get the key once it is there: see Directory."""
-        name = _name(key)
-        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
-        reason = "the key was not set"
-        while True:
-            try:
-                store = self._store(deadline)
-                if store.check([name]):
-                    return _decoded(store.get(name))
-            except (DistError, TimeoutError) as error:
-                self._client = None
-                reason = str(error).splitlines()[0]
-            if not backoff.pause():
-                raise CollectiveTimeoutError(
-                    f"expected rank 0 to set the key {name} of {self._spelt()} within the timeout, but: {reason}; "
-                    f"start rank 0, with the same group_name, or allow more time with timeout_s",
-                    (0,),
-                )
+    def read(self, key: str, deadline: float) -> bytes | None:
+        """Get the key if it is there: see Directory."""
+        try:
+            store = self._store(deadline)
+            return _decoded(store.get(_name(key))) if store.check([_name(key)]) else None
+        except DistError as error:
+            self._client = None
+            raise ConnectionError(f"{self._spelt()}: {str(error).splitlines()[0]}") from error
 
-    def withdraw(self, key: str) -> None:
-        """Delete the key if it is still the one that was set here."""
-        mine = self._published.pop(key, None)
-        if mine is None:
-            return
+    def absent(self, key: str) -> str:
+        """Say which key is not set: see Directory."""
+        return f"it has not set the key {_name(key)} of {self._spelt()}"
+
+    def remove(self, key: str, endpoint: bytes) -> None:
+        """Delete the key: see Directory."""
         try:
             store = self._store(time.monotonic() + _CONNECT_S)
-            if store.check([_name(key)]) and _decoded(store.get(_name(key))) == mine:
+            if store.check([_name(key)]) and _decoded(store.get(_name(key))) == endpoint:
                 store.delete_key(_name(key))
         except DistError as error:
             raise OSError(f"{self._spelt()}: {error}") from error

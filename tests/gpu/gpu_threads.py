@@ -20,7 +20,7 @@ from worlds import Report
 
 from colltensor.group import connect
 from colltensor.options import GroupOptions
-from colltensor.rendezvous import meet, open_directory
+from colltensor.rendezvous import Introduction, meet, open_directory
 
 JOIN_S = 400.0
 
@@ -54,15 +54,10 @@ def run(
         try:
             directory, _, _ = open_directory(f"file://{folder}", rank, size)
             deadline = time.monotonic() + timeout_s
-            meeting = meet(
-                directory,
-                group_name=f"threads-{size}",
-                world_size=size,
-                rank=rank,
-                deadline=deadline,
-                interface=None,
-                backend="nccl",
+            part = Introduction(
+                group_name=f"threads-{size}", world_size=size, rank=rank, backend="nccl"
             )
+            meeting = meet(directory, part, deadline)
             group = connect(meeting, GroupOptions("nccl", timeout_s, check=check), deadline)
             try:
                 with own_streams(libraries):

@@ -96,11 +96,11 @@ def join(
     rank: int, addresses: tuple[tuple[str, int], ...], generation: bytes, timeout_s: float
 ) -> None:
     from colltensor.control import Control
-    from colltensor.rendezvous.meeting import Meeting
+    from colltensor.rendezvous import Meeting
 
     hosts = ("here",) * len(addresses)
     meeting = Meeting(
-        rank, len(addresses), "tested", generation, SECRET, addresses, hosts, {}, State.listener
+        rank, len(addresses), "tested", generation, SECRET, addresses, hosts, State.listener
     )
     State.control = Control(meeting, time.monotonic() + timeout_s)
 

@@ -26,7 +26,8 @@ from colltensor.errors import (
     OptionError,
 )
 from colltensor.options import GroupOptions
-from colltensor.rendezvous.hosting import _Assembly
+from colltensor.rendezvous import Introduction
+from colltensor.rendezvous.tcp import ServerExchange
 
 pytestmark = pytest.mark.slow
 
@@ -191,9 +192,9 @@ def test_ranks_that_knew_better_do_not_hear_of_a_backend_that_they_did_not_ask_f
 
 
 STOPS = {
-    "before it welcomes anybody": (_Assembly, "_admit"),
-    "before it gives addresses": (_Assembly, "decide"),
-    "before it tells the table": (_Assembly, "conclude"),
+    "before it welcomes anybody": (ServerExchange, "_admit"),
+    "before it says who is there": (Introduction, "agree"),
+    "before it says where all are": (Introduction, "tabulate"),
     "before it connects": (table, "connect"),
     "before it makes the backend": (GroupOptions, "make"),
 }

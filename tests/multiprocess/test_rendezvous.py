@@ -35,17 +35,18 @@ from colltensor.errors import (
     RankError,
 )
 from colltensor.rendezvous import (
+    Directory,
     FileDirectory,
     FixedDirectory,
+    Introduction,
     Meeting,
-    files,
-    meet,
     meet_through,
     open_directory,
+    stores,
+    tcp,
 )
-from colltensor.rendezvous.hosting import _Assembly
 from colltensor.rendezvous.protocol import Endpoint, JoinRequest, Message
-from colltensor.rendezvous.server import Joiner, JoinerQueue, Stranger
+from colltensor.rendezvous.server import Joiner, Stranger
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +91,11 @@ class Outcome:
     secret: bytes = b""
     addresses: tuple[tuple[str, int], ...] = ()
     host_ids: tuple[str, ...] = ()
-    properties: dict[str, Any] = field(default_factory=dict)
+
+
+def meet(directory: Directory, *, deadline: float, **said: Any) -> Meeting:
+    """Meet as a rank that says this of itself."""
+    return tcp.meet(directory, Introduction(**said), deadline)
 
 
 def act(rank: int, world_size: int, plans: Sequence[Plan]) -> Outcome:
@@ -120,14 +125,13 @@ def act(rank: int, world_size: int, plans: Sequence[Plan]) -> Outcome:
 def once(plan: Plan) -> Outcome:
     began = time.monotonic()
     directory, rank, world_size = open_directory(plan.init_method, plan.rank, plan.world_size)
-    told = {"by": rank, "thresholds": (1, 2)}
     meeting = meet(directory, group_name=plan.group_name, world_size=world_size, rank=rank,
-                   deadline=began + plan.timeout_s, properties=told, **plan.options)  # fmt: skip
+                   deadline=began + plan.timeout_s, **plan.options)  # fmt: skip
     took_s = time.monotonic() - began
     with meeting.listener:
         check_connections(meeting)
     return Outcome(None, took_s, os.getpid(), meeting.generation, meeting.secret, meeting.addresses,
-                   meeting.host_ids, meeting.properties)  # fmt: skip
+                   meeting.host_ids)  # fmt: skip
 
 
 def check_connections(meeting: Meeting) -> None:
@@ -179,7 +183,6 @@ def check_met(outcomes: Sequence[Outcome]) -> Outcome:
         assert replace(outcome, took_s=first.took_s, pid=first.pid) == first
     assert (len(first.generation), len(first.secret)) == (8, 32)
     assert len(set(first.addresses)) == len(outcomes) == len(first.host_ids)
-    assert first.properties == {"by": 0, "thresholds": [1, 2]}
     return first
 
 
@@ -349,10 +352,10 @@ class DelayedDirectory(FixedDirectory):
 
     file: Path
 
-    def locate(self, key: str, deadline: float) -> bytes:
+    def find(self, key: str, deadline: float) -> Endpoint:
         while not self.file.exists():
             time.sleep(0.01)
-        return super().locate(key, deadline)
+        return super().find(key, deadline)
 
 
 def left_out(rank: int, world_size: int, port: int, signals: Path) -> tuple[str, bytes]:
@@ -575,6 +578,19 @@ def throw_garbage(port: int, seed: int, stop: threading.Event) -> None:
                 net.recv_frame(sock, time.monotonic() + 0.2)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"rank": -1}, {"rank": 3}, {"nonce": "x"}, {"age_s": float("inf")}, {"who": 1}]
+)
+def test_what_no_rank_says_is_refused(wrong: dict[str, Any]) -> None:
+    said = JoinRequest(
+        1, 3, "g", "auto", "", None, "127.0.0.1", "process 1", 0.0, 9.0, nonce="5ec2e7"
+    )
+    assert "5ec2e7" not in repr(said)
+    assert JoinRequest.decode(said.encode()) == said
+    with pytest.raises(net.FrameError):
+        JoinRequest.decode(replace(said, **wrong).encode())
+
+
 @pytest.mark.parametrize("culprit", [0, 2])
 @pytest.mark.parametrize("wrong", [{"COLLTENSOR_SECRET": "another"}, {}])
 def test_a_rank_with_another_secret_is_told_to_all(
@@ -612,7 +628,9 @@ class OpenDirectory(FileDirectory):
 
     secret = b"the same"
     host = "localhost"
-    address = "127.0.0.1"
+
+    def address(self) -> str:
+        return "127.0.0.1"
 
 
 def test_who_reads_an_endpoint_cannot_come_without_the_secret_of_all(tmp_path: Path) -> None:
@@ -624,7 +642,9 @@ def test_who_reads_an_endpoint_cannot_come_without_the_secret_of_all(tmp_path: P
 
     rank_0 = threading.Thread(target=be, args=(0,))
     rank_0.start()
-    endpoint = Endpoint.decode(directory.locate("g", deadline))
+    while not (found_file := directory.read("g", deadline)):
+        time.sleep(0.01)
+    endpoint = Endpoint.decode(found_file)
     assert endpoint.addresses == ("127.0.0.1",)
     for address in filter(lambda address: not net.is_loopback(address), net.local_addresses()):
         with pytest.raises(ConnectionError):
@@ -651,7 +671,7 @@ def test_ranks_of_one_torchrun_agent_listen_on_the_loopback(
     for everybody, here, address in (("4", "4", "127.0.0.1"), ("4", "2", None), ("", "", None)):
         monkeypatch.setenv("WORLD_SIZE", everybody)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-        assert directory.address == address
+        assert directory.address() == address
 
 
 def come_with_another_secret(port: int) -> None:
@@ -707,18 +727,36 @@ def test_another_job_with_another_secret_does_not_end_a_meeting_where_its_rank_h
         for rank in range(3)
     ]
     near, far = socket.socketpair()
-    with near, far:
-        inbox = JoinerQueue()
-        assembly = _Assembly(hellos[0], inbox, time.monotonic() + 0.3)
-        inbox.put(Joiner(far, hellos[1], time.monotonic() + 9))
-        inbox.put(Stranger(hellos[1], is_own=True))
+    with near, far, tcp.ServerExchange(Directory(), hellos[0], time.monotonic() + 0.3) as host:
+        host._inbox.put(Joiner(far, hellos[1], time.monotonic() + 9))
+        host._inbox.put(Stranger(hellos[1], is_own=True))
         with pytest.raises(net_timeout(), match=r"\brank 2 "):
-            assembly.gather()
-        assembly._deadline += 5
-        inbox.put(Stranger(hellos[2], is_own=True))
+            host._gather()
+        host._deadline += 5
+        host._inbox.put(Stranger(hellos[2], is_own=True))
         with pytest.raises(OptionError, match=r"\brank 2 .*COLLTENSOR_SECRET"):
-            assembly.gather()
-        assembly.dismiss()
+            host._gather()
+
+
+def test_who_comes_when_all_are_there_keeps_nobody_waiting() -> None:
+    """The ranks are told who is there, and say where they listen; then comes one whose rank is taken."""
+    hellos = [
+        JoinRequest(rank, 2, "g", "auto", "", None, "127.0.0.1", f"process {rank}", 0.0, 9.0)
+        for rank in range(2)
+    ]
+    (near, far), (late_near, late_far) = socket.socketpair(), socket.socketpair()
+    deadline = time.monotonic() + 1.0
+    with near, far, late_near, late_far:
+        with tcp.ServerExchange(Directory(), hellos[0], deadline) as host:
+            host._inbox.put(Joiner(far, hellos[1], time.monotonic() + 9))
+            host._gather()
+            late = replace(hellos[1], who="a latecomer")
+            host._inbox.put(Joiner(late_far, late, time.monotonic() + 9))
+            net.send_frame(near, Message.PLACE, b"{}")
+            host._await_places(b"{}")
+        assert time.monotonic() < deadline
+        kind, words = net.recv_frame(late_near, deadline)
+        assert (kind, b"a latecomer" in words) == (Message.FAILED, True)
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
@@ -859,10 +897,10 @@ def test_a_folder_for_everybody_of_a_user_who_has_no_number_here(
         folder.mkdir()
         folder.chmod(mode)
         os.chown(folder, 65534, 65534)
-        monkeypatch.setattr(files, "_knows_all_users", lambda knows_all=knows_all: knows_all)
+        monkeypatch.setattr(stores, "_knows_all_users", lambda knows_all=knows_all: knows_all)
         directory = FileDirectory(str(folder / "x"))
         with pytest.raises(expected) if expected else contextlib.nullcontext():
-            directory.publish("default", Endpoint("", ("127.0.0.1",), 1, b"").encode())
+            directory.put("default", Endpoint("", ("127.0.0.1",), 1, b"").encode(), b"")
 
 
 def test_a_folder_of_ours_in_one_for_everybody_serves(pool: RankPool, tmp_path: Path) -> None:
@@ -897,8 +935,9 @@ def test_who_waits_for_a_file_asks_whether_rank_0_can_write_it(
 ) -> None:
     """One on another host has no way to hear of it."""
     monkeypatch.setattr(os, "access", lambda path, mode: may_write and path == tmp_path)
+    directory, _, _ = open_directory(f"file://{tmp_path}/meet", 1, 2)
     with pytest.raises(CollectiveTimeoutError) as caught:
-        FileDirectory(str(tmp_path / "meet")).locate("default", time.monotonic())
+        meet(directory, group_name="default", world_size=2, rank=1, deadline=time.monotonic() + 0.1)
     assert caught.value.ranks == (0,)
     # without the right to write there this rank is told so; rank 0 may have it all the same
     assert str(tmp_path / "meet") in str(caught.value)
@@ -1000,8 +1039,7 @@ def test_file_is_private_while_it_lasts(tmp_path: Path) -> None:
     [
         ("group_name", "", OptionError), ("group_name", "x" * 1025, OptionError), ("group_name", None, OptionError),
         ("group_name", "\ud800", OptionError), ("rank", 2, RankError), ("world_size", 0, OptionError),
-        ("interface", "eth99", OptionError), ("backend", None, OptionError), ("properties", {"x": {1}}, OptionError),
-        ("properties", {"x": float}, OptionError),
+        ("interface", "eth99", OptionError), ("backend", None, OptionError),
     ],
 )  # fmt: skip
 def test_bad_arguments(
@@ -1066,7 +1104,7 @@ def exchange_in_threads(arguments: Sequence[dict[str, Any]]) -> list[Any]:
             return [said[key] for key in sorted(said)]
 
         try:
-            results[index] = meet_through(exchange, **arguments[index])
+            results[index] = meet_through(exchange, Introduction(**arguments[index]))
         except CollectiveError as error:
             results[index] = error
 
@@ -1082,10 +1120,7 @@ def exchange_in_threads(arguments: Sequence[dict[str, Any]]) -> list[Any]:
 def test_meet_through() -> None:
     ranks = (2, 0, 1)
     meetings = exchange_in_threads(
-        [
-            {"group_name": "s", "world_size": 3, "rank": rank, "properties": {"by": rank}}
-            for rank in ranks
-        ]
+        [{"group_name": "s", "world_size": 3, "rank": rank} for rank in ranks]
     )
     assert [meeting.rank for meeting in meetings] == [2, 0, 1]
     assert (
@@ -1098,7 +1133,6 @@ def test_meet_through() -> None:
         == 1
     )
     for meeting in meetings:
-        assert meeting.properties == {"by": 0}
         assert meeting.listener.getsockname() == meeting.addresses[meeting.rank]
         meeting.listener.close()
 
@@ -1110,7 +1144,7 @@ def test_meet_through() -> None:
         ({"rank": 7}, RankError, "participant 1: rank "),
         ({"world_size": 3}, MismatchError, "world_size"),
         ({"backend": "gloo"}, MismatchError, "backend"),
-        ({"interface": "eth99"}, OptionError, "participant 1: interface"),
+        ({"interface": "eth99"}, OptionError, "rank 1: interface"),
     ],
 )
 def test_meet_through_fails_everywhere_alike(
@@ -1126,10 +1160,11 @@ def test_meet_through_fails_everywhere_alike(
 
 TORCHRUN_PROGRAM = """
 import os, time
-from colltensor.rendezvous import meet, open_directory
+from colltensor.rendezvous import Introduction, meet, open_directory
 for name in ("one", "two", "one"):
     directory, rank, world_size = open_directory(None, None, None)
-    meeting = meet(directory, group_name=name, world_size=world_size, rank=rank, deadline=time.monotonic() + 30)
+    part = Introduction(group_name=name, world_size=world_size, rank=rank)
+    meeting = meet(directory, part, time.monotonic() + 30)
     meeting.listener.close()
     line = f"MET {type(directory).__name__} {name} {rank} {world_size} {meeting.generation.hex()}"
     os.write(1, line.encode() + b"\\n")
@@ -1170,11 +1205,12 @@ def test_torchrun(tmp_path: Path) -> None:
 
 MULTIPROCESSING_PROGRAM = """
 import multiprocessing, sys, time
-from colltensor.rendezvous import meet, open_directory
+from colltensor.rendezvous import Introduction, meet, open_directory
 
 def child(rank, queue):
     directory, rank, world_size = open_directory("file://" + sys.argv[1], rank, 2)
-    meeting = meet(directory, group_name="g", world_size=world_size, rank=rank, deadline=time.monotonic() + 30)
+    part = Introduction(group_name="g", world_size=world_size, rank=rank)
+    meeting = meet(directory, part, time.monotonic() + 30)
     queue.put(meeting.generation)
 
 if __name__ == "__main__":

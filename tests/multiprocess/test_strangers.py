@@ -119,7 +119,7 @@ def work_among_strangers(rank: int, size: int, name: str, backend: str) -> int:
     group.allreduce(np.ones(3))
     before = len(os.listdir("/proc/self/fd"))
     threads_before = threading.active_count()  # the pool keeps groups of earlier tests
-    addresses = group._meeting.addresses
+    addresses = group._control._detector.meeting.addresses
 
     def connect() -> socket.socket:
         return stranger(addresses[rank])

@@ -152,10 +152,10 @@ def test_another_rank_dies_during_the_rendezvous(crew: Crew, spawn: Spawn) -> No
 
 def die_in_the_meeting(rank: int, world_size: int, name: str) -> None:
     """Find rank 0, introduce oneself, and crash."""
-    from colltensor.rendezvous import joining
+    from colltensor.rendezvous.tcp import ClientExchange
 
-    assert callable(joining._attend)
-    joining._attend = lambda *arguments: os._exit(1)
+    assert callable(ClientExchange._heard)
+    ClientExchange._heard = lambda *arguments: os._exit(1)  # type: ignore[method-assign]
     join(rank, world_size, name)
 
 

@@ -33,7 +33,7 @@ from colltensor.errors import (
     MismatchError,
     PeerLostError,
 )
-from colltensor.rendezvous.meeting import Meeting
+from colltensor.rendezvous import Meeting
 
 
 @pytest.fixture
@@ -223,9 +223,7 @@ def test_who_has_told_a_failure_knows_that_it_was_heard() -> None:
     """It may leave then. Whoever misses it but has not heard would say that it died as well."""
     with net.listen("127.0.0.1") as listener:
         address = listener.getsockname()[:2]
-        meeting = Meeting(
-            0, 2, "g", b"12345678", b"s" * 32, (address,) * 2, ("h",) * 2, {}, listener
-        )
+        meeting = Meeting(0, 2, "g", b"12345678", b"s" * 32, (address,) * 2, ("h",) * 2, listener)
         host, failure = SlowToHear(), Failure("PeerLostError", "m", (1,), 0)
         listener = ControlListener(meeting, host)
         try:
@@ -249,9 +247,7 @@ def test_a_rank_that_told_a_failure_before_it_went_is_not_the_loss(
     monkeypatch.setattr("colltensor.control.frames.ask", ask)
     with net.listen("127.0.0.1") as listener:
         address = listener.getsockname()[:2]
-        meeting = Meeting(
-            0, 3, "g", b"12345678", b"s" * 32, (address,) * 3, ("h",) * 3, {}, listener
-        )
+        meeting = Meeting(0, 3, "g", b"12345678", b"s" * 32, (address,) * 3, ("h",) * 3, listener)
         detector = FailureDetector(meeting)
         try:
             with pytest.raises(CollectiveTimeoutError) as caught:

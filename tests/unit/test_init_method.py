@@ -235,4 +235,4 @@ def test_a_name_that_is_too_long(path: str) -> None:
     """It was told that the ranks do not reach each other."""
     directory, _, _ = open_directory(f"file://{path}", 0, 2)
     with pytest.raises(OptionError, match=f"^init_method: .*{path[:60]}"):
-        directory.publish("y" * 90, b"")
+        directory.put("y" * 90, b"", b"")

@@ -22,7 +22,7 @@ from colltensor import net
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.gloo.provider import expired
 from colltensor.listener import Listener
-from colltensor.rendezvous.meeting import Meeting
+from colltensor.rendezvous import Meeting
 
 _HANDSHAKE_S: Final = 4.0
 """How long one connection may take until it is taken; then its rank dials again."""
@@ -123,20 +123,16 @@ class _Mesh:
     def _is_complete(self) -> bool:
         return len(self._taken) == self._size - 1
 
-    def _receive(self, sock: socket.socket) -> None:
-        """Take a connection that a higher rank has dialled, or close it."""
-        until = time.monotonic() + _HANDSHAKE_S
-        try:
-            caller, _ = _ENDS.unpack(net.verify(sock, self._key_of, until))
-            self._door.proven(sock)
-            kind, attempt = net.recv_frame(sock, until, net.UNPROVEN_LIMIT)
-            if kind != _JOIN:
-                raise net.FrameError(f"expected a request to join, got {kind}")
-            self._take(caller, _ATTEMPT.unpack(attempt)[0], sock)
-            net.send_frame(sock, _TAKEN, b"", until)
-        except (OSError, struct.error) as error:
-            self._note("turned a connection away", error)
-            self._drop(sock)
+    def _receive(self, sock: socket.socket) -> bool:
+        """Take a connection that a higher rank has dialled."""
+        context, until = self._door.verify(sock, self._key_of)
+        caller, _ = _ENDS.unpack(context)
+        kind, attempt = net.recv_frame(sock, until, net.UNPROVEN_LIMIT)
+        if kind != _JOIN:
+            raise net.FrameError(f"expected a request to join, got {kind}")
+        self._take(caller, _ATTEMPT.unpack(attempt)[0], sock)
+        net.send_frame(sock, _TAKEN, b"", until)
+        return True
 
     def _key_of(self, context: bytes) -> bytes | None:
         """Return the key if the two ends that the other side names are a higher rank and this one."""

@@ -20,7 +20,7 @@ from colltensor.backends.gloo import library, meshing
 from colltensor.backends.gloo.provider import Pair, Transfer, expired, track
 from colltensor.backends.gloo.scheduling import SocketThreads
 from colltensor.errors import BackendUnavailableError
-from colltensor.rendezvous.meeting import Meeting
+from colltensor.rendezvous import Meeting
 from colltensor.types import DType, ReduceOp
 
 _STOPPED: Final = 1

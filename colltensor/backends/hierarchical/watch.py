@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 from colltensor.backends.base import ControlPlane
 from colltensor.backends.hierarchical.topology import Hosts
 from colltensor.errors import BackendUnavailableError, CollectiveError, GroupError
-from colltensor.rendezvous.meeting import Meeting
+from colltensor.rendezvous import Meeting
 
 _TAKES_PART: Final = b"\1"
 _IS_OVER: Final = b"\0"

@@ -29,7 +29,7 @@ from colltensor.backends.base import ControlPlane
 from colltensor.backends.shm import cgroup, library
 from colltensor.errors import BackendUnavailableError, CollectiveError, remedy_for_system
 from colltensor.listener import HANDSHAKE_S, Listener
-from colltensor.rendezvous.meeting import Meeting
+from colltensor.rendezvous import Meeting
 
 MAX_RANKS: Final = 256
 
@@ -279,20 +279,18 @@ class _HandOut:
         self._listener.join(1.0)
 
     def _serve(self, link: socket.socket) -> None:
-        with link, contextlib.suppress(OSError):
-            if not _may_be_a_rank(link):
-                net.refuse(
-                    link, b"it belongs to another user than rank 0", time.monotonic() + HANDSHAKE_S
-                )
-                return
-            context = net.verify(link, self._secret_of, time.monotonic() + HANDSHAKE_S)
-            self._listener.proven(link)
-            [rank] = _RANK.unpack(context[-_RANK.size :])
-            with self._turn:
-                if rank in self._missing:
-                    socket.send_fds(link, [b"\0"], [self._fd])
-                    self._missing.discard(rank)
-            self._came.set()
+        if not _may_be_a_rank(link):
+            net.refuse(
+                link, b"it belongs to another user than rank 0", time.monotonic() + HANDSHAKE_S
+            )
+            return
+        context, _ = self._listener.verify(link, self._secret_of)
+        [rank] = _RANK.unpack(context[-_RANK.size :])
+        with self._turn:
+            if rank in self._missing:
+                socket.send_fds(link, [b"\0"], [self._fd])
+                self._missing.discard(rank)
+        self._came.set()
 
     def _secret_of(self, context: bytes) -> bytes | None:
         named = context[len(self._meeting.generation) :]

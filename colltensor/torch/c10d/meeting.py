@@ -15,7 +15,7 @@ from colltensor import net
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, say_timed_out
 from colltensor.group import Group, connect, solitary
 from colltensor.options import GroupOptions
-from colltensor.rendezvous import meet_through
+from colltensor.rendezvous import Introduction, meet_through
 from colltensor.rendezvous.secret import given_secret, warn_of_strangers
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.0005, 0.05
@@ -68,20 +68,20 @@ def meet(
     if not secret and (host := _host_of(store)) is not None:
         warn_of_strangers(host, name, rank)
 
+    part = Introduction(
+        group_name=name,
+        world_size=world_size,
+        rank=rank,
+        interface=interface,
+        backend=options.asked_of(world_size),
+        refusal=refusal,
+        secret=secret,
+    )
     exchange = _Exchange(store, prefix, rank, world_size, name, deadline, check)
     everybody_hears = False
     try:
         try:
-            meeting = meet_through(
-                exchange,
-                group_name=name,
-                world_size=world_size,
-                rank=rank,
-                interface=interface,
-                backend=options.asked_of(world_size),
-                refusal=refusal,
-                secret=secret,
-            )
+            meeting = meet_through(exchange, part)
         except CollectiveError as error:
             # What this rank alone met with (a lost peer, say) is told to nobody through the keys.
             everybody_hears = exchange.is_whole and not isinstance(error, CollectiveTimeoutError)

@@ -22,7 +22,7 @@ from colltensor.backends.nccl.backend import NcclBackend
 from colltensor.backends.nccl.communicators import CommunicatorCache
 from colltensor.group import Group, connect
 from colltensor.options import GroupOptions
-from colltensor.rendezvous import meet, open_directory
+from colltensor.rendezvous import Introduction, meet, open_directory
 
 JOIN_S = 60.0
 COUNT = 37
@@ -82,15 +82,10 @@ class World:
             try:
                 directory, _, _ = open_directory(meeting_place, rank, size)
                 deadline = time.monotonic() + timeout_s
-                meeting = meet(
-                    directory,
-                    group_name="tested",
-                    world_size=size,
-                    rank=rank,
-                    deadline=deadline,
-                    interface=None,
-                    backend=backend,
+                part = Introduction(
+                    group_name="tested", world_size=size, rank=rank, backend=backend
                 )
+                meeting = meet(directory, part, deadline)
                 group = connect(meeting, options, deadline)
                 try:
                     with device.use(device.new_stream(self.machine)):

@@ -1,9 +1,8 @@
-"""A file that all ranks can reach, in which rank 0 leaves its endpoint.
+"""Where rank 0 says how it is reached: what every directory offers, a port that all know, and a file.
 
 The file is complete whenever it can be seen (it is linked or renamed into place), only its owner can read it,
 because it holds the meeting's secret, and it is gone after the meeting. Nobody else's file is believed, opened through
-a link, replaced or removed. One that a killed rank 0 left behind is
-recognised by nobody answering to it.
+a link, replaced or removed. One that a killed rank 0 left behind is recognised by nobody answering to it.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from colltensor import net
-from colltensor.errors import CollectiveTimeoutError, OptionError, remedy_for_system
-from colltensor.net import FrameError
-from colltensor.rendezvous.joining import another_rank_0_lives, who_am_i
-from colltensor.rendezvous.protocol import Endpoint, taken
+from colltensor.errors import OptionError, remedy_for_system
+from colltensor.rendezvous.protocol import Endpoint
+from colltensor.rendezvous.secret import derived
 
 _READ_LIMIT = 1 << 20
 _NAME_LIMIT = 100
@@ -34,10 +33,122 @@ _FILE_NAME_LIMIT, _PATH_LIMIT = 255, 4095
 _DRAFT_S = 3600.0
 _OVERFLOW_UID = 65534
 _USERS = (1 << 32) - 1
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.005, 0.1
 
 
-class FileDirectory:
+class Directory:
+    """A place that all ranks can reach, and where rank 0 leaves an endpoint under a key.
+
+    Attributes:
+        host_id: Names this process's host in place of ``net.host_id()``.
+        secret: Where strangers can read the directory, what the user gave all ranks: the meeting's secret is derived
+            from it and from the endpoint's. Empty if the user gave nothing; None where only the ranks can read.
+        host: Where a directory is that strangers can read.
+    """
+
+    host_id: str | None = None
+    secret: bytes | None = None
+    host: str = ""
+
+    def scope(self) -> str:
+        """Return a string that is equal for two directories exactly if they are the same place.
+
+        With it, a process that an earlier meeting left out is kept out of the next one of the same name.
+        """
+        return ""
+
+    def address(self) -> str | None:
+        """Return the address of this host at which all ranks reach it, where that is known; rank 0 listens there."""
+        return None
+
+    def elsewhere(self) -> Directory | None:
+        """Return a directory in which ``read`` looks as well, where rank 0 can say that it cannot write to this one."""
+        return None
+
+    def put(self, key: str, endpoint: bytes, stale: bytes) -> bytes | None:
+        """Leave the endpoint, as rank 0, unless there is another one than ``stale``.
+
+        Returns:
+            None if it was left, else the other one; empty where it cannot be read.
+
+        Raises:
+            OptionError: The place cannot be written to.
+        """
+        raise NotImplementedError
+
+    def read(self, key: str, deadline: float) -> bytes | None:
+        """Return the endpoint as it is now, None where there is none.
+
+        Raises:
+            ConnectionError, TimeoutError: It cannot be read for now.
+            OptionError: It cannot be read.
+        """
+        raise NotImplementedError
+
+    def absent(self, key: str) -> str:
+        """Return in words that rank 0 ("it") has left nothing, and what to see to."""
+        raise NotImplementedError
+
+    def remove(self, key: str, endpoint: bytes) -> None:
+        """Remove one's own endpoint, as rank 0; nothing happens where another one is there, or none.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        raise NotImplementedError
+
+    def find(self, key: str, deadline: float) -> Endpoint | None:
+        """Return how rank 0 is reached, with the meeting's secret, or None; raises as ``read``."""
+        return self.decoded(self.read(key, deadline) or b"")
+
+    def decoded(self, data: bytes) -> Endpoint | None:
+        """Return an endpoint that was read, with the meeting's secret; None for what is none, or not complete."""
+        try:
+            return self.sealed(Endpoint.decode(data))
+        except net.FrameError:
+            return None
+
+    def sealed(self, endpoint: Endpoint) -> Endpoint:
+        """Return an endpoint as it is left here with the secret of the meeting that it leads to."""
+        secret = derived(self.secret or b"", endpoint.secret, endpoint.encode())
+        return replace(endpoint, secret=secret)
+
+
+@dataclass(frozen=True)
+class FixedDirectory(Directory):
+    """Knows beforehand where rank 0 listens, so that nothing need be left.
+
+    Attributes:
+        host: A host name or literal address of rank 0's host.
+        port: The port at which rank 0 listens.
+        secret: What all ranks know; may be empty.
+    """
+
+    host: str = field()
+    port: int = field()
+    secret: bytes = field(default=b"", repr=False)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """How rank 0 is reached."""
+        return Endpoint("", (self.host,), self.port, self.secret)
+
+    def scope(self) -> str:
+        """Say which place this is."""
+        return f"tcp://{self.host}:{self.port}"
+
+    def put(self, key: str, endpoint: bytes, stale: bytes) -> bytes | None:
+        """Do nothing: all ranks know the port."""
+        return None
+
+    def find(self, key: str, deadline: float) -> Endpoint:
+        """Return at once how rank 0 is reached, whether it is there or not."""
+        return self.endpoint
+
+    def remove(self, key: str, endpoint: bytes) -> None:
+        """Do nothing: nothing was left."""
+
+
+class FileDirectory(Directory):
     """Leaves endpoints in a file, or in a folder as one file for each group.
 
     Attributes:
@@ -47,27 +158,24 @@ class FileDirectory:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._published: dict[str, bytes] = {}
 
-    @property
     def scope(self) -> str:
         """Say which place this is."""
         return f"file://{os.path.abspath(self.path)}"
 
-    @property
     def elsewhere(self) -> FileDirectory | None:
-        """This host's folder of temporary files, where ranks of one host hear why rank 0 cannot write its file.
+        """Return this host's folder of temporary files, where ranks of one host hear why rank 0 cannot write its file.
 
         Those of other hosts have nothing in common with it but the folder, and wait.
         """
-        tag = hashlib.sha256(os.fsencode(self.scope)).hexdigest()[:16]
+        tag = hashlib.sha256(os.fsencode(self.scope())).hexdigest()[:16]
         with contextlib.suppress(FileNotFoundError):  # a host may have no such folder
             return FileDirectory(
                 os.path.join(tempfile.gettempdir(), f"colltensor-{os.geteuid()}-{tag}")
             )
         return None
 
-    def publish(self, key: str, endpoint: bytes) -> None:
+    def put(self, key: str, endpoint: bytes, stale: bytes) -> bytes | None:
         """Write the file: see Directory."""
         target = self._file(key)
         draft = f".{target.name[:_NAME_LIMIT]}.{_host_tag()}.{os.getpid()}.{secrets.token_hex(8)}"
@@ -76,44 +184,39 @@ class FileDirectory:
                 _remove_drafts(target, folder)
                 try:
                     _write(draft, folder, endpoint)
-                    _install(draft, target, folder, key)
+                    return _install(draft, target, folder, stale)
                 finally:
                     _remove(draft, folder)
         except OSError as error:
             raise OptionError(
                 f"init_method: rank 0 cannot write {target}: {_why(error)}"
             ) from error
-        self._published[key] = endpoint
 
-    def locate(self, key: str, deadline: float) -> bytes:
-        """Read the file once it is there: see Directory."""
-        target, elsewhere = self._file(key), self.elsewhere
-        backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, deadline)
-        while True:
-            data = _found(target)
-            if data is None and elsewhere is not None:
-                # what others leave among temporary files is no concern of ours
-                with contextlib.suppress(OptionError):
-                    data = _found(elsewhere._file(key))
-            if data is not None and _is_complete(data):
-                return data
-            if not backoff.pause():
-                raise CollectiveTimeoutError(
-                    f"rank 0 has not written {target} within the timeout; start rank 0, with the same group_name, "
-                    f"and see that all ranks reach the same file and that rank 0 can write it{_doubt(target)}",
-                    (0,),
-                )
+    def read(self, key: str, deadline: float) -> bytes | None:
+        """Read the file: see Directory."""
+        data = _found(self._file(key))
+        elsewhere = self.elsewhere() if data is None else None
+        if elsewhere is not None:
+            # what others leave among temporary files is no concern of ours
+            with contextlib.suppress(OptionError):
+                data = _found(elsewhere._file(key))
+        return data
 
-    def withdraw(self, key: str) -> None:
-        """Remove the file if it is still the one that was published here."""
-        mine = self._published.pop(key, None)
-        if mine is None:
-            return
+    def absent(self, key: str) -> str:
+        """Say which file there is not: see Directory."""
         target = self._file(key)
-        # what stands there now is not ours
-        with contextlib.suppress(OptionError), _folder_of(target) as folder:
-            if _read(target, folder) == mine:
-                _remove(target.name, folder)
+        return (
+            f"it has not written {target}; see that all ranks reach the same file and that rank 0 can write it"
+            f"{_doubt(target)}"
+        )
+
+    def remove(self, key: str, endpoint: bytes) -> None:
+        """Remove the file: see Directory."""
+        with contextlib.suppress(OptionError):  # what stands there now is not ours
+            target = self._file(key)
+            with _folder_of(target) as folder:
+                if _read(target, folder) == endpoint:
+                    _remove(target.name, folder)
 
     def _file(self, key: str) -> Path:
         target = self._path_of(key)
@@ -215,22 +318,21 @@ def _write(draft: str, folder: int, endpoint: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _install(draft: str, target: Path, folder: int, key: str) -> None:
-    """Put the draft in its place, unless a living rank 0 is there already, or something that is no file of ours."""
+def _install(draft: str, target: Path, folder: int, stale: bytes) -> bytes | None:
+    """Put the draft in its place, unless there is something else than ``stale``, or something that is no file of ours.
+
+    Returns:
+        What is there.
+    """
     try:
         os.link(draft, target.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
-        return
-    except FileExistsError:
-        pass
-    except OSError:
-        # No hard links on this file system: two rank 0 that start at once are not told apart here.
-        if _status(target.name, folder) is None:
-            os.replace(draft, target.name, src_dir_fd=folder, dst_dir_fd=folder)
-            return
-    data = _read(target, folder)
-    if data and another_rank_0_lives(data, key):
-        raise taken(0, [who_am_i(), f"another process that wrote {target}"])
+        return None
+    except OSError:  # It exists. Or there are no hard links here: two rank 0 that start at once are not told apart.
+        found = _read(target, folder)
+    if found is not None and found != stale:
+        return found
     os.replace(draft, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+    return None
 
 
 def _remove(name: str, folder: int) -> None:
@@ -250,7 +352,7 @@ def _host_tag() -> str:
 
 
 def _remove_drafts(target: Path, folder: int) -> None:
-    """Remove what a rank 0 that was killed while it wrote left beside the target: see FileDirectory.publish.
+    """Remove what a rank 0 that was killed while it wrote left beside the target: see FileDirectory.put.
 
     A draft is there for seconds at most: one of a process of this host that is gone, or an old one.
     """
@@ -328,11 +430,3 @@ def _no_endpoint(target: Path) -> OptionError:
     return OptionError(
         f"init_method: {target} exists and is no rendezvous file; name another, or remove it"
     )
-
-
-def _is_complete(data: bytes) -> bool:
-    try:
-        Endpoint.decode(data)
-    except FrameError:
-        return False
-    return True
