@@ -203,6 +203,13 @@ class GatheredBuffers:
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         """Do nothing: the transfers are decided."""
 
+    def order(self) -> int:
+        """Return 0: how the leaves lie is native code's affair."""
+        return 0
+
+    def straighten(self) -> None:
+        """Do nothing: no order was told."""
+
     def allocate_result(self) -> None:
         """Do nothing: all leaves can be written."""
 
