@@ -338,13 +338,10 @@ class Group:
             self._arguments.rank("reduce", "dst_rank", dst_rank),
         )
         write = root == self.rank
-        if (
-            self._trees is not None
-            and copy is None
-            and not async_op
-            and self._trees.run("reduce", op, root, tensor, write) is not None
-        ):
-            return tensor
+        if self._trees is not None and copy is None and not async_op:
+            done = self._trees.run("reduce", op, root, tensor, write, donate)
+            if done is not None:
+                return done if write else tensor
         buffers = self._written_by_some("reduce", tensor, op, root, write, donate, copy)
         return self._engine.run(
             Call(
@@ -440,13 +437,10 @@ class Group:
                 return done if async_op else tensor
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
         write = root != self.rank
-        if (
-            self._trees is not None
-            and copy is None
-            and not async_op
-            and self._trees.run("broadcast", NO_OP, root, tensor, write) is not None
-        ):
-            return tensor
+        if self._trees is not None and copy is None and not async_op:
+            done = self._trees.run("broadcast", NO_OP, root, tensor, write, donate)
+            if done is not None:
+                return done if write else tensor
         buffers = self._written_by_some("broadcast", tensor, None, root, write, donate, copy)
         return self._engine.run(
             Call(
@@ -857,13 +851,10 @@ class Group:
         ):
             return tensor
         peer = self._arguments.peer("recv", "src_rank", src_rank)
-        if (
-            self._trees is not None
-            and copy is None
-            and not async_op
-            and self._trees.run("transfer", NO_OP, -1, tensor, True, source=peer) is not None
-        ):
-            return tensor
+        if self._trees is not None and copy is None and not async_op:
+            done = self._trees.run("transfer", NO_OP, -1, tensor, True, donate, source=peer)
+            if done is not None:
+                return done
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
         return self._engine.run(
             Call(

@@ -2,10 +2,12 @@
 
     python benchmarks trees --frameworks numpy,torch,jax
     python benchmarks trees --backend gloo
+    python benchmarks trees --operation send
     python benchmarks trees --baseline OTHER/CHECKOUT:OTHER/libcolltensor.so
 
 Two ranks on one host: ``tree`` is ``group.allreduce(tree)``, ``loop`` an allreduce for each leaf, ``one`` an allreduce
-of one array of as many bytes, ``sync`` a ``Synchronizer`` and ``sync_gradients`` the function. Leaves begin where their
+of one array of as many bytes, ``sync`` a ``Synchronizer`` and ``sync_gradients`` the function. Another operation takes
+the place of allreduce in the first three; with ``send`` the other rank receives. Leaves begin where their
 frameworks put them: numpy's large ones 16 bytes into a page. ``mixed`` is 1,000 leaves of 1 B to 1 MiB, of five dtypes,
 every eighth one strided.
 """
@@ -70,7 +72,13 @@ def _leaves(framework: str, case: str) -> list[Any]:
 class Ranks(InGroup):
     """The ranks; an operation is a way."""
 
-    def loop(self, operation: str, framework: str, case: str) -> Loop:
+    def call(self, name: str, tensor: Any) -> Any:
+        """Make this rank's part of an operation."""
+        if name == "send":
+            return self.group.recv(tensor, 0) if self.rank else self.group.send(tensor, 1)
+        return getattr(self.group, name)(tensor)
+
+    def loop(self, operation: str, name: str, framework: str, case: str) -> Loop:
         """Return the loop of a way."""
         from colltensor.gradients import Synchronizer, sync_gradients
 
@@ -83,11 +91,11 @@ class Ranks(InGroup):
             one = _of_framework(
                 framework, self.array(max(1, sum(leaf.nbytes for leaf in leaves) // 4))
             )
-            return repeat(lambda: group.allreduce(one))
+            return repeat(lambda: self.call(name, one))
         return repeat(
             {
-                "tree": lambda: group.allreduce(tree),
-                "loop": lambda: [group.allreduce(leaf) for leaf in leaves],
+                "tree": lambda: self.call(name, tree),
+                "loop": lambda: [self.call(name, leaf) for leaf in leaves],
                 "sync_gradients": lambda: sync_gradients(tree, group=group, average=False),
             }[operation]
         )
@@ -99,18 +107,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frameworks", default="numpy", help="with commas")
     parser.add_argument("--cases", default=",".join(CASES), help="with commas")
     parser.add_argument("--backend", default="shm")
+    parser.add_argument("--operation", default="allreduce", help="or reduce, broadcast, send")
 
 
 def measure(run: Run, options: argparse.Namespace) -> None:
     """Print a row for each build, framework and case."""
-    rows = []
+    rows, name = [], options.operation
+    those = WAYS if name == "allreduce" else WAYS[:3]
     with run.started(
         run.builds("subjects.trees:Ranks", options={"backend": options.backend})
     ) as worlds:
         for framework in options.frameworks.split(","):
             for case in options.cases.split(","):
-                ways = WAYS if CASES[case][0] <= MOST_KEPT else WAYS[:-1]
-                found = run.measure(worlds, everywhere(worlds, ways), framework, case)
+                ways = [way for way in those if way != "sync" or CASES[case][0] <= MOST_KEPT]
+                found = run.measure(worlds, everywhere(worlds, ways), name, framework, case)
                 for world in worlds:
                     times = {
                         way: found[way if world == "this" else f"{world} {way}"].median_us
@@ -121,10 +131,10 @@ def measure(run: Run, options: argparse.Namespace) -> None:
                             world,
                             framework,
                             case,
-                            *map(times.get, WAYS),
+                            *map(times.get, those),
                             f"{times['tree'] / times['loop']:.2f}",
                             f"{times['tree'] / times['one']:.2f}",
                         ]
                     )
-    head = ["build", "arrays", "leaves", *WAYS, "tree / loop", "tree / one"]
-    run.print(f"Trees, 2 ranks, {options.backend}", head, rows, left=3)
+    head = ["build", "arrays", "leaves", *those, "tree / loop", "tree / one"]
+    run.print(f"Trees, {name}, 2 ranks, {options.backend}", head, rows, left=3)
