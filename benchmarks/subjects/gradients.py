@@ -33,7 +33,7 @@ class Ranks(InGroup):
 
         torch.set_num_threads(1)
         torch.distributed.init_process_group(
-            "gloo", f"file://{settings.folder}/ddp", rank=rank, world_size=2
+            "gloo", f"file://{settings.folder}/{settings.world}-ddp", rank=rank, world_size=2
         )
         self.versions["torch"] = torch.__version__
 
@@ -73,7 +73,7 @@ class Ranks(InGroup):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    add_options(parser, rounds=40, round_ms=30)
+    add_options(parser, rounds=40, round_ms=30, baseline=True)
     parser.add_argument("--widths", type=int, nargs="+", default=list(TARGETS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULTS))
 
@@ -86,6 +86,9 @@ def measure(run: Run, options: argparse.Namespace) -> int:
             found = run.measure(worlds, everywhere(worlds, options.variants), width)
             medians = {variant: samples.median_us for variant, samples in found.items()}
             target = TARGETS.get(width, 1 / 6)
+            if "ddp" not in medians:
+                rows += [[str(width), variant, median] for variant, median in medians.items()]
+                continue
             for variant, median in medians.items():
                 above = median - medians["alone-kept" if variant.endswith("-kept") else "alone"]
                 part, verdict = above / (medians["ddp"] - medians["alone"]), ""
