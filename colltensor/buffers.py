@@ -189,7 +189,7 @@ class TensorBuffers(_Alike):
         if not self.staged or self.allocates or hasattr(self, "_aside"):
             return 0
         layout = self.views[0].order()
-        return 0 if layout is None else _number(str(layout))
+        return 0 if layout is None else compared_number(str(layout))
 
     def straighten(self) -> None:
         self.transfers[0] = self.views[0].straightened()
@@ -370,16 +370,16 @@ class TreeBuffers:
         return bool(self._staged)
 
     def order(self) -> int:
-        if not self._staged or self.allocates:
+        if not self._staged:
             return 0
         layouts = {
             place: self.views[members[0]].order()
             for place, members in enumerate(self._chosen)
-            if len(members) == 1
+            if len(members) == 1 and not (self._write and self._adapters[members[0]].immutable)
         }
         known = [(place, layout) for place, layout in layouts.items() if layout]
         self._ordered = {place: self._chosen[place][0] for place, _ in known}
-        return _number(str(known)) if known else 0
+        return compared_number(str(known)) if known else 0
 
     def straighten(self) -> None:
         for place, index in self._ordered.items():
@@ -434,7 +434,7 @@ class TreeBuffers:
         )
         if self._constants:
             text = ";".join([text, *self._constants])
-        return sum(view.count for view in self.views), _number(text)
+        return sum(view.count for view in self.views), compared_number(text)
 
     def describe(self) -> str:
         leaves = [
@@ -531,7 +531,7 @@ class Blocks(_Alike):
         return set().union(*(buffers.streams() for buffers in self._members))
 
 
-def _number(text: str) -> int:
+def compared_number(text: str) -> int:
     """Return what stands for a text where ranks compare it."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 

@@ -20,11 +20,10 @@ from colltensor.adapters import (
 )
 from colltensor.backends.base import FAST_UNREAD
 from colltensor.engine import Call
-from colltensor.errors import CollectiveError
 from colltensor.fastpath import NO_OP, NO_RANK, FastCall, FastPath, moves_nothing, nothing
 from colltensor.operations import NATIVE
-from colltensor.tree_plans import Plan, Plans
-from colltensor.types import CPU, ReduceOp
+from colltensor.tree_plans import Plan, Plans, fit
+from colltensor.types import ReduceOp
 
 
 class TreeFastPath:
@@ -32,7 +31,7 @@ class TreeFastPath:
 
     def __init__(self, fastpath: FastPath) -> None:
         self._fastpath = fastpath
-        self._plans = Plans(_fit, _seem_to_fit)
+        self._plans = Plans(seem_to_fit=_seem_to_fit)
         self._epoch = 0
 
     def renew(self) -> None:
@@ -91,7 +90,7 @@ class TreeFastPath:
                     return tree
             elif donate and operation == "transfer":
                 return None
-            elif call.fits(leaves, adapter):
+            elif plan.suits(leaves, adapter):
                 results = call.allocate_leaves(leaves, adapter, written, donate)
                 return results if results is None or not written else plan.like(tree, results)
             plan = self._plans.renewed(tree, plan) if fixed is None else None
@@ -132,18 +131,10 @@ class TreeFastPath:
         return None if results is None else results[0]
 
 
-def _fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Return True for directly exportable tensors, and for those of one framework that makes its results together."""
-    return are_exportable(leaves, guard) or (
-        len(set(map(type, leaves))) == 1
-        and hasattr(known.get(leaves[0].__class__), "allocate_results")
-    )
-
-
 def _seem_to_fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Do as ``_fit``, but leave it to native code whether all are of the first one's type, where it reads that."""
+    """Do as ``fit``, but leave it to native code whether all are of the first one's type, where it reads that."""
     kind = leaves[0].__class__
-    return (kind in no_write_notice and reader_of(kind) != 0) or _fit(leaves, guard)
+    return (kind in no_write_notice and reader_of(kind) != 0) or fit(leaves, guard)
 
 
 class TreeCall(FastCall):
@@ -180,7 +171,7 @@ class TreeCall(FastCall):
                 self._engine.abort(self._operation, error)
         try:
             if code == FAST_UNREAD:
-                # which _fit() leaves to the reader
+                # which _seem_to_fit() leaves to the reader
                 if kind in no_write_notice and not are_exportable(tensors):
                     return False
                 code, reader = self.function(*tensors), 0
@@ -194,31 +185,6 @@ class TreeCall(FastCall):
                 remember_alike(tensors, kind)
             else:
                 notify_all_written(tensors)
-        return True
-
-    def fits(self, tensors: Sequence[Any], adapter: Any) -> bool:
-        """Return True if immutable leaves are what the plan says, row-major and on the host."""
-        try:
-            kinds = adapter.kinds(tensors)
-        except RuntimeError:  # deleted: the slow path says so
-            return False
-        if kinds == self._plan.made.get("kinds"):
-            return True
-        try:
-            views = list(map(adapter.source, tensors))
-        except CollectiveError:  # which the slow path says in its own words
-            return False
-        for view, planned, shape in zip(views, self._plan.views, self._plan.shapes, strict=True):
-            if (
-                view.dtype is not planned.dtype
-                or view.count != planned.count
-                or view.strides is not None
-                or view.device is not CPU
-                or view.dtype.moves_only
-                or shape not in (None, view.shape)
-            ):
-                return False
-        self._plan.made["kinds"] = kinds
         return True
 
     def allocate_leaves(

@@ -370,10 +370,11 @@ ffi::Function allocating_tree_function(std::int64_t handle, std::int64_t timeout
 // Copies between leaves and buckets: of every bucket the leaves in it, which lie there one after the other. Returns a
 // function that takes whether they are written and the leaves, and returns one that copies: (0, bucket, address) into
 // the bucket at that address, (1, bucket, address) out of it; (2, leaf, 0) is the address of a leaf that is contiguous,
-// else 0; (3, leaf, 0) is View::order() of a leaf, and (4, leaf, 0) the address of one that has an order. Returns nothing where the leaves are not to be taken as they are. With `reads` it takes the leaves as
-// reading_tree_function() does. Behind the plan's words: the number of buckets, then of each its number of leaves and
-// these.
-ffi::Function gather_function(std::int64_t plan, bool reads) {
+// else 0; (3, leaf, 0) is View::order() of a leaf, and (4, leaf, 0) the address of one that has an order. Returns nothing
+// where the leaves are not to be taken as they are. `way` 1: it takes the leaves as reading_tree_function() does; 2: it
+// takes their addresses, and they are contiguous. Behind the plan's words: the number of buckets, then of each its number
+// of leaves and these.
+ffi::Function gather_function(std::int64_t plan, int way) {
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
   const auto planned = std::make_shared<const Plan>(words);
   auto buckets = std::make_shared<std::vector<std::vector<int>>>(static_cast<std::size_t>(*words++));
@@ -383,7 +384,9 @@ ffi::Function gather_function(std::int64_t plan, bool reads) {
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     const auto leaves = std::make_shared<Leaves>(planned);
     const bool written = arguments[0].cast<bool>();
-    if (reads) {
+    if (way == 2) {
+      if (!leaves->take_addresses(arguments + 1, number - 1)) return;
+    } else if (way == 1) {
       const auto word = [&](int place) { return reinterpret_cast<void*>(arguments[place].cast<std::int64_t>()); };
       if (number != 4 || leaves->take(word(1), word(2), reinterpret_cast<Reader>(word(3)), written) != 0) return;
     } else if (!leaves->take(arguments + 1, number - 1, written)) {
