@@ -13,7 +13,7 @@ from test_shm_layouts import ORDERS, Array, laid_out
 
 import colltensor as col
 from colltensor.adapters.numpy import MEMORY, HostMemory
-from colltensor.backends import is_available
+from colltensor.backends import is_available, reason
 from colltensor.gathered import GatheredBuffers
 
 pytestmark = pytest.mark.gloo
@@ -78,8 +78,9 @@ def result(name: str, rank: int, values: list[Array]) -> Array:
     return values[rank]
 
 
-def meet(rank: int, size: int, provider: str, seed: int) -> None:
-    group, random = group_of(size, "gloo", provider), np.random.default_rng(seed)
+def meet(rank: int, size: int, provider: str, seed: int, hosts: str = "") -> None:
+    group = group_of(size, "hierarchical" if hosts else "gloo", provider, hosts=hosts)
+    random = np.random.default_rng(seed)
     for step in range(2 + size):
         values = [random.integers(0, 20, SHAPE).astype(np.float32) for _ in range(size)]
         layouts = random.integers(0, 4 * len(ORDERS), size)
@@ -103,6 +104,11 @@ def meet(rank: int, size: int, provider: str, seed: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_layouts_alike_and_not(pool: RankPool, provider: str, size: int) -> None:
     pool.run(size, meet, provider, size)
+
+
+@pytest.mark.skipif(not is_available("shm"), reason=str(reason("shm")))
+def test_layouts_between_hosts(pool: RankPool, provider: str) -> None:
+    pool.run(3, meet, provider, 1, "aab")
 
 
 def count_copies(rank: int, size: int, provider: str) -> None:
