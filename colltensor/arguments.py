@@ -61,7 +61,7 @@ class Arguments:
             adapter = known.get(type(tensor))
             gathered = None
             if adapter is None and containers and copy is None and self._gathers:
-                gathered = self._gatherer.buffers(tensor, write, operation in _BYTEWISE)
+                gathered = self._gatherer.buffers(tensor, write, operation in _BYTEWISE, donate)
             buffers: Buffers = gathered or (
                 adapt(tensor, write, donate, containers, op is not None)
                 if adapter is None

@@ -70,6 +70,15 @@ class Buffers(Protocol):
             OptionError: ``copy`` is False and a staging copy is needed.
         """
 
+    def order(self) -> int:
+        """Return a number that is equal on ranks whose staged leaves lie without gaps and in the same order; 0 if none.
+
+        Of leaves that share no transfer with others, and that stay where they are.
+        """
+
+    def straighten(self) -> None:
+        """Stage these leaves no more: all ranks have the same order, in which the elements can travel as they lie."""
+
     def allocate_result(self) -> None:
         """Make immutable tensors' results, with the same contents; their views are the results' from now on.
 
@@ -132,12 +141,19 @@ class _Alike:
     def describe(self) -> str:
         return f"{self.views[0].dtype}[{self.views[0].count}]"
 
+    def order(self) -> int:
+        return 0
+
+    def straighten(self) -> None:
+        pass
+
 
 class TensorBuffers(_Alike):
     """One tensor. The common case, so it is kept lean."""
 
     __slots__ = (
         "_adapter",
+        "_aside",
         "_donate",
         "_tensor",
         "_write",
@@ -168,6 +184,17 @@ class TensorBuffers(_Alike):
         self.transfers = [memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)]
         self.staged = True
 
+    def order(self) -> int:
+        # the slot of an aside is set there alone, because every call comes by the constructor
+        if not self.staged or self.allocates or hasattr(self, "_aside"):
+            return 0
+        layout = self.views[0].order()
+        return 0 if layout is None else compared_number(str(layout))
+
+    def straighten(self) -> None:
+        self.transfers[0] = self.views[0].straightened()
+        self.staged = False
+
     def receive_aside(self, copy: bool | None) -> None:
         """Have results go to a staging buffer until all is done, because the call reads this memory too.
 
@@ -180,6 +207,7 @@ class TensorBuffers(_Alike):
                 f"copy=False, but {view!r} is sent and received into, and needs a staging copy; pass another tensor or "
                 "leave copy=None"
             )
+        self._aside = True
         if not self.staged:
             self.transfers = [
                 memory_of(view.device.type).allocate(view.nbytes, view).cast(view.dtype)
@@ -235,9 +263,11 @@ class TreeBuffers:
 
     __slots__ = (
         "_adapters",
+        "_chosen",
         "_constants",
         "_donate",
         "_given",
+        "_ordered",
         "_original",
         "_paths",
         "_rebuild",
@@ -254,6 +284,8 @@ class TreeBuffers:
         self._original = tree_of_tensors
         self._write = write
         self._donate = donate
+        self._chosen: list[list[int]] = []
+        self._ordered: dict[int, int] = {}
         self._staged: list[tuple[int, BufferView]] = []
         self._given, self._paths, self._rebuild = tree.flatten(tree_of_tensors, reduced)
         self._constants: list[str] = []
@@ -310,6 +342,7 @@ class TreeBuffers:
             return
         alone = copy is False or not fuse
         chosen = [[index] for index in range(len(views))] if alone else plan(views, bytewise)
+        self._chosen = chosen
         self.transfers = []
         for members in chosen:
             view = views[members[0]]
@@ -335,6 +368,24 @@ class TreeBuffers:
     @property
     def staged(self) -> bool:
         return bool(self._staged)
+
+    def order(self) -> int:
+        if not self._staged:
+            return 0
+        layouts = {
+            place: self.views[members[0]].order()
+            for place, members in enumerate(self._chosen)
+            if len(members) == 1 and not (self._write and self._adapters[members[0]].immutable)
+        }
+        known = [(place, layout) for place, layout in layouts.items() if layout]
+        self._ordered = {place: self._chosen[place][0] for place, _ in known}
+        return compared_number(str(known)) if known else 0
+
+    def straighten(self) -> None:
+        for place, index in self._ordered.items():
+            self.transfers[place] = self.views[index].straightened()
+        ordered = self._ordered.values()
+        self._staged = [staged for staged in self._staged if staged[0] not in ordered]
 
     @property
     def allocates(self) -> bool:
@@ -383,9 +434,7 @@ class TreeBuffers:
         )
         if self._constants:
             text = ";".join([text, *self._constants])
-        return sum(view.count for view in self.views), int.from_bytes(
-            blake2b(text.encode(), digest_size=8).digest(), "little"
-        )
+        return sum(view.count for view in self.views), compared_number(text)
 
     def describe(self) -> str:
         leaves = [
@@ -480,6 +529,11 @@ class Blocks(_Alike):
 
     def streams(self) -> set[int | None]:
         return set().union(*(buffers.streams() for buffers in self._members))
+
+
+def compared_number(text: str) -> int:
+    """Return what stands for a text where ranks compare it."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _restored(adapter: Adapter, result: Any, given: Any) -> Any:

@@ -20,11 +20,10 @@ from colltensor.adapters import (
 )
 from colltensor.backends.base import FAST_UNREAD
 from colltensor.engine import Call
-from colltensor.errors import CollectiveError
 from colltensor.fastpath import NO_OP, NO_RANK, FastCall, FastPath, moves_nothing, nothing
 from colltensor.operations import NATIVE
-from colltensor.tree_plans import Plan, Plans
-from colltensor.types import CPU, ReduceOp
+from colltensor.tree_plans import Plan, Plans, fit
+from colltensor.types import ReduceOp
 
 
 class TreeFastPath:
@@ -32,7 +31,7 @@ class TreeFastPath:
 
     def __init__(self, fastpath: FastPath) -> None:
         self._fastpath = fastpath
-        self._plans = Plans(_fit, _seem_to_fit)
+        self._plans = Plans(seem_to_fit=_seem_to_fit)
         self._epoch = 0
 
     def renew(self) -> None:
@@ -73,11 +72,9 @@ class TreeFastPath:
             return None
         adapter = known.get(tree.__class__)
         if adapter is not None:
-            return (
-                self._array(op, tree, adapter, donate)
-                if operation == "allreduce" and adapter.immutable
-                else None
-            )
+            if not adapter.immutable or (donate and operation == "transfer"):
+                return None
+            return self._array(operation, op, root, source, tree, adapter, written, donate)
         plan, leaves = (
             self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _seem_to_fit))
         )
@@ -91,11 +88,11 @@ class TreeFastPath:
             if not adapter.immutable:
                 if call.run(leaves, written):
                     return tree
-            elif operation != "allreduce":
+            elif donate and operation == "transfer":
                 return None
-            elif call.fits(leaves, adapter):
-                results = call.allocate_leaves(leaves, adapter, donate)
-                return None if results is None else plan.like(tree, results)
+            elif plan.suits(leaves, adapter):
+                results = call.allocate_leaves(leaves, adapter, written, donate)
+                return results if results is None or not written else plan.like(tree, results)
             plan = self._plans.renewed(tree, plan) if fixed is None else None
         if fixed is None:
             self._plans.doubt()
@@ -108,8 +105,18 @@ class TreeFastPath:
             call = plan.made[key] = TreeCall(self._fastpath, operation, op, root, source, plan)
         return call
 
-    def _array(self, op: int, tensor: Any, adapter: Any, donate: bool) -> Any:
-        """Run an allreduce of an immutable tensor, which is a tree of one leaf; return a new one, None as ``run``."""
+    def _array(
+        self,
+        operation: str,
+        op: int,
+        root: int,
+        source: int,
+        tensor: Any,
+        adapter: Any,
+        written: bool,
+        donate: bool,
+    ) -> Any:
+        """Run an operation on an immutable tensor, which is a tree of one leaf; return as ``run``."""
         if not hasattr(adapter, "allocate_results"):
             return None
         try:
@@ -119,24 +126,15 @@ class TreeFastPath:
         plan = self._plans.of_array(tensor, kind)
         if plan is None:
             return None
-        results = self._call("allreduce", op, NO_RANK, NO_RANK, plan).allocate_leaves(
-            (tensor,), adapter, donate
-        )
+        call = self._call(operation, op, root, source, plan)
+        results = call.allocate_leaves((tensor,), adapter, written, donate)
         return None if results is None else results[0]
 
 
-def _fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Return True for directly exportable tensors, and for those of one framework that makes its results together."""
-    return are_exportable(leaves, guard) or (
-        len(set(map(type, leaves))) == 1
-        and hasattr(known.get(leaves[0].__class__), "allocate_results")
-    )
-
-
 def _seem_to_fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Do as ``_fit``, but leave it to native code whether all are of the first one's type, where it reads that."""
+    """Do as ``fit``, but leave it to native code whether all are of the first one's type, where it reads that."""
     kind = leaves[0].__class__
-    return (kind in no_write_notice and reader_of(kind) != 0) or _fit(leaves, guard)
+    return (kind in no_write_notice and reader_of(kind) != 0) or fit(leaves, guard)
 
 
 class TreeCall(FastCall):
@@ -173,7 +171,7 @@ class TreeCall(FastCall):
                 self._engine.abort(self._operation, error)
         try:
             if code == FAST_UNREAD:
-                # which _fit() leaves to the reader
+                # which _seem_to_fit() leaves to the reader
                 if kind in no_write_notice and not are_exportable(tensors):
                     return False
                 code, reader = self.function(*tensors), 0
@@ -189,60 +187,41 @@ class TreeCall(FastCall):
                 notify_all_written(tensors)
         return True
 
-    def fits(self, tensors: Sequence[Any], adapter: Any) -> bool:
-        """Return True if immutable leaves are what the plan says, row-major and on the host."""
-        try:
-            kinds = adapter.kinds(tensors)
-        except RuntimeError:  # deleted: the slow path says so
-            return False
-        if kinds == self._plan.made.get("kinds"):
-            return True
-        try:
-            views = list(map(adapter.source, tensors))
-        except CollectiveError:  # which the slow path says in its own words
-            return False
-        for view, planned, shape in zip(views, self._plan.views, self._plan.shapes, strict=True):
-            if (
-                view.dtype is not planned.dtype
-                or view.count != planned.count
-                or view.strides is not None
-                or view.device is not CPU
-                or shape not in (None, view.shape)
-            ):
-                return False
-        self._plan.made["kinds"] = kinds
-        return True
-
     def allocate_leaves(
-        self, tensors: Sequence[Any], adapter: Any, donate: bool
-    ) -> list[Any] | None:
-        """Run it on immutable leaves, which fit; return new ones, None as ``run``.
+        self, tensors: Sequence[Any], adapter: Any, written: bool, donate: bool
+    ) -> Sequence[Any] | None:
+        """Run it on immutable leaves, which fit; return new ones if they are ``written``, else them; None as ``run``.
 
         The results are copies made before the ranks meet, unless they take the leaves' own memory.
 
         Raises:
             CollectiveError: As every collective.
         """
-        results: list[Any] = []
+        results: Sequence[Any] = []
         kept: list[array.array[int]] = []
 
         def allocate() -> int:
-            results[:] = adapter.allocate_results(tensors, donate)
+            nonlocal results
+            results = adapter.allocate_results(tensors, donate)
             kept.append(array.array("q", adapter.addresses(results)))
             return kept[-1].buffer_info()[0]
 
+        donate = donate and written
         try:
-            if donate:
+            if donate or not written:
                 adapter.source(tensors[0])  # raises what must not come up once the ranks have met
+                results = tensors
             else:
                 results = adapter.allocate_results(tensors, False)
-            given = adapter.addresses(tensors if donate else results)
+            given = adapter.addresses(results)
         except RuntimeError:  # deleted, or its computation failed: the slow path says so
             return None
         if donate and len(set(given)) < len(given):  # one memory twice: likewise
             return None
         if self._allocating is None:
-            self._allocating = self._backend.allocating_tree(self._call[0], self._plan.words())
+            self._allocating = self._backend.allocating_tree(
+                NATIVE[self._operation], *self._call, self._plan.words()
+            )
         try:
             code = self._allocating(allocate if donate else None, *given)
         except BaseException as error:  # noqa: BLE001 - abort() raises

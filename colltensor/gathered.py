@@ -1,6 +1,7 @@
-"""Trees of exportable tensors for backends that want contiguous memory: native code packs the leaves into buckets.
+"""Trees of plain tensors for backends that want contiguous memory: native code packs the leaves into buckets.
 
-What ``TreeBuffers`` does leaf by leaf in Python is one native call here.
+What ``TreeBuffers`` does leaf by leaf in Python is one native call here. Also for leaves of a framework that never
+changes them, which are known by their addresses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from colltensor.adapters import (
     reader_of,
 )
 from colltensor.backends.shm import library
-from colltensor.buffers import adapt
+from colltensor.buffers import adapt, compared_number
 from colltensor.buffers import plan as transfers_of
 from colltensor.errors import BackendUnavailableError
 from colltensor.tree_plans import Plan, Plans
@@ -39,13 +40,16 @@ class Gatherer:
         self._spare_nbytes = 0
         self._lock = threading.Lock()  # calls are begun and ended in any threads
 
-    def buffers(self, tree: Any, write: bool, bytewise: bool) -> GatheredBuffers | None:
-        """Return the buffers of a tree of exportable tensors, None if it takes ``TreeBuffers``.
+    def buffers(
+        self, tree: Any, write: bool, bytewise: bool, donate: bool
+    ) -> GatheredBuffers | None:
+        """Return the buffers of a tree that ``tree_plans`` plans for, None if it takes ``TreeBuffers``.
 
         Args:
             tree: The tree, or a tensor, which is refused.
             write: Whether its leaves are written.
             bytewise: See ``Buffers.stage``.
+            donate: Use the memory of immutable leaves again.
         """
         if tree.__class__ in known or not _is_loaded():
             return None
@@ -55,6 +59,14 @@ class Gatherer:
             if layout is None:
                 layout = plan.made[bytewise] = Layout(plan, bytewise)
             kind = leaves[0].__class__
+            adapter: Any = known.get(kind)
+            if adapter is None:  # another thread has just registered one
+                return None
+            if adapter.immutable:
+                if plan.suits(leaves, adapter):
+                    return _allocating(self, tree, leaves, plan, layout, adapter, write, donate)
+                plan = self._plans.renewed(tree, plan)
+                continue
             reader = 0 if layout.read is None else reader_of(kind)
             move = (
                 layout.read(write, id(leaves), id(kind), reader)
@@ -125,6 +137,7 @@ class Layout:
         transfers: The leaves of each; those of one leaf, not smaller than a bucket's, travel by themselves.
         nbytes: The bytes of each.
         take: Given whether they are written, and the leaves, returns what copies them, or None.
+        place: The same, given the addresses of contiguous leaves.
         read: The same, given a list of leaves of one type as ``AgreeingBackend.reading_tree`` is; None without that.
     """
 
@@ -139,10 +152,11 @@ class Layout:
             words += [len(members), *members]
         packed = plan.words(*words)
         make = library.load().shm_gather_function
-        self.take: Callable[..., Any] = make(packed.buffer_info()[0], False)
+        self.take: Callable[..., Any] = make(packed.buffer_info()[0], 0)
+        self.place: Callable[..., Any] = make(packed.buffer_info()[0], 2)
         self.read: Callable[[bool, int, int, int], Any] | None = None
         if library.reads_python():
-            read: Any = make(packed.buffer_info()[0], True)
+            read: Any = make(packed.buffer_info()[0], 1)
             read.release_gil = False
             self.read = read
 
@@ -154,7 +168,9 @@ class GatheredBuffers:
         "_buckets",
         "_gatherer",
         "_leaves",
+        "_lone",
         "_move",
+        "_ordered",
         "_plan",
         "_tree",
         "_write",
@@ -182,10 +198,14 @@ class GatheredBuffers:
         self._move = move
         self._write = write
         self._buckets: list[tuple[int, BufferView]] = []
+        self._lone: list[tuple[int, int]] = []  # transfers of one leaf, and which
+        self._ordered: list[tuple[int, int]] = []
         self.transfers: list[BufferView] = []
         self.views = self.transfers
         for number, members in enumerate(layout.transfers):
             first = plan.views[members[0]]
+            if len(members) == 1:
+                self._lone.append((number, members[0]))
             pointer = move(2, members[0], 0) if len(members) == 1 else 0
             if pointer or (len(members) == 1 and not first.count):
                 leaf = leaves[members[0]]
@@ -202,6 +222,32 @@ class GatheredBuffers:
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
         """Do nothing: the transfers are decided."""
+
+    def order(self) -> int:
+        """Return a number for how lone leaves lie, that have buckets."""
+        if not self.staged or not self._lone:
+            return 0
+        orders = [
+            (number, member, order)
+            for number, member in self._lone
+            if (order := self._move(3, member, 0))
+        ]
+        self._ordered = [(number, member) for number, member, _ in orders]
+        return compared_number(str(orders)) if orders else 0
+
+    def straighten(self) -> None:
+        """Let those leaves travel as they lie."""
+        for number, member in self._ordered:
+            view = self._plan.views[member]
+            self.transfers[number] = BufferView.from_address(
+                self._move(4, member, 0), (view.count,), view.dtype, owner=self._leaves[member]
+            )
+        ordered = {number for number, _ in self._ordered}
+        for number, bucket in self._buckets:
+            if number in ordered:
+                self._gatherer.give_back(bucket)
+        self._buckets = [kept for kept in self._buckets if kept[0] not in ordered]
+        self.staged = bool(self._buckets)
 
     def allocate_result(self) -> None:
         """Do nothing: all leaves can be written."""
@@ -238,3 +284,82 @@ class GatheredBuffers:
     def describe(self) -> str:
         """Return the leaves' dtypes and counts for an error message."""
         return adapt(self._tree, False, False, True).describe()
+
+
+class AllocatingBuffers(GatheredBuffers):
+    """The leaves of a tree whose framework never changes them: what is written are new ones, made by ``adapter``."""
+
+    __slots__ = ("_adapter", "_donate", "_layout")
+
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        tree: Any,
+        leaves: Sequence[Any],
+        plan: Plan,
+        layout: Layout,
+        move: Any,
+        write: bool,
+        adapter: Any,
+        donate: bool,
+    ) -> None:
+        super().__init__(gatherer, tree, leaves, plan, layout, move, write)
+        self._layout = layout
+        self._adapter = adapter
+        self._donate = donate
+
+    @property
+    def allocates(self) -> bool:  # type: ignore[override]
+        """True where leaves are written."""
+        return self._write
+
+    def check(self) -> None:
+        """Raise where a leaf was deleted."""
+        try:
+            self._adapter.kinds(self._leaves)
+        except RuntimeError:
+            for leaf in self._leaves:
+                self._adapter.source(leaf)  # which says so
+
+    def allocate_result(self) -> None:
+        """Make the results, whose memory is worked on from now on."""
+        if not self._write:
+            return
+        self._leaves = self._adapter.allocate_results(self._leaves, self._donate)
+        self._move = self._layout.place(True, *self._adapter.addresses(self._leaves))
+        for number, member in self._lone:
+            self.transfers[number].pointer = self._move(2, member, 0)
+            self.transfers[number].owner = self._leaves[member]
+
+    def store(self) -> None:
+        """Copy results back, and let go of the buckets."""
+        for number, bucket in self._buckets:
+            if self._write:
+                self._move(1, number, bucket.pointer)
+            self._gatherer.give_back(bucket)
+
+    def result(self) -> Any:
+        """Return a tree of the results, or the tree where nothing was written."""
+        return self._plan.like(self._tree, self._leaves) if self._write else self._tree
+
+
+def _allocating(
+    gatherer: Gatherer,
+    tree: Any,
+    leaves: Sequence[Any],
+    plan: Plan,
+    layout: Layout,
+    adapter: Any,
+    write: bool,
+    donate: bool,
+) -> AllocatingBuffers | None:
+    """Return the buffers of immutable leaves that suit the plan, None where the slow path says why it cannot be."""
+    try:
+        adapter.source(leaves[0])  # raises while a function is traced
+        addresses = adapter.addresses(leaves)
+    except RuntimeError:  # or its computation failed
+        return None
+    if write and donate and len(set(addresses)) < len(addresses):  # one memory twice
+        return None
+    move = layout.place(write, *addresses)
+    return AllocatingBuffers(gatherer, tree, leaves, plan, layout, move, write, adapter, donate)

@@ -315,8 +315,10 @@ class Group:
         root = self._arguments.rank("reduce", "dst_rank", dst_rank)
         write = root == self.rank
         trees = self._trees if copy is None and not async_op else None
-        if trees is not None and trees.run("reduce", op, root, tensor, write) is not None:
-            return tensor
+        if trees is not None:
+            done = trees.run("reduce", op, root, tensor, write, donate)
+            if done is not None:
+                return done if write else tensor
 
         buffers = self._written_by_some("reduce", tensor, op, root, write, donate, copy)
         move, moved = self._arguments.backend_for(buffers).reduce, (buffers.transfers, root, op)
@@ -398,8 +400,10 @@ class Group:
         root = self._arguments.rank("broadcast", "src_rank", src_rank)
         write = root != self.rank
         trees = self._trees if copy is None and not async_op else None
-        if trees is not None and trees.run("broadcast", NO_OP, root, tensor, write) is not None:
-            return tensor
+        if trees is not None:
+            done = trees.run("broadcast", NO_OP, root, tensor, write, donate)
+            if done is not None:
+                return done if write else tensor
 
         buffers = self._written_by_some("broadcast", tensor, None, root, write, donate, copy)
         move, moved = self._arguments.backend_for(buffers).broadcast, (buffers.transfers, root)
@@ -711,8 +715,10 @@ class Group:
 
         peer = self._arguments.peer("recv", "src_rank", src_rank)
         trees = self._trees if copy is None and not async_op else None
-        if trees and trees.run("transfer", NO_OP, -1, tensor, True, source=peer) is not None:
-            return tensor
+        if trees is not None:
+            done = trees.run("transfer", NO_OP, -1, tensor, True, donate, source=peer)
+            if done is not None:
+                return done
 
         buffers = self._arguments.tensor("recv", "tensor", tensor, None, True, donate, copy, True)
         move, moved = self._arguments.backend_for(buffers).recv, (buffers.transfers, peer)

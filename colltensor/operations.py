@@ -83,4 +83,7 @@ NATIVE_NAMES: Final = tuple(sorted(NATIVE, key=NATIVE.__getitem__))
 REDUCTIONS: Final = frozenset(name for name, row in COLLECTIVES.items() if row.kind == REDUCE)
 """Those that combine elements; all others move bytes and take every data type."""
 
+IN_ANY_ORDER: Final = frozenset({"allreduce", "reduce", "broadcast", "scan", "transfer"})
+"""Those that treat each element by itself, so that elements may travel in the order in which they lie on all ranks."""
+
 COMPARES_LAST: Final = frozenset(name for name, row in COLLECTIVES.items() if row.compares_last)

@@ -9,7 +9,7 @@ import array
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from colltensor.adapters import Guard, are_exportable
+from colltensor.adapters import Guard, are_exportable, known
 from colltensor.buffers import Buffers, adapt
 from colltensor.errors import CollectiveError
 from colltensor.tree import builder_of, flat_tree, matcher_of, structure_of
@@ -57,6 +57,31 @@ class Plan:
         found = None if self.match is None else self.match(tree)
         return found if found is not None and fits(found, self.guard) else None
 
+    def suits(self, tensors: Sequence[Any], adapter: Any) -> bool:
+        """Return True if immutable leaves are what the plan says, row-major and on the host."""
+        try:
+            kinds = adapter.kinds(tensors)
+        except RuntimeError:  # deleted: the slow path says so
+            return False
+        if kinds == self.made.get("kinds"):
+            return True
+        try:
+            views = list(map(adapter.source, tensors))
+        except CollectiveError:  # which the slow path says in its own words
+            return False
+        for view, planned, shape in zip(views, self.views, self.shapes, strict=True):
+            if (
+                view.dtype is not planned.dtype
+                or view.count != planned.count
+                or view.strides is not None
+                or view.device is not CPU
+                or view.dtype.moves_only
+                or shape not in (None, view.shape)
+            ):
+                return False
+        self.made["kinds"] = kinds
+        return True
+
     def like(self, tree: Any, leaves: Sequence[Any]) -> Any:
         """Return a tree as this one, which is of the plan's structure, with other leaves."""
         if self._build is None:
@@ -73,6 +98,14 @@ class Plan:
         return array.array("Q", [*words, *more])
 
 
+def fit(leaves: Sequence[Any], guard: Guard) -> bool:
+    """Return True for directly exportable tensors, and for those of one framework that makes its results together."""
+    return are_exportable(leaves, guard) or (
+        len(set(map(type, leaves))) == 1
+        and hasattr(known.get(leaves[0].__class__), "allocate_results")
+    )
+
+
 class Plans:
     """The plans of the trees that one group is given.
 
@@ -82,7 +115,7 @@ class Plans:
 
     def __init__(
         self,
-        fits: Callable[[Sequence[Any], Guard], bool] = are_exportable,
+        fits: Callable[[Sequence[Any], Guard], bool] = fit,
         seem_to_fit: Callable[[Sequence[Any], Guard], bool] | None = None,
     ) -> None:
         self._fits = fits

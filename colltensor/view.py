@@ -242,6 +242,39 @@ class BufferView:
             reach = stride * (extent - 1) + reach
         return False
 
+    def order(self) -> tuple[tuple[int, int], ...] | None:
+        """Return what tells the order in which the elements lie in memory; None if in row-major order, or with gaps.
+
+        It is the same for two views that have their elements in the same places: extents and strides, of which axes
+        that lie behind each other are one.
+        """
+        if self.strides is None or self.count == 0:
+            return None
+        axes: list[tuple[int, int]] = []
+        for extent, stride in zip(self.shape, self.strides, strict=True):
+            if axes and axes[-1][1] == extent * stride:
+                axes[-1] = axes[-1][0] * extent, stride
+            elif extent != 1:
+                axes.append((extent, stride))
+        reach = 1
+        for extent, stride in sorted(axes, key=lambda axis: abs(axis[1])):
+            if abs(stride) != reach:
+                return None
+            reach *= extent
+        return tuple(axes)
+
+    def straightened(self) -> BufferView:
+        """Return all elements of a view without gaps in the order in which they lie."""
+        return BufferView.from_address(
+            self.span()[0],
+            (self.count,),
+            self.dtype,
+            device=self.device,
+            readonly=self.readonly,
+            owner=self,
+            stream=self.stream,
+        )
+
     def __repr__(self) -> str:
         layout = "contiguous" if self.strides is None else f"strides={self.strides}"
         flag = ", read-only" if self.readonly else ""

@@ -20,7 +20,13 @@ from harness.run import Run, everywhere
 
 TARGETS = {64: 1 / 6, 512: 1 / 6, 2048: 1 / 4}
 VARIANTS = ("alone", "ddp", "ddp-colltensor", "ours", "alone-kept", "ours-kept")
-OPTIONS = {"rounds": 40, "round_ms": 30.0, "widths": tuple(TARGETS), "variants": VARIANTS}
+OPTIONS = {
+    "rounds": 40,
+    "round_ms": 30.0,
+    "baseline": "",
+    "widths": tuple(TARGETS),
+    "variants": VARIANTS,
+}
 CHOICES = {"variants": (*VARIANTS, "ours-worker", "ours-fp16")}
 GROUPS = {"ddp": "gloo", "ddp-colltensor": "colltensor"}
 
@@ -66,6 +72,9 @@ def measure(run: Run) -> int:
             found = run.medians(worlds, everywhere(worlds, run.options.variants), width)
             medians = {label.removeprefix("this "): median for label, median in found.items()}
             target = TARGETS.get(width, 1 / 6)
+            if "ddp" not in medians:
+                rows += [[str(width), variant, median] for variant, median in medians.items()]
+                continue
             for variant, median in medians.items():
                 above = median - medians["alone-kept" if variant.endswith("-kept") else "alone"]
                 part, verdict = above / (medians["ddp"] - medians["alone"]), ""

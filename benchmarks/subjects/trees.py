@@ -2,13 +2,15 @@
 
     python benchmarks trees --frameworks numpy,torch,jax
     python benchmarks trees --backend gloo
+    python benchmarks trees --operation send
     python benchmarks trees --baseline OTHER/CHECKOUT:OTHER/libcolltensor.so
 
 Two ranks on one host: ``tree`` is ``group.allreduce(tree)``, ``loop`` an allreduce for each leaf,
 ``one`` an allreduce of one array of as many bytes, ``sync`` a ``Synchronizer`` and
-``sync_gradients`` the function. Leaves begin where their frameworks put them: numpy's large ones 16
-bytes into a page. ``mixed`` is 1,000 leaves of 1 B to 1 MiB, of five dtypes, every eighth one
-strided.
+``sync_gradients`` the function. Another operation takes the place of allreduce in the first three;
+with ``send`` the other rank receives. Leaves begin where their frameworks put them: numpy's large
+ones 16 bytes into a page. ``mixed`` is 1,000 leaves of 1 B to 1 MiB, of five dtypes, every eighth
+one strided.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ OPTIONS = {
     "round_ms": 50.0,
     "baseline": "",
     "backend": "shm",
+    "operation": "allreduce",
     "frameworks": ("numpy",),
     "cases": tuple(CASES),
 }
@@ -77,7 +80,12 @@ def leaves_of(framework: str, case: str) -> list[Any]:
 
 
 class Ranks(InGroup):
-    def loop(self, operation: str, framework: str, case: str) -> Loop:
+    def call(self, name: str, tensor: Any) -> Any:
+        if name == "send":
+            return self.group.recv(tensor, 0) if self.rank else self.group.send(tensor, 1)
+        return getattr(self.group, name)(tensor)
+
+    def loop(self, operation: str, name: str, framework: str, case: str) -> Loop:
         from colltensor.gradients import Synchronizer, sync_gradients
 
         group, leaves = self.group, leaves_of(framework, case)
@@ -88,25 +96,26 @@ class Ranks(InGroup):
         if operation == "one":
             count = max(1, sum(leaf.nbytes for leaf in leaves) // 4)
             one = of_framework(framework, self.array(count))
-            return repeat(lambda: group.allreduce(one))
+            return repeat(lambda: self.call(name, one))
         calls = {
-            "tree": lambda: group.allreduce(tree),
-            "loop": lambda: [group.allreduce(leaf) for leaf in leaves],
+            "tree": lambda: self.call(name, tree),
+            "loop": lambda: [self.call(name, leaf) for leaf in leaves],
             "sync_gradients": lambda: sync_gradients(tree, group=group, average=False),
         }
         return repeat(calls[operation])
 
 
 def measure(run: Run) -> None:
-    rows, own = [], {"backend": run.options.backend}
+    rows, name, own = [], run.options.operation, {"backend": run.options.backend}
+    those = WAYS if name == "allreduce" else WAYS[:3]
     with run.started(run.builds("subjects.trees:Ranks", options=own)) as worlds:
         for framework in run.options.frameworks:
             for case in run.options.cases:
-                ways = WAYS if CASES[case][0] <= MOST_KEPT else WAYS[:-1]
-                found = run.medians(worlds, everywhere(worlds, ways), framework, case)
+                ways = [way for way in those if way != "sync" or CASES[case][0] <= MOST_KEPT]
+                found = run.medians(worlds, everywhere(worlds, ways), name, framework, case)
                 for world in worlds:
-                    times = [found.get(f"{world} {way}") for way in WAYS]
+                    times = [found.get(f"{world} {way}") for way in those]
                     ratios = (ratio(times[0], times[1]), ratio(times[0], times[2]))
                     rows.append([world, framework, case, *times, *ratios])
-    head = ["build", "arrays", "leaves", *WAYS, "tree / loop", "tree / one"]
-    run.print(f"Trees, 2 ranks, {run.options.backend}", head, rows, left=3)
+    head = ["build", "arrays", "leaves", *those, "tree / loop", "tree / one"]
+    run.print(f"Trees, {name}, 2 ranks, {run.options.backend}", head, rows, left=3)

@@ -469,17 +469,16 @@ class AgreeingBackend(Backend, Protocol):
         read so.
         """
 
-    def allocating_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
-        """Return a function that makes an allreduce of the leaves of a tree that their framework never changes.
+    def allocating_tree(
+        self, operation: int, op: int, root: int, source: int, plan: array.array[int]
+    ) -> Callable[..., int]:
+        """Return a function that runs an operation on the leaves of a tree that their framework never changes.
 
-        It is given None and the addresses of copies of them, which become the results. Or it is given a function and
-        their own addresses. It calls the function once the ranks agree; the function makes the results' memory, with
-        the same contents, and returns the address of its addresses. All are contiguous host memory. It returns what
-        ``complete`` is given, or 0, and raises what that function does.
-
-        Args:
-            op: The reduce op.
-            plan: As in ``tree``.
+        It is given None and their addresses where they are only read, else those of copies of them, which become the
+        results. Or it is given a function and their own addresses, but in transfers. It calls the function once the
+        ranks agree; the function makes the results' memory, with the same contents, and returns the address of its
+        addresses. All are contiguous host memory. It returns what ``complete`` is given, or 0, and raises what that
+        function does. Arguments are those of ``tree``.
         """
 
     def exports(self, tensors: Sequence[Any]) -> bool:

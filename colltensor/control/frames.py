@@ -1,7 +1,7 @@
 """The connections between the control planes of two ranks: what a frame is, how one is opened, read and written.
 
 A link is one authenticated TCP connection. Its frames have a head of fixed size, so that the agreement of the
-ranks on a call is one ``send`` and one ``recv`` of 48 bytes whose answer is compared without being unpacked.
+ranks on a call is one ``send`` and one ``recv`` of 56 bytes whose answer is compared without being unpacked.
 Frames that come early wait in the link's inbox. A link belongs to one thread at a time; see ``connections``.
 """
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 SIGNATURE_NBYTES: Final = 32
 
-HEAD: Final = struct.Struct("!BBHIQ32s")
-"""Kind, flags, lane, counter of the exchange, bytes that follow the head, signature."""
+HEAD: Final = struct.Struct("!BBHIQ32sQ")
+"""Kind, flags, lane, counter of the exchange, bytes that follow the head, signature, and what ranks may differ in: the
+order in which their elements lie (``Buffers.order``)."""
 
 HEAD_NBYTES: Final = HEAD.size
 
@@ -42,6 +43,9 @@ DIFFERS: Final = 1
 
 BOUND: Final = 2
 """Flag: the rank will do nothing else with this peer before this exchange between the two has ended."""
+
+UNLIKE: Final = 4
+"""Flag: some rank below (or, on the way down, anywhere) has another order, and else all is the same."""
 
 NO_LANE: Final = -1
 """The lane of exchanges between two ranks that are no transfers; those have the rank that sends."""
@@ -60,14 +64,20 @@ Frame = tuple[bytes, bytes]
 
 
 def pack(
-    kind: int, flags: int, counter: int, signature: bytes, nbytes: int = 0, lane: int = NO_LANE
+    kind: int,
+    flags: int,
+    counter: int,
+    signature: bytes,
+    nbytes: int = 0,
+    lane: int = NO_LANE,
+    order: int = 0,
 ) -> bytes:
     """Return the head of a frame; counters wrap at 32 bits, signatures are padded with zeros to 32 bytes."""
     if len(signature) > SIGNATURE_NBYTES:
         raise ValueError(
             f"signature must be at most {SIGNATURE_NBYTES} bytes, got {len(signature)}: hash it"
         )
-    return HEAD.pack(kind, flags, lane + 1, counter & 0xFFFFFFFF, nbytes, signature)
+    return HEAD.pack(kind, flags, lane + 1, counter & 0xFFFFFFFF, nbytes, signature, order)
 
 
 def lane_of(frame: Frame) -> int:

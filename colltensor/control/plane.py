@@ -91,13 +91,17 @@ class Control:
         """Return whether an operation, or a transfer in a thread of its own, has begun and not ended."""
         return self._detector.operation is not None or bool(self._detector.crossing)
 
-    def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
+    def agree(self, signature: bytes, describe: Describe, deadline: float, order: int = 0) -> bool:
         """Return once every rank has called with the same signature. Every rank must call, in the same order.
 
         Args:
             signature: At most 32 bytes; what the ranks must agree on.
             describe: Says in words what the signature stands for; called only where ranks differ.
             deadline: When to give up.
+            order: Another number, of 64 bits, in which ranks may differ.
+
+        Returns:
+            Whether it is the same on all ranks, on all of them alike.
 
         Raises:
             MismatchError: The signatures differ; raised on every rank, and the group goes on.
@@ -107,10 +111,10 @@ class Control:
         """
         tree = self._tree
         if tree is None:
-            return
+            return True
         self._working.deadline = deadline
         with self._working:
-            tree.agree(signature, describe, deadline)
+            return tree.agree(signature, describe, deadline, order)
 
     def agree_and_gather(
         self, signature: bytes, payload: bytes, describe: Describe, deadline: float
@@ -151,6 +155,7 @@ class Control:
         deadline: float,
         lane: int = NO_LANE,
         bound: bool = False,
+        order: int = 0,
     ) -> None:
         """Begin an agreement with one other rank, which must do so too; does not wait for it to call.
 
@@ -165,6 +170,7 @@ class Control:
             lane: The rank that sends, of an agreement on a transfer: it meets the others of its lane alone.
             bound: Whether this rank does nothing else with ``peer`` until then. Where both are bound to different lanes
                 that is a mismatch.
+            order: As for ``agree``.
 
         Raises:
             RankError: ``peer`` is no other rank of the group.
@@ -176,7 +182,7 @@ class Control:
                 "pass its rank within this group"
             )
         with self._working.until(deadline):
-            self._pairs.start(peer, signature, deadline, b"", lane, bound)
+            self._pairs.start(peer, signature, deadline, b"", lane, bound, order)
 
     def finish_pair(
         self,
@@ -186,24 +192,33 @@ class Control:
         deadline: float,
         lane: int = NO_LANE,
         bound: bool = False,
-    ) -> None:
-        """Wait for the other rank and compare. Arguments as in ``start_pair``.
+        order: int = 0,
+    ) -> bool:
+        """Wait for the other rank and compare. Arguments as in ``start_pair``, result as of ``agree``.
 
         Raises:
             CollectiveError: As ``agree``.
         """
         with self._working.until(deadline):
-            self._pairs.finish(peer, signature, describe, deadline, lane, bound)
+            return self._pairs.finish(peer, signature, describe, deadline, lane, bound, order)
 
     def agree_beside(
-        self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int
-    ) -> None:
+        self,
+        peer: int,
+        signature: bytes,
+        describe: Describe,
+        deadline: float,
+        lane: int,
+        order: int = 0,
+    ) -> bool:
         """Agree with one other rank in a thread of a lane's own, while others do; nothing else may be called meanwhile.
 
         Raises:
             CollectiveError: As ``agree``.
         """
-        self._pairs.agree_beside(peer, signature, describe, deadline, lane, self._working.until)
+        return self._pairs.agree_beside(
+            peer, signature, describe, deadline, lane, self._working.until, order
+        )
 
     def transfers(self, peer: int, lane: int) -> int:
         """Return how many agreements of a lane this rank has started with ``peer``."""

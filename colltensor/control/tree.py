@@ -27,6 +27,7 @@ from colltensor.control.frames import (
     READ_NBYTES,
     SIGNATURE_NBYTES,
     TEXT,
+    UNLIKE,
     Frame,
     Link,
     lane_of,
@@ -72,20 +73,22 @@ class Tree:
         self._children = [links[child] for child in children]
         self._twin = (self._parent or self._children[0]) if meeting.world_size == 2 else None
         self._needed = [*self._children, *([self._parent] if self._parent else [])]
-        if not self._all_send(pack(EXCHANGE, 0, detector.exchange, b"begin"), deadline):
+        if self._all_send(pack(EXCHANGE, 0, detector.exchange, b"begin"), deadline):
             raise detector.connections.fail(_out_of_step(detector))
 
-    def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
-        """Return once all ranks have called with the same signature.
+    def agree(self, signature: bytes, describe: Describe, deadline: float, order: int = 0) -> bool:
+        """Return once all ranks have called with the same signature: True where ``order`` is the same, too.
 
         Raises:
             MismatchError: They differ.
             CollectiveError: The group broke.
         """
         self._detector.exchange += 1
-        frame = pack(EXCHANGE, 0, self._detector.exchange, signature)
-        if not self._all_send(frame, deadline):
+        frame = pack(EXCHANGE, 0, self._detector.exchange, signature, order=order)
+        found = self._all_send(frame, deadline)
+        if found & DIFFERS:
             self._raise_mismatch(signature, describe, deadline)
+        return not found
 
     def agree_and_gather(
         self, signature: bytes, payload: bytes, describe: Describe, deadline: float
@@ -113,28 +116,28 @@ class Tree:
         what = f"{detector.operation or 'allgather of bytes'} #{detector.sequence}"
         return self.agree_and_gather(_GATHER, payload, lambda: what, deadline)
 
-    def _all_send(self, frame: bytes, deadline: float) -> bool:
-        """Return whether every rank sent this very frame."""
+    def _all_send(self, frame: bytes, deadline: float) -> int:
+        """Return 0 where every rank sent this very frame, else DIFFERS, or UNLIKE if but the order is not the same."""
         twin, parent = self._twin, self._parent
         if twin is not None:
             self._send(twin, frame, deadline)
             return self._came(twin, frame, deadline, self._needed)
-        same = True
+        found = 0
         for step, child in enumerate(self._children):
-            same = self._came(child, frame, deadline, self._needed[step:]) and same
+            found |= self._came(child, frame, deadline, self._needed[step:])
         if parent is not None:
-            self._send(parent, frame if same else _differing(frame), deadline)
-            same = self._came(parent, frame, deadline, (parent,)) and same
+            self._send(parent, _flagged(frame, found) if found else frame, deadline)
+            found |= self._came(parent, frame, deadline, (parent,))
         for child in self._children:
-            self._send(child, frame if same else _differing(frame), deadline)
-        return same
+            self._send(child, _flagged(frame, found) if found else frame, deadline)
+        return found
 
-    def _came(self, link: Link, frame: bytes, deadline: float, needed: Sequence[Link]) -> bool:
+    def _came(self, link: Link, frame: bytes, deadline: float, needed: Sequence[Link]) -> int:
         if read_same(link, frame, EXCHANGE):
-            return True
-        return (
-            self._detector.receive(link, EXCHANGE, deadline, needed, self._detector.everyone)[0]
-            == frame
+            return 0
+        detector = self._detector
+        return _difference(
+            detector.receive(link, EXCHANGE, deadline, needed, detector.everyone)[0], frame
         )
 
     def _send(self, link: Link, frame: bytes, deadline: float) -> None:
@@ -168,11 +171,12 @@ class Tree:
             same = _alike(came, frame) and body != b"" and same
             parts.append(body)
         if parent is not None:
-            self._send(parent, _with_body(frame, parts) if same else _differing(frame), deadline)
+            answer = _with_body(frame, parts) if same else _flagged(frame, DIFFERS)
+            self._send(parent, answer, deadline)
             came, body = detector.receive(parent, kind, deadline, (parent,), detector.everyone)
             same = _alike(came, frame) and same
             parts = [body]
-        answer = _with_body(frame, parts) if same else _differing(frame)
+        answer = _with_body(frame, parts) if same else _flagged(frame, DIFFERS)
         for child in self._children:
             self._send(child, answer, deadline)
         return _payloads(b"".join(parts), detector.meeting.world_size) if same else None
@@ -219,6 +223,7 @@ class Pairs:
         payload: bytes = b"",
         lane: int = NO_LANE,
         bound: bool = False,
+        order: int = 0,
     ) -> None:
         """Send this rank's half, with a payload if ``swap`` receives it.
 
@@ -230,7 +235,8 @@ class Pairs:
         detector = self._detector
         key = pair_key(peer, lane)
         count = detector.pairs[key] = detector.pairs.get(key, 0) + 1
-        frame = pack(PAIR, BOUND if bound else 0, count, signature, len(payload), lane) + payload
+        flags = BOUND if bound else 0
+        frame = pack(PAIR, flags, count, signature, len(payload), lane, order) + payload
         link = detector.connections.links.get(peer)
         if link is None and detector.meeting.rank < peer:
             detector.connections.defer(peer, frame)
@@ -248,19 +254,21 @@ class Pairs:
         deadline: float,
         lane: int = NO_LANE,
         bound: bool = False,
-    ) -> None:
-        """Wait for the other rank's half and compare.
+        order: int = 0,
+    ) -> bool:
+        """Wait for the other rank's half and compare; return whether its order is the same, too.
 
         Raises:
             MismatchError: They differ; or both ranks only send to each other, or only receive, and are bound to.
             CollectiveError: The group broke.
         """
-        theirs = self._compare(peer, signature, deadline, lane, bound)
+        theirs, alike = self._compare(peer, signature, deadline, lane, bound, order)
         if theirs is not None:
             said = self._say(peer, signature, describe, deadline, lane)
             self._raise_mismatch(
                 peer, said, self._hear(peer, deadline, lane, theirs), theirs != lane
             )
+        return alike
 
     def agree_beside(
         self,
@@ -270,20 +278,21 @@ class Pairs:
         deadline: float,
         lane: int,
         working: Callable[[float], contextlib.AbstractContextManager[None]],
-    ) -> None:
+        order: int = 0,
+    ) -> bool:
         """Start and finish an exchange of a lane, while other threads do with other lanes and nothing else.
 
         Raises:
             CollectiveError: As ``finish``.
         """
-        differs = self._take_part(
+        theirs, alike = self._take_part(
             (peer, lane, PAIR),
             deadline,
             working,
-            lambda: self.start(peer, signature, deadline, b"", lane),
-            lambda _: self._compare(peer, signature, deadline, lane, False) is not None,
+            lambda: self.start(peer, signature, deadline, b"", lane, order=order),
+            lambda _: self._compare(peer, signature, deadline, lane, False, order),
         )
-        if differs:
+        if theirs is not None:
             said, heard = self._take_part(
                 (peer, lane, PAIR_TEXT),
                 deadline,
@@ -292,6 +301,7 @@ class Pairs:
                 lambda said: (said, self._hear(peer, deadline, lane, lane)),
             )
             self._raise_mismatch(peer, said, heard, False)
+        return alike
 
     def _take_part(
         self,
@@ -383,13 +393,13 @@ class Pairs:
         return theirs
 
     def _compare(
-        self, peer: int, signature: bytes, deadline: float, lane: int, bound: bool
-    ) -> int | None:
-        """Wait for the other rank's half; return None if it is the same, else its lane."""
+        self, peer: int, signature: bytes, deadline: float, lane: int, bound: bool, order: int
+    ) -> tuple[int | None, bool]:
+        """Wait for the other rank's half; return None if it is the same, else its lane; and whether the order is."""
         detector = self._detector
         key = pair_key(peer, lane)
         count = self._finished.get(key, 0) + 1
-        frame = pack(PAIR, BOUND if bound else 0, count, signature, lane=lane)
+        frame = pack(PAIR, BOUND if bound else 0, count, signature, lane=lane, order=order)
         awaited_peers = detector.partner(peer, lane)
         link = detector.connections.links.get(peer) or detector.await_link(
             peer, deadline, awaited_peers
@@ -400,12 +410,12 @@ class Pairs:
             )
             if lane_of(came) != lane:
                 detector.pairs[key] -= 1  # neither transfer has a counterpart
-                return lane_of(came)
-            if _unbound(came[0]) != _unbound(frame):
-                self._finished[key] = count
-                return lane
+                return lane_of(came), False
+            found = _difference(_flagged(came[0], 0), _flagged(frame, 0))
+            self._finished[key] = count
+            return (lane, False) if found & DIFFERS else (None, not found)
         self._finished[key] = count
-        return None
+        return None, True
 
     def _say(
         self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int
@@ -453,10 +463,6 @@ def _in_lane(inbox: Collection[Frame], lane: int, bound: bool) -> Frame | None:
     return found
 
 
-def _unbound(head: bytes) -> bytes:
-    return head[:1] + bytes([head[1] & ~BOUND]) + head[2:]
-
-
 def read_same(link: Link, frame: bytes, kind: int) -> bool:
     """Return whether the next frame of a link, read at once or within a short slice, is ``frame`` and the last so far.
 
@@ -498,19 +504,28 @@ def _put_back(link: Link, data: bytes | None) -> None:
         link.pump()
 
 
-def _differing(frame: bytes) -> bytes:
-    return frame[:1] + bytes([DIFFERS]) + frame[2:]
+def _flagged(frame: bytes, flags: int) -> bytes:
+    return frame[:1] + bytes([flags]) + frame[2:]
+
+
+def _difference(came: bytes, frame: bytes) -> int:
+    """Return how a head differs from this one, which has no flags: 0, or DIFFERS, or UNLIKE by the order alone."""
+    theirs, own = HEAD.unpack(came), HEAD.unpack(frame)
+    if theirs[0] != own[0] or theirs[2:6] != own[2:6]:
+        return DIFFERS
+    flags: int = theirs[1]
+    return flags if theirs[6] == own[6] else flags | UNLIKE
 
 
 def _with_body(frame: bytes, parts: Sequence[bytes]) -> bytes:
-    kind, _, _, counter, _, signature = HEAD.unpack(frame)
+    kind, _, _, counter, _, signature, _ = HEAD.unpack(frame)
     return b"".join((pack(kind, 0, counter, signature, sum(map(len, parts))), *parts))
 
 
 def _alike(came: bytes, frame: bytes) -> bool:
     """Return whether two heads are the same but for the number of bytes that follow."""
     one, other = HEAD.unpack(came), HEAD.unpack(frame)
-    return one[:4] == other[:4] and one[5] == other[5]
+    return bool(one[:4] == other[:4] and one[5] == other[5])
 
 
 def _payloads(body: bytes, world_size: int) -> list[bytes]:

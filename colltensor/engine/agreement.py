@@ -13,6 +13,7 @@ from colltensor.backends.base import AgreeingBackend, Backend, PiggybackingBacke
 from colltensor.control import Control
 from colltensor.engine.call import Call, Transfer
 from colltensor.errors import CollectiveError, GroupError, MismatchError, is_from_handler
+from colltensor.operations import IN_ANY_ORDER
 
 NESTED: Final[Callable[[], None]] = lambda: None  # noqa: E731
 """What ``begin`` returns where this thread is inside another call of the group, which goes on."""
@@ -143,7 +144,13 @@ class ExchangedAgreement(Agreement):
         self.sequence = sequence = self.sequence + 1
         control = self._control
         control.position(sequence, call.name, control.others)
-        control.agree(call.signature(sequence), lambda: call.describe(sequence), deadline)
+        argument = call.argument
+        order = argument.order() if argument is not None and call.name in IN_ANY_ORDER else 0
+        alike = control.agree(
+            call.signature(sequence), lambda: call.describe(sequence), deadline, order
+        )
+        if argument is not None and order and alike:
+            argument.straighten()
 
     def end(self) -> None:
         """Let ranks that ask hear that this one is in no call."""
@@ -154,7 +161,10 @@ class ExchangedAgreement(Agreement):
         control = self._control
         peer, signature, describe = self.terms(transfer, call.fused)
         control.cross(transfer.source, transfer.destination, f"{call.name} with rank {peer}")
-        control.agree_beside(peer, signature, describe, deadline, transfer.source)
+        order = transfer.buffers.order()
+        alike = control.agree_beside(peer, signature, describe, deadline, transfer.source, order)
+        if order and alike:
+            transfer.buffers.straighten()
         transfer.buffers.allocate_result()
 
     def end_beside(self, transfer: Transfer) -> None:
@@ -181,15 +191,17 @@ class ExchangedAgreement(Agreement):
             peer, signature, describe = self.terms(transfer, call.fused)
             control.position(self.sequence, f"{call.name} with rank {peer}", peers)
             # else this rank both sends and receives: no peer waits for what it lacks
-            bound = peers.count(peer) == 1
-            control.start_pair(peer, signature, describe, deadline, transfer.source, bound)
-            started.append((transfer, peer, signature, describe, bound))
+            bound, order = peers.count(peer) == 1, transfer.buffers.order()
+            terms = peer, signature, describe, deadline, transfer.source, bound, order
+            control.start_pair(*terms)
+            started.append((transfer, terms))
 
         mismatch: MismatchError | None = None
         agreed = []
-        for transfer, peer, signature, describe, bound in started:
+        for transfer, terms in started:
             try:
-                control.finish_pair(peer, signature, describe, deadline, transfer.source, bound)
+                if control.finish_pair(*terms) and terms[-1]:
+                    transfer.buffers.straighten()
                 agreed.append(transfer)
             except MismatchError as error:
                 if control.broken is not None:

@@ -43,6 +43,8 @@ class Options:
 class Reducer:
     """Launches buckets in one order on all ranks: ``early`` as the last gradient of each is accumulated, else last.
 
+    Those that are launched last are one call, a tree, where the gradients are on the host and nothing compresses them.
+
     An early one launches nothing before the end of the first backward pass. That shows in which order gradients become
     ready (rank 0's decides) and how often each is accumulated, which is more than once where reentrant checkpoints
     share a parameter.
@@ -79,6 +81,7 @@ class Reducer:
         self._next = 0
         self._running: list[tuple[Bucket, Iterator[torch.Tensor] | None, Any]] = []
         self._missing: list[tuple[Bucket, Member]] = []
+        self._joins = False
         self._bucket_of: dict[int, Bucket] = {}
         self._buckets: list[Bucket] = []
         self._accumulated = self._hook()
@@ -195,8 +198,14 @@ class Reducer:
         while self._next < len(self._buckets) and self._buckets[self._next].waiting <= 0:
             self._launch(self._buckets[self._next])
 
-    def _launch(self, bucket: Bucket) -> None:
-        """Reduce a bucket, or start to."""
+    def _launch_all(self) -> None:
+        """Reduce all buckets by one call."""
+        payloads = [self._collect(bucket) for bucket in self._buckets]
+        self._group.allreduce(payloads, self._op)
+        self._next = len(self._buckets)
+
+    def _collect(self, bucket: Bucket) -> torch.Tensor:
+        """Return the tensor of a bucket that is to be reduced, and note which gradients are missing."""
         if self._sums:
             for member in bucket.members:
                 self._share(member.parameter())
@@ -212,6 +221,11 @@ class Reducer:
             self._missing += [(bucket, member) for member in bucket.missing]
         if bucket.tail is not None:
             self._write_presence(bucket.tail)
+        return payload
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Reduce a bucket, or start to."""
+        payload = self._collect(bucket)
         compression, early = self._options.compression, self._options.early
         if compression is None:
             work = self._group.allreduce(payload, self._op, async_op=early)
@@ -249,6 +263,8 @@ class Reducer:
         with torch.no_grad():
             if self._stale:
                 self._renew()
+            if self._joins and not self._next:
+                self._launch_all()
             while self._next < len(self._buckets):
                 self._launch(self._buckets[self._next])
             for bucket, rounds, work in self._running:
@@ -361,6 +377,12 @@ class Reducer:
             order, options.bucket_nbytes, options.lone_nbytes, options.compression is None
         )
         bucket_of = {member.number: bucket for bucket in self._buckets for member in bucket.members}
+        self._joins = (
+            not options.early
+            and options.compression is None
+            and len(self._buckets) > 1
+            and all(member.device.type == "cpu" for member in order)
+        )
         self._bucket_of.clear()  # the hook looks into this one
         self._bucket_of.update(
             (number, bucket_of[member.number])

@@ -132,7 +132,7 @@ class Leaves {
 
   // `moved`, if there is one, is called when the ranks agree, and returns other addresses of the leaves.
   Outcome run(Group& group, const FastCall& call, std::int64_t deadline_ns,
-              const std::function<const std::int64_t*()>& moved = {}) {
+              const std::function<const std::int64_t*()>& moved) {
     Signature signature = call_signature(call.operation, static_cast<std::uint8_t>(call.op),
                                          static_cast<std::int16_t>(call.root), plan_->count,
                                          static_cast<std::uint64_t>(plan_->hash));
@@ -287,11 +287,14 @@ bool has_ranks(const FastCall& call, int rank, int ranks) {
   return (call.root < 0 || call.source < 0) && peer >= 0 && peer < ranks && peer != rank;
 }
 
+// What says that the leaves move once the ranks agree: see Leaves::run().
+using Moved = std::function<const std::int64_t*()>;
+
 // Runs a call on leaves that `take`, given whether they are written, puts into `made`; `locked`: this thread has the
 // interpreter lock.
 template <class Take>
 std::int64_t run_tree(std::int64_t handle, std::int64_t timeout_ns, const FastCall& call, Leaves& made, bool locked,
-                      Take take) {
+                      Take take, const Moved& moved = {}) {
   Turn group(handle);
   if (group.outcome() != Outcome::kDone) return static_cast<std::int64_t>(group.outcome());
   const bool transfers = call.operation == Operation::kTransfer;
@@ -299,7 +302,7 @@ std::int64_t run_tree(std::int64_t handle, std::int64_t timeout_ns, const FastCa
   const bool is_root = call.root == group->rank();
   const bool written = transfers ? call.root < 0 : call.operation == Operation::kAllReduce || is_root == reduces;
   constexpr auto kRefused = static_cast<std::int64_t>(Outcome::kRefused);
-  if (!has_ranks(call, group->rank(), group->world_size())) return kRefused;
+  if (!has_ranks(call, group->rank(), group->world_size()) || (transfers && moved)) return kRefused;
   if (reduces && !made.reducible(static_cast<ReduceOp>(call.op))) return kRefused;
   if (const std::int64_t taken = take(written); taken != 0) return taken;
   std::int64_t detail = 0;
@@ -308,7 +311,8 @@ std::int64_t run_tree(std::int64_t handle, std::int64_t timeout_ns, const FastCa
     std::optional<WithoutLock> unlocked;
     if (locked) unlocked.emplace();
     const std::int64_t deadline_ns = now_ns() + timeout_ns;
-    outcome = transfers ? made.run_transfers(*group, call, deadline_ns, detail) : made.run(*group, call, deadline_ns);
+    outcome = transfers ? made.run_transfers(*group, call, deadline_ns, detail)
+                        : made.run(*group, call, deadline_ns, moved);
   }
   return result(*group, outcome) | detail << 8;
 }
@@ -341,38 +345,36 @@ ffi::Function reading_tree_function(std::int64_t handle, std::int64_t timeout_ns
   });
 }
 
-// The allreduce of contiguous leaves at the addresses that it is given. Its first argument is None where it may write to
-// them. Else they are only read, and it is a function that makes the results' memory, with the same contents, once the
-// ranks agree, and returns the address of its addresses.
-ffi::Function allocating_tree_function(std::int64_t handle, std::int64_t timeout_ns, std::int64_t op, std::int64_t plan) {
-  const FastCall call{Operation::kAllReduce, op, -1, -1};
+// The same on contiguous leaves at the addresses that it is given. Its first argument is None where it may write to them,
+// or does not. Else they are only read, and it is a function that makes the results' memory, with the same contents, once
+// the ranks agree, and returns the address of its addresses; not for transfers.
+ffi::Function allocating_tree_function(std::int64_t handle, std::int64_t timeout_ns, int operation, std::int64_t op,
+                                       int root, int source, std::int64_t plan) {
+  const FastCall call{static_cast<Operation>(operation), op, root, source};
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
   const auto made = std::make_shared<Leaves>(std::make_shared<const Plan>(words));
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
-    Turn group(handle);
-    if (group.outcome() != Outcome::kDone) {
-      *returned = static_cast<std::int64_t>(group.outcome());
-      return;
-    }
-    *returned = static_cast<std::int64_t>(Outcome::kRefused);
-    if (!made->reducible(static_cast<ReduceOp>(op)) || !made->take_addresses(arguments + 1, number - 1)) return;
-    std::function<const std::int64_t*()> moved;
+    Moved moved;
     if (arguments[0].type_index() != ffi::TypeIndex::kTVMFFINone) {
       moved = [claim = arguments[0].cast<ffi::Function>()] {
         return reinterpret_cast<const std::int64_t*>(claim().cast<std::int64_t>());
       };
     }
-    *returned = result(*group, made->run(*group, call, now_ns() + timeout_ns, moved));
+    const auto take = [&](bool) {
+      return made->take_addresses(arguments + 1, number - 1) ? std::int64_t{0} : static_cast<std::int64_t>(Outcome::kRefused);
+    };
+    *returned = run_tree(handle, timeout_ns, call, *made, false, take, moved);
   });
 }
 
 // Copies between leaves and buckets: of every bucket the leaves in it, which lie there one after the other. Returns a
 // function that takes whether they are written and the leaves, and returns one that copies: (0, bucket, address) into
 // the bucket at that address, (1, bucket, address) out of it; (2, leaf, 0) is the address of a leaf that is contiguous,
-// else 0. Returns nothing where the leaves are not to be taken as they are. With `reads` it takes the leaves as
-// reading_tree_function() does. Behind the plan's words: the number of buckets, then of each its number of leaves and
-// these.
-ffi::Function gather_function(std::int64_t plan, bool reads) {
+// else 0; (3, leaf, 0) is View::order() of a leaf, and (4, leaf, 0) the address of one that has an order. Returns nothing
+// where the leaves are not to be taken as they are. `way` 1: it takes the leaves as reading_tree_function() does; 2: it
+// takes their addresses, and they are contiguous. Behind the plan's words: the number of buckets, then of each its number
+// of leaves and these.
+ffi::Function gather_function(std::int64_t plan, int way) {
   const auto* words = reinterpret_cast<const std::int64_t*>(plan);
   const auto planned = std::make_shared<const Plan>(words);
   auto buckets = std::make_shared<std::vector<std::vector<int>>>(static_cast<std::size_t>(*words++));
@@ -382,7 +384,9 @@ ffi::Function gather_function(std::int64_t plan, bool reads) {
   return ffi::Function::FromPacked([=](const ffi::AnyView* arguments, std::int32_t number, ffi::Any* returned) {
     const auto leaves = std::make_shared<Leaves>(planned);
     const bool written = arguments[0].cast<bool>();
-    if (reads) {
+    if (way == 2) {
+      if (!leaves->take_addresses(arguments + 1, number - 1)) return;
+    } else if (way == 1) {
       const auto word = [&](int place) { return reinterpret_cast<void*>(arguments[place].cast<std::int64_t>()); };
       if (number != 4 || leaves->take(word(1), word(2), reinterpret_cast<Reader>(word(3)), written) != 0) return;
     } else if (!leaves->take(arguments + 1, number - 1, written)) {
@@ -394,6 +398,8 @@ ffi::Function gather_function(std::int64_t plan, bool reads) {
         const View& leaf = (*leaves)[static_cast<int>(index)];
         return leaf.contiguous() ? reinterpret_cast<std::int64_t>(leaf.data()) : 0;
       }
+      if (what == 3) return static_cast<std::int64_t>((*leaves)[static_cast<int>(index)].order());
+      if (what == 4) return reinterpret_cast<std::int64_t>((*leaves)[static_cast<int>(index)].data());
       char* next = reinterpret_cast<char*>(address);
       for (int member : (*buckets)[place]) {
         const View& leaf = (*leaves)[member];

@@ -97,7 +97,9 @@ def random_trees(
     for step in range(40):
         structure = {"root": structures[generator.integers(0, len(structures))]}
         seeds = generator.integers(0, 2**31, 2)
-        operation = ("allreduce", "allreduce", "reduce", "broadcast")[generator.integers(0, 4)]
+        operation = ("allreduce", "allreduce", "reduce", "broadcast", "transfer")[
+            generator.integers(0, 5 if size > 1 else 4)
+        ]
         root, way = int(generator.integers(0, size)), int(generator.integers(0, 4))
         library = libraries[(rank * (way % 2) + step) % len(libraries)]
         layouts = np.random.default_rng([int(seeds[1]), rank if way == 3 else 0])
@@ -120,15 +122,25 @@ def random_trees(
                     if rank == root
                     else everyone[rank]
                 )
-            else:
+            elif operation == "broadcast":
                 done = group.broadcast(tree, root, async_op=asynchronous)
                 expected = everyone[root]
+            else:
+                to = (root + 1) % size
+                expected = everyone[root if rank == to else rank]
+                done = tree
+                if rank == root:
+                    done = group.send(tree, to, async_op=asynchronous)
+                elif rank == to:
+                    done = group.recv(tree, root, async_op=asynchronous)
+                else:
+                    asynchronous = False
             result = done.result() if asynchronous else done
             if library != "jax":
                 assert result is tree
             found: list[Array] = []
             _map(functools.partial(_check, found), expected, result)
-            if operation != "reduce":
+            if operation in ("allreduce", "broadcast"):
                 report.same_everywhere(
                     f"{step} {operation}", b"".join(values.tobytes() for values in found)
                 )

@@ -633,6 +633,83 @@ def test_arrays_that_their_framework_never_changes_go_a_short_way(pool: RankPool
     pool.run(2, immutable_beside_others, fresh())
 
 
+def immutable_moved(rank: int, size: int, name: str, other: str) -> str:
+    """Rank 0's JAX arrays go the short way in every operation on trees; rank 1 has others, or goes the general one."""
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+    made = jnp.array if rank == 0 or other != "numpy" else np.array
+    with own_group(rank, size, name) as group:
+        if rank == 0 or other != "general":
+            group._engine.run = _never
+        way = True if rank and other == "general" else None
+
+        def given(scale: float) -> dict[str, Any]:
+            rows = np.arange(6, dtype=np.float32).reshape(2, 3) * scale
+            return {
+                "tree": {"a": made(rows), "b": [made(rows[0] + 1), made(np.full((), 7, np.int32))]},
+                "one": made(rows),
+                "empty": made(rows[:0]),
+            }
+
+        def check(result: Any, scale: float) -> None:
+            wanted = given(scale)
+            jax.tree.map(np.testing.assert_array_equal, result, wanted)
+            for leaf in jax.tree.leaves(result):
+                assert type(leaf) is type(wanted["one"])
+
+        for root, donate in ((0, False), (1, False), (1, True)):
+            donates = donate and rank == 0
+            mine = given(rank + 1.0)
+            leaves = jax.tree.leaves(mine)
+            got = {
+                key: group.broadcast(x, root, donate=donates, copy=way) for key, x in mine.items()
+            }
+            check(got, root + 1.0)
+            if rank == 0:
+                assert [leaf.is_deleted() for leaf in leaves] == [donate] * len(leaves)
+                assert (got["tree"] is mine["tree"]) == (root == 0)
+            mine = given(rank + 1.0)
+            del mine["tree"]["b"][1]
+            got = {key: group.reduce(x, root, copy=way) for key, x in mine.items()}
+            expected = {"a": got["tree"]["a"], "b": got["one"]}
+            wanted = np.arange(6).reshape(2, 3) * (3 if rank == root else rank + 1)
+            for leaf in expected.values():
+                np.testing.assert_array_equal(leaf, wanted)
+            mine = given(rank + 1.0)
+            if rank == root:
+                for x in mine.values():
+                    assert group.send(x, 1 - rank, copy=way) is x
+            else:
+                received = {key: group.recv(x, root, copy=way) for key, x in mine.items()}
+                check(received, root + 1.0)
+                if rank == 0:
+                    check(mine, 1.0)  # JAX's own stay as they were
+        message = ""
+        for operation in ("broadcast", "transfer"):
+            # the number of elements of one leaf differs
+            tree = {"x": made(np.ones(3 + rank, np.float32)), "y": made(np.ones(2, np.float32))}
+            call = (group.send, group.recv)[rank] if operation == "transfer" else group.broadcast
+            with pytest.raises(col.MismatchError) as caught:
+                call(tree, 1 - rank if operation == "transfer" else 0)
+            message += str(caught.value)
+        group._engine.__dict__.pop("run", None)
+        if rank == 0:
+            with pytest.raises(col.UnsupportedTensorError, match=r"jax\.jit"):
+                jax.jit(lambda x: group.broadcast(tree, 0) and x)(1.0)
+            eight = jnp.ones(3, jnp.float8_e4m3fn)
+            group.send({"e": eight}, 1)
+        else:
+            eight = group.recv({"e": jnp.zeros(3, jnp.float8_e4m3fn)}, 0)["e"]
+        assert eight.astype(jnp.float32).tolist() == [1.0] * 3
+        return message
+
+
+@pytest.mark.needs("jax")
+@pytest.mark.parametrize("other", ["jax", "numpy", "general"])
+def test_arrays_of_jax_move_the_short_way(pool: RankPool, other: str) -> None:
+    for message in pool.run(2, immutable_moved, fresh(), other):
+        assert message.count("['x'] float32[3]") == message.count("['x'] float32[4]") >= 2
+
+
 def trees_sent(rank: int, size: int, name: str) -> str:
     """Trees go the fast path in both directions, meet the slow path, and are compared leaf by leaf."""
 

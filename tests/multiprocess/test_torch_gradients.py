@@ -788,7 +788,17 @@ def flat_views(rank: int, world_size: int) -> None:
         model(part(torch, rank)).sum().backward()
         before = [(p.grad, p.grad.data_ptr()) for p in model.parameters()]
         model.zero_grad(set_to_none=False)
-        model(part(torch, rank)).sum().backward()
+        calls: list[Any] = []
+        allreduce = group.allreduce
+        group.allreduce = lambda tensor, *rest, **more: (
+            calls.append(tensor),
+            allreduce(tensor, *rest, **more),
+        )[1]
+        try:
+            model(part(torch, rank)).sum().backward()
+        finally:
+            del group.allreduce
+        assert [len(tensors) for tensors in calls] == [2]  # both buckets, by one call
         for parameter, (gradient, address) in zip(model.parameters(), before, strict=True):
             assert parameter.grad is gradient
             assert parameter.grad.data_ptr() == address

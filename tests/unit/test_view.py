@@ -48,6 +48,42 @@ def test_span(shape: tuple[int, ...], strides: tuple[int, ...] | None, low: int,
 
 
 @pytest.mark.parametrize(
+    ("shape", "strides", "order", "start"),
+    [
+        ((3, 4), None, None, 0),
+        ((3, 4), (1, 3), ((3, 1), (4, 3)), 0),
+        ((3, 1, 4, 1), (1, 7, 3, 9), ((3, 1), (4, 3)), 0),
+        # axes that lie behind each other are one, whatever the shape
+        ((2, 3, 4), (3, 1, 6), ((6, 1), (4, 6)), 0),
+        ((6, 4), (1, 6), ((6, 1), (4, 6)), 0),
+        ((2, 3, 4), (1, 8, 2), ((2, 1), (12, 2)), 0),
+        ((5,), (-1,), ((5, -1),), -16),
+        ((2, 3), (3, -1), ((2, 3), (3, -1)), -8),
+        ((2, 3), (-3, -1), ((6, -1),), -20),
+        # gaps, several indices on one address, nothing, one element
+        ((3, 4), (1, 4), None, 0),
+        ((5,), (2,), None, 0),
+        ((3, 4), (0, 1), None, 0),
+        ((3, 4), (1, 1), None, 0),
+        ((0, 4), (9, 2), None, 0),
+        ((1,), (7,), (), 0),
+    ],
+)
+def test_order(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    order: tuple[tuple[int, int], ...] | None,
+    start: int,
+) -> None:
+    view = view_of(shape, strides)
+    assert view.order() == order
+    if order:
+        straight = view.straightened()
+        assert (straight.pointer, straight.count) == (4096 + start, view.count)
+        assert straight.strides is None
+
+
+@pytest.mark.parametrize(
     ("shape", "strides", "overlaps"),
     [
         ((4,), (1,), False),

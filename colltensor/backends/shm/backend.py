@@ -119,10 +119,12 @@ class ShmBackend(BackendBase):
         function.release_gil = False  # type: ignore[attr-defined]
         return function
 
-    def allocating_tree(self, op: int, plan: array.array[int]) -> Callable[..., int]:
+    def allocating_tree(
+        self, operation: int, op: int, root: int, source: int, plan: array.array[int]
+    ) -> Callable[..., int]:
         """Return a function of the native library's: see ``AgreeingBackend``."""
         function: Callable[..., int] = self._native.shm_allocating_tree_function(
-            self._handle, self._timeout_ns, op, plan.buffer_info()[0]
+            self._handle, self._timeout_ns, operation, op, root, source, plan.buffer_info()[0]
         )
         return function
 

@@ -208,6 +208,52 @@ class TestOperations:
                 np.testing.assert_array_equal(found, values(0, count) + values(1, count))
         assert [names for _, names in ranks.machine.calls] == [("allReduce",) * 3] * 2
 
+    @pytest.mark.parametrize("check", [False, True])
+    @pytest.mark.parametrize("operation", ["allreduce", "reduce", "broadcast", "transfer"])
+    def test_a_tree_is_one_group_and_one_agreement(
+        self, ranks: World, operation: str, check: bool
+    ) -> None:
+        """Small leaves and large ones of two dtypes: no leaf is a group, is packed or is agreed on by itself."""
+        dtypes = ("float32", "int32", "float32", "float16")
+
+        def run(group: Group) -> tuple[list[np.ndarray], list[str]]:
+            tree = [on_device(group.rank, 3 + place, dtype) for place, dtype in enumerate(dtypes)]
+            tree.append(on_device(group.rank, 1 << 18))
+            control: Any = group._control
+            agreements: list[str] = []
+            for name in ("agree", "start_pair", "allgather"):
+                called = getattr(control, name)
+                setattr(
+                    control,
+                    name,
+                    lambda *terms, name=name, called=called: (
+                        agreements.append(name),
+                        called(*terms),
+                    )[1],
+                )
+            if operation == "transfer":
+                found = group.recv(tree, 0) if group.rank else group.send(tree, 1)
+            else:
+                found = getattr(group, operation)(tree)
+            agreed = [name for name in agreements if name != "allgather"]  # which connects
+            return [tensor.read() for tensor in found], agreed
+
+        call = {"transfer": None, "allreduce": "allReduce"}.get(operation, operation)
+        for rank, (found, agreed) in enumerate(ranks.values(2, run, check=check)):
+            for place, result in enumerate(found):
+                dtype = dtypes[place] if place < 4 else "float32"
+                given = [values(peer, len(result), dtype) for peer in range(2)]
+                expected = given[0]
+                if operation == "allreduce" or (operation == "reduce" and rank == 0):
+                    expected = given[0] + given[1]
+                elif operation == "reduce":
+                    expected = given[1]
+                np.testing.assert_array_equal(result, expected)
+            assert len(agreed) == check
+        groups = [names for _, names in ranks.machine.calls]
+        expected_groups = [(call,) * 5] * 2 if call else [("recv",) * 5, ("send",) * 5]
+        assert sorted(groups) == expected_groups
+
     def test_objects_barrier_and_split(self, ranks: World) -> None:
         def run(group: Group) -> Any:
             part = group.split(group.rank % 2)
