@@ -13,13 +13,13 @@ import contextlib
 import itertools
 import json
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from colltensor.engine.deadlock import is_only_caller
 from colltensor.errors import CollectiveError, GroupError, MismatchError
 from colltensor.torch.c10d.work import QueuedCall, is_followed
 
@@ -245,11 +245,5 @@ def _blocks(sends: bool, mine: Progress, theirs: Progress) -> bool:
 
 
 def _is_alone() -> bool:
-    """Return whether one thread of this process makes calls: there is no other but the package's, and no callback.
-
-    Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
-    """
-    ours = {
-        thread.ident for thread in threading.enumerate() if thread.name.startswith("colltensor")
-    }
-    return len(sys._current_frames().keys() - ours) == 1 and not is_followed()
+    """Return whether no other thread of this process, and no callback, may still make a call."""
+    return is_only_caller() and not is_followed()
