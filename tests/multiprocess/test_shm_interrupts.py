@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ WAITS: dict[str, Callable[[Any], Any]] = {
 
 def interrupt_one(rank: int, size: int, name: str, way: str) -> tuple[float, str]:
     """Rank 0 waits and is interrupted; the others wait for it in another call, of which they must hear at once."""
-    with own_group(rank, size, name) as group:
+    # They wait in a circle, which would be told first.
+    patient = mock.patch("colltensor.engine.deadlock._FIRST_PAUSE_S", 60.0)
+    with patient, own_group(rank, size, name) as group:
         group.barrier()
         began = time.monotonic()
         if rank == 0:
