@@ -44,7 +44,7 @@ std::int64_t half_nbytes(std::int64_t world_size) {
 std::int64_t format(std::int64_t fd, std::int64_t world_size, std::int64_t cores, std::int64_t half,
                     std::int64_t direct, std::int64_t chunk, std::int64_t read) {
   Mapping mapping;
-  if (!mapping.map(static_cast<int>(fd), segment_nbytes(static_cast<int>(world_size), half))) return errno;
+  if (!mapping.map(static_cast<int>(fd), staging_offset(static_cast<int>(world_size)))) return errno;
   format_segment(mapping.base(), static_cast<int>(world_size), static_cast<int>(cores), half, direct, chunk, read,
                  last_level_cache_nbytes());
   return 0;

@@ -12,12 +12,12 @@ namespace {
 
 constexpr std::uint64_t kPage = 65536;  // a multiple of every page size in use
 
+}  // namespace
+
 std::uint64_t staging_offset(int world_size) {
   const std::uint64_t control = Layout(nullptr, world_size).control_nbytes();
   return (control + kPage - 1) / kPage * kPage;
 }
-
-}  // namespace
 
 std::uint64_t segment_nbytes(int world_size, std::uint64_t half_nbytes) {
   return staging_offset(world_size) + 2 * half_nbytes * static_cast<std::uint64_t>(world_size);

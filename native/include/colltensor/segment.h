@@ -6,6 +6,9 @@
 
 namespace colltensor {
 
+// Bytes before the ranks' staging, of the header and all that the ranks tell each other.
+std::uint64_t staging_offset(int world_size);
+
 // Bytes of the segment of a group; half_nbytes is what one half of a rank's staging has.
 std::uint64_t segment_nbytes(int world_size, std::uint64_t half_nbytes);
 
