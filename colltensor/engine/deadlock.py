@@ -249,8 +249,8 @@ def _reached(start: int, lacking: dict[int, set[int]]) -> set[int]:
 def is_only_caller(thread: int = 0) -> bool:
     """Return whether no other thread makes calls.
 
-    That is so if this is the main thread, or if all other threads are the package's. Threads that
-    C++ has made, as those of Ray's actors, are known by their frames alone.
+    That is so if the thread that waits is the main one, or if all other threads are the package's.
+    Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
 
     Args:
         thread: The thread that waits, while no other can call; 0 where others can.
