@@ -116,12 +116,14 @@ class Arguments:
         write: bool,
         copy: bool | None,
     ) -> Blocks:
-        """Adapt a list of ``world_size`` tensors, or one array of as many blocks, of the count and dtype of ``like``.
+        """Adapt a list of ``world_size`` tensors, or one array of as many blocks.
 
-        With ``like=None`` they are of the count and dtype of the first.
+        The tensors or blocks are of the count and dtype of ``like``, or with ``like=None`` of the
+        first.
 
         Raises:
-            ShapeError: The list or an entry has the wrong length, count or dtype; or the array cannot be cut so.
+            ShapeError: The list or an entry has the wrong length, count or dtype; or the array
+                cannot be cut so.
         """
         size = self._world_size
         if not isinstance(given, (list, tuple)) and find_adapter(type(given)) is not None:
@@ -202,9 +204,10 @@ class Arguments:
         same: int = -1,
         apart: bool = False,
     ) -> None:
-        """Check that what is written shares memory with nothing else; entry ``same`` may be what is read.
+        """Check that what is written shares memory with nothing else.
 
-        With ``apart`` what is written is known to share none among itself.
+        Entry ``same`` may be what is read. With ``apart`` what is written is known to share none
+        among itself.
 
         Raises:
             AliasError: Two arguments share memory.
@@ -227,7 +230,9 @@ class Arguments:
     def in_place(
         self, operation: str, target: Buffers, source: BufferView, copy: bool | None
     ) -> bool:
-        """Return whether a tensor is received into the very memory that is sent, after making that safe.
+        """Return whether a tensor is received into the very memory that is sent.
+
+        If so, this makes it safe first.
 
         Raises:
             OptionError: It is, and ``copy`` is False.
@@ -337,7 +342,8 @@ def first_elements(operation: str, tensor: Any, count: Any) -> Any:
     """Return the first elements of a tensor, in its own memory; 0 means all.
 
     Raises:
-        OptionError: ``count`` is no number of elements of this tensor, or these do not lie one after another.
+        OptionError: ``count`` is no number of elements of this tensor, or these do not lie one
+            after another.
     """
     if not isinstance(count, int) or count < 0:
         raise OptionError(
