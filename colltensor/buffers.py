@@ -112,8 +112,8 @@ class Buffers(Protocol):
         """Return the streams on which frameworks queue this thread's work now.
 
         They are those of the frameworks of tensors on a device. None is among them where the host
-        must wait before a framework may have a result, or may give memory that is read to another
-        computation (JAX's donation).
+        must wait first. That is before a framework may have a result, or may give memory that is
+        read to another computation (JAX's donation).
         """
 
     def compared(self) -> tuple[int, int]:

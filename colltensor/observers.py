@@ -87,6 +87,7 @@ def add_observer(observer: Observer) -> None:
     global _observers
     if not callable(observer):
         raise OptionError(f"add_observer: expected a function of an Operation, got {observer!r}")
+
     with _lock:
         _observers = (*_observers, observer)
         if not _plain:

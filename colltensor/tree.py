@@ -31,7 +31,10 @@ _CONSTANTS: Final = frozenset(
     }
     | {f"torch.{name}" for name in ("dtype", "device", "layout", "memory_format", "Size")}
 )
-"""Modules of which all types, and names of types of which all values are the same on ranks that write them alike."""
+"""Modules, and names of types, whose values are the same on ranks that write them alike.
+
+Of a module these are all types, of a type all values.
+"""
 _remedies: Final[dict[type, str | None]] = {}
 """That of a type that has been seen; None where all leaves are values."""
 
@@ -49,11 +52,12 @@ def flatten(
     """Return a container's leaves, their paths, and the function that builds it anew from leaves.
 
     Leaves come in optree's order: dict keys sorted, whatever the insertion order; ``None`` is an
-    empty subtree. Nodes known to jax alone (flax structures, say) are flattened by ``jax.tree_util``.
+    empty subtree. Nodes known to jax alone (flax structures, say) are flattened by
+    ``jax.tree_util``.
 
     Raises:
-        UnsupportedTensorError: A dict's keys cannot be ordered, or mean nothing on other ranks. With ``reduced``, a
-            node that holds indices, which must not be combined.
+        UnsupportedTensorError: A dict's keys cannot be ordered, or mean nothing on other ranks.
+            With ``reduced``, a node that holds indices, which must not be combined.
     """
     outer, spec = _flattened(tree, _is_tensor_to_reduce if reduced else _is_tensor)
     entries = spec.paths()
@@ -65,9 +69,10 @@ def flatten(
 
 
 def constant(leaf: Any) -> str | None:
-    """Return what a leaf without numbers is, in words that are the same in every process; None if it may have some.
+    """Return what a leaf without numbers is, in words that are the same in every process.
 
-    Functions and classes go by their names, text, options, paths and dates by their repr.
+    Returns None if it may have numbers. Functions and classes go by their names; text, options,
+    paths and dates by their repr.
     """
     if callable(leaf):
         name = getattr(leaf, "__qualname__", None) or getattr(leaf, "__name__", None)
@@ -84,8 +89,8 @@ def refuse_indices(node: Any) -> bool:
     """Return False, so that it may be asked of every node of a tree that is flattened.
 
     Raises:
-        UnsupportedTensorError: The node holds indices beside values: a sparse array, say. Ranks' indices differ, and
-            their sum means nothing.
+        UnsupportedTensorError: The node holds indices beside values: a sparse array, say. Ranks'
+            indices differ, and their sum means nothing.
     """
     kind = type(node)
     if kind not in _remedies:
@@ -123,8 +128,9 @@ def flat_tree(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
 def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None] | None:
     """Return a function that gives the leaves of a tree of this structure, None for another one.
 
-    For dicts, lists and tuples alone; None for structures with other nodes. Takes a tenth of optree's time, but looks
-    at containers only where the structure has some: what it gives for a leaf may be a container.
+    For dicts, lists and tuples alone; None for structures with other nodes. It takes a tenth of
+    optree's time, but looks at containers only where the structure has some. What it gives for a
+    leaf may be a container.
     """
     if structure.is_leaf():
         return lambda tree: [tree]
@@ -157,9 +163,10 @@ def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None
 
 
 def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], Any] | None:
-    """Return a function that builds a tree of this structure anew, with other leaves; None as ``matcher_of``.
+    """Return a function that builds a tree of this structure anew, with other leaves.
 
-    It is given the tree, whose dicts say in which order their keys are, and an iterator of the leaves.
+    Returns None as ``matcher_of``. The function is given the tree, whose dicts say in which order
+    their keys are, and an iterator of the leaves.
     """
     if structure.is_leaf():
         return lambda tree, leaves: next(leaves)
@@ -213,7 +220,9 @@ def _flattened(
 def refuse_unordered_keys(
     tree: Any, error: Exception, sort: Callable[[Any], object] = sorted
 ) -> None:
-    """Return if a tree could not be flattened for another reason than a dict whose keys have no order.
+    """Refuse a tree that could not be flattened because a dict's keys have no order.
+
+    Returns if there was another reason.
 
     Args:
         tree: The tree.
