@@ -218,8 +218,10 @@ class Arguments:
         try:
             if not apart:
                 refuse_overlaps([(view, name) for view, name in written if not view.readonly], [])
+
             for index, (view, name) in enumerate(written):
                 start, end = view.span()
+                # Spans that do not meet need no closer look, which costs more.
                 if view.readonly or start >= high or end <= low:
                     continue
                 if index != same or not _identical(view, read[0][0]):
@@ -351,10 +353,13 @@ def first_elements(operation: str, tensor: Any, count: Any) -> Any:
         )
     if count == 0:
         return tensor
+
     adapter = adapter_of(tensor)
     view = adapter.source(tensor)
     if count > view.count or view.strides is not None:
         raise OptionError(
             f"{operation}: n_elements={count}: expected a contiguous tensor of at least as many, got {view!r}"
         )
+
+    # A number is its only element, and has no ``reshape``.
     return tensor if number_adapter(type(tensor)) is adapter else tensor.reshape(-1)[:count]

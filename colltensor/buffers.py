@@ -229,6 +229,7 @@ class TensorBuffers(_Alike):
                 f"copy=False, but {view!r} is sent and received into, and needs a staging copy; pass another tensor or "
                 "leave copy=None"
             )
+
         self._aside = True
         if not self.staged:
             self.transfers = [
@@ -347,6 +348,7 @@ class TreeBuffers:
         }
         if not found:
             return
+
         moved = [index for index in range(len(leaves)) if index not in found]
         self._constants = [f"{paths[index]} {text}" for index, text in found.items()]
         self._given, self._paths = (

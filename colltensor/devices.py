@@ -84,6 +84,7 @@ class Devices:
                 )
                 assert isinstance(made, QueueingBackend)
                 self._attach(made)
+
         assert self._engine.device is not None
         return self._engine.device
 

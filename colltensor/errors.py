@@ -182,10 +182,12 @@ def is_from_handler(error: BaseException) -> bool:
         number = (
             code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
         )
+
         for name in code.co_varnames[:number]:
             value = frame.f_locals.get(name)
             given = value if value.__class__ is tuple else (value,)
             if any(isinstance(entry, FrameType) and entry is frame.f_back for entry in given):
                 return True
+
         traceback = traceback.tb_next
     return False

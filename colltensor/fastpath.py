@@ -291,12 +291,15 @@ class FastCall:
                     needs_write_notice,
                     notify_all_written,
                 )
+
                 if code == FAST_PENDING:
                     issued = queue.issue(work, self._backend.hand_over, (), first=True)
                 else:
                     issued = queue.issue(work, self._issue or self._issuing(), exports)
                 if issued:
                     return work
+
+                # A call that has begun cannot go the slow path any more: it is ended below.
                 if code != FAST_PENDING:
                     return None
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
@@ -359,13 +362,16 @@ class FastCall:
             group.arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False)
             for tensor in tensors
         ]
+
         if name == "transfer":
             self.explain_transfers(buffers[0], buffers[-1], code)
+
         argument = (buffers[-1] if name in COMPARES_LAST else buffers[0]) if buffers else None
         if self._stacked and name == "alltoall":
             argument = group.arguments.blocks(
                 name, "input_list", tensors[-1], None, None, False, None
             )
+
         self.explain_collective(
             Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing)
         )

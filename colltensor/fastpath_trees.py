@@ -94,6 +94,7 @@ class TreeFastPath:
             adapter = known.get(leaves[0].__class__)
             if adapter is None:  # another thread has just registered one
                 return None
+
             if not adapter.immutable:
                 if call.run(leaves, written):
                     return tree
@@ -102,6 +103,8 @@ class TreeFastPath:
             elif plan.suits(leaves, adapter):
                 results = call.allocate_leaves(leaves, adapter, written, donate)
                 return results if results is None or not written else plan.like(tree, results)
+
+            # The leaves may have other dtypes or counts than the plan's: then another is needed.
             plan = self._plans.renewed(tree, plan) if fixed is None else None
 
         if fixed is None:
@@ -241,16 +244,20 @@ class TreeCall(FastCall):
             given = adapter.addresses(results)
         except RuntimeError:  # deleted, or its computation failed: the slow path says so
             return None
+
         if donate and len(set(given)) < len(given):  # one memory twice: likewise
             return None
+
         if self._allocating is None:
             self._allocating = self._backend.allocating_tree(
                 NATIVE[self._operation], *self._call, self._plan.words()
             )
+
         try:
             code = self._allocating(allocate if donate else None, *given)
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(self._operation, error)
+
         if code and not self.finish(tensors, code):
             return None
         return results

@@ -234,11 +234,13 @@ class Synchronizer:
                     f"{self._where()}: {name}: expected {leaf}, as the Synchronizer was made for, got "
                     f"{Leaf.of(leaf.path, view, contents=False)}; make another one for other shapes"
                 )
+
             if view.dtype is not leaf.dtype:
                 raise UnsupportedDTypeError(
                     f"{self._where()}: {name}: expected {leaf}, as the Synchronizer was made for, got {view.dtype}; "
                     "convert the gradient or make another Synchronizer"
                 )
+
             if view.device is not self._device and view.device != self._device:
                 raise DeviceError(
                     f"{self._where()}: {name}: expected it on {self._device}, got {view.device}; move it"
@@ -267,10 +269,12 @@ class Synchronizer:
                 for path, there in zip(found, expected, strict=False)
                 if path != there
             ]
+
             raise ShapeError(
                 f"{self._where()}: expected the {len(expected)} leaves that the Synchronizer was made for, got "
                 f"{len(found)}: {wrong[0]}; pass zeros for what has no gradient, or make another Synchronizer"
             )
+
         return tensors
 
     def _one_device(self, views: Sequence[BufferView]) -> Device | None:

@@ -163,6 +163,7 @@ class Group:
         self.world_size = world_size
         self.backend = backend.name
         self.why = why
+
         self._options = options
         self._backend = backend
         self._control = control
@@ -177,6 +178,7 @@ class Group:
         self._splits = 0
         # Frees the name, where the group has one.
         self._on_destroy: Callable[[], None] | None = None
+
         self._arguments: Any = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
 
@@ -186,6 +188,7 @@ class Group:
         self._trees: Any = None
         self._allreduce: Any = None
         self._barrier: Any = None
+
         fast: Any = agreeing or getattr(backend, "fast_calls", None)
         if fast is not None:
             self._fastpath = FastPath(fast, self._engine, self._arguments, rank, world_size)
@@ -261,15 +264,18 @@ class Group:
                         if needs_write_notice:
                             notify_written(tensor)
                         return tensor
+
         if async_op and calls is not None and copy is None:
             work = calls[op].issue((tensor,), 0, 1, tensor)
             if work is not None:
                 return work
+
         if self._trees is not None and copy is None and not async_op:
             plan = None if _like is None else _like.plan
             done = self._trees.run("allreduce", op, -1, tensor, True, donate, plan)
             if done is not None:
                 return done
+
         if _like is not None:  # a Synchronizer, whose plan a tree on the fast path is of
             _like.check(tensor)
 
@@ -820,6 +826,7 @@ class Group:
             else:
                 if not code or call.finish((), code):
                     return None
+
         if self._engine.device is not None and not async_op:
             self.synchronize()
 
@@ -986,6 +993,8 @@ class Group:
 
         if self._control is None:
             return solitary(name, self._options) if members else None
+
+        # A meeting has two rounds, and each is an exchange of this whole group.
         if not members:
             exchange(b"")
             exchange(b"")

@@ -136,7 +136,7 @@ class Listener:
             self._thread.join(seconds)
 
     def end_strangers(self) -> None:
-        """After ``join``: let those go as well who are at their proof."""
+        """Let those go as well who are at their proof; called after ``join``."""
         with self._lock:
             for sock in self._speaking:
                 _end(sock)
@@ -195,6 +195,7 @@ class Listener:
                 for sock in came:
                     sock.close()
                 return False
+
             if error.errno in _NO_ROOM:
                 self._note("cannot accept a connection", error)
                 if self._silent:
@@ -207,6 +208,7 @@ class Listener:
 
         now = time.monotonic()
         for sock in came:
+            # It becomes readable once the whole opening has come: less costs no thread.
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, net.OPENING_NBYTES)
             self._silent[sock.fileno()] = sock, now

@@ -248,13 +248,14 @@ class NativeQueue:
                         work.fail(code)
                     failed = work = None  # type: ignore[assignment]  # the operation's tensors and its error
                     continue
+
                 self._end_served()
         finally:
             self._end_served()
             self._serving.discard(here)
 
     def _await_server(self, seconds: float) -> None:
-        """After the native queue was closed: wait until its thread has left native code.
+        """Wait until the native queue's thread has left native code, once the queue is closed.
 
         The interpreter's end would end the thread there, in frames of C++, which the process does
         not survive.

@@ -447,6 +447,7 @@ def reach(
             sock.close()
             raise
 
+    # The last attempt has returned or raised.
     raise AssertionError
 
 

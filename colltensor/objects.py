@@ -92,6 +92,7 @@ def loads(payload: bytes, operation: str, rank: int, of: int, *, allow_pickle: b
             "and sets of them, and tensors by broadcast or allgather"
         ) from None
     except Exception as error:
+        # Of any class: unpickling calls whatever the sender names.
         raise CollectiveError(
             f"{operation} (rank {rank}): the object of rank {of} cannot be unpickled here ({type(error).__name__}: "
             f"{error}); it takes the packages and devices of rank {of}: move its tensors to the host before the call"

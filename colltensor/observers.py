@@ -149,6 +149,7 @@ def _observed(
         except BaseException as error:
             end(error)
             raise
+
         if options.get("async_op") and isinstance(result, Work):
             result.add_done_callback(lambda work: end(work._error))
         else:

@@ -95,8 +95,10 @@ class OperationQueue(NativeQueue):
         work, owner = self.awaited, self.turn.owner()
         if (work is None or work.done()) and owner in (0, _WORKERS):
             return None
+
         with self._lock:
             lanes, waiting = dict(self._lanes), list(self._waiting)
+
         followed = any(other._callbacks for other in (*lanes.values(), *waiting))
         concerned = list(lanes)
         if work is not None and work.lane in lanes:
@@ -161,6 +163,7 @@ class OperationQueue(NativeQueue):
                 if work.lane is not None:
                     self._due[work.lane] += 1
                 self._man()
+
                 self.busy = True
                 self.idle = False
                 if self.watch is not None:
@@ -280,6 +283,7 @@ class OperationQueue(NativeQueue):
                 ):
                     self._workers -= 1
                     return
+
                 self._spare += 1
                 while not taken():
                     # A signal's handler may have raised in who gave the turn back, before it told.
@@ -287,6 +291,8 @@ class OperationQueue(NativeQueue):
                 self._spare -= 1
                 if work is None:  # closed
                     return
+
+            # The lock is not held here: others must be able to issue calls meanwhile.
             work._finish()
             self._end(work)
             work = None

@@ -92,6 +92,7 @@ class GroupOptions:
         why = f"backend={self.backend!r} was asked for"
         if self.backend == "auto":
             why = f"provider={self.provider!r} was asked for, which is one of {name}"
+
         hosts = len(set(meeting.host_ids))
         if made != name:
             return f"{why}, and {'all ranks are on one host' if hosts == 1 else 'each rank is on a host of its own'}"
@@ -99,6 +100,7 @@ class GroupOptions:
         could_share = hosts == 1 and meeting.world_size > 1 and backends.reason("shm") is None
         if name != "gloo" or not could_share:
             return why
+
         if not _hinted.is_set():
             _hinted.set()
             _log.info(

@@ -108,12 +108,14 @@ def init_collective_group(
         environment.check()
         seconds = timeout_s if gloo_timeout is None else seconds_of(gloo_timeout)
         options = _options(backend, seconds, interface, provider, check, allow_pickle)
+
         if world_size is None or rank is None:
             _, rank, world_size = open_directory(init_method, rank, world_size)
         world_size, rank = _check(world_size, rank, options)
     except (BackendUnavailableError, OptionError) as error:
         _report(error, world_size, rank, init_method, group_name, backend, options)
         raise
+
     alone = world_size == 1 and init_method is None and options.backend_for(1) == "loopback"
 
     def make() -> Group:

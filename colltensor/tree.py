@@ -134,10 +134,12 @@ def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None
     """
     if structure.is_leaf():
         return lambda tree: [tree]
+
     kind = structure.type
     inner = [matcher_of(child) for child in structure.children()]
     if kind not in (dict, list, tuple) or not inner or None in inner:
         return None
+
     length, entries = len(inner), structure.entries()
     get = operator.itemgetter(*entries) if length > 1 else lambda tree: (tree[entries[0]],)
     flat = all(child.is_leaf() for child in structure.children())
@@ -149,8 +151,10 @@ def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None
             values = get(tree)
         except KeyError:
             return None
+
         if flat:
             return list(values)
+
         leaves: list[Any] = []
         for one, value in zip(inner, values, strict=True):
             found = one(value)  # type: ignore[misc]  # none of them is None
@@ -170,10 +174,12 @@ def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], A
     """
     if structure.is_leaf():
         return lambda tree, leaves: next(leaves)
+
     kind = structure.type
     inner = [builder_of(child) for child in structure.children()]
     if kind not in (dict, list, tuple) or not inner or None in inner:
         return None
+
     entries = structure.entries()
     flat = all(child.is_leaf() for child in structure.children())
 
@@ -185,6 +191,7 @@ def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], A
         )
         if kind is not dict:
             return kind(values)
+
         made = dict(tree)
         made.update(zip(entries, values, strict=True))
         return made
@@ -282,6 +289,7 @@ def _flatten_jax_nodes(
     leaves: list[Any] = []
     paths: list[str] = []
     inner: list[tuple[int, Any]] = []
+
     for leaf, path in zip(outer, outer_paths, strict=True):
         if _is_tensor(leaf) or not _is_jax_node(leaf):
             found, definition = [((), leaf)], None
@@ -297,6 +305,7 @@ def _flatten_jax_nodes(
             if any(map(_is_sparse, tree_util.tree_leaves(leaf, is_leaf=_is_sparse))):
                 # shapes and sorted indices are no leaves, and must be the same
                 path += f" of {definition}: "
+
         leaves += [tensor for _, tensor in found]
         paths += [path + tree_util.keystr(keys) for keys, _ in found]
         inner.append((len(found), definition))

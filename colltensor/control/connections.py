@@ -184,12 +184,15 @@ class Connections:
                 f"group {name!r} belongs to process {self._pid}, this is its forked child {os.getpid()}: "
                 "create a group of its own in the child"
             )
+
         if self._closed or not self._failures:
             return GroupError(f"group {name!r} is destroyed on rank {rank}: create it again")
+
         error = self._failures[0].exception(rank)
         if not self._reported:
             self._reported = True
             return error
+
         broken = GroupError(
             f"group {name!r} is broken on rank {rank}. {REMEDY}. It broke with: {error}"
         )
@@ -269,7 +272,7 @@ class Connections:
             self._done.wait(SILENCE_S)
 
     def disown(self) -> None:
-        """In a forked child, close the copies of all sockets.
+        """Close the copies of all sockets, in a forked child.
 
         So the parent's end is still an end for the other ranks.
         """
@@ -328,6 +331,7 @@ class Connections:
                 rest = rest[link.send(rest) :]
             link.stuck = False
         finally:
+            # POLLOUT must go: a link with room to write would end every sleep at once.
             if link.ended_at is None:
                 self._poller.modify(link.sock, select.POLLIN)
 

@@ -324,11 +324,13 @@ def in_parallel(
     threads = [
         threading.Thread(target=work, name="colltensor-call", daemon=True) for _ in range(count)
     ]
+
     try:
         for thread in threads:
             thread.start()
     except RuntimeError:  # there are too many, or the interpreter ends: this one does what is left
         work()
+
     for thread in threads:
         if thread.ident is not None:
             thread.join(max(0.0, until - time.monotonic()))

@@ -394,6 +394,7 @@ class Pairs:
                 self._led = self._led or came
             finally:
                 self._followers.discard(me)
+
         if not came:
             self._lead()
 

@@ -222,6 +222,7 @@ class ExchangedAgreement(Agreement):
                 if control.broken is not None:
                     raise  # the ranks wait for each other: no end of a pair goes on
                 mismatch = error
+
         if mismatch is not None:
             for transfer in agreed:
                 make_alone(transfer)
@@ -266,10 +267,12 @@ class PiggybackedAgreement(ExchangedAgreement):
                 allocates = True
             if buffers.staged:
                 buffers.load()
+
         views, op = call.arguments
         contributions = control.agree_and_gather(
             call.signature(sequence), backend.pack(views), lambda: call.describe(sequence), deadline
         )
+
         if allocates:
             call.allocate_result()
         return functools.partial(backend.unpack, views, op, contributions)

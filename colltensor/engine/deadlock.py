@@ -170,6 +170,7 @@ class DeadlockDetector:
                 rank for rank in circle if circle[rank].has_transfer()
             ):
                 return
+
             if any(self._ask(rank) != waits for rank, waits in circle.items()):
                 return  # one of them has gone on
 
@@ -202,6 +203,7 @@ class DeadlockDetector:
             waits = known[rank]
             if waits is None:
                 continue
+
             for peer in sorted(waits.peers(rank, self._control.world_size)):
                 if peer not in known:
                     known[peer] = self._ask(peer)

@@ -165,6 +165,7 @@ class Engine(DeviceCalls):
                 call.move(*call.arguments, deadline)
             else:
                 combine()
+
             if combine is not NESTED:
                 for buffers in call.buffers:
                     buffers.store()
@@ -173,6 +174,7 @@ class Engine(DeviceCalls):
             raise
         finally:
             self._running = outer
+            # A nested call was refused before it took the agreement's turn.
             if combine is not NESTED:
                 agreement.end()
 

@@ -116,6 +116,7 @@ def meet(directory: Directory, part: Introduction, deadline: float) -> Meeting:
         raise
     except (OSError, RuntimeError) as error:
         remedy = remedy_for_system(error, "see that the ranks reach each other")
+        # Of RuntimeErrors only the one for want of a thread is the system's.
         if is_from_handler(error) or (
             isinstance(error, RuntimeError) and "new thread" not in str(error)
         ):
@@ -334,6 +335,7 @@ class ServerExchange:
         for item in self._inbox.close():
             if not isinstance(item, Joiner):
                 continue
+
             if self._means_another_meeting(item.request):
                 _try_send(item.sock, Message.RETRY)
             else:
@@ -343,6 +345,7 @@ class ServerExchange:
                 )
                 _try_send(item.sock, Message.FAILED, encode_error(error))
             item.sock.close()
+
         for joiner in self._joiners:
             joiner.sock.close()
         self._selector.close()
@@ -653,12 +656,14 @@ class ClientExchange:
         """
         while True:
             kind, payload = net.recv_frame(sock, self._deadline + _VERDICT_SLACK_S)
+
             if kind == Message.EVERYBODY:
                 return payload
             if kind == Message.FAILED:
                 raise decode_error(payload)
             if kind != Message.NOTE:
                 raise net.FrameError(f"expected what everybody says, got a frame of kind {kind}")
+
             _LOG.warning(
                 "group %r (rank %d): rank 0 says: %s; %s",
                 self._request.group_name,
@@ -767,6 +772,7 @@ def _open_fixed(
                 )
                 where = ""
                 continue
+
             if error.errno != errno.EADDRINUSE:
                 raise OptionError(
                     f"init_method: cannot listen at {directory.host}:{directory.port}: {error.strerror}; "
