@@ -208,7 +208,7 @@ class Listener:
 
         now = time.monotonic()
         for sock in came:
-            # It becomes readable once the whole opening has come: less costs no thread.
+            # A connection is readable once the whole opening has come: less costs no thread.
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, net.OPENING_NBYTES)
             self._silent[sock.fileno()] = sock, now

@@ -1,8 +1,8 @@
 """MultiGpu: the collectives of processes that work on several CUDA devices each.
 
 Their forms are those of ``ray.util.collective``. Every process brings as many devices as the
-others; a device of a process is what a rank is elsewhere: device ``i`` of rank ``r`` comes at ``r *
-devices + i``.
+others. A device of a process is what a rank is elsewhere: device ``i`` of rank ``r`` comes at
+``r * devices + i``.
 """
 
 from __future__ import annotations

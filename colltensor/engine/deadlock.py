@@ -1,8 +1,8 @@
 """DeadlockDetector: ends circles of ranks that wait for each other, so that none can go on.
 
 Two ranks that block in sends to each other are refused when they agree. Other circles show in no
-message. Examples are three ranks that all send to the next one, a send against a barrier, and a
-call behind an asynchronous one that nobody takes.
+message. Three ranks may all send to the next one. A send may stand against a barrier, or a call
+behind an asynchronous one that nobody takes.
 
 A rank whose transfer waits for longer than usual asks the others what they wait for, in a thread of
 its own. It follows the answers. If they lead back to it, and are the same once more, the group is
