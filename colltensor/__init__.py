@@ -1,7 +1,7 @@
-"""ColTensor: collective communication for the arrays of every Python framework, in Ray workers and outside them.
+"""ColTensor: collective communication for the arrays of every Python framework.
 
-``import colltensor as col`` stands in for ``import ray.util.collective as col``. Importing it loads
-no array framework and no ray.
+It works in Ray workers and outside them. ``import colltensor as col`` stands in for
+``import ray.util.collective as col``. Importing it loads no array framework and no ray.
 """
 
 from colltensor.adapters import register_adapter

@@ -116,12 +116,14 @@ class Arguments:
         write: bool,
         copy: bool | None,
     ) -> Blocks:
-        """Adapt a list of ``world_size`` tensors, or one array of as many blocks, of the count and dtype of ``like``.
+        """Adapt a list of ``world_size`` tensors, or one array of as many blocks.
 
-        With ``like=None`` they are of the count and dtype of the first.
+        The tensors or blocks are of the count and dtype of ``like``, or with ``like=None`` of the
+        first.
 
         Raises:
-            ShapeError: The list or an entry has the wrong length, count or dtype; or the array cannot be cut so.
+            ShapeError: The list or an entry has the wrong length, count or dtype; or the array
+                cannot be cut so.
         """
         size = self._world_size
         if not isinstance(given, (list, tuple)) and find_adapter(type(given)) is not None:
@@ -202,9 +204,10 @@ class Arguments:
         same: int = -1,
         apart: bool = False,
     ) -> None:
-        """Check that what is written shares memory with nothing else; entry ``same`` may be what is read.
+        """Check that what is written shares memory with nothing else.
 
-        With ``apart`` what is written is known to share none among itself.
+        Entry ``same`` may be what is read. With ``apart`` what is written is known to share none
+        among itself.
 
         Raises:
             AliasError: Two arguments share memory.
@@ -215,8 +218,10 @@ class Arguments:
         try:
             if not apart:
                 refuse_overlaps([(view, name) for view, name in written if not view.readonly], [])
+
             for index, (view, name) in enumerate(written):
                 start, end = view.span()
+                # Spans that do not meet need no closer look, which costs more.
                 if view.readonly or start >= high or end <= low:
                     continue
                 if index != same or not _identical(view, read[0][0]):
@@ -227,7 +232,9 @@ class Arguments:
     def in_place(
         self, operation: str, target: Buffers, source: BufferView, copy: bool | None
     ) -> bool:
-        """Return whether a tensor is received into the very memory that is sent, after making that safe.
+        """Return whether a tensor is received into the very memory that is sent.
+
+        If so, this makes it safe first.
 
         Raises:
             OptionError: It is, and ``copy`` is False.
@@ -337,7 +344,8 @@ def first_elements(operation: str, tensor: Any, count: Any) -> Any:
     """Return the first elements of a tensor, in its own memory; 0 means all.
 
     Raises:
-        OptionError: ``count`` is no number of elements of this tensor, or these do not lie one after another.
+        OptionError: ``count`` is no number of elements of this tensor, or these do not lie one
+            after another.
     """
     if not isinstance(count, int) or count < 0:
         raise OptionError(
@@ -345,10 +353,13 @@ def first_elements(operation: str, tensor: Any, count: Any) -> Any:
         )
     if count == 0:
         return tensor
+
     adapter = adapter_of(tensor)
     view = adapter.source(tensor)
     if count > view.count or view.strides is not None:
         raise OptionError(
             f"{operation}: n_elements={count}: expected a contiguous tensor of at least as many, got {view!r}"
         )
+
+    # A number is its only element, and has no ``reshape``.
     return tensor if number_adapter(type(tensor)) is adapter else tensor.reshape(-1)[:count]

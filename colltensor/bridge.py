@@ -1,6 +1,7 @@
 """What the bridges to JAX and torch.distributed need of a group, and its users never do.
 
-These functions are part of ``Group`` but for their place: its public class has the methods for users alone.
+These functions are part of ``Group`` but for their place: its public class has the methods for
+users alone.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ def follow(group: Group, wait: Callable[[], None], defer: Callable[[bool], None]
 
     Args:
         group: The group.
-        wait: Called first in every collective from now on, in the caller's thread: waits for such calls.
-        defer: Called with True when asynchronous calls wait for their turn, with False when none does any more; at
-            once, which.
+        wait: Called first in every collective from now on, in the caller's thread. It waits for
+            such calls.
+        defer: Called with True when asynchronous calls wait for their turn, and with False when
+            none does any more. On registration it is called at once, with the present state.
     """
     group._engine.before = wait
     group._queue.watch = defer
@@ -35,7 +37,9 @@ def follow(group: Group, wait: Callable[[], None], defer: Callable[[bool], None]
 def complete(
     group: Group, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int
 ) -> bool:
-    """End a call that was begun on the group's backend itself; False if it must be made as a call of the group.
+    """End a call that was begun on the group's backend itself.
+
+    Returns False if it must be made as a call of the group.
 
     Args:
         group: The group.
@@ -60,21 +64,33 @@ def shared_memory(group: Group) -> int:
 
 
 def progress(group: Group) -> tuple[int, ...] | None:
-    """Return None while no call of host tensors runs or waits, else what changes from call to call."""
+    """Return None while no call of host tensors runs or waits.
+
+    Otherwise return what changes from call to call.
+    """
     return group._engine.progress()
 
 
 def lost(group: Group, rank: int) -> PeerLostError | None:
-    """Ask whether ``rank`` is still there, in any thread and whatever it does; return the error if it is not."""
+    """Ask whether ``rank`` is still there, and return the error if it is not.
+
+    May be called in any thread and whatever the rank does.
+    """
     return None if group._control is None else group._control.gone("asking", [rank])
 
 
 def ask(group: Group, rank: int, question: bytes) -> bytes | None:
-    """Ask what ``answer_with`` has there, in any thread; None if no answer comes within a second."""
+    """Ask what ``answer_with`` has there, in any thread.
+
+    Returns None if no answer comes within a second.
+    """
     return None if group._control is None else group._control.inquire(rank, _BRIDGE + question)
 
 
 def answer_with(group: Group, answer: Callable[[int, bytes], bytes]) -> None:
-    """Have ``answer`` called, in another thread, with the rank that asks and its question; it must not wait."""
+    """Have ``answer`` called, in another thread, with the rank that asks and its question.
+
+    It must not wait.
+    """
     if group._control is not None:
         group._control.answer_with(_BRIDGE, answer)

@@ -1,4 +1,4 @@
-"""Buffers: one tensor argument of a call, from the user's object to the memory that travels and back.
+"""Buffers: one tensor argument of a call, from the user's object to what travels, and back.
 
 Adapts tensors, decides which are staged or fused, and moves staged elements.
 """
@@ -41,8 +41,8 @@ class Buffers(Protocol):
     Attributes:
         views: One view a leaf, in the user's layout.
         transfers: What the backend works on: the views themselves, staging copies of strided ones,
-            or buckets of several. Lists and views stay the same objects once staged; ``allocate_result`` gives
-            views of immutable tensors another address.
+            or buckets of several. Lists and views stay the same objects once staged.
+            ``allocate_result`` gives views of immutable tensors another address.
         allocates: Whether ``allocate_result`` does anything.
     """
 
@@ -71,22 +71,30 @@ class Buffers(Protocol):
         """
 
     def order(self) -> int:
-        """Return a number that is equal on ranks whose staged leaves lie without gaps and in the same order; 0 if none.
+        """Return a number that is equal on ranks whose staged leaves lie in the same order.
 
-        Of leaves that share no transfer with others, and that stay where they are.
+        Leaves count if they lie without gaps, share no transfer with others, and stay where they
+        are. It is 0 if none do.
         """
 
     def straighten(self) -> None:
-        """Stage these leaves no more: all ranks have the same order, in which the elements can travel as they lie."""
+        """Stage these leaves no more.
+
+        All ranks have the same order, in which the elements can travel as they lie.
+        """
 
     def allocate_result(self) -> None:
-        """Make immutable tensors' results, with the same contents; their views are the results' from now on.
+        """Make immutable tensors' results, with the same contents.
 
-        Called once the ranks agreed, because a donated tensor is gone then.
+        Their views are the results' from now on. Called once the ranks agreed, because a donated
+        tensor is gone then.
         """
 
     def check(self) -> None:
-        """Raise where an immutable tensor, which its owner may have given away since, no longer has its memory."""
+        """Raise where an immutable tensor no longer has its memory.
+
+        Its owner may have given the memory away since.
+        """
 
     def load(self) -> None:
         """Copy staged leaves into their staging buffers; before or after ``allocate_result``."""
@@ -95,17 +103,24 @@ class Buffers(Protocol):
         """Copy staged results back and notify the frameworks of what was written."""
 
     def result(self) -> Any:
-        """Return the tensor or container to hand back: the very object given where nothing was replaced."""
+        """Return the tensor or container to hand back.
+
+        It is the very object given where nothing was replaced.
+        """
 
     def streams(self) -> set[int | None]:
-        """Return the streams on which the frameworks of tensors on a device queue this thread's work now.
+        """Return the streams on which frameworks queue this thread's work now.
 
-        None is among them where the host must wait, before a framework may have a result, or may give memory that is
+        They are those of the frameworks of tensors on a device. None is among them where the host
+        must wait first. That is before a framework may have a result, or may give memory that is
         read to another computation (JAX's donation).
         """
 
     def compared(self) -> tuple[int, int]:
-        """Return the number of elements, and a number that is equal where paths, dtypes and counts are."""
+        """Return the number of elements, and a number that stands for the leaves.
+
+        The latter is equal where paths, dtypes and counts are.
+        """
 
     def describe(self) -> str:
         """Return the leaves' dtypes and counts for an error message."""
@@ -114,7 +129,9 @@ class Buffers(Protocol):
 def adapt(
     tensor: Any, write: bool, donate: bool, containers: bool, reduced: bool = False
 ) -> Buffers:
-    """View ``tensor``, a tensor or (with ``containers``) a pytree of tensors, whose elements may be ``reduced``.
+    """View ``tensor``, whose elements may be ``reduced``.
+
+    It is a tensor or (with ``containers``) a pytree of tensors.
 
     Raises:
         TensorError: A leaf that cannot be used so; the message has its path.
@@ -129,7 +146,10 @@ def adapt(
 
 
 class _Alike:
-    """What the ranks compare of one tensor, or of several that are alike: the count and dtype of the first."""
+    """What the ranks compare of one tensor, or of several that are alike.
+
+    It is the count and dtype of the first.
+    """
 
     __slots__ = ()
     views: list[BufferView]
@@ -196,7 +216,9 @@ class TensorBuffers(_Alike):
         self.staged = False
 
     def receive_aside(self, copy: bool | None) -> None:
-        """Have results go to a staging buffer until all is done, because the call reads this memory too.
+        """Have results go to a staging buffer until all is done.
+
+        The reason is that the call reads this memory too.
 
         Raises:
             OptionError: ``copy`` is False.
@@ -207,6 +229,7 @@ class TensorBuffers(_Alike):
                 f"copy=False, but {view!r} is sent and received into, and needs a staging copy; pass another tensor or "
                 "leave copy=None"
             )
+
         self._aside = True
         if not self.staged:
             self.transfers = [
@@ -257,8 +280,8 @@ class NumberBuffers(TensorBuffers):
 class TreeBuffers:
     """A pytree of tensors and numbers; small leaves are fused.
 
-    Where nothing is ``reduced`` it may have other leaves too, which stay as they are and have to be the same on all
-    ranks: constants.
+    Where nothing is ``reduced`` it may have other leaves too. These constants stay as they are and
+    have to be the same on all ranks.
     """
 
     __slots__ = (
@@ -284,16 +307,20 @@ class TreeBuffers:
         self._original = tree_of_tensors
         self._write = write
         self._donate = donate
+
         self._chosen: list[list[int]] = []
         self._ordered: dict[int, int] = {}
         self._staged: list[tuple[int, BufferView]] = []
+
         self._given, self._paths, self._rebuild = tree.flatten(tree_of_tensors, reduced)
         self._constants: list[str] = []
         if not reduced:
             self._set_constants_aside()
+
         self._results = list(self._given)
         self._adapters: list[Adapter] = []
         self.views: list[BufferView] = []
+
         for leaf, path in zip(self._results, self._paths, strict=True):
             try:
                 adapter = adapter_of(leaf)
@@ -301,6 +328,7 @@ class TreeBuffers:
             except TensorError as error:
                 raise type(error)(f"leaf {path}: {error}") from error
             self._adapters.append(adapter)
+
         self.transfers = self.views
         if write:
             named = zip(self.views, self._paths, strict=True)
@@ -320,6 +348,7 @@ class TreeBuffers:
         }
         if not found:
             return
+
         moved = [index for index in range(len(leaves)) if index not in found]
         self._constants = [f"{paths[index]} {text}" for index, text in found.items()]
         self._given, self._paths = (
@@ -454,9 +483,10 @@ class TreeBuffers:
 
 
 class Blocks(_Alike):
-    """An argument that has a block of elements for every rank: a list of tensors, or one array of all of them.
+    """An argument that has a block of elements for every rank.
 
-    Views and transfers are one a block, and the ranks compare the count and dtype of one.
+    It is a list of tensors, or one array of all of them. Views and transfers are one a block, and
+    the ranks compare the count and dtype of one.
 
     Attributes:
         whole: Whether it is one array, whose blocks share no memory.
@@ -465,7 +495,9 @@ class Blocks(_Alike):
     __slots__ = ("_given", "_members", "transfers", "views", "whole")
 
     def __init__(self, given: Any, members: Sequence[Buffers], number: int) -> None:
-        """Hold ``number`` blocks of ``given``: what is known of a list's tensors, or of the array, once staged.
+        """Hold ``number`` blocks of ``given``.
+
+        ``members`` are what is known of a list's tensors, or of the array, once staged.
 
         Raises:
             ValueError: The array cannot be cut so.
@@ -518,7 +550,11 @@ class Blocks(_Alike):
             buffers.store()
 
     def result(self) -> Any:
-        """Return what was given: a list with new tensors in the places of immutable ones, a new tuple or array."""
+        """Return what was given, or what takes its place.
+
+        A list has new tensors in the places of immutable ones. A tuple is new, and so is an
+        immutable array.
+        """
         results = [buffers.result() for buffers in self._members]
         if self.whole:
             return results[0]
@@ -608,13 +644,18 @@ def plan(
     fuse_below: int = FUSE_BELOW_NBYTES,
     bucket_nbytes: int = BUCKET_NBYTES,
 ) -> list[list[int]]:
-    """Return which leaves share a transfer: small ones of one dtype (or all, bytewise), in order."""
+    """Return which leaves share a transfer.
+
+    They are small ones of one dtype (or all, bytewise), in order.
+    """
     transfers: list[list[int]] = []
     filling: dict[DType, tuple[list[int], int]] = {}
+
     for index, view in enumerate(views):
         if view.nbytes >= fuse_below:
             transfers.append([index])
             continue
+
         kind = UINT8 if bytewise else view.dtype
         members, nbytes = filling.get(kind, ([], bucket_nbytes + 1))
         if nbytes + view.nbytes > bucket_nbytes:

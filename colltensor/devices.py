@@ -39,7 +39,9 @@ class Devices:
         self._engine = engine
         self._options = options
         self._meeting = meeting
+
         self._attaching = threading.Lock()  # several threads may come with the first CUDA tensors
+
         engine.check_device = options.check
         if isinstance(backend, QueueingBackend):
             self._attach(backend)
@@ -55,11 +57,13 @@ class Devices:
         device = self._engine.device
         if device is not None and view.device.type in device.device_types:
             return device
+
         own = f"backend {self._backend.name!r} works on {', '.join(sorted(self._backend.device_types))}"
         if view.device.type != "cuda":
             there = ", ".join(sorted(self._backend.device_types))
             advice = f"move it to {there}, or make the group with backend='auto'"
             raise DeviceError(f"the tensor is on {view.device}, but {own}; {advice}")
+
         reason = backends.reason("nccl")
         if self._options.backend != "auto" or self._meeting is None:
             advice = "make the group with backend='nccl' or 'auto', or move the tensor"
@@ -68,6 +72,7 @@ class Devices:
             raise DeviceError(
                 f"the tensor is on {view.device}, but {own}, and NCCL cannot be used here: {reason}"
             )
+
         with self._attaching:
             if self._engine.device is None:
                 made = backends.get_backend("nccl").create(
@@ -79,6 +84,7 @@ class Devices:
                 )
                 assert isinstance(made, QueueingBackend)
                 self._attach(made)
+
         assert self._engine.device is not None
         return self._engine.device
 
@@ -94,14 +100,18 @@ class Devices:
         """
         if self._engine.before is not None:
             self._engine.before()
+
         device = self._engine.device
         if device is None:
             return
         self._engine.check("synchronize")
+
         timeout_s = self._engine.timeout_s
         deadline = time.monotonic() + timeout_s
+
         if not self._engine.queue.idle:  # calls on the device may wait there for their turn
             self._engine.queue.put(Work("synchronize", lambda: None)).wait(timeout_s)
+
         try:
             device.drain(deadline, gpu_id)
         except CollectiveError:

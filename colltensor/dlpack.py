@@ -14,10 +14,15 @@ IS_COPIED: Final = 2
 _VERSIONED: Final = b"dltensor_versioned"
 _EXCHANGE: Final = b"dlpack_exchange_api"
 _READER_WORD: Final = 5
-"""Where DLPackExchangeAPI has ``dltensor_from_py_object_no_sync``, in words: behind its version, the address of an
-older one, an allocator and two conversions."""
+"""Where DLPackExchangeAPI has ``dltensor_from_py_object_no_sync``, in words.
+
+It is behind its version, the address of an older one, an allocator and two conversions.
+"""
 _FLAGS_OFFSET: Final = 24
-"""Where DLManagedTensorVersioned has its flags: after the version, the manager's context and the deleter."""
+"""Where DLManagedTensorVersioned has its flags.
+
+They are after the version, the manager's context and the deleter.
+"""
 _capsule_is_valid: Final = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _capsule_pointer: Final = ctypes.pythonapi.PyCapsule_GetPointer
@@ -62,14 +67,16 @@ def export(tensor: Any) -> Any:
 
 
 def export_with_flags(tensor: Any) -> tuple[Any, int]:
-    """Do as ``export`` and return the flags too, which only an export of DLPack 1.x has; 0 for an older one.
+    """Do as ``export`` and return the flags too.
 
-    ``export`` never sees them: tvm_ffi 0.1.15 asks for an unversioned export. To go when it passes ``max_version``.
+    Only an export of DLPack 1.x has them; they are 0 for an older one. ``export`` never sees them:
+    tvm_ffi 0.1.15 asks for an unversioned export. To go when it passes ``max_version``.
     """
     try:
         capsule = tensor.__dlpack__(max_version=(1, 0))
     except TypeError:
-        # an exporter from before DLPack 1.0, or one that cannot export this tensor and says so again
+        # An exporter from before DLPack 1.0, or one that cannot export this tensor and says so
+        # again.
         return export(tensor), 0
     flags = 0
     if _capsule_is_valid(capsule, _VERSIONED):
@@ -85,9 +92,10 @@ def capsule_pointer(capsule: Any) -> int:
 
 
 def exchange_reader(kind: type) -> int:
-    """Return the address of the C function that says where tensors of a type lie (``dltensor_from_py_object_no_sync``).
+    """Return the address of the C function that says where tensors of a type lie.
 
-    It is of DLPack's exchange API for C, which a type has as ``__dlpack_c_exchange_api__``. 0 if it has none.
+    The function is ``dltensor_from_py_object_no_sync`` of DLPack's exchange API for C, which a type
+    has as ``__dlpack_c_exchange_api__``. The address is 0 if the type has none.
     """
     capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
     if capsule is None or not _capsule_is_valid(capsule, _EXCHANGE):

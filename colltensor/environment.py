@@ -1,4 +1,4 @@
-"""The package's variables of the environment: their names, what they may say, and who misspelt them."""
+"""The package's environment variables: their names, what they may say, and who misspelt them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def check() -> None:
 
 
 def name_unknown(group_name: str, rank: int) -> None:
-    """Warn of variables that nobody knows, each once a process, in the name of the group that is made."""
+    """Warn of variables that nobody knows, in the name of the group that is made.
+
+    Warns of each once a process.
+    """
     for name in os.environ:
         if name.startswith(_PREFIX) and name not in _KNOWN and name not in _named:
             _named.add(name)
@@ -79,6 +82,9 @@ def is_on(variable: str) -> bool:
 
 
 def did_you_mean(name: str, known: Iterable[str], likeness: float = _LIKENESS) -> str:
-    """Return a question about a misspelt name, for the middle of a message; "" where it is like none of ``known``."""
+    """Return a question about a misspelt name, for the middle of a message.
+
+    It is "" where the name is like none of ``known``.
+    """
     found = difflib.get_close_matches(name, known, 1, likeness)
     return f" (did you mean {found[0]!r}?)" if found else ""

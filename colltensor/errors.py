@@ -57,12 +57,13 @@ class BackendUnavailableError(CollectiveError):
 class MismatchError(_RanksError):
     """The ranks of a group disagree about a call; no data was changed and the group goes on.
 
-    Two exceptions: where a ``sendrecv`` is agreed with one peer and not with the other, the agreed
-    transfer is made, because that peer counts on it. Where ranks wait for each other in a circle, so that
-    none can go on, the group is broken, as the message says.
+    There are two exceptions. Where a ``sendrecv`` is agreed with one peer and not with the other,
+    the agreed transfer is made, because that peer counts on it. Where ranks wait for each other in
+    a circle, so that none can go on, the group is broken, as the message says.
 
     Attributes:
-        ranks: The ranks that differ from the majority (from rank 0 where there is none), or all of the circle.
+        ranks: The ranks that differ from the majority (from rank 0 where there is none), or all of
+            the circle.
     """
 
 
@@ -121,7 +122,10 @@ def class_name(error: CollectiveError) -> str:
 
 
 def rebuilt(name: str, message: str, ranks: Iterable[int]) -> CollectiveError:
-    """Return the error that another rank has told of; one of a class that is not known is a GroupError."""
+    """Return the error that another rank has told of.
+
+    One of a class that is not known is a GroupError.
+    """
     kind = globals().get(name)
     if not (isinstance(kind, type) and issubclass(kind, CollectiveError)):
         return GroupError(message)
@@ -131,7 +135,8 @@ def rebuilt(name: str, message: str, ranks: Iterable[int]) -> CollectiveError:
 def without_frames(error: CollectiveError) -> CollectiveError:
     """Return a copy to keep where the error itself is raised.
 
-    Else it would keep the frames that it passes, and with them what the caller drops: tensors, and the group.
+    The error itself would keep the frames that it passes. With them it would keep what the caller
+    drops: tensors, and the group.
     """
     return copy.copy(error)
 
@@ -165,9 +170,10 @@ def remedy_for_system(error: BaseException, otherwise: str) -> str:
 
 
 def is_from_handler(error: BaseException) -> bool:
-    """Return whether a signal's handler raised an error, which may be of any class, in the middle of any call.
+    """Return whether a signal's handler raised an error.
 
-    Python gives a handler the frame that it interrupts: so its own frame has its caller's among its arguments.
+    It may be of any class, and come in the middle of any call. Python gives a handler the frame
+    that it interrupts. So the handler's own frame has its caller's among its arguments.
     """
     traceback = error.__traceback__
     while traceback is not None:
@@ -176,10 +182,12 @@ def is_from_handler(error: BaseException) -> bool:
         number = (
             code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
         )
+
         for name in code.co_varnames[:number]:
             value = frame.f_locals.get(name)
             given = value if value.__class__ is tuple else (value,)
             if any(isinstance(entry, FrameType) and entry is frame.f_back for entry in given):
                 return True
+
         traceback = traceback.tb_next
     return False

@@ -1,8 +1,8 @@
 """FastPath: calls whose tensors go to the backend as their frameworks made them.
 
-What is not directly exportable (several tensors of which one is strided, read-only, immutable, of a type that DLPack
-cannot name, in a tree) takes the slow path through ``arguments``, ``buffers`` and ``engine``; the ranks of one call may
-come either way.
+What is not directly exportable takes the slow path through ``arguments``, ``buffers`` and
+``engine``. That is several tensors of which one is strided, read-only, immutable, of a type that
+DLPack cannot name, or in a tree. The ranks of one call may come either way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _SENDS, _RECEIVES = 256, 512
 
 
 class FastPath:
-    """The fast calls of one group, each a function of its own, so that nothing is passed that is known beforehand.
+    """The fast calls of one group, each a function of its own.
+
+    So nothing is passed that is known beforehand.
 
     Attributes:
         before: Called first in every call, or None.
@@ -48,8 +50,8 @@ class FastPath:
         broadcast, gather, scatter: By root.
         send, recv: By the other rank.
         sendrecv: By the rank to send to, then by the rank to receive from.
-        allgather_stack, gather_stack, reducescatter_stack, scatter_stack, alltoall_stack: Those of one array of all
-            ranks' tensors where there are lists of them else.
+        allgather_stack, gather_stack, reducescatter_stack, scatter_stack, alltoall_stack: Those of
+            one array of all ranks' tensors, where the others have lists of them.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class FastPath:
         self.allreduce = [self._one("allreduce", op) for op in ReduceOp]
         self.reduce = [self._by_rank("reduce", op) for op in ReduceOp]
         self.broadcast = self._by_rank("broadcast")
+
         self.allgather, self.allgather_stack = (
             self._one("allgather", stacked=stacked) for stacked in (False, True)
         )
@@ -84,12 +87,14 @@ class FastPath:
             [self._one("reducescatter", op, stacked=stacked) for op in ReduceOp]
             for stacked in (False, True)
         )
+
         self.scatter, self.scatter_stack = (
             self._by_rank("scatter", stacked=stacked) for stacked in (False, True)
         )
         self.alltoall, self.alltoall_stack = (
             self._one("alltoall", stacked=stacked) for stacked in (False, True)
         )
+
         self.send = self._by_rank("transfer")
         self.recv = Ranks(
             self._world_size, lambda source: self._one("transfer", NO_OP, NO_RANK, source)
@@ -104,7 +109,10 @@ class FastPath:
     def complete(
         self, operation: int, op: int, root: int, source: int, tensors: Sequence[Any], code: int
     ) -> bool:
-        """End a call that was begun on the backend itself and came to ``code``; see ``bridge.complete``."""
+        """End a call that was begun on the backend itself and came to ``code``.
+
+        See ``bridge.complete``.
+        """
         return self._one(NATIVE_NAMES[operation], op, root, source).finish(tensors, code)
 
     def _one(
@@ -122,7 +130,10 @@ class FastPath:
 
 
 class Ranks(dict[int, Any]):
-    """Something for each rank of a group, made when it is first asked for; for what is no rank, what always refuses."""
+    """Something for each rank of a group, made when it is first asked for.
+
+    For what is no rank, it is what always refuses.
+    """
 
     def __init__(self, world_size: int, make: Callable[[int], Any]) -> None:
         super().__init__()
@@ -184,17 +195,20 @@ class FastCall:
             self._group.before()
         if not self._queue.idle and not self._queue.rests():
             return False
+
         needs_write_notice = False
         for tensor in tensors:
             if tensor.__class__ not in no_write_notice:
                 needs_write_notice = True
                 if not is_exportable(tensor):
                     return False
+
         try:
             code = self.function(*tensors)
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
             self.failed(tensors, error)
             return False
+
         if code and not self.finish(tensors, code):
             return False
         if needs_write_notice:
@@ -208,16 +222,19 @@ class FastCall:
             self._group.before()
         if not self._queue.idle and not self._queue.rests():
             return False
+
         needs_write_notice = (
             first.__class__ not in no_write_notice or second.__class__ not in no_write_notice
         )
         if needs_write_notice and not (is_exportable(first) and is_exportable(second)):
             return False
+
         try:
             code = self.function(first, second)
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
             self.failed((first, second), error)
             return False
+
         if code and not self.finish((first, second), code):
             return False
         if needs_write_notice:
@@ -227,10 +244,11 @@ class FastCall:
     def issue(
         self, tensors: Sequence[Any], written: int, written_end: int, result: Any
     ) -> Work | None:
-        """Begin it on tensors as they are, behind what was issued before; None if it must go the slow path.
+        """Begin it on tensors as they are, behind what was issued before.
 
-        Where nothing is before it and the other ranks are there it is made at once. The framework of a written tensor
-        is notified when somebody sees that the call has ended.
+        Returns None if it must go the slow path. Where nothing is before it and the other ranks are
+        there it is made at once. The framework of a written tensor is notified when somebody sees
+        that the call has ended.
 
         Args:
             tensors: As for ``run``.
@@ -244,12 +262,14 @@ class FastCall:
         queue, engine = self._queue, self._engine
         if self._group.before is not None or engine.broken is not None or queue.busy:
             return None
+
         needs_write_notice: Sequence[Any] = ()
         for tensor in tensors:
             if tensor.__class__ not in no_write_notice:
                 if not is_exportable(tensor):
                     return None
                 needs_write_notice = tensors[written:written_end]
+
         code = FAST_LARGE
         queue.man_native()
         try:
@@ -259,6 +279,7 @@ class FastCall:
                     if needs_write_notice:
                         notify_all_written(needs_write_notice)
                     return EndedWork(result)
+
             if code in (FAST_PENDING, FAST_LARGE, FAST_BUSY):
                 exports = [export(tensor) for tensor in tensors]
                 work = IssuedWork(
@@ -270,17 +291,21 @@ class FastCall:
                     needs_write_notice,
                     notify_all_written,
                 )
+
                 if code == FAST_PENDING:
                     issued = queue.issue(work, self._backend.hand_over, (), first=True)
                 else:
                     issued = queue.issue(work, self._issue or self._issuing(), exports)
                 if issued:
                     return work
+
+                # A call that has begun cannot go the slow path any more: it is ended below.
                 if code != FAST_PENDING:
                     return None
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
             self.failed(tensors, error)
             return None
+
         try:
             if not self.finish(tensors, code):
                 return None
@@ -315,9 +340,10 @@ class FastCall:
         return self.finish(tensors, code)
 
     def failed(self, tensors: Sequence[Any], error: BaseException) -> None:
-        """Return if a tensor could not be exported, which the slow path explains; break the group over the rest.
+        """Return if a tensor could not be exported, which the slow path explains.
 
-        A signal's handler may raise the same types, before, between or after the steps of the call.
+        Break the group over the rest. A signal's handler may raise the same types, before, between
+        or after the steps of the call.
         """
         if isinstance(error, (BufferError, TypeError, ValueError)) and not self._backend.exports(
             tensors
@@ -326,20 +352,26 @@ class FastCall:
         self._engine.abort(self._operation, error)
 
     def _explain(self, tensors: Sequence[Any], code: int) -> NoReturn:
-        """Raise the MismatchError of a call on which the ranks disagree, in the words of the slow path."""
+        """Raise the MismatchError of a call on which the ranks disagree.
+
+        Its words are those of the slow path.
+        """
         name, (op, root, _), group = self._operation, self._call, self._group
         reduce_op = None if op == NO_OP else ReduceOp(op)
         buffers = [
             group.arguments.tensor(name, "tensor", tensor, reduce_op, False, False, None, False)
             for tensor in tensors
         ]
+
         if name == "transfer":
             self.explain_transfers(buffers[0], buffers[-1], code)
+
         argument = (buffers[-1] if name in COMPARES_LAST else buffers[0]) if buffers else None
         if self._stacked and name == "alltoall":
             argument = group.arguments.blocks(
                 name, "input_list", tensors[-1], None, None, False, None
             )
+
         self.explain_collective(
             Call(name, argument, reduce_op, root, True, (), moves_nothing, (), nothing)
         )

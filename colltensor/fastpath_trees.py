@@ -1,6 +1,7 @@
-"""The fast path of trees: the leaves go to the backend as their frameworks made them, in one call.
+"""The fast path of trees: the leaves go to the backend as they are, in one call.
 
-What is not directly exportable takes the slow path, as in ``fastpath``; the ranks of one call may come either way.
+What is not directly exportable takes the slow path, as in ``fastpath``. The ranks of one call may
+come either way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from colltensor.types import ReduceOp
 
 
 class TreeFastPath:
-    """The calls of one group on trees of exportable tensors, or of those of one framework that never changes them."""
+    """The calls of one group on trees of exportable tensors.
+
+    They are also for trees of the tensors of one framework that never changes them.
+    """
 
     def __init__(self, fastpath: FastPath) -> None:
         self._fastpath = fastpath
@@ -56,7 +60,8 @@ class TreeFastPath:
             operation: allreduce, reduce, broadcast or transfer.
             op: The reduce op, ``NO_OP`` for none.
             root: The root, or the rank to send to; ``NO_RANK`` for none.
-            tree: The tree, or a tensor, which is refused here but for one that its framework never changes.
+            tree: The tree, or a tensor, which is refused here but for one that its framework never
+                changes.
             written: Whether the call writes to it on this rank.
             donate: Use the memory of immutable tensors again.
             fixed: The plan that the tree must be of to go the fast path.
@@ -67,24 +72,29 @@ class TreeFastPath:
         """
         if self._fastpath.before is not None:
             self._fastpath.before()
+
         queue = self._fastpath.engine.queue
         if not (queue.idle or queue.rests()):
             return None
+
         adapter = known.get(tree.__class__)
         if adapter is not None:
             if not adapter.immutable or (donate and operation == "transfer"):
                 return None
             return self._array(operation, op, root, source, tree, adapter, written, donate)
+
         plan, leaves = (
             self._plans.find(tree) if fixed is None else (fixed, fixed.leaves(tree, _seem_to_fit))
         )
         if leaves is None:
             return None
+
         while plan is not None:
             call = self._call(operation, op, root, source, plan)
             adapter = known.get(leaves[0].__class__)
             if adapter is None:  # another thread has just registered one
                 return None
+
             if not adapter.immutable:
                 if call.run(leaves, written):
                     return tree
@@ -93,7 +103,10 @@ class TreeFastPath:
             elif plan.suits(leaves, adapter):
                 results = call.allocate_leaves(leaves, adapter, written, donate)
                 return results if results is None or not written else plan.like(tree, results)
+
+            # The leaves may have other dtypes or counts than the plan's: then another is needed.
             plan = self._plans.renewed(tree, plan) if fixed is None else None
+
         if fixed is None:
             self._plans.doubt()
         return None
@@ -116,23 +129,31 @@ class TreeFastPath:
         written: bool,
         donate: bool,
     ) -> Any:
-        """Run an operation on an immutable tensor, which is a tree of one leaf; return as ``run``."""
+        """Run an operation on an immutable tensor, which is a tree of one leaf.
+
+        Returns as ``run``.
+        """
         if not hasattr(adapter, "allocate_results"):
             return None
         try:
             (kind,) = adapter.kinds((tensor,))
         except RuntimeError:  # deleted: the slow path says so
             return None
+
         plan = self._plans.of_array(tensor, kind)
         if plan is None:
             return None
+
         call = self._call(operation, op, root, source, plan)
         results = call.allocate_leaves((tensor,), adapter, written, donate)
         return None if results is None else results[0]
 
 
 def _seem_to_fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Do as ``fit``, but leave it to native code whether all are of the first one's type, where it reads that."""
+    """Do as ``fit``, but leave it to native code whether all are of the first one's type.
+
+    That is only where native code reads the type.
+    """
     kind = leaves[0].__class__
     return (kind in no_write_notice and reader_of(kind) != 0) or fit(leaves, guard)
 
@@ -156,19 +177,23 @@ class TreeCall(FastCall):
         return function, function
 
     def run(self, tensors: Sequence[Any], written: int, written_end: int = 0) -> bool:
-        """Run it on the leaves, in the order of the structure, all or none of them ``written``; False as there.
+        """Run it on the leaves, in the order of the structure.
+
+        All or none of them are ``written``. Returns False as ``FastCall.run``.
 
         Raises:
             CollectiveError: As every collective.
         """
         kind = tensors[0].__class__
         reading, reader = self._reading, reader_of(kind)
+
         code = FAST_UNREAD
         if reading is not None and reader:
             try:
                 code = reading(id(tensors), id(kind), reader)
             except BaseException as error:  # noqa: BLE001 - nothing is exported there: a handler's
                 self._engine.abort(self._operation, error)
+
         try:
             if code == FAST_UNREAD:
                 # which _seem_to_fit() leaves to the reader
@@ -178,8 +203,10 @@ class TreeCall(FastCall):
         except BaseException as error:  # noqa: BLE001 - raised on there, unless it is an export's
             self.failed(tensors, error)
             return False
+
         if code and not self.finish(tensors, code):
             return False
+
         if written:
             if reader:
                 remember_alike(tensors, kind)
@@ -190,9 +217,10 @@ class TreeCall(FastCall):
     def allocate_leaves(
         self, tensors: Sequence[Any], adapter: Any, written: bool, donate: bool
     ) -> Sequence[Any] | None:
-        """Run it on immutable leaves, which fit; return new ones if they are ``written``, else them; None as ``run``.
+        """Run it on immutable leaves, which fit.
 
-        The results are copies made before the ranks meet, unless they take the leaves' own memory.
+        Returns new leaves if they are ``written``, else the leaves; None as ``run``. The results
+        are copies made before the ranks meet, unless they take the leaves' own memory.
 
         Raises:
             CollectiveError: As every collective.
@@ -216,16 +244,20 @@ class TreeCall(FastCall):
             given = adapter.addresses(results)
         except RuntimeError:  # deleted, or its computation failed: the slow path says so
             return None
+
         if donate and len(set(given)) < len(given):  # one memory twice: likewise
             return None
+
         if self._allocating is None:
             self._allocating = self._backend.allocating_tree(
                 NATIVE[self._operation], *self._call, self._plan.words()
             )
+
         try:
             code = self._allocating(allocate if donate else None, *given)
         except BaseException as error:  # noqa: BLE001 - abort() raises
             self._engine.abort(self._operation, error)
+
         if code and not self.finish(tensors, code):
             return None
         return results

@@ -1,7 +1,8 @@
-"""Trees of plain tensors for backends that want contiguous memory: native code packs the leaves into buckets.
+"""Trees of plain tensors for backends that want contiguous memory.
 
-What ``TreeBuffers`` does leaf by leaf in Python is one native call here. Also for leaves of a framework that never
-changes them, which are known by their addresses.
+Native code packs the leaves into buckets. What ``TreeBuffers`` does leaf by leaf in Python is one
+native call here. Also for leaves of a framework that never changes them, which are known by their
+addresses.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _SPARE_NBYTES = 64 << 20
 
 
 class Gatherer:
-    """Makes the buffers of one group's trees; keeps the buckets of calls that are done for the next ones."""
+    """Makes the buffers of one group's trees.
+
+    Keeps the buckets of calls that are done for the next ones.
+    """
 
     def __init__(self) -> None:
         self._plans = Plans()
@@ -43,7 +47,9 @@ class Gatherer:
     def buffers(
         self, tree: Any, write: bool, bytewise: bool, donate: bool
     ) -> GatheredBuffers | None:
-        """Return the buffers of a tree that ``tree_plans`` plans for, None if it takes ``TreeBuffers``.
+        """Return the buffers of a tree that ``tree_plans`` plans for.
+
+        Returns None if the tree takes ``TreeBuffers``.
 
         Args:
             tree: The tree, or a tensor, which is refused.
@@ -53,34 +59,41 @@ class Gatherer:
         """
         if tree.__class__ in known or not _is_loaded():
             return None
+
         plan, leaves = self._plans.find(tree)
         while plan is not None:
             layout = plan.made.get(bytewise)
             if layout is None:
                 layout = plan.made[bytewise] = Layout(plan, bytewise)
+
             kind = leaves[0].__class__
             adapter: Any = known.get(kind)
             if adapter is None:  # another thread has just registered one
                 return None
+
             if adapter.immutable:
                 if plan.suits(leaves, adapter):
                     return _allocating(self, tree, leaves, plan, layout, adapter, write, donate)
                 plan = self._plans.renewed(tree, plan)
                 continue
+
             reader = 0 if layout.read is None else reader_of(kind)
             move = (
                 layout.read(write, id(leaves), id(kind), reader)
                 if layout.read is not None and reader
                 else None
             )
+
             try:
                 if move is None:
                     move = layout.take(write, *leaves)
             except (BufferError, TypeError, ValueError):  # what the slow path says in its own words
                 return None
+
             if move is not None:
                 return GatheredBuffers(self, tree, leaves, plan, layout, move, write)
             plan = self._plans.renewed(tree, plan)
+
         return None
 
     def take(self, nbytes: int) -> BufferView:
@@ -134,11 +147,13 @@ class Layout:
 
     Attributes:
         bytewise: Whether leaves of different dtypes share a transfer, which is one of bytes then.
-        transfers: The leaves of each; those of one leaf, not smaller than a bucket's, travel by themselves.
+        transfers: The leaves of each. Those of one leaf, not smaller than a bucket's, travel by
+            themselves.
         nbytes: The bytes of each.
         take: Given whether they are written, and the leaves, returns what copies them, or None.
         place: The same, given the addresses of contiguous leaves.
-        read: The same, given a list of leaves of one type as ``AgreeingBackend.reading_tree`` is; None without that.
+        read: The same, given a list of leaves of one type as ``AgreeingBackend.reading_tree`` is;
+            None without that.
     """
 
     def __init__(self, plan: Plan, bytewise: bool) -> None:
@@ -197,15 +212,19 @@ class GatheredBuffers:
         self._plan = plan
         self._move = move
         self._write = write
+
         self._buckets: list[tuple[int, BufferView]] = []
         self._lone: list[tuple[int, int]] = []  # transfers of one leaf, and which
         self._ordered: list[tuple[int, int]] = []
+
         self.transfers: list[BufferView] = []
         self.views = self.transfers
+
         for number, members in enumerate(layout.transfers):
             first = plan.views[members[0]]
             if len(members) == 1:
                 self._lone.append((number, members[0]))
+
             pointer = move(2, members[0], 0) if len(members) == 1 else 0
             if pointer or (len(members) == 1 and not first.count):
                 leaf = leaves[members[0]]
@@ -213,11 +232,13 @@ class GatheredBuffers:
                     BufferView.from_address(pointer, (first.count,), first.dtype, owner=leaf)
                 )
                 continue
+
             bucket = gatherer.take(layout.nbytes[number])
             self._buckets.append((number, bucket))
             self.transfers.append(
                 bucket.cast(UINT8 if layout.bytewise and len(members) > 1 else first.dtype)
             )
+
         self.staged = bool(self._buckets)
 
     def stage(self, strided: bool, bytewise: bool, copy: bool | None, fuse: bool = True) -> None:
@@ -261,7 +282,7 @@ class GatheredBuffers:
             self._move(0, number, bucket.pointer)
 
     def store(self) -> None:
-        """Copy results back, notify the frameworks of what was written, and let go of the buckets."""
+        """Copy results back, notify the frameworks of it, and let go of the buckets."""
         if self._write:
             for number, bucket in self._buckets:
                 self._move(1, number, bucket.pointer)
@@ -278,7 +299,10 @@ class GatheredBuffers:
         return {None}
 
     def compared(self) -> tuple[int, int]:
-        """Return the number of elements of all leaves, and what the ranks compare of paths, dtypes and counts."""
+        """Return the number of elements of all leaves, and what the ranks compare of the leaves.
+
+        That is their paths, dtypes and counts.
+        """
         return self._plan.count, self._plan.leaves_hash
 
     def describe(self) -> str:
@@ -287,7 +311,10 @@ class GatheredBuffers:
 
 
 class AllocatingBuffers(GatheredBuffers):
-    """The leaves of a tree whose framework never changes them: what is written are new ones, made by ``adapter``."""
+    """The leaves of a tree whose framework never changes them.
+
+    What is written are new leaves, made by ``adapter``.
+    """
 
     __slots__ = ("_adapter", "_donate", "_layout")
 
@@ -353,13 +380,18 @@ def _allocating(
     write: bool,
     donate: bool,
 ) -> AllocatingBuffers | None:
-    """Return the buffers of immutable leaves that suit the plan, None where the slow path says why it cannot be."""
+    """Return the buffers of immutable leaves that suit the plan.
+
+    Returns None where the slow path says why it cannot be.
+    """
     try:
         adapter.source(leaves[0])  # raises while a function is traced
         addresses = adapter.addresses(leaves)
     except RuntimeError:  # or its computation failed
         return None
+
     if write and donate and len(set(addresses)) < len(addresses):  # one memory twice
         return None
+
     move = layout.place(write, *addresses)
     return AllocatingBuffers(gatherer, tree, leaves, plan, layout, move, write, adapter, donate)

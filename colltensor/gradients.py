@@ -1,7 +1,7 @@
 """Gradients: keeps the gradients of all ranks in step, for numpy arrays and any pytree of tensors.
 
-``sync_gradients`` is one allreduce of all leaves. A ``Synchronizer`` is for a loop: it knows every leaf's shape and
-type, and compares the ranks' parameters once.
+``sync_gradients`` is one allreduce of all leaves. A ``Synchronizer`` is for a loop. It knows every
+leaf's shape and type, and compares the ranks' parameters once.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ _look: Final = operator.attrgetter("shape", "dtype", "device")
 
 
 def sync_gradients(gradients: Any, *, group: Group | str = "default", average: bool = True) -> Any:
-    """Replace every gradient by the mean, or the sum, of all ranks' gradients, as one fused allreduce.
+    """Replace every gradient by the mean, or the sum, of all ranks' gradients.
 
-    Every rank calls it, with trees of equal paths, data types and counts; other ranks wait meanwhile. It sees no
-    parameters: replicas that start unequal stay so. Before the first step call ``colltensor.broadcast(parameters)``, or
+    It is one fused allreduce. Every rank calls it, with trees of equal paths, data types and
+    counts; other ranks wait meanwhile. It sees no parameters: replicas that start unequal stay so.
+    Before the first step call ``colltensor.broadcast(parameters)``, or
     ``compare_parameters(parameters)``.
 
     Args:
-        gradients: A pytree of tensors (dict, list, tuple ...) or one tensor, of any framework; read and written.
+        gradients: A pytree of tensors (dict, list, tuple ...) or one tensor, of any framework. Read
+            and written.
         group: The group, or its name.
         average: The mean; False: the sum.
 
@@ -50,10 +52,11 @@ def sync_gradients(gradients: Any, *, group: Group | str = "default", average: b
 def compare_parameters(parameters: Any, *, group: Group | str = "default") -> None:
     """Check that all ranks have the same parameters, bit for bit; every rank calls.
 
-    Gradients that are in step keep equal replicas equal, and unequal ones unequal. Call it once before training, after
-    a checkpoint was loaded, or now and then to see whether replicas have drifted apart. A ``Synchronizer`` does it when
-    it is made. It is one small exchange; each rank hashes its own parameters, about a second for a GB. Ranks may bring
-    different frameworks and layouts.
+    Gradients that are in step keep equal replicas equal, and unequal ones unequal. Call it once
+    before training, after a checkpoint was loaded, or now and then to see whether replicas have
+    drifted apart. A ``Synchronizer`` does it when it is made. It is one small exchange. Each rank
+    hashes its own parameters, about a second for a GB. Ranks may bring different frameworks and
+    layouts.
 
     Args:
         parameters: A pytree of tensors, only read; Python's numbers and strings are compared too.
@@ -69,14 +72,16 @@ def compare_parameters(parameters: Any, *, group: Group | str = "default") -> No
 class Synchronizer:
     """Keeps gradients in step, step after step, and looks at what could put them out of step.
 
-        parameters = colltensor.broadcast(parameters)       # rank 0's on every rank; in place, but for JAX arrays
-        synchronizer = Synchronizer(parameters)             # on every rank
+        # rank 0's on every rank; in place, but for JAX arrays
+        parameters = colltensor.broadcast(parameters)
+        synchronizer = Synchronizer(parameters)      # on every rank
         for batch in batches:
             gradients = backward(parameters, batch)
             synchronizer.sync(gradients)             # in place; JAX arrays: use what it returns
 
-    Leaves may be new tensors in each step, of another framework or in another layout; their paths, shapes and data
-    types stay. Each step is one allreduce of all leaves (``Group.allreduce``). Ranks may bring different frameworks.
+    Leaves may be new tensors in each step, of another framework or in another layout. Their paths,
+    shapes and data types stay. Each step is one allreduce of all leaves (``Group.allreduce``).
+    Ranks may bring different frameworks.
 
     Attributes:
         group: The group.
@@ -94,21 +99,26 @@ class Synchronizer:
         """Compare the leaves of all ranks, their values too. Every rank calls it.
 
         Args:
-            like: The parameters: a pytree of tensors of the gradients' paths, shapes and data types. Only read.
+            like: The parameters: a pytree of tensors of the gradients' paths, shapes and data
+                types. Only read.
             group: The group, or its name.
             average: ``sync`` leaves the mean; False: the sum.
-            compare: Whether the values must be the same on all ranks, bit for bit, as parameters must. False where
-                ``like`` has only the shapes (gradients, say), or where replicas are to differ.
+            compare: Whether the values must be the same on all ranks, bit for bit, as parameters
+                must. False where ``like`` has only the shapes (gradients, say), or where replicas
+                are to differ.
 
         Raises:
             TensorError: A leaf that cannot be used; the message has its path.
-            MismatchError: The ranks' leaves, values or options differ. It names rank and leaf, on every rank.
+            MismatchError: The ranks' leaves, values or options differ. It names rank and leaf, on
+                every rank.
         """
         self.group = _group(group)
         self._op = _op(average)
+
         tensors, paths = self._leaves_of(like)
         self._structure = tree.structure_of(like)
         self._names = [f"leaf {path}" if path else "the tensor" for path in paths]
+
         views = self._views(tensors, write=False)
         values = compare and self.group.world_size > 1
         leaves = [
@@ -117,9 +127,11 @@ class Synchronizer:
         self._leaves = [
             Leaf.of(path, view, contents=False) for path, view in zip(paths, views, strict=True)
         ]
+
         self._device = self._one_device(views)
         if average:
             self._refuse_integers()
+
         options = {"average": average, "compare": bool(compare)}
         replicas.compare(
             self.group,
@@ -128,16 +140,22 @@ class Synchronizer:
             leaves,
             f"{replicas.REMEDY}, or pass compare=False where it was given no parameters but what has their shapes",
         )
+
         self._match = None if self._structure is None else tree.matcher_of(self._structure)
         self.plan = self._plan(like)
         self._seen: list[Any] | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Copy and pickle as None: a copy of a model, or one that is loaded elsewhere, is kept in step by nobody."""
+        """Copy and pickle as None.
+
+        A copy of a model, or one that is loaded elsewhere, is kept in step by nobody.
+        """
         return type(None), ()
 
     def sync(self, gradients: Any) -> Any:
-        """Replace every gradient by the mean (or sum) of all ranks' gradients. Every rank calls it, in one order.
+        """Replace every gradient by the mean (or sum) of all ranks' gradients.
+
+        Every rank calls it, in one order.
 
         Args:
             gradients: A pytree of tensors as the Synchronizer was made for; read and written.
@@ -146,10 +164,11 @@ class Synchronizer:
             ``gradients`` itself, ready, with JAX arrays replaced by new ones.
 
         Raises:
-            ShapeError, UnsupportedDTypeError, TensorError: A leaf is not what it was, or cannot be written; the
-                message has its path, and nothing was moved.
+            ShapeError, UnsupportedDTypeError, TensorError: A leaf is not what it was, or cannot be
+                written. The message has its path, and nothing was moved.
             MismatchError: The ranks' calls differ.
-            PeerLostError, CollectiveTimeoutError: A rank died or did not come; the gradients are undefined.
+            PeerLostError, CollectiveTimeoutError: A rank died or did not come; the gradients are
+                undefined.
         """
         if self.plan is None or gradients.__class__ in known:
             self.check(gradients)
@@ -157,7 +176,9 @@ class Synchronizer:
         return self.group.allreduce(gradients, self._op, _like=self)
 
     def check(self, gradients: Any) -> None:
-        """Compare the leaves' paths, shapes and data types with those that it was made for; moves nothing.
+        """Compare the leaves' paths, shapes and data types with those that it was made for.
+
+        Moves nothing.
 
         Raises:
             ShapeError, UnsupportedDTypeError, TensorError: As ``sync``.
@@ -171,7 +192,10 @@ class Synchronizer:
         self._seen = _looks(tensors)
 
     def _is_as_seen(self, gradients: Any) -> bool:
-        """Return True if the leaves have the shapes and the frameworks' dtypes of leaves that were checked before."""
+        """Return True if the leaves are like leaves that were checked before.
+
+        They must have the same shapes and the frameworks' dtypes.
+        """
         leaves = None if self._match is None else self._match(gradients)
         return leaves is not None and self._seen is not None and _looks(leaves) == self._seen
 
@@ -210,15 +234,18 @@ class Synchronizer:
                     f"{self._where()}: {name}: expected {leaf}, as the Synchronizer was made for, got "
                     f"{Leaf.of(leaf.path, view, contents=False)}; make another one for other shapes"
                 )
+
             if view.dtype is not leaf.dtype:
                 raise UnsupportedDTypeError(
                     f"{self._where()}: {name}: expected {leaf}, as the Synchronizer was made for, got {view.dtype}; "
                     "convert the gradient or make another Synchronizer"
                 )
+
             if view.device is not self._device and view.device != self._device:
                 raise DeviceError(
                     f"{self._where()}: {name}: expected it on {self._device}, got {view.device}; move it"
                 )
+
         written = [
             (view, name) for view, name in zip(views, self._names, strict=True) if not view.readonly
         ]
@@ -228,7 +255,10 @@ class Synchronizer:
             raise type(error)(f"{self._where()}: {error}") from error
 
     def _flatten(self, gradients: Any) -> list[Any]:
-        """Return the leaves of a tree that has another form at first sight: nodes of JAX's own, or a mistake."""
+        """Return the leaves of a tree that has another form at first sight.
+
+        It has nodes of JAX's own, or it is a mistake.
+        """
         tensors, found = self._leaves_of(gradients)
         expected = [leaf.path for leaf in self._leaves]
         if found != expected:
@@ -239,10 +269,12 @@ class Synchronizer:
                 for path, there in zip(found, expected, strict=False)
                 if path != there
             ]
+
             raise ShapeError(
                 f"{self._where()}: expected the {len(expected)} leaves that the Synchronizer was made for, got "
                 f"{len(found)}: {wrong[0]}; pass zeros for what has no gradient, or make another Synchronizer"
             )
+
         return tensors
 
     def _one_device(self, views: Sequence[BufferView]) -> Device | None:
@@ -269,7 +301,10 @@ class Synchronizer:
 
 
 def _looks(leaves: Sequence[Any]) -> list[Any] | None:
-    """Return what leaves look like from outside; None where there is no telling, as for a registered adapter's."""
+    """Return what leaves look like from outside.
+
+    Returns None where there is no telling, as for a registered adapter's.
+    """
     try:
         return list(map(_look, leaves))
     except AttributeError:  # numpy 1's arrays have no device

@@ -55,7 +55,8 @@ def connect(meeting: Meeting, options: GroupOptions, deadline: float) -> Group:
     """Make the group of the ranks that met: its control plane, then its backend.
 
     Raises:
-        CollectiveError: The ranks cannot be reached, or the backend cannot be made; nothing is left behind.
+        CollectiveError: The ranks cannot be reached, or the backend cannot be made. Nothing is left
+            behind.
     """
     try:
         control = Control(meeting, deadline)
@@ -99,36 +100,48 @@ class Group:
     """A group of ranks that call collectives together. Made by ``init_collective_group``.
 
     Every method is a collective: all ranks of the group call it, in the same order, with tensors of
-    equal dtypes and counts (shapes and frameworks may differ); ``send``, ``recv`` and ``sendrecv``
-    concern two ranks. Elements are matched in row-major order whatever the memory layout. For a list of
-    ``world_size`` tensors there may be one array of them all, one after another in the order of the
-    ranks, as MPI, ``jax.lax.all_gather`` and torch's ``all_gather_into_tensor`` have it: of any shape,
-    usually ``(world_size, ...)``; a strided one is cut along its first axis.
+    equal dtypes and counts. Shapes and frameworks may differ. ``send``, ``recv`` and ``sendrecv``
+    concern two ranks. Elements are matched in row-major order whatever the memory layout.
 
-    A number of Python's or numpy's is a tensor of one element, alone or in a tree. Python's travel as int64, float64,
-    complex128 and bool; the result has the type of what was given. AVERAGE takes no int and no bool, as of arrays.
-    In what only moves (``broadcast``, ``send`` and ``recv``) trees may have functions, classes, strings, dtypes and
-    other constants as well, which stay as they are and have to be the same on all ranks.
+    For a list of ``world_size`` tensors there may be one array of them all, one after another in
+    the order of the ranks. MPI, ``jax.lax.all_gather`` and torch's ``all_gather_into_tensor`` have
+    it so. The array is of any shape, usually ``(world_size, ...)``; a strided one is cut along its
+    first axis.
 
-    Tensors that can be written (numpy, torch, CuPy) are changed in place and returned; JAX arrays
+    A number of Python's or numpy's is a tensor of one element, alone or in a tree. Python's travel
+    as int64, float64, complex128 and bool; the result has the type of what was given. AVERAGE takes
+    no int and no bool, as of arrays.
+
+    In what only moves (``broadcast``, ``send`` and ``recv``) trees may have functions, classes,
+    strings, dtypes and other constants as well. These stay as they are and have to be the same on
+    all ranks.
+
+    Tensors that can be written (numpy, torch, CuPy) are changed in place and returned. JAX arrays
     are left alone and the result is a new array, or with ``donate=True`` the same memory under a
     new array. Results are ready on return, or with ``async_op=True`` (the call returns a ``Work``)
-    when ``Work.wait()`` returns; the tensors belong to the operation until then. CUDA tensors: the
-    call is queued behind what is on the framework's current stream, and what is queued there next
-    comes after it; the host waits for JAX arrays alone, and in ``synchronize`` and ``barrier``.
+    when ``Work.wait()`` returns. The tensors belong to the operation until then.
 
-    Methods raise, beside what they name themselves: ``TensorError`` for a tensor that cannot be
-    used (nothing was moved), ``MismatchError`` where the ranks disagree (on every rank, no data was
-    changed, the group goes on; also where one refuses what it alone brings, as the list of
-    ``scatter``), ``PeerLostError`` and ``CollectiveTimeoutError`` for dead and late ranks (the group
-    is broken then), ``GroupError`` for a group that is broken or destroyed.
+    CUDA tensors: the call is queued behind what is on the framework's current stream, and what is
+    queued there next comes after it. The host waits for JAX arrays alone, and in ``synchronize``
+    and ``barrier``.
+
+    Methods raise the following, beside what they name themselves:
+
+    - ``TensorError`` for a tensor that cannot be used. Nothing was moved.
+    - ``MismatchError`` on every rank where the ranks disagree. No data was changed, and the group
+      goes on. It is also raised where one rank refuses what it alone brings, as the list of
+      ``scatter``.
+    - ``PeerLostError`` and ``CollectiveTimeoutError`` for dead and late ranks. The group is broken
+      then.
+    - ``GroupError`` for a group that is broken or destroyed.
 
     Attributes:
         name: The group's name.
         rank: This process's rank in the group.
         world_size: The number of ranks.
         backend: The name of the backend in use.
-        why: Why it is this one, in words: who asked for it, where the ranks are, what a faster one lacks.
+        why: Why it is this one, in words: who asked for it, where the ranks are, what a faster one
+            lacks.
         multigpu: The collectives of several devices in each process.
     """
 
@@ -150,6 +163,7 @@ class Group:
         self.world_size = world_size
         self.backend = backend.name
         self.why = why
+
         self._options = options
         self._backend = backend
         self._control = control
@@ -164,14 +178,17 @@ class Group:
         self._splits = 0
         # Frees the name, where the group has one.
         self._on_destroy: Callable[[], None] | None = None
+
         self._arguments: Any = Arguments(name, rank, world_size, backend, self._devices.backend_for)
         self.multigpu = MultiGpu(self._arguments, self._engine, name, rank, world_size)
 
-        # Any: calls ask for them in their first lines, where an assertion for the type checker would cost time.
+        # Any: calls ask for them in their first lines, where an assertion for the type checker
+        # would cost time.
         self._fastpath: Any = None
         self._trees: Any = None
         self._allreduce: Any = None
         self._barrier: Any = None
+
         fast: Any = agreeing or getattr(backend, "fast_calls", None)
         if fast is not None:
             self._fastpath = FastPath(fast, self._engine, self._arguments, rank, world_size)
@@ -215,7 +232,9 @@ class Group:
         copy: bool | None = None,
         _like: Any = None,
     ) -> Any:
-        """Combine the tensors of all ranks elementwise; every rank gets the result, with the same bits.
+        """Combine the tensors of all ranks elementwise.
+
+        Every rank gets the result, with the same bits.
 
         Args:
             tensor: A tensor or a pytree of tensors (dict, list, tuple ...), read and written.
@@ -230,7 +249,7 @@ class Group:
         if op.__class__ is not ReduceOp:
             op = self._arguments.op("allreduce", op)
 
-        # The fast path stands here in line, because each function that a call enters takes its time.
+        # The fast path stands here in line, because each function that a call enters costs time.
         calls = self._allreduce  # which bridge.follow() may take away in another thread
         if calls is not None and copy is None and not async_op and self._queue.idle:
             needs_write_notice = tensor.__class__ not in no_write_notice
@@ -245,15 +264,18 @@ class Group:
                         if needs_write_notice:
                             notify_written(tensor)
                         return tensor
+
         if async_op and calls is not None and copy is None:
             work = calls[op].issue((tensor,), 0, 1, tensor)
             if work is not None:
                 return work
+
         if self._trees is not None and copy is None and not async_op:
             plan = None if _like is None else _like.plan
             done = self._trees.run("allreduce", op, -1, tensor, True, donate, plan)
             if done is not None:
                 return done
+
         if _like is not None:  # a Synchronizer, whose plan a tree on the fast path is of
             _like.check(tensor)
 
@@ -288,7 +310,9 @@ class Group:
         donate: bool = False,
         copy: bool | None = None,
     ) -> Any:
-        """Combine the tensors of all ranks elementwise into rank ``dst_rank``'s; the others stay as they were.
+        """Combine the tensors of all ranks elementwise into rank ``dst_rank``'s.
+
+        The others stay as they were.
 
         Args:
             tensor: A tensor or a pytree of tensors; written on ``dst_rank`` only.
@@ -336,10 +360,13 @@ class Group:
         donate: bool = False,
         copy: bool | None = None,
     ) -> Any:
-        """Combine the tensors of ranks 0 to this one elementwise, in rank order: MPI's inclusive ``Scan``.
+        """Combine the tensors of ranks 0 to this one elementwise, in rank order.
+
+        It is MPI's inclusive ``Scan``.
 
         Args:
-            tensor: A tensor on the host or a pytree of them, read and written; all ranks' have one dtype and count.
+            tensor: A tensor on the host or a pytree of them, read and written. All ranks' have one
+                dtype and count.
             op: The reduce operation; AVERAGE divides by the number of ranks that were combined.
             async_op: Return a ``Work`` at once.
             donate: JAX only: work in the array's own memory and delete the array.
@@ -379,14 +406,17 @@ class Group:
         """Copy rank ``src_rank``'s elements to all ranks.
 
         Args:
-            tensor: A tensor or a pytree of tensors of any dtype; read on ``src_rank``, written elsewhere.
+            tensor: A tensor or a pytree of tensors of any dtype. Read on ``src_rank``, written
+                elsewhere.
             src_rank: The rank, in this group, that has the data.
             async_op: Return a ``Work`` at once.
-            donate: JAX only, not on ``src_rank``: receive into the array's own memory and delete it.
+            donate: JAX only, not on ``src_rank``: receive into the array's own memory and delete
+                it.
             copy: False refuses staging copies.
 
         Returns:
-            ``tensor`` itself, with JAX arrays and numbers replaced by new ones where they were written.
+            ``tensor`` itself, with JAX arrays and numbers replaced by new ones where they were
+            written.
         """
         if self._fastpath is not None and copy is None and src_rank.__class__ is int:
             call = self._fastpath.broadcast[src_rank]
@@ -417,8 +447,8 @@ class Group:
         """Copy every rank's ``tensor`` into entry ``rank`` of every rank's ``tensor_list``.
 
         Args:
-            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of them all,
-                written; JAX arrays are replaced. Entry ``rank`` may be ``tensor`` itself.
+            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of
+                them all, written; JAX arrays are replaced. Entry ``rank`` may be ``tensor`` itself.
             tensor: The tensor to send, of any dtype, only read.
             async_op: Return a ``Work`` at once.
             copy: False refuses staging copies.
@@ -521,9 +551,10 @@ class Group:
         """Copy entry ``r`` of rank ``src_rank``'s ``tensor_list`` into rank ``r``'s ``tensor``.
 
         Args:
-            tensor: The tensor that receives, of any dtype. On ``src_rank`` it may be its own entry of the list.
-            tensor_list: On ``src_rank`` ``world_size`` tensors of ``tensor``'s count and dtype, or one array
-                of them all, only read; ignored elsewhere, usually None.
+            tensor: The tensor that receives, of any dtype. On ``src_rank`` it may be its own entry
+                of the list.
+            tensor_list: On ``src_rank`` ``world_size`` tensors of ``tensor``'s count and dtype, or
+                one array of them all, only read. Ignored elsewhere, usually None.
             src_rank: The rank, in this group, that has the data.
             async_op: Return a ``Work`` at once.
             donate: JAX only: receive into the array's own memory and delete the array.
@@ -575,11 +606,14 @@ class Group:
         donate: bool = False,
         copy: bool | None = None,
     ) -> Any:
-        """Combine entry ``r`` of all ranks' ``tensor_list`` elementwise into rank ``r``'s ``tensor``.
+        """Combine entry ``r`` of all ranks' ``tensor_list`` into rank ``r``'s ``tensor``.
+
+        The entries are combined elementwise.
 
         Args:
             tensor: The tensor that receives; it may be this rank's entry of the list.
-            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of them all, only read.
+            tensor_list: ``world_size`` tensors of ``tensor``'s count and dtype, or one array of
+                them all, only read.
             op: The reduce operation.
             async_op: Return a ``Work`` at once.
             donate: JAX only: receive into ``tensor``'s own memory and delete it.
@@ -622,9 +656,10 @@ class Group:
         """Copy entry ``r`` of ``input_list`` into entry ``rank`` of rank ``r``'s ``output_list``.
 
         Args:
-            output_list: ``world_size`` tensors, or one array of them all, written; JAX arrays are replaced.
-            input_list: ``world_size`` tensors, or one array of them all, only read. All tensors have one count and
-                dtype.
+            output_list: ``world_size`` tensors, or one array of them all, written. JAX arrays are
+                replaced.
+            input_list: ``world_size`` tensors, or one array of them all, only read. All tensors
+                have one count and dtype.
             async_op: Return a ``Work`` at once.
             copy: False refuses staging copies.
 
@@ -665,15 +700,19 @@ class Group:
     def send(
         self, tensor: Any, dst_rank: int, *, async_op: bool = False, copy: bool | None = None
     ) -> Any:
-        """Send a tensor or a pytree of tensors, of any dtype, to rank ``dst_rank``, which calls ``recv``.
+        """Send a tensor or a pytree of tensors, of any dtype, to rank ``dst_rank``.
 
-        Only those two ranks call; the call waits until the receiver has come, and of a large tensor until it
-        has it. Transfers from one rank to another are matched in the order of issue. With ``async_op=True`` those in
-        both directions, and with other ranks, pass each other: two ranks may both send first and then receive.
+        That rank calls ``recv``. Only those two ranks call. The call waits until the receiver has
+        come, and of a large tensor until it has it.
+
+        Transfers from one rank to another are matched in the order of issue. With ``async_op=True``
+        those in both directions, and with other ranks, pass each other. So two ranks may both send
+        first and then receive.
 
         Raises:
-            MismatchError: Both ranks of a pair wait in a send to each other, or both in a ``recv``: use ``sendrecv``.
-                Also if ranks wait for each other in any other circle, which breaks the group.
+            MismatchError: Both ranks of a pair wait in a send to each other, or both in a ``recv``:
+                use ``sendrecv``. Also if ranks wait for each other in any other circle, which
+                breaks the group.
         """
         fast = self._fastpath if copy is None and not async_op else None
         if fast is not None and dst_rank.__class__ is int:
@@ -740,9 +779,10 @@ class Group:
     ) -> Any:
         """Send to ``dst_rank`` and receive from ``src_rank`` at once, as in a shift along a ring.
 
-        Both tensors may be the same one, as in MPI's ``Sendrecv_replace``: a staging buffer receives meanwhile. Both
-        ranks may be this rank itself, as in a ring of one; then the tensor is copied. Where one peer agrees and the
-        other does not, the agreed transfer is made before MismatchError is raised, because that peer counts on it.
+        Both tensors may be the same one, as in MPI's ``Sendrecv_replace``: a staging buffer
+        receives meanwhile. Both ranks may be this rank itself, as in a ring of one; then the tensor
+        is copied. Where one peer agrees and the other does not, the agreed transfer is made before
+        MismatchError is raised, because that peer counts on it.
 
         Returns:
             ``recv_tensor`` itself, or a new JAX array.
@@ -786,6 +826,7 @@ class Group:
             else:
                 if not code or call.finish((), code):
                     return None
+
         if self._engine.device is not None and not async_op:
             self.synchronize()
 
@@ -801,22 +842,24 @@ class Group:
         )
 
     def broadcast_object(self, obj: Any = None, src_rank: int = 0) -> Any:
-        """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way. Peers must be trusted.
+        """Return rank ``src_rank``'s ``obj`` on every rank, pickled on the way.
 
-        Other ranks get copies, which keep what pickle keeps. Of tensors that is values, data types (64-bit JAX arrays
-        too, where the receiver has x64 off) and ``requires_grad``, but not autograd's graph, gradients, shared memory,
-        layout or JAX's sharding. A torch tensor on a device arrives on the device of the same number, a JAX or CuPy
-        array on the default one.
+        Peers must be trusted. Other ranks get copies, which keep what pickle keeps. Of tensors that
+        is values, data types and ``requires_grad``. 64-bit JAX arrays stay so where the receiver
+        has x64 off. Lost are autograd's graph, gradients, shared memory, layout and JAX's sharding.
+        A torch tensor on a device arrives on the device of the same number, a JAX or CuPy array on
+        the default one.
 
         Raises:
-            CollectiveError: The object cannot be unpickled here, or may not (``allow_pickle=False``); the group goes
-                on.
+            CollectiveError: The object cannot be unpickled here, or may not
+                (``allow_pickle=False``). The group goes on.
         """
         root = self._arguments.rank("broadcast_object", "src_rank", src_rank)
         payload = b""
         if root == self.rank:
             with self._refusing("broadcast_object", root, None):
                 payload = objects.dumps(obj)
+
         found = self._exchange("broadcast_object", payload, root)
         theirs = self._unpickled(found[root] or payload, "broadcast_object", root)
         return obj if root == self.rank else theirs
@@ -842,7 +885,9 @@ class Group:
     def split(
         self, color: Any, key: int | None = None, *, group_name: str | None = None
     ) -> Group | None:
-        """Make one new group of all ranks with the same ``color``, ranked by ``key``, then by rank here.
+        """Make one new group of all ranks with the same ``color``.
+
+        The ranks are ordered by ``key``, then by their rank here.
 
         Args:
             color: A number >= 0, or None to be in no new group (the call is still made).
@@ -857,20 +902,22 @@ class Group:
             raise OptionError(
                 f"split: color (rank {self.rank}): expected a number >= 0 or None, got {color!r}"
             )
+
         key = self._arguments.number("split", "key", key)
         ballot = json.dumps([color, self.rank if key is None else key, self.rank]).encode()
         ballots = [json.loads(vote) for vote in self._exchange("split", ballot, -1)]
         members = [
             rank for voted, _, rank in sorted(ballots, key=lambda vote: vote[1:]) if voted == color
         ]
+
         self._splits += 1
         name = group_name or f"{self.name}/{self._splits}.{color}"
         return self._make_part(name, [] if color is None else members)
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks; for this rank alone.
+        """Let the calls that begin from now on wait ``timeout_s`` seconds for other ranks.
 
-        Jitted functions that were traced before follow it as well.
+        That is for this rank alone. Jitted functions that were traced before follow it as well.
 
         Raises:
             OptionError: It is no number of seconds above 0, or infinite; nothing has changed.
@@ -892,10 +939,10 @@ class Group:
             self._allreduce, self._barrier = self._fastpath.allreduce, self._fastpath.barrier
 
     def destroy(self) -> None:
-        """Leave the group and free what it holds, without waiting for other ranks; calls that wait raise GroupError.
+        """Leave the group and free what it holds, without waiting for other ranks.
 
-        Each rank destroys for itself; the others get PeerLostError if they still call, and at once if this rank was in
-        a call. Idempotent.
+        Calls that wait raise GroupError. Each rank destroys for itself. The others get
+        PeerLostError if they still call, and at once if this rank was in a call. Idempotent.
         """
         if self._on_destroy is not None:
             self._on_destroy()
@@ -927,7 +974,9 @@ class Group:
         self._backend.close()
 
     def synchronize(self, gpu_id: int | None = None) -> None:
-        """Return, on the host, when all that this rank has queued on a GPU, or any, is done; raises if it failed.
+        """Return, on the host, when all that this rank has queued on a GPU, or any, is done.
+
+        Raises if it failed.
 
         Raises:
             CollectiveTimeoutError: It is not done after ``timeout_s``; it goes on.
@@ -944,6 +993,8 @@ class Group:
 
         if self._control is None:
             return solitary(name, self._options) if members else None
+
+        # A meeting has two rounds, and each is an exchange of this whole group.
         if not members:
             exchange(b"")
             exchange(b"")
@@ -1044,11 +1095,12 @@ def groups_named(name: str) -> list[Group]:
 
 
 def _end_all() -> None:
-    """Let the process end while calls are under way: a moment for those that can end, then an error.
+    """Let the process end while calls are under way.
 
-    A thread that comes back to the interpreter after its end is unwound by the system, through frames of the native
-    libraries and of tvm-ffi that end the process with SIGABRT. So none may be in a call then. What a thread of the
-    caller's gets is of no interest any more, and is not printed.
+    Those that can end have a moment, then the rest get an error. A thread that comes back to the
+    interpreter after its end is unwound by the system. That goes through frames of the native
+    libraries and of tvm-ffi that end the process with SIGABRT. So none may be in a call then. What
+    a thread of the caller's gets is of no interest any more, and is not printed.
     """
     groups = list(_groups)
     deadline = time.monotonic() + _END_GRACE_S
@@ -1068,7 +1120,7 @@ def _end_all() -> None:
     while groups and _calling() and time.monotonic() < deadline:
         time.sleep(0.005)
 
-    # Their callers may have native frames too: a backward pass of torch's, in which the error goes up.
+    # Their callers may have native frames too: torch's backward pass, in which the error goes up.
     deadline = time.monotonic() + _GOING_S
     while caught & set(sys._current_frames()) and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -1,9 +1,11 @@
-"""Whoever connects to a listening socket, until it has proved who it is: bounded in number, the oldest goes first.
+"""Whoever connects to a listening socket, until it has proved who it is.
 
-A connection has a thread once the opening of its proof has come, so that those who connect and say nothing, or little,
-or leave again, cost a descriptor each and no thread. Ranks send it at once and prove themselves within milliseconds. So
-where there are too many who have not, the oldest is closed; the ranks dial again (``net.reach``). Linux itself keeps
-those who say nothing at all for the first seconds, so that no rank queues behind them.
+Their number is bounded, and the oldest goes first. A connection has a thread once the opening of
+its proof has come. So those who connect and say nothing, or little, or leave again, cost a
+descriptor each and no thread. Ranks send the opening at once and prove themselves within
+milliseconds. So where there are too many who have not, the oldest is closed; the ranks dial again
+(``net.reach``). Linux itself keeps those who say nothing at all for the first seconds, so that no
+rank queues behind them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ HANDSHAKE_S: Final = 5.0
 """Longest time, in seconds, that a connection may take to prove itself."""
 
 _STRANGERS: Final = 64
-"""How many connections may be silent at a time, and how many at their proof, beside as many ranks as there are."""
+"""How many connections may be silent at a time, and how many at their proof.
+
+Beside these there may be as many as there are ranks.
+"""
 
 _FEWEST: Final = 4
 _MANY: Final = 1 << 20
@@ -42,10 +47,11 @@ _listening = 0
 
 
 class Listener:
-    """Accepts connections in a thread of its own and gives each that speaks to ``serve``, in a thread of its own.
+    """Accepts connections in a thread of its own and gives each that speaks to ``serve``.
 
-    ``serve`` gets a connected socket, and has the other side prove itself by ``verify``. It returns True if it keeps
-    the socket, which is closed else; what it raises of a connection is noted.
+    ``serve`` runs in a thread of its own. It gets a connected socket, and has the other side prove
+    itself by ``verify``. It returns True if it keeps the socket, which is closed otherwise. What it
+    raises of a connection is noted.
     """
 
     def __init__(
@@ -70,9 +76,11 @@ class Listener:
         self._note = note
         self._closed = False
         self._ranks = ranks
+
         self._silent: dict[int, tuple[socket.socket, float]] = {}  # by descriptor, the oldest first
         self._speaking: dict[socket.socket, None] = {}  # likewise; those who are at their proof
         self._lock = threading.Lock()
+
         self._poller = select.poll()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -113,7 +121,10 @@ class Listener:
             self._speaking.pop(sock, None)
 
     def stop(self) -> None:
-        """Accept no more and let those go who have said nothing; the thread ends within a moment."""
+        """Accept no more and let those go who have said nothing.
+
+        The thread ends within a moment.
+        """
         self._closed = True
         # Closing a descriptor does not wake a thread that sleeps on it; shutting it down does.
         with contextlib.suppress(OSError):
@@ -125,13 +136,16 @@ class Listener:
             self._thread.join(seconds)
 
     def end_strangers(self) -> None:
-        """After ``join``: let those go as well who are at their proof."""
+        """Let those go as well who are at their proof; called after ``join``."""
         with self._lock:
             for sock in self._speaking:
                 _end(sock)
 
     def disown(self) -> None:
-        """In a forked child, which has no such thread: close its copies of the connections that are not proved."""
+        """Close the copies of the connections that are not proved, in a forked child.
+
+        The child has no such thread.
+        """
         self._closed = True
         for sock in [*self._speaking, *(sock for sock, _ in self._silent.values())]:
             sock.close()
@@ -156,7 +170,10 @@ class Listener:
                 sock.close()
 
     def _expire(self) -> float | None:
-        """Close who has said nothing for too long; return the milliseconds until the next one is due."""
+        """Close who has said nothing for too long.
+
+        Returns the milliseconds until the next one is due.
+        """
         now = time.monotonic()
         while self._silent:
             since = next(iter(self._silent.values()))[1]
@@ -168,6 +185,7 @@ class Listener:
     def _accept_all(self) -> bool:
         """Take what has come, so many at a time; False once there is nothing to listen at."""
         places, most = _places(self._ranks)
+
         came: list[socket.socket] = []
         try:
             while len(came) < places:
@@ -177,6 +195,7 @@ class Listener:
                 for sock in came:
                     sock.close()
                 return False
+
             if error.errno in _NO_ROOM:
                 self._note("cannot accept a connection", error)
                 if self._silent:
@@ -186,16 +205,20 @@ class Listener:
             elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
                 self._note("cannot accept a connection", error)
                 time.sleep(_RETRY_S)
+
         now = time.monotonic()
         for sock in came:
+            # A connection is readable once the whole opening has come: less costs no thread.
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, net.OPENING_NBYTES)
             self._silent[sock.fileno()] = sock, now
             self._poller.register(sock, select.POLLIN)
+
         if len(self._silent) > most:
             for descriptor, _ in self._poller.poll(0):  # who speaks already needs no place
                 if descriptor in self._silent:
                     self._hear(descriptor)
+
         while len(self._silent) > most:
             self._drop_silent()
         return True
@@ -214,12 +237,14 @@ class Listener:
         if _has_ended(sock):
             sock.close()
             return
+
         with self._lock:
             if len(self._speaking) >= min(_STRANGERS + self._ranks, _share(_LARGEST_SHARE)):
                 oldest = next(iter(self._speaking))
                 del self._speaking[oldest]
                 _end(oldest)
             self._speaking[sock] = None
+
         try:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
@@ -260,7 +285,10 @@ def _has_ended(sock: socket.socket) -> bool:
 
 
 def _places(ranks: int) -> tuple[int, int]:
-    """Return how many silent strangers one listener may hold, and how many with so many ranks that may be silent."""
+    """Return how many silent strangers one listener may hold.
+
+    The second number is how many it may hold together with so many ranks that may be silent.
+    """
     listening = max(1, _listening)
     places = min(_STRANGERS, max(_FEWEST, _share(_SHARE_OF_DESCRIPTORS) // listening))
     return places, min(places + ranks, max(_FEWEST, _share(_LARGEST_SHARE) // listening))

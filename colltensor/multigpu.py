@@ -1,8 +1,8 @@
 """MultiGpu: the collectives of processes that work on several CUDA devices each.
 
 Their forms are those of ``ray.util.collective``. Every process brings as many devices as the
-others; a device of a process is what a rank is elsewhere: device ``i`` of rank ``r`` comes at ``r *
-devices + i``.
+others. A device of a process is what a rank is elsewhere: device ``i`` of rank ``r`` comes at
+``r * devices + i``.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ class MultiGpu:
         name = "reduce_multigpu"
         op, root = self._arguments.op(name, op), self._arguments.rank(name, "dst_rank", dst_rank)
         index = self._entry(name, "dst_tensor", dst_tensor, tensor_list)
+
         buffers = self._tensors(
             name, "tensor_list", tensor_list, op, False, index if root == self.rank else None
         )
+
         moved = (_transfers(buffers), root, index, op)
         return self._run(
             name, buffers, op, root, buffers, self._device(buffers[0]).reduce_multigpu, moved
@@ -99,6 +101,7 @@ class MultiGpu:
         name = "allgather_multigpu"
         sources = self._tensors(name, "input_tensor_list", input_tensor_list, None, False)
         lists = self._lists(name, "output_tensor_lists", output_tensor_lists, sources, None, True)
+
         flat = [buffers for outputs in lists for buffers in outputs]
         moved = ([_transfers(outputs) for outputs in lists], _transfers(sources))
         self._run(
@@ -110,6 +113,7 @@ class MultiGpu:
             self._device(sources[0]).allgather_multigpu,
             moved,
         )
+
         for given, outputs in zip(output_tensor_lists, lists, strict=True):
             given[:] = [buffers.result() for buffers in outputs]
         return output_tensor_lists
@@ -179,6 +183,7 @@ class MultiGpu:
                 f"{name}: {argument} (rank {self.rank}): expected a list of tensors, one a device, "
                 f"got {tensor_list!r:.80}"
             )
+
         found: list[Buffers] = []
         for index, tensor in enumerate(tensor_list):
             entry = f"{argument}[{index}]"
@@ -187,12 +192,14 @@ class MultiGpu:
             )
             self._alike(name, entry, buffers, (found or [buffers])[0])
             found.append(buffers)
+
         devices = [buffers.views[0].device for buffers in found]
         if any(device.type != "cuda" for device in devices) or len(set(devices)) < len(devices):
             raise DeviceError(
                 f"{name}: {argument} (rank {self.rank}): expected tensors on different CUDA devices, got tensors on "
                 f"{', '.join(map(str, devices))}"
             )
+
         return found
 
     def _lists(
@@ -210,6 +217,7 @@ class MultiGpu:
             raise ShapeError(
                 f"{name}: {argument} (rank {self.rank}): expected {len(like)} lists, one a device"
             )
+
         found = []
         for index, (tensors, one) in enumerate(zip(lists, like, strict=True)):
             if not isinstance(tensors, list) or len(tensors) != total:
@@ -217,6 +225,7 @@ class MultiGpu:
                     f"{name}: {argument}[{index}] (rank {self.rank}): expected a list of {total} tensors, one for "
                     "each device of each rank"
                 )
+
             entries = []
             for place, tensor in enumerate(tensors):
                 entry = f"{argument}[{index}][{place}]"
@@ -229,6 +238,7 @@ class MultiGpu:
                     )
                 entries.append(buffers)
             found.append(entries)
+
         return found
 
     def _alike(self, name: str, entry: str, buffers: Buffers, like: Buffers) -> None:

@@ -14,21 +14,26 @@ if TYPE_CHECKING:
     from colltensor.backends.base import IssueQueue
 
 _UNSEEN: Final = 15
-"""So many operations of a native queue may have ended before the next one that is issued lets go of their tensors."""
+"""How many operations of a native queue may have ended and still hold their tensors.
+
+Beyond that, the next one that is issued lets go of them.
+"""
 
 
 class NativeQueue:
     """The operations that a group's native queue makes, in their order.
 
-    The native queue has a thread of its own, which serves it without the interpreter lock and sleeps there. Nothing is
-    put into it while an operation of Python's waits or runs in a worker, so that it has only what comes before those.
+    The native queue has a thread of its own, which serves it without the interpreter lock and
+    sleeps there. Nothing is put into it while an operation of Python's waits or runs in a worker.
+    So it has only what comes before those.
 
     Attributes:
-        idle: Whether nothing waits or runs here, so that a call needs not queue; after operations of the native queue
-            it stays False until ``rests`` is asked.
+        idle: Whether nothing waits or runs here, so that a call needs not queue. After operations
+            of the native queue it stays False until ``rests`` is asked.
         busy: Whether an operation of Python's waits for a worker or runs in one.
         awaited: The work that a thread waits for without a timeout of its own, or None.
-        watch: Told True when work is put, and False when the workers have nothing to do any more; or None.
+        watch: Told True when work is put, and False when the workers have nothing to do any more;
+            or None.
     """
 
     def __init__(self, name: str, native: IssueQueue | None) -> None:
@@ -53,17 +58,23 @@ class NativeQueue:
         self.awaited: Work | None = None
 
     def is_inside(self) -> bool:
-        """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
+        """Return whether this thread is in a call.
+
+        If so, what it begins meanwhile cannot be waited for.
+        """
         return threading.get_ident() in self._serving or self._is_locked_here()
 
     def man_native(self) -> None:
-        """See that the native queue has its thread, before anything of a call is begun that may go there.
+        """See that the native queue has its thread.
+
+        Called before anything of a call is begun that may go there.
 
         Raises:
             RuntimeError: No thread can be started; nothing is left behind.
         """
         if self._has_server:
             return
+
         with self._lock:
             native = self._native
             # not a fork's
@@ -86,7 +97,9 @@ class NativeQueue:
         arguments: Sequence[Any],
         first: bool = False,
     ) -> bool:
-        """Have the native queue make what ``push`` puts into it, which returns its number; ``man_native`` was called.
+        """Have the native queue make what ``push`` puts into it, which returns its number.
+
+        ``man_native`` was called before.
 
         Args:
             work: The operation's handle.
@@ -102,13 +115,17 @@ class NativeQueue:
             assert self._native is not None
             if self._native.ended() >= issued[0].number + _UNSEEN - 1:
                 self._look()
+
         inside = self._is_locked_here()  # in a signal's handler
         with self._lock:
             if self._closed or self.busy or inside or (first and not self._is_native_done()):
                 return False
+
             native = self._native
             assert native is not None
             number = self._number + 1
+
+            # An interrupt may come at any point here: what the native queue has taken stays issued.
             try:
                 work.number = number
                 self._issued.append(work)
@@ -123,6 +140,7 @@ class NativeQueue:
                     self._issued.pop()
                 raise
             self._count(number)
+
         return True
 
     def _count(self, number: int) -> None:
@@ -139,12 +157,18 @@ class NativeQueue:
         return self.idle
 
     def is_before(self, work: IssuedWork) -> bool:
-        """Return whether this thread is in a call that keeps an operation of the native queue from ending."""
+        """Return whether this thread is in a call that keeps an operation from ending.
+
+        The operation is one of the native queue.
+        """
         assert self._native is not None
         return self._native.ended() < work.number and self.is_inside()
 
     def wait_for(self, work: IssuedWork, timeout_s: float | None) -> bool:
-        """Wait until an operation of the native queue has ended; False if it has not in time, or never will here."""
+        """Wait until an operation of the native queue has ended.
+
+        Returns False if it has not in time, or never will here.
+        """
         assert self._native is not None
         if not self._native.wait(work.number, timeout_s):
             return False
@@ -152,7 +176,10 @@ class NativeQueue:
         return True
 
     def notify(self, work: IssuedWork, callback: Callable[[Work], None]) -> bool:
-        """Have ``callback`` called when an operation of the native queue has ended; False if it has."""
+        """Have ``callback`` called when an operation of the native queue has ended.
+
+        Returns False if it has ended.
+        """
         assert self._native is not None
         with self._lock:
             if work._over or not self._native.notify(work.number):
@@ -168,6 +195,7 @@ class NativeQueue:
         native = self._native
         if native is None:
             return
+
         inside = self._is_locked_here()
         with self._lock:
             ended = native.ended()
@@ -176,6 +204,7 @@ class NativeQueue:
                 work.end()
                 if work._done:
                     self._notified.append(work)
+
             if (
                 self.idle
                 or self.busy
@@ -185,12 +214,16 @@ class NativeQueue:
                 or ended != self._number
             ):
                 return
+
             self.idle = True
             if self.watch is not None:
                 self.watch(False)
 
     def _notify_all(self) -> None:
-        """Call the done callbacks of what has ended, in the queue's thread, where a call in one of them is refused."""
+        """Call the done callbacks of what has ended.
+
+        That is in the queue's thread, where a call in one of them is refused.
+        """
         while self._notified:
             work = self._notified[0]
             try:
@@ -215,15 +248,17 @@ class NativeQueue:
                         work.fail(code)
                     failed = work = None  # type: ignore[assignment]  # the operation's tensors and its error
                     continue
+
                 self._end_served()
         finally:
             self._end_served()
             self._serving.discard(here)
 
     def _await_server(self, seconds: float) -> None:
-        """After the native queue was closed: wait until its thread has left native code.
+        """Wait until the native queue's thread has left native code, once the queue is closed.
 
-        The interpreter's end would end the thread there, in frames of C++, which the process does not survive.
+        The interpreter's end would end the thread there, in frames of C++, which the process does
+        not survive.
         """
         server = self._server
         if (

@@ -1,9 +1,9 @@
-"""Sockets between ranks: frames, mutual authentication, listening, dialling, and what this host is called.
+"""Sockets between ranks: frames, mutual authentication, listening, dialling, and host names.
 
-Everything that travels between two processes of the package goes through here first. A connection begins with
-a mutual challenge and response over a shared secret, and is then a sequence of frames: one byte that says the
-kind, eight that say the length, and the payload. Until the other side has proved itself no more than a few
-kilobytes of it are read, and nothing of it is interpreted.
+Everything that travels between two processes of the package goes through here first. A connection
+begins with a mutual challenge and response over a shared secret. Then it is a sequence of frames:
+one byte that says the kind, eight that say the length, and the payload. Until the other side has
+proved itself no more than a few kilobytes of it are read, and nothing of it is interpreted.
 
 Deadlines are values of ``time.monotonic()``.
 """
@@ -79,6 +79,7 @@ def send_frame(
     """
     if deadline is not None:
         sock.settimeout(time_left(deadline))
+
     header = _HEADER.pack(kind, len(payload))
     if len(payload) <= _JOINED_NBYTES:
         sock.sendall(header + payload)
@@ -108,6 +109,7 @@ def recv_frame(sock: socket.socket, deadline: float, limit: int = FRAME_LIMIT) -
         raise FrameError(
             f"expected a frame of at most {limit} bytes, got a header that says {nbytes}"
         )
+
     if nbytes <= _CHUNK_NBYTES:
         return kind, bytes(_recv_exactly(sock, nbytes, deadline))
     sizes = [_CHUNK_NBYTES] * (nbytes // _CHUNK_NBYTES) + [nbytes % _CHUNK_NBYTES]
@@ -130,7 +132,10 @@ def _recv_exactly(sock: socket.socket, nbytes: int, deadline: float) -> bytearra
 
 
 class Backoff:
-    """The pauses of a loop that looks for something: each half as long again as the one before, up to a longest."""
+    """The pauses of a loop that looks for something.
+
+    Each is half as long again as the one before, up to a longest.
+    """
 
     def __init__(self, first_s: float, longest_s: float, deadline: float = math.inf) -> None:
         self._next_s = first_s
@@ -162,14 +167,17 @@ def time_left(deadline: float) -> float:
 def prove(sock: socket.socket, secret: bytes, context: bytes, deadline: float) -> None:
     """Authenticate both sides of a connection, as the one that dialled.
 
-    The proofs are HMAC-SHA256 (RFC 2104) of the context and one fresh nonce of each side, with a label for the
-    direction, so that neither an old proof nor the other side's can be played back. The side that dialled
-    proves itself first: a stranger who connects learns nothing that depends on the secret.
+    The proofs are HMAC-SHA256 (RFC 2104) of the context and one fresh nonce of each side, with a
+    label for the direction. So neither an old proof nor the other side's can be played back. The
+    side that dialled proves itself first: a stranger who connects learns nothing that depends on
+    the secret.
 
     Args:
         sock: A connected socket.
-        secret: What both sides know. Empty proves nothing but that the other side speaks this protocol.
-        context: Names the secret for the other side, such as a group; at most 4096 bytes, sent in the clear.
+        secret: What both sides know. Empty proves nothing but that the other side speaks this
+            protocol.
+        context: Names the secret for the other side, such as a group. At most 4096 bytes, sent in
+            the clear.
         deadline: When to give up.
 
     Raises:
@@ -180,10 +188,12 @@ def prove(sock: socket.socket, secret: bytes, context: bytes, deadline: float) -
     """
     if len(context) > UNPROVEN_LIMIT // 2:
         raise ValueError(f"context must be at most {UNPROVEN_LIMIT // 2} bytes, got {len(context)}")
+
     mine = secrets.token_bytes(_NONCE_NBYTES)
     send_frame(sock, _OPENING, _PROTOCOL + mine + context, deadline)
     theirs = _recv_step(sock, _CHALLENGE, deadline)
     transcript = mine + theirs + context
+
     send_frame(sock, _PROOF, _proof(secret, b"dial", transcript), deadline)
     if not hmac.compare_digest(
         _recv_step(sock, _ACCEPTED, deadline), _proof(secret, b"accept", transcript)
@@ -215,11 +225,13 @@ def verify(
     start = len(_PROTOCOL) + _NONCE_NBYTES
     if not opening.startswith(_PROTOCOL) or len(opening) < start:
         raise FrameError(f"expected an opening of {_PROTOCOL!r}, got {opening[:16]!r}")
+
     context = opening[start:]
     secret = secret_of(context)
     if secret is None:
         refuse(sock, b"it does not know the group that was named", deadline)
         raise AuthenticationError(f"the other side named {context[:64]!r}, which nobody here knows")
+
     mine = secrets.token_bytes(_NONCE_NBYTES)
     transcript = opening[len(_PROTOCOL) : start] + mine + context
     send_frame(sock, _CHALLENGE, mine, deadline)
@@ -228,6 +240,7 @@ def verify(
     ):
         refuse(sock, _WRONG_SECRET, deadline)
         raise WrongSecretError("the side that dialled does not know the secret")
+
     send_frame(sock, _ACCEPTED, _proof(secret, b"accept", transcript), deadline)
     return context
 
@@ -298,11 +311,12 @@ def _bound(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
 
 
 def defer_silent(sock: socket.socket, seconds: float) -> None:
-    """Let the kernel keep those who connect to a listening socket and say nothing for so long, where it can.
+    """Let the kernel keep those who connect to a listening socket and say nothing.
 
-    Linux then hands over a connection once it has data. A silent one takes a few hundred bytes of the kernel's memory
-    and no place in the queue of those to be accepted (tcp(7), TCP_DEFER_ACCEPT). The seconds become a number of
-    retransmissions: 5 are 7.
+    It does so for ``seconds``, where it can. Linux then hands over a connection once it has data. A
+    silent one takes a few hundred bytes of the kernel's memory and no place in the queue of those
+    to be accepted (tcp(7), TCP_DEFER_ACCEPT). The seconds become a number of retransmissions: 5 are
+    7.
 
     Args:
         sock: A listening socket of any family; only one of TCP is changed.
@@ -315,13 +329,14 @@ def defer_silent(sock: socket.socket, seconds: float) -> None:
         or not _has_syn_cookies()
     ):
         return
+
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, option, int(seconds))
 
 
 @functools.lru_cache(maxsize=1)
 def _has_syn_cookies() -> bool:
-    """Return whether the kernel still takes connections when it holds as many silent ones as it may."""
+    """Return whether the kernel takes connections when it holds as many silent ones as it may."""
     try:
         return Path("/proc/sys/net/ipv4/tcp_syncookies").read_text(encoding="ascii").strip() != "0"
     except OSError:
@@ -329,7 +344,9 @@ def _has_syn_cookies() -> bool:
 
 
 def dial(address: tuple[str, int], deadline: float) -> socket.socket:
-    """Connect once to a listening socket; retries nothing. All addresses of a name share the time that there is.
+    """Connect once to a listening socket; retries nothing.
+
+    All addresses of a name share the time that there is.
 
     Args:
         address: A host name or literal address, and a port.
@@ -353,16 +370,22 @@ def dial(address: tuple[str, int], deadline: float) -> socket.socket:
         raise ConnectionError(
             error.errno, f"cannot reach {host}:{port}: {error.strerror}"
         ) from error
+
     if sock.getsockname()[:2] == sock.getpeername()[:2]:
-        # Dialling a free port of the ephemeral range on one's own host can connect a socket to itself.
+        # Dialling a free port of the ephemeral range on one's own host can connect a socket to
+        # itself.
         sock.close()
         raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens at {host}:{port}")
+
     tune(sock)
     return sock
 
 
 def _connected(host: str, port: int, deadline: float) -> socket.socket:
-    """Connect to the first address of a host that answers; ``socket.create_connection`` gives each all of the time."""
+    """Connect to the first address of a host that answers.
+
+    ``socket.create_connection`` gives each address all of the time.
+    """
     failure: OSError = ConnectionError(f"the host name {host!r} has no address")
     places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for number, (family, kind, protocol, _, address) in enumerate(places):
@@ -371,6 +394,7 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
         except OSError as error:  # this host may have no such family
             failure = error
             continue
+
         try:
             sock.settimeout(time_left(deadline) / (len(places) - number))
             sock.connect(address)
@@ -381,6 +405,7 @@ def _connected(host: str, port: int, deadline: float) -> socket.socket:
         except BaseException:
             sock.close()
             raise
+
     raise failure
 
 
@@ -400,7 +425,8 @@ def reach(
         secret: As for ``prove``.
         context: As for ``prove``.
         deadline: When to give up.
-        keep: Hears of each connection before it is proved, so that another thread can end it; may raise.
+        keep: Hears of each connection before it is proved, so that another thread can end it. May
+            raise.
 
     Raises:
         ConnectionError, TimeoutError: As ``dial`` and ``prove``.
@@ -420,11 +446,16 @@ def reach(
         except BaseException:
             sock.close()
             raise
+
+    # The last attempt has returned or raised.
     raise AssertionError
 
 
 def plain_address(address: str) -> str:
-    """Return an address as its own family spells it: ``::ffff:10.0.0.1`` is ``10.0.0.1``; no scope."""
+    """Return an address as its own family spells it, without a scope.
+
+    ``::ffff:10.0.0.1`` is ``10.0.0.1``.
+    """
     parsed = ipaddress.ip_address(address.partition("%")[0])
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return str(mapped or parsed)
@@ -450,13 +481,17 @@ def _found_host_id() -> str:
 def host_id() -> str:
     """Return a name that two processes share if, and only if, they reach each other over 127.0.0.1.
 
-    It is the boot's random id and the network namespace; the variable ``COLLTENSOR_HOST_ID`` replaces it.
+    It is the boot's random id and the network namespace. The variable ``COLLTENSOR_HOST_ID``
+    replaces it.
     """
     return os.environ.get("COLLTENSOR_HOST_ID") or _found_host_id()
 
 
 def local_addresses() -> list[str]:
-    """Return this host's addresses, the one of the default route first, loopback last, no link-local ones."""
+    """Return this host's addresses, but for link-local ones.
+
+    That of the default route comes first, loopback last.
+    """
     found = [address for _, address in _interfaces()]
     primary = _primary_address()
     return sorted(dict.fromkeys(found), key=lambda a: (is_loopback(a), a != primary, ":" in a))
@@ -472,6 +507,7 @@ def interface_address(interface: str) -> str:
         OptionError: This host has no such interface or address; the message lists what there is.
     """
     found = list(_interfaces())
+
     if isinstance(interface, str):
         named = sorted(
             (address for name, address in found if name == interface), key=lambda a: ":" in a
@@ -482,6 +518,7 @@ def interface_address(interface: str) -> str:
             literal = plain_address(interface)
             if _can_bind(literal):
                 return literal
+
     listing = ", ".join(f"{name} ({address})" for name, address in found) or "none"
     raise OptionError(
         f"interface must be the name or the address of a network interface of this host, got {interface!r}; "

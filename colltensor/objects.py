@@ -1,7 +1,8 @@
 """Objects: how those of ``broadcast_object`` and ``allgather_object`` are pickled.
 
-Unpickling may call any function that the sender names. A group made with ``allow_pickle=False`` unpickles what needs
-none: numbers, strings, bytes, None, and tuples, lists, dicts and sets of them. So the package's own exchanges go on.
+Unpickling may call any function that the sender names. A group made with ``allow_pickle=False``
+unpickles what needs none: numbers, strings, bytes, None, and tuples, lists, dicts and sets of them.
+So the package's own exchanges go on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _PLAIN: Final = {
     ("colltensor.replicas", "Plain"),
     ("colltensor.torch.agreement", "Report"),
 }
-"""Classes that plain data and the package's own exchanges take: making one does nothing else, nor does changing it."""
+"""Classes that plain data and the package's own exchanges take.
+
+Making one does nothing else, nor does changing it.
+"""
 
 _DTYPE: Final = ("colltensor.types", "_named")
 """Likewise, but for a function, whose attributes a pickle could change."""
@@ -51,7 +55,9 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def pickle_allowed(given: bool | None) -> bool:
-    """Return whether a group unpickles objects: as asked, else as the environment says, else it does.
+    """Return whether a group unpickles objects.
+
+    It does as asked, else as the environment says, else it does.
 
     Raises:
         OptionError: ``COLLTENSOR_ALLOW_PICKLE`` is neither 0 nor 1.
@@ -67,10 +73,13 @@ def dumps(obj: Any) -> bytes:
 
 
 def loads(payload: bytes, operation: str, rank: int, of: int, *, allow_pickle: bool) -> Any:
-    """Return the object that rank ``of`` pickled, in rank ``rank``; without ``allow_pickle`` plain data only.
+    """Return the object that rank ``of`` pickled, in rank ``rank``.
+
+    Without ``allow_pickle`` it is plain data only.
 
     Raises:
-        CollectiveError: It cannot be made here, for want of a package or a device, say, or is no plain data.
+        CollectiveError: It cannot be made here, for want of a package or a device, say, or is no
+            plain data.
     """
     try:
         return (
@@ -83,6 +92,7 @@ def loads(payload: bytes, operation: str, rank: int, of: int, *, allow_pickle: b
             "and sets of them, and tensors by broadcast or allgather"
         ) from None
     except Exception as error:
+        # Of any class: unpickling calls whatever the sender names.
         raise CollectiveError(
             f"{operation} (rank {rank}): the object of rank {of} cannot be unpickled here ({type(error).__name__}: "
             f"{error}); it takes the packages and devices of rank {of}: move its tensors to the host before the call"

@@ -1,8 +1,8 @@
 """Observers: notified of every operation of this process's groups, for metrics, traces and logs.
 
-Without an observer nothing of this is in the way of a call: the methods of ``Group`` and
-``MultiGpu`` are replaced by observed ones when the first observer comes, and put back when the last
-one goes.
+Without an observer nothing of this is in the way of a call. The methods of ``Group`` and
+``MultiGpu`` are replaced by observed ones when the first observer comes. They are put back when the
+last one goes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Operation:
         group: The group's name.
         rank: This process's rank in it.
         world_size: Its number of ranks.
-        nbytes: The size in bytes of what this rank brings: of ``tensor``, which is what every rank
-            brings to an allreduce, and of all entries of a list that is only read. In ``recv`` and
+        nbytes: The size in bytes of what this rank brings. That is ``tensor``, which every rank
+            brings to an allreduce, and all entries of a list that is only read. In ``recv`` and
             ``scatter``, of what it takes; in ``sendrecv``, of what it sends; of objects, pickled. 0
             for ``barrier`` and ``split``.
         duration_s: Seconds from the call until it returned, or for an asynchronous call until it
@@ -81,12 +81,13 @@ def add_observer(observer: Observer) -> None:
     Args:
         observer: Called with the ``Operation`` in the caller's thread before it begins. What it
             returns, unless None, is called when the operation is over, with ``duration_s`` and
-            ``error`` set: of an asynchronous one in the thread that ends it. Neither may call
+            ``error`` set. The thread that ends an asynchronous one calls it. Neither may call
             collectives or wait. What they raise is logged and changes nothing.
     """
     global _observers
     if not callable(observer):
         raise OptionError(f"add_observer: expected a function of an Operation, got {observer!r}")
+
     with _lock:
         _observers = (*_observers, observer)
         if not _plain:
@@ -148,6 +149,7 @@ def _observed(
         except BaseException as error:
             end(error)
             raise
+
         if options.get("async_op") and isinstance(result, Work):
             result.add_done_callback(lambda work: end(work._error))
         else:

@@ -1,4 +1,7 @@
-"""OperationQueue: the operations of a group in their order, in the caller's thread and in workers."""
+"""OperationQueue: the operations of a group in their order.
+
+They run in the caller's thread and in workers.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,12 @@ _WORKERS: Final = -1
 
 
 class OperationQueue(NativeQueue):
-    """Runs the operations of one group one at a time, in the order in which they were issued; but transfers that cross.
+    """Runs the operations of one group one at a time, in the order in which they were issued.
 
-    A synchronous call runs in its own thread when nothing is before it (``enter``);
-    everything else runs in worker threads, made on first use. Works with a lane that follow one another
-    share the turn: those of one lane run in their order, of different lanes at the same time, each in a thread.
+    Only transfers that cross run at the same time. A synchronous call runs in its own thread when
+    nothing is before it (``enter``). Everything else runs in worker threads, made on first use.
+    Works with a lane that follow one another share the turn. Those of one lane run in their order,
+    of different lanes at the same time, each in a thread.
 
     Attributes:
         turn: Who may run an operation.
@@ -54,11 +58,17 @@ class OperationQueue(NativeQueue):
         self._workers = self._spare = 0
 
     def disown(self) -> None:
-        """Forget the parent's operations in a forked child, where no thread of the parent's gives back what it held."""
+        """Forget the parent's operations in a forked child.
+
+        There no thread of the parent's gives back what it held.
+        """
         self._renew()
 
     def enter(self) -> bool:
-        """Take the turn if nobody has it or waits for it; then ``turn.release`` and ``pass_on`` must follow."""
+        """Take the turn if nobody has it or waits for it.
+
+        Then ``turn.release`` and ``pass_on`` must follow.
+        """
         return not self._waiting and (self.idle or self.busy or self.rests()) and self.turn.take()
 
     def pass_on(self) -> None:
@@ -72,18 +82,23 @@ class OperationQueue(NativeQueue):
         return bool(self._waiting or self.turn.owner()) or not self._is_native_done()
 
     def blocking(self) -> tuple[list[Lane], list[Lane | None], bool] | None:
-        """Return what keeps the caller of this rank from going on; None if nothing of the queue does. In any thread.
+        """Return what keeps the caller of this rank from going on.
+
+        Returns None if nothing of the queue does. May be called in any thread.
 
         Returns:
-            The lanes of the transfers that run in workers and that the caller waits for, none if it waits for a call
-            that is made alone; the lanes of all works that are issued and not begun, None for those without; and
-            whether a done callback may still make a call.
+            First the lanes of the transfers that run in workers and that the caller waits for.
+            There are none if it waits for a call that is made alone. Then the lanes of all works
+            that are issued and not begun, None for those without. Last whether a done callback may
+            still make a call.
         """
         work, owner = self.awaited, self.turn.owner()
         if (work is None or work.done()) and owner in (0, _WORKERS):
             return None
+
         with self._lock:
             lanes, waiting = dict(self._lanes), list(self._waiting)
+
         followed = any(other._callbacks for other in (*lanes.values(), *waiting))
         concerned = list(lanes)
         if work is not None and work.lane in lanes:
@@ -91,7 +106,10 @@ class OperationQueue(NativeQueue):
         return concerned, [other.lane for other in waiting if other is not work], followed
 
     def is_inside(self) -> bool:
-        """Return whether this thread is in a call, so that what it begins meanwhile cannot be waited for."""
+        """Return whether this thread is in a call.
+
+        If so, what it begins meanwhile cannot be waited for.
+        """
         if super().is_inside() or threading.get_ident() == self.turn.owner():
             return True
         return self.is_in_fast_call is not None and self.is_in_fast_call()
@@ -107,7 +125,10 @@ class OperationQueue(NativeQueue):
         return self.put(work).result()
 
     def warn_of_threads(self, others: str) -> None:
-        """Log, once, that two threads call at the same time, which ranks may take in different orders."""
+        """Log, once, that two threads call at the same time.
+
+        The ranks may take such calls in different orders.
+        """
         if not self._warned:
             self._warned = True
             _log.warning(
@@ -131,21 +152,25 @@ class OperationQueue(NativeQueue):
         owner = self.turn.owner()
         if owner not in (0, _WORKERS, threading.get_ident()):
             self.warn_of_threads(_name_of(owner))
+
         with self._lock:
             if self._closed:
                 raise GroupError(f"{work._operation}: {self._why}")
             was_idle = self.idle
+
             try:
                 self._waiting.append(work)
                 if work.lane is not None:
                     self._due[work.lane] += 1
                 self._man()
+
                 self.busy = True
                 self.idle = False
                 if self.watch is not None:
                     self.watch(True)
                 if self._native is not None and not self._is_native_done():
                     self._native.kick()  # its thread tells the workers when it has nothing left
+
                 self._changed.notify_all()
             except BaseException:
                 if work in self._waiting:
@@ -157,9 +182,10 @@ class OperationQueue(NativeQueue):
         return work
 
     def _man(self) -> None:
-        """See that there is a thread for every lane that has something to do, or one; the lock is held.
+        """See that there is a thread for every lane that has something to do, or one.
 
-        It is started before the lane's turn comes, while the caller can still be told that there is none to be had.
+        The lock is held. The thread is started before the lane's turn comes, while the caller can
+        still be told that none can be had.
         """
         if self._workers < max(1, len(self._due)):
             threading.Thread(
@@ -168,8 +194,12 @@ class OperationQueue(NativeQueue):
             self._workers += 1
 
     def close(self, error: CollectiveError, timeout_s: float) -> bool:
-        """Fail what waits, end the workers, and wait for the operations that run; False if one did not end."""
+        """Fail what waits, end the workers, and wait for the operations that run.
+
+        Returns False if one did not end.
+        """
         native, deadline = self._native, time.monotonic() + timeout_s
+
         with self._lock:
             self._closed, self._why = True, str(error)
             self.idle = False  # nothing goes past the queue any more
@@ -177,14 +207,17 @@ class OperationQueue(NativeQueue):
             self._waiting.clear()
             for work in cancelled:
                 self._forget(work)
+
             if native is not None:
                 first = native.close()
                 for issued in self._issued:
                     if issued.number >= first:
                         issued._error = error
                 native.cancel()
+
             self._changed.notify_all()
             idle = self._changed.wait_for(lambda: not self.turn.owner(), timeout_s)
+
         if native is not None:
             idle = native.wait(native.issued(), max(0.0, deadline - time.monotonic())) and idle
             self._look()
@@ -194,12 +227,16 @@ class OperationQueue(NativeQueue):
                         lambda: not self._notified, max(0.0, deadline - time.monotonic())
                     )
             self._await_server(deadline - time.monotonic())
+
         for work in cancelled:
             work._cancel(error)
         return idle
 
     def _next(self) -> int | None:
-        """Return the place of the work that can be run beside the transfers that run; the lock is held."""
+        """Return the place of the work that can be run beside the transfers that run.
+
+        The lock is held.
+        """
         if not self._is_native_done():
             return None
         for place, work in enumerate(self._waiting):
@@ -246,6 +283,7 @@ class OperationQueue(NativeQueue):
                 ):
                     self._workers -= 1
                     return
+
                 self._spare += 1
                 while not taken():
                     # A signal's handler may have raised in who gave the turn back, before it told.
@@ -253,6 +291,8 @@ class OperationQueue(NativeQueue):
                 self._spare -= 1
                 if work is None:  # closed
                     return
+
+            # The lock is not held here: others must be able to issue calls meanwhile.
             work._finish()
             self._end(work)
             work = None

@@ -1,6 +1,7 @@
 """The collectives, one row each: what the ranks, native code and observers call them.
 
-A new collective is a row here, a method of ``Group`` (or ``MultiGpu``), and a method of the backends.
+A new collective is a row here, a method of ``Group`` (or ``MultiGpu``), and a method of the
+backends.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ class Collective(NamedTuple):
 
     Attributes:
         code: Its number in signatures, which ranks compare; numbers are never used again.
-        native: Its number in ``Operation`` of native/include/colltensor/types.h; None where native code has none.
-        kind: Whether it combines elements, moves bytes among all or between two ranks, or uses the control plane alone.
+        native: Its number in ``Operation`` of native/include/colltensor/types.h. None where native
+            code has none.
+        kind: Whether it combines elements, moves bytes among all or between two ranks, or uses the
+            control plane alone.
         rooted: Whether one rank is its root.
-        compares_last: Whether the last tensor has the count that ranks compare; else the first one has.
-        brings: For each method that makes it, the argument that says how much this rank brings: its place and name;
-            -1 for none. Observers are told of these methods.
+        compares_last: Whether the last tensor has the count that ranks compare. Otherwise the first
+            one has.
+        brings: For each method that makes it, the argument that says how much this rank brings: its
+            place and name; -1 for none. Observers are told of these methods.
     """
 
     code: int
@@ -71,7 +75,10 @@ COLLECTIVES: Final[Mapping[str, Collective]] = {
     "refusal": Collective(19, None, CONTROL),
     "scan": Collective(20, None, REDUCE, brings={"scan": (0, "tensor")}),
 }
-"""What ranks agree on. Objects are observed where they are pickled, and a refusal is no call of the user's."""
+"""What ranks agree on.
+
+Objects are observed where they are pickled, and a refusal is no call of the user's.
+"""
 
 CODES: Final = {name: row.code for name, row in COLLECTIVES.items()}
 NATIVE: Final = {name: row.native for name, row in COLLECTIVES.items() if row.native is not None}
@@ -84,6 +91,9 @@ REDUCTIONS: Final = frozenset(name for name, row in COLLECTIVES.items() if row.k
 """Those that combine elements; all others move bytes and take every data type."""
 
 IN_ANY_ORDER: Final = frozenset({"allreduce", "reduce", "broadcast", "scan", "transfer"})
-"""Those that treat each element by itself, so that elements may travel in the order in which they lie on all ranks."""
+"""Those that treat each element by itself.
+
+So elements may travel in the order in which they lie on all ranks.
+"""
 
 COMPARES_LAST: Final = frozenset(name for name, row in COLLECTIVES.items() if row.compares_last)

@@ -19,7 +19,7 @@ _log: Final = logging.getLogger(__name__)
 _LONGEST_S: Final = 1e9
 """A timeout of more than 30 years is one of 30 years: sockets and clocks end not far beyond."""
 _hinted: Final = threading.Event()
-"""Whether this process was told that shared memory could take the place of the Gloo that was asked for."""
+"""Whether this process was told that shared memory could take the place of the Gloo asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,10 @@ class GroupOptions:
         return auto.SPEC if name == "auto" else backends.get_backend(name)
 
     def prepare(self, world_size: int, host_ids: Sequence[str]) -> None:
-        """Import and load what making the backend will need, before the time that connecting it may take begins.
+        """Import and load what making the backend will need.
 
-        The ranks have met by then: one that imports longer than the others is not late to the meeting as well.
+        It comes before the time that connecting the backend may take begins. The ranks have met by
+        then: one that imports longer than the others is not late to the meeting as well.
 
         Args:
             world_size: The number of ranks.
@@ -67,7 +68,9 @@ class GroupOptions:
                 prepare(self.provider, host_ids)
 
     def make(self, control: Any, meeting: Any) -> tuple[Backend, str]:
-        """Make the backend of the ranks that met, and say in words why it is this one. All ranks call.
+        """Make the backend of the ranks that met, and say in words why it is this one.
+
+        All ranks call.
 
         Raises:
             CollectiveError: As the backends.
@@ -89,6 +92,7 @@ class GroupOptions:
         why = f"backend={self.backend!r} was asked for"
         if self.backend == "auto":
             why = f"provider={self.provider!r} was asked for, which is one of {name}"
+
         hosts = len(set(meeting.host_ids))
         if made != name:
             return f"{why}, and {'all ranks are on one host' if hosts == 1 else 'each rank is on a host of its own'}"
@@ -96,6 +100,7 @@ class GroupOptions:
         could_share = hosts == 1 and meeting.world_size > 1 and backends.reason("shm") is None
         if name != "gloo" or not could_share:
             return why
+
         if not _hinted.is_set():
             _hinted.set()
             _log.info(

@@ -1,4 +1,7 @@
-"""The prefix reduction over any backend: the ranks' blocks are gathered, and each rank combines those up to its own."""
+"""The prefix reduction over any backend.
+
+The ranks' blocks are gathered, and each rank combines those up to its own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from colltensor.types import ReduceOp
 from colltensor.view import BufferView
 
 _GATHERED_NBYTES: Final = 8 << 20
-"""A buffer is worked on in blocks of which all ranks' take so many bytes, so that the memory stays bounded."""
+"""How many bytes all ranks' blocks take together.
+
+A buffer is worked on in such blocks, so that the memory stays bounded.
+"""
 
 
 def scan(
@@ -34,19 +40,24 @@ def scan(
         deadline: When to give up.
     """
     memory = host_memory()
-    # A backend that agrees by itself does it now, and moves the views of immutable tensors to their results.
+    # A backend that agrees by itself does it now, and moves the views of immutable tensors to their
+    # results.
     nothing = memory.allocate(1).slice(0, 0)
     backend.allgather([nothing] * world_size, nothing, deadline)
+
     for buffer in buffers:
         if not buffer.count:
             continue
+
         dense = buffer
         if buffer.strides is not None:
             dense = memory.allocate(buffer.nbytes).cast(buffer.dtype)
             memory.copy(dense, buffer)
+
         step = max(1, _GATHERED_NBYTES // (world_size * buffer.dtype.itemsize))
         for start in range(0, buffer.count, step):
             block = dense.slice(start, min(start + step, buffer.count))
+
             gathered = memory.allocate(block.nbytes * world_size).cast(block.dtype)
             outputs = [
                 gathered.slice(index * block.count, (index + 1) * block.count)
@@ -55,5 +66,6 @@ def scan(
             backend.allgather(outputs, block, deadline)
             taken = [output.pointer for output in outputs[: rank + 1]]
             combine(block.pointer, taken, block.count, block.dtype, op)
+
         if dense is not buffer:
             memory.copy(buffer, dense)

@@ -97,6 +97,7 @@ def compare_tree(parameters: Any, group: Group, where: str, remedy: str) -> None
         if isinstance(leaf, (str, bytes)):
             leaves.append(Plain(path, repr(leaf)))
             continue
+
         try:
             source = (adapter or adapter_of(leaf)).source(leaf)
             leaves.append(Leaf.of(path, source, contents=group.world_size > 1))

@@ -60,31 +60,37 @@ def init_collective_group(
 ) -> Group:
     """Meet the other ranks and make a group with them; every rank calls.
 
-    A rank whose options are refused tells the others, for which it looks for two seconds: they raise the same error.
+    A rank whose options are refused tells the others, for which it looks for two seconds. They
+    raise the same error.
 
     Args:
-        world_size: The number of ranks. May be left out with ``env://`` (torchrun's ``WORLD_SIZE``).
-        rank: This process's rank, 0 to ``world_size - 1``. May be left out with ``env://`` (``RANK``).
-        backend: For CPU tensors ``"shm"`` (ranks of one host), ``"gloo"``, ``"hierarchical"`` (shared memory within
-            hosts, Gloo between them); ``"nccl"`` for CUDA tensors; ``"loopback"`` (one rank), or a registered one.
-            ``"auto"`` takes CUDA tensors to NCCL, and CPU tensors to what is fastest for where the ranks are (Gloo
-            where they cannot share memory).
+        world_size: The number of ranks. May be left out with ``env://`` (torchrun's
+            ``WORLD_SIZE``).
+        rank: This process's rank, 0 to ``world_size - 1``. May be left out with ``env://``
+            (``RANK``).
+        backend: For CPU tensors ``"shm"`` (ranks of one host), ``"gloo"``, or ``"hierarchical"``
+            (shared memory within hosts, Gloo between them). For CUDA tensors ``"nccl"``.
+            ``"loopback"`` (one rank), or a registered one. ``"auto"`` takes CUDA tensors to NCCL,
+            and CPU tensors to what is fastest for where the ranks are (Gloo where they cannot share
+            memory).
         group_name: The group's name, free in this process.
         gloo_timeout: ``ray.util.collective``'s spelling of the timeout, in milliseconds.
-        timeout_s: How long to wait for the other ranks, here and in every operation, in seconds. What this rank imports
-            for the backend, torch for its Gloo, does not count.
+        timeout_s: How long to wait for the other ranks, here and in every operation, in seconds.
+            What this rank imports for the backend, torch for its Gloo, does not count.
         init_method: How the ranks meet: ``file:///path`` (a file or an existing folder all can
             reach), ``tcp://host:port`` (served by rank 0), ``env://`` (MASTER_ADDR, MASTER_PORT).
             None is Ray inside a Ray worker and ``env://`` elsewhere.
-        interface: A network interface or address to use; by default the one that reaches the others.
-        provider: Which Gloo to use: ``"native"`` (colltensor's own), ``"torch"`` or ``"pygloo"``; by default the
-            first of these that all ranks have. ``"ibverbs"`` is the native one over the host's first ibverbs device.
-            With ``"auto"`` it also means backend ``"gloo"``.
-        check: Let the ranks agree before each call on CUDA tensors too, which makes the host wait for the others. Calls
-            on CPU tensors are always checked.
-        allow_pickle: With False ``broadcast_object`` and ``allgather_object`` take plain data only: numbers, strings,
-            bytes, None, and tuples, lists, dicts and sets of them; this rank refuses all else by name. None is what
-            ``COLLTENSOR_ALLOW_PICKLE`` says (0 or 1), else True.
+        interface: A network interface or address to use. By default it is the one that reaches the
+            others.
+        provider: Which Gloo to use: ``"native"`` (colltensor's own), ``"torch"`` or ``"pygloo"``.
+            By default it is the first of these that all ranks have. ``"ibverbs"`` is the native one
+            over the host's first ibverbs device. With ``"auto"`` it also means backend ``"gloo"``.
+        check: Let the ranks agree before each call on CUDA tensors too, which makes the host wait
+            for the others. Calls on CPU tensors are always checked.
+        allow_pickle: With False ``broadcast_object`` and ``allgather_object`` take plain data only:
+            numbers, strings, bytes, None, and tuples, lists, dicts and sets of them. This rank
+            refuses all else by name. None is what ``COLLTENSOR_ALLOW_PICKLE`` says (0 or 1), else
+            True.
 
     Returns:
         The group, which is also found by its name until ``destroy_collective_group``.
@@ -102,12 +108,14 @@ def init_collective_group(
         environment.check()
         seconds = timeout_s if gloo_timeout is None else seconds_of(gloo_timeout)
         options = _options(backend, seconds, interface, provider, check, allow_pickle)
+
         if world_size is None or rank is None:
             _, rank, world_size = open_directory(init_method, rank, world_size)
         world_size, rank = _check(world_size, rank, options)
     except (BackendUnavailableError, OptionError) as error:
         _report(error, world_size, rank, init_method, group_name, backend, options)
         raise
+
     alone = world_size == 1 and init_method is None and options.backend_for(1) == "loopback"
 
     def make() -> Group:
@@ -162,7 +170,8 @@ def check_options(
     Args:
         world_size: The number of ranks.
         group_name: The group's name.
-        member: This process will be in the group: the name must be free here and the backend usable.
+        member: This process will be in the group: the name must be free here and the backend
+            usable.
         options: As for ``make_group``.
 
     Raises:
@@ -208,7 +217,8 @@ def is_group_initialized(group_name: str = "default") -> bool:
 def destroy_collective_group(group_name: str = "default") -> None:
     """Destroy this process's group of this name, if there is one; waits for no other rank.
 
-    If it is no group of ``init_collective_group``, those that ``Group.split`` has made under this name are destroyed.
+    If it is no group of ``init_collective_group``, those that ``Group.split`` has made under this
+    name are destroyed.
     """
     group = _groups.get(group_name)
     for found in groups_named(group_name) if group is None else (group,):
@@ -248,10 +258,12 @@ def _enter(group_name: str, make: Callable[[], Group]) -> Group:
     _check_name(group_name)
     environment.check()
     _heed_environment()
+
     with _lock:
         if group_name in _groups:
             raise _taken(group_name)
         _groups[group_name] = None
+
     group = None
     try:
         group = make()

@@ -31,7 +31,10 @@ _CONSTANTS: Final = frozenset(
     }
     | {f"torch.{name}" for name in ("dtype", "device", "layout", "memory_format", "Size")}
 )
-"""Modules of which all types, and names of types of which all values are the same on ranks that write them alike."""
+"""Modules, and names of types, whose values are the same on ranks that write them alike.
+
+Of a module these are all types, of a type all values.
+"""
 _remedies: Final[dict[type, str | None]] = {}
 """That of a type that has been seen; None where all leaves are values."""
 
@@ -49,11 +52,12 @@ def flatten(
     """Return a container's leaves, their paths, and the function that builds it anew from leaves.
 
     Leaves come in optree's order: dict keys sorted, whatever the insertion order; ``None`` is an
-    empty subtree. Nodes known to jax alone (flax structures, say) are flattened by ``jax.tree_util``.
+    empty subtree. Nodes known to jax alone (flax structures, say) are flattened by
+    ``jax.tree_util``.
 
     Raises:
-        UnsupportedTensorError: A dict's keys cannot be ordered, or mean nothing on other ranks. With ``reduced``, a
-            node that holds indices, which must not be combined.
+        UnsupportedTensorError: A dict's keys cannot be ordered, or mean nothing on other ranks.
+            With ``reduced``, a node that holds indices, which must not be combined.
     """
     outer, spec = _flattened(tree, _is_tensor_to_reduce if reduced else _is_tensor)
     entries = spec.paths()
@@ -65,9 +69,10 @@ def flatten(
 
 
 def constant(leaf: Any) -> str | None:
-    """Return what a leaf without numbers is, in words that are the same in every process; None if it may have some.
+    """Return what a leaf without numbers is, in words that are the same in every process.
 
-    Functions and classes go by their names, text, options, paths and dates by their repr.
+    Returns None if it may have numbers. Functions and classes go by their names; text, options,
+    paths and dates by their repr.
     """
     if callable(leaf):
         name = getattr(leaf, "__qualname__", None) or getattr(leaf, "__name__", None)
@@ -84,8 +89,8 @@ def refuse_indices(node: Any) -> bool:
     """Return False, so that it may be asked of every node of a tree that is flattened.
 
     Raises:
-        UnsupportedTensorError: The node holds indices beside values: a sparse array, say. Ranks' indices differ, and
-            their sum means nothing.
+        UnsupportedTensorError: The node holds indices beside values: a sparse array, say. Ranks'
+            indices differ, and their sum means nothing.
     """
     kind = type(node)
     if kind not in _remedies:
@@ -123,15 +128,18 @@ def flat_tree(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
 def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None] | None:
     """Return a function that gives the leaves of a tree of this structure, None for another one.
 
-    For dicts, lists and tuples alone; None for structures with other nodes. Takes a tenth of optree's time, but looks
-    at containers only where the structure has some: what it gives for a leaf may be a container.
+    For dicts, lists and tuples alone; None for structures with other nodes. It takes a tenth of
+    optree's time, but looks at containers only where the structure has some. What it gives for a
+    leaf may be a container.
     """
     if structure.is_leaf():
         return lambda tree: [tree]
+
     kind = structure.type
     inner = [matcher_of(child) for child in structure.children()]
     if kind not in (dict, list, tuple) or not inner or None in inner:
         return None
+
     length, entries = len(inner), structure.entries()
     get = operator.itemgetter(*entries) if length > 1 else lambda tree: (tree[entries[0]],)
     flat = all(child.is_leaf() for child in structure.children())
@@ -143,8 +151,10 @@ def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None
             values = get(tree)
         except KeyError:
             return None
+
         if flat:
             return list(values)
+
         leaves: list[Any] = []
         for one, value in zip(inner, values, strict=True):
             found = one(value)  # type: ignore[misc]  # none of them is None
@@ -157,16 +167,19 @@ def matcher_of(structure: optree.PyTreeSpec) -> Callable[[Any], list[Any] | None
 
 
 def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], Any] | None:
-    """Return a function that builds a tree of this structure anew, with other leaves; None as ``matcher_of``.
+    """Return a function that builds a tree of this structure anew, with other leaves.
 
-    It is given the tree, whose dicts say in which order their keys are, and an iterator of the leaves.
+    Returns None as ``matcher_of``. The function is given the tree, whose dicts say in which order
+    their keys are, and an iterator of the leaves.
     """
     if structure.is_leaf():
         return lambda tree, leaves: next(leaves)
+
     kind = structure.type
     inner = [builder_of(child) for child in structure.children()]
     if kind not in (dict, list, tuple) or not inner or None in inner:
         return None
+
     entries = structure.entries()
     flat = all(child.is_leaf() for child in structure.children())
 
@@ -178,6 +191,7 @@ def builder_of(structure: optree.PyTreeSpec) -> Callable[[Any, Iterator[Any]], A
         )
         if kind is not dict:
             return kind(values)
+
         made = dict(tree)
         made.update(zip(entries, values, strict=True))
         return made
@@ -213,7 +227,9 @@ def _flattened(
 def refuse_unordered_keys(
     tree: Any, error: Exception, sort: Callable[[Any], object] = sorted
 ) -> None:
-    """Return if a tree could not be flattened for another reason than a dict whose keys have no order.
+    """Refuse a tree that could not be flattened because a dict's keys have no order.
+
+    Returns if there was another reason.
 
     Args:
         tree: The tree.
@@ -273,6 +289,7 @@ def _flatten_jax_nodes(
     leaves: list[Any] = []
     paths: list[str] = []
     inner: list[tuple[int, Any]] = []
+
     for leaf, path in zip(outer, outer_paths, strict=True):
         if _is_tensor(leaf) or not _is_jax_node(leaf):
             found, definition = [((), leaf)], None
@@ -288,6 +305,7 @@ def _flatten_jax_nodes(
             if any(map(_is_sparse, tree_util.tree_leaves(leaf, is_leaf=_is_sparse))):
                 # shapes and sorted indices are no leaves, and must be the same
                 path += f" of {definition}: "
+
         leaves += [tensor for _, tensor in found]
         paths += [path + tree_util.keystr(keys) for keys, _ in found]
         inner.append((len(found), definition))

@@ -1,6 +1,7 @@
-"""What is true of all trees of one structure, found out once: names, dtypes, counts, and how leaves share transfers.
+"""What is true of all trees of one structure, found out once.
 
-A plan is for trees of exportable tensors, which native code takes as their frameworks made them.
+That is names, dtypes, counts, and how leaves share transfers. A plan is for trees of exportable
+tensors, which native code takes as their frameworks made them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _ANY: Final = 2**64 - 1
 
 
 class Plan:
-    """What is known of trees of one structure whose leaves have the same dtypes and counts, or ``shaped`` also shapes.
+    """What is known of trees of one structure whose leaves have the same dtypes and counts.
+
+    If ``shaped`` they have the same shapes too.
 
     Attributes:
         structure: Builds a tree of leaves.
@@ -33,7 +36,8 @@ class Plan:
         count: The number of elements of all leaves.
         leaves_hash: What the ranks compare of the leaves.
         guard: Tells plain leaves from those of the calls before.
-        match: Gives a tree's leaves at once, where the structure allows it: see ``tree.matcher_of``.
+        match: Gives a tree's leaves at once, where the structure allows it: see
+            ``tree.matcher_of``.
         made: What was made for such trees, by whatever its maker chooses.
     """
 
@@ -53,7 +57,10 @@ class Plan:
     def leaves(
         self, tree: Any, fits: Callable[[Sequence[Any], Guard], bool]
     ) -> Sequence[Any] | None:
-        """Return the leaves of a tree of this structure that ``match`` knows, if they are such; None else."""
+        """Return the leaves of a tree of this structure that ``match`` knows, if they are such.
+
+        Returns None otherwise.
+        """
         found = None if self.match is None else self.match(tree)
         return found if found is not None and fits(found, self.guard) else None
 
@@ -63,12 +70,15 @@ class Plan:
             kinds = adapter.kinds(tensors)
         except RuntimeError:  # deleted: the slow path says so
             return False
+
         if kinds == self.made.get("kinds"):
             return True
+
         try:
             views = list(map(adapter.source, tensors))
         except CollectiveError:  # which the slow path says in its own words
             return False
+
         for view, planned, shape in zip(views, self.views, self.shapes, strict=True):
             if (
                 view.dtype is not planned.dtype
@@ -79,6 +89,7 @@ class Plan:
                 or shape not in (None, view.shape)
             ):
                 return False
+
         self.made["kinds"] = kinds
         return True
 
@@ -90,7 +101,10 @@ class Plan:
         return self._build(tree, iter(leaves))
 
     def words(self, *more: int) -> array.array[int]:
-        """Return what native code is given: the numbers of leaves and elements, the hash, then each leaf."""
+        """Return what native code is given.
+
+        It is the numbers of leaves and elements, the hash, then each leaf.
+        """
         words = [len(self.views), self.count, self.leaves_hash]
         for view, shape in zip(self.views, self.shapes, strict=True):
             words += [view.dtype.code, view.count]
@@ -99,7 +113,10 @@ class Plan:
 
 
 def fit(leaves: Sequence[Any], guard: Guard) -> bool:
-    """Return True for directly exportable tensors, and for those of one framework that makes its results together."""
+    """Return True for directly exportable tensors.
+
+    Return True also for those of one framework that makes its results together.
+    """
     return are_exportable(leaves, guard) or (
         len(set(map(type, leaves))) == 1
         and hasattr(known.get(leaves[0].__class__), "allocate_results")
@@ -109,8 +126,9 @@ def fit(leaves: Sequence[Any], guard: Guard) -> bool:
 class Plans:
     """The plans of the trees that one group is given.
 
-    ``fits`` says whether a tree's leaves are of the kind that they are for, which the plan's guard may know. Where the
-    tree is like the last one ``seem_to_fit`` is asked, which may leave more to who uses the plan.
+    ``fits`` says whether a tree's leaves are of the kind that they are for, which the plan's guard
+    may know. Where the tree is like the last one ``seem_to_fit`` is asked, which may leave more to
+    who uses the plan.
     """
 
     def __init__(
@@ -133,7 +151,8 @@ class Plans:
     def find(self, tree: Any) -> tuple[Plan | None, Sequence[Any]]:
         """Return the plan of a tree, None if its leaves do not fit, and its leaves.
 
-        Their dtypes and counts may be others than the plan's: who uses it looks at them, and calls ``renewed``.
+        Their dtypes and counts may be others than the plan's. Who uses the plan looks at them, and
+        calls ``renewed``.
         """
         latest = self._latest
         # as Plan.leaves(), without another call
@@ -161,21 +180,25 @@ class Plans:
         return found
 
     def of_array(self, tensor: Any, kind: Any) -> Plan | None:
-        """Return the plan of a tensor by itself, which is a tree of one leaf; None unless it is row-major on the host.
+        """Return the plan of a tensor by itself, which is a tree of one leaf.
 
-        All of one ``kind``, as its adapter says, have the same.
+        Returns None unless the tensor is row-major on the host. All of one ``kind``, as its adapter
+        says, have the same plan.
         """
         try:
             return self._arrays[kind]
         except KeyError:
             pass
+
         try:
             buffers = adapt(tensor, False, False, False)
         except CollectiveError:  # which the slow path says in its own words
             return None
+
         view = buffers.views[0]
         fits = view.strides is None and view.device is CPU and not view.dtype.moves_only
         plan = Plan(flat_tree(tensor)[1], buffers) if fits else None
+
         if len(self._arrays) >= _KEPT:
             self._arrays.clear()
         self._arrays[kind] = plan

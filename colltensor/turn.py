@@ -1,6 +1,7 @@
-"""Turn, and the lock of a queue: neither is left taken where a signal's handler raises, at whatever moment.
+"""Turn, and the lock of a queue: neither is left taken where a signal's handler raises.
 
-From Python 3.11 on, where that is between two calls of Python's functions.
+It may raise at whatever moment. This holds from Python 3.11 on, where such a moment is between two
+calls of Python's functions.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import Callable
 class Turn:
     """Who may run an operation: one thread, known from the instant in which it takes the turn.
 
-    A signal's handler may raise at any moment. What would be left behind then is undone by the thread itself.
+    A signal's handler may raise at any moment. What would be left behind then is undone by the
+    thread itself.
 
     Attributes:
-        release: Gives the turn back. It is no function of Python's, at whose beginning a handler could raise.
+        release: Gives the turn back. It is no function of Python's, at whose beginning a handler
+            could raise.
     """
 
     __slots__ = ("_holder", "release")
@@ -25,7 +28,10 @@ class Turn:
         self.release: Callable[[], None] = self._holder.clear
 
     def take(self, owner: int = 0) -> bool:
-        """Take the turn for this thread, or in another name, if nobody has it; nobody blocks on it."""
+        """Take the turn for this thread, or in another name, if nobody has it.
+
+        Nobody blocks on it.
+        """
         holder, owner = self._holder, owner or threading.get_ident()
         if holder:
             return False
@@ -42,10 +48,11 @@ class Turn:
 
 
 def lock_of_handlers() -> tuple[threading.RLock, Callable[[], bool]]:
-    """Return a lock for data that a signal's handler may use in the thread that has it, and what tells if this one has.
+    """Return a lock for data that a signal's handler may use in the thread that has it.
 
-    ``with`` takes it in one step. That of a Condition is a function of Python's, in which a handler could raise once
-    the lock is taken, for ever.
+    Returns also what tells if this thread has it. ``with`` takes the lock in one step. That of a
+    Condition is a function of Python's. In it a handler could raise once the lock is taken, for
+    ever.
     """
     lock = threading.RLock()
     return lock, lock._is_owned  # type: ignore[attr-defined]  # private; threading.Condition uses it

@@ -1,7 +1,9 @@
-"""Keeps torch.compile out of this package: it breaks the graph at a call of ours, and runs the call as it is.
+"""Keeps torch.compile out of this package.
 
-A collective cannot be part of a graph, and what Dynamo makes of the calls' own code fails: it cannot follow dicts that
-make their entries, nor attributes of a process group that torch does not know. Uses torch only where it is loaded.
+It breaks the graph at a call of ours, and runs the call as it is. A collective cannot be part of a
+graph, and what Dynamo makes of the calls' own code fails. Dynamo cannot follow dicts that make
+their entries, nor attributes of a process group that torch does not know. Uses torch only where it
+is loaded.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ _seen: set[str] = set()
 def keep_compilers_out() -> None:
     """Mark every function of the modules that are loaded by now; nothing where torch is not loaded.
 
-    Modules that are loaded later are called by marked functions, unless users call them: those call this again. torch's
-    own ``torch.compiler.disable`` would load its compiler, which takes seconds, and cost each call a microsecond.
+    Modules that are loaded later are called by marked functions, unless users call them: those call
+    this again. torch's own ``torch.compiler.disable`` would load its compiler, which takes seconds,
+    and cost each call a microsecond.
     """
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "compile"):  # it is being imported
         return
+
     frames: Any = frame_evaluation(torch)
     if frames is None:
         return
+
     strategy = skip_strategy(frames)
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == _PACKAGE and name not in _TRACED and name not in _seen:

@@ -35,8 +35,9 @@ class BufferView:
         handle: The DLPack handle (``tvm_ffi.Tensor``), or None for memory viewed by address. Its
             dtype is an integer of the same width where the framework cannot export ``dtype``.
         owner: The object that owns the memory.
-        stream: On a CUDA device, the stream (a ``cudaStream_t`` as a number; 1 is the legacy default stream) on which
-            the framework orders its work on this memory; None for host memory.
+        stream: On a CUDA device, the stream on which the framework orders its work on this memory.
+            It is a ``cudaStream_t`` as a number; 1 is the legacy default stream. None for host
+            memory.
     """
 
     __slots__ = (
@@ -165,7 +166,8 @@ class BufferView:
         """Cut the elements, in row-major order, into ``number`` views of equal counts.
 
         Raises:
-            ValueError: They cannot be cut so: the count, or of a strided view the first extent, is no multiple.
+            ValueError: They cannot be cut so: the count, or of a strided view the first extent, is
+                no multiple.
         """
         if number == 1:
             return [self]
@@ -243,24 +245,28 @@ class BufferView:
         return False
 
     def order(self) -> tuple[tuple[int, int], ...] | None:
-        """Return what tells the order in which the elements lie in memory; None if in row-major order, or with gaps.
+        """Return what tells the order in which the elements lie in memory.
 
-        It is the same for two views that have their elements in the same places: extents and strides, of which axes
-        that lie behind each other are one.
+        Returns None if they lie in row-major order, or with gaps. It is the same for two views that
+        have their elements in the same places. It consists of extents and strides; axes that lie
+        behind each other are one.
         """
         if self.strides is None or self.count == 0:
             return None
+
         axes: list[tuple[int, int]] = []
         for extent, stride in zip(self.shape, self.strides, strict=True):
             if axes and axes[-1][1] == extent * stride:
                 axes[-1] = axes[-1][0] * extent, stride
             elif extent != 1:
                 axes.append((extent, stride))
+
         reach = 1
         for extent, stride in sorted(axes, key=lambda axis: abs(axis[1])):
             if abs(stride) != reach:
                 return None
             reach *= extent
+
         return tuple(axes)
 
     def straightened(self) -> BufferView:
@@ -282,9 +288,10 @@ class BufferView:
 
 
 class JoinedView(BufferView):
-    """Several views of one dtype as one buffer of their elements, one after the other, wherever they lie.
+    """Several views of one dtype as one buffer of their elements.
 
-    Backends with ``takes_strided`` take it in a view's place; nothing is copied to make it.
+    The elements come one view after the other, wherever these lie. Backends with ``takes_strided``
+    take it in a view's place; nothing is copied to make it.
 
     Attributes:
         views: The views; where they lie may change (``become``).

@@ -37,7 +37,10 @@ class _Always(threading.Event):
 
 
 FINISHED: Final = _Always()
-"""Shared by what is done when it is first seen: making an event takes longer than queuing a call on a device."""
+"""Shared by what is done when it is first seen.
+
+Making an event takes longer than queuing a call on a device.
+"""
 _LONGEST_S: Final = 1e9
 
 
@@ -116,7 +119,8 @@ class Work:
 
         Raises:
             CollectiveTimeoutError: It is not done after ``timeout_s``.
-            GroupError: This thread is inside another call of the group (in a signal's handler), which is before it.
+            GroupError: This thread is inside another call of the group (in a signal's handler),
+                which is before it.
             CollectiveError: The operation failed; the same error on every call.
         """
         if self._queue is not None and not self._finished.is_set() and self._queue.is_inside():
@@ -162,8 +166,9 @@ class Work:
     def add_done_callback(self, callback: Callable[[Work], None]) -> None:
         """Have ``callback`` called with this Work once the operation is done (on a GPU: queued).
 
-        It is called in the thread that ends the operation, or here if that was before. It must not raise or wait. As in
-        ``concurrent.futures``, ``exception()`` and ``result()`` say how it ended.
+        It is called in the thread that ends the operation, or here if that was before. It must not
+        raise or wait. As in ``concurrent.futures``, ``exception()`` and ``result()`` say how it
+        ended.
         """
         self._callbacks.append(callback)
         if self._finished.is_set():
@@ -213,10 +218,11 @@ def call_back(callback: Callable[[Work], None], work: Work) -> None:
 
 
 class QueuedWork(Work):
-    """An operation that is queued on a device. Waiting lets the device wait, as torch's does, not the host.
+    """An operation that is queued on a device.
 
-    After ``wait`` what this thread queues on the frameworks' current streams comes after the operation. The host waits
-    only where a framework cannot be notified (JAX).
+    Waiting lets the device wait, as torch's does, not the host. After ``wait`` what this thread
+    queues on the frameworks' current streams comes after the operation. The host waits only where a
+    framework cannot be notified (JAX).
     """
 
     def __init__(
@@ -237,7 +243,8 @@ class QueuedWork(Work):
 
         Raises:
             TensorError: Nothing was queued.
-            BaseException: What is no error of the call: an interrupt. Other errors are for ``wait`` to raise.
+            BaseException: What is no error of the call: an interrupt. Other errors are for ``wait``
+                to raise.
         """
         self._finish()
         error = self._error
@@ -313,7 +320,8 @@ def failed_work(error: BaseException) -> EndedWork:
 class IssuedWork(Work):
     """An operation that a native queue makes.
 
-    What its end means for Python is done by whoever sees it first: nobody takes the interpreter lock for that alone.
+    What its end means for Python is done by whoever sees it first. Nobody takes the interpreter
+    lock for that alone.
     """
 
     number = 0
@@ -338,8 +346,8 @@ class IssuedWork(Work):
             queue: Where it is issued.
             held: The tensors that it uses, and their exports.
             result: What the call returns.
-            finish: Called with the tensors and the code of one that did not succeed, in the worker; raises, or returns
-                whether it did after all.
+            finish: Called, in the worker, with the tensors and the code of one that did not
+                succeed. Raises, or returns whether it succeeded after all.
             written: What ``notify`` is called with when it has succeeded, if there is any.
             notify: See there.
         """
@@ -431,9 +439,9 @@ def nested(operation: str, group_name: str) -> GroupError:
 def consequence(
     operation: str, group_name: str, rank: int, broken: CollectiveError | None
 ) -> PeerLostError | CollectiveTimeoutError | MismatchError | None:
-    """Return what a call fails with that was issued before ranks were lost: the same class, with the same ranks.
+    """Return what a call fails with that was issued before ranks were lost.
 
-    None where the group broke over something else.
+    It has the same class, with the same ranks. None where the group broke over something else.
     """
     if not isinstance(broken, (PeerLostError, CollectiveTimeoutError, MismatchError)):
         return None

@@ -1,4 +1,7 @@
-"""The control plane of a group: ranks agree on a call before its data moves, and learn who is late or dead."""
+"""Agree on a call before its data moves, and learn which ranks are late or dead.
+
+This is the control plane of a group.
+"""
 
 from colltensor.control.plane import Control
 

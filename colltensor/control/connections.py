@@ -1,8 +1,9 @@
-"""The links of one rank together: waiting on all of them at once, and what happens when one of them fails.
+"""The links of one rank: how to wait on all of them, and what happens when one fails.
 
-One thread at a time works the links, the one that has entered. Others (the listener's threads, a thread that
-closes the group or reports a failure) leave their request and wake it; it serves them when it looks or leaves. A
-thread that watches what is queued on a device may ``peek`` while nobody has entered.
+One thread at a time works the links, the one that has entered. Others leave their request and wake
+it: the listener's threads, or a thread that closes the group or reports a failure. It serves them
+when it looks or leaves. A thread that watches what is queued on a device may ``peek`` while nobody
+has entered.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ SILENCE_S = 1.0
 _PROPAGATION_S = 0.5
 _HEARD_S = 0.2
 _LOOK_S = 5.0
-"""How long a thread that enters waits for one that looks, which asks who died for about a second at most."""
+"""How long a thread that enters waits for one that looks.
+
+The latter asks who died, for about a second at most.
+"""
 
 _POLL_S = 0.25
 
@@ -65,24 +69,32 @@ class Connections:
         self.answers: dict[bytes, Callable[[int, bytes], bytes]] = {}
         self.on_wait: Callable[[], None] | None = None
         self.usable = True
+
         self._owner = owner
         self._meeting = meeting
         self._pid = os.getpid()
         self._failures: list[Failure] = []
         self._reported = self._flooded = self._closed = self._shut = self._disowned = False
+
         self._turn = threading.Lock()
         """The mark of the thread that has entered; only ever tried."""
         self._baton = threading.Lock()
-        """The mark of the thread that works the links: that one, or for a moment one that looks or serves."""
+        """The mark of the thread that works the links.
+
+        That is the thread that has entered, or for a moment one that looks or serves.
+        """
+
         self._done = threading.Event()
         self._arrivals: deque[Link] = deque()
         self._deferred: dict[int, list[bytes]] = {}
+
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
         self._poller = select.poll()
         self._poller.register(self._wakened, select.POLLIN)
         self._polled: dict[int, Link] = {}
+
         self._control_listener: ControlListener | None = None
         self._spreading: threading.Thread | None = None
 
@@ -110,11 +122,13 @@ class Connections:
         """
         if not self.usable:
             raise self.obstacle()
+
         if not self._turn.acquire(blocking=False):
             raise GroupError(
                 f"group {self._meeting.group_name!r}: two threads use its control plane at once; "
                 "let one of them finish before the other calls"
             )
+
         try:
             if not self._baton.acquire(timeout=_LOOK_S):
                 raise GroupError(
@@ -123,7 +137,10 @@ class Connections:
         except BaseException:
             self._turn.release()
             raise
+
         self.until = until
+
+        # The group may have broken while this thread waited for the baton.
         if not self.usable:
             self.leave()
             raise self.obstacle()
@@ -137,7 +154,9 @@ class Connections:
             self._serve()
 
     def peek(self, grace_s: float) -> None:
-        """Read without waiting what has come, and ``look``; nothing if another thread works the links: it looks itself.
+        """Read without waiting what has come, and ``look``.
+
+        Does nothing if another thread works the links: that one looks itself.
 
         Raises:
             CollectiveError: As ``enter`` and ``look``.
@@ -155,19 +174,25 @@ class Connections:
                 self._serve()
 
     def obstacle(self) -> CollectiveError:
-        """Return why the group cannot be used: the failure itself the first time, that it is broken afterwards."""
+        """Return why the group cannot be used.
+
+        That is the failure itself the first time, and that the group is broken afterwards.
+        """
         name, rank = self._meeting.group_name, self._meeting.rank
         if self._disowned:
             return GroupError(
                 f"group {name!r} belongs to process {self._pid}, this is its forked child {os.getpid()}: "
                 "create a group of its own in the child"
             )
+
         if self._closed or not self._failures:
             return GroupError(f"group {name!r} is destroyed on rank {rank}: create it again")
+
         error = self._failures[0].exception(rank)
         if not self._reported:
             self._reported = True
             return error
+
         broken = GroupError(
             f"group {name!r} is broken on rank {rank}. {REMEDY}. It broke with: {error}"
         )
@@ -181,7 +206,10 @@ class Connections:
         return self._owner.status()
 
     def answer(self, caller: int, question: bytes) -> bytes:
-        """Return the answer to another rank's question; a connection without one says that nobody answers."""
+        """Return the answer to another rank's question.
+
+        A connection without one says that nobody answers.
+        """
         answer = self.answers.get(question[:1])
         if answer is None:
             raise ValueError("nobody answers such questions here")
@@ -205,7 +233,8 @@ class Connections:
 
         Args:
             error: The error.
-            raises: Whether the caller raises it; else the first call that finds the group broken does.
+            raises: Whether the caller raises it. Otherwise the first call that finds the group
+                broken raises it.
 
         Returns:
             The error to raise: this one, or the one with which the group was broken before.
@@ -213,9 +242,12 @@ class Connections:
         failure = Failure.of(error, self._meeting.rank)
         self._failures.append(failure)
         self.usable = False
+
+        # Only the first failure is propagated, so that all ranks name the same one.
         if self._failures[0] is not failure:
             self._serve()
             return self.obstacle()
+
         self._reported = raises
         if not self._closed and not self._disowned:
             self._spread(failure)
@@ -223,7 +255,10 @@ class Connections:
         return error
 
     def close(self, waits: bool = True) -> None:
-        """Say goodbye and close everything; a thread that waits meanwhile raises. In a forked child say nothing."""
+        """Say goodbye and close everything; a thread that waits meanwhile raises.
+
+        In a forked child say nothing.
+        """
         self._closed = True
         self.usable = False
         exit_hooks.unregister(self)
@@ -237,7 +272,10 @@ class Connections:
             self._done.wait(SILENCE_S)
 
     def disown(self) -> None:
-        """In a forked child: close the copies of all sockets, so that the parent's end is still an end."""
+        """Close the copies of all sockets, in a forked child.
+
+        So the parent's end is still an end for the other ranks.
+        """
         self._disowned = True
         self.usable = False
         if self._control_listener is not None:
@@ -266,7 +304,9 @@ class Connections:
         self._deferred.setdefault(peer, []).append(frame)
 
     def send(self, link: Link, frame: bytes, until: float) -> bool:
-        """Send a frame of any size; while it does not fit, read what comes, so that two senders cannot block.
+        """Send a frame of any size.
+
+        While it does not fit, read what comes, so that two senders cannot block each other.
 
         Returns:
             Whether it was sent before ``until``.
@@ -277,6 +317,7 @@ class Connections:
         sent = link.send(frame)
         if sent == len(frame):
             return True
+
         rest = memoryview(frame)[sent:]
         link.stuck = True
         try:
@@ -290,8 +331,10 @@ class Connections:
                 rest = rest[link.send(rest) :]
             link.stuck = False
         finally:
+            # POLLOUT must go: a link with room to write would end every sleep at once.
             if link.ended_at is None:
                 self._poller.modify(link.sock, select.POLLIN)
+
         return True
 
     def wait(
@@ -302,7 +345,8 @@ class Connections:
         Args:
             ready: The condition, checked whenever something has come.
             until: When to give up.
-            needed: Links on which a frame of ``kind`` must still come: a goodbye there is a failure.
+            needed: Links on which a frame of ``kind`` must still come. A goodbye there is a
+                failure.
             kind: The kind of frame.
 
         Returns:
@@ -315,12 +359,16 @@ class Connections:
         while True:
             self._absorb()
             self._hear_links()
+
+            # A frame that is complete counts even if a link failed after it.
             if ready():
                 return True
+
             self.look()
             for link in needed:
                 if link.goodbye and not link.inbox[kind]:
                     raise self.fail(self._owner.lost(link.peer, "has destroyed the group or ended"))
+
             left = until - time.monotonic()
             if left <= 0:
                 return False
@@ -333,7 +381,9 @@ class Connections:
             self.on_wait()
 
     def look(self, grace_s: float = 0.0) -> None:
-        """Raise if the group is broken or closed, or a link ended without goodbye more than ``grace_s`` ago.
+        """Raise if the group is broken or closed, or if a link has ended.
+
+        A link counts as ended if that happened without goodbye, more than ``grace_s`` ago.
 
         Raises:
             CollectiveError: What is wrong, after the neighbours were notified.
@@ -376,7 +426,7 @@ class Connections:
             self.add(self._arrivals.popleft())
 
     def _poll(self, left_s: float) -> None:
-        """Sleep until a link or another thread has news, at most ``left_s``, and read the news in."""
+        """Sleep until a link or another thread has news, at most ``left_s``, and read it."""
         for fd, _ in self._poller.poll(math.ceil(min(left_s, _POLL_S) * 1000)):
             link = self._polled.get(fd)
             if link is None:
@@ -394,7 +444,10 @@ class Connections:
             self._waker.send(b"\0")
 
     def _serve(self) -> None:
-        """Do what is due after a failure or a close, or wake the thread that works the links to do it on leaving."""
+        """Do what is due after a failure or a close.
+
+        If another thread works the links, wake it to do this when it leaves.
+        """
         while not self._disowned and self._due():
             if not self._baton.acquire(blocking=False):
                 self.wake()
@@ -420,9 +473,12 @@ class Connections:
                 link.stuck = link.send(frame) < len(frame)
 
     def _spread(self, failure: Failure) -> None:
-        """Propagate the failure to every rank's listener too: the flood ends at a rank that is stopped or computes.
+        """Propagate the failure to every rank's listener too.
 
-        The thread is no daemon, so that a process that ends because of the failure still tells it.
+        The flood over the links ends at a rank that is stopped or computes.
+
+        The thread is no daemon, so that a process that ends because of the failure still propagates
+        it.
         """
         peers = [rank for rank in range(self._meeting.world_size) if rank != self._meeting.rank]
         if failure.error == PeerLostError.__name__:

@@ -29,18 +29,24 @@ _finalized: set[int] = set()
 
 
 def before_end(call: Callable[[], None]) -> None:
-    """Have ``call`` called when the process ends, before any hook; not in a forked child that makes nothing."""
+    """Have ``call`` called when the process ends, before any hook.
+
+    It is not called in a forked child that makes nothing.
+    """
     _ends.append(call)
 
 
 def register(hook: ExitHook, first: bool = False) -> None:
-    """Notify ``hook`` when the process ends, before all that are not ``first``, or forks; kept until ``unregister``."""
+    """Notify ``hook`` when the process ends or forks.
+
+    At the end it comes before all that are not ``first``. It is kept until ``unregister``.
+    """
     _open.add(hook)
     if first:
         _first.add(hook)
     util = sys.modules.get("multiprocessing.util")
     if util is not None and os.getpid() not in _finalized:
-        # A process that multiprocessing forked ends without running atexit, but runs its finalizers.
+        # multiprocessing ends a process that it forked without atexit, but runs its finalizers.
         _finalized.add(os.getpid())
         util.Finalize(None, _close_all, exitpriority=0)
 
@@ -52,7 +58,10 @@ def unregister(hook: ExitHook) -> None:
 
 
 def is_over() -> bool:
-    """Return whether the process ends, and all hooks were notified: what is made now would not be."""
+    """Return whether the process is ending and all hooks were notified.
+
+    What is made from now on would not be notified.
+    """
     return os.getpid() in _over
 
 

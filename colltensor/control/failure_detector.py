@@ -1,8 +1,9 @@
 """Waiting for other ranks, and finding out who is to blame where the wait was in vain.
 
-At a deadline every rank that waits asks the others what they do, and for whom they wait: who waits for somebody else
-is not to blame, but whoever is at the end of the chain. The lowest of those whose time is up tells all
-what was found, so that every rank names the same ranks; the others wait for its word a moment.
+At a deadline every rank that waits asks the others what they do, and for whom they wait. Who waits
+for somebody else is not to blame, but whoever is at the end of the chain. The lowest of the ranks
+whose time is up tells all what was found, so that every rank names the same ranks. The others wait
+a moment for its word.
 """
 
 from __future__ import annotations
@@ -76,11 +77,12 @@ class FailureDetector:
         where: The group and this rank, for messages.
         sequence: Sequence number of the current or last operation.
         operation: The current operation, None between operations.
-        peers: The ranks on which the payload of the current operation depends, None where that is not known.
+        peers: The ranks on which the payload of the current operation depends, None if unknown.
         exchange: How many exchanges of all ranks this rank has entered.
         pairs: How many exchanges it has entered with single other ranks, by ``pair_key``.
         crossing: The transfers that run in threads of their own, by source and destination.
-        queued: How many calls it has queued on a device, with single other ranks and, under ALL_RANKS, with all.
+        queued: How many calls it has queued on a device: with single other ranks and, under
+            ALL_RANKS, with all.
         everyone: The peers that an exchange waits for of all ranks.
         connections: The links.
         timeout_s: How long calls wait, for messages; None while the group is made.
@@ -135,7 +137,8 @@ class FailureDetector:
 
         Args:
             sequence: Sequence number of the operation.
-            operation: Its name, with the arguments that matter to a reader; None between operations.
+            operation: Its name, with the arguments that matter to a reader. None between
+                operations.
             peers: The ranks on which its payload depends, where it depends on any.
         """
         self.sequence, self.operation, self.peers, self._waited = sequence, operation, peers, None
@@ -212,9 +215,11 @@ class FailureDetector:
         """Open the link to a lower rank, in attempts short enough to hear of failures in between.
 
         Raises:
-            CollectiveError: The group broke, the rank is gone, or it did not answer before ``deadline``.
+            CollectiveError: The group broke, the rank is gone, or it did not answer before
+                ``deadline``.
         """
         self._waited = awaited_peers
+
         while True:
             try:
                 link = frames.open_link(
@@ -256,7 +261,9 @@ class FailureDetector:
         needed: Sequence[Link] = (),
         kind: int = 0,
     ) -> None:
-        """Find out who keeps this rank waiting, and break the group; return if ``ready()`` comes to hold meanwhile.
+        """Find out who keeps this rank waiting, and break the group.
+
+        Returns if ``ready()`` comes to hold meanwhile.
 
         Raises:
             CollectiveError: What was found, by this rank or by another.
@@ -265,6 +272,8 @@ class FailureDetector:
         others = self._awaited(answers)
         self.connections.glance()
         found = judge(self.where_in(self.operation), answers, awaited_peers.is_late, others)
+
+        # Another rank's verdict may be on its way; all ranks should raise the same error.
         patience_s = 0.0
         if found is None:
             patience_s = _GRACE_S
@@ -272,13 +281,15 @@ class FailureDetector:
             answers, awaited_peers
         ):
             patience_s = _VERDICT_S
+
         if not self.connections.wait(ready, time.monotonic() + patience_s, needed, kind):
             raise self.connections.fail(self._timed(found or self._unexplained()))
 
     def _awaited(self, answers: Mapping[int, Status | Absence]) -> dict[int, Status | Absence]:
-        """Ask all ranks that were not asked yet, if one of those that were waits for others itself, or is gone.
+        """Ask all ranks that were not asked yet, if one of ``answers`` waits for others or is gone.
 
-        It may have gone because of a failure that it told the others, who are a better witness of it than its absence.
+        A rank may be gone because of a failure that it told the others. Those are a better witness
+        of it than its absence.
         """
         rest = [rank for rank in self.everyone.ranks if rank not in answers]
         told = any(
@@ -290,7 +301,10 @@ class FailureDetector:
     def _behind_the_payload(
         self, where: str, answers: Mapping[int, Status | Absence]
     ) -> CollectiveError | None:
-        """Return the error for ranks for which the others of this rank's payload wait, before they can take part."""
+        """Return the error for ranks that this rank's peers wait for, before these can take part.
+
+        The peers are those of this rank's payload.
+        """
         said = {rank: answers.get(rank) for rank in self.peers or ()}
         waiting = [
             rank for rank, answer in said.items() if isinstance(answer, Status) and answer.awaits
@@ -327,7 +341,10 @@ class FailureDetector:
             return None
 
     def lost(self, peer: int, how: str) -> PeerLostError:
-        """Return the error for a rank that is gone; looks who died with it, so that all ranks name the same ones."""
+        """Return the error for a rank that is gone.
+
+        Looks who died with it, so that all ranks name the same ones.
+        """
         time.sleep(_SETTLE_S)
         gone = gone_ranks(
             self.ask([rank for rank in self.everyone.ranks if rank != peer], _CENSUS_S)
@@ -339,13 +356,16 @@ class FailureDetector:
         )
 
     def queuing(self, peers: Sequence[int] | None, number: int) -> AwaitedPeers:
-        """Return the peers awaited in a call on a device, this rank's ``number``-th with ``peers``, or with all."""
+        """Return the peers awaited in a call on a device.
+
+        The call is this rank's ``number``-th with ``peers``, or with all.
+        """
         with_whom = ALL_RANKS if peers is None else self.meeting.rank
         concerned = self.everyone.ranks if peers is None else peers[:1]
         return AwaitedPeers(concerned, lambda status: status.queued.get(with_whom, 0) < number)
 
     def gone(self, operation: str, peers: Sequence[int] | None) -> PeerLostError | None:
-        """Return the error for those of ``peers``, None for all, that are not there any more, or None."""
+        """Return the error for those of ``peers``, None for all, that are gone, or None."""
         answers = self.ask(self.everyone.ranks if peers is None else peers, _CENSUS_S)
         found = judge(self.where_in(operation), answers, lambda status: False)
         return found if isinstance(found, PeerLostError) else None
@@ -355,6 +375,7 @@ class FailureDetector:
     ) -> CollectiveError:
         """Return the error for a payload that did not end; see ``Control.diagnose``."""
         where = self.where_in(operation)
+
         found = None
         if self.connections.usable:
             concerned = awaited_peers or self.everyone
@@ -362,10 +383,13 @@ class FailureDetector:
             found = judge(where, answers, concerned.is_late) or self._behind_the_payload(
                 where, answers
             )
+
+        # What another rank has reported explains more than what this one can see.
         if self.connections.failure is not None:
             return self.connections.failure.exception(self.meeting.rank)
         if found is not None:
             return self._timed(found)
+
         alive = f"{where}: every rank is alive and has arrived, but"
         if cause is not None:
             return GroupError(f"{alive} the provider failed: {cause}. {REMEDY}")

@@ -1,8 +1,9 @@
-"""The connections between the control planes of two ranks: what a frame is, how one is opened, read and written.
+"""The connection between two control planes: its frames, and how it is opened, read and written.
 
-A link is one authenticated TCP connection. Its frames have a head of fixed size, so that the agreement of the
-ranks on a call is one ``send`` and one ``recv`` of 56 bytes whose answer is compared without being unpacked.
-Frames that come early wait in the link's inbox. A link belongs to one thread at a time; see ``connections``.
+A link is one authenticated TCP connection. Its frames have a head of fixed size. So the ranks agree
+on a call with one ``send`` and one ``recv`` of 56 bytes. The answer is compared without being
+unpacked. Frames that come early wait in the link's inbox. A link belongs to one thread at a time;
+see ``connections``.
 """
 
 from __future__ import annotations
@@ -25,33 +26,45 @@ if TYPE_CHECKING:
 SIGNATURE_NBYTES: Final = 32
 
 HEAD: Final = struct.Struct("!BBHIQ32sQ")
-"""Kind, flags, lane, counter of the exchange, bytes that follow the head, signature, and what ranks may differ in: the
-order in which their elements lie (``Buffers.order``)."""
+"""The fields of a frame's head.
+
+They are kind, flags, lane, counter of the exchange, bytes that follow the head, and signature. The
+last field is what ranks may differ in: the order in which their elements lie (``Buffers.order``).
+"""
 
 HEAD_NBYTES: Final = HEAD.size
 
 READ_NBYTES: Final = 2 * HEAD_NBYTES
-"""How much to read at once where a frame without a body is expected: what follows it closely, such as news of a
-failure, is seen together with it."""
+"""How much to read at once where a frame without a body is expected.
+
+What follows it closely, such as news of a failure, is seen together with it.
+"""
 
 EXCHANGE, TEXT, PAIR, PAIR_TEXT, FAILURE, GOODBYE = range(6)
-"""Kinds of frames: a step of an agreement of all ranks and the descriptions that follow where they differ, the
-same between two ranks, news of a failure, and the announcement of an orderly end."""
+"""Kinds of frames.
+
+EXCHANGE is a step of an agreement of all ranks. TEXT is the description that follows where they
+differ. PAIR and PAIR_TEXT are the same between two ranks. FAILURE is news of a failure. GOODBYE
+announces an orderly end.
+"""
 
 DIFFERS: Final = 1
 """Flag: some rank below (or, on the way down, anywhere) differs."""
 
 BOUND: Final = 2
-"""Flag: the rank will do nothing else with this peer before this exchange between the two has ended."""
+"""Flag: the rank does nothing else with this peer before this exchange of the two has ended."""
 
 UNLIKE: Final = 4
-"""Flag: some rank below (or, on the way down, anywhere) has another order, and else all is the same."""
+"""Flag: some rank below has another order, and all else is the same.
+
+On the way down it is some rank anywhere.
+"""
 
 NO_LANE: Final = -1
 """The lane of exchanges between two ranks that are no transfers; those have the rank that sends."""
 
 LINK, WELCOME, CONFIRM, ASK, ANSWER, FAILURE_NEWS, INQUIRE = range(7)
-"""Kinds of ``net`` frames with which a connection begins: what the caller wants, and the replies."""
+"""Kinds of ``net`` frames with which a connection begins: requests and replies."""
 
 CALLER: Final = struct.Struct("!I")
 
@@ -72,7 +85,10 @@ def pack(
     lane: int = NO_LANE,
     order: int = 0,
 ) -> bytes:
-    """Return the head of a frame; counters wrap at 32 bits, signatures are padded with zeros to 32 bytes."""
+    """Return the head of a frame.
+
+    Counters wrap at 32 bits. Signatures are padded with zeros to 32 bytes.
+    """
     if len(signature) > SIGNATURE_NBYTES:
         raise ValueError(
             f"signature must be at most {SIGNATURE_NBYTES} bytes, got {len(signature)}: hash it"
@@ -106,8 +122,8 @@ class Link:
     def __init__(self, sock: socket.socket, peer: int) -> None:
         """Take over a connection whose handshake is complete.
 
-        Blocking reads end after a short slice (SO_RCVTIMEO), so that a waiting thread soon looks at its other
-        links too; unlike ``settimeout`` this costs no second system call a read.
+        Blocking reads end after a short slice (SO_RCVTIMEO), so that a waiting thread soon looks at
+        its other links too. Unlike ``settimeout`` this costs no second system call a read.
         """
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
@@ -127,7 +143,8 @@ class Link:
         """Hand bytes to the system without waiting.
 
         Returns:
-            How many it took. A broken connection takes all: reading tells why it broke, often with a last word.
+            How many it took. A broken connection takes all: reading tells why it broke, often with
+            a last word.
         """
         try:
             return self.sock.send(data, socket.MSG_DONTWAIT)
@@ -231,7 +248,9 @@ def _reply(sock: socket.socket, expected: int, deadline: float) -> bytes:
 
 
 def open_link(meeting: Meeting, peer: int, deadline: float) -> Link:
-    """Dial a rank's control plane. The link stands once ``CONFIRM`` is sent: an attempt given up before leaves none.
+    """Dial a rank's control plane.
+
+    The link stands once ``CONFIRM`` is sent: an attempt given up before leaves none.
 
     Raises:
         ConnectionError: The rank is gone, or its address is somebody else's by now.
@@ -248,7 +267,9 @@ def open_link(meeting: Meeting, peer: int, deadline: float) -> Link:
 
 
 def ask(meeting: Meeting, peer: int, deadline: float) -> Status:
-    """Ask a rank what it does; its listener's thread answers, even while its other threads compute or wait.
+    """Ask a rank what it does.
+
+    Its listener's thread answers, even while its other threads compute or wait.
 
     Raises:
         ConnectionError: The rank is gone.
@@ -259,7 +280,9 @@ def ask(meeting: Meeting, peer: int, deadline: float) -> Status:
 
 
 def inquire(meeting: Meeting, peer: int, question: bytes, deadline: float) -> bytes:
-    """Ask a rank something of which the control plane knows nothing; its listener's thread has it answered.
+    """Ask a rank something of which the control plane knows nothing.
+
+    Its listener's thread has the question answered.
 
     Raises:
         ConnectionError: The rank is gone, or nobody answers there.
@@ -287,7 +310,8 @@ def in_parallel(
 ) -> None:
     """Call a function that handles its own time limit for every peer, at most ``width`` at once.
 
-    Returns at ``until`` at the latest. What ``call`` raises as OSError is dropped: it concerns one peer.
+    Returns at ``until`` at the latest. What ``call`` raises as OSError is dropped: it concerns one
+    peer.
     """
     waiting = deque(peers)
 
@@ -300,11 +324,13 @@ def in_parallel(
     threads = [
         threading.Thread(target=work, name="colltensor-call", daemon=True) for _ in range(count)
     ]
+
     try:
         for thread in threads:
             thread.start()
     except RuntimeError:  # there are too many, or the interpreter ends: this one does what is left
         work()
+
     for thread in threads:
         if thread.ident is not None:
             thread.join(max(0.0, until - time.monotonic()))

@@ -1,7 +1,7 @@
-"""The thread that answers a group's listener: links from other ranks, questions about status, news of failures.
+"""The thread that answers a group's listener: links, questions about status, news of failures.
 
-Every connection that speaks is handled in a short-lived thread of its own (``Listener``), so that strangers keep nobody
-waiting.
+Every connection that speaks is handled in a short-lived thread of its own (``Listener``), so that
+strangers keep nobody waiting.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class ControlListener:
         self._listener.join(1.0)
 
     def disown(self) -> None:
-        """In a forked child, which has no such thread: close copies only, shutting down would end the parent's too."""
+        """Close the copies of the sockets in a forked child, which has no such thread.
+
+        Only closes them: shutting down would end the parent's connections too.
+        """
         self._closed = True
         self._listener.disown()
 
@@ -91,6 +94,7 @@ class ControlListener:
             raise net.FrameError(
                 f"expected a request of at least {CALLER.size} bytes, got {len(request)}"
             )
+
         [caller] = CALLER.unpack_from(request)
         if wish == ASK:
             net.send_frame(sock, ANSWER, self._owner.status().encode(), deadline)
@@ -101,6 +105,7 @@ class ControlListener:
         elif wish == FAILURE_NEWS:
             self._owner.hear(Failure.decode(request[CALLER.size :]))
         elif wish == LINK and self._meeting.rank < caller < self._meeting.world_size:
+            # Only the higher rank of a pair dials, so that the two cannot open two links at once.
             net.send_frame(sock, WELCOME, b"", deadline)
             kind, _ = net.recv_frame(sock, deadline, _REQUEST_LIMIT)
             if kind == CONFIRM and not self._closed:

@@ -16,7 +16,10 @@ from colltensor.errors import CollectiveError, CollectiveTimeoutError, MismatchE
 
 _LANE = 1 << 16
 REFUSED = "refused its part of "
-"""What a rank's description of its call begins with, if it refused its own call and the others have theirs."""
+"""The beginning of a rank's description of its call, if it refused that call.
+
+The other ranks have made theirs.
+"""
 REMEDY = "The group is broken: destroy it and create it again"
 
 
@@ -53,7 +56,10 @@ class Failure:
         return cls(str(error), str(message), tuple(int(rank) for rank in ranks), int(origin))
 
     def exception(self, reader: int) -> CollectiveError:
-        """Return a new exception that says this to rank ``reader``; class and ranks are the same on every rank."""
+        """Return a new exception that says this to rank ``reader``.
+
+        Its class and ranks are the same on every rank.
+        """
         message = (
             self.message
             if reader == self.origin
@@ -74,7 +80,8 @@ class Status:
         pairs: How many exchanges it has entered with single other ranks, by ``pair_key``.
         remaining_s: Seconds until its present wait times out, None when it does not wait.
         failure: Why the group is broken for it, or None.
-        queued: How many calls it has queued on a device: with single other ranks, by rank, and with all under -1.
+        queued: How many calls it has queued on a device: with single other ranks, by rank, and with
+            all under -1.
         awaits: The ranks on which its present wait depends, None when it does not wait.
     """
 
@@ -148,7 +155,10 @@ class Status:
 
 
 def pair_key(peer: int, lane: int) -> int:
-    """Return what exchanges with a rank are counted under, by their lane: the rank that sends, or -1."""
+    """Return the key that counts the exchanges with a rank by lane.
+
+    The lane is the rank that sends, or -1.
+    """
     return peer + (lane + 1) * _LANE
 
 
@@ -187,17 +197,20 @@ def late_ranks(answers: Answers, is_late: Callable[[Status], bool]) -> tuple[int
 
 
 def followed(late: Sequence[int], answers: Answers) -> tuple[int, ...]:
-    """Return the ranks for which late ranks wait themselves, or rather those for which these do, and so on.
+    """Return the ranks at the ends of the chains of waiting that begin at late ranks.
+
+    Late ranks may wait for others themselves, these for others again, and so on.
 
     Args:
         late: The ranks that have not come.
         answers: What all ranks said.
 
     Returns:
-        The ranks at the ends of the chains, which are silent, gone, or wait for nobody; none where all wait for each
-        other, or for ranks that have come.
+        The ranks at the ends of the chains, which are silent, gone, or wait for nobody. None where
+        all wait for each other, or for ranks that have come.
     """
     known, chain, ends = set(late), list(late), []
+
     while chain:
         rank = chain.pop()
         answer = answers.get(rank)
@@ -205,6 +218,7 @@ def followed(late: Sequence[int], answers: Answers) -> tuple[int, ...]:
             if answer is not None:  # None: the rank that asks
                 ends.append(rank)
             continue
+
         for other in answer.awaits:
             said = answers.get(other)
             if (
@@ -214,13 +228,16 @@ def followed(late: Sequence[int], answers: Answers) -> tuple[int, ...]:
             ):
                 known.add(other)
                 chain.append(other)
+
     return tuple(sorted(ends))
 
 
 def judge(
     where: str, answers: Answers, is_late: Callable[[Status], bool], others: Answers | None = None
 ) -> CollectiveError | None:
-    """Return the error that the answers amount to, or None if every rank that was asked is where it should be.
+    """Return the error that the answers amount to.
+
+    Returns None if every rank that was asked is where it should be.
 
     Args:
         where: The operation, rank and group, as the beginning of the message.
@@ -253,7 +270,10 @@ def _fact(rank: int, answer: Status | Absence) -> str:
 
 
 def differing_ranks(signatures: Sequence[bytes]) -> tuple[int, ...]:
-    """Return the indices that differ from the majority, or from index 0 where more than half agree on nothing."""
+    """Return the indices that differ from the majority.
+
+    Where more than half agree on nothing, they are those that differ from index 0.
+    """
     [(common, votes)] = Counter(signatures).most_common(1)
     reference = common if 2 * votes > len(signatures) else signatures[0]
     return tuple(index for index, signature in enumerate(signatures) if signature != reference)
@@ -283,17 +303,21 @@ def mismatch(
             "rank",
             refusing,
         )
+
     odd = differing_ranks(signatures)
     [reference] = {signatures[i] for i in range(len(ranks)) if i not in odd}
+
     said: dict[tuple[bytes, str], list[int]] = {}
     for rank, signature, text in zip(ranks, signatures, texts, strict=True):
         said.setdefault((signature, text), []).append(rank)
+
     expected = "; ".join(
         f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig == reference
     )
     came = "; ".join(
         f"{_several(who)}: {text}" for (sig, text), who in said.items() if sig != reference
     )
+
     return MismatchError(
         f"{where}: the ranks disagree about the call. Expected what {expected}. Got from {came}. No data was changed "
         f"and the group goes on: {remedy or 'make the same call, with the same dtypes and counts, on every rank'}",

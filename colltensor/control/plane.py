@@ -1,7 +1,10 @@
-"""The control plane of a group: ranks agree on a call before its data moves, and learn who is late or dead.
+"""The control plane of a group.
 
-No exchange outlasts its deadline by more than a few seconds: then, or when a connection breaks, one error is found
-and propagated to every rank over the links and through the listeners, and the group is broken.
+Ranks agree on a call before its data moves, and learn who is late or dead.
+
+No exchange outlasts its deadline by more than a few seconds. Then, or when a connection breaks, one
+error is found. It is propagated to every rank over the links and through the listeners, and the
+group is broken.
 
     Control                   what the group and its backend call
     ├── tree                  how ranks agree: the tree of all, and pairs
@@ -34,8 +37,9 @@ class Control:
     """The control plane of one group on one rank.
 
     One thread at a time may be in ``agree``, ``agree_and_gather``, ``start_pair``, ``finish_pair``,
-    ``swap`` or ``allgather``; or several in ``agree_beside``, each with another peer or lane.
-    Every other method may be called by any thread at any time. Deadlines are values of ``time.monotonic()``.
+    ``swap`` or ``allgather``; or several in ``agree_beside``, each with another peer or lane. Every
+    other method may be called by any thread at any time. Deadlines are values of
+    ``time.monotonic()``.
 
     Attributes:
         rank: This rank.
@@ -45,7 +49,9 @@ class Control:
     """
 
     def __init__(self, meeting: Meeting, deadline: float) -> None:
-        """Connect to the neighbours in the tree. Every rank must call; owns ``meeting.listener`` from now on.
+        """Connect to the neighbours in the tree.
+
+        Every rank must call. The control plane owns ``meeting.listener`` from now on.
 
         Raises:
             PeerLostError: A rank died or gave up.
@@ -55,13 +61,15 @@ class Control:
         self.world_size = meeting.world_size
         self.group_name = meeting.group_name
         self._alone = meeting.world_size == 1
+
         self._detector = FailureDetector(meeting)
         self._board = self._detector.connections
         self._pairs = Pairs(self._detector)
         self._working = _Working(self._detector)
-        # See ``FailureDetector.begin``: what other ranks hear when they ask, from when an operation begins, and None
-        # at its end. A bound method, since every call makes it twice.
+        # See ``FailureDetector.begin``: what other ranks hear when they ask. Given when an
+        # operation begins, and None at its end. A bound method, since every call makes it twice.
         self.position = self._detector.begin
+
         self.others = self._detector.everyone.ranks
         self._detector.operation = "creating the group"
         try:
@@ -88,11 +96,13 @@ class Control:
         self._detector.timeout_s = timeout_s
 
     def is_in_call(self) -> bool:
-        """Return whether an operation, or a transfer in a thread of its own, has begun and not ended."""
+        """Return whether an operation, or a transfer in a thread of its own, is under way."""
         return self._detector.operation is not None or bool(self._detector.crossing)
 
     def agree(self, signature: bytes, describe: Describe, deadline: float, order: int = 0) -> bool:
-        """Return once every rank has called with the same signature. Every rank must call, in the same order.
+        """Return once every rank has called with the same signature.
+
+        Every rank must call, in the same order.
 
         Args:
             signature: At most 32 bytes; what the ranks must agree on.
@@ -119,10 +129,13 @@ class Control:
     def agree_and_gather(
         self, signature: bytes, payload: bytes, describe: Describe, deadline: float
     ) -> list[bytes]:
-        """Agree, and return every rank's payload, by rank, in one exchange. Every rank must call, in the same order.
+        """Agree, and return every rank's payload, by rank, in one exchange.
+
+        Every rank must call, in the same order.
 
         Args:
-            signature: As for ``agree``, with which it is no match: all ranks call this, or all the other.
+            signature: As for ``agree``, with which it is no match: all ranks call this, or all the
+                other.
             payload: Bytes of any number, for each rank its own.
             describe: As for ``agree``.
             deadline: When to give up.
@@ -138,10 +151,13 @@ class Control:
             return tree.agree_and_gather(signature, payload, describe, deadline)
 
     def allgather(self, payload: bytes, deadline: float) -> list[bytes]:
-        """Return every rank's payload, by rank; sizes may differ. Every rank must call, in the same order.
+        """Return every rank's payload, by rank; sizes may differ.
+
+        Every rank must call, in the same order.
 
         Raises:
-            MismatchError: Another rank called something else; raised on every rank, and the group goes on.
+            MismatchError: Another rank called something else. Raised on every rank, and the group
+                goes on.
             CollectiveError: As ``agree``.
         """
         with self._working.until(deadline):
@@ -157,19 +173,21 @@ class Control:
         bound: bool = False,
         order: int = 0,
     ) -> None:
-        """Begin an agreement with one other rank, which must do so too; does not wait for it to call.
+        """Begin an agreement with one other rank, which must do so too.
 
-        Every start needs one ``finish_pair`` with the same peer, also after an agreement with another peer ended
-        in ``MismatchError``. Several with one peer are finished in the order in which they were started.
+        Does not wait for the other rank to call. Every start needs one ``finish_pair`` with the
+        same peer, also after an agreement with another peer ended in ``MismatchError``. Several
+        with one peer are finished in the order in which they were started.
 
         Args:
             peer: The other rank.
             signature: At most 32 bytes; what the two must agree on.
             describe: Says in words what the signature stands for; called only where they differ.
             deadline: When to give up.
-            lane: The rank that sends, of an agreement on a transfer: it meets the others of its lane alone.
-            bound: Whether this rank does nothing else with ``peer`` until then. Where both are bound to different lanes
-                that is a mismatch.
+            lane: The rank that sends, of an agreement on a transfer: it meets the others of its
+                lane alone.
+            bound: Whether this rank does nothing else with ``peer`` until then. Where both are
+                bound to different lanes that is a mismatch.
             order: As for ``agree``.
 
         Raises:
@@ -194,7 +212,9 @@ class Control:
         bound: bool = False,
         order: int = 0,
     ) -> bool:
-        """Wait for the other rank and compare. Arguments as in ``start_pair``, result as of ``agree``.
+        """Wait for the other rank and compare.
+
+        The arguments are those of ``start_pair``, the result is that of ``agree``.
 
         Raises:
             CollectiveError: As ``agree``.
@@ -211,7 +231,9 @@ class Control:
         lane: int,
         order: int = 0,
     ) -> bool:
-        """Agree with one other rank in a thread of a lane's own, while others do; nothing else may be called meanwhile.
+        """Agree with one other rank in a thread of a lane's own, while others do.
+
+        Nothing else may be called meanwhile.
 
         Raises:
             CollectiveError: As ``agree``.
@@ -256,8 +278,9 @@ class Control:
 
         Returns:
             What another rank reported; else ``PeerLostError`` naming the ranks that are gone; else
-            ``CollectiveTimeoutError`` naming those that do not answer or have not arrived. Where nothing is wrong
-            with any rank: ``GroupError`` with ``cause``, or ``CollectiveTimeoutError`` naming none.
+            ``CollectiveTimeoutError`` naming those that do not answer or have not arrived. Where
+            nothing is wrong with any rank: ``GroupError`` with ``cause``, or
+            ``CollectiveTimeoutError`` naming none.
         """
         try:
             self.check()
@@ -288,7 +311,9 @@ class Control:
         number: int,
         cause: BaseException | None = None,
     ) -> CollectiveError:
-        """Find out, as ``diagnose``, why a queued call did not end: who is gone, and who has not queued it yet.
+        """Find out, as ``diagnose``, why a queued call did not end.
+
+        The cause is a rank that is gone, or one that has not queued it yet.
 
         Args:
             operation: The operation, for the message.
@@ -304,25 +329,33 @@ class Control:
         return self._detector.diagnose(operation, cause, self._detector.queuing(peers, number))
 
     def gone(self, operation: str, peers: Sequence[int] | None) -> PeerLostError | None:
-        """Ask ``peers``, None for all ranks, whether they are there; return the error that names those that are not.
+        """Ask ``peers``, None for all ranks, whether they are there.
 
-        Does not break the group: pass the result to ``fail``. Takes a second at most.
+        Returns the error that names those that are gone. Does not break the group: pass the result
+        to ``fail``. Takes a second at most.
         """
         return self._detector.gone(operation, peers)
 
     def inquire(self, peer: int, question: bytes) -> bytes | None:
-        """Return what ``answer_with`` has on rank ``peer`` for a question; None if it does not come within a second."""
+        """Return what ``answer_with`` has on rank ``peer`` for a question.
+
+        Returns None if it does not come within a second.
+        """
         return self._detector.inquire(peer, question)
 
     def answer_with(self, kind: bytes, answer: Callable[[int, bytes], bytes]) -> None:
-        """Have other ranks' questions answered that begin with ``kind``, one byte, in another thread.
+        """Have other ranks' questions answered that begin with ``kind``, one byte.
 
-        ``answer`` gets the rank that asks and the question; it must not wait.
+        ``answer`` runs in another thread. It gets the rank that asks and the question, and must not
+        wait.
         """
         self._board.answers[kind] = answer
 
     def watch_waits(self, look: Callable[[], None]) -> None:
-        """Have ``look`` called a few times a second while a call waits for other ranks; it must not wait or raise."""
+        """Have ``look`` called a few times a second while a call waits for other ranks.
+
+        It must not wait or raise.
+        """
         self._board.on_wait = look
 
     def swap(self, peer: int, payload: bytes, deadline: float) -> bytes:
@@ -335,29 +368,37 @@ class Control:
             return self._pairs.swap(peer, payload, deadline)
 
     def fail(self, error: CollectiveError, raises: bool = True) -> None:
-        """Break the group with ``error`` and notify every rank, so that all raise the same class naming the same ranks.
+        """Break the group with ``error`` and notify every rank.
 
-        Does nothing if the group is broken already: the first error stays.
+        So all ranks raise the same class, naming the same ranks. Does nothing if the group is
+        broken already: the first error stays.
 
         Args:
             error: The error.
-            raises: Whether the caller raises it; else the first call of this rank that finds the group broken does.
+            raises: Whether the caller raises it. Otherwise the first call of this rank that finds
+                the group broken does.
         """
         self._board.fail(error, raises)
 
     def close(self, waits: bool = True) -> None:
-        """Say goodbye to the other ranks and close everything; a thread that waits here raises. May be repeated.
+        """Say goodbye to the other ranks and close everything.
+
+        A thread that waits here raises. May be repeated.
 
         Args:
-            waits: Wait for that thread, a second at most; not where it is this one, in a signal's handler.
+            waits: Wait for that thread, a second at most. Not where it is this one, in a signal's
+                handler.
         """
         self._board.close(waits)
 
 
 class _Working:
-    """The context of one thread's work on the links; whatever else ends it than an error of ours breaks the group.
+    """The context of one thread's work on the links.
 
-    A context, not ``try`` and ``finally``: no signal's handler can raise between entering and what is to undo it.
+    Whatever ends it, other than an error of ours, breaks the group.
+
+    It is a context, not ``try`` and ``finally``. So no signal's handler can raise between entering
+    and the code that undoes it.
 
     Attributes:
         deadline: When a wait for another rank times out; set before it is entered.

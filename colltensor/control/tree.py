@@ -1,8 +1,9 @@
 """How ranks agree: up and down a binomial tree of all of them, or between two.
 
-In the tree the parent of rank r is ``r & (r - 1)``, so that an exchange takes 2 log2(world_size) steps and
-world_size - 1 connections. Two ranks need one step: both send, then both read. Agreement is the frame itself:
-whoever gets the very bytes that it sent knows that the ranks behind that link agree, without unpacking them.
+In the tree the parent of rank r is ``r & (r - 1)``. So an exchange takes 2 log2(world_size) steps
+and world_size - 1 connections. Two ranks need one step: both send, then both read. Agreement is the
+frame itself. Whoever gets the very bytes that it sent knows that the ranks behind that link agree,
+without unpacking them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Tree:
         """
         self._detector = detector
         detector.exchange += 1
+
         links, meeting = detector.connections.links, detector.meeting
         parent, children = neighbours(meeting.rank, meeting.world_size)
         self._parent: Link | None = None
@@ -70,14 +72,19 @@ class Tree:
             self._parent = detector.connect(parent, deadline, detector.everyone)
         for child in children:
             detector.await_link(child, deadline, detector.everyone)
+
         self._children = [links[child] for child in children]
         self._twin = (self._parent or self._children[0]) if meeting.world_size == 2 else None
         self._needed = [*self._children, *([self._parent] if self._parent else [])]
+
+        # All ranks begin with the same frame, so that none goes on before the last is there.
         if self._all_send(pack(EXCHANGE, 0, detector.exchange, b"begin"), deadline):
             raise detector.connections.fail(_out_of_step(detector))
 
     def agree(self, signature: bytes, describe: Describe, deadline: float, order: int = 0) -> bool:
-        """Return once all ranks have called with the same signature: True where ``order`` is the same, too.
+        """Return once all ranks have called with the same signature.
+
+        Returns True where ``order`` is the same, too.
 
         Raises:
             MismatchError: They differ.
@@ -117,7 +124,10 @@ class Tree:
         return self.agree_and_gather(_GATHER, payload, lambda: what, deadline)
 
     def _all_send(self, frame: bytes, deadline: float) -> int:
-        """Return 0 where every rank sent this very frame, else DIFFERS, or UNLIKE if but the order is not the same."""
+        """Return 0 where every rank sent this very frame.
+
+        Otherwise returns DIFFERS, or UNLIKE if all but the order is the same.
+        """
         twin, parent = self._twin, self._parent
         if twin is not None:
             self._send(twin, frame, deadline)
@@ -146,9 +156,13 @@ class Tree:
     def _gather(
         self, kind: int, signature: bytes, payload: bytes, deadline: float
     ) -> list[bytes] | None:
-        """Return the payloads of all ranks, or None on every rank where one of them sent another kind of frame."""
+        """Return the payloads of all ranks.
+
+        Returns None on every rank where one of them sent another kind of frame.
+        """
         detector, parent = self._detector, self._parent
         parts = [_PART.pack(detector.meeting.rank, len(payload)), payload]
+
         if self._twin is not None:
             frame = pack(kind, 0, detector.exchange, signature, _PART.size + len(payload))
             mine = b"".join((frame, *parts))
@@ -162,6 +176,7 @@ class Tree:
                 if not _alike(came, frame) or not theirs:
                     return None
             return _payloads(b"".join((*parts, theirs)), 2)
+
         frame = pack(kind, 0, detector.exchange, signature)
         same = True
         for step, child in enumerate(self._children):
@@ -170,12 +185,14 @@ class Tree:
             )
             same = _alike(came, frame) and body != b"" and same
             parts.append(body)
+
         if parent is not None:
             answer = _with_body(frame, parts) if same else _flagged(frame, DIFFERS)
             self._send(parent, answer, deadline)
             came, body = detector.receive(parent, kind, deadline, (parent,), detector.everyone)
             same = _alike(came, frame) and same
             parts = [body]
+
         answer = _with_body(frame, parts) if same else _flagged(frame, DIFFERS)
         for child in self._children:
             self._send(child, answer, deadline)
@@ -202,9 +219,10 @@ _SWAP: Final = b"swap"
 class Pairs:
     """Exchanges of this rank with single other ranks, over a link between the two, and by lanes.
 
-    A lane is a direction of a pair: what is exchanged about transfers of one meets in the order in which it was
-    started, and passes what is about the other. Exchanges of different lanes may wait in several threads at once
-    (``agree_beside``), of which one works the links for all.
+    A lane is a direction of a pair. What is exchanged about transfers of one lane meets in the
+    order in which it was started. It passes what is about the other lane. Exchanges of different
+    lanes may wait in several threads at once (``agree_beside``), of which one works the links for
+    all.
     """
 
     def __init__(self, detector: FailureDetector) -> None:
@@ -237,10 +255,12 @@ class Pairs:
         count = detector.pairs[key] = detector.pairs.get(key, 0) + 1
         flags = BOUND if bound else 0
         frame = pack(PAIR, flags, count, signature, len(payload), lane, order) + payload
+
         link = detector.connections.links.get(peer)
         if link is None and detector.meeting.rank < peer:
             detector.connections.defer(peer, frame)
             return
+
         awaited_peers = detector.partner(peer, lane)
         detector.send(
             link or detector.connect(peer, deadline, awaited_peers), frame, deadline, awaited_peers
@@ -259,7 +279,8 @@ class Pairs:
         """Wait for the other rank's half and compare; return whether its order is the same, too.
 
         Raises:
-            MismatchError: They differ; or both ranks only send to each other, or only receive, and are bound to.
+            MismatchError: They differ; or both ranks only send to each other, or only receive, and
+                are bound to.
             CollectiveError: The group broke.
         """
         theirs, alike = self._compare(peer, signature, deadline, lane, bound, order)
@@ -280,7 +301,9 @@ class Pairs:
         working: Callable[[float], contextlib.AbstractContextManager[None]],
         order: int = 0,
     ) -> bool:
-        """Start and finish an exchange of a lane, while other threads do with other lanes and nothing else.
+        """Start and finish an exchange of a lane, while other threads do with other lanes.
+
+        Nothing else may be called meanwhile.
 
         Raises:
             CollectiveError: As ``finish``.
@@ -292,6 +315,7 @@ class Pairs:
             lambda: self.start(peer, signature, deadline, b"", lane, order=order),
             lambda _: self._compare(peer, signature, deadline, lane, False, order),
         )
+
         if theirs is not None:
             said, heard = self._take_part(
                 (peer, lane, PAIR_TEXT),
@@ -301,6 +325,7 @@ class Pairs:
                 lambda said: (said, self._hear(peer, deadline, lane, lane)),
             )
             self._raise_mismatch(peer, said, heard, False)
+
         return alike
 
     def _take_part(
@@ -311,10 +336,14 @@ class Pairs:
         begin: Callable[[], _Begun],
         end: Callable[[_Begun], _Ended],
     ) -> _Ended:
-        """Begin, wait for a frame or the deadline, and end, all in working the links for every thread that waits."""
+        """Begin, wait for a frame or the deadline, and end.
+
+        Does so while working the links for every thread that waits.
+        """
         begun: list[_Begun] = []
         connections = self._detector.connections
         self._lead()
+
         while True:
             try:
                 with working(deadline):
@@ -345,7 +374,10 @@ class Pairs:
             self._changed.notify_all()
 
     def _follow(self, me: Awaited, deadline: float) -> None:
-        """Wait until there is something to do on the links: for this thread, or for none of those that wait."""
+        """Wait until there is something to do on the links.
+
+        That is for this thread, or for none of those that wait.
+        """
 
         def turn_has_come() -> bool:
             if self._led or self._newcomers:
@@ -362,6 +394,7 @@ class Pairs:
                 self._led = self._led or came
             finally:
                 self._followers.discard(me)
+
         if not came:
             self._lead()
 
@@ -395,15 +428,20 @@ class Pairs:
     def _compare(
         self, peer: int, signature: bytes, deadline: float, lane: int, bound: bool, order: int
     ) -> tuple[int | None, bool]:
-        """Wait for the other rank's half; return None if it is the same, else its lane; and whether the order is."""
+        """Wait for the other rank's half, and compare it.
+
+        Returns None if it is the same, else its lane; and whether the order is the same.
+        """
         detector = self._detector
         key = pair_key(peer, lane)
         count = self._finished.get(key, 0) + 1
         frame = pack(PAIR, BOUND if bound else 0, count, signature, lane=lane, order=order)
+
         awaited_peers = detector.partner(peer, lane)
         link = detector.connections.links.get(peer) or detector.await_link(
             peer, deadline, awaited_peers
         )
+
         if not read_same(link, frame, PAIR):
             came = detector.receive_of(
                 link, PAIR, deadline, awaited_peers, lambda inbox: _in_lane(inbox, lane, bound)
@@ -414,6 +452,7 @@ class Pairs:
             found = _difference(_flagged(came[0], 0), _flagged(frame, 0))
             self._finished[key] = count
             return (lane, False) if found & DIFFERS else (None, not found)
+
         self._finished[key] = count
         return None, True
 
@@ -455,7 +494,10 @@ _CROSSED: Final = (
 
 
 def _in_lane(inbox: Collection[Frame], lane: int, bound: bool) -> Frame | None:
-    """Return the first frame of a lane; for a rank that is bound to its own also the peer's, bound to another."""
+    """Return the first frame of a lane.
+
+    For a rank that is bound to its own lane, return also the peer's that is bound to another.
+    """
     frames = list(inbox)
     found = next((frame for frame in frames if lane_of(frame) == lane), None)
     if found is None and bound:
@@ -464,10 +506,10 @@ def _in_lane(inbox: Collection[Frame], lane: int, bound: bool) -> Frame | None:
 
 
 def read_same(link: Link, frame: bytes, kind: int) -> bool:
-    """Return whether the next frame of a link, read at once or within a short slice, is ``frame`` and the last so far.
+    """Return whether the next frame of a link is ``frame``, and the last so far.
 
-    Anything else that comes goes to the inbox. A frame that the other side has followed up with the news that it
-    gave up is no agreement.
+    It is read at once or within a short slice. Anything else that comes goes to the inbox. A frame
+    that the other side has followed up with the news that it gave up is no agreement.
     """
     data = _read(link, kind, READ_NBYTES)
     if data == frame:
@@ -477,7 +519,10 @@ def read_same(link: Link, frame: bytes, kind: int) -> bool:
 
 
 def read_alike(link: Link, head: bytes, nbytes: int, kind: int) -> bytes | None:
-    """Return what follows the head of such a frame of ``nbytes`` in all; else None, as ``read_same``."""
+    """Return what follows the head of such a frame of ``nbytes`` in all, else None.
+
+    It is read as in ``read_same``.
+    """
     data = _read(link, kind, nbytes + 1)
     if data is not None and len(data) == nbytes and data.startswith(head):
         return data[HEAD_NBYTES:]
@@ -486,7 +531,10 @@ def read_alike(link: Link, head: bytes, nbytes: int, kind: int) -> bytes | None:
 
 
 def _read(link: Link, kind: int, nbytes: int) -> bytes | None:
-    """Return what comes at once or within a short slice where a frame begins, None if nothing does."""
+    """Return what comes at once or within a short slice where a frame begins.
+
+    Returns None if nothing comes.
+    """
     if link.inbox[kind] or not link.clean:
         return None
     try:
@@ -509,7 +557,10 @@ def _flagged(frame: bytes, flags: int) -> bytes:
 
 
 def _difference(came: bytes, frame: bytes) -> int:
-    """Return how a head differs from this one, which has no flags: 0, or DIFFERS, or UNLIKE by the order alone."""
+    """Return how a head differs from this one, which has no flags.
+
+    Returns 0, or DIFFERS, or UNLIKE if they differ by the order alone.
+    """
     theirs, own = HEAD.unpack(came), HEAD.unpack(frame)
     if theirs[0] != own[0] or theirs[2:6] != own[2:6]:
         return DIFFERS

@@ -1,4 +1,6 @@
-"""The engine: runs the calls of one group in order; agreement first, then the payload, then the verdict.
+"""The engine: runs the calls of one group in order.
+
+Agreement comes first, then the payload, then the verdict.
 
 call        one checked call, as an object
 agreement   how the ranks of a call agree: a class a mode

@@ -1,6 +1,7 @@
 """How the ranks of a call agree before its payload moves: a class a mode.
 
-All ranks of a group are in one mode. ``Agreement`` itself is that of a group of one rank, which agrees with nobody.
+All ranks of a group are in one mode. ``Agreement`` itself is the mode of a group of one rank, which
+agrees with nobody.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ class Agreement:
         self.sequence = 0
 
     def begin(self, call: Call, deadline: float) -> Callable[[], None] | None:
-        """Let the ranks concerned agree on a call; returns once they have all arrived, with its results allocated.
+        """Let the ranks concerned agree on a call.
 
-        A backend that agrees by itself does both later, when the payload is moved. ``end`` must follow, whatever
-        happens, unless it returns NESTED.
+        Returns once they have all arrived, with its results allocated. A backend that agrees by
+        itself does both later, when the payload is moved. ``end`` must follow, whatever happens,
+        unless it returns NESTED.
 
         Returns:
-            None where the payload is to be moved; else what combines a payload that has come with the agreement, or
-            NESTED.
+            None where the payload is to be moved; else what combines a payload that has come with
+            the agreement, or NESTED.
 
         Raises:
             MismatchError: On every rank; no data was changed.
@@ -53,7 +55,10 @@ class Agreement:
         """Note that the call is over."""
 
     def begin_beside(self, call: Call, transfer: Transfer, deadline: float) -> None:
-        """Let two ranks agree on a transfer beside other threads'; ``end_beside`` must follow, whatever happens."""
+        """Let two ranks agree on a transfer beside other threads' transfers.
+
+        ``end_beside`` must follow, whatever happens.
+        """
         transfer.buffers.allocate_result()
 
     def end_beside(self, transfer: Transfer) -> None:
@@ -69,7 +74,10 @@ class Agreement:
         """Agree on transfers on the control plane; see ``ExchangedAgreement``."""
 
     def transfers(self, source: int, destination: int) -> int:
-        """Return how many transfers this rank has begun from one rank to another, of which it is one."""
+        """Return how many transfers this rank has begun from one rank to another.
+
+        This rank is one of the two.
+        """
         return 0
 
     def collectives(self, in_one: bool) -> int:
@@ -96,7 +104,10 @@ class Agreement:
         return False
 
     def is_pending(self) -> bool:
-        """Return whether this thread is between the two steps of a fast call, or was interrupted there."""
+        """Return whether this thread is between the two steps of a fast call.
+
+        True also if it was interrupted there.
+        """
         return False
 
     def is_in_call(self) -> bool:
@@ -111,7 +122,10 @@ class Agreement:
         """Forget a fast call that was interrupted between its steps."""
 
     def propagate_failure(self, error: CollectiveError) -> None:
-        """Let the call of every rank that waits end with an error, and the group be broken for it."""
+        """Let the call of every rank that waits end with an error.
+
+        The group is broken for that rank.
+        """
 
 
 class ExchangedAgreement(Agreement):
@@ -123,7 +137,8 @@ class ExchangedAgreement(Agreement):
         Args:
             rank: This rank.
             control: Their control plane.
-            before_payloads: Whether they agree on calls with a payload too, not only on those without.
+            before_payloads: Whether they agree on calls with a payload too, not only on those
+                without.
         """
         super().__init__(rank)
         self._control = control
@@ -180,8 +195,8 @@ class ExchangedAgreement(Agreement):
     ) -> None:
         """Start all agreements before waiting for one; both ends of a pair take them in one order.
 
-        Where one of two transfers is agreed and the other is not, the agreed one is made, because its other end
-        goes on with it; then the mismatch is raised.
+        Where one of two transfers is agreed and the other is not, the agreed one is made, because
+        its other end goes on with it. Then the mismatch is raised.
         """
         control = self._control
         peers = [self.peer(transfer) for transfer in transfers]
@@ -207,6 +222,7 @@ class ExchangedAgreement(Agreement):
                 if control.broken is not None:
                     raise  # the ranks wait for each other: no end of a pair goes on
                 mismatch = error
+
         if mismatch is not None:
             for transfer in agreed:
                 make_alone(transfer)
@@ -251,10 +267,12 @@ class PiggybackedAgreement(ExchangedAgreement):
                 allocates = True
             if buffers.staged:
                 buffers.load()
+
         views, op = call.arguments
         contributions = control.agree_and_gather(
             call.signature(sequence), backend.pack(views), lambda: call.describe(sequence), deadline
         )
+
         if allocates:
             call.allocate_result()
         return functools.partial(backend.unpack, views, op, contributions)
@@ -263,8 +281,8 @@ class PiggybackedAgreement(ExchangedAgreement):
 class BackendAgreement(ExchangedAgreement):
     """The backend compares signatures itself, while the ranks arrive with their payload.
 
-    What moves on the control plane is agreed through the backend as well, so that it meets every other call. Fast calls
-    are counted by the backend alone.
+    What moves on the control plane is agreed through the backend as well, so that it meets every
+    other call. Fast calls are counted by the backend alone.
     """
 
     def __init__(
@@ -299,12 +317,14 @@ class BackendAgreement(ExchangedAgreement):
             raise GroupError(
                 f"{call.name}: {self._where}: a call was interrupted before it ended; make one at a time"
             )
+
         # lists, not generators, on paths that every call takes: a frame each
         allocates = any([buffers.allocates for buffers in call.buffers])  # noqa: C419
         allocate_result = call.allocate_result if allocates else None
         if call.transfers is None:
             self._set_signature(call, allocate_result, deadline)
             return None
+
         for transfer in call.transfers:
             peer, signature, describe = self.terms(transfer, call.fused)
             self._control.position(self.sequence, f"{call.name} with rank {peer}", None)
@@ -401,7 +421,10 @@ def agreement_of(
 
 
 def verdict(control: Control, operation: str, error: BaseException) -> CollectiveError:
-    """Return what a failure of a backend means for the group; asks the other ranks where it does not say."""
+    """Return what a failure of a backend means for the group.
+
+    Asks the other ranks where the failure does not say.
+    """
     if not is_from_handler(error):
         if isinstance(error, CollectiveError):
             return error

@@ -32,7 +32,10 @@ class Transfer(NamedTuple):
     move: Callable[[float], None]
 
     def signature(self, number: int, fused: bool) -> bytes:
-        """Return what must be equal on both ranks, packed; it is their transfer ``number`` in this direction."""
+        """Return what must be equal on both ranks, packed.
+
+        It is their transfer ``number`` in this direction.
+        """
         return _SIGNATURE.pack(
             number, CODES["transfer"], _NO_OP, self.source, fused, *self.buffers.compared()
         )
@@ -100,6 +103,7 @@ class Call:
         self.op = op
         self.root = root
         self.fused = fused
+
         self.buffers = buffers
         self.move = move
         self.arguments = arguments
@@ -112,7 +116,10 @@ class Call:
             buffers.allocate_result()
 
     def streams(self) -> set[int | None]:
-        """Return the streams that must come after the call, on a device; None among them for the host."""
+        """Return the streams that must come after the call, on a device.
+
+        None is among them for the host.
+        """
         return set().union(*(buffers.streams() for buffers in self.buffers))
 
     def signature(self, sequence: int) -> bytes:

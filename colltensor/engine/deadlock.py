@@ -1,10 +1,15 @@
-"""DeadlockDetector: ranks that wait for each other in a circle, so that none can go on, are told in a moment.
+"""DeadlockDetector: ends circles of ranks that wait for each other, so that none can go on.
 
-Two ranks that block in sends to each other are refused when they agree. Other circles show in no message: three ranks
-that all send to the next one, a send against a barrier, a call behind an asynchronous one that nobody takes. A rank
-whose transfer waits for longer than usual asks the others what they wait for, in a thread of its own. It follows the
-answers, and if they lead back to it, and are the same once more, the group is broken with MismatchError. Waits only
-count where the rank's only caller is blocked, so that nobody is left who could make the missing call.
+Two ranks that block in sends to each other are refused when they agree. Other circles show in no
+message. Three ranks may all send to the next one. A send may stand against a barrier, or a call
+behind an asynchronous one that nobody takes.
+
+A rank whose transfer waits for longer than usual asks the others what they wait for, in a thread of
+its own. It follows the answers. If they lead back to it, and are the same once more, the group is
+broken with MismatchError a moment later.
+
+Waits only count where the rank's only caller is blocked, so that nobody is left who could make the
+missing call.
 """
 
 from __future__ import annotations
@@ -35,8 +40,8 @@ class Waits(NamedTuple):
 
     Attributes:
         is_certain: Whether no other thread, and no done callback, may still make a call.
-        awaited: Which calls must be begun by the other ranks: source, destination and number of a transfer, or
-            COLLECTIVE and the number of a collective.
+        awaited: Which calls must be begun by the other ranks: source, destination and number of a
+            transfer, or COLLECTIVE and the number of a collective.
         begun: How many transfers it has begun of each source and destination, and of COLLECTIVE.
         queued: What it has issued but not begun.
     """
@@ -60,7 +65,10 @@ class Waits(NamedTuple):
         }
 
     def lacks(self, other: Waits, peer: int) -> bool:
-        """Return whether this rank waits for a call that ``other``, rank ``peer``, has neither begun nor issued."""
+        """Return whether this rank waits for a call that ``other`` has neither begun nor issued.
+
+        ``other`` is what rank ``peer`` said.
+        """
         begun = {(source, destination): count for source, destination, count in other.begun}
         for source, destination, count in self.awaited:
             lane = (source, destination)
@@ -112,10 +120,12 @@ class DeadlockDetector:
         self._waits = waits
         self._progress = progress
         self._end = end
+
         self.waiting_thread = 0
         self._seen: object = None
         self._pause_s = self._next_look = 0.0
         self._is_looking = self._has_warned = False
+
         control.answer_with(_QUESTION, self._answer)
         control.watch_waits(self._consider)
 
@@ -123,19 +133,25 @@ class DeadlockDetector:
         return json.dumps(self._waits()).encode()
 
     def _consider(self) -> None:
-        """Look, in a thread of its own, if this rank's call has waited for long; called while it waits."""
+        """Look, in a thread of its own, if this rank's call has waited for long.
+
+        Called while the call waits.
+        """
         self.waiting_thread = threading.get_ident()
         now, progress = time.monotonic(), self._progress()
         if progress != self._seen:
             self._seen, self._pause_s = progress, _FIRST_PAUSE_S
             self._next_look = now + self._pause_s
+
         if now < self._next_look or self._is_looking:
             return
         self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
         self._next_look = now + self._pause_s
+
         waits = self._waits()
         if waits is None or not waits.has_transfer():
             return  # every circle has a transfer, and the rank in that one looks
+
         self._is_looking = True
         try:
             threading.Thread(
@@ -148,13 +164,16 @@ class DeadlockDetector:
         try:
             deadline = time.monotonic() + _LOOK_S
             circle = self._circle(deadline)
+
             # The lowest rank with a transfer tells all, so that all raise the same error.
             if not circle or self._rank != min(
                 rank for rank in circle if circle[rank].has_transfer()
             ):
                 return
+
             if any(self._ask(rank) != waits for rank, waits in circle.items()):
                 return  # one of them has gone on
+
             facts = _describe(circle)
             if all(waits.is_certain for waits in circle.values()):
                 where = f"group '{self._name}' (rank {self._rank})"
@@ -171,15 +190,20 @@ class DeadlockDetector:
             self._is_looking = False
 
     def _circle(self, deadline: float) -> dict[int, Waits]:
-        """Return the ranks that wait for this one and for which it waits, over whichever others; with their waits."""
+        """Return the ranks that wait for this one and for which it waits, with their waits.
+
+        They may do so by way of any other ranks.
+        """
         known: dict[int, Waits | None] = {self._rank: self._waits()}
         lacking: dict[int, set[int]] = {}
         frontier = [self._rank]
+
         while frontier and time.monotonic() < deadline:
             rank = frontier.pop()
             waits = known[rank]
             if waits is None:
                 continue
+
             for peer in sorted(waits.peers(rank, self._control.world_size)):
                 if peer not in known:
                     known[peer] = self._ask(peer)
@@ -187,6 +211,7 @@ class DeadlockDetector:
                 theirs = known[peer]
                 if theirs is not None and waits.lacks(theirs, peer):
                     lacking.setdefault(rank, set()).add(peer)
+
         ahead = _reached(self._rank, lacking)
         return {
             rank: waits
@@ -224,8 +249,9 @@ def _reached(start: int, lacking: dict[int, set[int]]) -> set[int]:
 
 
 def is_only_caller(thread: int = 0) -> bool:
-    """Return whether no other thread makes calls: it is the main one, or there is no other but the package's.
+    """Return whether no other thread makes calls.
 
+    That is so if the thread that waits is the main one, or if all other threads are the package's.
     Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
 
     Args:

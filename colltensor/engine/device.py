@@ -1,4 +1,7 @@
-"""Calls that are queued on a device: the caller goes on, and the device, or the host, waits later."""
+"""Calls that are queued on a device.
+
+The caller goes on, and the device, or the host, waits later.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,7 @@ class DeviceCalls(Breakable):
         """Queue a call on a device, in this thread unless others are before it."""
         if self.broken is not None:
             raise self._refusal(call.name)
+
         if not async_op and self.queue.enter():
             try:
                 pending = self._launch(call, device, False)
@@ -57,15 +61,18 @@ class DeviceCalls(Breakable):
                 self.queue.pass_on()
             pending.order(call.streams())
             return call.result()
+
         work = QueuedWork(
             call.name,
             lambda: self._launch_queued(call, device, async_op),
             call.streams,
             call.result,
         )
+
         if not async_op or not self.queue.enter():
             work.postpone()
             return self.queue.put(work) if async_op else self.queue.run(work)
+
         try:
             work.queue_here()
         finally:
@@ -81,10 +88,12 @@ class DeviceCalls(Breakable):
     def _launch(self, call: Call, device: QueueingBackend, apart: bool) -> PendingOperation:
         if self.broken is not None:
             raise self._refusal(call.name)
+
         deadline = time.monotonic() + self.timeout_s
         peers = None
         if call.transfers is not None:
             peers = [self._agreement.peer(transfer) for transfer in call.transfers]
+
         try:
             if self._control is not None and self.check_device:
                 views = [view for buffers in call.buffers for view in buffers.views]
@@ -101,9 +110,13 @@ class DeviceCalls(Breakable):
             raise
 
     def allreduce_at_once(self, buffers: Buffers, op: ReduceOp) -> bool:
-        """Queue an allreduce of one tensor on a device with as little as it takes; False if it needs ``run``."""
+        """Queue an allreduce of one tensor on a device with as little as it takes.
+
+        Returns False if the call needs ``run``.
+        """
         if self.before is not None:
             self.before()
+
         device = self.device
         if (
             device is None
@@ -115,6 +128,7 @@ class DeviceCalls(Breakable):
             or not self.queue.enter()
         ):
             return False
+
         try:
             pending = device.allreduce_at_once(buffers.views[0], op)
             if pending is not None:
@@ -125,6 +139,7 @@ class DeviceCalls(Breakable):
         finally:
             self.queue.turn.release()
             self.queue.pass_on()
+
         if pending is None:
             return False
         pending.order(buffers.streams())
@@ -133,7 +148,10 @@ class DeviceCalls(Breakable):
     def _agree_on_device(
         self, call: Call, device: QueueingBackend, control: Control, deadline: float
     ) -> None:
-        """Let the ranks agree on a call before it is queued; counted apart from the calls of host tensors."""
+        """Let the ranks agree on a call before it is queued.
+
+        It is counted apart from the calls of host tensors.
+        """
         if call.transfers is not None:
             make_alone = functools.partial(_queue_alone, self._agreement, device, call, deadline)
             self._agreement.agree_on_transfers(call, call.transfers, deadline, make_alone)
@@ -163,6 +181,7 @@ def _queue_on(
         else [view for buffers in arguments for view in buffers.views]
     )
     stages = any(buffers.staged for buffers in arguments)
+
     try:
         pending = device.begin(call.name, views, peers, apart, call, stages, deadline)
         for buffers in arguments:

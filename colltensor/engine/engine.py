@@ -29,7 +29,10 @@ _PACKAGE: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class Engine(DeviceCalls):
-    """Runs one group's calls. Any thread may submit; calls run one at a time in the order of issue."""
+    """Runs one group's calls, one at a time in the order of issue.
+
+    Any thread may submit calls.
+    """
 
     def __init__(
         self, name: str, rank: int, control: Control | None, backend: Backend, timeout_s: float
@@ -58,9 +61,11 @@ class Engine(DeviceCalls):
         """
         if self.before is not None:
             self.before()
+
         device, queue = self.device, self.queue
         if device is not None and call.buffers and is_on(device, call.buffers[0]):
             return self._run_on_device(call, device, async_op)
+
         # one rank: nobody to agree with or to notify
         if self._alone and not async_op and queue.enter():
             try:
@@ -74,13 +79,15 @@ class Engine(DeviceCalls):
             finally:
                 queue.turn.release()
                 queue.pass_on()
+
         return self._submit(call, async_op)
 
     def refuse(self, name: str, root: int, argument: Buffers | None, error: BaseException) -> None:
-        """Notify the other ranks that this one refuses its part of a call, over which theirs then end in MismatchError.
+        """Notify the other ranks that this one refuses its part of a call.
 
-        For what this rank alone can get wrong, by its role in the call. Waits for nobody: it is a call in the
-        background, and what this rank calls next comes after it.
+        Their calls then end in MismatchError. It is for what this rank alone can get wrong, by its
+        role in the call. Waits for nobody: it is a call in the background, and what this rank calls
+        next comes after it.
 
         Args:
             name: The operation.
@@ -91,10 +98,13 @@ class Engine(DeviceCalls):
         device = self.device
         if self._control is None or self.broken is not None:
             return
+
         if device is not None and argument is not None and is_on(device, argument):
             return  # there the ranks need not agree
+
         if self.before is not None:
             self.before()
+
         try:
             self.queue.put(self._work(Refusal(name, root, error)))
         except RuntimeError as no_thread:
@@ -121,7 +131,10 @@ class Engine(DeviceCalls):
             queue.pass_on()
 
     def _work(self, call: Call) -> Work:
-        """Return the handle of a call that waits for its turn, which transfers with other peers or directions share."""
+        """Return the handle of a call that waits for its turn.
+
+        Transfers with other peers or directions share the turn.
+        """
         transfers = call.transfers
         if not self._crosses or transfers is None or len(transfers) != 1 or self._alone:
             return Work(call.name, lambda: self._execute_queued(call))
@@ -137,10 +150,12 @@ class Engine(DeviceCalls):
     def _execute(self, call: Call) -> Any:
         if self.broken is not None:
             raise self._refusal(call.name)
+
         deadline = time.monotonic() + self.timeout_s
         agreement = self._agreement
         combine: Callable[[], None] | None = None
         outer, self._running = self._running, call
+
         try:
             combine = agreement.begin(call, deadline)
             if combine is None:
@@ -150,6 +165,7 @@ class Engine(DeviceCalls):
                 call.move(*call.arguments, deadline)
             else:
                 combine()
+
             if combine is not NESTED:
                 for buffers in call.buffers:
                     buffers.store()
@@ -158,8 +174,10 @@ class Engine(DeviceCalls):
             raise
         finally:
             self._running = outer
+            # A nested call was refused before it took the agreement's turn.
             if combine is not NESTED:
                 agreement.end()
+
         if combine is NESTED:
             raise nested(call.name, self._name)
         return call.result()
@@ -191,7 +209,10 @@ class Engine(DeviceCalls):
         self._break(call.name, error, call)
 
     def _waits(self) -> Waits | None:
-        """Return what keeps this rank's caller from going on, of calls of host tensors; in any thread."""
+        """Return what keeps this rank's caller from going on, in calls of host tensors.
+
+        It may be asked in any thread.
+        """
         assert self._control is not None
         agreement, queue, rank = self._agreement, self.queue, self._rank
         blocking, call = queue.blocking(), self._running
@@ -234,20 +255,29 @@ class Engine(DeviceCalls):
         )
 
     def _end_deadlock(self, error: MismatchError) -> None:
-        """Break the group because of ranks that wait for each other; the calls that wait raise the error."""
+        """Break the group because of ranks that wait for each other.
+
+        The calls that wait raise the error.
+        """
         assert self._control is not None
         self._control.fail(error, raises=False)
         self._agreement.propagate_failure(error)
 
     def progress(self) -> tuple[int, ...] | None:
-        """Return None while no call of host tensors runs or waits, else what changes from call to call."""
+        """Return None while no call of host tensors runs or waits.
+
+        Otherwise return what changes from call to call.
+        """
         fast = self._agreement.progress()
         if fast < 0 and not self.queue.is_busy():
             return None
         return fast, self._agreement.sequence, 0 if self._control is None else self._control.pairs()
 
     def close(self, how: str) -> None:
-        """Fail what waits and drop everything; a call that runs in another thread ends with an error that says how."""
+        """Fail what waits and drop everything.
+
+        A call that runs in another thread ends with an error that says how.
+        """
         gone = GroupError(f"group '{self._name}' (rank {self._rank}) {how}")
         self._alone = False
         leaves = self.broken is None and self._agreement.is_in_call()
@@ -264,12 +294,15 @@ class Engine(DeviceCalls):
         self._kept.clear()
 
     def _is_in_fast_call(self) -> bool:
-        """Return whether this thread is in a call that took no turn of the queue's, and that will go on."""
+        """Return whether this thread is in a call that took no turn of the queue and will go on."""
         agreement = self._agreement
         return agreement.is_inside() or (agreement.is_pending() and self._has_call_above())
 
     def _has_call_above(self) -> bool:
-        """Return whether a call of the group is further up the stack, beyond what has called this one."""
+        """Return whether a call of the group is further up the stack.
+
+        The package's frames that have called this one do not count.
+        """
         frame: FrameType | None = sys._getframe()
         while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
             frame = frame.f_back
@@ -295,7 +328,10 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _disown() -> None:
-    """Refuse the parent's groups in a forked child, which shares their sockets and must not use them."""
+    """Refuse the parent's groups in a forked child.
+
+    The child shares their sockets and must not use them.
+    """
     for engine in _engines:
         engine._alone = False
         engine.queue.disown()

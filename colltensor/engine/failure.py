@@ -46,7 +46,10 @@ class Breakable:
             raise self._refusal(name)
 
     def check_issued(self, name: str) -> None:
-        """Raise what a call fails with that was issued before the group broke, or was destroyed, if it is."""
+        """Raise what a call fails with that was issued before the group broke or was destroyed.
+
+        Returns if the group is whole.
+        """
         if self.broken is not None:
             raise self._consequence(name)
 
@@ -59,14 +62,20 @@ class Breakable:
         raise found from error
 
     def device_failed(self, error: CollectiveError) -> None:
-        """Break the group over what went wrong on a device after a call had returned; the next call raises it."""
+        """Break the group over what went wrong on a device after a call had returned.
+
+        The next call raises it.
+        """
         if self.broken is None:
             self.broken, self._unraised = without_frames(error), error
             _log.info("group %r (rank %d): broken: %s", self._name, self._rank, error)
         self._agreement.propagate_failure(error)
 
     def _refusal(self, name: str) -> CollectiveError:
-        """Return what a call on a broken group raises: once what has broken it, if no call has raised that."""
+        """Return what a call on a broken group raises.
+
+        The first time it is the error that has broken the group, if no call has raised that.
+        """
         unraised, self._unraised = self._unraised, None
         if unraised is not None:
             return unraised
@@ -78,7 +87,10 @@ class Breakable:
         return error
 
     def _consequence(self, name: str) -> CollectiveError:
-        """Return what a call fails with that was issued before the group broke: the same class, with the same ranks."""
+        """Return what a call fails with that was issued before the group broke.
+
+        It has the same class, with the same ranks.
+        """
         lost = None
         if self._unraised is None:
             lost = consequence(name, self._name, self._rank, self.broken)
@@ -87,7 +99,8 @@ class Breakable:
     def _break(self, name: str, error: BaseException, kept: object) -> None:
         """Break the group over ``error``; raises what the caller gets unless it is that.
 
-        ``kept`` stays until the group is destroyed: a provider may still write to the memory of a call that failed.
+        ``kept`` stays until the group is destroyed: a provider may still write to the memory of a
+        call that failed.
         """
         self._kept.append(kept)
         found = self._verdict(name, error)

@@ -1,7 +1,7 @@
 """What ``init_method`` may say, and the directory that each spelling means.
 
-Imports errors and the meeting's own modules only. Ray's and torch's directories belong to the packages of these
-frameworks and are imported by name when they are needed.
+Imports errors and the meeting's own modules only. Ray's and torch's directories belong to the
+packages of these frameworks and are imported by name when they are needed.
 """
 
 from __future__ import annotations
@@ -31,29 +31,34 @@ def open_directory(
     """Return the directory that ``init_method`` names, and this process's rank and the world size.
 
     Args:
-        init_method: ``"env://"`` reads MASTER_ADDR and MASTER_PORT, as torchrun sets them; ``"tcp://host:port"``
-            is where rank 0 listens; ``"file:///path"`` is a file or folder that all ranks can reach, in a folder of
-            this user's or root's; None is Ray inside a Ray worker and ``"env://"`` elsewhere.
+        init_method: ``"env://"`` reads MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+            ``"tcp://host:port"`` is where rank 0 listens. ``"file:///path"`` is a file or folder
+            that all ranks can reach, in a folder of this user's or root's. None is Ray inside a Ray
+            worker and ``"env://"`` elsewhere.
 
-            With ``env://`` and ``tcp://`` anybody who reaches rank 0's port can take a rank's place, unless the
-            variable COLLTENSOR_SECRET, or the file that COLLTENSOR_SECRET_FILE names, holds a secret on all ranks;
-            rank 0 warns of it where they meet on more than the loopback. A rank with another secret hears so at once;
-            the others do too if it is of their user and on rank 0's host, and else, since a stranger may not end a
-            meeting, with the timeout.
+            With ``env://`` and ``tcp://`` anybody who reaches rank 0's port can take a rank's
+            place, unless all ranks hold a secret. The variable COLLTENSOR_SECRET gives it, or the
+            file that COLLTENSOR_SECRET_FILE names. Rank 0 warns where ranks without one meet on
+            more than the loopback.
 
-            Where rank 0 cannot write its file the ranks of its host hear so at once; those of other hosts, which share
-            nothing else with it, wait until the timeout.
+            A rank with another secret hears so at once. The other ranks do too if it is of their
+            user and on rank 0's host. Otherwise they hear so with the timeout, since a stranger may
+            not end a meeting.
+
+            Where rank 0 cannot write its file the ranks of its host hear so at once. Those of other
+            hosts, which share nothing else with it, wait until the timeout.
         rank: This process's rank; None reads RANK, with ``env://`` only.
         world_size: How many ranks there are; None reads WORLD_SIZE, with ``env://`` only.
         secret: In place of the one that the environment gives.
 
     Raises:
-        OptionError: The method is misspelt, the secret cannot be read, a variable of the environment is missing or
-            contradicts an argument.
+        OptionError: The method is misspelt, the secret cannot be read, or a variable of the
+            environment is missing or contradicts an argument.
         RankError: The rank is outside ``range(world_size)``.
     """
     if init_method is not None and not isinstance(init_method, str):
         raise OptionError(f"init_method must be {_SPELLINGS}, got {init_method!r}")
+
     from_environment = init_method == "env://" or (init_method is None and not _inside_ray())
     if from_environment:
         rank, world_size = _environment_ranks(rank, world_size)
@@ -62,7 +67,9 @@ def open_directory(
         raise OptionError(
             f"{name} must be given with init_method={init_method!r}; only 'env://' reads it by itself"
         )
+
     rank, world_size = checked_rank(rank, world_size)
+
     if from_environment:
         return _environment_directory(world_size, secret), rank, world_size
     if init_method is None:
@@ -126,12 +133,14 @@ def _environment_directory(world_size: int, secret: bytes | None) -> Directory:
 def _environment_ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Return rank and world size, from the environment where they are not given.
 
-    Both may be given, for a group of some of the processes; one alone must be what the environment says.
+    Both may be given, for a group of some of the processes. One alone must be what the environment
+    says.
     """
     size_said = (
         _number("WORLD_SIZE") if world_size is None else _number("WORLD_SIZE", required=False)
     )
     rank_said = _number("RANK") if rank is None else _number("RANK", required=False)
+
     is_alone = rank is None or world_size is None
     for name, given, said in (("rank", rank, rank_said), ("world_size", world_size, size_said)):
         if is_alone and given is not None and said is not None and given != said:
@@ -139,11 +148,13 @@ def _environment_ranks(rank: int | None, world_size: int | None) -> tuple[int, i
                 f"{name}={given!r} contradicts the environment's {name.upper()}={said}; leave it out, or give rank and "
                 f"world_size both, for a group of some of the processes"
             )
+
     if isinstance(world_size, int) and size_said is not None and world_size > size_said:
         raise OptionError(
             f"world_size={world_size} contradicts the environment's WORLD_SIZE={size_said}: there are not so many "
             f"processes; with init_method='file:///...' or 'tcp://...' the environment is not read"
         )
+
     number = rank if rank is not None else rank_said
     size = world_size if world_size is not None else size_said
     return cast("int", number), cast("int", size)

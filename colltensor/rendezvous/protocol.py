@@ -1,11 +1,12 @@
-"""The protocol by which ranks meet, whatever carries their bytes: who is there, and where each one listens.
+"""The protocol by which ranks meet, whatever carries their bytes.
 
-A meeting has two rounds, in each of which every rank says something, and all get what comes of it (``Exchange``). In
-the first the ranks say who they are, in the second where they listen. The carrier is TCP through rank 0 (``tcp``), a
-group that is split, torch.distributed's store, or the driver of Ray's actors.
+It says who is there, and where each one listens. A meeting has two rounds, in each of which every
+rank says something, and all get what comes of it (``Exchange``). In the first the ranks say who
+they are, in the second where they listen. The carrier is TCP through rank 0 (``tcp``), a group that
+is split, torch.distributed's store, or the driver of Ray's actors.
 
-The bytes are JSON. They are checked field by field and refused as FrameError: at a port without a secret anybody may
-have sent them.
+The bytes are JSON. They are checked field by field and refused as FrameError: at a port without a
+secret anybody may have sent them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from colltensor.rendezvous.secret import MISTAKE, derived, proof
 
 Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
 Exchange: TypeAlias = Callable[[bytes, Combine], bytes]
-"""Hands over this rank's bytes and returns what the function makes of every rank's, on this rank or another."""
+"""Hands over this rank's bytes and returns what the function makes of every rank's.
+
+The function is called on this rank or on another.
+"""
 
 _MAGIC = b"colltensor endpoint 1\n"
 _ERROR = b'{"error":'
@@ -78,7 +82,8 @@ class JoinRequest:
         who: Its process, for messages.
         age_s: For how long it has been trying, in seconds.
         patience_s: For how long it will go on.
-        refusal: Why it will not be in the group, as an encoded error; empty for a rank that means to be.
+        refusal: Why it will not be in the group, as an encoded error; empty for a rank that means
+            to be.
         nonce: Random digits; rank 0's become the group's generation and secret.
         proof: Shows that it was given the secret that the others have.
     """
@@ -111,6 +116,8 @@ class JoinRequest:
         fields = unpack(payload, rank=int, world_size=int, group_name=str, backend=str, host_id=str,
                         address=(str, type(None)), seen_from=str, who=str, age_s=float, patience_s=float,
                         refusal=str, nonce=str, proof=str)  # fmt: skip
+
+        # Anybody may have sent these fields, so each must be one that the later steps can use.
         try:
             if fields["seen_from"]:
                 net.is_loopback(fields["seen_from"])
@@ -122,6 +129,7 @@ class JoinRequest:
             request = cls(**fields)
         except (OverflowError, TypeError, ValueError) as error:
             raise FrameError(f"malformed request: {error}") from error
+
         if request.refusal:
             decode_error(request.refusal.encode(errors="replace"))
         return request
@@ -215,13 +223,13 @@ class Meeting:
 class Introduction:
     """One rank's part of a meeting.
 
-    ``first()`` gives its bytes of round one, ``second(agreed)`` those of round two, ``finish(table)`` the meeting;
-    ``agree`` and ``tabulate`` combine what the ranks say in a round, on every rank or on one for all. An error of one
-    rank travels in its bytes, so that every rank raises it, and none waits. Who gives up in between calls
-    ``abandon()``.
+    ``first()`` gives its bytes of round one, ``second(agreed)`` those of round two,
+    ``finish(table)`` the meeting. ``agree`` and ``tabulate`` combine what the ranks say in a round,
+    on every rank or on one for all. An error of one rank travels in its bytes, so that every rank
+    raises it, and none waits. Who gives up in between calls ``abandon()``.
 
-    The payloads carry the group's secret: the channel must be one that only the ranks can read, or the ranks must have
-    been given a secret that is not in it.
+    The payloads carry the group's secret. So only the ranks may read the channel, or the ranks must
+    have been given a secret that is not in it.
 
     Attributes:
         request: What this rank says of itself; None where it has no rank or no name to say.
@@ -247,22 +255,28 @@ class Introduction:
             group_name: The group's name, the same on every rank.
             world_size: How many ranks there are, the same on every rank.
             rank: This process's rank.
-            interface: The network interface (its name or address) on which this rank is to be reached; by default
-                the loopback within one host, and else the one that reaches the others.
-            backend: The backend asked for, the same on every rank. Where one rank lacks it, only ranks that ask for it
-                too are told: the others may have met this rank's next attempt.
-            address: This host's address on the network that the hosts share, for ranks on several hosts and no
-                ``interface``; by default the address of the default route.
+            interface: The network interface (its name or address) on which this rank is to be
+                reached. By default it is the loopback within one host, and else the one that
+                reaches the others.
+            backend: The backend asked for, the same on every rank. Where one rank lacks it, only
+                ranks that ask for it too are told: the others may have met this rank's next
+                attempt.
+            address: This host's address on the network that the hosts share, for ranks on several
+                hosts and no ``interface``. By default it is the address of the default route.
             host_id: Names this process's host in place of ``net.host_id()``.
             refusal: Why this rank will not be in the group, which every rank is to raise.
-            secret: What all ranks were given, where others can read the channel: the group's secret is derived from it.
+            secret: What all ranks were given, where others can read the channel: the group's secret
+                is derived from it.
         """
         self._secret = secret
         self._external = address
         self._listener: socket.socket | None = None
         self._agreed = b""
+
         self.request: JoinRequest | None = None
         self.error = refusal
+
+        # An error is kept and not raised: it travels in this rank's bytes, and all raise it.
         try:
             self._introduce(group_name, world_size, rank, interface, backend, host_id)
         except CollectiveError as error:
@@ -270,6 +284,7 @@ class Introduction:
         except OSError as error:
             remedy = remedy_for_system(error, "see that the network can be used")
             self.error = refusal or GroupError(f"the network cannot be used: {error}; {remedy}")
+
         if self.request is not None and self.error is not None:
             self.request = self.request.refusing(self.error)
 
@@ -282,8 +297,12 @@ class Introduction:
         backend: object,
         host_id: str | None,
     ) -> None:
-        """Check what this rank says of itself; what can be said of it all the same is in ``request``."""
+        """Check what this rank says of itself.
+
+        What can be said of it all the same is in ``request``.
+        """
         rank, world_size = checked_rank(rank, world_size)
+
         if (
             not isinstance(group_name, str)
             or not 0 < len(group_name.encode(errors="replace")) <= _NAME_LIMIT
@@ -293,11 +312,14 @@ class Introduction:
             )
         if group_name.encode(errors="replace").decode() != group_name:
             raise OptionError(f"group_name must be valid Unicode, got {group_name!r:.80}")
+
         nonce = secrets.token_bytes(_GENERATION_NBYTES + _SECRET_NBYTES)
         host = net.host_id() if host_id is None else host_id
         request = JoinRequest(rank, world_size, group_name, str(backend)[:_NAME_LIMIT], host, None, "", who_am_i(),
                               0.0, 0.0, "", nonce.hex(), proof(self._secret, nonce).hex())  # fmt: skip
         self.request = request
+
+        # From here on the other ranks can hear of an error, because there is a request.
         if request.backend != backend:
             raise OptionError(f"backend must be the name of a backend, got {backend!r:.80}")
         if interface is not None and self.error is None:
@@ -337,24 +359,31 @@ class Introduction:
             agreed: What ``agree`` returned.
 
         Raises:
-            CollectiveError: A rank's own error, or what the ranks disagree about; the same on every rank.
+            CollectiveError: A rank's own error, or what the ranks disagree about; the same on every
+                rank.
         """
         error = error_in(agreed)
         if error is not None or self.request is None:
             raise self._here(error or self.error or GroupError("this rank has nothing to say"))
+
         self._agreed, rank = agreed, self.request.rank
         places = unpack(agreed, places=list)["places"]
         address = str(places[rank]) or self._external or net.local_addresses()[0]
+
         try:
             self._listener = net.listen(address)
         except OSError as reason:
             remedy = remedy_for_system(reason, "choose with interface=")
             message = f"rank {rank}: cannot listen on {address} of {who_am_i()}: {reason}; {remedy}"
             return encode_error(OptionError(message))
+
         return pack({"rank": rank, "host": address, "port": self._listener.getsockname()[1]})
 
     def tabulate(self, payloads: Sequence[bytes]) -> bytes:
-        """Return the table of addresses from what the ranks said in the second round, or the error to raise."""
+        """Return the table of addresses from what the ranks said in the second round.
+
+        Returns the error to raise instead, if there is one.
+        """
         for payload in payloads:
             if error_in(payload) is not None:
                 return payload
@@ -376,13 +405,16 @@ class Introduction:
             error = error_in(table)
             if error is not None:
                 raise self._here(error)
+
             mine, listener = self.request, self._listener
             if mine is None or listener is None:
                 raise OptionError("finish() must follow first() and second()")
+
             agreed = unpack(self._agreed, nonce=str, hosts=list)
             addresses = unpack(table, addresses=list)["addresses"]
             nonce = bytes.fromhex(agreed["nonce"])
             said = len(self._agreed).to_bytes(8, "big") + self._agreed + table
+
             meeting = Meeting(
                 mine.rank,
                 mine.world_size,
@@ -393,6 +425,7 @@ class Introduction:
                 tuple(map(str, agreed["hosts"])),
                 listener,
             )
+
             undo.pop_all()
         return meeting
 
@@ -407,7 +440,7 @@ class Introduction:
         return error
 
     def _wrong_secret(self, requests: Iterable[JoinRequest]) -> CollectiveError | None:
-        """Return the error where ranks were given different secrets, as far as this one can tell."""
+        """Return the error where ranks were given different secrets, as far as this rank knows."""
         others = []
         for request in requests:
             expected = proof(self._secret, bytes.fromhex(request.nonce))
@@ -423,15 +456,17 @@ def meet_through(gather: Callable[[bytes], Sequence[bytes]], part: Introduction)
     """Bring the ranks of a new group together through an exchange of bytes that they have already.
 
     Args:
-        gather: Hands over this rank's bytes and returns every rank's, in one order on every rank. It is called twice,
-            bounds its own time, and must be one that only these ranks can read, but where they were given a secret.
+        gather: Hands over this rank's bytes and returns every rank's, in one order on every rank.
+            It is called twice and bounds its own time. Only these ranks may be able to read it,
+            unless they were given a secret.
         part: What this rank says of itself.
 
     Returns:
         What every rank knows. The caller owns its listener.
 
     Raises:
-        CollectiveError: An argument of any rank cannot be used, or the ranks disagree; the same on every rank.
+        CollectiveError: An argument of any rank cannot be used, or the ranks disagree. The same on
+            every rank.
     """
     return perform(lambda payload, combine: combine(gather(payload)), part)
 
@@ -442,7 +477,8 @@ def perform(exchange: Exchange, part: Introduction) -> Meeting:
     try:
         place = part.second(agreed)
     except CollectiveError as error:
-        # Everybody raises this; the second round is for those who only help with the exchange and count on two.
+        # Everybody raises this. The second round is for those who only help with the exchange and
+        # count on two.
         exchange(encode_error(error), part.tabulate)
         raise
     with contextlib.ExitStack() as undo:
@@ -460,9 +496,10 @@ def _wrong_number(requests: Sequence[JoinRequest]) -> CollectiveError | None:
 
 
 def _places(requests: Sequence[JoinRequest]) -> list[str]:
-    """Return where each rank is to listen: on the loopback within one host, else where the other hosts reach it.
+    """Return where each rank is to listen.
 
-    It is empty for a rank that is to find that out by itself.
+    That is on the loopback within one host, else where the other hosts reach it. It is empty for a
+    rank that is to find that out by itself.
     """
     first = requests[0]
     if len({request.host_id for request in requests}) == 1:
@@ -496,11 +533,13 @@ def checked_rank(rank: object, world_size: object) -> tuple[int, int]:
             f"world_size must be at most {_WORLD_LIMIT}, got {size}: rank 0 holds a connection to every rank while "
             f"they meet"
         )
+
     number = _integer(rank)
     if number is None or not 0 <= number < size:
         raise RankError(
             f"rank must be an integer from 0 to {size - 1} (world_size is {size}), got {rank!r}"
         )
+
     return number, size
 
 
@@ -528,8 +567,10 @@ def unpack(payload: bytes, **types: type | tuple[type, ...]) -> dict[str, Any]:
         fields = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise FrameError(f"expected JSON, got {payload[:32]!r}") from error
+
     if not isinstance(fields, dict):
         raise FrameError(f"expected a JSON object, got {payload[:32]!r}")
+
     for name, kind in types.items():
         if (
             name not in fields
@@ -537,6 +578,7 @@ def unpack(payload: bytes, **types: type | tuple[type, ...]) -> dict[str, Any]:
             or isinstance(fields[name], bool)
         ):
             raise FrameError(f"expected a field {name} of {kind}, got {str(fields.get(name))[:32]}")
+
     return {name: fields[name] for name in types}
 
 
@@ -579,6 +621,7 @@ def disagreement(requests: Sequence[JoinRequest]) -> CollectiveError | None:
                 f"the ranks disagree about {option}: {said}; pass the same {option} on every rank",
                 minority(values),
             )
+
     for rank, count in sorted(Counter(request.rank for request in requests).items()):
         if count > 1:
             return taken(rank, [request.who for request in requests if request.rank == rank])

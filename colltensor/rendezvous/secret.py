@@ -35,6 +35,7 @@ def given_secret() -> bytes:
     path = os.environ.get(FILE_VARIABLE, "")
     if not path:
         return secret
+
     in_file = _contents(path).strip()
     if not in_file:
         raise OptionError(f"{FILE_VARIABLE}: the file {path!r} is empty; write the secret into it")
@@ -42,17 +43,20 @@ def given_secret() -> bytes:
         raise OptionError(
             f"{VARIABLE} and {FILE_VARIABLE} give different secrets; unset one of them"
         )
+
     return in_file
 
 
 def derived(secret: bytes, public: bytes, said: bytes) -> bytes:
-    """Return the secret of one meeting, from what its ranks were given and what anybody may have read.
+    """Return the secret of one meeting.
+
+    It is derived from what its ranks were given and what anybody may have read.
 
     Args:
         secret: What the ranks were given; without it the second is all there is.
         public: Random bytes that one of them has written.
-        said: All else that was written: for ranks who read something else there, it is another secret. So nobody can
-            lead them elsewhere and pass their proofs on.
+        said: All else that was written. Ranks who read something else there get another secret. So
+            nobody can lead them elsewhere and pass their proofs on.
     """
     if not secret:
         return public
@@ -61,14 +65,19 @@ def derived(secret: bytes, public: bytes, said: bytes) -> bytes:
 
 
 def proof(secret: bytes, public: bytes) -> bytes:
-    """Return what shows to others with the same secret that one has it, and leads nobody else to it; empty without."""
+    """Return what shows to others with the same secret that one has it.
+
+    It leads nobody else to the secret. It is empty without one.
+    """
     return (
         hmac.new(secret, b"colltensor proof" + public, hashlib.sha256).digest() if secret else b""
     )
 
 
 def warn_of_strangers(host: str, group_name: str, rank: int) -> None:
-    """Warn, once a process and as rank 0, that ranks meet without a secret where other hosts may come.
+    """Warn, as rank 0, that ranks meet without a secret where other hosts may come.
+
+    Warns once a process.
 
     Args:
         host: Where they meet, a name or an address.
@@ -77,6 +86,7 @@ def warn_of_strangers(host: str, group_name: str, rank: int) -> None:
     """
     if rank != 0 or _is_loopback(host) or _warned.is_set():
         return
+
     _warned.set()
     _LOG.warning(
         "group %r (rank %d): the ranks meet at %s without a secret: whoever reaches that port can take a rank's place "
@@ -109,10 +119,12 @@ def _contents(path: str) -> bytes:
         raise OptionError(
             f"{FILE_VARIABLE}: the file {path!r} cannot be read: {error.strerror}"
         ) from error
+
     if not is_file:
         raise OptionError(
             f"{FILE_VARIABLE}: expected the name of a file, got {path!r}, which is something else"
         )
+
     if len(contents) > _LIMIT:
         raise OptionError(
             f"{FILE_VARIABLE}: expected a secret of at most {_LIMIT} bytes in {path!r}"

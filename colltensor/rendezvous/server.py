@@ -1,7 +1,8 @@
 """The port at which rank 0 receives the others; several meetings of one process may share it.
 
-A server listens, lets whoever speaks authenticate in a thread of its own (``Listener``), and hands the connection to
-the meeting of the group that was named. One who comes for a group that is not meeting (yet) is told to try again.
+A server listens and lets whoever speaks authenticate in a thread of its own (``Listener``). It
+hands the connection to the meeting of the group that was named. One who comes for a group that is
+not meeting (yet) is told to try again.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class RendezvousServer:
     Attributes:
         address: The address that it was opened for, and the port.
         secret: What those who come must know.
-        obstacle: What the system last refused this process while somebody came, and what to do; "" for nothing.
+        obstacle: What the system last refused this process while somebody came, and what to do.
+            Empty for nothing.
     """
 
     def __init__(self, listener: socket.socket, host: str, secret: bytes) -> None:
@@ -157,11 +159,17 @@ class RendezvousServer:
             return not self._meetings
 
     def stop(self) -> None:
-        """Stop listening; the port is free from here on, and the thread that waits in accept() ends."""
+        """Stop listening.
+
+        The port is free from here on, and the thread that waits in accept() ends.
+        """
         self._greeter.stop()
 
     def close(self) -> None:
-        """Close the descriptor, once no thread can use its number any more, which may soon be another's."""
+        """Close the descriptor, once no thread can use its number any more.
+
+        The number may soon be another descriptor's.
+        """
         try:
             self._greeter.join(_JOIN_S)
         finally:
@@ -215,7 +223,10 @@ class RendezvousServer:
         return False
 
     def _hear_stranger(self, sock: socket.socket) -> None:
-        """Let a meeting know of a process with another secret: what it says may be true, and counts if it is ours."""
+        """Let a meeting know of a process with another secret.
+
+        What that process says may be true, and counts if it is ours.
+        """
         kind, payload = net.recv_frame(sock, time.monotonic() + _STRANGER_S, net.UNPROVEN_LIMIT)
         if kind == Message.JOIN:
             request = JoinRequest.decode(payload)
@@ -241,7 +252,9 @@ _FINISHED: dict[str, tuple[float, int]] = {}
 def open_server(
     host: str, port: int, secret: bytes, group_name: str, meeting: JoinerQueue
 ) -> RendezvousServer:
-    """Return a server that serves the meeting; meetings at one given port of this process share theirs.
+    """Return a server that serves the meeting.
+
+    Meetings at one given port of this process share their server.
 
     Args:
         host: A literal address of this host; empty for all of them.
@@ -270,6 +283,7 @@ def open_server(
                 errno.EADDRINUSE,
                 "another meeting of this process has the port, with another secret",
             )
+
         server.add(group_name, meeting)
     return server
 
@@ -295,10 +309,10 @@ def remember(scope: str, group_name: str, world_size: int) -> None:
 
 
 def _left_over(scope: str, request: JoinRequest, now: float) -> CollectiveError | None:
-    """Refuse a process that was left out of the last meeting of this name because its rank was taken.
+    """Refuse a process that the last meeting of this name left out because its rank was taken.
 
-    It began to ask before that meeting was complete, whereas the rank it wants belonged to somebody else, whose
-    own next attempt can only begin later. Only lengths of time are compared, no two clocks.
+    It began to ask before that meeting was complete. The rank it wants belonged to somebody else,
+    whose own next attempt can only begin later. Only lengths of time are compared, no two clocks.
     """
     with _LOCK:
         when, world_size = (
@@ -313,7 +327,10 @@ def _left_over(scope: str, request: JoinRequest, now: float) -> CollectiveError 
 
 
 def _after_fork() -> None:
-    """Give up the parent's ports in a forked child; they would stay taken after the parent closed them."""
+    """Give up the parent's ports in a forked child.
+
+    They would stay taken after the parent closed them.
+    """
     global _LOCK
     _LOCK = threading.Lock()
     for server in _SERVERS.values():

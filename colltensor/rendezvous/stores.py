@@ -1,8 +1,11 @@
-"""Where rank 0 says how it is reached: what every directory offers, a port that all know, and a file.
+"""Where rank 0 says how it is reached.
 
-The file is complete whenever it can be seen (it is linked or renamed into place), only its owner can read it,
-because it holds the meeting's secret, and it is gone after the meeting. Nobody else's file is believed, opened through
-a link, replaced or removed. One that a killed rank 0 left behind is recognised by nobody answering to it.
+Here are what every directory offers, a port that all know, and a file.
+
+The file is complete whenever it can be seen (it is linked or renamed into place). Only its owner
+can read it, because it holds the meeting's secret. It is gone after the meeting. Nobody else's file
+is believed, opened through a link, replaced or removed. One that a killed rank 0 left behind is
+recognised by nobody answering to it.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ class Directory:
 
     Attributes:
         host_id: Names this process's host in place of ``net.host_id()``.
-        secret: Where strangers can read the directory, what the user gave all ranks: the meeting's secret is derived
-            from it and from the endpoint's. Empty if the user gave nothing; None where only the ranks can read.
+        secret: Where strangers can read the directory, what the user gave all ranks. The meeting's
+            secret is derived from it and from the endpoint's. Empty if the user gave nothing; None
+            where only the ranks can read.
         host: Where a directory is that strangers can read.
     """
 
@@ -52,16 +56,23 @@ class Directory:
     def scope(self) -> str:
         """Return a string that is equal for two directories exactly if they are the same place.
 
-        With it, a process that an earlier meeting left out is kept out of the next one of the same name.
+        With it, a process that an earlier meeting left out is kept out of the next one of the same
+        name.
         """
         return ""
 
     def address(self) -> str | None:
-        """Return the address of this host at which all ranks reach it, where that is known; rank 0 listens there."""
+        """Return the address of this host at which all ranks reach it, where that is known.
+
+        Rank 0 listens there.
+        """
         return None
 
     def elsewhere(self) -> Directory | None:
-        """Return a directory in which ``read`` looks as well, where rank 0 can say that it cannot write to this one."""
+        """Return a directory in which ``read`` looks as well.
+
+        There rank 0 can say that it cannot write to this one.
+        """
         return None
 
     def put(self, key: str, endpoint: bytes, stale: bytes) -> bytes | None:
@@ -89,7 +100,9 @@ class Directory:
         raise NotImplementedError
 
     def remove(self, key: str, endpoint: bytes) -> None:
-        """Remove one's own endpoint, as rank 0; nothing happens where another one is there, or none.
+        """Remove one's own endpoint, as rank 0.
+
+        Nothing happens where another one is there, or none.
 
         Raises:
             OSError: It cannot be removed.
@@ -101,7 +114,10 @@ class Directory:
         return self.decoded(self.read(key, deadline) or b"")
 
     def decoded(self, data: bytes) -> Endpoint | None:
-        """Return an endpoint that was read, with the meeting's secret; None for what is none, or not complete."""
+        """Return an endpoint that was read, with the meeting's secret.
+
+        Returns None for what is no endpoint, or is not complete.
+        """
         try:
             return self.sealed(Endpoint.decode(data))
         except net.FrameError:
@@ -152,8 +168,8 @@ class FileDirectory(Directory):
     """Leaves endpoints in a file, or in a folder as one file for each group.
 
     Attributes:
-        path: The file or the folder. The group ``"default"`` uses a file as it is; other groups append their
-            name, so that several may meet at once.
+        path: The file or the folder. The group ``"default"`` uses a file as it is. Other groups
+            append their name, so that several may meet at once.
     """
 
     def __init__(self, path: str) -> None:
@@ -164,9 +180,10 @@ class FileDirectory(Directory):
         return f"file://{os.path.abspath(self.path)}"
 
     def elsewhere(self) -> FileDirectory | None:
-        """Return this host's folder of temporary files, where ranks of one host hear why rank 0 cannot write its file.
+        """Return this host's folder of temporary files.
 
-        Those of other hosts have nothing in common with it but the folder, and wait.
+        There ranks of one host hear why rank 0 cannot write its file. Those of other hosts have
+        nothing in common with it but the folder, and wait.
         """
         tag = hashlib.sha256(os.fsencode(self.scope())).hexdigest()[:16]
         with contextlib.suppress(FileNotFoundError):  # a host may have no such folder
@@ -254,7 +271,10 @@ def _why(error: OSError) -> str:
 
 
 def _doubt(target: Path) -> str:
-    """Return what this rank knows of whether rank 0 can write a file; on another host it cannot hear of it."""
+    """Return what this rank knows of whether rank 0 can write a file.
+
+    On another host it cannot hear of it.
+    """
     if os.access(target.parent, os.W_OK | os.X_OK):
         return ""
     return f" (this rank may not write to {target.parent}; a rank 0 that may not either raises the reason on its host)"
@@ -265,8 +285,9 @@ _OWN = "name a file in a folder of your own"
 
 @contextlib.contextmanager
 def _folder_of(target: Path) -> Iterator[int]:
-    """Open the folder of a file; what is done there goes by the descriptor, so that nobody puts another in its place.
+    """Open the folder of a file.
 
+    What is done there goes by the descriptor, so that nobody puts another folder in its place.
     Others may be allowed to write there: every file is asked for its owner.
 
     Raises:
@@ -276,12 +297,14 @@ def _folder_of(target: Path) -> Iterator[int]:
     try:
         status = os.fstat(folder)
         owner = status.st_uid
-        # In a user namespace without root, as a rootless container's, /tmp belongs to a user whom it does not know.
+        # In a user namespace without root, as a rootless container's, /tmp belongs to a user whom
+        # it does not know.
         shared = status.st_mode & stat.S_ISVTX and owner == _OVERFLOW_UID and not _knows_all_users()
         if not _is_trusted(owner) and not shared:
             raise OptionError(
                 f"init_method: the folder {target.parent} belongs to {_user(owner)}, who decides what is in it; {_OWN}"
             )
+
         yield folder
     finally:
         os.close(folder)
@@ -319,7 +342,9 @@ def _write(draft: str, folder: int, endpoint: bytes) -> None:
 
 
 def _install(draft: str, target: Path, folder: int, stale: bytes) -> bytes | None:
-    """Put the draft in its place, unless there is something else than ``stale``, or something that is no file of ours.
+    """Put the draft in its place, unless something other than ``stale`` is there.
+
+    Nor does it take the place of something that is no file of ours.
 
     Returns:
         What is there.
@@ -352,20 +377,24 @@ def _host_tag() -> str:
 
 
 def _remove_drafts(target: Path, folder: int) -> None:
-    """Remove what a rank 0 that was killed while it wrote left beside the target: see FileDirectory.put.
+    """Remove what a rank 0 that was killed while it wrote left beside the target.
 
-    A draft is there for seconds at most: one of a process of this host that is gone, or an old one.
+    See FileDirectory.put. A draft is there for seconds at most. So one is removed if its process is
+    one of this host and gone, or if it is old.
     """
     pattern = re.compile(
         rf"\.{re.escape(target.name[:_NAME_LIMIT])}\.([0-9a-f]{{12}})\.([0-9]{{1,9}})\.[0-9a-f]{{16}}"
     )
+
     names: list[str] = []
     with contextlib.suppress(PermissionError):  # a folder may be one that is written and not listed
         names = os.listdir(target.parent)
+
     for name in names:
         match = pattern.fullmatch(name)
         if match is None:
             continue
+
         with contextlib.suppress(OSError):  # another rank 0 removes it too, or it is another user's
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
             is_gone = match[1] == _host_tag() and not _runs(int(match[2]))
@@ -407,18 +436,22 @@ def _read(target: Path, folder: int) -> bytes | None:
     status = _status(target.name, folder)
     if status is None:
         return None
+
     # opening a device or a named pipe may do something, or never end
     if not stat.S_ISREG(status.st_mode):
         raise _no_endpoint(target)
+
     try:
         descriptor = os.open(
             target.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder
         )
     except FileNotFoundError:
         return None
+
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         data = file.read(_READ_LIMIT) if stat.S_ISREG(status.st_mode) else b"?"
+
     if not Endpoint.may_be(data):
         raise _no_endpoint(target)
     if not _is_trusted(status.st_uid):

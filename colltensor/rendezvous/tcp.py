@@ -1,8 +1,8 @@
-"""The exchange of a meeting over TCP: rank 0 hears what every rank says, and tells all what comes of it.
+"""The exchange of a meeting over TCP: rank 0 hears every rank, and tells all what comes of it.
 
-Rank 0 listens and leaves in a directory how it is reached; the others find that, prove that they know its secret, and
-stay connected. So rank 0 sees who is missing, who was lost, and who is no rank; and whatever ends the meeting it tells
-everyone who came.
+Rank 0 listens and leaves in a directory how it is reached. The others find that, prove that they
+know its secret, and stay connected. So rank 0 sees who is missing, who was lost, and who is no
+rank. Whatever ends the meeting, rank 0 tells everyone who came.
 """
 
 from __future__ import annotations
@@ -76,13 +76,15 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.001, 0.1
 
 
 def meet(directory: Directory, part: Introduction, deadline: float) -> Meeting:
-    """Bring the ranks of a new group together; every rank must call, from any thread, at about the same time.
+    """Bring the ranks of a new group together.
 
-    No lock is held while waiting, and Ctrl-C ends it within a second.
+    Every rank must call, from any thread, at about the same time. No lock is held while waiting,
+    and Ctrl-C ends it within a second.
 
     Args:
         directory: How rank 0 is found.
-        part: What this rank says of itself. Where that is an error, the others hear of it: see ``report_refusal``.
+        part: What this rank says of itself. Where that is an error, the others hear of it: see
+            ``report_refusal``.
         deadline: When to give up, by ``time.monotonic()``.
 
     Returns:
@@ -101,8 +103,10 @@ def meet(directory: Directory, part: Introduction, deadline: float) -> Meeting:
         report_refusal(directory, part)
         assert part.error is not None
         raise part.error
+
     if request.world_size == 1:
         return meet_through(lambda payload: [payload], part)
+
     try:
         with _exchange(directory, request, deadline) as exchange:
             meeting = perform(exchange, part)
@@ -112,6 +116,7 @@ def meet(directory: Directory, part: Introduction, deadline: float) -> Meeting:
         raise
     except (OSError, RuntimeError) as error:
         remedy = remedy_for_system(error, "see that the ranks reach each other")
+        # Of RuntimeErrors only the one for want of a thread is the system's.
         if is_from_handler(error) or (
             isinstance(error, RuntimeError) and "new thread" not in str(error)
         ):
@@ -120,9 +125,10 @@ def meet(directory: Directory, part: Introduction, deadline: float) -> Meeting:
 
 
 def report_refusal(directory: Directory, part: Introduction) -> None:
-    """Tell the ranks that meet why this one will not come, so that they do not wait for it; for two seconds at most.
+    """Tell the ranks that meet why this one will not come.
 
-    Nothing happens where they cannot be told: nobody is there, or the group's name or the rank is what was refused.
+    So they do not wait for it. It takes two seconds at most. Nothing happens where they cannot be
+    told: nobody is there, or the group's name or the rank is what was refused.
 
     Args:
         directory: How rank 0 is found.
@@ -163,12 +169,14 @@ class ServerExchange:
         self._directory = directory
         self._request = request
         self._deadline = deadline
+
         self._server: RendezvousServer | None = None
         self._published: tuple[Directory, bytes] | None = None
         self._joiners: list[Joiner] = []
         self._error = request.refuses()
         self._informed: set[tuple[int, str]] = set()
         self._strangers: dict[int, str] = {}
+
         self._inbox = JoinerQueue(directory.scope())
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._inbox, selectors.EVENT_READ)
@@ -216,10 +224,12 @@ class ServerExchange:
         key = request.group_name
         if directory.secret == b"":
             warn_of_strangers(directory.host, key, request.rank)
+
         if isinstance(directory, FixedDirectory):
             self.secret = directory.secret
             self._server = _open_fixed(directory, key, self._inbox, self._deadline)
             return
+
         address = request.address or directory.address()
         self._server = open_server(address or "", 0, secrets.token_bytes(32), key, self._inbox)
         addresses = (address,) if address else tuple(net.local_addresses())
@@ -228,6 +238,7 @@ class ServerExchange:
         )
         # nobody knows of its port so far
         self._server.secret = self.secret = directory.sealed(endpoint).secret
+
         try:
             self._publish(directory, endpoint.encode())
         except OptionError as error:
@@ -263,10 +274,12 @@ class ServerExchange:
             error = self._error or disagreement(
                 [self._request, *(joiner.request for joiner in self._joiners)]
             )
+
             missing = self._missing()
             now = time.monotonic()
             if error is not None:
-                # Ranks that come within a moment hear of it too; without this they would wait for rank 0.
+                # Ranks that come within a moment hear of it too. Without this they would wait for
+                # rank 0.
                 if grace_ends is None:
                     grace_ends = self._deadline if self._request.refusal else now + _GRACE_S
                     self._step(now)  # who is gone already disagrees with nobody
@@ -279,6 +292,7 @@ class ServerExchange:
                 grace_ends = None
                 if now >= self._limit():
                     raise self._did_not_come(missing)
+
             self._step(self._limit() if grace_ends is None else min(grace_ends, self._limit()))
 
     def _await_places(self, payload: bytes) -> None:
@@ -314,10 +328,14 @@ class ServerExchange:
             _try_send(joiner.sock, Message.FAILED, encode_error(error))
 
     def _dismiss(self) -> None:
-        """Close every connection; who came too late to be told anything else learns that the rank is taken."""
+        """Close every connection.
+
+        Who came too late to be told anything else learns that the rank is taken.
+        """
         for item in self._inbox.close():
             if not isinstance(item, Joiner):
                 continue
+
             if self._means_another_meeting(item.request):
                 _try_send(item.sock, Message.RETRY)
             else:
@@ -327,6 +345,7 @@ class ServerExchange:
                 )
                 _try_send(item.sock, Message.FAILED, encode_error(error))
             item.sock.close()
+
         for joiner in self._joiners:
             joiner.sock.close()
         self._selector.close()
@@ -363,27 +382,32 @@ class ServerExchange:
             if isinstance(item, str):
                 self._error = taken(0, [self._request.who, item])
                 continue
+
             if isinstance(item, Stranger):
                 self._meet_stranger(item)
                 continue
+
             if self._means_another_meeting(item.request):
                 _try_send(item.sock, Message.RETRY)
                 item.sock.close()
                 continue
+
             self._joiners.append(item)
             self._selector.register(item.sock, selectors.EVENT_READ, item)
             refusal = item.request.refuses()
             if refusal is not None:
                 self._error = self._error or refusal
                 self._informed.add((item.request.rank, item.request.who))
+
             self._send(item, Message.WELCOME)
             for words in self._strangers.values():
                 _try_send(item.sock, Message.NOTE, pack({"note": words}))
 
     def _meet_stranger(self, stranger: Stranger) -> None:
-        """Give up if one of the ranks has another secret; who is somebody else's process, or far away, may be lying.
+        """Give up if one of the ranks has another secret.
 
-        It may also be of another job at this port: then the rank that it gives has come, or will not be missing long.
+        A process that is somebody else's, or far away, may be lying. It may also be of another job
+        at this port. Then the rank that it gives has come, or will not be missing long.
         """
         request = stranger.request
         if request.world_size != self._request.world_size or request.rank not in self._missing():
@@ -402,7 +426,8 @@ class ServerExchange:
     def _means_another_meeting(self, request: JoinRequest) -> bool:
         """Return whether a rank comes for the next attempt, or refuses another one than this.
 
-        Programs catch BackendUnavailableError and call again with another backend, some ranks before others.
+        Programs catch BackendUnavailableError and call again with another backend, some ranks
+        before others.
         """
         refusals = (request.refuses(), self._request.refuses())
         if request.backend != self._request.backend and any(
@@ -435,6 +460,7 @@ class ServerExchange:
     def _lose(self, joiner: Joiner, error: OSError) -> None:
         with contextlib.suppress(KeyError):
             self._selector.unregister(joiner.sock)
+
         rank = joiner.request.rank
         if self._error is None and self._is_left_over(joiner):
             _LOG.debug(
@@ -447,6 +473,7 @@ class ServerExchange:
             self._joiners.remove(joiner)
             joiner.sock.close()
             return
+
         self._error = self._error or PeerLostError(
             f"rank {rank} ({joiner.request.who}) was lost during the rendezvous ({error}); look for its own error "
             f"message, then start the group again on every rank",
@@ -454,14 +481,20 @@ class ServerExchange:
         )
 
     def _is_left_over(self, joiner: Joiner) -> bool:
-        """Return whether a rank that is gone was of an earlier run: it disagrees, or somebody else has its rank."""
+        """Return whether a rank that is gone was of an earlier run.
+
+        It was if it disagrees, or if somebody else has its rank.
+        """
         request, own = joiner.request, self._request
         return (request.world_size, request.backend) != (own.world_size, own.backend) or any(
             other is not joiner and other.request.rank == request.rank for other in self._joiners
         )
 
     def _seen_from(self) -> str:
-        """Return the address at which the other hosts reach this one; empty where there are no others."""
+        """Return the address at which the other hosts reach this one.
+
+        It is empty where there are no others.
+        """
         for joiner in self._joiners:
             if joiner.request.host_id != self._request.host_id:
                 return net.plain_address(joiner.sock.getsockname()[0])
@@ -501,8 +534,12 @@ class ClientExchange:
             self._sock.close()
 
     def __call__(self, payload: bytes, combine: Combine) -> bytes:
-        """Hand over this rank's bytes; from the moment that rank 0 takes them, losing it is an error."""
+        """Hand over this rank's bytes.
+
+        From the moment that rank 0 takes them, losing it is an error.
+        """
         sock = self._sock
+
         try:
             if sock is None:
                 sock = self._sock = self._find_rank_0()
@@ -527,6 +564,7 @@ class ClientExchange:
         """Return the connection to rank 0, which has taken this rank in."""
         key = self._request.group_name
         backoff = net.Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S, self._deadline)
+
         while time.monotonic() < self._deadline:
             try:
                 endpoint = self._directory.find(key, self._deadline)
@@ -540,6 +578,7 @@ class ClientExchange:
             except (ConnectionError, TimeoutError) as error:
                 self._reason = f"last: {error}"
             backoff.pause()
+
         raise CollectiveTimeoutError(
             f"expected rank 0 to meet this group within the timeout, but it did not come"
             f"{self._reason and ': '}{self._reason}; start every rank with the same group_name and init_method, or "
@@ -550,6 +589,7 @@ class ClientExchange:
     def _enter(self, endpoint: Endpoint) -> socket.socket | None:
         """Ask rank 0 to take this rank in; None where the next attempt may go better."""
         request = self._request
+
         with contextlib.ExitStack() as undo:
             try:
                 sock = _reach(
@@ -572,6 +612,7 @@ class ClientExchange:
         """Note why rank 0 did not take this rank in, and give up where that lasts."""
         now, where = time.monotonic(), _spelt(endpoint)
         self._reason = f"last, at {where}: {error}"
+
         if isinstance(error, net.FrameError):
             self._reason = f"something else listens at its address ({error})"
             self._stranger_since = self._stranger_since or now
@@ -583,6 +624,7 @@ class ClientExchange:
             self._stranger_since = None
         elif isinstance(error, net.WrongSecretError):
             self._refused_since = self._refused_since or now
+
         # Not at once: another job's rank 0 may meet at that port for a moment.
         since = self._refused_since if self._directory.secret is not None else None
         if since is not None and now - since > _REFUSED_S:
@@ -608,15 +650,20 @@ class ClientExchange:
         return kind == Message.WELCOME
 
     def _heard(self, sock: socket.socket) -> bytes:
-        """Return what rank 0 tells everybody; it announces the timeout itself, so it gets a little longer."""
+        """Return what rank 0 tells everybody.
+
+        Rank 0 announces the timeout itself, so it gets a little longer.
+        """
         while True:
             kind, payload = net.recv_frame(sock, self._deadline + _VERDICT_SLACK_S)
+
             if kind == Message.EVERYBODY:
                 return payload
             if kind == Message.FAILED:
                 raise decode_error(payload)
             if kind != Message.NOTE:
                 raise net.FrameError(f"expected what everybody says, got a frame of kind {kind}")
+
             _LOG.warning(
                 "group %r (rank %d): rank 0 says: %s; %s",
                 self._request.group_name,
@@ -636,9 +683,9 @@ class Found(enum.Enum):
 
 
 def probe(endpoint: Endpoint, group_name: str) -> Found:
-    """Find out, as rank 0, whether another rank 0 of this group is meeting; a living one is told and gives up.
+    """Find out, as rank 0, whether another rank 0 of this group is meeting.
 
-    Takes a few seconds at most.
+    A living one is told and gives up. Takes a few seconds at most.
     """
     deadline = time.monotonic() + _CONNECT_S
     try:
@@ -664,9 +711,11 @@ def _reach(
     Whoever says that the secret is wrong is told by ``request`` who tried.
     """
     addresses = list(endpoint.addresses)
+
     # Where rank 0 listens at one address alone, another user may have the port on the loopback.
     if endpoint.host_id == host_id and "127.0.0.1" in addresses:
         addresses.insert(0, "127.0.0.1")
+
     failure: OSError = ConnectionError("the endpoint names no address")
     for address in dict.fromkeys(addresses):
         now = time.monotonic()
@@ -675,6 +724,7 @@ def _reach(
         except (ConnectionError, TimeoutError) as error:
             failure = error
             continue
+
         try:
             until = min(deadline, now + _CONNECT_S + _HANDSHAKE_S)
             net.prove(sock, endpoint.secret, group_name.encode(), until)
@@ -687,6 +737,7 @@ def _reach(
         except BaseException:
             sock.close()
             raise
+
     raise failure
 
 
@@ -701,9 +752,13 @@ def _own_up(sock: socket.socket, request: JoinRequest, deadline: float) -> None:
 def _open_fixed(
     directory: FixedDirectory, key: str, inbox: JoinerQueue, deadline: float
 ) -> RendezvousServer:
-    """Listen at the given port; it may be another rank 0's, or for a moment an earlier meeting's."""
+    """Listen at the given port.
+
+    It may be another rank 0's, or for a moment an earlier meeting's.
+    """
     started = time.monotonic()
     where = _listening_address(directory.host)
+
     while True:
         try:
             return open_server(where, directory.port, directory.secret, key, inbox)
@@ -717,15 +772,18 @@ def _open_fixed(
                 )
                 where = ""
                 continue
+
             if error.errno != errno.EADDRINUSE:
                 raise OptionError(
                     f"init_method: cannot listen at {directory.host}:{directory.port}: {error.strerror}; "
                     f"choose an address of rank 0's host and a port above 1023"
                 ) from error
+
         found = probe(directory.endpoint, key)
         now = time.monotonic()
         if found is Found.RIVAL:
             raise taken(0, [who_am_i(), f"another process that meets at {directory.scope()}"])
+
         patience_is_over = now > started + _PATIENCE_WITH_A_TAKEN_PORT_S
         if (
             found is Found.STRANGER
@@ -736,11 +794,15 @@ def _open_fixed(
                 f"init_method: port {directory.port} of {directory.host} is taken by another program; choose a free "
                 f"port (one that torch.distributed or another job serves is not free), or init_method='file:///...'"
             )
+
         time.sleep(0.05)
 
 
 def _listening_address(name: str) -> str:
-    """Return the literal address to listen at; empty, for all, where the name may mean another one elsewhere."""
+    """Return the literal address to listen at.
+
+    It is empty, for all, where the name may mean another one elsewhere.
+    """
     if name == "localhost":
         return "127.0.0.1"
     try:

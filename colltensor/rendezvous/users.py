@@ -30,21 +30,27 @@ def is_own(sock: socket.socket) -> bool:
 
 
 def _user_at(local: tuple[object, ...], remote: tuple[object, ...]) -> int | None:
-    """Return the user who owns this host's socket between two addresses; the layout is proc(5)'s."""
+    """Return the user who owns this host's socket between two addresses.
+
+    The layout of the tables is proc(5)'s.
+    """
     ends = [_spellings(*end[:2]) for end in (local, remote)]
     for table in _TABLES:
         with contextlib.suppress(FileNotFoundError):
             for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
                 fields = line.split()
                 if fields[_LOCAL] in ends[0] and fields[_REMOTE] in ends[1]:
-                    # A socket that its process has closed has no user any more: 0 is written for it.
+                    # Once its process has closed a socket, the table gives 0 as the user.
                     is_open = fields[_STATE] == _ESTABLISHED and fields[_INODE] != "0"
                     return int(fields[_USER]) if is_open else None
     return None
 
 
 def _spellings(address: object, port: object) -> set[str]:
-    """Return how the tables spell an address: in words of 32 bits as this machine has them, and mapped to IPv6 too."""
+    """Return how the tables spell an address.
+
+    They have it in words of 32 bits, as this machine has them, and mapped to IPv6 too.
+    """
     parsed = ipaddress.ip_address(str(address).partition("%")[0])
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     plain = mapped or parsed
