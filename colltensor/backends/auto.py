@@ -40,7 +40,8 @@ class AutoSpec:
             hierarchical.SPEC.prepare(provider, host_ids)
             return
         loads = "gloo" if backends.reason("shm") else "shm"
-        backends.get_backend(loads).prepare(provider, host_ids)  # type: ignore[attr-defined]  # ours have it
+        # Our own backends have ``prepare``; the protocol does not name it.
+        backends.get_backend(loads).prepare(provider, host_ids)  # type: ignore[attr-defined]
 
     def create(
         self,

@@ -53,10 +53,12 @@ class PyglooProvider:
         """Connect. All ranks call.
 
         Args:
-            control: The group's control plane, through which the ranks learn each other's addresses.
+            control: The group's control plane, through which the ranks learn each other's
+                addresses.
             meeting: Not used: this Gloo makes its connections by itself, and asks for no secret.
             address: The address of this host to bind, by which the other ranks reach it.
-            timeout_s: How long the ranks' addresses are waited for; connecting has pygloo's own 30 s.
+            timeout_s: How long the ranks' addresses are waited for; connecting has pygloo's own 30
+                s.
         """
         self._control = control
         self._rank = control.rank
@@ -96,7 +98,7 @@ class PyglooProvider:
     def exchange(
         self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
     ) -> None:
-        """Do all transfers, one after the other, in an order in which no two ranks wait for each other.
+        """Do all transfers, one after the other, so that no two ranks wait for each other.
 
         pygloo's send waits until the receiver takes.
         """

@@ -1,8 +1,9 @@
-"""The shared memory of a group: made by rank 0, handed to the others, and proved to be shared by all.
+"""The shared memory of a group.
 
-The memory is a memfd: it has no name, and is gone with the last process that maps it, however that ends. Its pages
-are reserved before anybody maps it, and it is sealed against changes of size, so that no access can fail later. It
-is handed over on a socket whose two ends have proved to know the group's secret.
+Rank 0 makes it and hands it to the others, and all prove that they share it. The memory is a memfd:
+it has no name, and is gone with the last process that maps it, however that ends. Its pages are
+reserved before anybody maps it, and it is sealed against changes of size. So no access can fail
+later. It is handed over on a socket whose two ends have proved to know the group's secret.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class Segment:
         library: The native library.
         handle: The library's number for this rank's part.
         crowded: Whether there are more ranks than processors for them.
-        details: Whether large messages are read from the peers' memory, and what stands against it, in words.
-        stop: Asked by the library every 100 ms while it waits, see ``ErrorMapping.stop``. Set by the owner.
+        details: Whether large messages are read from the peers' memory, and the obstacle if not, in
+            words.
+        stop: Asked by the library every 100 ms while it waits, see ``ErrorMapping.stop``. Set by
+            the owner.
     """
 
     library: Any
@@ -109,7 +112,8 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
                 link = _reach(bytes.fromhex(name), deadline)
         except OSError as error:
             trouble = f"the shared memory could not be handed over: {error} (another network namespace than rank 0's?)"
-        # Rank 0 waits for nobody who cannot reach it; and for the others not so long that no time is left for Gloo.
+        # Rank 0 waits for nobody who cannot reach it. It waits for the others only so long that
+        # time is left for Gloo.
         _refuse(
             control,
             [
@@ -234,7 +238,10 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
 
 
 class _HandOut:
-    """Gives the segment's descriptor to every other rank, once. Strangers are turned away; nobody waits for another."""
+    """Gives the segment's descriptor to every other rank, once.
+
+    Strangers are turned away; nobody waits for another.
+    """
 
     def __init__(
         self, listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting
@@ -249,7 +256,10 @@ class _HandOut:
         )
 
     def start(self) -> str | None:
-        """Begin, before anybody knows of the socket; return why not where no thread can be started."""
+        """Begin, before anybody knows of the socket.
+
+        Return why not where no thread can be started.
+        """
         try:
             self._listener.start()
         except RuntimeError as error:
@@ -309,7 +319,10 @@ class _HandOut:
 
 
 def _may_be_a_rank(link: socket.socket) -> bool:
-    """Whether the other side's user may be this one's; who is in another user namespace shows as nobody."""
+    """Return whether the other side's user may be this one's.
+
+    A user of another user namespace shows as nobody.
+    """
     _, user, _ = struct.unpack(
         "3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     )
@@ -335,7 +348,9 @@ def _reach(name: bytes, deadline: float) -> socket.socket:
 def _fetch(
     name: bytes, link: socket.socket, control: ControlPlane, meeting: Meeting, until: float
 ) -> int:
-    """Return the segment's descriptor, over a connection to rank 0, or over others where strangers took its place.
+    """Return the segment's descriptor, over a connection to rank 0.
+
+    Strangers may take a connection's place; others are made then.
 
     Raises:
         OSError: Rank 0 did not give it by then.
@@ -383,9 +398,9 @@ def _map(
 def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
     """Open a descriptor for each other rank's process, by which its death is seen at once.
 
-    The library closes them. Where there is none (another pid namespace, an old kernel) the control plane notices the
-    death instead. The processes are alive: they have yet to take part in the proof, after which their numbers are not
-    looked at again.
+    The library closes them. Where there is none (another pid namespace, an old kernel) the control
+    plane notices the death instead. The processes are alive, because they have yet to take part in
+    the proof. Their numbers are not looked at again after it.
     """
     pidfds = array.array("i")
     for rank, ballot in enumerate(ballots):
@@ -410,7 +425,8 @@ def _prove(
 ) -> str:
     """Let every rank write a fresh number and find everybody's, or raise on every rank.
 
-    Where all ranks also find the numbers in each other's own memory, large messages are read from there.
+    Where all ranks also find the numbers in each other's own memory, large messages are read from
+    there.
 
     Returns:
         Whether they are, in words.
@@ -457,7 +473,10 @@ def _prove(
 
 
 def _obstacle_to_reading(segment: Segment, own: int, ballots: list[_Ballot]) -> str | None:
-    """Return None if this rank can read the memory of all other ranks' processes and wants to, else why not."""
+    """Return None if this rank can read the memory of all other ranks' processes.
+
+    If it cannot, or does not want to, return why not.
+    """
     if not environment.is_on(environment.READ_PEERS):
         return f"{environment.READ_PEERS}={os.environ[environment.READ_PEERS]}"
     namespace = ballots[own].pid_namespace
