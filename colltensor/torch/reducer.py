@@ -29,8 +29,9 @@ class Options:
         bucket_nbytes: The most that a flat bucket holds.
         lone_nbytes: From how many bytes on a gradient is reduced where it lies.
         average: Whether the result is the average, else the sum.
-        early: Whether a bucket is reduced in the group's worker thread as soon as its gradients are there.
-        compression: What makes buckets smaller, or None.
+        early: Whether a bucket is reduced in the group's worker thread as soon as its gradients are
+            there.
+        compression: Makes buckets smaller, or None.
     """
 
     bucket_nbytes: int
@@ -41,20 +42,21 @@ class Options:
 
 
 class Reducer:
-    """Launches buckets in one order on all ranks: ``early`` as the last gradient of each is accumulated, else last.
+    """Launches buckets in one order on all ranks.
 
-    Those that are launched last are one call, a tree, where the gradients are on the host and nothing compresses them.
+    ``early`` ones are launched as the last gradient of each is accumulated, others last. The last
+    ones are one call, a tree, where the gradients are on the host and nothing compresses them.
 
-    An early one launches nothing before the end of the first backward pass. That shows in which order gradients become
-    ready (rank 0's decides) and how often each is accumulated, which is more than once where reentrant checkpoints
-    share a parameter.
+    An early one launches nothing before the end of the first backward pass. That pass shows in
+    which order gradients become ready (rank 0's decides) and how often each is accumulated. That is
+    more than once where reentrant checkpoints share a parameter.
 
-    Which parameters have a gradient on some rank is agreed in each pass: as an element each behind the last flat
-    bucket, else in a transfer of its own.
+    Each pass agrees on the parameters that have a gradient on some rank. This takes an element each
+    behind the last flat bucket, else a transfer of its own.
 
-    At the first gradient of a pass the parameters are compared with those that the buckets were made for. Where the
-    module has others now, or more of them need gradients, the ranks compare theirs at the end of the pass, before
-    anything is reduced, and make the buckets anew.
+    At the first gradient of a pass the parameters are compared with those that the buckets were
+    made for. The module may have others now, or more of them may need gradients. The ranks then
+    compare theirs at the end of the pass, before anything is reduced, and make the buckets anew.
 
     Attributes:
         paused: True while gradients are only accumulated.
@@ -112,8 +114,9 @@ class Reducer:
         handles = [register(self._accumulated)]
         if not self._options.average:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
-            # The node is kept with its hook, because the parameter holds it weakly. It would keep the memory of one
-            # that is swapped, and nothing would tell of that: so it is known weakly, and torch refuses to swap it.
+            # The node is kept with its hook, because the parameter holds it weakly. The node would
+            # keep the memory of a parameter that is swapped, and nothing would tell of that. So the
+            # parameter is known weakly, and torch refuses to swap it.
             known = weakref.ref(parameter)
             handles.append(
                 _Kept(node, node.register_prehook(lambda gradients: self._share(known())))
@@ -148,13 +151,14 @@ class Reducer:
                         raise
 
         accumulated.group = self._group  # type: ignore[attr-defined]  # see is_kept_in_step
-        accumulated._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which imports
+        # torch.compiler.disable sets this too, but imports the compiler.
+        accumulated._torchdynamo_disable = True  # type: ignore[attr-defined]
         return accumulated
 
     def _share(self, parameter: torch.Tensor | None) -> None:
-        """Make a sum that every rank has this rank's share of it, so that the next sum counts it once.
+        """Scale a sum to this rank's share of it, so that the next sum counts it once.
 
-        Called before autograd accumulates on top of it.
+        Every rank has that sum. Called before autograd accumulates on top of it.
         """
         reference = self._sums.pop(id(parameter), None)
         gradient = None if parameter is None else parameter.grad
@@ -205,7 +209,7 @@ class Reducer:
         self._next = len(self._buckets)
 
     def _collect(self, bucket: Bucket) -> torch.Tensor:
-        """Return the tensor of a bucket that is to be reduced, and note which gradients are missing."""
+        """Return the tensor of a bucket that is to be reduced; note which gradients are missing."""
         if self._sums:
             for member in bucket.members:
                 self._share(member.parameter())
@@ -329,13 +333,16 @@ class Reducer:
         self._stale = False
 
     def _write_presence(self, presence: torch.Tensor) -> None:
-        """Note which parameters have a gradient on this rank; called once every bucket was collected."""
+        """Note which parameters have a gradient on this rank.
+
+        Called once every bucket was collected.
+        """
         presence.fill_(1)
         if self._missing:
             presence[torch.tensor([member.number for _, member in self._missing])] = 0
 
     def _settle_missing(self) -> None:
-        """Give parameters without a gradient here the one of the other ranks, where there is one."""
+        """Give parameters without a gradient here the other ranks' one, where there is one."""
         presence = self._buckets[-1].tail
         if presence is None:
             # Beside the gradients, because a group may reach no other device.
@@ -371,7 +378,10 @@ class Reducer:
         self._learned = None
 
     def _arrange(self, order: Sequence[Member]) -> None:
-        """Make the buckets. Gradients in former ones stay where they are until they are collected."""
+        """Make the buckets.
+
+        Gradients in former ones stay where they are until they are collected.
+        """
         options = self._options
         self._buckets = plan(
             order, options.bucket_nbytes, options.lone_nbytes, options.compression is None

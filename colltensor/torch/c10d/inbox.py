@@ -34,7 +34,9 @@ SENDER: Final = 0
 
 
 def translated(error: CollectiveError, name: str, source: int, destination: int) -> CollectiveError:
-    """Return what an error of the group of one direction is in the process group, by whose ranks it names them.
+    """Return an error of one direction's group as one of the process group.
+
+    It names the process group's ranks.
 
     Args:
         error: The error, which names ranks of the two.
@@ -64,7 +66,8 @@ def translating(name: str, source: int, destination: int) -> Iterator[None]:
     try:
         yield
     except CollectiveError as error:
-        raise translated(error, name, source, destination)  # noqa: B904 - it has its cause, or is the error itself
+        # The error has its cause, or is the original error itself.
+        raise translated(error, name, source, destination)  # noqa: B904
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -393,13 +396,17 @@ _DTYPES: Final = {
 _CODES: Final = {dtype: code for code, dtype in _DTYPES.items()}
 _WORDS: Final = struct.Struct("=qqqq")
 _INLINE_NBYTES: Final = 2048
-"""How long a message may be that travels in its header: a second transfer would take longer than its copy."""
+"""How long a message may be that travels in its header.
+
+A second transfer would take longer than its copy.
+"""
 
 
 class Header:
-    """Memory for the header of one message after another: number, tag, bytes, dtype, and a short message's bytes.
+    """Memory for the header of one message after another.
 
-    It has one length always, because whoever receives it does not know the message's yet.
+    It holds number, tag, bytes, dtype, and a short message's bytes. It has one length always,
+    because whoever receives it does not know the message's yet.
 
     Attributes:
         tensor: What is sent and received.
