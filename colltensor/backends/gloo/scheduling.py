@@ -5,8 +5,8 @@ holds the connection's lock. The socket thread does not sleep meanwhile but trie
 (``Pair::handleEvents``).
 
 Where there are no idle cores, the kernel lets the socket thread preempt the very thread that holds
-the lock. The socket thread then spins for the rest of its time slice. A 1 KiB exchange takes 4 ms instead of 0.15
-(2 ranks on 2 cores).
+the lock. The socket thread then spins for the rest of its time slice. A 1 KiB exchange takes 4 ms
+instead of 0.15 (2 ranks on 2 cores).
 
 Under ``SCHED_BATCH`` a thread preempts nobody when it wakes. It then shares a busy core less
 eagerly too. That delays large transfers that run beside computation, so the policy is chosen by
