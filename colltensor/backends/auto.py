@@ -83,6 +83,7 @@ class AutoSpec:
             "interface": interface,
             "provider": provider,
         }
+
         refused: BackendUnavailableError | None = None
         try:
             if count == 1:
@@ -96,14 +97,17 @@ class AutoSpec:
         if sharing is not None:
             why = f"backend='auto': the {len(hosts)} ranks are on {count} hosts, several of them on one"
             return sharing.connect(meeting, **options), why
+
         try:
             gloo = backends.get_backend("gloo").create(control, meeting, **options)
         except BackendUnavailableError as error:
             if refused is None:
                 raise
             raise BackendUnavailableError(f"{refused}; and instead of it: {error}") from refused
+
         if refused is None:
             return gloo, f"backend='auto': each rank is on a host of its own ({_listed(hosts)})"
+
         reason = str(refused).removeprefix(f"group '{control.group_name}' (rank {control.rank}): ")
         _warn(control, reason)
         return gloo, f"backend='auto': ranks of one host cannot share memory: {reason}"
@@ -132,6 +136,7 @@ def _warn(control: ControlPlane, reason: str) -> None:
             reason,
         )
         return
+
     _warned.set()
     _LOG.warning(
         "group %r (rank %d): colltensor is using 'gloo' between ranks of one host, where small messages take hundreds "

@@ -199,12 +199,14 @@ def _copy_on_device(target: BufferView, source: BufferView) -> None:
         raise DeviceError(
             f"backend 'loopback' cannot copy {source!r} to {target!r} by itself; import torch or cupy first, which can"
         )
+
     if torch is not None:
         destination, origin = _as_tensor(torch, target), _as_tensor(torch, source)
         torch.cuda.synchronize(destination.device)
         destination.copy_(origin.reshape(destination.shape))
         torch.cuda.synchronize(destination.device)
         return
+
     assert cupy is not None
     with cupy.cuda.Device(target.device.index) as device:
         destination, origin = cupy.from_dlpack(target.owner), cupy.from_dlpack(source.owner)

@@ -100,11 +100,13 @@ class GlooSpec:
             raise GroupError(
                 "backend 'gloo' needs a control plane; use backend='loopback' for one rank on its own"
             )
+
         address = (
             meeting.addresses[control.rank][0]
             if interface is None
             else interface_address(interface)
         )
+
         deadline = time.monotonic() + timeout_s
         name, reason = _agree(control, provider, deadline)
         from colltensor.backends.gloo.backend import GlooBackend
@@ -113,10 +115,12 @@ class GlooSpec:
         began = time.monotonic()
         make = _imported(name, control)
         deadline += time.monotonic() - began
+
         details = f"Gloo's provider is {name!r}: {reason}"
         backend = GlooBackend(
             make(control, meeting, address=address, timeout_s=timeout_s), control, details
         )
+
         # A rank that closes while another still connects to it would end that one's process. In
         # pygloo 0.2.1 getpeername fails in Gloo's own thread, where nothing can catch it.
         try:
@@ -182,6 +186,8 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
         cast("tuple[str | None, dict[str, str], dict[str, str]]", json.loads(reply))
         for reply in replies
     ]
+
+    # Every rank sees all wishes, so that all raise the same error.
     where = f"group '{control.group_name}' (rank {control.rank}), backend 'gloo'"
     wishes = [wish for wish, _, _ in ballots]
     for rank, wish in enumerate(wishes):
@@ -195,6 +201,7 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
             f"{where}: the ranks ask for different providers: {_by_rank(wishes)}; give all the same",
             [rank for rank, wish in enumerate(wishes) if wish != wishes[0]],
         )
+
     candidates = sorted(asked) or list(_CHOICE)
     lacks = {name: _lacking(name, [(has, why) for _, has, why in ballots]) for name in candidates}
     name = next((name for name in candidates if lacks[name] is None), None)
@@ -202,6 +209,7 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
         raise BackendUnavailableError(
             f"{where}: no provider is installed on all ranks: {'; '.join(map(str, lacks.values()))}; {_INSTALL} on all"
         )
+
     passed = [str(lacks[other]) for other in candidates[: candidates.index(name)]]
     reason = (
         "asked for by provider=" if asked else "; ".join(["the first that all ranks have", *passed])
@@ -213,6 +221,8 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
         name,
         reason,
     )
+
+    # Another series of a package may carry another Gloo.
     versions = [has[name] for _, has, _ in ballots]
     series = [".".join(text.split(".")[:2]) for text in versions]
     if len(set(series)) > 1:
@@ -221,6 +231,7 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
             "install one version on all",
             [rank for rank, number in enumerate(series) if number != series[0]],
         )
+
     return name, reason
 
 

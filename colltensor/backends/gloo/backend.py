@@ -133,6 +133,7 @@ class GlooBackend(BackendBase):
         if self._own is not None:
             self._own.allreduce(buffer.pointer, count, dtype, op, deadline)
             return
+
         nbytes = count * dtype.itemsize
         # MIN and MAX of 0.0 and -0.0 depend on the processor and the alignment: one rank must
         # decide.
@@ -140,10 +141,12 @@ class GlooBackend(BackendBase):
         if nbytes * (self._size - 1) <= DIRECT_NBYTES and not decided:
             self._composer.allreduce_direct(buffer.pointer, count, dtype, op, deadline)
             return
+
         pair = self._provider.natives.get((dtype, op))
         if pair is None:
             self._composer.allreduce(buffer.pointer, count, dtype, op, deadline)
             return
+
         with float_state():  # pygloo adds in this thread
             self._provider.allreduce(buffer.pointer, nbytes, pair, deadline)
         if op is ReduceOp.AVERAGE:
@@ -276,6 +279,7 @@ class GlooBackend(BackendBase):
         if mine:
             given = next(view for peer, view in sources if peer == own)
             copy(mine[0].pointer, given.pointer, given.nbytes)
+
         receives = [
             Transfer(peer, view.pointer, view.nbytes)
             for peer, view in targets
@@ -286,5 +290,6 @@ class GlooBackend(BackendBase):
             for peer, view in sources
             if peer != own and view.count
         ]
+
         if receives or sends:
             self._provider.exchange(receives, sends, deadline)

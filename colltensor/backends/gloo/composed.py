@@ -91,8 +91,10 @@ class Composer:
                 ]
             else:
                 parts = self._parts(block, length, dtype)
+
             own, nbytes = parts[self._rank]
             inputs = self._collect(parts, deadline)
+
             if self._rank == root:
                 if nbytes:
                     combine(own, inputs, nbytes // dtype.itemsize, dtype, op)

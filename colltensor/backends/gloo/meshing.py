@@ -60,6 +60,7 @@ def connect(
         mesh = _Mesh(control, meeting, listener)
         try:
             mesh.make(deadline)
+
             # Until all ranks have all connections, one may dial again because its last attempt was
             # taken too late.
             control.allgather(b"", deadline)

@@ -134,6 +134,8 @@ def native_pairs(own: Sequence[str], *, bitwise: bool) -> dict[Pair, Pair]:
                 (dtype, op): (DTYPES["uint8"], op)
                 for op in (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
             }
+
+    # Of bytes of 0 or 1, MAX is the logical or, and MIN the logical and.
     either, both, byte = (
         (DTYPES["bool"], ReduceOp.MAX),
         (DTYPES["bool"], ReduceOp.MIN),
@@ -147,10 +149,15 @@ def native_pairs(own: Sequence[str], *, bitwise: bool) -> dict[Pair, Pair]:
     }
     if bitwise:
         pairs[DTYPES["bool"], ReduceOp.BXOR] = (byte, ReduceOp.BXOR)
+
+    # A complex number is two floats, which add up apart.
     for name, part in (("complex64", "float32"), ("complex128", "float64")):
         pairs[DTYPES[name], ReduceOp.SUM] = (DTYPES[part], ReduceOp.SUM)
+
+    # An average is a sum that the caller divides.
     for name in ("float32", "float64", "complex64", "complex128"):
         pairs[DTYPES[name], ReduceOp.AVERAGE] = pairs[DTYPES[name], ReduceOp.SUM]
+
     return pairs
 
 

@@ -63,6 +63,7 @@ class PyglooProvider:
         self._control = control
         self._rank = control.rank
         self._size = control.world_size
+
         attributes = pygloo.transport.tcp.attr(address)
         keys = _Keys(KeyExchange(control, time.monotonic() + timeout_s))
         self._store: Any = (keys, pygloo.rendezvous.CustomStore(keys))
@@ -70,6 +71,7 @@ class PyglooProvider:
         self._device, self._threads = SocketThreads.started_by(
             lambda: pygloo.transport.tcp.CreateDevice(attributes)
         )
+
         self._context: Any = pygloo.rendezvous.Context(self._rank, self._size)
         self._context.connectFullMesh(self._store[1], self._device)
         track(self)

@@ -41,10 +41,12 @@ class SocketThreads:
         """
         if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
             return make(), cls([])
+
         try:
             before = _threads()
         except OSError:  # no /proc
             return make(), cls([])
+
         try:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         except PermissionError:
@@ -53,6 +55,8 @@ class SocketThreads:
             made = make()
         finally:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+        # New threads inherit the policy. Others that start meanwhile do not have it.
         own = cls([thread for thread in _threads() - before if _policy(thread) == os.SCHED_BATCH])
         own._set(os.SCHED_OTHER)
         return made, own

@@ -57,13 +57,16 @@ def shut_connections(endpoints: frozenset[Endpoint]) -> int:
     at an end. The listeners themselves stay: Gloo ends the process when accepting fails.
     """
     shut = 0
+
     for descriptor in _descriptors():
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 continue
+            # A copy, because the object closes its descriptor in the end, and Gloo needs its own.
             connection = socket.socket(fileno=os.dup(descriptor))
         except OSError:
             continue  # closed meanwhile
+
         with connection:
             try:
                 ends = {connection.getsockname()[:2], connection.getpeername()[:2]}

@@ -76,16 +76,19 @@ class TorchProvider:
             timeout_s: How long connecting may take.
         """
         self._control = control
+
         options = _ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         device, self._threads = SocketThreads.started_by(
             lambda: _ProcessGroupGloo.create_device(hostname=address)
         )
         options._devices = [device]
+
         keys = KeyExchange(control, time.monotonic() + timeout_s)
         self._store: Any = _Store(keys)
         self._group: Any = _ProcessGroupGloo(self._store, control.rank, control.world_size, options)
         self._listeners = listeners(keys.values())
+
         self._waiters: list[_Waiter] = []  # those that wait for nothing
         self._unfinished: list[Any] = []
         self._allreduce_options: Any = dist.AllreduceOptions()
@@ -130,6 +133,7 @@ class TorchProvider:
         """
         group = self._connected()
         self._threads.prepare(sum(item.nbytes for item in (*receives, *sends)))
+
         works: list[Any] = []
         try:
             for peer, pointer, nbytes in receives:
@@ -143,6 +147,7 @@ class TorchProvider:
             finally:
                 self._abandon(works, waiter)
             raise
+
         self._finish_beside("an exchange of bytes", works, deadline)
 
     def reductions(self, members: Sequence[int]) -> None:
@@ -198,6 +203,7 @@ class TorchProvider:
         if nbytes >= _LONG_NBYTES:
             self._finish_beside(operation, [work], deadline)
             return
+
         try:
             while True:
                 try:

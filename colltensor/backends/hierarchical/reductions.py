@@ -83,6 +83,7 @@ class Reductions:
         leader = leaders[self._hosts.host]
         leads = self._hosts.neighbours[self._hosts.position] == leader
         between = self._part(leaders) if leads else None
+
         pieces = list(blocks(view, 1, _itemsize(view, op)))
         waiting: deque[Task] = deque()
         for number, block in enumerate(pieces):
@@ -90,12 +91,14 @@ class Reductions:
                 waiting.popleft().wait()
             keep = leads and leader != root
             summed = self._summed_on(leader, number % 2, block, op, keep, deadline)
+
             crossing = None
             if between is not None:
                 crossing = self._crossing_to(
                     between, self._hosts.index[root], leader == root, summed, block, op, deadline
                 )
             waiting.append(self._send(crossing, len(pieces)))
+
         while waiting:
             waiting.popleft().wait()
 
@@ -130,6 +133,7 @@ class Reductions:
         elif self._local is not None:
             for position, part in enumerate(sums):
                 self._local.reduce([part], position, _inner(op), deadline)
+
         between = self._between_counterparts
         if between is None:
             return None

@@ -398,6 +398,7 @@ class ShmBackend(BackendBase):
             expected = error_mapping.derived_signature(
                 name, words, like, op, "" if root < 0 else f"root {root}"
             )
+
         moved = [view for view in views if view is not None]
         request = requests.collective(
             NATIVE["barrier" if like is None else name],
@@ -409,6 +410,7 @@ class ShmBackend(BackendBase):
             moved,
         )
         code = self._call(request, moved, None if index else expected.allocate, deadline)
+
         if code == error_mapping.MISMATCH:
             self._error_mapping.mismatch(expected, deadline)
         elif code:
@@ -432,6 +434,7 @@ class ShmBackend(BackendBase):
         request = requests.transfer(
             source, dst, gives.words, target, src, takes.words, index, self._joined > 0
         )
+
         moved = [view for view in (source, target) if view is not None]
         code = self._call(request, moved, None if index else takes.allocate, deadline)
         if code == error_mapping.MISMATCH:
@@ -439,6 +442,7 @@ class ShmBackend(BackendBase):
             if self._joined:
                 ends = (self._rank, dst, gives) if sent else (src, self._rank, takes)
                 self._error_mapping.mismatch_beside(*ends, deadline)
+
             pairs = [(self._rank, dst, gives)] if sent else []
             self._error_mapping.pair_mismatch(
                 [*pairs, (src, self._rank, takes)] if received else pairs, deadline
@@ -463,6 +467,7 @@ class ShmBackend(BackendBase):
         held = self._held or self._joined > 0
         if not held and not self.hold(deadline):  # a call that no group makes, but another backend
             self._error_mapping.fail("hold", error_mapping.BUSY)
+
         try:
             address = request.buffer_info()[0]
             return int(

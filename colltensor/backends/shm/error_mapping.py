@@ -204,6 +204,8 @@ class ErrorMapping:
             source if destination == self._control.rank else destination
             for source, destination, _ in ordered
         ]
+
+        # All exchanges begin before one is waited for: the peers may wait for each other.
         for peer, (source, _, expected) in zip(peers, ordered, strict=True):
             self._control.start_pair(
                 peer,
@@ -213,6 +215,7 @@ class ErrorMapping:
                 source,
                 peers.count(peer) == 1,
             )
+
         found: MismatchError | None = None
         for peer, (source, _, expected) in zip(peers, ordered, strict=True):
             bound = peers.count(peer) == 1
@@ -222,6 +225,7 @@ class ErrorMapping:
                 )
             except MismatchError as error:
                 found = found or error
+
         raise found or MismatchError(
             f"{self._where}: ranks {peers} disagree about a transfer", peers
         )
@@ -253,6 +257,7 @@ class ErrorMapping:
             stopped, self.stopped = self.stopped, None
             # none: raised before stop() could keep it, by a signal's handler
             raise stopped or KeyboardInterrupt
+
         if code == REFUSED:
             raise UnsupportedDTypeError(f"{name}: {self._where}: the library has no such reduction")
         if code == BUSY:
@@ -274,6 +279,7 @@ class ErrorMapping:
             if word >> bit & 1
         ]
         named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
         if kind == _LOST:
             return PeerLostError(f"{name}: {self._where}: {named} died. {_REMEDY}", ranks)
         if kind == _GONE:

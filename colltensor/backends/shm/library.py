@@ -141,6 +141,7 @@ def open_library(place: Path, where: str, function: str, interface: int) -> Any:
             f"{where}: {place} is built for apache-tvm-ffi {TVM_FFI_SERIES}, and {tvm_ffi.__version__} is "
             f"installed: pip install 'apache-tvm-ffi=={TVM_FFI_SERIES}.*'"
         )
+
     remedy = f"build {place} again" if os.environ.get(_VARIABLE) else REINSTALL
     try:
         module = tvm_ffi.load_module(str(place))
@@ -149,6 +150,7 @@ def open_library(place: Path, where: str, function: str, interface: int) -> Any:
         raise BackendUnavailableError(
             f"{where}: {place} cannot be loaded: {error}; {remedy}"
         ) from error
+
     if version != interface:
         raise BackendUnavailableError(
             f"{where}: {place} has interface {version}, and this colltensor needs {interface}; {remedy}"

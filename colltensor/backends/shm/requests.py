@@ -107,6 +107,7 @@ def transfer(
         *target_signature,
         index,
     ]
+
     for peer, view in ((destination_rank, source), (source_rank, target)):
         if view is not None:
             _append(fields, view)

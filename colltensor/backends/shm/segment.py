@@ -94,24 +94,29 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
         for vote in control.allgather(_own_ballot(control, meeting), deadline)
     ]
     _refuse(control, [ballot.trouble for ballot in ballots])
+
     cores = _cores(ballots)
     fd, listener, trouble = _make(control, cores) if control.rank == 0 else (-1, None, None)
     link: socket.socket | None = None
     handing: _HandOut | None = None
+
     try:
         name = b"" if listener is None else listener.getsockname()
         if listener is not None:
             handing = _HandOut(listener, fd, control, meeting)
             trouble = handing.start()
+
         opening = control.allgather(json.dumps([trouble, name.hex()]).encode(), deadline)
         trouble, name = json.loads(opening[0])
         _refuse(control, [trouble])
+
         trouble = None
         try:
             if listener is None:
                 link = _reach(bytes.fromhex(name), deadline)
         except OSError as error:
             trouble = f"the shared memory could not be handed over: {error} (another network namespace than rank 0's?)"
+
         # Rank 0 waits for nobody who cannot reach it. It waits for the others only so long that
         # time is left for Gloo.
         _refuse(
@@ -121,6 +126,7 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
                 for vote in control.allgather(json.dumps(trouble).encode(), deadline)
             ],
         )
+
         until = time.monotonic() + min(_HAND_OUT_S, (deadline - time.monotonic()) / 2)
         try:
             if handing is not None:
@@ -140,12 +146,15 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
             sock.close()
         if fd >= 0:
             os.close(fd)
+
+    # A rank without the memory takes part as well, so that all refuse alike.
     try:
         details = _prove(segment, trouble, control, ballots, deadline)
     except BaseException:
         if segment is not None:
             segment.library.shm_close(segment.handle)
         raise
+
     assert segment is not None
     return replace(segment, details=details)
 
@@ -162,12 +171,14 @@ def _own_ballot(control: ControlPlane, meeting: Meeting) -> bytes:
             library.load()
         except BackendUnavailableError as error:
             trouble = str(error).removeprefix("backend 'shm': ")
+
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         namespace = 0
     cores = sorted(os.sched_getaffinity(0))
     quota = cgroup.processors()
+
     return json.dumps(
         {
             "trouble": trouble,
@@ -205,19 +216,24 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
     size = control.world_size
     half = native.shm_half_nbytes(size)
     nbytes = native.shm_nbytes(size, half)
+
     fd, listener = -1, None
     try:
+        # At a control group's limit posix_fallocate does not fail, but the process is killed.
         spare = cgroup.spare_nbytes()
         if nbytes > spare:
             raise OSError(errno.ENOMEM, f"its control group has {spare / 2**20:.1f} MiB left")
+
         fd = os.memfd_create("colltensor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
         direct = _DIRECT_NBYTES.get(size, _DIRECT_NBYTES_OF_MANY)
         chunk = min(_CHUNK_NBYTES, half // 2)  # four at least in a rank's staging
         code = native.shm_format(fd, size, cores, half, direct, chunk, _READ_NBYTES)
         if code:
             raise OSError(code, os.strerror(code))
+
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(b"\0colltensor-" + secrets.token_hex(16).encode())
         listener.listen(_BACKLOG)
@@ -371,6 +387,7 @@ def _fetch(
             time.sleep(min(_PAUSE_S, net.time_left(until)))
         finally:
             link.close()
+
         link = _reach(name, until)
 
 
@@ -438,6 +455,7 @@ def _prove(
     if segment is not None:
         segment.library.shm_write_nonce(segment.handle, *struct.unpack("<qq", nonce))
     nonces = control.allgather(nonce, deadline)
+
     if segment is not None:
         unseen = [
             rank
@@ -448,6 +466,7 @@ def _prove(
         ]
         if unseen:
             trouble = f"its memory is not the memory of ranks {unseen}"
+
     obstacle = (
         None if segment is None or trouble else _obstacle_to_reading(segment, control.rank, ballots)
     )
@@ -456,11 +475,13 @@ def _prove(
         for vote in control.allgather(json.dumps([trouble, obstacle]).encode(), deadline)
     ]
     _refuse(control, [vote[0] for vote in votes])
+
     obstacles = [
         f"rank {rank}: {vote[1]}" for rank, vote in enumerate(votes) if vote[1] is not None
     ]
     if segment is not None:
         segment.library.shm_allow_reading(segment.handle, not obstacles)
+
     if not obstacles:
         return "large messages may be read from the other processes' memory"
     _LOG.debug(
