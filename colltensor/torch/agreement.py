@@ -163,6 +163,7 @@ def sendable(tensors: Named) -> Sendable:
         own = _distinct(_checked(name, tensor.detach()))
         plain = own.is_contiguous() and not own.is_conj() and not own.is_neg()
         found.append((name, own, plain))
+
     shared = _sharing([own for _, own, _ in found])
     sent = []
     for number, (name, own, plain) in enumerate(found):

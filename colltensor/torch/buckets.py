@@ -96,11 +96,13 @@ class Member:
                 f"{_in_words(self)} was to be expected when sync_gradients was called; after model.to() or another "
                 "change of the parameters remove() the handle and call sync_gradients again, on all ranks"
             )
+
         if gradient.layout is not torch.strided:
             raise UnsupportedTensorError(
                 f"sync_gradients: the gradient of {self.name} is sparse ({gradient.layout}), and only dense ones are "
                 "reduced; make the layer with sparse=False, or leave the parameter out and reduce it yourself"
             )
+
         if gradient.requires_grad:
             raise UnsupportedTensorError(
                 f"sync_gradients: the gradient of {self.name} has a history (backward(create_graph=True)), which a "
@@ -203,6 +205,7 @@ class Bucket:
             if view.data_ptr() != address:  # somebody set ``parameter.grad.data``
                 self._make_views()
                 break
+
         for member, view, _ in self._pairs:
             gradient = member.gradient
             if gradient is view:
@@ -215,6 +218,7 @@ class Bucket:
             owners.append(member)
             views.append(view)
             fresh.append(gradient)
+
         if len(fresh) >= _FOREACH_FROM:
             foreach_copy(views, fresh)
         elif fresh:
@@ -263,6 +267,7 @@ def plan(
     """
     groups: list[tuple[int, list[Member], bool]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[Member], int, int]] = {}
+
     for place, member in enumerate(order):
         if member.nbytes >= min(lone_nbytes, bucket_nbytes):
             groups.append((place, [member], True))
@@ -273,15 +278,18 @@ def plan(
             groups.append((last, members, False))
             members, nbytes = [], 0
         filling[kind] = [*members, member], nbytes + member.nbytes, place
+
     groups += [(last, members, False) for members, _, last in filling.values()]
     groups.sort(key=lambda group: group[0])
     flat = [group for group in groups if not group[2]]
     if flat:
         groups.remove(flat[-1])
         groups.append(flat[-1])
+
     tails = [0] * len(groups)
     if flat and carry:
         tails[-1] = len(order)
+
     return [
         Bucket(members, lone, place, tail)
         for place, ((_, members, lone), tail) in enumerate(zip(groups, tails, strict=True))

@@ -46,7 +46,7 @@ def allreduce(
     Derivatives: y_r = sum of x_s on every rank r, so x_s has the gradient sum over r of g_r. That
     of a SUM-allreduce is a SUM-allreduce, and of an AVERAGE-allreduce an AVERAGE-allreduce. MIN and
     MAX hand the sum of all g_r to the rank that has the element. Where several have it, they get
-    equal shares, as with ``torch.amax``. The others have none.
+    equal shares, as with ``torch.amax``. The other ops have none.
 
     Raises:
         OptionError: On every rank: some tensor requires grad and ``op`` has no derivative.

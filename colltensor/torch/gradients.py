@@ -96,6 +96,7 @@ def sync_gradients(
     """
     module = module_or_parameters if isinstance(module_or_parameters, torch.nn.Module) else None
     found = group if isinstance(group, Group) else find_group(group)
+
     with telling(found):
         if (
             isinstance(bucket_nbytes, bool)
@@ -109,10 +110,12 @@ def sync_gradients(
             raise OptionError(
                 f"sync_gradients: overlap: expected True, False or 'worker', got {overlap!r}"
             )
+
         chosen = compression_of(compression)
         parameters, buffers = named_tensors(module_or_parameters)
         _refuse_twice(found, parameters)
         sent = sendable([*parameters, *buffers])
+
     words = {
         "bucket_nbytes": str(bucket_nbytes),
         "average": str(bool(average)),
@@ -120,6 +123,7 @@ def sync_gradients(
         "compression": _spelt(chosen),
     }
     reports = compare(found, described(parameters, buffers, frozen=True), words)
+
     lone_nbytes = _LONE_NBYTES.get(found.backend, _LONE_NBYTES_ELSEWHERE)
     options = Options(bucket_nbytes, lone_nbytes, average, _early(overlap, reports), chosen)
     take_over(found, sent)

@@ -79,6 +79,7 @@ class Reducer:
         self.removed = False
         self._learned: list[int] | None = None
         self._sums: dict[int, Callable[[], torch.Tensor | None]] = {}
+
         self._under_way = False
         self._next = 0
         self._running: list[tuple[Bucket, Iterator[torch.Tensor] | None, Any]] = []
@@ -86,6 +87,7 @@ class Reducer:
         self._joins = False
         self._bucket_of: dict[int, Bucket] = {}
         self._buckets: list[Bucket] = []
+
         self._accumulated = self._hook()
         self._take(parameters)
 
@@ -131,6 +133,7 @@ class Reducer:
         def accumulated(parameter: torch.Tensor) -> None:
             if self.paused:
                 return
+
             ending = self._ending()
             if ending is None:
                 if id(parameter) not in bucket_of and not self.tracked.has(parameter):
@@ -138,6 +141,7 @@ class Reducer:
                 self._begin()
             elif ending.climbing:
                 self._ending = weakref.ref(BackwardEndHook(self._finish))
+
             if self._learned is not None:
                 self._learned.append(id(parameter))
             elif early and id(parameter) in bucket_of:
@@ -172,6 +176,7 @@ class Reducer:
                 f"sync_gradients: the backward pass of rank {self._group.rank} is compiled "
                 "(torch._dynamo.config.compiled_autograd), and its end cannot be seen; compile the forward pass only"
             )
+
         if self._next or self._running:
             raise GroupError(
                 f"sync_gradients: the last backward pass of rank {self._group.rank} ended with an exception after "
@@ -179,6 +184,7 @@ class Reducer:
                 f"'{self._group.name}' are out of step; remove() the handle, destroy the group, make it again, and "
                 "call sync_gradients again"
             )
+
         for bucket in self._buckets:
             bucket.waiting = bucket.expected
         self._missing.clear()
@@ -231,12 +237,14 @@ class Reducer:
         """Reduce a bucket, or start to."""
         payload = self._collect(bucket)
         compression, early = self._options.compression, self._options.early
+
         if compression is None:
             work = self._group.allreduce(payload, self._op, async_op=early)
             self._next += 1  # where the ranks' calls differed, nothing has happened
             if early:
                 self._running.append((bucket, None, work))
             return
+
         self._next += 1
         rounds = iter(compression.reduce(bucket))
         if early:
@@ -264,9 +272,11 @@ class Reducer:
         self._under_way = False
         # also where this fails: the traceback that the caller gets keeps the BackwardEndHook alive
         self._ending = _none
+
         with torch.no_grad():
             if self._stale:
                 self._renew()
+
             if self._joins and not self._next:
                 self._launch_all()
             while self._next < len(self._buckets):
@@ -276,16 +286,19 @@ class Reducer:
                     work.wait()
                 if rounds is not None:
                     self._complete(bucket, rounds)
+
             self._settle_missing()
             if not self._options.average:
                 self._note_sums()
             for bucket in self._buckets:
                 bucket.release()
+
             self._running.clear()
             self._missing.clear()
             self._next = 0
             if self._learned is not None:
                 self._learn(self._learned)
+
         if self.removed:
             self._forget()
 
@@ -318,6 +331,7 @@ class Reducer:
             for name, parameter in parameters
             if parameter.requires_grad or id(parameter) in self._known
         ]
+
         try:
             compare(self._group, described(trained, []), {})
         except MismatchError as error:
@@ -329,6 +343,7 @@ class Reducer:
                 f"others were: {error}; change the module on all ranks before the same backward pass",
                 error.ranks,
             ) from error
+
         self._take(parameters)
         self._stale = False
 
@@ -393,6 +408,7 @@ class Reducer:
             and len(self._buckets) > 1
             and all(member.device.type == "cpu" for member in order)
         )
+
         self._bucket_of.clear()  # the hook looks into this one
         self._bucket_of.update(
             (number, bucket_of[member.number])

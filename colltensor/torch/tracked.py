@@ -148,6 +148,7 @@ class Tracked:
         kept = self._hooks.get(id(parameter))
         if kept is not None and kept[0]() is parameter:
             return
+
         handles: Sequence[Any] = ()
         if _takes_gradients(parameter):
             frozen = not parameter.requires_grad
@@ -161,6 +162,7 @@ class Tracked:
             finally:
                 if frozen:
                     parameter.requires_grad_(False)
+
         self._hooks[id(parameter)] = reference_to(parameter), handles
         if torch.__future__.get_swap_module_params_on_conversion():
             self._mark(parameter)
@@ -191,6 +193,7 @@ class Tracked:
         """Return the parameters of now, some more than once; cheaper than ``Module.parameters``."""
         if self._module is None:
             return [parameter for _, given in self._given if (parameter := given()) is not None]
+
         module = self._module()
         parts = [module]
         if module is None:

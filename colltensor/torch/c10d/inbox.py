@@ -51,6 +51,7 @@ def translated(error: CollectiveError, name: str, source: int, destination: int)
     named = " and ".join(f"rank {rank}" for rank in ranks) or "a rank"
     what = "died or left" if kind is PeerLostError else "did not come in time"
     closed = f" ({CLOSED})" if kind is PeerLostError else ""
+
     found: CollectiveError = kind(
         f"the transfers from rank {source} to rank {destination}: {name}: {named} {what}{closed}; make the process "
         "group again on all ranks",
@@ -276,6 +277,7 @@ class Inbox:
         with translating(self._where, source, self._rank):
             group.recv(header.tensor, SENDER)
         number, tag, nbytes, dtype, is_inline = header.read()
+
         with self._changed:
             self._taken[source] = number
             if self._is_withdrawn(source, number):
@@ -296,6 +298,7 @@ class Inbox:
                 fits, target = True, receive.tensor
             else:
                 fits, target = False, torch.empty(nbytes, dtype=torch.uint8)
+
             if is_inline:
                 header.copy_to(target)
                 if not target.is_inference():
@@ -307,6 +310,7 @@ class Inbox:
                     torch.inference_mode(target.is_inference()),  # else they may not be written
                 ):
                     group.recv(bytes_of(target), SENDER)
+
             if receive is not None and fits:
                 receive.sender = source
                 _end(receive, None)

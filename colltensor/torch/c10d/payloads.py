@@ -190,6 +190,7 @@ def average(
     group.allreduce(
         {f"{name} average {source.dtype} {at}": sums[at] for at, source in enumerate(sources)}
     )
+
     for target, total in zip(targets, sums, strict=False):
         if total.dtype is torch.uint64:  # which torch cannot divide
             quotient = total.numpy()
@@ -266,12 +267,14 @@ def _average_parts(group: Group, target: torch.Tensor, sources: Any) -> None:
                 f"times {target.numel()} elements, got {sources.numel()}"
             )
         sources = sources.reshape(group.world_size, -1).unbind()
+
     if len(sources) != group.world_size or sources[group.rank].numel() != target.numel():
         raise ShapeError(
             f"reduce_scatter: group '{group.name}' (rank {group.rank}): expected an input of each of "
             f"{group.world_size} ranks, this one's of {target.numel()} elements, got "
             f"{[source.numel() for source in sources]}"
         )
+
     results = [
         torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources
     ]

@@ -121,6 +121,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
             return self._elsewhere(input_list[0]).allgather_coalesced(
                 output_lists, input_list, opts
             )
+
         pairs = [
             ([bare(outputs[index]) for outputs in output_lists], bare(source))
             for index, source in enumerate(input_list)

@@ -176,6 +176,7 @@ class Standoffs:
             return
         if self._rank > wait.peer:  # that one looks too, now that it was asked
             return
+
         number, sends, is_alone, *progress = said
         theirs = Progress(*progress)
         if sends != wait.sends or not _blocks(sends, mine, theirs):

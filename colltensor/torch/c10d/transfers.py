@@ -2,8 +2,8 @@
 
 Every direction of every pair of ranks has a group and a thread of its own, made when it is first
 used. So nothing that one of them waits for keeps another waiting. Two ranks may both send before
-they receive, and a receive may name a later message's tag. A message is a header, which contains a
-short one. The bytes of a long one follow when a receive was issued that takes it.
+they receive, and a receive may name a later message's tag. A message is a header, which contains
+the bytes of a short one. Those of a long one follow when a receive was issued that takes it.
 """
 
 from __future__ import annotations

@@ -151,6 +151,7 @@ class ProcessGroupQueue:
                         self._waiting.remove(operation)
                     raise
                 return
+
         operation.end(self._closed)
         operation.notify()
 
