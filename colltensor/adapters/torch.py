@@ -140,10 +140,12 @@ def _view(tensor: Any) -> BufferView:
         raise UnsupportedDTypeError(
             f"dtype {tensor.dtype} is not supported; known are {', '.join(DTYPES)}"
         )
+
     if tensor.is_nested:
         raise UnsupportedTensorError(
             "the torch tensor is nested; pass its parts, tensor.unbind(), as a list"
         )
+
     if tensor.is_neg() or (dtype.kind == "c" and tensor.is_conj()):
         raise UnsupportedTensorError(
             "the torch tensor is a lazy negation or conjugate, whose memory holds other values; pass "

@@ -136,8 +136,8 @@ def forget_failures() -> None:
 def _defer(handle: int, on: bool) -> None:
     """Let jitted calls queue behind the group's asynchronous eager ones, or go straight again.
 
-    Straight means to shared memory. While there are observers, they go through the group's methods
-    in any case.
+    Straight means to shared memory. While there are observers, the calls go through the group's
+    methods in any case.
     """
     if handle >= 0:
         library.load().shm_jax_defer(handle, on or observers.is_observed())

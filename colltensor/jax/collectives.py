@@ -34,10 +34,11 @@ from colltensor.types import ReduceOp
 def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
     """Return the elementwise combination of all ranks' arrays.
 
-    Every rank calls and gets the same bits. The gradient of a SUM-allreduce is a SUM-allreduce: y_s
-    = sum of x_r for every s, so dL/dx_r = sum over s of v_s, for every r. Of an AVERAGE it is an
-    AVERAGE. The derivative of MIN and MAX belongs to the ranks that have the extreme element, in
-    equal parts; the other ops have none.
+    Every rank calls and gets the same bits.
+
+    The gradient of a SUM-allreduce is a SUM-allreduce. For every s, y_s = sum of x_r, so for every
+    r, dL/dx_r = sum over s of v_s. Of an AVERAGE it is an AVERAGE. The derivative of MIN and MAX
+    belongs to the ranks that have the extreme element, in equal parts; the other ops have none.
 
     Args:
         x: An array of any shape, or a pytree of arrays; all ranks' have one dtype and count.
@@ -118,9 +119,9 @@ def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceO
 def send(x: Any, dst_rank: int, group: Group | str = "default") -> Any:
     """Send an array to rank ``dst_rank``, which calls ``recv``; returns ``x`` as it is.
 
-    Derivative: y = x here and y_d = x on the receiver d, so dL/dx = v + v_d, where v_d comes back
-    from the receiver. For that the differentiated function must use the result (``x = send(x,
-    1)``).
+    Derivative: y = x here and y_d = x on the receiver d, so dL/dx = v + v_d. The receiver sends
+    v_d back. For that the differentiated function must use the result
+    (``x = send(x, 1)``).
 
     Args:
         x: An array of any dtype.
@@ -134,8 +135,8 @@ def recv(like: Any, src_rank: int, group: Group | str = "default") -> Any:
     """Return the array that rank ``src_rank`` sends, with the shape and dtype of ``like``.
 
     Derivative: y = x_s of the sender s, so v is sent back to it, and dL/dlike is zero. For that
-    ``like`` must depend on the differentiated variables, as the sender's array does (``0 *
-    parameters``).
+    ``like`` must depend on the differentiated variables, as the sender's array does
+    (``0 * parameters``).
 
     Args:
         like: An array, whose values do not matter.
@@ -148,8 +149,10 @@ def recv(like: Any, src_rank: int, group: Group | str = "default") -> Any:
 def sendrecv(x: Any, dst_rank: int, src_rank: int, group: Group | str = "default") -> Any:
     """Send an array to ``dst_rank`` and return one of the same shape from ``src_rank``.
 
-    Ranks in a ring use it so. Derivative: y_d = x_r for the rank d that r sends to, so dL/dx_r =
-    v_d: a sendrecv the other way round.
+    Ranks in a ring use it so.
+
+    Derivative: y_d = x_r for the rank d that r sends to, so dL/dx_r = v_d: a sendrecv the other way
+    round.
 
     Args:
         x: An array of any dtype.
@@ -268,6 +271,7 @@ def _array(name: str, leaf: Any) -> Any:
     """
     if isinstance(leaf, (jax.Array, float, complex, bool)):
         return jnp.asarray(leaf)
+
     given = np.asarray(leaf)
     if given.dtype not in DTYPE_OF:
         raise unsupported_dtype(given.dtype)
@@ -283,6 +287,7 @@ def _array(name: str, leaf: Any) -> Any:
                 f"{name}: {given.dtype} numbers of this array do not fit {array.dtype}, which JAX makes of them; switch"
                 " jax_enable_x64 on, on every rank, or pass an array of a smaller dtype"
             )
+
     return array
 
 

@@ -33,7 +33,7 @@ The lock is held for a look or a change only.
 class Token:
     """Names one creation of a declared group.
 
-    A late call never touches another group of the same name, because of it.
+    By it a late call never touches another group of the same name.
 
     Attributes:
         driver: The process that declares.
@@ -207,9 +207,11 @@ def introduce(actor: object, spec: MemberSpec, patience_s: float) -> bytes:
     for member in members:
         if member.is_replaced_by(spec):
             member.give_way(patience_s)
+
     table.check_options(spec.world_size, **spec.options, member=True)
     if spec.options["interface"] is not None:
         net.interface_address(spec.options["interface"])
+
     member = ActorMember(spec, patience_s)
     _forget_those_that_are_over()
     with _lock:

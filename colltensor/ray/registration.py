@@ -73,8 +73,8 @@ def register_tensor_transports(frameworks: Iterable[str] | None = None) -> tuple
     it in the process that creates the actors, before the classes of the actors are defined. Ray
     registers the transports in an actor before it first uses them there. A worker process may
     itself import the module of such a class, make actors, or restart. Call it there too: at the top
-    of that module, or by ``ray.init(runtime_env={"worker_process_setup_hook":
-    "colltensor.ray.register_tensor_transports"})``. Idempotent.
+    of that module, or in a setup hook: ``ray.init(runtime_env=
+    {"worker_process_setup_hook": "colltensor.ray.register_tensor_transports"})``. Idempotent.
 
     Args:
         frameworks: Of ``"torch"`` (transport ``COLLTENSOR``), ``"jax"`` (``COLLTENSOR_JAX``),

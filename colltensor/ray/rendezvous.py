@@ -1,7 +1,7 @@
 """How the ranks of a group meet inside Ray: rank 0 leaves its endpoint with a small named actor.
 
 Imports ray. The actor is owned by rank 0's process and not detached, so Ray ends it with that
-process, however it ends; rank 0 ends it as soon as the meeting is over.
+process, however that ends. Rank 0 ends it as soon as the meeting is over.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class EndpointBoard:
 
 
 _Board: Final = ray.remote(num_cpus=0)(EndpointBoard)
-"""Made once, because Ray keeps a copy of each class that ``ray.remote`` makes until the job ends.
-"""
+"""Made once: Ray keeps a copy of each class that ``ray.remote`` makes until the job ends."""
 
 
 class RayDirectory(Directory):

@@ -104,6 +104,7 @@ class Source:
         """Answer one receiver until it goes; what fails here fails there too."""
         with self._lock:
             self._serving.add(sock)
+
         try:
             self._door.verify(sock, self._secret_of)
             group = form_group(sock, 0, self.endpoint.who, time.monotonic() + TIMEOUT_S)
