@@ -68,9 +68,9 @@ class AutoSpec:
     ) -> tuple[Backend, str]:
         """Make the backend that fits the hosts of ``meeting``, and say in words why it is this one.
 
-        All ranks call; arguments as for the backends. Where ranks of one host cannot share memory
-        the first group of this process warns, on every rank and with the reason of the rank that
-        lacks something.
+        All ranks call; arguments as for the backends. Where ranks of one host cannot share memory,
+        the first group of this process warns. It does so on every rank, with the reason of the rank
+        that lacks something.
 
         Raises:
             BackendUnavailableError: Neither shared memory nor Gloo can be used; says why for both.
@@ -124,9 +124,9 @@ def _listed(hosts: Sequence[str]) -> str:
 def _warn(control: ControlPlane, reason: str) -> None:
     """Say that Gloo takes the place of shared memory.
 
-    Once a process that is a warning, later in the log alone. A line of the log rather than a Python
-    warning: it shows in scripts and in Ray's workers where nobody configured logging, and no filter
-    turns it into an error of one rank in the middle of what all ranks do.
+    It warns once a process, and logs a debug line later. The warning is a line of the log rather
+    than Python's: that shows in scripts and in Ray's workers where nobody configured logging. And
+    no filter turns it into an error of one rank in the middle of a call of all ranks.
     """
     if _warned.is_set():
         _LOG.debug(

@@ -549,7 +549,7 @@ class AgreeingBackend(Backend, Protocol):
         """Return a function that does as ``tree``'s on a list of leaves of one type.
 
         Return None where there is none. The function gets the identities of the list and of the
-        type, and the address of a C function that reads tensors of that type
+        type. Its third argument is the address of a C function that reads tensors of that type
         (``adapters.reader_of``). It returns ``FAST_UNREAD`` where a leaf is of another type or
         cannot be read so.
         """

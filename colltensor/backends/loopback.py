@@ -191,8 +191,8 @@ def _as_array(view: BufferView) -> np.ndarray[Any, Any]:
 def _copy_on_device(target: BufferView, source: BufferView) -> None:
     """Copy with the framework that is loaded; ready when it returns, as every result of a backend.
 
-    The host waits for the device before it too, because this may be the group's worker thread,
-    whose current stream says nothing about the one on which the caller's tensors are ready.
+    The host waits for the device before it too, because this may be the group's worker thread. Its
+    current stream says nothing about the one on which the caller's tensors are ready.
     """
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is None and cupy is None:

@@ -2,7 +2,7 @@
 
 Their backward pass is a collective too. The loss is the sum of all ranks' losses. Every rank must
 run the backward pass of each collective, in one order. So the result of a call must be part of the
-loss on every rank: add ``0 * result.sum()`` where a result is not otherwise used. A result requires
+loss on every rank. Add ``0 * result.sum()`` where a result is not otherwise used. A result requires
 grad on all ranks if some rank's tensor does. ``torch.autograd.grad()`` and ``backward()`` with
 ``inputs`` leave out whatever leads to none of them, so there every rank's tensor must. ``linear``
 has the derivations.

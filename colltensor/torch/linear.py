@@ -2,7 +2,7 @@
 
 The loss that is differentiated is the sum of all ranks' losses. A collective that is linear takes
 rank s's tensors x_s to rank r's results y_r = sum over s of A_rs x_s. A_rs holds only real numbers.
-If g_r is the gradient of the loss with respect to y_r, the one with respect to x_s is the sum over
+Let g_r be the gradient of the loss with respect to y_r. The one with respect to x_s is the sum over
 r of A_rs' g_r. That is again a collective, the adjoint. So every backward pass is one collective,
 every rank must run it, and it can be differentiated in turn.
 """

@@ -1,9 +1,9 @@
 """Reductions composed of an exchange of bytes between ranks and arithmetic on the host.
 
-For what Gloo's own allreduce lacks or does wrongly, for reduce and reduce-scatter (Gloo's reduce
-overwrites the other ranks' inputs, torch's reduce-scatter copies all of them), and for small
-buffers, where one exchange takes half the time of Gloo's ring. Elements are combined in rank order
-in one place, so all ranks get the same bits.
+They replace Gloo's own allreduce where it lacks a reduction or does it wrongly. They also do reduce
+and reduce-scatter: Gloo's reduce overwrites the other ranks' inputs, and torch's reduce-scatter
+copies all of them. For small buffers one exchange takes half the time of Gloo's ring. Elements are
+combined in rank order in one place, so all ranks get the same bits.
 """
 
 from __future__ import annotations

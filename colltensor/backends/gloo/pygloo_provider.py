@@ -2,9 +2,9 @@
 
 The one module of the Gloo backend that imports pygloo. pygloo blocks: it holds the GIL while it
 waits, its 30 s timeout cannot be changed, and Ctrl-C waits for it. So the payload of one group
-stops all Python threads of the process, and two groups of one process must not be used by two
-threads in different orders on different ranks. The control plane has made sure before each payload
-that all ranks are there.
+stops all Python threads of the process. Two threads must not use two groups of one process in
+different orders on different ranks. The control plane has made sure before each payload that all
+ranks are there.
 """
 
 from __future__ import annotations

@@ -216,6 +216,7 @@ class TorchProvider:
                     if work.is_completed():
                         work.wait()
                         return
+
                 self._control.check()
                 if time.monotonic() > deadline:
                     raise expired(operation, self._control)

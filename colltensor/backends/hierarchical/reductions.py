@@ -1,7 +1,7 @@
 """Reductions between hosts: in shared memory on each, then over Gloo between them.
 
-Elements are combined on each host in the order of its ranks, and then in the order of the hosts,
-each in one place or in one order: all ranks get the same bits.
+Elements are combined on each host in the order of its ranks, and then in the order of the hosts.
+Each is combined in one place or in one order, so all ranks get the same bits.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ class NcclBackend(BackendBase):
             self._streams.append(operation.stream)
             if stages:
                 self._staging.enter_context(driver.on(device, operation.stream))
+
         return pending[0] if len(pending) == 1 else PendingOperations(pending)
 
     def end(self) -> None:
@@ -219,6 +220,7 @@ class NcclBackend(BackendBase):
             raise
         finally:
             driver.leave(before)
+
         return operation
 
     def set_timeout(self, timeout_s: float) -> None:
