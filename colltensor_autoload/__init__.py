@@ -1,7 +1,8 @@
-"""What ``import torch`` runs of this package, by the entry point ``torch.backends``: it names the backend, no more.
+"""Names the backend to torch, no more, when ``import torch`` runs this entry point.
 
-So ``dist.init_process_group("cpu:colltensor")`` works in processes that nobody had import ``colltensor.torch``, as the
-workers of Ray Train. It stands beside ``colltensor``, of which an ``import torch`` would else load all.
+It is one of the entry points ``torch.backends``. So ``dist.init_process_group("cpu:colltensor")``
+works in processes that nobody had import ``colltensor.torch``, as the workers of Ray Train. It
+stands beside ``colltensor``, because else an ``import torch`` would load all of that.
 TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns such entry points off.
 """
 
@@ -12,7 +13,10 @@ from typing import Any
 
 
 def register() -> None:
-    """Let torch.distributed know the backend ``colltensor``. Never raises: that would fail ``import torch``."""
+    """Let torch.distributed know the backend ``colltensor``.
+
+    Never raises: that would fail ``import torch``.
+    """
     try:
         import torch.distributed as dist
 

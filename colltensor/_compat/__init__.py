@@ -1,7 +1,7 @@
-"""What the package uses of torch, JAX and Ray that has no public name there: a module for each, and nowhere else.
+"""Private names of torch, JAX and Ray that the package uses: a module for each, and nowhere else.
 
-Each module says with which versions it was tested. Beyond them there is one debug line a process, so that whoever looks
-into a failure sees it.
+Each module says with which versions it was tested. Beyond them there is one debug line a process,
+so that whoever looks into a failure sees it.
 """
 
 from __future__ import annotations

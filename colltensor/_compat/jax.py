@@ -26,7 +26,10 @@ def _cannot_tell() -> bool:
 
 
 traces_nothing: Final = _traces_nothing or _cannot_tell
-"""Whether JAX traces nothing in this thread; True where it cannot be asked, and the copies of arrays say so then."""
+"""Whether JAX traces nothing in this thread.
+
+True where JAX cannot be asked; the copies of arrays report tracing then.
+"""
 
 
 def array_type() -> type:
@@ -63,7 +66,10 @@ def sharding_name(array_kind: type) -> str:
 
 
 def ready_function() -> Callable[[list[Any]], object]:
-    """Return what waits for arrays: JAX's own function, which takes nothing else, or its public one."""
+    """Return the function that waits for arrays.
+
+    It is JAX's own, which takes nothing else, or the public one.
+    """
     with contextlib.suppress(ImportError):
         client = importlib.import_module("jax._src.lib").xla_client
         found: Callable[[list[Any]], object] | None = getattr(

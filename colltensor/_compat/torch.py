@@ -14,16 +14,22 @@ note_version("torch", torch.__version__, "2.13")
 increment_version: Final = getattr(
     torch._C, "_increment_version", torch.autograd.graph.increment_version
 )
-"""torch's own function below its public one, whose isinstance check takes a third of its time; that one otherwise."""
+"""torch's own function below its public one, or the public one where there is no other.
+
+The public one's isinstance check takes a third of its time.
+"""
 
 current_raw_stream: Final = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-"""The number of a device's current stream, without the object that ``torch.cuda.current_stream`` makes at five times
-the cost; what torch's own compiled code asks. None in builds without CUDA."""
+"""The number of a device's current stream. None in builds without CUDA.
+
+torch's own compiled code asks this function. ``torch.cuda.current_stream`` makes an object and
+costs five times as much.
+"""
 
 tensor_guards: Final[Any] = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None
 )
-"""The check of many tensors at once that guards torch's compiled code; None in a torch without it."""
+"""The check of many tensors at once that guards torch's compiled code; None without one."""
 
 is_functional_tensor: Final = getattr(torch, "_is_functional_tensor", lambda tensor: False)
 foreach_copy: Final = torch._foreach_copy_

@@ -1,7 +1,7 @@
 """Adapters: one module per framework turns its tensors into BufferViews and back.
 
-A framework is found by the package of a tensor's type, which can only exist once the framework is imported: nothing
-is imported to look.
+A framework is found by the package of a tensor's type. Such a type can only exist once the
+framework is imported, so nothing is imported to look.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ known: Final[dict[type, Adapter]] = {}
 """Adapters by tensor type, as far as they were found: a short cut for the path of every call."""
 
 _no_tensors: Final[set[type]] = set()
-"""Python's own types of which no adapter takes any, as far as they were looked for: those of containers."""
+"""Python's own types that no adapter takes, such as containers, as far as they were looked for."""
 
 Exportable = Callable[[Any], bool]
 exporters: Final[dict[type, tuple[Exportable, Callable[[Any], None]] | tuple[None, None]]] = {}
-"""By tensor type, as far as they were found: ``directly_exportable`` and ``written`` of adapters that have both."""
+"""``directly_exportable`` and ``written`` by tensor type, for types found so far.
+
+Only adapters that have both are listed.
+"""
 
 
 no_write_notice: Final[set[type]] = set()
@@ -51,25 +54,32 @@ no_write_notice: Final[set[type]] = set()
 
 
 native_copies: Final[list[Callable[[], Callable[[int], object] | None]]] = []
-"""What returns native code's copy between a strided and a contiguous view on the host, None if there is none. Whoever
-may load native code puts it here. The copy takes the address of numbers of 64 bits: see native/src/exports.cpp."""
+"""Returns native code's copy between a strided and a contiguous view on the host.
+
+None if there is none. Whoever may load native code puts it here. The copy takes the address of
+64-bit numbers: see native/src/exports.cpp.
+"""
 
 
 native_readers: Final[
     list[Callable[[], tuple[Callable[[int], int], Callable[[int, int, int], bool]] | None]]
 ] = []
-"""What returns native code's reader of numpy's arrays and its trial of a reader, None if there is none; as above. See
-native/src/python.cpp."""
+"""Returns native code's reader of numpy's arrays and its trial of a reader.
+
+None if there is none; set as above. See native/src/python.cpp.
+"""
 _readers: Final[dict[type, int]] = {}
 
 
 def register_adapter(adapter: Adapter) -> None:
     """Add an adapter for tensors of another framework, or for a subclass that ours refuse.
 
-    It is asked before the built-in ones, the one registered last first, in this process only.
+    It is asked before the built-in ones. Of several, the one registered last is asked first. It
+    counts in this process only.
 
     Raises:
-        OptionError: ``adapter`` is no ``Adapter``: it is a class, or lacks an attribute or a method.
+        OptionError: ``adapter`` is no ``Adapter``: it is a class, or lacks an attribute or a
+            method.
     """
     if isinstance(adapter, type):
         raise OptionError(
@@ -172,7 +182,8 @@ def target_of(adapter: Adapter, tensor: Any) -> BufferView:
     """View a tensor that a call writes, in place or into a new one.
 
     Raises:
-        TensorError: The framework, or what its adapter found out, does not let this memory be written.
+        TensorError: This memory may not be written, by the framework or by a finding of its
+            adapter.
     """
     view = adapter.target(tensor)
     if view.readonly and not adapter.immutable:
@@ -218,9 +229,10 @@ def is_exportable(tensor: Any) -> bool:
 
 
 class Guard:
-    """What a framework itself looks at in tensors, all in one step, to tell that they are exportable as others were.
+    """Checks in one step that tensors are exportable as others were.
 
-    For the leaves of trees of one structure, which seldom change from call to call.
+    It compares the properties that a framework itself looks at. It serves the leaves of trees of
+    one structure, which seldom change from call to call.
     """
 
     __slots__ = ("_adapter", "_alike", "_left")
@@ -325,8 +337,8 @@ def _search(kind: type) -> Adapter | None:
         built_in: Adapter = importlib.import_module(_ADAPTERS[package]).ADAPTER
         if built_in.claims(kind):
             return built_in
-    # A subclass that its framework's adapter did not claim changes what its memory means (masked, quantised, fake,
-    # traced): its raw DLPack export must not be trusted.
+    # A subclass that its framework's adapter did not claim changes the meaning of its memory: it
+    # may be masked, quantised, fake or traced. Its raw DLPack export must not be trusted.
     if hasattr(kind, "__dlpack__") and packages.isdisjoint(_ADAPTERS):
         other: Adapter = importlib.import_module("colltensor.adapters.dlpack").ADAPTER
         return other if other.claims(kind) else None

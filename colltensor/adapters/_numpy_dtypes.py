@@ -36,7 +36,7 @@ CARRIER_OF: Final = {
     for found, dtype in DTYPE_OF.items()
     if found.isbuiltin != 1
 }
-"""Integers that carry the bits of types that numpy itself does not know and cannot export through DLPack."""
+"""Integers that carry the bits of types that numpy does not know and cannot export by DLPack."""
 
 
 def unsupported_dtype(dtype: Any) -> UnsupportedDTypeError:

@@ -95,6 +95,7 @@ def remedy_for(tensor: Any) -> str:
     """Return what to do with an object that no adapter takes, for the end of a message."""
     kind = type(tensor)
     names = [name_of(base) for base in kind.__mro__]
+
     for name in names:
         if name in _BY_NAME:
             return _BY_NAME[name]
@@ -107,6 +108,7 @@ def remedy_for(tensor: Any) -> str:
             f"it is sparse, several arrays of any length: pass a dense one, x.{_dense(kind)}(), or x.data alone where "
             "all ranks have the same indices"
         )
+
     if hasattr(kind, "__dlpack__") and not hasattr(kind, "__dlpack_device__"):
         return "it has __dlpack__ but not __dlpack_device__, which the protocol asks for: register_adapter() for it"
     if hasattr(kind, "__dlpack__"):

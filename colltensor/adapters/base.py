@@ -8,13 +8,15 @@ from colltensor.view import BufferView
 
 
 class Adapter(Protocol):
-    """What the group asks of a framework. Adapters hold no state of one tensor or group.
+    """The functions that the group asks of a framework.
+
+    Adapters hold no state of a tensor or group.
 
     Attributes:
         name: The framework's name, for messages.
-        immutable: True where tensors cannot be written, so that results are made by ``allocate_result``.
+        immutable: True where tensors cannot be written; ``allocate_result`` makes results then.
 
-    ``AdapterBase`` says what else an adapter may have.
+    ``AdapterBase`` lists what else an adapter may have.
     """
 
     name: str
@@ -31,7 +33,9 @@ class Adapter(Protocol):
         """
 
     def target(self, tensor: Any) -> BufferView:
-        """View a tensor that will be written in place; one of an immutable framework is only viewed.
+        """View a tensor that will be written in place.
+
+        One of an immutable framework is only viewed.
 
         Raises:
             TensorError: The framework would not let this memory be written.
@@ -40,8 +44,8 @@ class Adapter(Protocol):
     def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         """Return a new tensor with the contents of an immutable one, and its memory to write to.
 
-        With ``donate`` the tensor given is deleted and its memory reused where nobody else holds it.
-        Called once the ranks agreed; never called for mutable frameworks.
+        With ``donate`` the tensor given is deleted and its memory reused where nobody else holds
+        it. Called once the ranks agreed; never called for mutable frameworks.
         """
 
     def written(self, tensor: Any) -> None:
@@ -49,34 +53,40 @@ class Adapter(Protocol):
 
 
 class AdapterBase:
-    """An adapter but for ``name``, ``claims`` and ``source``; of immutable tensors but for ``allocate_result`` as well.
+    """An adapter but for ``name``, ``claims`` and ``source``.
 
-    An adapter may also have any of these, which make calls faster or keep more of its framework's promises:
+    Adapters of immutable tensors define ``allocate_result`` as well. An adapter may also have any
+    of these, which make calls faster or keep more of its framework's promises:
 
     Attributes:
-        directly_exportable: A function that returns True for a tensor that may be written, of which its DLPack export
-            says all, and whose memory stays for as long as the tensor, not only the export. None if that holds for
-            every tensor that can be exported. A backend may then take the tensor itself, after which ``written`` is
-            called, unless this is None.
+        directly_exportable: A function that returns True for a tensor that a backend may take
+            itself. Such a tensor may be written, and its DLPack export says all of it. Its memory
+            stays for as long as the tensor, not only the export. None if that holds for every
+            tensor that can be exported. ``written`` is called after the backend took the tensor,
+            unless this is None.
         written_together: A function of several tensors, called in place of ``written`` for each.
-        alike: A function of exportable tensors that returns a function, or None, and keeps none of them. It spares the
-            same questions about as many tensors in the next call: given others, of any types, it returns True only
-            where these are exportable for what they have in common with the first.
-        reader: A function of a type that returns the address of a C function, 0 where there is none. That one does what
-            DLPack's ``dltensor_from_py_object_no_sync`` does, and is called with the interpreter lock: native code
-            reads exportable tensors of the type by it.
-        reduced: A function that returns what a tensor's ``__reduce__`` should return, for objects that are pickled;
-            None where that is right.
-        restored: A function of a result and the tensor given: what the caller gets for what ``allocate_result`` made of
-            that tensor, once it was written.
-        stream: A function that returns the CUDA stream, as in ``BufferView.stream``, on which this thread's work on a
-            device, by index, is queued now; None where the host must wait for whatever the framework may read next.
-            Without it that is the legacy default stream, as for DLPack's consumers.
-        kinds: Of immutable tensors, for the leaves of a tree: a function of tensors that returns for each what is equal
-            where shape, dtype, device and layout are.
-        addresses: Likewise: where tensors lie on the host, once what computes them is done.
-        allocate_results: Likewise: a function of tensors and ``donate`` that does what ``allocate_result`` does with
-            each, and returns row-major results without their views.
+        alike: A function of exportable tensors that returns a function, or None, and keeps none of
+            them. It spares the same questions about as many tensors in the next call. The returned
+            function is given other tensors, of any types. It returns True only where these are
+            exportable for what they have in common with the first.
+        reader: A function of a type that returns the address of a C function, 0 where there is
+            none. That one does the same as DLPack's ``dltensor_from_py_object_no_sync`` and is
+            called with the interpreter lock. Native code reads exportable tensors of the type by
+            it.
+        reduced: A function that returns the right value of a tensor's ``__reduce__``, for objects
+            that are pickled. None where the tensor's own is right.
+        restored: A function of a result and the tensor given to the call. ``allocate_result`` made
+            the result of that tensor, and it was written since. The caller gets the return value.
+        stream: A function that takes a device index and returns a CUDA stream, as in
+            ``BufferView.stream``. This thread's work on that device is queued on it now. None where
+            the host must wait for whatever the framework may read next. Without it the stream is
+            the legacy default stream, as for DLPack's consumers.
+        kinds: For immutable tensors, the leaves of a tree: a function of tensors that returns a
+            value for each. Two values are equal where shape, dtype, device and layout are.
+        addresses: Likewise: a function of tensors that returns where they lie on the host, once
+            they are computed.
+        allocate_results: Likewise: a function of tensors and ``donate`` that does for each the same
+            as ``allocate_result``. It returns row-major results without their views.
     """
 
     name: str
@@ -103,7 +113,10 @@ class Memory(Protocol):
     """Plain memory of one type of device: staging buffers and copies between layouts."""
 
     def allocate(self, nbytes: int, like: BufferView | None = None) -> BufferView:
-        """Return uninitialised memory as bytes, aligned to 64 bytes; on ``like``'s device, for use on its stream."""
+        """Return uninitialised memory as bytes, aligned to 64 bytes.
+
+        It lies on ``like``'s device, for use on its stream.
+        """
 
     def copy(self, target: BufferView, source: BufferView) -> None:
         """Copy elements in row-major order between views of one count and dtype, any layouts."""
@@ -119,4 +132,7 @@ class HostMemory(Memory, Protocol):
     """The host's memory, whose elements may be written at any time: no stream orders it."""
 
     def array(self, view: BufferView) -> Any:
-        """Return a writable array, of the framework that has these functions, over a view that it keeps alive."""
+        """Return a writable array of the framework that has these functions.
+
+        It lies over a view, which it keeps alive.
+        """

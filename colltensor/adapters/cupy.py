@@ -71,14 +71,14 @@ class DeviceMemory:
         if like is None:
             raw = cp.empty(nbytes, cp.uint8)
         else:
-            # CuPy's pool gives freed memory back to the stream that asked for it, in that stream's order.
+            # CuPy's pool gives freed memory back to the stream that asked for it, in its order.
             with cp.cuda.Device(like.device.index):
                 before = cp.cuda.get_current_stream(like.device.index)
                 try:
                     _stream(like.stream or 0, like.device.index).use()
                     raw = cp.empty(nbytes, cp.uint8)
                 finally:
-                    # CuPy's own ``with stream`` forgets a stream that ``use()`` had made the current one
+                    # CuPy's own ``with stream`` forgets a stream that ``use()`` had made current.
                     before.use()
         device = Device("cuda", raw.data.device_id)
         stream = None if like is None else like.stream
@@ -102,9 +102,10 @@ class DeviceMemory:
 
 
 def device_array(view: BufferView) -> Any:
-    """Return a CuPy array over a view of device memory; its elements are plain numbers of the same width.
+    """Return a CuPy array over a view of device memory.
 
-    CuPy's kernels know no float8, and bfloat16 only lately.
+    Its elements are plain numbers of the same width. CuPy's kernels know no float8, and bfloat16
+    only lately.
     """
     low, high = view.span()
     memory = cp.cuda.UnownedMemory(low, high - low, view, view.device.index)

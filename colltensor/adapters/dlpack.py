@@ -54,10 +54,10 @@ class DlpackAdapter(AdapterBase):
 
 
 def view_of(tensor: Any) -> tuple[BufferView, int]:
-    """View what a tensor exports, read-only where the export says so; and return the flags of the export.
+    """View a tensor's export, read-only where the export says so, and return the export's flags.
 
     Raises:
-        TensorError: It does not export its memory, or what it exports cannot be used.
+        TensorError: It does not export its memory, or its export cannot be used.
     """
     kind, index = tensor.__dlpack_device__()  # the index is None on the host in paddle 3.3
     if kind not in (_CPU, _CUDA):

@@ -21,14 +21,17 @@ with jax.ensure_compile_time_eval():  # the first call of a program may be insid
     _ARRAY: Final = type(jax.device_put(0))
 _copy: Final = jax.jit(jnp.copy)
 _allocate: Final = jax.jit(jnp.copy, donate_argnums=0)
-"""A donating copy: XLA hands the same memory on where nobody else holds it, and copies it otherwise."""
+"""A donating copy: XLA reuses memory that nobody else holds, and copies it otherwise."""
 _copy_some: Final = jax.jit(lambda tensors: [jnp.copy(tensor) for tensor in tensors])
 _allocate_some: Final = jax.jit(
     lambda tensors: [jnp.copy(tensor) for tensor in tensors], donate_argnums=0
 )
 """The same for several, compiled once a list of shapes: a call costs 1.6 us an array, not 3.5."""
 _SOME: Final = 8
-"""How many at once: XLA hands longer computations to other threads, which ranks that share cores wait for."""
+"""How many are copied at once.
+
+XLA hands longer computations to other threads, and ranks that share cores wait for those.
+"""
 _LAYOUT: Final = layout_name(_ARRAY)
 _layout_of: Final = operator.attrgetter(_LAYOUT)
 _kind_of: Final = operator.attrgetter("aval", sharding_name(_ARRAY), _LAYOUT)
@@ -141,13 +144,15 @@ def _view(tensor: Any, *, readonly: bool) -> BufferView:
 
 
 def _strides(tensor: Any) -> tuple[int, ...] | None:
-    """Return the steps in elements per axis, None for a row-major array: XLA may lay the axes out in any order.
+    """Return the steps in elements per axis, None for a row-major array.
 
-    What comes through DLPack keeps its layout (a transposed torch tensor, an array in Fortran's order), and so does
-    what is given one (``jax.experimental.layout``).
+    XLA may lay the axes out in any order. An array that comes through DLPack keeps its layout: a
+    transposed torch tensor, an array in Fortran's order. So does one that is given a layout
+    (``jax.experimental.layout``).
 
     Raises:
-        UnsupportedTensorError: The elements are not laid out by strides: in tiles, or packed into bytes.
+        UnsupportedTensorError: The elements are not laid out by strides: in tiles, or packed into
+            bytes.
     """
     if _layout_of(tensor) in _row_major_layouts:
         return None
@@ -180,10 +185,11 @@ def _tiling(layout: Any) -> Any:
 
 
 def _is_imported(tensor: Any) -> bool:
-    """Return True for an array that ``jax.dlpack.from_dlpack`` made, whose memory may be another framework's.
+    """Return True for an array that ``jax.dlpack.from_dlpack`` made: its memory may be another's.
 
-    With ``copy=True`` JAX 0.10.2 does not copy on a CPU but lets XLA take that memory for its own, and donate it.
-    Nothing tells such an array from others but the frames that made it. To go when JAX copies.
+    With ``copy=True`` JAX 0.10.2 does not copy on a CPU. It lets XLA take that memory for its own,
+    and donate it. Only the frames that made such an array tell it from others. This can go when JAX
+    copies.
     """
     made_by = tensor.traceback
     return made_by is not None and _IMPORT in made_by.raw_frames()[0]

@@ -1,6 +1,7 @@
 """The adapter for mlx arrays: immutable, so results are new arrays.
 
-Imports mlx. Its DLPack exports do not say that the memory is shared by expressions that were not evaluated yet.
+Imports mlx. Expressions that were not evaluated yet may share an array's memory, which mlx's DLPack
+exports do not say.
 """
 
 from __future__ import annotations

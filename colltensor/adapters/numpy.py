@@ -23,7 +23,10 @@ _ALIGNMENT: Final = 64
 _NATIVE_FROM_NBYTES: Final = 4096
 """Below, what native code must be given takes longer than what it saves."""
 _READABLE: Final = (0x01000009, 0x02000000)
-"""Versions of numpy's interface for C whose arrays native code reads (native/src/python.cpp): numpy 1's and 2's."""
+"""Versions of numpy's C interface whose arrays native code reads: numpy 1's and 2's.
+
+See native/src/python.cpp.
+"""
 _DLPACK_CODES: Final = {
     dtype: {"b": 6, "i": 0, "u": 1, "f": 4 if known.name == "bfloat16" else 2, "c": 5}[known.kind]
     for dtype, known in DTYPE_OF.items()
@@ -224,7 +227,8 @@ def host_array(view: BufferView) -> np.ndarray[Any, Any]:
     """Return a writable array over host memory, of integers for bits numpy cannot name."""
     low, high = view.span()
     raw = (ctypes.c_char * (high - low)).from_address(low)
-    raw._view = view  # type: ignore[attr-defined]  # the array keeps its view, and so the owner, alive
+    # The array keeps its view, and so the owner, alive.
+    raw._view = view  # type: ignore[attr-defined]
     strides = (
         None if view.strides is None else [step * view.dtype.itemsize for step in view.strides]
     )

@@ -1,7 +1,7 @@
 """The adapter for TensorFlow's eager tensors: immutable, so results are new tensors.
 
-Imports tensorflow. Its DLPack exports do not say that the memory is shared, by a cache of constants, a variable or a
-tape's intermediates.
+Imports tensorflow. A cache of constants, a variable or a tape's intermediates may share a tensor's
+memory, which its DLPack exports do not say.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class TensorflowAdapter(AdapterBase):
     def allocate_result(self, tensor: Any, donate: bool) -> tuple[Any, BufferView]:
         """Copy it, whatever ``donate`` says: nobody knows who shares its memory.
 
-        A gradient through the copy, which a tape takes, is an error: TensorFlow knows none of DeepCopy.
+        A gradient through the copy, which a tape takes, is an error. TensorFlow has no gradient for
+        DeepCopy.
         """
         with tf.device(tensor.device):
             result = tf.raw_ops.DeepCopy(x=tensor)

@@ -80,10 +80,11 @@ class TorchAdapter(AdapterBase):
         return True
 
     def alike(self, tensors: Sequence[Any]) -> Callable[..., bool] | None:
-        """Return the check of types, dispatch keys, dtypes, devices and autograd that guards torch's compiled code.
+        """Return the check that guards torch's compiled code.
 
-        A layout and a lazy negation or conjugate are dispatch keys; so is what transforms and modes of torch add. All
-        extents and strides may be others.
+        It compares types, dispatch keys, dtypes, devices and autograd. A layout and a lazy negation
+        or conjugate are dispatch keys; so are transforms and modes of torch. All extents and
+        strides may differ.
         """
         # What it would learn of a plain tensor fits an inference tensor outside.
         if _is_inference_mode_enabled():
@@ -139,10 +140,12 @@ def _view(tensor: Any) -> BufferView:
         raise UnsupportedDTypeError(
             f"dtype {tensor.dtype} is not supported; known are {', '.join(DTYPES)}"
         )
+
     if tensor.is_nested:
         raise UnsupportedTensorError(
             "the torch tensor is nested; pass its parts, tensor.unbind(), as a list"
         )
+
     if tensor.is_neg() or (dtype.kind == "c" and tensor.is_conj()):
         raise UnsupportedTensorError(
             "the torch tensor is a lazy negation or conjugate, whose memory holds other values; pass "

@@ -36,6 +36,7 @@ def register_backend(name: object, spec: BackendSpec) -> None:
         raise OptionError(
             f"register_backend: name must be a non-empty string other than 'auto', got {name!r}"
         )
+
     missing = [
         f"{method}()"
         for method in ("available", "create")
@@ -46,6 +47,7 @@ def register_backend(name: object, spec: BackendSpec) -> None:
             f"register_backend: spec of {name!r} must be a colltensor.backends.base.BackendSpec, "
             f"got {spec!r} without {' and '.join(missing)}"
         )
+
     _registered[name] = spec
 
 
@@ -64,6 +66,7 @@ def check_backend(name: str, backend: Backend) -> Backend:
         and callable(function)
         and not callable(getattr(backend, method, None))
     ]
+
     if attributes or methods:
         raise OptionError(
             f"backend {name!r}: its create() must return a colltensor.backends.base.Backend, got {backend!r} without "

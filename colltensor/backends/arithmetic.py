@@ -84,14 +84,17 @@ def combine(target: int, inputs: Sequence[int], count: int, dtype: DType, op: Re
     """
     out = _array(target, count, dtype)
     arrays = [_array(pointer, count, dtype) for pointer in inputs]
+
     with float_state():
         if dtype is _FLOAT16 or dtype is _BFLOAT16:
             _combine_halves(out, arrays, dtype, op)
             return
+
         function = (_BOOL_FUNCTIONS if dtype is _BOOL else _FUNCTIONS)[op]
         if dtype is _BOOL:
             out = out.view(np.bool_)
         _combine_chunks(out, arrays, function)
+
         if op is ReduceOp.AVERAGE:
             np.true_divide(_reals(out), len(arrays), out=_reals(out))
 
@@ -185,10 +188,12 @@ def _combine_halves(out: Array, arrays: Sequence[Array], dtype: DType, op: Reduc
     function = _FUNCTIONS[op]
     size = min(CHUNK, len(out))
     partial, operand = np.empty(size, np.float32), np.empty(size, np.float32)
+
     for start in range(0, len(out), CHUNK):
         stop = start + CHUNK
         wide = partial[: len(out[start:stop])]
         other = operand[: len(wide)]
+
         widen(arrays[0][start:stop], wide)
         for array in arrays[1:]:
             widen(array[start:stop], other)

@@ -40,7 +40,8 @@ class AutoSpec:
             hierarchical.SPEC.prepare(provider, host_ids)
             return
         loads = "gloo" if backends.reason("shm") else "shm"
-        backends.get_backend(loads).prepare(provider, host_ids)  # type: ignore[attr-defined]  # ours have it
+        # Our own backends have ``prepare``; the protocol does not name it.
+        backends.get_backend(loads).prepare(provider, host_ids)  # type: ignore[attr-defined]
 
     def create(
         self,
@@ -67,9 +68,9 @@ class AutoSpec:
     ) -> tuple[Backend, str]:
         """Make the backend that fits the hosts of ``meeting``, and say in words why it is this one.
 
-        All ranks call; arguments as for the backends. Where ranks of one host cannot share memory
-        the first group of this process warns, on every rank and with the reason of the rank that
-        lacks something.
+        All ranks call; arguments as for the backends. Where ranks of one host cannot share memory,
+        the first group of this process warns. It does so on every rank, with the reason of the rank
+        that lacks something.
 
         Raises:
             BackendUnavailableError: Neither shared memory nor Gloo can be used; says why for both.
@@ -82,6 +83,7 @@ class AutoSpec:
             "interface": interface,
             "provider": provider,
         }
+
         refused: BackendUnavailableError | None = None
         try:
             if count == 1:
@@ -95,14 +97,17 @@ class AutoSpec:
         if sharing is not None:
             why = f"backend='auto': the {len(hosts)} ranks are on {count} hosts, several of them on one"
             return sharing.connect(meeting, **options), why
+
         try:
             gloo = backends.get_backend("gloo").create(control, meeting, **options)
         except BackendUnavailableError as error:
             if refused is None:
                 raise
             raise BackendUnavailableError(f"{refused}; and instead of it: {error}") from refused
+
         if refused is None:
             return gloo, f"backend='auto': each rank is on a host of its own ({_listed(hosts)})"
+
         reason = str(refused).removeprefix(f"group '{control.group_name}' (rank {control.rank}): ")
         _warn(control, reason)
         return gloo, f"backend='auto': ranks of one host cannot share memory: {reason}"
@@ -119,9 +124,9 @@ def _listed(hosts: Sequence[str]) -> str:
 def _warn(control: ControlPlane, reason: str) -> None:
     """Say that Gloo takes the place of shared memory.
 
-    Once a process that is a warning, later in the log alone. A line of the log rather than a Python
-    warning: it shows in scripts and in Ray's workers where nobody configured logging, and no filter
-    turns it into an error of one rank in the middle of what all ranks do.
+    It warns once a process, and logs a debug line later. The warning is a line of the log rather
+    than Python's: that shows in scripts and in Ray's workers where nobody configured logging. And
+    no filter turns it into an error of one rank in the middle of a call of all ranks.
     """
     if _warned.is_set():
         _LOG.debug(
@@ -131,6 +136,7 @@ def _warn(control: ControlPlane, reason: str) -> None:
             reason,
         )
         return
+
     _warned.set()
     _LOG.warning(
         "group %r (rank %d): colltensor is using 'gloo' between ranks of one host, where small messages take hundreds "

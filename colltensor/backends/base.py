@@ -38,36 +38,50 @@ class ControlPlane(Protocol):
         """Return the payload of rank ``peer``, which calls this with this rank."""
 
     def queue(self, peers: Sequence[int] | None) -> int:
-        """Note that this rank has queued a call with ``peers``, None for all; returns how many of such there were."""
+        """Note that this rank has queued a call with ``peers``, None for all.
+
+        Returns how many such calls there were.
+        """
 
     def gone(self, operation: str, peers: Sequence[int] | None) -> CollectiveError | None:
-        """Ask ``peers``, None for all, whether they are there; return the error that names those that are not."""
+        """Ask ``peers``, None for all, whether they are there.
+
+        Return the error that names those that are not.
+        """
 
     def diagnose_queued(
         self, operation: str, peers: Sequence[int] | None, number: int, cause: BaseException | None
     ) -> CollectiveError:
-        """Find out why queued call ``number`` with ``peers`` did not end; see ``Control.diagnose``."""
+        """Find out why queued call ``number`` with ``peers`` did not end.
+
+        See ``Control.diagnose``.
+        """
 
 
 class Backend(Protocol):
     """One transport, connected: the payload half of a group's collectives.
 
-    When a method is called all ranks of the call have arrived and agree on operation, count, dtype,
-    op and root, ``require`` has passed, and no two buffers alias but where said. Buffers are
+    When a method is called, all ranks of the call have arrived. They agree on operation, count,
+    dtype, op and root, ``require`` has passed, and no two buffers alias but where said. Buffers are
     contiguous unless ``takes_strided``. One call runs at a time. Results are in the buffers on
-    return. ``deadline`` is a ``time.monotonic()`` value; at the deadline a method raises TimeoutError,
-    and when another rank breaks the group what ``ControlPlane.check`` raises. A provider's own
-    RuntimeError may escape; the group says what it means. After an error the transport is unusable and
+    return.
+
+    ``deadline`` is a ``time.monotonic()`` value. At the deadline a method raises TimeoutError. When
+    another rank breaks the group, it raises the error of ``ControlPlane.check``. A provider's own
+    RuntimeError may escape; the group explains it. After an error the transport is unusable, and
     the buffers are kept alive until ``close``.
 
     Attributes:
         name: The backend's name in the table.
         device_types: The device types whose memory it reaches.
         takes_strided: Whether it takes strided views; else the group stages them.
-        packs_small_leaves: Whether small leaves are to be packed into one transfer, because a transfer costs more.
-        copies_lists: The operations for which it copies a list of all ranks' tensors that do not lie one after another.
+        packs_small_leaves: Whether small leaves are to be packed into one transfer, because a
+            transfer costs more.
+        copies_lists: The operations for which it copies a list of all ranks' tensors that do not
+            lie one after another.
         needs_agreement: Whether the ranks must agree on the control plane before each payload.
-        crosses: Whether ``send`` and ``recv`` may run in several threads at once, each with another peer or direction.
+        crosses: Whether ``send`` and ``recv`` may run in several threads at once, each with another
+            peer or direction.
     """
 
     name: str
@@ -82,7 +96,10 @@ class Backend(Protocol):
         """Raise UnsupportedDTypeError or OptionError if the call cannot be done here."""
 
     def stages_dtype(self, operation: str, dtype: DType, op: ReduceOp | None) -> bool:
-        """Return True where elements pass through a converted copy (which ``copy=False`` refuses)."""
+        """Return True where elements pass through a converted copy.
+
+        ``copy=False`` refuses that.
+        """
 
     def allreduce(self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float) -> None:
         """Combine in place on every rank; several buffers are several transfers of one call."""
@@ -96,12 +113,18 @@ class Backend(Protocol):
         """Overwrite with ``root``'s contents on the other ranks."""
 
     def allgather(self, outputs: Sequence[BufferView], source: BufferView, deadline: float) -> None:
-        """Write rank r's ``source`` to ``outputs[r]``; ``outputs[rank]`` may be ``source`` itself."""
+        """Write rank r's ``source`` to ``outputs[r]``.
+
+        ``outputs[rank]`` may be ``source`` itself.
+        """
 
     def gather(
         self, outputs: Sequence[BufferView] | None, source: BufferView, root: int, deadline: float
     ) -> None:
-        """Write rank r's ``source`` to ``outputs[r]`` of ``root``; ``outputs`` is None elsewhere."""
+        """Write rank r's ``source`` to ``outputs[r]`` of ``root``.
+
+        ``outputs`` is None elsewhere.
+        """
 
     def scatter(
         self, target: BufferView, sources: Sequence[BufferView] | None, root: int, deadline: float
@@ -111,7 +134,10 @@ class Backend(Protocol):
     def reducescatter(
         self, target: BufferView, sources: Sequence[BufferView], op: ReduceOp, deadline: float
     ) -> None:
-        """Write the combination of all ranks' ``sources[rank]`` to ``target``; other sources stay intact."""
+        """Write the combination of all ranks' ``sources[rank]`` to ``target``.
+
+        Other sources stay intact.
+        """
 
     def alltoall(
         self, outputs: Sequence[BufferView], sources: Sequence[BufferView], deadline: float
@@ -137,10 +163,11 @@ class Backend(Protocol):
 
 
 class BackendBase(PairwiseCollectives):
-    """What a ``Backend`` has beside ``name``, ``control``, ``send`` and ``recv``; override what is faster otherwise.
+    """The parts of a ``Backend`` beside ``name``, ``control``, ``send`` and ``recv``, as defaults.
 
-    It takes contiguous host memory, and every data type and op that is defined. Its collectives are made of sends and
-    receives. The group packs small leaves and agrees before each payload, so ``barrier`` has nothing left to do.
+    Override where another way is faster. It takes contiguous host memory, and every data type and
+    op that is defined. Its collectives are made of sends and receives. The group packs small leaves
+    and agrees before each payload, so ``barrier`` has nothing left to do.
     """
 
     name: str
@@ -187,11 +214,12 @@ class PendingOperation(Protocol):
 class QueueingBackend(Backend, Protocol):
     """A backend whose methods return once their work is queued on a device; only ``barrier`` waits.
 
-    Each call is made between ``begin`` and ``end``. What goes wrong later, a peer that does not come say, is found out
-    by the backend itself, which then ends all work that it has queued and calls ``on_failure``.
+    Each call is made between ``begin`` and ``end``. Something may go wrong later: a peer does not
+    come, say. The backend itself finds that out, ends all work that it has queued, and calls
+    ``on_failure``.
 
     Attributes:
-        on_failure: What to call, in a thread of the backend's own, with the error that breaks the group.
+        on_failure: Called, in a thread of the backend's own, with the error that breaks the group.
     """
 
     on_failure: Callable[[CollectiveError], None] | None
@@ -206,18 +234,21 @@ class QueueingBackend(Backend, Protocol):
         stages: bool,
         deadline: float,
     ) -> PendingOperation:
-        """Let the payload methods that are called until ``end`` or ``cancel`` be one call on the device.
+        """Let payload methods that are called until ``end`` or ``cancel`` be one device call.
 
         It is queued on a stream that comes after those of the views.
 
         Args:
             name: The operation, for messages.
-            views: All views of the call, on one device, or for the ``_multigpu`` methods on several.
+            views: All views of the call, on one device, or for the ``_multigpu`` methods on
+                several.
             peers: The ranks of a point-to-point call; None for one of all ranks.
-            apart: Whether to use the backend's own stream, beside the frameworks'; else it is a view's.
+            apart: Whether to use the backend's own stream, beside the frameworks'; else it is a
+                view's.
             keep: Kept until the call is done; its memory must not be given to others before that.
-            stages: Whether elements are copied to or from staging buffers meanwhile, which is to be on that stream.
-            deadline: When the ranks must have met that connect for this call.
+            stages: Whether elements are copied to or from staging buffers meanwhile, on that same
+                stream.
+            deadline: When the ranks that connect for this call must have met.
 
         Raises:
             CollectiveError: It cannot be queued.
@@ -229,26 +260,32 @@ class QueueingBackend(Backend, Protocol):
     def allreduce_at_once(self, view: BufferView, op: ReduceOp) -> PendingOperation | None:
         """Queue an allreduce of one contiguous tensor, all in one.
 
-        None, and nothing is done, where that takes more than the payload's call: connecting the ranks, ordering
-        streams, converting elements, keeping memory, refusing.
+        Return None, with nothing done, where that takes more than the payload's call. That is so
+        for connecting the ranks, ordering streams, converting elements, keeping memory and
+        refusing.
         """
 
     def cancel(self, error: BaseException) -> None:
-        """End a call because of an error, also one of ``begin`` or ``end``, which the caller raises next.
+        """End a call because of an error, also one of ``begin`` or ``end``.
+
+        The caller raises the error next.
 
         Raises:
-            CollectiveError: What the error comes from.
+            CollectiveError: The cause of the error.
         """
 
     def allreduce_multigpu(
         self, buffers: Sequence[BufferView], op: ReduceOp, deadline: float
     ) -> None:
-        """Combine in place all ranks' buffers, one for each of the devices that this process works on."""
+        """Combine in place all ranks' buffers, one for each device that this process works on."""
 
     def reduce_multigpu(
         self, buffers: Sequence[BufferView], root: int, index: int, op: ReduceOp, deadline: float
     ) -> None:
-        """Combine all ranks' buffers into buffer ``index`` of rank ``root``; the others stay as they are."""
+        """Combine all ranks' buffers into buffer ``index`` of rank ``root``.
+
+        The others stay as they are.
+        """
 
     def broadcast_multigpu(
         self, buffers: Sequence[BufferView], root: int, index: int, deadline: float
@@ -270,27 +307,39 @@ class QueueingBackend(Backend, Protocol):
         op: ReduceOp,
         deadline: float,
     ) -> None:
-        """Write the combination of all sources of a target's place, by rank and device, to each target."""
+        """Write to each target the combination of all sources of its place, by rank and device."""
 
     def set_timeout(self, timeout_s: float) -> None:
         """Give the calls that begin from now on so long, once their turn on the device has come."""
 
     def refuse(self, name: str, views: Sequence[BufferView], peers: Sequence[int] | None) -> None:
-        """Raise the DeviceError that ``begin`` would raise, before the ranks agree; does nothing else."""
+        """Raise the DeviceError that ``begin`` would raise, before the ranks agree.
+
+        It does nothing else.
+        """
 
     def disown(self) -> None:
         """Forget everything without a word to CUDA, in a forked child, which cannot use it."""
 
     def drain(self, deadline: float, index: int | None = None) -> None:
-        """Return, on the host, when all that this rank has queued is done, on the device ``index`` or on all."""
+        """Return, on the host, when all that this rank has queued is done.
+
+        That is on the device ``index``, or on all.
+        """
 
 
 @runtime_checkable
 class PiggybackingBackend(Backend, Protocol):
-    """A backend whose small allreduces travel with the ranks' agreement, in one exchange on the control plane."""
+    """A backend whose small allreduces travel with the ranks' agreement.
+
+    Both take one exchange on the control plane.
+    """
 
     def piggybacks(self, buffers: Sequence[BufferView], op: ReduceOp) -> bool:
-        """Return whether an allreduce goes that way: by op, counts and dtypes alone, which are equal on all ranks."""
+        """Return whether an allreduce travels with the agreement.
+
+        Op, counts and dtypes alone decide, because they are equal on all ranks.
+        """
 
     def pack(self, buffers: Sequence[BufferView]) -> bytes:
         """Return what this rank contributes."""
@@ -298,7 +347,10 @@ class PiggybackingBackend(Backend, Protocol):
     def unpack(
         self, buffers: Sequence[BufferView], op: ReduceOp, contributions: Sequence[bytes]
     ) -> None:
-        """Combine into the buffers, as ``allreduce`` does, what all ranks contributed; sends nothing."""
+        """Combine all ranks' contributions into the buffers, as ``allreduce`` does.
+
+        It sends nothing.
+        """
 
 
 class IssueQueue(Protocol):
@@ -311,25 +363,27 @@ class IssueQueue(Protocol):
         """Return how many of them have ended."""
 
     def serve(self, patient: bool) -> int:
-        """Make calls until one ends with something other than success; in one thread at a time, which it blocks.
+        """Make calls until one ends with something other than success.
+
+        It runs in one thread at a time, which it blocks.
 
         Returns:
-            What ``AgreeingBackend.complete`` is given of call ``ended() + 1``, which ends with the next ``serve``; or 0
-            when ``notify`` was told of the last call, and when no call is left: unless ``patient`` at once, else
-            after ``kick`` or ``close``.
+            The code for ``AgreeingBackend.complete`` of call ``ended() + 1``, which ends with the
+            next ``serve``. Or 0 when ``notify`` was told of the last call. Or 0 when no call is
+            left: unless ``patient`` at once, else after ``kick`` or ``close``.
         """
 
     def kick(self) -> None:
         """Have ``serve`` return when no call is left."""
 
     def wait(self, number: int, timeout_s: float | None) -> bool:
-        """Return True when the call has ended, and False after ``timeout_s``, or in a forked child."""
+        """Return True when the call has ended, False after ``timeout_s`` or in a forked child."""
 
     def notify(self, number: int) -> bool:
         """Have ``serve`` return when the call has ended; return False if it has."""
 
     def close(self) -> int:
-        """Take no more calls, drop those that are not begun and return the number of the first of them."""
+        """Take no more calls, drop those not begun, and return the number of the first of them."""
 
     def cancel(self) -> None:
         """Let the calls that were dropped have ended, once the one that is made has."""
@@ -337,11 +391,12 @@ class IssueQueue(Protocol):
 
 @runtime_checkable
 class AgreeingBackend(Backend, Protocol):
-    """A backend that compares the call's signature itself, on arrival: ``needs_agreement`` is False.
+    """A backend that compares the call's signature itself, on arrival.
 
-    For each call the group takes the turn with ``hold``, says with ``set_signature`` or ``set_transfer_signature`` what
-    the payload method that follows must agree on, and gives the turn back with ``release``. A tensor as it comes from
-    its framework may go to ``fast_call`` instead.
+    ``needs_agreement`` is False. For each call the group takes the turn with ``hold`` and gives it
+    back with ``release``. In between, ``set_signature`` or ``set_transfer_signature`` says what the
+    payload method that follows must agree on. A tensor as it comes from its framework may go to
+    ``fast_call`` instead.
 
     Attributes:
         number: The group's number in the native library.
@@ -352,22 +407,34 @@ class AgreeingBackend(Backend, Protocol):
     queue: IssueQueue
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Let fast calls wait so long for other ranks: ``fast_call`` returns other functions afterwards."""
+        """Let fast calls wait so long for other ranks.
+
+        ``fast_call`` returns other functions afterwards.
+        """
 
     def hold(self, deadline: float) -> bool:
-        """Take the turn for one call, waiting for another thread's fast call; False if this thread has begun one."""
+        """Take the turn for one call, waiting for another thread's fast call.
+
+        Returns False if this thread has begun one.
+        """
 
     def is_inside(self) -> bool:
         """Return whether this thread is in a fast call, whose wait runs Python code now."""
 
     def is_pending(self) -> bool:
-        """Return whether this thread is between the two steps of a fast call, or was interrupted there."""
+        """Return whether this thread is between the two steps of a fast call.
+
+        That also holds for a thread that was interrupted there.
+        """
 
     def release(self) -> None:
         """Give the turn back."""
 
     def join(self, deadline: float) -> None:
-        """Take the turn for one send or recv, together with other threads, each of which must ``part``."""
+        """Take the turn for one send or recv, together with other threads.
+
+        Each of them must ``part``.
+        """
 
     def part(self, source: int, destination: int) -> None:
         """Give it back after the transfer from ``source`` to ``destination``."""
@@ -379,17 +446,18 @@ class AgreeingBackend(Backend, Protocol):
         """Return how many collectives this rank has taken part in."""
 
     def transfers(self, source: int, destination: int) -> int:
-        """Return how many transfers there were from ``source`` to ``destination``, one of which is this rank."""
+        """Return the number of transfers from ``source`` to ``destination``; one is this rank."""
 
     def peers(self) -> tuple[int, int]:
-        """Return to which rank a fast call sends and from which it receives that waits now; -1 for none."""
+        """Return the ranks that a waiting fast call sends to and receives from; -1 for none."""
 
     def set_signature(
         self, signature: bytes, describe: Callable[[], str], allocate: Callable[[], None] | None
     ) -> None:
-        """Say what all ranks must agree on in the next collective: 8 bytes of sequence number, and the rest.
+        """Set what all ranks must agree on in the next collective.
 
-        ``allocate`` is called once they agree and before anything is written; it may move the buffers to be written.
+        That is an 8-byte sequence number, and the rest. ``allocate`` is called once they agree and
+        before anything is written; it may move the buffers to be written.
         """
 
     def set_transfer_signature(
@@ -400,7 +468,10 @@ class AgreeingBackend(Backend, Protocol):
         describe: Callable[[], str],
         allocate: Callable[[], None] | None,
     ) -> None:
-        """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
+        """Set what two ranks must agree on in the next transfer between them.
+
+        It goes from ``source`` to ``destination``.
+        """
 
     def agree(self, deadline: float) -> None:
         """Agree on the expected signature, without a payload."""
@@ -409,95 +480,116 @@ class AgreeingBackend(Backend, Protocol):
         """Let no rank wait for this one any longer; idempotent."""
 
     def propagate_failure(self, error: CollectiveError) -> None:
-        """Let ranks that wait in this backend know why the group broke; idempotent, and nothing after ``close``."""
+        """Let ranks that wait in this backend know why the group broke.
+
+        It is idempotent, and does nothing after ``close``.
+        """
 
     def fast_call(
         self, operation: int, op: int, root: int, source: int, stacked: bool
     ) -> tuple[Callable[..., int], Callable[..., int]]:
-        """Return two functions that run an operation on host tensors of one count and dtype; several are contiguous.
+        """Return two functions that run an operation on host tensors of one count and dtype.
 
-        Both return 0, or what ``complete`` is given. The first may return ``FAST_LARGE``: nothing was begun, and the
-        second is to be called with the same tensors. They are given those that are written first, but for reduce,
-        broadcast and a send all of them, and raise BufferError, TypeError or ValueError for one that cannot be
-        exported; nothing has begun then unless ``exports`` says that they can.
+        Several tensors are contiguous. Both functions return 0, or a code for ``complete``. The
+        first may return ``FAST_LARGE``: nothing was begun, and the second is to be called with the
+        same tensors.
+
+        They are given the written tensors first, but for reduce, broadcast and a send all of them.
+        For a tensor that cannot be exported they raise BufferError, TypeError or ValueError.
+        Nothing has begun then unless ``exports`` says that they can be exported.
 
         Args:
             operation: A number of ``operations.NATIVE``.
             op: The reduce op, 255 for none.
-            root: The root, or the rank to send to; -1 for none. What is no rank is refused when called.
+            root: The root, or the rank to send to; -1 for none. A number that is no rank is refused
+                when called.
             source: The rank to receive from; -1 for none.
-            stacked: Whether one tensor with all their elements is given instead of those of all ranks.
+            stacked: Whether one tensor with all their elements is given instead of those of all
+                ranks.
         """
 
     def issuing(
         self, operation: int, op: int, root: int, source: int, stacked: bool
     ) -> Callable[..., int]:
-        """Return a function that puts into ``queue`` what a function of ``fast_call`` does.
+        """Return a function that puts the call of a function of ``fast_call`` into ``queue``.
 
-        It is given the exports of the tensors (``colltensor.dlpack.export``), which must stay until the call has ended,
-        and returns the call's number, or no positive one if the call must go the slow path.
+        It is given the exports of the tensors (``colltensor.dlpack.export``), which must stay until
+        the call has ended. It returns the call's number, or no positive one if the call must go the
+        slow path.
         """
 
     def hand_over(self) -> int:
-        """Put a fast call of this thread that came to ``FAST_PENDING`` into ``queue``; return its number."""
+        """Put a pending fast call of this thread into ``queue`` and return its number.
+
+        The call came to ``FAST_PENDING``.
+        """
 
     def tree(
         self, operation: int, op: int, root: int, source: int, plan: array.array[int]
     ) -> Callable[..., int]:
-        """Return a function that runs an operation on the leaves of a tree, given one after the other.
+        """Return a function that runs an operation on a tree's leaves, given one after the other.
 
-        It returns and raises what the second function of ``fast_call`` does, and refuses leaves that are not as
-        planned, or share memory that is written.
+        It returns and raises the same as the second function of ``fast_call``. It refuses leaves
+        that are not as planned, or share memory that is written.
 
         Args:
-            operation: A number of ``operations.NATIVE``: allreduce, reduce, broadcast or a transfer.
+            operation: A number of ``operations.NATIVE``: allreduce, reduce, broadcast or a
+                transfer.
             op: The reduce op, 255 for none.
             root: The root, or the rank to send to; -1 for none.
             source: The rank to receive from, -1 for none.
-            plan: The number of leaves, of all elements, the hash of the leaves (``Buffers.compared``), then of each
-                leaf the number of its dtype, its count, and its shape: the number of axes, -1 for any, and their
-                extents. Copied.
+            plan: The number of leaves, of all elements, and the hash of the leaves
+                (``Buffers.compared``). Then for each leaf the number of its dtype, its count and
+                its shape. A shape is the number of axes, -1 for any, and their extents. Copied.
         """
 
     def reading_tree(
         self, operation: int, op: int, root: int, source: int, plan: array.array[int]
     ) -> Callable[[int, int, int], int] | None:
-        """Return a function that does as ``tree``'s on a list of leaves of one type; None where there is none.
+        """Return a function that does as ``tree``'s on a list of leaves of one type.
 
-        It is given the identities of the list and of the type, and the address of a C function that reads tensors of
-        that type (``adapters.reader_of``). It returns ``FAST_UNREAD`` where a leaf is of another type or cannot be
-        read so.
+        Return None where there is none. The function gets the identities of the list and of the
+        type. Its third argument is the address of a C function that reads tensors of that type
+        (``adapters.reader_of``). It returns ``FAST_UNREAD`` where a leaf is of another type or
+        cannot be read so.
         """
 
     def allocating_tree(
         self, operation: int, op: int, root: int, source: int, plan: array.array[int]
     ) -> Callable[..., int]:
-        """Return a function that runs an operation on the leaves of a tree that their framework never changes.
+        """Return a function that runs an operation on the leaves of a tree of immutable tensors.
 
-        It is given None and their addresses where they are only read, else those of copies of them, which become the
-        results. Or it is given a function and their own addresses, but in transfers. It calls the function once the
-        ranks agree; the function makes the results' memory, with the same contents, and returns the address of its
-        addresses. All are contiguous host memory. It returns what ``complete`` is given, or 0, and raises what that
-        function does. Arguments are those of ``tree``.
+        Arguments are those of ``tree``. All leaves are contiguous host memory. The function returns
+        a code for ``complete``, or 0.
+
+        It is given None and the leaves' addresses where they are only read. Else it is given None
+        and the addresses of copies, which become the results. Or, outside of transfers, it is given
+        a function and the leaves' own addresses. It calls that function once the ranks agree, and
+        raises what that one raises. That function makes the results' memory, with the same
+        contents, and returns the address of its addresses.
         """
 
     def exports(self, tensors: Sequence[Any]) -> bool:
-        """Return True if a fast call's tensors can be exported, so that what it raised was something else."""
+        """Return True if a fast call's tensors can be exported.
+
+        An error of the call had another cause then.
+        """
 
     def abandon_pending(self) -> None:
         """Forget a fast call that was interrupted between its steps, after ``abandon``."""
 
     def complete(self, name: str, code: int) -> int:
-        """End what a fast call began.
+        """End a fast call that was begun.
 
         Args:
             name: The operation, for messages.
-            code: What the call returned.
+            code: The call's return value.
 
         Returns:
             ``FAST_DONE``; ``FAST_REFUSED`` if nothing was begun and the call must go the slow path;
-            ``FAST_MISMATCH`` if the ranks disagree: then ``explain`` or ``explain_transfer`` must follow. To the
-            mismatch of a transfer 256 is added if the send differs, 512 if the receive does.
+            ``FAST_MISMATCH`` if the ranks disagree. After a mismatch ``explain`` or
+            ``explain_transfer`` must follow. To the mismatch of a transfer 256 is added if the send
+            differs, 512 if the receive does.
 
         Raises:
             CollectiveError: As every collective.
@@ -509,7 +601,10 @@ class AgreeingBackend(Backend, Protocol):
     def explain_transfer(
         self, pairs: Sequence[tuple[int, int, bytes, Callable[[], str]]], deadline: float
     ) -> None:
-        """Raise the MismatchError of transfers; of each that differs source, destination, signature and words."""
+        """Raise the MismatchError of transfers.
+
+        Each that differs is given by source, destination, signature and words.
+        """
 
 
 FAST_DONE: Final = 0
@@ -518,20 +613,27 @@ FAST_MISMATCH: Final = 2
 FAST_PENDING: Final = 1
 FAST_LARGE: Final = 2
 FAST_BUSY: Final = 9
-"""Of a function of ``AgreeingBackend.fast_call``, as is the one above; the others are of ``complete``.
+"""The last three are codes of a function of ``AgreeingBackend.fast_call``.
 
-Begun, and waiting for others; nothing begun, because it would take long; nothing begun, because another thread has the
-turn.
+The others are codes of ``complete``. Pending: the call has begun and waits for others. Large:
+nothing was begun, because it would take long. Busy: nothing was begun, because another thread has
+the turn.
 """
 FAST_UNREAD: Final = -1
-"""Of a function of ``AgreeingBackend.reading_tree``: nothing begun, because the leaves were not to be read so."""
+"""A code of a function of ``AgreeingBackend.reading_tree``.
+
+Nothing was begun, because the function could not read the leaves.
+"""
 
 
 class BackendSpec(Protocol):
     """A backend's entry in the table: whether it can be used here, and how it is made."""
 
     def available(self) -> str | None:
-        """Return None if the backend can be used here, else why not and what to install. Imports no framework."""
+        """Return None if the backend can be used here, else why not and what to install.
+
+        Imports no framework.
+        """
 
     def create(
         self,
@@ -546,8 +648,8 @@ class BackendSpec(Protocol):
 
         Args:
             control: The group's ControlPlane; None for a group of one rank without one.
-            meeting: Where the ranks are, a ``colltensor.rendezvous.Meeting``: ``addresses`` and ``host_ids`` by rank;
-                None as above.
+            meeting: Where the ranks are, a ``colltensor.rendezvous.Meeting``: ``addresses`` and
+                ``host_ids`` by rank; None as above.
             timeout_s: How long connecting may take, and the default of an operation.
             interface: Name or address of the network interface to use.
             provider: The library to use, where the backend has several.

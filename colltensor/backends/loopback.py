@@ -191,20 +191,22 @@ def _as_array(view: BufferView) -> np.ndarray[Any, Any]:
 def _copy_on_device(target: BufferView, source: BufferView) -> None:
     """Copy with the framework that is loaded; ready when it returns, as every result of a backend.
 
-    The host waits for the device before it too, because this may be the group's worker thread,
-    whose current stream says nothing about the one on which the caller's tensors are ready.
+    The host waits for the device before it too, because this may be the group's worker thread. Its
+    current stream says nothing about the one on which the caller's tensors are ready.
     """
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is None and cupy is None:
         raise DeviceError(
             f"backend 'loopback' cannot copy {source!r} to {target!r} by itself; import torch or cupy first, which can"
         )
+
     if torch is not None:
         destination, origin = _as_tensor(torch, target), _as_tensor(torch, source)
         torch.cuda.synchronize(destination.device)
         destination.copy_(origin.reshape(destination.shape))
         torch.cuda.synchronize(destination.device)
         return
+
     assert cupy is not None
     with cupy.cuda.Device(target.device.index) as device:
         destination, origin = cupy.from_dlpack(target.owner), cupy.from_dlpack(source.owner)

@@ -117,6 +117,7 @@ class PairwiseCollectives:
         transfers = [(rank, peer, view) for peer, view in outgoing]
         transfers += [(peer, rank, view) for peer, view in incoming if peer != rank]
         transfers.sort(key=lambda transfer: ((transfer[1] - transfer[0]) % size, transfer[0]))
+
         for sender, receiver, view in transfers:
             if receiver != rank:
                 self.send([view], receiver, deadline)

@@ -39,6 +39,7 @@ def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
     """
     if (dtype, op) in _PAIRS or operation not in REDUCTIONS:
         return
+
     if op is None:
         raise OptionError(
             f"{operation} needs a reduce op: expected one of {', '.join(ReduceOp.__members__)}, got None"
@@ -48,6 +49,7 @@ def require(operation: str, dtype: DType, op: ReduceOp | None) -> None:
             f"{operation} with op={op.name} is not defined for {dtype}, which can only be moved (broadcast, gather, "
             "send ...); convert it to float16, bfloat16 or float32 first"
         )
+
     defined = ", ".join(sorted(other.name for other in _OPS_OF_KIND[dtype.kind]))
     remedy = "use one of these"
     if op is ReduceOp.AVERAGE:

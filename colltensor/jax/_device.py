@@ -17,7 +17,9 @@ _here: Final = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class DeviceBuffer:
-    """An operand or a result of a call that XLA queues, for as long as its stream has not passed the call.
+    """An operand or a result of a call that XLA queues.
+
+    It is used for as long as its stream has not passed the call.
 
     Attributes:
         pointer: Address of the first element; all are contiguous.

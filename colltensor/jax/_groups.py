@@ -36,7 +36,10 @@ _here: Final = threading.local()
 _END_GRACE_S: Final = 1.0
 _JOIN_S: Final = 5.0
 _ending: Final = threading.Event()
-"""Set when the process ends, before JAX waits for its computations: its handlers are older than this module's."""
+"""Set when the process ends, before JAX waits for its computations.
+
+JAX's handlers are older than this module's.
+"""
 atexit.register(_ending.set)
 _end_watchers: Final[list[threading.Thread]] = []
 _ended: Final = threading.Event()
@@ -56,9 +59,10 @@ def number_of(group: Group) -> int:
 
 
 def _watch_the_end(group: Group) -> None:
-    """See that JAX, which waits at the end of the process for its computations, waits for no rank that does not call.
+    """See that JAX waits for no rank that does not call, when the process ends.
 
-    In a thread of its own, made here: while the process ends no thread can be started.
+    JAX waits for its computations then. This watches in a thread of its own, made here: while the
+    process ends no thread can be started.
     """
     if not _end_watchers:
         thread = threading.Thread(target=_end_late_calls, name="colltensor end of jit", daemon=True)
@@ -130,9 +134,10 @@ def forget_failures() -> None:
 
 
 def _defer(handle: int, on: bool) -> None:
-    """Let jitted calls queue behind the group's asynchronous eager ones, or go straight to shared memory again.
+    """Let jitted calls queue behind the group's asynchronous eager ones, or go straight again.
 
-    While there are observers, they go through the group's methods in any case.
+    Straight means to shared memory. While there are observers, the calls go through the group's
+    methods in any case.
     """
     if handle >= 0:
         library.load().shm_jax_defer(handle, on or observers.is_observed())
@@ -157,10 +162,10 @@ os.register_at_fork(after_in_child=_end_watchers.clear)  # the thread is the par
 
 @contextlib.contextmanager
 def inside(group: Group, operation: str) -> Iterator[None]:
-    """Make a call of a computation's on the group: it waits for no computation, and its errors fit there.
+    """Call the group from a computation: it waits for no computation, and its errors fit there.
 
     Raises:
-        GroupError: The call on the group did, or was interrupted.
+        GroupError: The call on the group raised one, or was interrupted.
     """
     outer, _here.inside = getattr(_here, "inside", False), True
     try:

@@ -1,8 +1,8 @@
-"""The order of collectives inside XLA: an effect of JAX's, and the tokens that it makes XLA pass from one to the next.
+"""The order of collectives inside XLA: an effect of JAX's, and the tokens that carry it.
 
-XLA runs calls with side effects in any order that their data allow. JAX orders those that have an *ordered effect*: it
-passes a token through every computation, loop and branch, from one such call to the next. All of JAX's internals that
-this package needs are imported here.
+XLA runs calls with side effects in any order that their data allow. JAX orders those that have an
+*ordered effect*. It passes a token through every computation, loop and branch, from one such call
+to the next. All of JAX's internals that this package needs are imported here.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ def is_for(platform: str, context: Any) -> bool:
 
 
 def _refuse_several_devices(target: str, context: Any) -> None:
-    """Refuse what each device would call by itself: XLA would run their calls in any order, and ranks pair wrong ones.
+    """Refuse a call that each device would make by itself.
 
-    JAX refuses ordered effects there, but sees none outside of an ``ordered`` function.
+    XLA would run the devices' calls in any order, and ranks would pair wrong ones. JAX refuses
+    ordered effects there, but sees none outside of an ``ordered`` function.
     """
     place = context.module_context.axis_context
     devices = max(
@@ -99,12 +100,14 @@ _ordered_p.multiple_results = True
 
 
 def ordered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Settle the order of a function's collectives inside the function, so that a jitted call of it costs less.
+    """Settle the order of a function's collectives inside it, so that a jitted call costs less.
 
-    ``jax.jit(ordered(step))`` in place of ``jax.jit(step)``: JAX takes some 60 microseconds less for a call, because no
-    token enters or leaves the computation. Nothing else changes. Within the function, collectives run in the order of
-    the program; so do computations that one thread starts one after the other on one device. What is derived or
-    vectorised is the function itself, as if ``ordered`` were not there.
+    Use ``jax.jit(ordered(step))`` in place of ``jax.jit(step)``. JAX takes some 60 microseconds
+    less for a call, because no token enters or leaves the computation. Nothing else changes.
+
+    Within the function, collectives run in the order of the program. So do computations that one
+    thread starts one after the other on one device. A derivative or ``vmap`` is that of the
+    function itself, as if ``ordered`` were not there.
 
     Args:
         function: Takes and returns pytrees of arrays.

@@ -1,8 +1,8 @@
-"""One JAX primitive for each collective, with its lowering and its rules for derivatives and for vmap.
+"""One JAX primitive for each collective, with its lowering and its rules for derivatives and vmap.
 
-Every primitive takes one array and gives one. With x_r the operand and y_r the result of rank r, and v_r the cotangent
-of y_r (the derivative of the sum of all ranks' losses by y_r), the transpose gives the cotangent of x_r; it is derived
-where the public function is documented.
+Every primitive takes one array and gives one. Let x_r be the operand and y_r the result of rank r.
+Let v_r be the cotangent of y_r: the derivative of the sum of all ranks' losses by y_r. The
+transpose gives the cotangent of x_r; the public function's documentation derives it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _TIED: Final = (ReduceOp.MIN, ReduceOp.MAX)
 def _make(
     operation: str, shape: Callable[[tuple[int, ...], int], tuple[int, ...]], name: str = ""
 ) -> Primitive:
-    """Make a primitive with the parameters ``number`` (the group's), ``size``, ``rank``, ``op``, ``root``, ``source``.
+    """Make a primitive; ``shape`` gives the result's shape.
 
-    ``size`` and ``rank`` are the group's, so that no rule needs the group. ``shape`` gives the result's shape.
+    Its parameters are ``number`` (the group's), ``size``, ``rank``, ``op``, ``root`` and
+    ``source``. ``size`` and ``rank`` are the group's, so that no rule needs the group.
     """
     primitive = Primitive(f"colltensor_{name or operation}")
 

@@ -1,7 +1,8 @@
 """The targets that compiled computations call for every collective, on the CPU and on CUDA devices.
 
-On the CPU the native target has shared memory alone, and leaves to Python what it does not end. On a device all of it
-is Python's: the call is queued on the stream of the computation, and the host goes on.
+On the CPU the native target has shared memory alone, and leaves to Python the calls that it does
+not end. On a device Python does all of it: the call is queued on the computation's stream, and the
+host goes on.
 """
 
 from __future__ import annotations
@@ -114,13 +115,15 @@ def queue(
     result_address: int,
     result_nbytes: int,
 ) -> None:
-    """Queue a call on a device, on the stream of the computation; the host waits for ranks that connect, at most.
+    """Queue a call on a device, on the stream of the computation.
 
-    The memory is XLA's, which gives it to others in the order of this stream. Where the operand and the result are one
-    array, as the lowering says, they have one address.
+    The host waits at most for ranks that connect. The memory is XLA's, which gives it to others in
+    the order of this stream. Where the operand and the result are one array, as the lowering says,
+    they have one address.
 
     Raises:
-        CollectiveError: The call cannot be queued, or they have not: then the result would be of other elements.
+        CollectiveError: The call cannot be queued, or the two do not have one address. The result
+            would be of other elements then.
     """
     group, name, kind = group_of(number), NATIVE_NAMES[operation], _DTYPES[dtype]
     is_one_way = name == "transfer" and (root < 0 or source < 0)
@@ -189,16 +192,17 @@ def _jax_tvm_ffi() -> ModuleType:
 
 
 def _in_words(function: Callable[..., None]) -> Callable[..., str | None]:
-    """Return a function that returns the message of what ``function`` raises, for native code to raise.
+    """Return a function that returns the message of an error of ``function``.
 
-    Raised here, it would be given the trace of C++ on its way, for which tvm-ffi reads the symbols of the whole
-    process: half a second of the processor, and seconds under load (apache-tvm-ffi 0.1.15).
+    Native code raises it. Raised here, the error would be given the trace of C++ on its way. For
+    that tvm-ffi reads the symbols of the whole process: half a second of the processor, and seconds
+    under load (apache-tvm-ffi 0.1.15).
     """
 
     def told(*numbers: int) -> str | None:
         try:
             function(*numbers)
-        except BaseException as error:  # noqa: BLE001 - XLA raises its own, with this message, where it is asked
+        except BaseException as error:  # noqa: BLE001 - XLA raises its own with this message
             return str(error) or type(error).__name__
         return None
 

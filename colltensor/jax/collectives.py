@@ -1,12 +1,14 @@
-"""Collectives on JAX arrays: inside ``jax.jit``, ``grad``, ``vmap``, ``lax.scan`` and outside of them. Imports jax.
+"""Collectives on JAX arrays, inside and outside of ``jit``, ``grad``, ``vmap`` and ``lax.scan``.
 
-The results are new arrays. Derivatives are those of the sum of all ranks' losses, by each rank's own operand: every
-rank differentiates its own loss, in step with the others, and gets its part of that sum's gradient. Below, x_r is the
-operand of rank r, y_r its result, v_r the cotangent that rank r has of y_r, and L the sum of the losses.
+Imports jax. The results are new arrays. Derivatives are those of the sum of all ranks' losses, by
+each rank's own operand. Every rank differentiates its own loss, in step with the others, and gets
+its part of that sum's gradient. Below, x_r is the operand of rank r and y_r its result. v_r is the
+cotangent that rank r has of y_r, and L the sum of the losses.
 
-Every operand may be a pytree of arrays (a dict, a list ...), with the same leaves, in ``jax.tree``'s order, on every
-rank; the result is one of the same structure. Leaves of one dtype travel together. Ranks that call eagerly must bring
-what travels, one flat array a dtype, and not the tree.
+Every operand may be a pytree of arrays (a dict, a list ...). It has the same leaves, in
+``jax.tree``'s order, on every rank; the result has the same structure. Leaves of one dtype travel
+together, as one flat array. Ranks that call eagerly must bring those flat arrays, one a dtype, and
+not the tree.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from colltensor.types import ReduceOp
 
 
 def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
-    """Return the elementwise combination of all ranks' arrays; every rank calls and gets the same bits.
+    """Return the elementwise combination of all ranks' arrays.
 
-    The gradient of a SUM-allreduce is a SUM-allreduce: y_s = sum of x_r for every s, so dL/dx_r = sum over s of v_s,
-    for every r. Of an AVERAGE it is an AVERAGE. The derivative of MIN and MAX belongs to the ranks that have the
-    extreme element, in equal parts; the other ops have none.
+    Every rank calls and gets the same bits.
+
+    The gradient of a SUM-allreduce is a SUM-allreduce. For every s, y_s = sum of x_r, so for every
+    r, dL/dx_r = sum over s of v_s. Of an AVERAGE it is an AVERAGE. The derivative of MIN and MAX
+    belongs to the ranks that have the extreme element, in equal parts; the other ops have none.
 
     Args:
         x: An array of any shape, or a pytree of arrays; all ranks' have one dtype and count.
@@ -42,11 +46,12 @@ def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SU
         op: How elements are combined.
 
     Raises:
-        UnsupportedDTypeError: ``op`` is not defined for this dtype, or JAX would cut 64-bit numbers to 32 bits.
+        UnsupportedDTypeError: ``op`` is not defined for this dtype, or JAX would cut 64-bit numbers
+            to 32 bits.
         BackendUnavailableError: jax-tvm-ffi is missing.
         GroupError: There is no such group.
-        jax.errors.JaxRuntimeError: Where the result is ready or read, for what went wrong between the ranks, with the
-            words of the error that an eager call would have raised.
+        jax.errors.JaxRuntimeError: Where the result is ready or read, if something went wrong
+            between the ranks. It has the words of the error that an eager call would have raised.
     """
     return _call(_primitives.allreduce_p, "allreduce", x, group, op=op)
 
@@ -54,10 +59,11 @@ def allreduce(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SU
 def reduce(
     x: Any, dst_rank: int = 0, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM
 ) -> Any:
-    """Return the combination of all ranks' arrays on rank ``dst_rank``, and ``x`` itself on the others.
+    """Return the combination of all ranks' arrays on rank ``dst_rank``, and ``x`` on the others.
 
-    Derivative (SUM): y_d = sum of x_r on the root d and y_r = x_r elsewhere, so dL/dx_d = v_d and dL/dx_r = v_d + v_r:
-    a broadcast of v_d, to which the other ranks add their own. With AVERAGE, v_d is divided by the number of ranks.
+    Derivative (SUM): y_d = sum of x_r on the root d and y_r = x_r elsewhere. So dL/dx_d = v_d and
+    dL/dx_r = v_d + v_r: a broadcast of v_d, to which the other ranks add their own. With AVERAGE,
+    v_d is divided by the number of ranks.
 
     Args:
         x: As for ``allreduce``.
@@ -71,10 +77,12 @@ def reduce(
 def broadcast(x: Any, src_rank: int = 0, group: Group | str = "default") -> Any:
     """Return rank ``src_rank``'s array on every rank.
 
-    Derivative: y_r = x_s for every r, so dL/dx_s = sum of all v_r, a reduction to the source s, and zero elsewhere.
+    Derivative: y_r = x_s for every r, so dL/dx_s = sum of all v_r, a reduction to the source s, and
+    zero elsewhere.
 
     Args:
-        x: On ``src_rank`` the array to send, elsewhere one of its dtype and count, whose values do not matter.
+        x: On ``src_rank`` the array to send, elsewhere one of its dtype and count, whose values do
+            not matter.
         src_rank: The rank that has the data.
         group: The group or its name.
     """
@@ -84,7 +92,8 @@ def broadcast(x: Any, src_rank: int = 0, group: Group | str = "default") -> Any:
 def allgather(x: Any, group: Group | str = "default") -> Any:
     """Return all ranks' arrays, stacked by rank along a new first axis.
 
-    Derivative: y_s[r] = x_r for every s, so dL/dx_r = sum over s of v_s[r]: a SUM-reducescatter of v.
+    Derivative: y_s[r] = x_r for every s, so dL/dx_r = sum over s of v_s[r]: a SUM-reducescatter of
+    v.
 
     Args:
         x: An array of any dtype; all ranks' have one dtype and count.
@@ -96,8 +105,8 @@ def allgather(x: Any, group: Group | str = "default") -> Any:
 def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceOp.SUM) -> Any:
     """Return the combination of all ranks' ``x[rank]``.
 
-    Derivative (SUM): y_s = sum over r of x_r[s], so dL/dx_r[s] = v_s for every r: an allgather of v. With AVERAGE, it
-    is divided by the number of ranks.
+    Derivative (SUM): y_s = sum over r of x_r[s], so dL/dx_r[s] = v_s for every r: an allgather of
+    v. With AVERAGE, it is divided by the number of ranks.
 
     Args:
         x: An array whose first axis has one entry for each rank.
@@ -110,8 +119,9 @@ def reducescatter(x: Any, group: Group | str = "default", op: ReduceOp = ReduceO
 def send(x: Any, dst_rank: int, group: Group | str = "default") -> Any:
     """Send an array to rank ``dst_rank``, which calls ``recv``; returns ``x`` as it is.
 
-    Derivative: y = x here and y_d = x on the receiver d, so dL/dx = v + v_d, where v_d comes back from the receiver.
-    For that the result must be used in what is differentiated (``x = send(x, 1)``).
+    Derivative: y = x here and y_d = x on the receiver d, so dL/dx = v + v_d. The receiver sends
+    v_d back. For that the differentiated function must use the result
+    (``x = send(x, 1)``).
 
     Args:
         x: An array of any dtype.
@@ -124,8 +134,9 @@ def send(x: Any, dst_rank: int, group: Group | str = "default") -> Any:
 def recv(like: Any, src_rank: int, group: Group | str = "default") -> Any:
     """Return the array that rank ``src_rank`` sends, with the shape and dtype of ``like``.
 
-    Derivative: y = x_s of the sender s, so v is sent back to it, and dL/dlike is zero. For that ``like`` must depend on
-    what is differentiated, as the sender's array does (``0 * parameters``).
+    Derivative: y = x_s of the sender s, so v is sent back to it, and dL/dlike is zero. For that
+    ``like`` must depend on the differentiated variables, as the sender's array does
+    (``0 * parameters``).
 
     Args:
         like: An array, whose values do not matter.
@@ -136,9 +147,12 @@ def recv(like: Any, src_rank: int, group: Group | str = "default") -> Any:
 
 
 def sendrecv(x: Any, dst_rank: int, src_rank: int, group: Group | str = "default") -> Any:
-    """Send an array to ``dst_rank`` and return the one, of the same shape, that ``src_rank`` sends; as in a ring.
+    """Send an array to ``dst_rank`` and return one of the same shape from ``src_rank``.
 
-    Derivative: y_d = x_r for the rank d that r sends to, so dL/dx_r = v_d: a sendrecv the other way round.
+    Ranks in a ring use it so.
+
+    Derivative: y_d = x_r for the rank d that r sends to, so dL/dx_r = v_d: a sendrecv the other way
+    round.
 
     Args:
         x: An array of any dtype.
@@ -161,7 +175,8 @@ def _call(
 ) -> Any:
     """Check a call of one array or a pytree as far as it can be before it runs, and make it.
 
-    Leaves of one dtype travel together, in one transfer: their number on each rank depends on dtypes alone.
+    Leaves of one dtype travel together, in one transfer: their number on each rank depends on
+    dtypes alone.
     """
     _targets.register()
     found = find_group(group) if isinstance(group, str) else group
@@ -251,10 +266,12 @@ def _array(name: str, leaf: Any) -> Any:
     """Return a leaf as a JAX array.
 
     Raises:
-        UnsupportedDTypeError: JAX would change its numbers: it makes 32 bits of 64 while ``jax_enable_x64`` is off.
+        UnsupportedDTypeError: JAX would change its numbers: it makes 32 bits of 64 while
+            ``jax_enable_x64`` is off.
     """
     if isinstance(leaf, (jax.Array, float, complex, bool)):
         return jnp.asarray(leaf)
+
     given = np.asarray(leaf)
     if given.dtype not in DTYPE_OF:
         raise unsupported_dtype(given.dtype)
@@ -270,6 +287,7 @@ def _array(name: str, leaf: Any) -> Any:
                 f"{name}: {given.dtype} numbers of this array do not fit {array.dtype}, which JAX makes of them; switch"
                 " jax_enable_x64 on, on every rank, or pass an array of a smaller dtype"
             )
+
     return array
 
 

@@ -19,25 +19,28 @@ _log: Final = logging.getLogger(__name__)
 def sync_gradients(
     group: Group | str = "default", average: bool = True, *, compare: bool = True
 ) -> Any:
-    """Return an ``optax.GradientTransformation`` that replaces gradients by their mean over the ranks.
+    """Return an ``optax.GradientTransformation`` that averages gradients over the ranks.
 
-    ``optax.chain(sync_gradients(group), optax.sgd(0.1))``. All leaves of one dtype travel in one allreduce, in the
-    order of ``jax.tree``: a rank without JAX joins with the same flat tensors. Every rank gets the same bits.
+    Use ``optax.chain(sync_gradients(group), optax.sgd(0.1))``. All leaves of one dtype travel in
+    one allreduce, in the order of ``jax.tree``. A rank without JAX joins with the same flat
+    tensors. Every rank gets the same bits.
 
-    Gradients that are in step keep unequal replicas unequal, so ``init(parameters)`` compares the parameters of all
-    ranks, bit for bit; ``parameters = colltensor.broadcast(parameters)`` before makes them rank 0's. It is a
-    collective, which all ranks call, all inside ``jax.jit`` or all outside. Later steps cost nothing more.
+    Gradients that are in step keep unequal replicas unequal. So ``init(parameters)`` compares the
+    parameters of all ranks, bit for bit; ``parameters = colltensor.broadcast(parameters)`` before
+    makes them rank 0's. It is a collective, which all ranks call, all inside ``jax.jit`` or all
+    outside. Later steps cost nothing more.
 
     Args:
         group: The group or its name, looked up when the update is traced.
         average: False for the sum.
-        compare: False where ``init`` is not to compare: not all ranks call it (some have no JAX, say), or replicas are
-            to differ.
+        compare: False where ``init`` is not to compare: not all ranks call it (some have no JAX,
+            say), or replicas are to differ.
 
     Raises:
         BackendUnavailableError: optax is missing.
-        MismatchError: By ``init``, on every rank: the parameters differ. It names the ranks, the leaves and what to do.
-            Inside ``jax.jit`` a ``JaxRuntimeError`` with the same words, where the computation runs.
+        MismatchError: By ``init``, on every rank: the parameters differ. It names the ranks, the
+            leaves and the remedy. Inside ``jax.jit`` a ``JaxRuntimeError`` with the same words,
+            where the computation runs.
     """
     try:
         optax = importlib.import_module("optax")

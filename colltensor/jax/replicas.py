@@ -37,9 +37,10 @@ def compare_eagerly(params: Any, group: Group) -> None:
 
 
 def compare_when_run(params: Any, group: Group) -> None:
-    """Compare them inside the computation that is being traced, whose call raises where they differ.
+    """Compare them inside the computation that is being traced; its call raises where they differ.
 
-    The computation hashes them itself, and gathers the hashes by a collective, which has its place among the others.
+    The computation hashes them itself. It gathers the hashes by a collective, which has its place
+    among the others.
     """
     found, _ = jax.tree_util.tree_flatten_with_path(params)
     if found:

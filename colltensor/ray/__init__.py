@@ -1,7 +1,8 @@
-"""ColTensor in Ray: rendezvous through Ray, groups declared from the driver, and Ray's own plug-ins.
+"""ColTensor in Ray: rendezvous, groups declared from the driver, and Ray's own plug-ins.
 
-The plug-ins are Ray's collective API on top of us, and tensor transports. Imports ray, so nothing outside Ray imports
-this package. Only Ray's public API is used, but for events of its timeline and, of its experimental API, what the
+The rendezvous goes through Ray. The plug-ins are Ray's collective API on top of us, and tensor
+transports. Imports ray, so nothing outside Ray imports this package. Only Ray's public API is used,
+with two exceptions: events of its timeline, and the parts of its experimental API that the
 transports implement.
 """
 

@@ -13,7 +13,10 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, GroupError, PeerLostError
 
 _VERDICT_S: Final = 1.0
-"""How long the driver waits for the others once one has failed: the first to speak is seldom the cause."""
+"""How long the driver waits for the others once one has failed.
+
+The first to speak is seldom the cause.
+"""
 _PAUSE_S: Final = 0.1
 """How soon an actor that is being restarted is asked again."""
 
@@ -60,7 +63,8 @@ class ActorCall:
             question: A function that gets the actor and its arguments.
             arguments: For each actor.
             dead_are_done: An actor that is dead, or was restarted meanwhile, answers None.
-            again: An actor that is being restarted is asked again until it answers; it may get the question twice.
+            again: An actor that is being restarted is asked again until it answers; it may get the
+                question twice.
 
         Raises:
             CollectiveError: The cause, if one failed; else who is late.

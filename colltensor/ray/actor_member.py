@@ -1,6 +1,7 @@
-"""An actor's side of a group that the driver declares: where it is, three calls to take part, one to leave.
+"""An actor's side of a group that the driver declares.
 
-Runs inside the actors, through Ray's ``__ray_call__``, so they need no method of their own. Between the calls
+It says where the actor is, and makes three calls to take part, one to leave. It runs inside the
+actors, through Ray's ``__ray_call__``, so they need no method of their own. Between the calls
 nothing waits and no thread runs: the driver carries the bytes.
 """
 
@@ -22,16 +23,22 @@ from colltensor.rendezvous import Introduction, Meeting
 
 _lock: Final = threading.Lock()
 _members: Final[dict[Token, ActorMember]] = {}
-"""The declared groups of this process by the driver's token; the lock is held for a look or a change only."""
+"""The declared groups of this process by the driver's token.
+
+The lock is held for a look or a change only.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Names one creation of a declared group, so that a late call never touches another group of the same name.
+    """Names one creation of a declared group.
+
+    By it a late call never touches another group of the same name.
 
     Attributes:
         driver: The process that declares.
-        generation: The number of this creation, higher than that of every earlier one of the same driver.
+        generation: The number of this creation, higher than that of every earlier one of the same
+            driver.
     """
 
     driver: str
@@ -44,15 +51,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class MemberSpec:
-    """What the driver tells an actor about its membership of a group.
+    """The driver's words to an actor about its membership of a group.
 
     Attributes:
         token: Names this creation.
         rank: The actor's rank.
         world_size: The number of actors.
         options: Of ``init_collective_group``; the same on every rank.
-        replaces: The creation whose place this one takes, whoever made it. It and earlier generations of this
-            driver go, even one that works.
+        replaces: The creation whose place this one takes, whoever made it. It and earlier
+            generations of this driver go, even one that works.
     """
 
     token: Token
@@ -109,7 +116,9 @@ class ActorMember:
             self.introduction.abandon()
 
     def give_way(self, patience_s: float) -> None:
-        """Leave, and return when the name is free: at the latest when a group that is being made has failed.
+        """Leave, and return when the name is free.
+
+        That is at the latest when a group that is being made has failed.
 
         Args:
             patience_s: How long that may take; whoever wants the name finds it taken then.
@@ -131,8 +140,9 @@ class ActorMember:
     def is_replaced_by(self, spec: MemberSpec) -> bool:
         """Return whether a group of this spec takes over this one's name.
 
-        It does where this one is broken, given up or named as what to replace, or where the same driver made this one
-        before and it was never finished or something is to be replaced.
+        It does where this one is broken, given up or named as the one to replace. It also does
+        where the same driver made this one before, if this one was never finished or something is
+        to be replaced.
         """
         if not self._is_of(spec):
             return False
@@ -176,7 +186,9 @@ def locate(actor: object) -> str:
 
 
 def introduce(actor: object, spec: MemberSpec, patience_s: float) -> bytes:
-    """Check the options here and return what this rank says of itself; opens nothing, but ends what it replaces.
+    """Check the options here and return this rank's description of itself.
+
+    Opens nothing, but ends the group that it replaces.
 
     Args:
         actor: The actor.
@@ -195,9 +207,11 @@ def introduce(actor: object, spec: MemberSpec, patience_s: float) -> bytes:
     for member in members:
         if member.is_replaced_by(spec):
             member.give_way(patience_s)
+
     table.check_options(spec.world_size, **spec.options, member=True)
     if spec.options["interface"] is not None:
         net.interface_address(spec.options["interface"])
+
     member = ActorMember(spec, patience_s)
     _forget_those_that_are_over()
     with _lock:

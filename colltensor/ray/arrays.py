@@ -18,9 +18,10 @@ from colltensor.view import BufferView
 class NumpyArray:
     """A numpy array that Ray's transport ``COLLTENSOR_NUMPY`` carries.
 
-    Ray takes over how the type of a transport is pickled, everywhere in the process; with ``numpy.ndarray`` itself
-    every ordinary ``ray.put`` of an array would become slower. So an array travels directly where it is wrapped, and
-    as always where it is not. ``numpy.asarray`` unwraps it.
+    Ray takes over how the type of a transport is pickled, everywhere in the process. With
+    ``numpy.ndarray`` itself every ordinary ``ray.put`` of an array would become slower. So an array
+    travels directly where it is wrapped, and as always where it is not. ``numpy.asarray`` unwraps
+    it.
 
     Attributes:
         array: The array, of any dtype that collectives know, any shape and strides.
@@ -56,7 +57,10 @@ class Framework(Protocol):
         """Return a new array to receive into, on this process's current device of the type."""
 
     def result(self, buffer: Any) -> Any:
-        """Return the ``data_type`` made of a buffer that was received into; takes the buffer over."""
+        """Return the ``data_type`` made of a buffer that was received into.
+
+        It takes the buffer over.
+        """
 
     def synchronize(self, index: int) -> None:
         """Wait on the host until the work that this thread has queued on a CUDA device is done."""
@@ -118,9 +122,9 @@ class _Numpy(_FrameworkBase):
 
 
 class _Jax(_FrameworkBase):
-    """On a CPU the elements arrive in numpy's memory, which becomes the array's: nothing is filled or compiled.
+    """On a CPU the elements arrive in numpy's memory, which becomes the array's.
 
-    The adapter waits for what is pending.
+    Nothing is filled or compiled. The adapter waits for pending computations.
     """
 
     transport = "COLLTENSOR_JAX"
@@ -202,9 +206,10 @@ def _aligned(shape: Sequence[int], dtype: Any) -> Any:
 
 
 def _ask_for_huge_pages(address: int, nbytes: int) -> None:
-    """Have large new memory come in huge pages, as numpy does: page by page its first use takes longer than the copy.
+    """Have large new memory come in huge pages, as numpy does.
 
-    Advice only, madvise(2): a system that does not know it, or where it is switched off, goes on as before.
+    Page by page, its first use takes longer than the copy. This is advice only, madvise(2): a
+    system that does not know it, or where it is switched off, goes on as before.
     """
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     if nbytes >= _HUGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -20,15 +20,17 @@ _UNSET: Final = getattr(ray_types, "unset_timeout_ms", None)
 
 
 class RayGroup(BaseGroup):  # type: ignore[misc]  # Ray's types are not looked into
-    """One group of ranks, made and used by ``ray.util.collective``; every rank calls, as for ``Group``.
+    """One group of ranks, made and used by ``ray.util.collective``.
 
-    Ray's functions hand over lists with one tensor a device and an object of options. Whoever has this object from
-    ``ray.util.collective.get_group_handle()`` may pass a tensor of any framework, or a pytree, in place of such a list,
-    and leave the options out. Every method returns what ``Group``'s does, in a list where it was given a list: JAX
-    arrays are immutable, so use what comes back.
+    Every rank calls, as for ``Group``. Ray's functions hand over lists with one tensor a device and
+    an object of options. ``ray.util.collective.get_group_handle()`` returns this object. Its holder
+    may pass a tensor of any framework, or a pytree, in place of such a list, and leave the options
+    out. Every method returns the same as ``Group``'s, in a list where it was given a list. JAX
+    arrays are immutable, so use the returned ones.
 
     Attributes:
-        group: The ``Group``, which has all collectives and their options; ``colltensor`` finds it by its name, too.
+        group: The ``Group``, which has all collectives and their options; ``colltensor`` finds it
+            by its name, too.
     """
 
     transport: ClassVar[str] = "auto"
@@ -130,10 +132,10 @@ def group_class(transport: str) -> type[RayGroup]:
 
 
 def _option(operation: str, given: Any, name: str, default: Any) -> Any:
-    """Return what an object of options says, or the default where it says nothing.
+    """Return the value in an object of options, or the default where it has none.
 
-    Ray's ``allreduce`` (2.60) passes the class ``AllReduceOptions`` itself and leaves its op in it, so that what a new
-    object of it seems to say may come from an earlier call.
+    Ray's ``allreduce`` (2.60) passes the class ``AllReduceOptions`` itself and leaves its op in it.
+    So a value that a new object of it seems to have may come from an earlier call.
     """
     if given is None:
         return default

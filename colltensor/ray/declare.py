@@ -1,6 +1,7 @@
 """Groups declared from the Ray driver: every actor is initialised at once, or none is.
 
-Imports ray. The driver asks every actor the same questions (see ``actor_member``) and carries the answers.
+Imports ray. The driver asks every actor the same questions (see ``actor_member``) and carries the
+answers.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ _generations: Final = itertools.count(1)
 
 
 class CollectiveGroup:
-    """A group of actors as the driver sees it. Made by ``collective_group`` and ``create_collective_group``.
+    """A group of actors as the driver sees it.
 
-    As a context manager it destroys the group at the end, also where the block raises.
+    It is made by ``collective_group`` and ``create_collective_group``. As a context manager it
+    destroys the group at the end, also where the block raises.
 
     Attributes:
         name: The group's name, by which the actors find it.
@@ -63,7 +65,9 @@ class CollectiveGroup:
         return self._token.generation
 
     def destroy(self, timeout_s: float = 30.0) -> None:
-        """Destroy the group in every actor that still lives; another group of the same name is left alone. Idempotent.
+        """Destroy the group in every actor that still lives. Idempotent.
+
+        Another group of the same name is left alone.
 
         Args:
             timeout_s: How long the actors may take to come to it, in seconds.
@@ -80,20 +84,23 @@ class CollectiveGroup:
     def recreate(self, timeout_s: float | None = None) -> None:
         """Make the group anew, of the same actors with the same ranks, name and options.
 
-        For after an actor died and Ray restarted it (``max_restarts``), and for a group that is broken. What the actors
-        have of the group is replaced at once, whether it works or not; calls that wait in it raise. An actor that is
-        being restarted is waited for. Calls that were meant for the old group never reach the new one.
+        Use it after an actor died and Ray restarted it (``max_restarts``), and for a group that is
+        broken. The actors' parts of the group are replaced at once, whether it works or not; calls
+        that wait in it raise. An actor that is being restarted is waited for. Calls that were meant
+        for the old group never reach the new one.
 
-        A process that was sent the handle may do it as well as the one that made the group. The handle that it was
-        called on is the group's from then on: others destroy nothing any more, and in other processes their
-        ``recreate`` is refused while the new group works.
+        A process that was sent the handle may do it as well as the one that made the group. The
+        handle that it was called on is the group's from then on. Others destroy nothing any more,
+        and in other processes their ``recreate`` is refused while the new group works.
 
         Args:
-            timeout_s: How long the actors may take, restarts included, in seconds; by default the group's own timeout.
+            timeout_s: How long the actors may take, restarts included, in seconds; by default the
+                group's own timeout.
 
         Raises:
-            CollectiveError: As ``create_collective_group``; no actor has the group then, and this may be called again.
-            ``GroupError`` where another process made the group anew, and it works: it stays.
+            CollectiveError: As ``create_collective_group``; no actor has the group then, and this
+                may be called again. ``GroupError`` where another process made the group anew, and
+                it works: it stays.
         """
         patience_s = float(self._options["timeout_s"]) if timeout_s is None else timeout_s
         operation = f"CollectiveGroup.recreate '{self.name}'"
@@ -142,9 +149,9 @@ def create_collective_group(
 ) -> CollectiveGroup:
     """Make a group of actors from the driver; when it returns, every actor has the group.
 
-    The actors need no method for it, but must be free to answer: one that is in a call answers after it.
-    The group's secret passes through the driver and Ray's object store. A declared group of this name that is broken
-    is replaced.
+    The actors need no method for it, but must be free to answer: one that is in a call answers
+    after it. The group's secret passes through the driver and Ray's object store. A declared group
+    of this name that is broken is replaced.
 
     Args:
         actors: The actors' handles, all different.
@@ -163,12 +170,13 @@ def create_collective_group(
         A handle that can destroy the group, and make it anew.
 
     Raises:
-        RankError: ``ranks`` or ``world_size`` do not fit the actors, or an actor is in the list twice.
+        RankError: ``ranks`` or ``world_size`` do not fit the actors, or an actor is in the list
+            twice.
         OptionError: An option has a value that no group could use.
         PeerLostError: An actor is dead or could not be started; names its rank.
         CollectiveTimeoutError: An actor did not answer in time; names its rank.
-        CollectiveError: What an actor raised, in its own class, with its rank: ``GroupError`` where it has a
-            group of this name. After any error no actor has the group.
+        CollectiveError: An actor's error, in its own class, with its rank: ``GroupError`` where it
+            has a group of this name. After any error no actor has the group.
     """
     if gloo_timeout is not None:
         timeout_s = table.seconds_of(gloo_timeout)
@@ -189,7 +197,9 @@ def collective_group(
     provider: str | None = None,
     check: bool = False,
 ) -> CollectiveGroup:
-    """Make a group of actors for the length of a ``with`` block; the actors of one node get neighbouring ranks.
+    """Make a group of actors for the length of a ``with`` block.
+
+    The actors of one node get neighbouring ranks.
 
         with colltensor.collective_group(actors) as group:
             ray.get([actor.step.remote() for actor in group.actors])
@@ -200,10 +210,11 @@ def collective_group(
         actors: The actors' handles, all different; an actor may be in any number of groups.
         backend: As for ``init_collective_group``; the other options too.
         group_name: The name by which the actors find the group; None makes one, ``group.name``.
-        ranks: The rank of each actor. By default the actors of ``actors[0]``'s node come first, in the order in which
-            they are given, then those of the next node in the list: ``group.actors`` has them in rank order.
-        timeout_s: How long the actors may take, their start included, in seconds; then also how long every operation
-            waits.
+        ranks: The rank of each actor. By default the actors of ``actors[0]``'s node come first, in
+            the order in which they are given. Those of the next node in the list follow.
+            ``group.actors`` has them in rank order.
+        timeout_s: How long the actors may take, their start included, in seconds; then also how
+            long every operation waits.
         interface: As for ``init_collective_group``; by default, between hosts, Ray's own.
         provider: As for ``init_collective_group``.
         check: As for ``init_collective_group``.

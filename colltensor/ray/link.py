@@ -1,7 +1,8 @@
-"""The receiver's side of a direct transfer: links to the sources, made on first use and kept for the next.
+"""The receiver's side of a direct transfer: links to the sources.
 
-A link is an authenticated connection, which carries the requests, and a group of two on it, which carries the
-arrays. One transfer at a time has a link; the next that finds none idle makes its own.
+A link is made on first use and kept for the next. It is an authenticated connection, which carries
+the requests, and a group of two on it, which carries the arrays. One transfer at a time has a link;
+the next that finds none idle makes its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from colltensor.rendezvous.protocol import decode_error
 
 CONTEXT: Final = b"colltensor direct transport"
 TIMEOUT_S: Final = 30.0
-"""How long either side waits for the other, as long as a group does by default; Ray gives up after 60 s."""
+"""How long either side waits for the other.
+
+It is as long as a group waits by default; Ray gives up after 60 s.
+"""
 IDLE_S: Final = 60.0
 """How long a link is kept for the next transfer."""
 _KEPT: Final = 4
@@ -44,15 +48,17 @@ class Step(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SourceAddress:
-    """Where a source answers. Travels with the metadata of each object, which Ray shows to its holders only.
+    """Where a source answers.
+
+    It travels with the metadata of each object, which Ray shows to its holders only.
 
     Attributes:
         address: The source's address in Ray's network.
         port: Its port.
         secret: What its connections are authenticated with.
         who: The source, for messages.
-        lane: Which CUDA devices the arrays go between, empty for none: NCCL ties a group to one device a rank, so each
-            pair of devices has links of its own.
+        lane: Which CUDA devices the arrays go between, empty for none. NCCL ties a group to one
+            device a rank, so each pair of devices has links of its own.
     """
 
     address: str
@@ -68,7 +74,9 @@ def group_name(who: str) -> str:
 
 
 def form_group(sock: socket.socket, rank: int, who: str, deadline: float) -> Group:
-    """Make the group of two, over a connection that is authenticated; the source is rank 0, the receiver rank 1.
+    """Make the group of two, over a connection that is authenticated.
+
+    The source is rank 0, the receiver rank 1.
 
     Args:
         sock: The connection; the other side makes the same call with the other rank.
@@ -77,7 +85,8 @@ def form_group(sock: socket.socket, rank: int, who: str, deadline: float) -> Gro
         deadline: When to give up.
 
     Raises:
-        CollectiveError: The two cannot be a group: no backend for where they are, an address that is not reached.
+        CollectiveError: The two cannot be a group: no backend for where they are, an address that
+            is not reached.
         OSError: The connection broke, or the other side is late.
     """
     part = Introduction(group_name=group_name(who), world_size=2, rank=rank, address=address_in_ray(),
@@ -198,7 +207,8 @@ class Links:
         Args:
             obj_id: Ray's number of the object.
             endpoint: The source.
-            buffers: Arrays of the shapes and dtypes of the object's, on one type of device; written.
+            buffers: Arrays of the shapes and dtypes of the object's, on one type of device;
+                written.
             on_device: They are on a GPU.
 
         Returns:
@@ -207,7 +217,8 @@ class Links:
         Raises:
             PeerLostError: The source is dead, or died meanwhile.
             CollectiveTimeoutError: It did not answer in time.
-            CollectiveError: It does not have the object any more, or the transfer failed in another way.
+            CollectiveError: It does not have the object any more, or the transfer failed in another
+                way.
         """
         where = f"direct transport: object {obj_id} from {endpoint.who}"
         try:
@@ -242,7 +253,8 @@ class Links:
         """Forget the parent's links in a forked child, which may make its own."""
         for link in [*self._busy, *(link for kept in self._idle.values() for link in kept)]:
             link.disown()
-        self.__init__()  # type: ignore[misc]  # the lock may be held by a thread that the child does not have
+        # The lock may be held by a thread that the child does not have.
+        self.__init__()  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _ready(self, obj_id: str, endpoint: SourceAddress, deadline: float) -> Iterator[Link]:

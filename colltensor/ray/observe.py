@@ -21,17 +21,20 @@ _observing: Final[list[Callable[[Operation], Any]]] = []
 
 
 def observe(*, metrics: bool = True, timeline: bool = True) -> None:
-    """Observe the operations of all groups of this process, those there are and those to come, through Ray.
+    """Observe the operations of all groups of this process through Ray.
 
-    Replaces what an earlier call asked for, so ``observe(metrics=False, timeline=False)`` ends it. The variable
-    ``COLLTENSOR_OBSERVE`` (``metrics``, ``timeline`` or both with a comma) asks for it when a process makes its first
-    group; in Ray's ``runtime_env`` it does so in all workers of a job or an actor.
+    These are the groups there are and those to come. A call replaces the wishes of an earlier one,
+    so ``observe(metrics=False, timeline=False)`` ends it. The variable ``COLLTENSOR_OBSERVE``
+    (``metrics``, ``timeline`` or both with a comma) asks for it when a process makes its first
+    group. In Ray's ``runtime_env`` it does so in all workers of a job or an actor.
 
     Args:
-        metrics: Count operations, bytes and errors, and keep a histogram of durations, as metrics of Ray with the tags
-            ``group``, ``operation`` and ``rank``: ``colltensor_operations``, ``colltensor_bytes``,
-            ``colltensor_errors`` and ``colltensor_duration_seconds``.
-        timeline: Have every operation in ``ray timeline`` as an event of the category ``colltensor``.
+        metrics: Count operations, bytes and errors, and keep a histogram of durations, as metrics
+            of Ray. Their tags are ``group``, ``operation`` and ``rank``, their names
+            ``colltensor_operations``, ``colltensor_bytes``, ``colltensor_errors`` and
+            ``colltensor_duration_seconds``.
+        timeline: Have every operation in ``ray timeline`` as an event of the category
+            ``colltensor``.
 
     Raises:
         OptionError: This process is not a part of a Ray cluster.

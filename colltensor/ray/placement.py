@@ -45,16 +45,18 @@ def placed_actors(
     Args:
         actor_class: The class, decorated with ``ray.remote``.
         count: How many actors.
-        args: The arguments of the constructor; or a function that returns them for an actor's place in the list,
-            which is also its rank in ``collective_group(actors)``.
+        args: The arguments of the constructor. Or a function that returns them for an actor's place
+            in the list, which is also its rank in ``collective_group(actors)``.
         kwargs: Keyword arguments of every constructor.
-        strategy: ``"PACK"`` puts the actors on as few nodes as can hold them, ``"SPREAD"`` on as many as there are;
-            ``"STRICT_PACK"`` and ``"STRICT_SPREAD"`` fail where one node, or one node each, is not to be had.
+        strategy: ``"PACK"`` puts the actors on as few nodes as can hold them, ``"SPREAD"`` on as
+            many as there are. ``"STRICT_PACK"`` and ``"STRICT_SPREAD"`` fail where one node, or one
+            node each, is unavailable.
         num_cpus: What each actor reserves, whatever its class says.
         num_gpus: The same.
         resources: The same, of Ray's custom resources.
         timeout_s: How long the cluster may take to find room, in seconds.
-        options: For ``actor_class.options()``: ``max_restarts``, ``max_concurrency``, ``runtime_env`` ...
+        options: For ``actor_class.options()``: ``max_restarts``, ``max_concurrency``,
+            ``runtime_env`` ...
 
     Yields:
         The actors' handles, those of one node side by side. Their constructors may still run.

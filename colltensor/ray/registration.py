@@ -1,7 +1,7 @@
-"""What Ray is given: our backends for ``ray.util.collective``, and tensor transports for the direct transport.
+"""Our registrations with Ray: backends for ``ray.util.collective``, and direct tensor transports.
 
-Does not import ``ray.util.collective``, which imports torch where it is installed, until ``register`` is called; nor a
-framework that is not asked for or not installed.
+Imports ``ray.util.collective``, which imports torch where it is installed, only when ``register``
+is called. Imports no framework that is not asked for or not installed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ _NAME = "COLLTENSOR"
 
 
 def register(*, timeout_s: float = 30.0, interface: str | None = None) -> None:
-    """Let ``ray.util.collective`` make groups of ours in this process, with ``backend="COLLTENSOR"``.
+    """Let ``ray.util.collective`` make groups of ours in this process.
 
-    Call it in the driver, where the program declares groups there, and in every worker: Ray does that with
-    ``ray.init(runtime_env={"worker_process_setup_hook": "colltensor.ray.register"})``, or with a function of your own
-    that calls this one with arguments. A name is registered for each backend: ``COLLTENSOR`` is ``"auto"``,
-    ``COLLTENSOR_GLOO`` is ``"gloo"``, and so on. Idempotent; arguments are those of the last call.
+    Their ``backend`` is ``"COLLTENSOR"``. Call it in the driver, where the program declares groups
+    there, and in every worker. Ray does that with
+    ``ray.init(runtime_env={"worker_process_setup_hook": "colltensor.ray.register"})``. Your own
+    function that calls this one with arguments may stand there as well. A name is registered for
+    each backend: ``COLLTENSOR`` is ``"auto"``, ``COLLTENSOR_GLOO`` is ``"gloo"``, and so on.
+    Idempotent; arguments are those of the last call.
 
     Args:
-        timeout_s: How long the ranks of a group may take to meet, and how long every operation then waits, in seconds;
-            Ray hands no timeout to a registered backend.
+        timeout_s: How long the ranks of a group may take to meet, and how long every operation then
+            waits, in seconds. Ray hands no timeout to a registered backend.
         interface: As for ``init_collective_group``.
 
     Raises:
         BackendUnavailableError: This Ray takes no backends of others.
-        OptionError: An argument has a value that no group could use, or a name is taken by a backend of somebody else.
+        OptionError: An argument has a value that no group could use, or a name is taken by a
+            backend of somebody else.
     """
     table.check_options(
         1, group_name="default", backend="auto", timeout_s=timeout_s, interface=interface
@@ -64,24 +67,28 @@ def register(*, timeout_s: float = 30.0, interface: str | None = None) -> None:
 
 
 def register_tensor_transports(frameworks: Iterable[str] | None = None) -> tuple[str, ...]:
-    """Let ``@ray.method(tensor_transport=...)`` and ``ray.put(_tensor_transport=...)`` go through ColTensor.
+    """Let Ray's direct transport go through ColTensor.
 
-    Call it in the process that creates the actors, before the classes of the actors are defined: Ray registers the
-    transports in an actor before it first uses them there. Where a worker process itself imports the module of such a
-    class, makes actors, or restarts, call it there too: at the top of that module, or by ``ray.init(runtime_env=
+    That is for ``@ray.method(tensor_transport=...)`` and ``ray.put(_tensor_transport=...)``. Call
+    it in the process that creates the actors, before the classes of the actors are defined. Ray
+    registers the transports in an actor before it first uses them there. A worker process may
+    itself import the module of such a class, make actors, or restart. Call it there too: at the top
+    of that module, or in a setup hook: ``ray.init(runtime_env=
     {"worker_process_setup_hook": "colltensor.ray.register_tensor_transports"})``. Idempotent.
 
     Args:
-        frameworks: Of ``"torch"`` (transport ``COLLTENSOR``), ``"jax"`` (``COLLTENSOR_JAX``), ``"cupy"``
-            (``COLLTENSOR_CUPY``) and ``"numpy"`` (``COLLTENSOR_NUMPY``, for ``NumpyArray``); by default those that are
-            installed. They are imported, and every actor that Ray registers them in must have them installed.
+        frameworks: Of ``"torch"`` (transport ``COLLTENSOR``), ``"jax"`` (``COLLTENSOR_JAX``),
+            ``"cupy"`` (``COLLTENSOR_CUPY``) and ``"numpy"`` (``COLLTENSOR_NUMPY``, for
+            ``NumpyArray``). By default those that are installed. They are imported, and every actor
+            that Ray registers them in must have them installed.
 
     Returns:
         The names of the transports, in the order of ``frameworks``.
 
     Raises:
         OptionError: A framework has no transport.
-        BackendUnavailableError: A framework is not installed, or Ray has no tensor transports to register (2.60 has).
+        BackendUnavailableError: A framework is not installed, or Ray has no tensor transports to
+            register (2.60 has).
     """
     chosen = _installed() if frameworks is None else tuple(frameworks)
     for name in chosen:

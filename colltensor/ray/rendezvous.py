@@ -1,7 +1,7 @@
 """How the ranks of a group meet inside Ray: rank 0 leaves its endpoint with a small named actor.
 
-Imports ray. The actor is owned by rank 0's process and not detached, so Ray ends it with that process, however
-it ends; rank 0 ends it as soon as the meeting is over.
+Imports ray. The actor is owned by rank 0's process and not detached, so Ray ends it with that
+process, however that ends. Rank 0 ends it as soon as the meeting is over.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EndpointBoard:
 
 
 _Board: Final = ray.remote(num_cpus=0)(EndpointBoard)
-"""Made once, because Ray keeps a copy of each class that ``ray.remote`` makes until the job ends."""
+"""Made once: Ray keeps a copy of each class that ``ray.remote`` makes until the job ends."""
 
 
 class RayDirectory(Directory):
@@ -59,7 +59,8 @@ class RayDirectory(Directory):
     def put(self, key: str, endpoint: bytes, stale: bytes) -> bytes | None:
         """Start the named actor that holds the endpoint: see Directory.
 
-        The actor of a rank 0 that died, or of the last meeting of this name, may take a moment to end.
+        The actor of a rank 0 that died, or of the last meeting of this name, may take a moment to
+        end.
         """
         try:
             self._boards[key] = _Board.options(name=_PREFIX + key).remote(endpoint)
@@ -115,7 +116,8 @@ def address_in_ray() -> str | None:
 def node_host_id() -> str:
     """Return a name that processes share if they are on one node of Ray's and on one host.
 
-    Two nodes count as two hosts, also where one machine simulates them; COLLTENSOR_HOST_ID says otherwise.
+    Two nodes count as two hosts, also where one machine simulates them; COLLTENSOR_HOST_ID says
+    otherwise.
     """
     given = os.environ.get("COLLTENSOR_HOST_ID")
     return given or f"{ray.get_runtime_context().get_node_id()}/{net.host_id()}"

@@ -1,6 +1,7 @@
-"""The source's side of direct transfers: keeps what Ray has in store here, and sends it to whoever may ask.
+"""The source's side of direct transfers: keeps the objects that Ray stores here, and sends them.
 
-Runs in threads of its own, so that a method that takes long delays no transfer.
+They go to whoever may ask. It runs in threads of its own, so that a method that takes long delays
+no transfer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from colltensor.rendezvous.protocol import encode_error
 
 _LOG: Final = logging.getLogger(__name__)
 _PATIENCE_S: Final = 2 * IDLE_S
-"""How long a source waits for the next request: longer than a receiver keeps a link, which is the first to go."""
+"""How long a source waits for the next request.
+
+It is longer than a receiver keeps a link: the receiver is the first to go.
+"""
 
 
 class Source:
@@ -100,6 +104,7 @@ class Source:
         """Answer one receiver until it goes; what fails here fails there too."""
         with self._lock:
             self._serving.add(sock)
+
         try:
             self._door.verify(sock, self._secret_of)
             group = form_group(sock, 0, self.endpoint.who, time.monotonic() + TIMEOUT_S)

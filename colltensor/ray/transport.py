@@ -1,7 +1,8 @@
-"""Ray's tensor transports: a thin cover over sources and links, in the words of ``ray.experimental``.
+"""Ray's tensor transports: a thin cover over sources and links.
 
-One-sided: the receiver asks the source, whose own threads answer, so that Ray sends no task to the source actor, kills
-no actor over a failed transfer, and lets a driver or an actor ``ray.get`` and ``ray.put``.
+They are in the words of ``ray.experimental``. They are one-sided: the receiver asks the source,
+whose own threads answer. So Ray sends no task to the source actor and kills no actor over a failed
+transfer. A driver or an actor may ``ray.get`` and ``ray.put``.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         return True
 
     def extract_tensor_transport_metadata(self, obj_id: str, rdt_object: list[Any]) -> Description:
-        """Keep an object's arrays for receivers, once what computes them is done; called in the source.
+        """Keep an object's arrays for receivers, once they are computed; called in the source.
 
         Raises:
             TensorError: An array cannot be sent as it is; the task that returned it fails.
@@ -77,7 +78,8 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         try:
             return self._describe(obj_id, rdt_object)
         except CollectiveError as error:
-            # Ray has the object in store already and would never free it: the task has failed, so nobody owns it.
+            # Ray has the object in store already and would never free it: the task has failed, so
+            # nobody owns it.
             rdt_object.clear()
             error.args = (f"tensor_transport={self.framework.transport!r}: {error}",)
             raise
@@ -129,7 +131,8 @@ class Transport(TensorTransportManager):  # type: ignore[misc]  # mypy does not 
         """Return what ``fetch_multiple_tensors`` began to receive.
 
         Raises:
-            TimeoutError: It is not there after ``timeout`` seconds; it goes on, and its result is dropped.
+            TimeoutError: It is not there after ``timeout`` seconds; it goes on, and its result is
+                dropped.
             CollectiveError: See ``Links.fetch``.
         """
         future: Future[list[Any]] = fetch_request.future
@@ -246,4 +249,4 @@ TRANSPORTS: dict[str, type[Transport]] = {
     "cupy": CupyTransport,
     "numpy": NumpyTransport,
 }
-"""The classes that Ray is given, by the name of the framework; Ray pickles them by their names here."""
+"""The classes that Ray is given, by framework name; Ray pickles them by their names here."""

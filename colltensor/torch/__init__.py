@@ -1,8 +1,8 @@
-"""For torch users only. Imports torch; nothing outside this folder imports it but by name, when it is needed.
+"""For torch users only. Imports torch; nothing outside this folder imports it, unless by name.
 
-``sync_gradients`` keeps the gradients of one's own training loop in step; the collectives here return new tensors and
-are differentiated by autograd (the package's own work in place, and autograd does not see them). Importing this
-registers the backend ``colltensor`` with torch.distributed.
+``sync_gradients`` keeps the gradients of one's own training loop in step. The collectives here
+return new tensors, and autograd differentiates them. (The package's own work in place, and autograd
+does not see them.) Importing this registers the backend ``colltensor`` with torch.distributed.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def described(parameters: Named, buffers: Named, *, frozen: bool = False) -> dic
 
 
 def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> list[Report]:
-    """Exchange what the ranks have, and return every rank's report.
+    """Exchange the ranks' descriptions, and return every rank's report.
 
     Args:
         group: The group.
@@ -115,8 +115,8 @@ def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> l
         options: The options by name, in words.
 
     Raises:
-        MismatchError: On every rank, where one differs from rank 0; names the tensors. On the others, where a rank
-            refused its own call.
+        MismatchError: On every rank, where one differs from rank 0; names the tensors. On the
+            others, where a rank refused its own call.
     """
     mine = Report(options, tensors, host_id(), _cores(), torch.get_num_threads())
     reports: list[Report] = group.allgather_object(mine)
@@ -149,10 +149,11 @@ def compare(group: Group, tensors: dict[str, str], options: dict[str, str]) -> l
 
 
 def sendable(tensors: Named) -> Sendable:
-    """Return each tensor with what travels of it: itself without repetitions, or a contiguous copy.
+    """Return each tensor with its sendable form: itself without repetitions, or a contiguous copy.
 
-    A copy stands for memory that is strided, that another tensor shares (a view, the complex numbers of a real view,
-    bytes), or that holds other values than the tensor shows (lazily conjugated or negated).
+    A copy stands for memory that is strided, or that holds other values than the tensor shows
+    (lazily conjugated or negated). It also stands for memory that another tensor shares: a view,
+    the complex numbers of a real view, bytes.
 
     Raises:
         TensorError: One that cannot be sent; names it.
@@ -162,6 +163,7 @@ def sendable(tensors: Named) -> Sendable:
         own = _distinct(_checked(name, tensor.detach()))
         plain = own.is_contiguous() and not own.is_conj() and not own.is_neg()
         found.append((name, own, plain))
+
     shared = _sharing([own for _, own, _ in found])
     sent = []
     for number, (name, own, plain) in enumerate(found):

@@ -19,15 +19,17 @@ def is_running() -> bool:
 class BackwardEndHook:
     """Calls a function at the end of the outermost backward pass in which it was made.
 
-    The engine runs a callback at the end of the graph task that is current when it is queued. Inside a reentrant
-    checkpoint that is the inner task, and there is no way to queue at the outer one. But while the inner task's
-    callbacks run, the node of the outer graph that runs it is still the current one, and at the end of the outermost
-    task there is none. So from an inner end a hook is put before the nodes that follow that node in the outer graph:
-    the first of them to run queues the callback again, one level up.
+    The engine runs a callback at the end of the graph task that is current when it is queued.
+    Inside a reentrant checkpoint that is the inner task, and there is no way to queue at the outer
+    one. But while the inner task's callbacks run, the node of the outer graph that runs it is still
+    the current one. At the end of the outermost task there is none. So from an inner end a hook is
+    put before the nodes that follow that node in the outer graph. The first of them to run queues
+    the callback again, one level up.
 
-    The engine's task, or while it climbs a hook of the graph, holds the only strong reference. So a weak one is dead
-    after a backward pass that ended with an exception, or climbs for ever where somebody keeps the graph: in both cases
-    the next pass needs a BackwardEndHook of its own, and a second one in one pass does no harm.
+    The engine's task holds the only strong reference, or a hook of the graph while it climbs. So a
+    weak one is dead after a backward pass that ended with an exception. Where somebody keeps the
+    graph, it climbs for ever. In both cases the next pass needs a BackwardEndHook of its own, and a
+    second one in one pass does no harm.
     """
 
     __slots__ = ("__weakref__", "_finish", "_hooks")

@@ -1,4 +1,7 @@
-"""Buckets: gradients that are reduced together, as views of one flat tensor or as one large gradient where it lies."""
+"""Buckets: gradients that are reduced together.
+
+They are views of one flat tensor, or one large gradient where it lies.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Member:
     Attributes:
         number: Its place among all parameters, the same on every rank.
         name: Its name in the module, for messages and for a compression's memory.
-        parameter: Returns it, or None when it is gone: what its own hooks hold must not keep it alive.
+        parameter: Returns it, or None when it is gone: its own hooks must not keep it alive.
         shape: Its shape.
         strides: The layout that autograd gives its gradients, in elements.
         dtype: Of its gradients.
@@ -77,10 +80,11 @@ class Member:
         ).zero_()
 
     def check(self, gradient: torch.Tensor) -> None:
-        """Refuse what cannot be reduced in place.
+        """Refuse a gradient that cannot be reduced in place.
 
         Raises:
-            UnsupportedTensorError: A sparse gradient, one with a history, or of another kind than agreed.
+            UnsupportedTensorError: A sparse gradient, one with a history, or of another kind than
+                agreed.
         """
         if (
             gradient.dtype != self.dtype
@@ -92,11 +96,13 @@ class Member:
                 f"{_in_words(self)} was to be expected when sync_gradients was called; after model.to() or another "
                 "change of the parameters remove() the handle and call sync_gradients again, on all ranks"
             )
+
         if gradient.layout is not torch.strided:
             raise UnsupportedTensorError(
                 f"sync_gradients: the gradient of {self.name} is sparse ({gradient.layout}), and only dense ones are "
                 "reduced; make the layer with sparse=False, or leave the parameter out and reduce it yourself"
             )
+
         if gradient.requires_grad:
             raise UnsupportedTensorError(
                 f"sync_gradients: the gradient of {self.name} has a history (backward(create_graph=True)), which a "
@@ -110,15 +116,17 @@ def _in_words(tensor: torch.Tensor | Member) -> str:
 
 
 class Bucket:
-    """Gradients of one dtype that are reduced together; what a ``Compression`` gets to see.
+    """Gradients of one dtype that are reduced together. A ``Compression`` gets to see them.
 
-    A flat bucket owns one contiguous tensor. Each gradient is a view of it; one that autograd made anew is copied in
-    and replaced by the view. A bucket of one large parameter (``lone``) owns nothing: the gradient is reduced where it
-    lies, so that nothing is copied whether the loop keeps its gradients or sets them to None.
+    A flat bucket owns one contiguous tensor, and each gradient is a view of it. One that autograd
+    made anew is copied in and replaced by the view. A bucket of one large parameter (``lone``) owns
+    nothing: the gradient is reduced where it lies. So nothing is copied, whether the loop keeps its
+    gradients or sets them to None.
 
     Attributes:
         members: The parameters, in the order of their views.
-        tail: Room behind a flat bucket's gradients for one element a parameter of the whole model, or None.
+        tail: Room behind a flat bucket's gradients for one element a parameter of the whole model,
+            or None.
         expected: How many gradients autograd accumulates for these parameters in a backward pass.
         waiting: How many of them are still to come in this one.
         missing: The members without a gradient on this rank, once ``collect`` was called.
@@ -169,7 +177,7 @@ class Bucket:
 
     @property
     def flat(self) -> torch.Tensor:
-        """All gradients of the bucket as one contiguous tensor of one dimension, to be changed in place."""
+        """All gradients of the bucket as one contiguous flat tensor, to be changed in place."""
         return self._flat
 
     @property
@@ -181,7 +189,9 @@ class Bucket:
         return [self._flat.as_strided(member.shape, member.strides)]
 
     def collect(self) -> torch.Tensor:
-        """Bring this rank's gradients together, zeros where there is none, and return the tensor to be reduced.
+        """Bring this rank's gradients together, and return the tensor to be reduced.
+
+        It has zeros where there is no gradient.
 
         Raises:
             UnsupportedTensorError: A gradient that cannot be reduced; names the parameter.
@@ -195,6 +205,7 @@ class Bucket:
             if view.data_ptr() != address:  # somebody set ``parameter.grad.data``
                 self._make_views()
                 break
+
         for member, view, _ in self._pairs:
             gradient = member.gradient
             if gradient is view:
@@ -207,6 +218,7 @@ class Bucket:
             owners.append(member)
             views.append(view)
             fresh.append(gradient)
+
         if len(fresh) >= _FOREACH_FROM:
             foreach_copy(views, fresh)
         elif fresh:
@@ -246,14 +258,16 @@ _NOTHING: Final = torch.empty(0)
 def plan(
     order: Sequence[Member], bucket_nbytes: int, lone_nbytes: int, carry: bool
 ) -> list[Bucket]:
-    """Divide parameters, given in the order in which their gradients become ready, into buckets in launching order.
+    """Divide parameters into buckets in launching order.
 
-    A gradient of ``lone_nbytes`` or more is a bucket by itself. The others of one dtype and device share flat buckets
-    of at most ``bucket_nbytes``. A bucket's place is where its last gradient becomes ready; a flat one comes last,
-    where there is one, and with ``carry`` has a tail for the presence of all parameters.
+    They are given in the order in which their gradients become ready. A gradient of ``lone_nbytes``
+    or more is a bucket by itself. The others of one dtype and device share flat buckets of at most
+    ``bucket_nbytes``. A bucket's place is where its last gradient becomes ready. A flat one comes
+    last, where there is one, and with ``carry`` has a tail for the presence of all parameters.
     """
     groups: list[tuple[int, list[Member], bool]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[Member], int, int]] = {}
+
     for place, member in enumerate(order):
         if member.nbytes >= min(lone_nbytes, bucket_nbytes):
             groups.append((place, [member], True))
@@ -264,15 +278,18 @@ def plan(
             groups.append((last, members, False))
             members, nbytes = [], 0
         filling[kind] = [*members, member], nbytes + member.nbytes, place
+
     groups += [(last, members, False) for members, _, last in filling.values()]
     groups.sort(key=lambda group: group[0])
     flat = [group for group in groups if not group[2]]
     if flat:
         groups.remove(flat[-1])
         groups.append(flat[-1])
+
     tails = [0] * len(groups)
     if flat and carry:
         tails[-1] = len(order)
+
     return [
         Bucket(members, lone, place, tail)
         for place, ((_, members, lone), tail) in enumerate(zip(groups, tails, strict=True))

@@ -1,9 +1,11 @@
-"""Collectives that autograd sees: they return new tensors, and their backward pass is a collective too.
+"""Collectives that autograd sees: they return new tensors.
 
-The loss is the sum of all ranks' losses. Every rank must run the backward pass of each collective, in one order, so
-what a call returns must be part of the loss on every rank: add ``0 * result.sum()`` where a result is not otherwise
-used. A result requires grad on all ranks if some rank's tensor does; ``torch.autograd.grad()`` and ``backward()`` with
-``inputs`` leave out what leads to none of them, so there every rank's tensor must. ``linear`` has the derivations.
+Their backward pass is a collective too. The loss is the sum of all ranks' losses. Every rank must
+run the backward pass of each collective, in one order. So the result of a call must be part of the
+loss on every rank. Add ``0 * result.sum()`` where a result is not otherwise used. A result requires
+grad on all ranks if some rank's tensor does. ``torch.autograd.grad()`` and ``backward()`` with
+``inputs`` leave out whatever leads to none of them, so there every rank's tensor must. ``linear``
+has the derivations.
 """
 
 from __future__ import annotations
@@ -41,9 +43,10 @@ def allreduce(
 ) -> torch.Tensor:
     """Combine the tensors of all ranks; every rank gets the result as a new tensor.
 
-    Derivatives: y_r = sum of x_s on every rank r, so x_s has the gradient sum over r of g_r: that of a SUM-allreduce is
-    a SUM-allreduce, and of an AVERAGE-allreduce an AVERAGE-allreduce. MIN and MAX hand the sum of all g_r to the rank
-    that has the element, in equal shares where several have it, as ``torch.amax`` does. The others have none.
+    Derivatives: y_r = sum of x_s on every rank r, so x_s has the gradient sum over r of g_r. That
+    of a SUM-allreduce is a SUM-allreduce, and of an AVERAGE-allreduce an AVERAGE-allreduce. MIN and
+    MAX hand the sum of all g_r to the rank that has the element. Where several have it, they get
+    equal shares, as with ``torch.amax``. The other ops have none.
 
     Raises:
         OptionError: On every rank: some tensor requires grad and ``op`` has no derivative.
@@ -64,8 +67,8 @@ def reduce(
 ) -> torch.Tensor:
     """Combine the tensors of all ranks on ``dst_rank``; the others get zeros.
 
-    Derivatives: y_dst = sum of x_s, so every x_s has the gradient g_dst: a broadcast from ``dst_rank``, divided by the
-    number of ranks for AVERAGE.
+    Derivatives: y_dst = sum of x_s, so every x_s has the gradient g_dst: a broadcast from
+    ``dst_rank``, divided by the number of ranks for AVERAGE.
 
     Raises:
         OptionError: On every rank: some tensor requires grad and ``op`` is neither SUM nor AVERAGE.
@@ -80,7 +83,8 @@ def broadcast(
 ) -> torch.Tensor:
     """Return rank ``src_rank``'s tensor on every rank; the others' must have its shape and dtype.
 
-    Derivatives: y_r = x_src, so x_src has the gradient sum of all g_r, a SUM-reduce to ``src_rank``; the others' zero.
+    Derivatives: y_r = x_src, so x_src has the gradient sum of all g_r, a SUM-reduce to
+    ``src_rank``; the others' zero.
     """
     found = _group(group)
     return apply(Broadcast(found, src_rank), _recorded(found, "broadcast", None, [tensor]))[0]
@@ -117,7 +121,8 @@ def scatter(
     Derivatives: y_r = x_src[r], so x_src[r] has the gradient g_r: a gather to ``src_rank``.
 
     Args:
-        tensor: Has the shape and dtype of the entries; its values do not matter, and its gradient is zero.
+        tensor: Has the shape and dtype of the entries; its values do not matter, and its gradient
+            is zero.
         tensor_list: On ``src_rank`` a tensor for each rank; ignored elsewhere.
         src_rank: The rank that has the tensors.
         group: The group or its name.
@@ -136,8 +141,8 @@ def reducescatter(
 ) -> torch.Tensor:
     """Combine entry ``rank`` of all ranks' lists.
 
-    Derivatives: y_r = sum over s of x_s[r], so x_s[r] has the gradient g_r: an allgather, divided by the number of
-    ranks for AVERAGE.
+    Derivatives: y_r = sum over s of x_s[r], so x_s[r] has the gradient g_r: an allgather, divided
+    by the number of ranks for AVERAGE.
 
     Raises:
         OptionError: On every rank: some tensor requires grad and ``op`` is neither SUM nor AVERAGE.
@@ -160,10 +165,10 @@ def alltoall(
 
 
 def send(tensor: torch.Tensor, dst_rank: int, group: str | Group = "default") -> torch.Tensor:
-    """Send a tensor to ``dst_rank``, which calls ``recv``; return a scalar zero for the loss: ``loss + sent``.
+    """Send a tensor to ``dst_rank``, which calls ``recv``; return a scalar zero for the loss.
 
-    Derivatives: y_dst = x, so x has the gradient g_dst, which ``dst_rank`` sends back. It is received when the backward
-    pass comes to the scalar.
+    Use it as ``loss + sent``. Derivatives: y_dst = x, so x has the gradient g_dst, which
+    ``dst_rank`` sends back. It is received when the backward pass comes to the scalar.
     """
     found = _group(group)
     if _differentiable(tensor) and torch.is_grad_enabled():
@@ -172,9 +177,10 @@ def send(tensor: torch.Tensor, dst_rank: int, group: str | Group = "default") ->
 
 
 def recv(tensor: torch.Tensor, src_rank: int, group: str | Group = "default") -> torch.Tensor:
-    """Return what ``src_rank`` sends; ``tensor`` has its shape and dtype, and its values do not matter.
+    """Return the tensor that ``src_rank`` sends; ``tensor`` has its shape and dtype.
 
-    Derivatives: y = x_src, so x_src has the gradient g, which is sent back to ``src_rank``; that of ``tensor`` is zero.
+    The values of ``tensor`` do not matter. Derivatives: y = x_src, so x_src has the gradient g,
+    which is sent back to ``src_rank``; that of ``tensor`` is zero.
     """
     found = _group(group)
     origin = tensor.flatten()[:0].sum(dtype=tensor.dtype)

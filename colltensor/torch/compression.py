@@ -12,23 +12,25 @@ from colltensor.torch.buckets import Bucket
 
 
 class Compression(Protocol):
-    """Reduces the gradients of a bucket by way of smaller tensors. Write one's own to this protocol.
+    """Reduces the gradients of a bucket by way of smaller tensors.
 
-    One object serves one ``sync_gradients``; it may keep a memory by ``bucket.names``, which stay the same for a
-    parameter where buckets may change once, after the first backward pass.
+    Write one's own to this protocol. One object serves one ``sync_gradients``. It may keep a memory
+    by ``bucket.names``. They stay the same for a parameter, but buckets may change once, after the
+    first backward pass.
     """
 
     def reduce(self, bucket: Bucket) -> Iterator[torch.Tensor]:
-        """Yield tensors to be averaged over the ranks; leave the average of the gradients in the bucket.
+        """Yield tensors to be averaged over the ranks; leave the gradients' average in the bucket.
 
-        A generator. Each tensor that it yields is contiguous, with the same count and dtype on all ranks; when the
-        generator goes on, that tensor holds the average, with the same bits on every rank. The buckets of a backward
-        pass come in one order on all ranks, but with ``overlap`` the next one's first tensor may be asked for before
-        this one's second. Called while autograd records nothing.
+        A generator. Each tensor that it yields is contiguous, with the same count and dtype on all
+        ranks. When the generator goes on, that tensor holds the average, with the same bits on
+        every rank. The buckets of a backward pass come in one order on all ranks. But with
+        ``overlap`` the next one's first tensor may be asked for before this one's second. Called
+        while autograd records nothing.
 
         Args:
-            bucket: ``bucket.flat`` has all gradients in one tensor, ``bucket.gradients`` the same memory in the shapes
-                of the parameters; changed in place.
+            bucket: ``bucket.flat`` has all gradients in one tensor, ``bucket.gradients`` the same
+                memory in the shapes of the parameters; changed in place.
         """
         ...
 
@@ -36,8 +38,8 @@ class Compression(Protocol):
 class CastCompression:
     """Sends 16-bit floats: half the bytes of float32, with 8 or 11 bits of the mantissa.
 
-    Gradients that are no float32 or float64 go as they are. The library adds 16-bit floats in float32, so the sum of
-    many ranks does not overflow where no rank's own gradient does.
+    Gradients that are no float32 or float64 go as they are. The library adds 16-bit floats in
+    float32. So the sum of many ranks does not overflow where no rank's own gradient does.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -1,9 +1,10 @@
-"""The collectives as linear maps of all ranks' tensors, each with its adjoint; what autograd runs.
+"""The collectives as linear maps of all ranks' tensors, each with its adjoint, which autograd runs.
 
-The loss that is differentiated is the sum of all ranks' losses. A collective that is linear takes rank s's tensors x_s
-to rank r's results y_r = sum over s of A_rs x_s, where A_rs holds only real numbers. If g_r is the gradient of the
-loss with respect to y_r, the one with respect to x_s is the sum over r of A_rs' g_r: again a collective, the adjoint.
-So every backward pass is one collective, every rank must run it, and it can be differentiated in turn.
+The loss that is differentiated is the sum of all ranks' losses. A collective that is linear takes
+rank s's tensors x_s to rank r's results y_r = sum over s of A_rs x_s. A_rs holds only real numbers.
+Let g_r be the gradient of the loss with respect to y_r. The one with respect to x_s is the sum over
+r of A_rs' g_r. That is again a collective, the adjoint. So every backward pass is one collective,
+every rank must run it, and it can be differentiated in turn.
 """
 
 from __future__ import annotations

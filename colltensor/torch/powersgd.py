@@ -21,21 +21,25 @@ class _Memory:
 
 
 class PowerSGD:
-    """Sends two thin factors of every gradient matrix instead of the matrix, and what they lack with the next ones.
+    """Sends two thin factors of every gradient matrix; their error goes with the next ones.
 
-    A gradient of two dimensions or more is a matrix M of n rows (its first dimension) and m columns. With the error of
-    the step before added to M, each rank sends P = M Q, takes the average, makes its columns orthonormal, sends
-    Q = M' P, takes the average, and uses P Q' as the gradient; M - P Q' is the next step's error. One power iteration a
-    step, from the last step's Q (Vogels, Karimireddy, Jaggi: PowerSGD, NeurIPS 2019, algorithms 1 and 2). Vectors,
-    and matrices that would not become smaller by ``min_rate``, travel as they are, in the same transfer as P.
+    A gradient of two dimensions or more is a matrix M of n rows (its first dimension) and m
+    columns. The error of the step before is added to M. Each rank sends P = M Q, takes the average,
+    and makes its columns orthonormal. It sends Q = M' P, takes the average, and uses P Q' as the
+    gradient; M - P Q' is the next step's error. It is one power iteration a step, from the last
+    step's Q (Vogels, Karimireddy, Jaggi: PowerSGD, NeurIPS 2019, algorithms 1 and 2). Vectors, and
+    matrices that would not become smaller by ``min_rate``, travel as they are, in the same transfer
+    as P.
 
-    The ranks orthonormalise the same bits with the same code, so that they stay identical on machines of one kind;
-    between kinds of CPU the factorisation may differ in the last place. A step whose gradients are not finite (as with
-    ``torch.amp``'s scaling) leaves no trace in the memory. The memory is as large as the gradients.
+    The ranks orthonormalise the same bits with the same code, so that they stay identical on
+    machines of one kind. Between kinds of CPU the factorisation may differ in the last place. A
+    step whose gradients are not finite (as with ``torch.amp``'s scaling) leaves no trace in the
+    memory. The memory is as large as the gradients.
 
     Args:
         rank: Columns of the factors: more are more exact and larger.
-        min_rate: Compress a matrix only if its factors have at most this part of its elements, as 1 / min_rate.
+        min_rate: Compress a matrix only if its factors have at most this part of its elements, as 1
+            / min_rate.
         seed: Of the first Q, the same on all ranks.
     """
 

@@ -29,8 +29,9 @@ class Options:
         bucket_nbytes: The most that a flat bucket holds.
         lone_nbytes: From how many bytes on a gradient is reduced where it lies.
         average: Whether the result is the average, else the sum.
-        early: Whether a bucket is reduced in the group's worker thread as soon as its gradients are there.
-        compression: What makes buckets smaller, or None.
+        early: Whether a bucket is reduced in the group's worker thread as soon as its gradients are
+            there.
+        compression: Makes buckets smaller, or None.
     """
 
     bucket_nbytes: int
@@ -41,20 +42,21 @@ class Options:
 
 
 class Reducer:
-    """Launches buckets in one order on all ranks: ``early`` as the last gradient of each is accumulated, else last.
+    """Launches buckets in one order on all ranks.
 
-    Those that are launched last are one call, a tree, where the gradients are on the host and nothing compresses them.
+    ``early`` ones are launched as the last gradient of each is accumulated, others last. The last
+    ones are one call, a tree, where the gradients are on the host and nothing compresses them.
 
-    An early one launches nothing before the end of the first backward pass. That shows in which order gradients become
-    ready (rank 0's decides) and how often each is accumulated, which is more than once where reentrant checkpoints
-    share a parameter.
+    An early one launches nothing before the end of the first backward pass. That pass shows in
+    which order gradients become ready (rank 0's decides) and how often each is accumulated. That is
+    more than once where reentrant checkpoints share a parameter.
 
-    Which parameters have a gradient on some rank is agreed in each pass: as an element each behind the last flat
-    bucket, else in a transfer of its own.
+    Each pass agrees on the parameters that have a gradient on some rank. This takes an element each
+    behind the last flat bucket, else a transfer of its own.
 
-    At the first gradient of a pass the parameters are compared with those that the buckets were made for. Where the
-    module has others now, or more of them need gradients, the ranks compare theirs at the end of the pass, before
-    anything is reduced, and make the buckets anew.
+    At the first gradient of a pass the parameters are compared with those that the buckets were
+    made for. The module may have others now, or more of them may need gradients. The ranks then
+    compare theirs at the end of the pass, before anything is reduced, and make the buckets anew.
 
     Attributes:
         paused: True while gradients are only accumulated.
@@ -77,6 +79,7 @@ class Reducer:
         self.removed = False
         self._learned: list[int] | None = None
         self._sums: dict[int, Callable[[], torch.Tensor | None]] = {}
+
         self._under_way = False
         self._next = 0
         self._running: list[tuple[Bucket, Iterator[torch.Tensor] | None, Any]] = []
@@ -84,6 +87,7 @@ class Reducer:
         self._joins = False
         self._bucket_of: dict[int, Bucket] = {}
         self._buckets: list[Bucket] = []
+
         self._accumulated = self._hook()
         self._take(parameters)
 
@@ -112,8 +116,9 @@ class Reducer:
         handles = [register(self._accumulated)]
         if not self._options.average:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
-            # The node is kept with its hook, because the parameter holds it weakly. It would keep the memory of one
-            # that is swapped, and nothing would tell of that: so it is known weakly, and torch refuses to swap it.
+            # The node is kept with its hook, because the parameter holds it weakly. The node would
+            # keep the memory of a parameter that is swapped, and nothing would tell of that. So the
+            # parameter is known weakly, and torch refuses to swap it.
             known = weakref.ref(parameter)
             handles.append(
                 _Kept(node, node.register_prehook(lambda gradients: self._share(known())))
@@ -128,6 +133,7 @@ class Reducer:
         def accumulated(parameter: torch.Tensor) -> None:
             if self.paused:
                 return
+
             ending = self._ending()
             if ending is None:
                 if id(parameter) not in bucket_of and not self.tracked.has(parameter):
@@ -135,6 +141,7 @@ class Reducer:
                 self._begin()
             elif ending.climbing:
                 self._ending = weakref.ref(BackwardEndHook(self._finish))
+
             if self._learned is not None:
                 self._learned.append(id(parameter))
             elif early and id(parameter) in bucket_of:
@@ -148,13 +155,14 @@ class Reducer:
                         raise
 
         accumulated.group = self._group  # type: ignore[attr-defined]  # see is_kept_in_step
-        accumulated._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which imports
+        # torch.compiler.disable sets this too, but imports the compiler.
+        accumulated._torchdynamo_disable = True  # type: ignore[attr-defined]
         return accumulated
 
     def _share(self, parameter: torch.Tensor | None) -> None:
-        """Make a sum that every rank has this rank's share of it, so that the next sum counts it once.
+        """Scale a sum to this rank's share of it, so that the next sum counts it once.
 
-        Called before autograd accumulates on top of it.
+        Every rank has that sum. Called before autograd accumulates on top of it.
         """
         reference = self._sums.pop(id(parameter), None)
         gradient = None if parameter is None else parameter.grad
@@ -168,6 +176,7 @@ class Reducer:
                 f"sync_gradients: the backward pass of rank {self._group.rank} is compiled "
                 "(torch._dynamo.config.compiled_autograd), and its end cannot be seen; compile the forward pass only"
             )
+
         if self._next or self._running:
             raise GroupError(
                 f"sync_gradients: the last backward pass of rank {self._group.rank} ended with an exception after "
@@ -175,6 +184,7 @@ class Reducer:
                 f"'{self._group.name}' are out of step; remove() the handle, destroy the group, make it again, and "
                 "call sync_gradients again"
             )
+
         for bucket in self._buckets:
             bucket.waiting = bucket.expected
         self._missing.clear()
@@ -205,7 +215,7 @@ class Reducer:
         self._next = len(self._buckets)
 
     def _collect(self, bucket: Bucket) -> torch.Tensor:
-        """Return the tensor of a bucket that is to be reduced, and note which gradients are missing."""
+        """Return the tensor of a bucket that is to be reduced; note which gradients are missing."""
         if self._sums:
             for member in bucket.members:
                 self._share(member.parameter())
@@ -227,12 +237,14 @@ class Reducer:
         """Reduce a bucket, or start to."""
         payload = self._collect(bucket)
         compression, early = self._options.compression, self._options.early
+
         if compression is None:
             work = self._group.allreduce(payload, self._op, async_op=early)
             self._next += 1  # where the ranks' calls differed, nothing has happened
             if early:
                 self._running.append((bucket, None, work))
             return
+
         self._next += 1
         rounds = iter(compression.reduce(bucket))
         if early:
@@ -260,9 +272,11 @@ class Reducer:
         self._under_way = False
         # also where this fails: the traceback that the caller gets keeps the BackwardEndHook alive
         self._ending = _none
+
         with torch.no_grad():
             if self._stale:
                 self._renew()
+
             if self._joins and not self._next:
                 self._launch_all()
             while self._next < len(self._buckets):
@@ -272,16 +286,19 @@ class Reducer:
                     work.wait()
                 if rounds is not None:
                     self._complete(bucket, rounds)
+
             self._settle_missing()
             if not self._options.average:
                 self._note_sums()
             for bucket in self._buckets:
                 bucket.release()
+
             self._running.clear()
             self._missing.clear()
             self._next = 0
             if self._learned is not None:
                 self._learn(self._learned)
+
         if self.removed:
             self._forget()
 
@@ -314,6 +331,7 @@ class Reducer:
             for name, parameter in parameters
             if parameter.requires_grad or id(parameter) in self._known
         ]
+
         try:
             compare(self._group, described(trained, []), {})
         except MismatchError as error:
@@ -325,17 +343,21 @@ class Reducer:
                 f"others were: {error}; change the module on all ranks before the same backward pass",
                 error.ranks,
             ) from error
+
         self._take(parameters)
         self._stale = False
 
     def _write_presence(self, presence: torch.Tensor) -> None:
-        """Note which parameters have a gradient on this rank; called once every bucket was collected."""
+        """Note which parameters have a gradient on this rank.
+
+        Called once every bucket was collected.
+        """
         presence.fill_(1)
         if self._missing:
             presence[torch.tensor([member.number for _, member in self._missing])] = 0
 
     def _settle_missing(self) -> None:
-        """Give parameters without a gradient here the one of the other ranks, where there is one."""
+        """Give parameters without a gradient here the other ranks' one, where there is one."""
         presence = self._buckets[-1].tail
         if presence is None:
             # Beside the gradients, because a group may reach no other device.
@@ -371,7 +393,10 @@ class Reducer:
         self._learned = None
 
     def _arrange(self, order: Sequence[Member]) -> None:
-        """Make the buckets. Gradients in former ones stay where they are until they are collected."""
+        """Make the buckets.
+
+        Gradients in former ones stay where they are until they are collected.
+        """
         options = self._options
         self._buckets = plan(
             order, options.bucket_nbytes, options.lone_nbytes, options.compression is None
@@ -383,6 +408,7 @@ class Reducer:
             and len(self._buckets) > 1
             and all(member.device.type == "cpu" for member in order)
         )
+
         self._bucket_of.clear()  # the hook looks into this one
         self._bucket_of.update(
             (number, bucket_of[member.number])

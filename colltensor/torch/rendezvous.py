@@ -6,7 +6,8 @@ import os
 import time
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # torch does not mark it exported
+# torch does not mark it exported.
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from colltensor.errors import OptionError
 from colltensor.net import time_left
@@ -21,7 +22,8 @@ class StoreDirectory(Directory):
     Attributes:
         host: Where the store is served.
         port: Its port.
-        secret: What the user gave all ranks, since whoever reaches the store reads endpoints; empty if nothing.
+        secret: The secret that the user gave all ranks, since whoever reaches the store reads
+            endpoints; empty if none.
     """
 
     def __init__(self, host: str, port: int, secret: bytes) -> None:
@@ -35,7 +37,7 @@ class StoreDirectory(Directory):
         return f"store://{self.host}:{self.port}"
 
     def address(self) -> str | None:
-        """Return the loopback where the agent has started all ranks; None if there are several hosts."""
+        """Return the loopback where the agent has started all ranks; None with several hosts."""
         everybody, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
         return "127.0.0.1" if everybody and everybody == here else None
 

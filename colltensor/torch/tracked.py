@@ -33,10 +33,10 @@ def is_kept_in_step(parameter: torch.Tensor, group: Group) -> bool:
 
 
 def reference_to(tensor: torch.Tensor) -> Reference:
-    """Return what gives the tensor: weakly, so that hooks on it do not keep it alive.
+    """Return a function that gives the tensor: weakly, so that hooks on it do not keep it alive.
 
-    torch swaps no tensor that somebody knows weakly. Where it is told to swap, the tensor is known strongly, and
-    Python's garbage collector frees it with its hooks.
+    torch swaps no tensor that somebody knows weakly. Where it is told to swap, the tensor is known
+    strongly, and Python's garbage collector frees it with its hooks.
     """
     if torch.__future__.get_swap_module_params_on_conversion():
         return lambda: tensor
@@ -44,15 +44,18 @@ def reference_to(tensor: torch.Tensor) -> Reference:
 
 
 class Tracked:
-    """The parameters of a module, or those that were given: looked up whenever they are used, and known weakly.
+    """The parameters of a module, or those that were given.
 
-    A loop may put others in their place (``module.head = ...``, ``load_state_dict(assign=True)``), add some or unfreeze
-    some. What is put into the module gets a hook at once, so that the next backward pass calls it even where all that
-    had hooks before is gone. Frozen parameters have hooks as well, which begin to be called when they are unfrozen.
+    They are looked up whenever they are used, and known weakly. A loop may put others in their
+    place (``module.head = ...``, ``load_state_dict(assign=True)``), add some or unfreeze some. A
+    parameter that is put into the module gets a hook at once. So the next backward pass calls it
+    even where all that had hooks before is gone. Frozen parameters have hooks as well, which begin
+    to be called when they are unfrozen.
 
-    Where torch is told to swap tensors (``swap_module_params_on_conversion``), ``module.to()`` leaves a parameter the
-    same object and takes its hooks away with its memory. Its ``__dict__`` goes as well, with a mark of ours in it: the
-    end of that mark says that hooks are to be put on anew.
+    Where torch is told to swap tensors (``swap_module_params_on_conversion``), ``module.to()``
+    leaves a parameter the same object and takes its hooks away with its memory. Its ``__dict__``
+    goes as well, with a mark of ours in it. The end of that mark says that hooks are to be put on
+    anew.
     """
 
     def __init__(
@@ -105,7 +108,8 @@ class Tracked:
     def differs(self, known: dict[int, Callable[[], torch.Tensor | None]]) -> bool:
         """Return whether parameters need gradients that are not among those known, by ``id``.
 
-        Called in every pass: some microseconds for a small module, a tenth of a millisecond for 150 parameters.
+        Called in every pass: some microseconds for a small module, a tenth of a millisecond for 150
+        parameters.
         """
         if self._watching and not self._shielded and _COMPILER in sys.modules:
             self._watch()
@@ -144,6 +148,7 @@ class Tracked:
         kept = self._hooks.get(id(parameter))
         if kept is not None and kept[0]() is parameter:
             return
+
         handles: Sequence[Any] = ()
         if _takes_gradients(parameter):
             frozen = not parameter.requires_grad
@@ -151,11 +156,13 @@ class Tracked:
                 if frozen:  # torch takes no hook for it then
                     parameter.requires_grad_(True)
                 handles = self._attach(parameter)
-                # A tensor that was swapped has its hooks in Python still; torch calls those that are set, all of them.
+                # A swapped tensor has its hooks in Python still; torch calls those that are set,
+                # all of them.
                 parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
             finally:
                 if frozen:
                     parameter.requires_grad_(False)
+
         self._hooks[id(parameter)] = reference_to(parameter), handles
         if torch.__future__.get_swap_module_params_on_conversion():
             self._mark(parameter)
@@ -172,7 +179,8 @@ class Tracked:
                 tracked._detach(number)
                 tracked._hook(known)
 
-        # Two groups' hooks share one; of a type that torch.load(weights_only=True) takes, being pickled with it.
+        # Two groups' hooks share one mark. It is pickled with the parameter, so
+        # torch.load(weights_only=True) must take its type.
         mark = parameter.__dict__.setdefault(_MARK, OrderedDict())
         weakref.finalize(mark, swapped).atexit = False
 
@@ -185,6 +193,7 @@ class Tracked:
         """Return the parameters of now, some more than once; cheaper than ``Module.parameters``."""
         if self._module is None:
             return [parameter for _, given in self._given if (parameter := given()) is not None]
+
         module = self._module()
         parts = [module]
         if module is None:
@@ -213,7 +222,8 @@ class Tracked:
     def _watch(self) -> None:
         """Have torch tell what is put into the module or into its parts.
 
-        torch's compiler, once it is loaded, is told to leave that alone: it would look at modules that are half made.
+        torch's compiler, once it is loaded, is told to leave that alone: it would look at modules
+        that are half made.
         """
         own = weakref.ref(self)
 

@@ -32,7 +32,10 @@ _PROVIDERS: Final = {
     "ibverbs": ("colltensor.backends.gloo.native_provider", "IbverbsProvider"),
 }
 _CHOICE: Final = ("native", "torch", "pygloo")
-"""Providers in the order of preference: the first that every rank has is used. Others only serve who asks."""
+"""Providers in the order of preference: the first that every rank has is used.
+
+Others only serve who asks.
+"""
 
 _INSTALL: Final = "pip install torch (or, on CPython 3.10, pip install pygloo==0.2.1)"
 
@@ -56,7 +59,10 @@ class GlooSpec:
         return f"no Gloo: {why}; nor is torch or pygloo installed: {_INSTALL}"
 
     def prepare(self, provider: str | None, host_ids: Sequence[str]) -> None:
-        """Import the provider that was asked for, or else the first that this rank has; torch takes seconds."""
+        """Import the provider that was asked for, or else the first that this rank has.
+
+        torch takes seconds to import.
+        """
         from colltensor.backends.gloo import backend  # noqa: F401 - for create()
 
         usable = _usable()[0]
@@ -77,26 +83,30 @@ class GlooSpec:
 
         Args:
             control: The group's ControlPlane.
-            meeting: The group's Meeting; the default is to use the address the others know of this rank.
+            meeting: The group's Meeting; the default is to use the address the others know of this
+                rank.
             timeout_s: How long connecting may take.
             interface: The interface to use, by name or address; each rank may have its own.
-            provider: ``"native"``, ``"torch"`` or ``"pygloo"``, None for the first that all ranks have; ``"ibverbs"``
-                is the native one over the host's first ibverbs device.
+            provider: ``"native"``, ``"torch"`` or ``"pygloo"``, None for the first that all ranks
+                have; ``"ibverbs"`` is the native one over the host's first ibverbs device.
 
         Raises:
             BackendUnavailableError: A rank lacks the provider.
             OptionError: There is no such provider or interface.
-            MismatchError: The ranks asked for different providers, or have versions that may not meet.
+            MismatchError: The ranks asked for different providers, or have versions that may not
+                meet.
         """
         if control is None:
             raise GroupError(
                 "backend 'gloo' needs a control plane; use backend='loopback' for one rank on its own"
             )
+
         address = (
             meeting.addresses[control.rank][0]
             if interface is None
             else interface_address(interface)
         )
+
         deadline = time.monotonic() + timeout_s
         name, reason = _agree(control, provider, deadline)
         from colltensor.backends.gloo.backend import GlooBackend
@@ -105,12 +115,14 @@ class GlooSpec:
         began = time.monotonic()
         make = _imported(name, control)
         deadline += time.monotonic() - began
+
         details = f"Gloo's provider is {name!r}: {reason}"
         backend = GlooBackend(
             make(control, meeting, address=address, timeout_s=timeout_s), control, details
         )
-        # A rank that closes while another still connects to it would end that one's process (pygloo 0.2.1: getpeername
-        # fails in Gloo's own thread, where nothing can catch it).
+
+        # A rank that closes while another still connects to it would end that one's process. In
+        # pygloo 0.2.1 getpeername fails in Gloo's own thread, where nothing can catch it.
         try:
             control.allgather(b"", deadline)
         except BaseException:
@@ -133,7 +145,10 @@ def _packages() -> dict[str, str]:
 
 @functools.cache
 def _version(name: str) -> str:
-    """Return a package's version; kept, because it takes milliseconds to read and every group asks."""
+    """Return a package's version.
+
+    It is kept, because it takes milliseconds to read and every group asks.
+    """
     try:
         return version(name)
     except PackageNotFoundError:
@@ -141,7 +156,7 @@ def _version(name: str) -> str:
 
 
 def _usable() -> tuple[dict[str, str], dict[str, str]]:
-    """Return the versions of the providers that can be used here, and why the native ones cannot."""
+    """Return the versions of the providers usable here, and why the native ones are not."""
     found, lacking = _packages(), {}
     try:
         found["native"] = library.version()
@@ -160,9 +175,10 @@ def _usable() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[str, str]:
-    """Return the provider that all ranks use, one that all have in versions that understand each other, and why.
+    """Return the provider that all ranks use, and why.
 
-    Ranks of two providers cannot meet: they hold different versions of Gloo, and publish different keys.
+    All ranks have it, in versions that understand each other. Ranks of two providers cannot meet:
+    they hold different versions of Gloo, and publish different keys.
     """
     ballot = json.dumps([wanted if wanted is None else str(wanted), *_usable()]).encode()
     replies = control.allgather(ballot, deadline)
@@ -170,6 +186,8 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
         cast("tuple[str | None, dict[str, str], dict[str, str]]", json.loads(reply))
         for reply in replies
     ]
+
+    # Every rank sees all wishes, so that all raise the same error.
     where = f"group '{control.group_name}' (rank {control.rank}), backend 'gloo'"
     wishes = [wish for wish, _, _ in ballots]
     for rank, wish in enumerate(wishes):
@@ -183,6 +201,7 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
             f"{where}: the ranks ask for different providers: {_by_rank(wishes)}; give all the same",
             [rank for rank, wish in enumerate(wishes) if wish != wishes[0]],
         )
+
     candidates = sorted(asked) or list(_CHOICE)
     lacks = {name: _lacking(name, [(has, why) for _, has, why in ballots]) for name in candidates}
     name = next((name for name in candidates if lacks[name] is None), None)
@@ -190,6 +209,7 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
         raise BackendUnavailableError(
             f"{where}: no provider is installed on all ranks: {'; '.join(map(str, lacks.values()))}; {_INSTALL} on all"
         )
+
     passed = [str(lacks[other]) for other in candidates[: candidates.index(name)]]
     reason = (
         "asked for by provider=" if asked else "; ".join(["the first that all ranks have", *passed])
@@ -201,6 +221,8 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
         name,
         reason,
     )
+
+    # Another series of a package may carry another Gloo.
     versions = [has[name] for _, has, _ in ballots]
     series = [".".join(text.split(".")[:2]) for text in versions]
     if len(set(series)) > 1:
@@ -209,11 +231,15 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
             "install one version on all",
             [rank for rank, number in enumerate(series) if number != series[0]],
         )
+
     return name, reason
 
 
 def _lacking(name: str, ballots: Sequence[tuple[dict[str, str], dict[str, str]]]) -> str | None:
-    """Return None if all ranks can use a provider, else which cannot, and why where that is known."""
+    """Return None if all ranks can use a provider, else which cannot.
+
+    Return why, too, where that is known.
+    """
     ranks = [rank for rank, (has, _) in enumerate(ballots) if name not in has]
     if not ranks:
         return None

@@ -1,9 +1,9 @@
 """Reductions composed of an exchange of bytes between ranks and arithmetic on the host.
 
-For what Gloo's own allreduce lacks or does wrongly, for reduce and reduce-scatter (Gloo's reduce
-overwrites the other ranks' inputs, torch's reduce-scatter copies all of them), and for small
-buffers, where one exchange takes half the time of Gloo's ring. Elements are combined in rank order
-in one place, so all ranks get the same bits.
+They replace Gloo's own allreduce where it lacks a reduction or does it wrongly. They also do reduce
+and reduce-scatter: Gloo's reduce overwrites the other ranks' inputs, and torch's reduce-scatter
+copies all of them. For small buffers one exchange takes half the time of Gloo's ring. Elements are
+combined in rank order in one place, so all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from colltensor.backends.gloo.provider import Provider, Transfer
 from colltensor.types import DType, ReduceOp
 
 BLOCK_NBYTES: Final = 8 << 20
-"""A buffer is worked on in blocks of this size, so that the memory for what arrives stays bounded."""
+"""A buffer is worked on in blocks of this size, so that memory for arriving data stays bounded."""
 WHOLE_NBYTES: Final = 64 << 10
 """A reduce sends blocks up to this size to its root as a whole, in one step instead of two."""
 _LINE: Final = 64
@@ -28,7 +28,10 @@ _LINE: Final = 64
 
 
 class Composer:
-    """Composed reductions of one rank, over ``provider.exchange``. Addresses are of contiguous host memory."""
+    """Composed reductions of one rank, over ``provider.exchange``.
+
+    Addresses are of contiguous host memory.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Composer:
     def allreduce(
         self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float
     ) -> None:
-        """Combine in place: each rank combines its part of a block, and sends the result to everyone."""
+        """Combine in place: each rank combines its part of a block and sends it to everyone."""
         for block, length in self._blocks(pointer, count, dtype, self._block_nbytes):
             parts = self._parts(block, length, dtype)
             own, nbytes = parts[self._rank]
@@ -88,8 +91,10 @@ class Composer:
                 ]
             else:
                 parts = self._parts(block, length, dtype)
+
             own, nbytes = parts[self._rank]
             inputs = self._collect(parts, deadline)
+
             if self._rank == root:
                 if nbytes:
                     combine(own, inputs, nbytes // dtype.itemsize, dtype, op)
@@ -121,7 +126,10 @@ class Composer:
             combine(target + start, inputs, length, dtype, op)
 
     def _collect(self, parts: Sequence[tuple[int, int]], deadline: float) -> list[int]:
-        """Send every other rank its part of this rank's block; return where all ranks' own part lies."""
+        """Send every other rank its part of this rank's block.
+
+        Return where all ranks' own part lies.
+        """
         own, nbytes = parts[self._rank]
         inputs = self._inputs(own, nbytes)
         self._exchange(
@@ -142,7 +150,10 @@ class Composer:
             self._provider.exchange(receives, sends, deadline)
 
     def _inputs(self, own: int, nbytes: int) -> list[int]:
-        """Return an address of ``nbytes`` for each rank, in rank order: ``own`` for this one, scratch for others."""
+        """Return an address of ``nbytes`` for each rank, in rank order.
+
+        It is ``own`` for this rank and scratch memory for others.
+        """
         step = -(-nbytes // _LINE) * _LINE
         if len(self._memory) < len(self._peers) * step + _LINE:
             self._memory = np.empty(len(self._peers) * step + _LINE, np.uint8)
@@ -151,7 +162,10 @@ class Composer:
         return [own if rank == self._rank else next(places) for rank in range(self._size)]
 
     def _parts(self, block: int, count: int, dtype: DType) -> list[tuple[int, int]]:
-        """Divide a block among the ranks; return each part's address and bytes. The last ones may be empty."""
+        """Divide a block among the ranks; return each part's address and bytes.
+
+        The last ones may be empty.
+        """
         nbytes = count * dtype.itemsize
         step = -(-nbytes // (self._size * _LINE)) * _LINE
         bounds = [min(rank * step, nbytes) for rank in range(self._size + 1)]

@@ -1,6 +1,7 @@
-"""Loads the native library of Gloo, ``libcolltensor_gloo.so``, on first use, and says why where there is none.
+"""Loads the native library of Gloo, ``libcolltensor_gloo.so``, on first use.
 
-It lies beside ``libcolltensor.so`` and was built where Gloo's headers were found.
+It says why where there is none. The library lies beside ``libcolltensor.so`` and was built where
+Gloo's headers were found.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from colltensor.backends.shm import library
 from colltensor.errors import BackendUnavailableError
 
 INTERFACE: Final = 4
-"""What the library's ``gloo_interface()`` must say: it counts the changes of its functions, and of what ranks send."""
+"""The required result of the library's ``gloo_interface()``.
+
+It counts the changes of its functions, and of the messages between ranks.
+"""
 
 _loaded: list[Any] = []
 
@@ -38,7 +42,7 @@ def reason() -> str | None:
 
 
 def load() -> Any:
-    """Return the library as a ``tvm_ffi.Module`` whose functions are the exports of native/gloo/exports.cpp.
+    """Return the library as a ``tvm_ffi.Module``, with the exports of native/gloo/exports.cpp.
 
     Raises:
         BackendUnavailableError: It is missing, of another version, or cannot be loaded.

@@ -1,7 +1,9 @@
-"""TCP connections between all ranks of a group for Gloo, of which each end has proved to know the group's secret.
+"""TCP connections between all ranks of a group for Gloo.
 
-Gloo takes whoever comes first to one of its ports for the rank that it waits for. Strangers are turned away here: they
-keep no rank out and end nothing, and what they send is read by nobody but ``net``. The higher of two ranks dials.
+Each end of a connection has proved to know the group's secret. Gloo takes whoever comes first to
+one of its ports for the rank that it waits for, so strangers are turned away here. They keep no
+rank out and end nothing, and nobody but ``net`` reads what they send. The higher of two ranks
+dials.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def connect(
         mesh = _Mesh(control, meeting, listener)
         try:
             mesh.make(deadline)
-            # Until all ranks have all of theirs, one may dial again whose last attempt was taken too late for it.
+
+            # Until all ranks have all connections, one may dial again because its last attempt was
+            # taken too late.
             control.allgather(b"", deadline)
         except BaseException:
             mesh.end(kept=False)
@@ -135,7 +139,7 @@ class _Mesh:
         return True
 
     def _key_of(self, context: bytes) -> bytes | None:
-        """Return the key if the two ends that the other side names are a higher rank and this one."""
+        """Return the key if the other side names a higher rank and this one as its two ends."""
         if len(context) != _ENDS.size:
             return None
         caller, called = _ENDS.unpack(context)

@@ -14,7 +14,10 @@ from colltensor.types import DType, ReduceOp
 from colltensor.view import BufferView
 
 DIRECT_NBYTES: Final = 256 << 10
-"""Up to this size of all that a rank sends, an allreduce of more than two ranks sends everything to everyone."""
+"""Up to this size of all that a rank sends, an allreduce sends everything to everyone.
+
+This is for more than two ranks.
+"""
 
 
 class PartProvider:
@@ -73,9 +76,10 @@ class PartProvider:
 
 
 class GlooPart:
-    """Collectives of some ranks. Views are contiguous; ranks and roots are positions among the members.
+    """Collectives of some ranks. Ranks and roots are positions among the members.
 
-    Elements are combined in the order of the members, so that all get the same bits.
+    Views are contiguous. Elements are combined in the order of the members, so that all get the
+    same bits.
     """
 
     def __init__(
@@ -87,7 +91,8 @@ class GlooPart:
             provider: Connects all ranks of the group.
             members: The ranks of this part, in the order in which elements are combined.
             rank: This rank, in the group.
-            kept: Gets what a failed call worked on: Gloo may still read and write it until it is closed.
+            kept: Gets the arguments of a failed call: Gloo may still read and write them until it
+                is closed.
         """
         position = members.index(rank)
         self._size = len(members)
@@ -97,7 +102,10 @@ class GlooPart:
         self._kept = kept
 
     def allreduce(self, view: BufferView, op: ReduceOp, deadline: float) -> None:
-        """Combine in place. Two ranks send each other all of it, which is what a ring of two sends too, in one step."""
+        """Combine in place.
+
+        Two ranks send each other all of it in one step, which is as much as a ring of two sends.
+        """
         dtype, count = view.dtype, view.count
         try:
             if self._own is not None:
@@ -135,5 +143,8 @@ class GlooPart:
 
     @staticmethod
     def _decided_anywhere(dtype: DType, op: ReduceOp) -> bool:
-        """Return whether all ranks come to the same bits. MIN and MAX of 0.0 and -0.0 depend on the processor."""
+        """Return whether all ranks come to the same bits.
+
+        MIN and MAX of 0.0 and -0.0 depend on the processor.
+        """
         return not (dtype.kind == "f" and op in (ReduceOp.MIN, ReduceOp.MAX))

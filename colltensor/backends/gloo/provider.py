@@ -27,7 +27,10 @@ class Transfer(NamedTuple):
 
 
 class Reductions(Protocol):
-    """Reductions of some ranks, in their order; roots are positions among them. Addresses are of contiguous memory."""
+    """Reductions of some ranks, in their order; roots are positions among them.
+
+    Addresses are of contiguous memory.
+    """
 
     def allreduce(
         self, pointer: int, count: int, dtype: DType, op: ReduceOp, deadline: float
@@ -59,13 +62,14 @@ class Reductions(Protocol):
 class Provider(Protocol):
     """Gloo, connected between all ranks of a group. All ranks call in the same order.
 
-    Every method returns when this rank's part is done, and raises TimeoutError at the deadline,
-    RuntimeError when Gloo failed, and what ``ControlPlane.check`` raises.
+    Every method returns when this rank's part is done. It raises TimeoutError at the deadline,
+    RuntimeError when Gloo failed, and the errors of ``ControlPlane.check``.
 
     Attributes:
         name: ``"native"``, ``"ibverbs"``, ``"torch"`` or ``"pygloo"``.
-        crosses: Whether threads may each ``exchange`` one transfer at the same time, with other peers or directions.
-        natives: The pairs that its allreduce does correctly, and as which pair of Gloo's; a type of
+        crosses: Whether threads may each ``exchange`` one transfer at the same time, with other
+            peers or directions.
+        natives: The pairs that its allreduce does correctly, and as which pair of Gloo's. A type of
             another width stands for as many elements as fill the same bytes.
     """
 
@@ -82,24 +86,36 @@ class Provider(Protocol):
     def exchange(
         self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
     ) -> None:
-        """Do all transfers at once: at most one to and one from each peer, none of zero bytes, none to itself."""
+        """Do all transfers at once: at most one to and one from each peer.
+
+        None has zero bytes, and none goes to this rank itself.
+        """
 
     def reductions(self, members: Sequence[int]) -> Reductions | None:
-        """Return the provider's own reductions of some ranks, which do every pair; None where there are none."""
+        """Return the provider's own reductions of some ranks, which do every pair.
+
+        None where there are none.
+        """
 
     def close(self) -> bool:
-        """Free everything without waiting for other ranks; return whether Gloo now writes nowhere. Idempotent."""
+        """Free everything without waiting for other ranks; return whether Gloo now writes nowhere.
+
+        It is idempotent.
+        """
 
     def disown(self) -> None:
-        """Let go of everything without freeing it, in a forked child: Gloo's threads are the parent's."""
+        """Let go of everything without freeing it, in a forked child.
+
+        Gloo's threads are the parent's.
+        """
 
 
 def native_pairs(own: Sequence[str], *, bitwise: bool) -> dict[Pair, Pair]:
     """Return what can go through Gloo's own reduction, given the types that the provider has.
 
-    Gloo's MIN and MAX lose NaN and are used for integers and bool only. Two's complement makes SUM
-    and PRODUCT of unsigned integers those of signed ones. Bitwise operations go byte by byte. A bool
-    is a byte of 0 or 1, a complex number two floats.
+    Gloo's MIN and MAX lose NaN and are used for integers and bool only. By two's complement, SUM
+    and PRODUCT of unsigned integers are the same as of signed ones. Bitwise operations go byte by
+    byte. A bool is a byte of 0 or 1, a complex number two floats.
 
     Args:
         own: The names of the types that the provider reduces.
@@ -118,6 +134,8 @@ def native_pairs(own: Sequence[str], *, bitwise: bool) -> dict[Pair, Pair]:
                 (dtype, op): (DTYPES["uint8"], op)
                 for op in (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
             }
+
+    # Of bytes of 0 or 1, MAX is the logical or, and MIN the logical and.
     either, both, byte = (
         (DTYPES["bool"], ReduceOp.MAX),
         (DTYPES["bool"], ReduceOp.MIN),
@@ -131,10 +149,15 @@ def native_pairs(own: Sequence[str], *, bitwise: bool) -> dict[Pair, Pair]:
     }
     if bitwise:
         pairs[DTYPES["bool"], ReduceOp.BXOR] = (byte, ReduceOp.BXOR)
+
+    # A complex number is two floats, which add up apart.
     for name, part in (("complex64", "float32"), ("complex128", "float64")):
         pairs[DTYPES[name], ReduceOp.SUM] = (DTYPES[part], ReduceOp.SUM)
+
+    # An average is a sum that the caller divides.
     for name in ("float32", "float64", "complex64", "complex128"):
         pairs[DTYPES[name], ReduceOp.AVERAGE] = pairs[DTYPES[name], ReduceOp.SUM]
+
     return pairs
 
 
@@ -175,11 +198,12 @@ class KeyExchange:
 
 
 def turn(source: int, destination: int, world_size: int) -> tuple[int, bool]:
-    """Return when a transfer has its turn, where a provider does one at a time and a send waits for its receiver.
+    """Return the place of a transfer in the order of transfers.
 
-    Pairs of ranks meet in the rounds of a tournament, in which every rank meets one other at a time
-    (the circle method); within a pair the lower rank sends first. All ranks have the same order, so
-    of the transfers that are not done, the first has both its ranks ready.
+    For providers that do one transfer at a time and whose send waits for its receiver. Pairs of
+    ranks meet in the rounds of a tournament, in which every rank meets one other at a time (the
+    circle method). Within a pair the lower rank sends first. All ranks have the same order. So the
+    first transfer that is not done always has both its ranks ready.
     """
     low, high = sorted((source, destination))
     rounds = world_size - 1 + world_size % 2
@@ -192,7 +216,7 @@ def remaining_s(deadline: float) -> float:
 
 
 def expired(operation: str, control: ControlPlane) -> TimeoutError:
-    """Return the error of an operation that all ranks began and that has not ended by its deadline."""
+    """Return the error of an operation that all ranks began and that missed its deadline."""
     return TimeoutError(
         f"gloo: {operation} of group '{control.group_name}' (rank {control.rank} of {control.world_size}) did not end "
         "in time; raise timeout_s, or look at the network and the other ranks"
@@ -208,7 +232,10 @@ def track(provider: Provider) -> None:
 
 
 def never_free(*objects: object) -> None:
-    """Keep objects for ever, beyond the interpreter's end: their destructors would wait for threads that do not end."""
+    """Keep objects for ever, beyond the interpreter's end.
+
+    Their destructors would wait for threads that do not end.
+    """
     for item in objects:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
 

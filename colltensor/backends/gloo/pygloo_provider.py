@@ -2,9 +2,9 @@
 
 The one module of the Gloo backend that imports pygloo. pygloo blocks: it holds the GIL while it
 waits, its 30 s timeout cannot be changed, and Ctrl-C waits for it. So the payload of one group
-stops all Python threads of the process, and two groups of one process must not be used by two
-threads in different orders on different ranks. The control plane has made sure before each payload
-that all ranks are there.
+stops all Python threads of the process. Two threads must not use two groups of one process in
+different orders on different ranks. The control plane has made sure before each payload that all
+ranks are there.
 """
 
 from __future__ import annotations
@@ -53,14 +53,17 @@ class PyglooProvider:
         """Connect. All ranks call.
 
         Args:
-            control: The group's control plane, through which the ranks learn each other's addresses.
+            control: The group's control plane, through which the ranks learn each other's
+                addresses.
             meeting: Not used: this Gloo makes its connections by itself, and asks for no secret.
             address: The address of this host to bind, by which the other ranks reach it.
-            timeout_s: How long the ranks' addresses are waited for; connecting has pygloo's own 30 s.
+            timeout_s: How long the ranks' addresses are waited for; connecting has pygloo's own 30
+                s.
         """
         self._control = control
         self._rank = control.rank
         self._size = control.world_size
+
         attributes = pygloo.transport.tcp.attr(address)
         keys = _Keys(KeyExchange(control, time.monotonic() + timeout_s))
         self._store: Any = (keys, pygloo.rendezvous.CustomStore(keys))
@@ -68,6 +71,7 @@ class PyglooProvider:
         self._device, self._threads = SocketThreads.started_by(
             lambda: pygloo.transport.tcp.CreateDevice(attributes)
         )
+
         self._context: Any = pygloo.rendezvous.Context(self._rank, self._size)
         self._context.connectFullMesh(self._store[1], self._device)
         track(self)
@@ -96,7 +100,7 @@ class PyglooProvider:
     def exchange(
         self, receives: Sequence[Transfer], sends: Sequence[Transfer], deadline: float
     ) -> None:
-        """Do all transfers, one after the other, in an order in which no two ranks wait for each other.
+        """Do all transfers, one after the other, so that no two ranks wait for each other.
 
         pygloo's send waits until the receiver takes.
         """

@@ -1,12 +1,16 @@
 """How the kernel schedules Gloo's socket threads.
 
-A Gloo device has a thread that serves its sockets. While another thread holds a connection's lock
-(it posts a send or a receive), that thread does not sleep but tries again and again
-(``Pair::handleEvents``). Where there are no idle cores the kernel lets the socket thread preempt the
-very thread that holds the lock, and it spins for the rest of its time slice: a 1 KiB exchange takes
-4 ms instead of 0.15 (2 ranks on 2 cores). Under ``SCHED_BATCH`` a thread preempts nobody when it wakes.
-It then shares a busy core less eagerly too, which delays large transfers that run beside
-computation, so the policy is chosen by size.
+A Gloo device has a thread that serves its sockets. Another thread that posts a send or a receive
+holds the connection's lock. The socket thread does not sleep meanwhile but tries again and again
+(``Pair::handleEvents``).
+
+Where there are no idle cores, the kernel lets the socket thread preempt the very thread that holds
+the lock. The socket thread then spins for the rest of its time slice. A 1 KiB exchange takes 4 ms
+instead of 0.15 (2 ranks on 2 cores).
+
+Under ``SCHED_BATCH`` a thread preempts nobody when it wakes. It then shares a busy core less
+eagerly too. That delays large transfers that run beside computation, so the policy is chosen by
+size.
 """
 
 from __future__ import annotations
@@ -37,10 +41,12 @@ class SocketThreads:
         """
         if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
             return make(), cls([])
+
         try:
             before = _threads()
         except OSError:  # no /proc
             return make(), cls([])
+
         try:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         except PermissionError:
@@ -49,6 +55,8 @@ class SocketThreads:
             made = make()
         finally:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+        # New threads inherit the policy. Others that start meanwhile do not have it.
         own = cls([thread for thread in _threads() - before if _policy(thread) == os.SCHED_BATCH])
         own._set(os.SCHED_OTHER)
         return made, own

@@ -1,7 +1,8 @@
 """Gloo through torch: ``torch.distributed.ProcessGroupGloo``, without ``init_process_group``.
 
-The one module of the Gloo backend that imports torch. Any number of groups per process, each with
-its own timeout and interface. Waiting holds no GIL and looks at the control plane ten times a second.
+The one module of the Gloo backend that imports torch. A process may have any number of groups, each
+with its own timeout and interface. Waiting holds no GIL and looks at the control plane ten times a
+second.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ _ProcessGroupGloo: Final[Any] = dist.ProcessGroupGloo
 _SLICE_S: Final = 0.1
 _SLICE: Final = timedelta(seconds=_SLICE_S)
 _LONG_NBYTES: Final = 4 << 20
-"""From this size on the wait for a collective is a thread's: the hand-over, 15 us, is less than 1 % then."""
+"""From this size on a thread waits for a collective.
+
+The hand-over, 15 us, is less than 1 % then.
+"""
 _CLOSE_S: Final = 2.0
 """How long ``close`` waits for operations to end after their connections were shut."""
 
@@ -65,22 +69,26 @@ class TorchProvider:
         """Connect. All ranks call.
 
         Args:
-            control: The group's control plane, through which the ranks learn each other's addresses.
+            control: The group's control plane, through which the ranks learn each other's
+                addresses.
             meeting: Not used: this Gloo makes its connections by itself, and asks for no secret.
             address: The address of this host to bind, by which the other ranks reach it.
             timeout_s: How long connecting may take.
         """
         self._control = control
+
         options = _ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         device, self._threads = SocketThreads.started_by(
             lambda: _ProcessGroupGloo.create_device(hostname=address)
         )
         options._devices = [device]
+
         keys = KeyExchange(control, time.monotonic() + timeout_s)
         self._store: Any = _Store(keys)
         self._group: Any = _ProcessGroupGloo(self._store, control.rank, control.world_size, options)
         self._listeners = listeners(keys.values())
+
         self._waiters: list[_Waiter] = []  # those that wait for nothing
         self._unfinished: list[Any] = []
         self._allreduce_options: Any = dist.AllreduceOptions()
@@ -119,11 +127,13 @@ class TorchProvider:
     ) -> None:
         """Do all transfers at once.
 
-        Gloo gives its unbound buffers, which need neither a copy nor a worker thread; but their wait
-        cannot be divided (an expired one closes all connections), so a thread of ours does it.
+        Gloo gets its unbound buffers, which need neither a copy nor a worker thread. But their wait
+        cannot be divided, because an expired one closes all connections. So a thread of ours does
+        it.
         """
         group = self._connected()
         self._threads.prepare(sum(item.nbytes for item in (*receives, *sends)))
+
         works: list[Any] = []
         try:
             for peer, pointer, nbytes in receives:
@@ -137,6 +147,7 @@ class TorchProvider:
             finally:
                 self._abandon(works, waiter)
             raise
+
         self._finish_beside("an exchange of bytes", works, deadline)
 
     def reductions(self, members: Sequence[int]) -> None:
@@ -183,14 +194,16 @@ class TorchProvider:
         return self._group
 
     def _finish(self, operation: str, work: Any, nbytes: int, deadline: float) -> None:
-        """Wait for a collective of Gloo's worker threads. Its wait can be divided: an expired one changes nothing.
+        """Wait for a collective of Gloo's worker threads.
 
-        A long one is waited for in a thread nevertheless: torch's expired waits raise, and the first such exception
-        of a process takes more than 2 MiB for its C++ stack trace.
+        Its wait can be divided: an expired one changes nothing. A thread waits for a long one
+        nevertheless, because torch's expired waits raise. The first such exception of a process
+        takes more than 2 MiB for its C++ stack trace.
         """
         if nbytes >= _LONG_NBYTES:
             self._finish_beside(operation, [work], deadline)
             return
+
         try:
             while True:
                 try:
@@ -203,6 +216,7 @@ class TorchProvider:
                     if work.is_completed():
                         work.wait()
                         return
+
                 self._control.check()
                 if time.monotonic() > deadline:
                     raise expired(operation, self._control)
@@ -244,8 +258,12 @@ class TorchProvider:
             waiter.end()
 
 
-class _Store(dist.Store):  # type: ignore[misc,name-defined,unused-ignore]  # torch's stubs do not export it
-    """A c10d store that lives on the control plane; Gloo sets one key, and waits for and gets the others'."""
+# torch's stubs do not export Store.
+class _Store(dist.Store):  # type: ignore[misc,name-defined,unused-ignore]
+    """A c10d store that lives on the control plane.
+
+    Gloo sets one key, and waits for and gets the others'.
+    """
 
     def __init__(self, keys: KeyExchange) -> None:
         super().__init__()
@@ -263,7 +281,10 @@ class _Store(dist.Store):  # type: ignore[misc,name-defined,unused-ignore]  # to
 
 
 class _Waiter(threading.Thread):
-    """Waits for point-to-point works, one list at a time, in a thread that holds no GIL meanwhile."""
+    """Waits for point-to-point works, one list at a time.
+
+    It waits in a thread that holds no GIL meanwhile.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
@@ -276,7 +297,10 @@ class _Waiter(threading.Thread):
         self._jobs.put((works, deadline))
 
     def finished(self, timeout_s: float) -> bool:
-        """Return whether the works have ended, after at most ``timeout_s``; raise what the first failed one raised."""
+        """Return whether the works have ended, after at most ``timeout_s``.
+
+        Raise the error of the first that failed.
+        """
         try:
             outcome = self._outcomes.get(timeout=timeout_s)
         except Empty:
@@ -293,8 +317,8 @@ class _Waiter(threading.Thread):
         """Wait for one list after the other."""
         while (job := self._jobs.get()) is not None:
             outcome = _first_failure(*job)
-            # The caller has the last references then: freeing a work takes the GIL anew, and a daemon thread that
-            # does so while the interpreter exits ends the process.
+            # The caller has the last references then. Freeing a work takes the GIL anew, and a
+            # daemon thread that does so while the interpreter exits ends the process.
             del job
             self._outcomes.put(outcome)
 

@@ -68,6 +68,7 @@ class HierarchicalSpec:
             raise GroupError(
                 "backend 'hierarchical' needs a control plane; use backend='loopback' for one rank"
             )
+
         hosts = Hosts.of(meeting.host_ids, control.rank)
         if len(hosts.members) == 1:
             return SHM.create(
@@ -77,6 +78,7 @@ class HierarchicalSpec:
             return GLOO.create(
                 control, meeting, timeout_s=timeout_s, interface=interface, provider=provider
             )
+
         return share(control, meeting, timeout_s).connect(
             meeting, timeout_s=timeout_s, interface=interface, provider=provider
         )
@@ -137,11 +139,14 @@ def share(control: ControlPlane, meeting: Any, timeout_s: float) -> Sharing:
     hosts = Hosts.of(meeting.host_ids, control.rank)
     host = HostControl(watch, hosts, meeting)
     local, trouble = None, ""
+
     if len(hosts.neighbours) > 1:
         try:
             local = SHM.create(host, host, timeout_s=timeout_s, interface=None, provider=None)
         except BackendUnavailableError as error:
             trouble = str(error)
+
+    # A rank without shared memory says so, because all must refuse alike.
     try:
         found = list(dict.fromkeys(filter(None, host.conclude(trouble, deadline))))
         if found:
@@ -152,4 +157,5 @@ def share(control: ControlPlane, meeting: Any, timeout_s: float) -> Sharing:
         if local is not None:
             local.close()
         raise
+
     return Sharing(hosts, watch, local)

@@ -195,11 +195,13 @@ class HierarchicalBackend(BackendBase):
         Both may be one rank, this one included.
         """
         to, of = self._local_to(dst), self._local_to(src)
+
         if dst == self._watch.rank:
             copy(target.pointer, source.pointer, target.nbytes)
         elif to is not None and of is not None:
             to.sendrecv(source, self._hosts.local[dst], target, self._hosts.local[src], deadline)
         elif to is not None:
+            # Both halves run at once, because each may wait for a rank that waits for the other.
             task = self._worker.send(lambda: self._gloo.recv([target], src, deadline))
             to.send([source], self._hosts.local[dst], deadline)
             task.wait()

@@ -33,6 +33,7 @@ class DataMovement:
         leaders = hosts.leaders(root)
         leader = leaders[hosts.host]
         pieces = list(blocks(view, 1))
+
         tasks = []
         if leader == self._rank:
             between = self._gloo.part(leaders)
@@ -46,11 +47,15 @@ class DataMovement:
                     )
                     for piece in pieces
                 ]
+
+        # Each piece is passed on in this host while the next one crosses.
         for piece, task in itertools.zip_longest(pieces, tasks):
             if task is not None and (self._rank != root or local is None):
                 task.wait()
             if local is not None:
                 local.broadcast([piece], hosts.local[leader], deadline)
+
+        # A root with neighbours has waited for none of its sends.
         for task in tasks:
             task.wait()
 
@@ -61,6 +66,7 @@ class DataMovement:
         """
         hosts, local = self._hosts, self._local
         own = len(hosts.neighbours)
+
         receives = [
             rank
             for rank, host in enumerate(hosts.index)
@@ -71,6 +77,7 @@ class DataMovement:
             for host, members in enumerate(hosts.members)
             if host != hosts.host
         ]
+
         starts = itertools.accumulate((block.count for block in blocks(source, 1)), initial=0)
         bounds = list(itertools.pairwise(starts))
         tasks = []
@@ -81,10 +88,13 @@ class DataMovement:
                 self._gloo.exchange, targets, [(rank, piece) for rank in sends], deadline
             )
             tasks.append(self._worker.send(crossing))
+
+        # The ranks of this host exchange theirs while the others' cross.
         if local is not None:
             local.allgather([outputs[rank] for rank in hosts.neighbours], source, deadline)
         else:
             copy(outputs[self._rank].pointer, source.pointer, source.nbytes)
+
         for (start, stop), task in zip(bounds, tasks, strict=True):
             task.wait()
             if local is not None:

@@ -1,7 +1,7 @@
 """Reductions between hosts: in shared memory on each, then over Gloo between them.
 
-Elements are combined on each host in the order of its ranks, and then in the order of the hosts,
-each in one place or in one order: all ranks get the same bits.
+Elements are combined on each host in the order of its ranks, and then in the order of the hosts.
+Each is combined in one place or in one order, so all ranks get the same bits.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Reductions:
         leader = leaders[self._hosts.host]
         leads = self._hosts.neighbours[self._hosts.position] == leader
         between = self._part(leaders) if leads else None
+
         pieces = list(blocks(view, 1, _itemsize(view, op)))
         waiting: deque[Task] = deque()
         for number, block in enumerate(pieces):
@@ -90,12 +91,14 @@ class Reductions:
                 waiting.popleft().wait()
             keep = leads and leader != root
             summed = self._summed_on(leader, number % 2, block, op, keep, deadline)
+
             crossing = None
             if between is not None:
                 crossing = self._crossing_to(
                     between, self._hosts.index[root], leader == root, summed, block, op, deadline
                 )
             waiting.append(self._send(crossing, len(pieces)))
+
         while waiting:
             waiting.popleft().wait()
 
@@ -130,6 +133,7 @@ class Reductions:
         elif self._local is not None:
             for position, part in enumerate(sums):
                 self._local.reduce([part], position, _inner(op), deadline)
+
         between = self._between_counterparts
         if between is None:
             return None

@@ -11,9 +11,9 @@ from colltensor.view import BufferView
 SHARD_NBYTES: Final = 4 << 20
 """Bytes of a shard of a block, as they are summed: what one rank sends to one other host at a time.
 
-Measured with 2 x 2 ranks on one machine of 2 cores, 64 MiB of float32, two rounds: 172 to 165 ms
-with shards of 256 KiB, 113 to 115 with 1 MiB, 78 to 94 with 2 MiB, 79 to 85 with 4 MiB, 73 to 81
-with 16 MiB, which leaves nothing to overlap in smaller buffers.
+Measured with 2 x 2 ranks on one machine of 2 cores, 64 MiB of float32, two rounds. It took 172 to
+165 ms with shards of 256 KiB, 113 to 115 with 1 MiB and 78 to 94 with 2 MiB. It took 79 to 85 with
+4 MiB, and 73 to 81 with 16 MiB, which leaves nothing to overlap in smaller buffers.
 """
 BLOCK_NBYTES: Final = 16 << 20
 """Bytes of a whole block at most.

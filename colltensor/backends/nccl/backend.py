@@ -73,6 +73,7 @@ class NcclBackend(BackendBase):
         self._watchdog = Watchdog(
             control, self._stream_manager, timeout_s, self._communicators.error, self._failed
         )
+
         self._communicators_of: Communicators | None = None
         self._devices: tuple[int, ...] = ()
         self._streams: list[int] = []
@@ -80,6 +81,7 @@ class NcclBackend(BackendBase):
         self._left: list[int | None] = []
         self._staging = contextlib.ExitStack()
         self._closed = False
+
         self.on_failure: Callable[[CollectiveError], None] | None = None
 
     require = staticmethod(reductions.require)
@@ -111,6 +113,7 @@ class NcclBackend(BackendBase):
         self._watchdog.check()
         if self._closed:
             raise GroupError(f"{name}: the group was destroyed")
+
         stream_manager, driver = self._stream_manager, self._driver
         stream_manager.refuse_capture(name, views)
         devices = (
@@ -118,12 +121,14 @@ class NcclBackend(BackendBase):
             if len(views) == 1
             else tuple({view.device.index: None for view in views})
         )
+
         if peers is not None:
             for peer in sorted(set(peers)):
                 apart = self._communicators.pair(peer, devices[0], deadline).shared or apart
         elif views[0].count or any(view.count for view in views):
             self._communicators_of = self._communicators.all(devices, deadline)
             apart = self._communicators_of.shared or apart
+
         self._devices = devices
         pending = self._pending = []
         self._streams = []
@@ -140,6 +145,7 @@ class NcclBackend(BackendBase):
             self._streams.append(operation.stream)
             if stages:
                 self._staging.enter_context(driver.on(device, operation.stream))
+
         return pending[0] if len(pending) == 1 else PendingOperations(pending)
 
     def end(self) -> None:
@@ -189,9 +195,11 @@ class NcclBackend(BackendBase):
             or not view.count
         ):
             return None
+
         stream_manager, driver = self._stream_manager, self._driver
         if not stream_manager.follows_itself(index, stream) or driver.capturing(stream):
             return None
+
         self._watchdog.check()
         before = driver.enter(index)
         operation: QueuedOperation | None = None
@@ -212,6 +220,7 @@ class NcclBackend(BackendBase):
             raise
         finally:
             driver.leave(before)
+
         return operation
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -275,6 +284,7 @@ class NcclBackend(BackendBase):
                     root,
                     self._stream,
                 )
+
         if is_root:
             self._store(parts)
 
@@ -338,6 +348,7 @@ class NcclBackend(BackendBase):
         reduction = reductions.reduction(target.dtype, op)
         if not target.count or reduction is None:
             return
+
         number, result = len(sources), target
         row: Sequence[BufferView] = sources
         if reduction.encoded:
@@ -350,6 +361,7 @@ class NcclBackend(BackendBase):
             row = self._room(target, target.dtype, number).blocks(number)
             for source, place in zip(sources, row, strict=True):
                 self._driver.copy(place, source, self._stream)
+
         self._all.reduceScatter(
             row[0].pointer,
             result.pointer,
@@ -489,6 +501,7 @@ class NcclBackend(BackendBase):
         """Queue a reduction to each device."""
         first, count = self._rank * len(targets), len(sources[0])
         flat = [source for inputs in sources for source in inputs]
+
         with self._reduced_each(flat, op, [], targets) as parts:
             for place in range(len(targets) if parts else 0):
                 result = parts[len(flat) + place][2][0]
@@ -541,6 +554,7 @@ class NcclBackend(BackendBase):
         """
         reduction = reductions.reduction(buffers[0].dtype, op)
         assert reduction is not None
+
         encoded: list[BufferView] = []
         everything = [*buffers, *targets]
         if reduction.encoded and buffers[0].count:
@@ -549,6 +563,7 @@ class NcclBackend(BackendBase):
                 encoded.append(
                     self._keys(buffer, op) if number < len(buffers) else self._room(buffer, dtype)
                 )
+
         with self._each(everything) as calls:
             count = buffers[0].count * reduction.parts
             yield [
@@ -559,6 +574,7 @@ class NcclBackend(BackendBase):
                 )
                 for number, (communicator, stream, buffer) in enumerate(calls)
             ]
+
         for number in [*written, *range(len(buffers), len(everything))] if encoded else ():
             self._from_keys(everything[number], encoded[number])
 

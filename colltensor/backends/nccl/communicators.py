@@ -80,11 +80,13 @@ class CommunicatorCache:
         if devices in self._made:
             return self._made[devices]
         self.refuse(devices)
+
         control = self._control
         identity = self._driver.unique_id() if self._rank == 0 else b""
         ballot = json.dumps([identity.hex(), len(devices)]).encode()
         ballots = [ballot] if control is None else control.allgather(ballot, deadline)
         votes = [json.loads(vote) for vote in ballots]
+
         counts = [count for _, count in votes]
         odd = [rank for rank, count in enumerate(counts) if count != counts[0]]
         if odd:
@@ -92,6 +94,7 @@ class CommunicatorCache:
                 f"the ranks bring different numbers of devices to one call: {counts}, by rank; bring as many",
                 odd,
             )
+
         firsts = tuple(len(devices) * rank for rank in range(len(counts)))
         communicators = self._connect(
             bytes.fromhex(votes[0][0]), sum(counts), firsts, self._rank, devices, deadline
@@ -226,6 +229,7 @@ class CommunicatorCache:
             present = _local.setdefault(identity, _Presence())
             present.came += 1
             present.connecting += 1
+
         made: list[Any] = []
         failed: list[BaseException] = []
         given_up = threading.Event()
@@ -245,6 +249,7 @@ class CommunicatorCache:
 
         thread = threading.Thread(target=make, name="colltensor nccl connect", daemon=True)
         thread.start()
+
         try:
             while thread.is_alive():
                 thread.join(_SLICE_S)
@@ -260,6 +265,7 @@ class CommunicatorCache:
                 present.connecting -= 1
                 if not present.connecting:
                     del _local[identity]
+
         if failed:
             if isinstance(failed[0], CollectiveError):
                 raise failed[0]

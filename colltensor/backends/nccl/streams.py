@@ -165,9 +165,11 @@ class StreamManager:
         streams.discard(stream)
         for other in streams:
             self._chain(device, other, stream)
+
         last = self._last.get(device)
         if last is not None and (last.stream != stream or stream == _PER_THREAD):
             self.follow(stream, last)
+
         began, ended = self._two_events(device)
         kept = keep if apart or streams or stream == _LEGACY else None
         operation = QueuedOperation(self, name, peers, device, stream, kept, began, ended)

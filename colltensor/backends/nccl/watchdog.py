@@ -51,6 +51,7 @@ class Watchdog:
         self.timeout_s = timeout_s
         self._errors = errors
         self._end = end
+
         self._pending: deque[QueuedOperation] = deque()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -86,6 +87,7 @@ class Watchdog:
         if self._control is not None:
             operation.number = self._control.queue(operation.peers)
         operation.timeout_s = self.timeout_s
+
         with self._lock:
             refusal = self.failure or self._gone
             if refusal is not None:
@@ -96,6 +98,7 @@ class Watchdog:
                 )
                 thread.start()
                 self._thread = thread
+
             self._pending.append(operation)
             if self._asleep:
                 self._changed.notify_all()
@@ -172,6 +175,7 @@ class Watchdog:
             self._last = lambda: end(undone)
             self._changed.notify_all()
             thread = self._thread
+
         if thread is not None:  # it may be looking at events, which are freed next
             thread.join(_JOIN_S)
         return undone
@@ -211,15 +215,18 @@ class Watchdog:
             if not self._pending:
                 return None
             operation = self._pending[0]
+
         self._stream_manager.check(operation)
         cause = self._errors()
         if cause is not None:
             return self._diagnose(operation, cause)
+
         now = time.monotonic()
         if operation.since is None and self._stream_manager.under_way(operation):
             operation.since = now
         if operation.since is not None and now - operation.since > operation.timeout_s:
             return self._diagnose(operation, None)
+
         control = self._control
         if control is None:
             return None
@@ -227,6 +234,7 @@ class Watchdog:
             control.check()
         except CollectiveError as error:
             return error
+
         # A rank that has left in good order may have done its part. Asked after 1, 2, 4 ...
         # seconds.
         if operation.since is not None and now - operation.since > operation.patience_s:

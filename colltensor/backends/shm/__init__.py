@@ -40,14 +40,16 @@ class ShmSpec:
 
         Args:
             control: The group's control plane.
-            meeting: Where the ranks met: its secret guards the hand-over, its host ids say who shares a host.
+            meeting: Where the ranks met: its secret guards the hand-over, its host ids say who
+                shares a host.
             timeout_s: How long that may take.
             interface: Ignored: nothing goes over the network.
             provider: Not an option here.
 
         Raises:
-            BackendUnavailableError: The ranks are not all on this host, a rank has no library, there is not enough
-                memory, or the memory turns out not to be shared. Raised on every rank; ``control`` goes on.
+            BackendUnavailableError: The ranks are not all on this host, or a rank has no library.
+                Or there is not enough memory, or it turns out not to be shared. Raised on every
+                rank; ``control`` goes on.
             OptionError: A ``provider``.
         """
         if control is None:

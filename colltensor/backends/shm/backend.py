@@ -1,7 +1,7 @@
 """ShmBackend: every collective in memory that the ranks of one host share.
 
-The native library does the work on the tensors' own memory. Here a call is packed, and what it comes to is turned
-into results and errors.
+The native library does the work on the tensors' own memory. Here a call is packed, and its outcome
+is turned into results and errors.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ _NEVER_NS: Final = (1 << 63) - 1
 class ShmBackend(BackendBase):
     """Collectives between the ranks of one host.
 
-    The ranks agree inside the segment, on arrival and before anything is written: ``set_signature`` and
-    ``set_transfer_signature`` say what they agree on. A call without one is compared by operation, dtype, count, op and
-    root.
+    The ranks agree inside the segment, on arrival and before anything is written. ``set_signature``
+    and ``set_transfer_signature`` say what they agree on. A call without one is compared by
+    operation, dtype, count, op and root.
 
     Attributes:
         number: The group's number in the native library.
         queue: Of asynchronous fast calls.
-        details: Whether large messages are read from the peers' memory, and what stands against it, in words.
+        details: Whether large messages are read from the peers' memory, and the obstacle if not, in
+            words.
     """
 
     name = "shm"
@@ -76,7 +77,8 @@ class ShmBackend(BackendBase):
         make = self._native.shm_fast_function
         call = self._handle, self._timeout_ns, operation, op, root, source, stacked
         patient = make(*call, False)
-        # Where ranks share cores the others seldom come within microseconds: wait without the interpreter lock at once.
+        # Where ranks share cores, the others seldom come within microseconds: wait at once without
+        # the interpreter lock.
         if self._crowded:
             return patient, patient
         brief = make(*call, True)
@@ -132,7 +134,8 @@ class ShmBackend(BackendBase):
         """Take the turn for a call of several steps, waiting for a fast call of another thread.
 
         Returns:
-            False where this thread has begun one, which goes on only when it returns there, or not at all.
+            False where this thread has begun one, which goes on only when it returns there, or not
+            at all.
         """
         code = self._native.shm_hold(self._handle, _nanoseconds(deadline))
         if code == error_mapping.INSIDE:
@@ -147,7 +150,10 @@ class ShmBackend(BackendBase):
         return bool(self._native.shm_inside(self._handle))
 
     def is_pending(self) -> bool:
-        """Return whether this thread is between the two steps of a fast call, or was interrupted there."""
+        """Return whether this thread is between the two steps of a fast call.
+
+        That also holds for a thread that was interrupted there.
+        """
         return bool(self._native.shm_pending(self._handle))
 
     def release(self) -> None:
@@ -159,7 +165,7 @@ class ShmBackend(BackendBase):
             self._native.shm_release(self._handle)
 
     def join(self, deadline: float) -> None:
-        """Take the turn for a send or recv in a thread of its own, together with other such threads."""
+        """Take the turn for a send or recv in a thread of its own, with other such threads."""
         with self._joining:
             if not self._joined:
                 code = self._native.shm_hold(self._handle, _nanoseconds(deadline))
@@ -182,7 +188,10 @@ class ShmBackend(BackendBase):
         return int(self._native.shm_progress(self._handle))
 
     def calls(self) -> int:
-        """Return how many collectives this rank has taken part in, each buffer of a call counted."""
+        """Return how many collectives this rank has taken part in.
+
+        Each buffer of a call counts.
+        """
         return int(self._native.shm_calls(self._handle))
 
     def set_signature(
@@ -191,7 +200,10 @@ class ShmBackend(BackendBase):
         describe: Callable[[], str],
         allocate: Callable[[], None] | None = None,
     ) -> None:
-        """Say what the ranks must agree on in the next collective: its sequence number (8 bytes) and the rest."""
+        """Set what the ranks must agree on in the next collective.
+
+        It is the sequence number (8 bytes) and the rest.
+        """
         self._expected = ExpectedSignature(signature, requests.words(signature), describe, allocate)
 
     def set_transfer_signature(
@@ -202,7 +214,10 @@ class ShmBackend(BackendBase):
         describe: Callable[[], str],
         allocate: Callable[[], None] | None = None,
     ) -> None:
-        """Say what two ranks must agree on in the next transfer from ``source`` to ``destination``."""
+        """Set what two ranks must agree on in the next transfer between them.
+
+        It goes from ``source`` to ``destination``.
+        """
         self._expected_transfers[source, destination] = ExpectedSignature(
             signature, requests.words(signature), describe, allocate
         )
@@ -224,7 +239,10 @@ class ShmBackend(BackendBase):
         return library.exports(tensors)
 
     def abandon_pending(self) -> None:
-        """Forget this thread's fast call, interrupted between its steps: it ends at once in a broken group."""
+        """Forget this thread's fast call, interrupted between its steps.
+
+        It ends at once in a broken group.
+        """
         self._resume()
 
     def complete(self, name: str, code: int) -> int:
@@ -256,11 +274,11 @@ class ShmBackend(BackendBase):
         self._error_mapping.pair_mismatch(expected, deadline)
 
     def transfers(self, source: int, destination: int) -> int:
-        """Return how many transfers there were from ``source`` to ``destination``, one of which is this rank."""
+        """Return the number of transfers from ``source`` to ``destination``; one is this rank."""
         return int(self._native.shm_transfers(self._handle, source, destination))
 
     def peers(self) -> tuple[int, int]:
-        """Return to which rank a fast call sends and from which it receives that waits now; -1 for none."""
+        """Return the ranks that a waiting fast call sends to and receives from; -1 for none."""
         to, source = divmod(int(self._native.shm_peers(self._handle)), 1 << 16)
         return to - 1, source - 1
 
@@ -325,7 +343,10 @@ class ShmBackend(BackendBase):
         self._collective(self._take(), "barrier", None, None, -1, 0, (), deadline)
 
     def send(self, buffers: Sequence[BufferView], peer: int, deadline: float) -> None:
-        """Send each buffer to ``peer``, one after the other; returns when it has come (a short one) or has them."""
+        """Send each buffer to ``peer``, one after the other.
+
+        Returns when ``peer`` has come, for a short buffer, or has the buffers.
+        """
         expected = self._expected_transfers.get((self._rank, peer))
         for index, buffer in enumerate(buffers or (None,)):
             self._transfer("send", buffer, peer, expected, None, -1, None, index, deadline)
@@ -345,11 +366,17 @@ class ShmBackend(BackendBase):
         self._transfer("sendrecv", source, dst, sending, target, src, receiving, 0, deadline)
 
     def close(self) -> None:
-        """Leave the segment and unmap it; a call of another thread ends with an error. Idempotent."""
+        """Leave the segment and unmap it. Idempotent.
+
+        A call of another thread ends with an error.
+        """
         self._native.shm_close(self._handle)
 
     def _take(self) -> ExpectedSignature | None:
-        """Return the expected signature of the next call; it is not kept, because it keeps the call's tensors."""
+        """Return the expected signature of the next call, and forget it.
+
+        It keeps the call's tensors alive.
+        """
         expected, self._expected = self._expected, None
         return expected
 
@@ -371,6 +398,7 @@ class ShmBackend(BackendBase):
             expected = error_mapping.derived_signature(
                 name, words, like, op, "" if root < 0 else f"root {root}"
             )
+
         moved = [view for view in views if view is not None]
         request = requests.collective(
             NATIVE["barrier" if like is None else name],
@@ -382,6 +410,7 @@ class ShmBackend(BackendBase):
             moved,
         )
         code = self._call(request, moved, None if index else expected.allocate, deadline)
+
         if code == error_mapping.MISMATCH:
             self._error_mapping.mismatch(expected, deadline)
         elif code:
@@ -405,6 +434,7 @@ class ShmBackend(BackendBase):
         request = requests.transfer(
             source, dst, gives.words, target, src, takes.words, index, self._joined > 0
         )
+
         moved = [view for view in (source, target) if view is not None]
         code = self._call(request, moved, None if index else takes.allocate, deadline)
         if code == error_mapping.MISMATCH:
@@ -412,6 +442,7 @@ class ShmBackend(BackendBase):
             if self._joined:
                 ends = (self._rank, dst, gives) if sent else (src, self._rank, takes)
                 self._error_mapping.mismatch_beside(*ends, deadline)
+
             pairs = [(self._rank, dst, gives)] if sent else []
             self._error_mapping.pair_mismatch(
                 [*pairs, (src, self._rank, takes)] if received else pairs, deadline
@@ -436,6 +467,7 @@ class ShmBackend(BackendBase):
         held = self._held or self._joined > 0
         if not held and not self.hold(deadline):  # a call that no group makes, but another backend
             self._error_mapping.fail("hold", error_mapping.BUSY)
+
         try:
             address = request.buffer_info()[0]
             return int(

@@ -1,6 +1,7 @@
-"""What its control groups grant this process: processors' time and memory.
+"""The processor time and memory that control groups grant this process.
 
-Version 1 and 2, as https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html describe their files.
+Version 1 and 2, as https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
+describe their files.
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ def processors() -> float:
 def spare_nbytes() -> float:
     """Return how many more bytes of memory the control groups grant, infinity if they do not say.
 
-    What the kernel keeps of files, and can let go, counts as spare. A process that asks for more is killed: the
-    kernel's reservation of pages does not fail at such a limit.
+    Files that the kernel caches, and can drop, count as spare. A process that asks for more is
+    killed: the kernel's reservation of pages does not fail at such a limit.
     """
     return min(map(_spare_nbytes, _folders("memory")), default=math.inf)
 
 
 def _folders(controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's control groups, inner ones first; in a container as far as it sees them."""
+    """Yield the folders of this process's control groups, inner ones first.
+
+    A container shows them only as far as it sees them.
+    """
     with contextlib.suppress(OSError):
         for line in _MEMBERSHIPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)

@@ -43,13 +43,19 @@ _REMEDY: Final = "The group is broken: destroy it and create it again"
 _REASON_S: Final = 2.0
 """How long a rank waits for the control plane to say why another broke the group."""
 _WORDS_S: Final = 5.0
-"""How long the exchange of words after a mismatch may take at least: all have arrived, the last one perhaps late."""
+"""How long the exchange of words after a mismatch may take at least.
+
+All ranks have arrived, the last one perhaps late.
+"""
 _REPORT_WORDS: Final = 6
 _SET_WORDS: Final = 4
 
 
 class AgreeingControl(ControlPlane, Protocol):
-    """What this backend needs of a control plane: also the agreements, which find the words for a mismatch."""
+    """The part of a control plane that this backend needs.
+
+    It includes the agreements, which find the words for a mismatch.
+    """
 
     def agree(self, signature: bytes, describe: Describe, deadline: float) -> None:
         """Raise MismatchError on every rank where signatures differ."""
@@ -57,7 +63,10 @@ class AgreeingControl(ControlPlane, Protocol):
     def agree_beside(
         self, peer: int, signature: bytes, describe: Describe, deadline: float, lane: int
     ) -> None:
-        """Compare with one rank, in one of several threads; raise MismatchError on both where signatures differ."""
+        """Compare with one rank, in one of several threads.
+
+        Raises MismatchError on both where signatures differ.
+        """
 
     def start_pair(
         self,
@@ -121,7 +130,8 @@ class ErrorMapping:
     """Turns the library's codes into errors, for one group.
 
     Attributes:
-        stopped: What ended a wait of the library's: the control plane's error, or what a signal's handler raised.
+        stopped: The error that ended a wait of the library's: the control plane's, or one that a
+            signal's handler raised.
     """
 
     def __init__(self, control: AgreeingControl, native: Any, handle: int) -> None:
@@ -135,15 +145,15 @@ class ErrorMapping:
         """Ask the control plane, while the library waits, whether the group is broken.
 
         Returns:
-            0 if the wait may go on, 1 if the group is broken, 2 if something else was raised: a signal may be
-            handled here, whose handler may raise.
+            0 if the wait may go on, 1 if the group is broken, 2 if something else was raised. A
+            signal may be handled here, whose handler may raise.
         """
         try:
             self._control.check()
         except CollectiveError as error:
             self.stopped = error
             return 1
-        except BaseException as error:  # noqa: BLE001 - it would be lost on its way through the library; fail() raises it
+        except BaseException as error:  # noqa: BLE001 - the library would lose it; fail() raises it
             self.stopped = error
             return 2
         return 0
@@ -153,9 +163,9 @@ class ErrorMapping:
         self._fail(_BROKEN, ())
 
     def propagate_failure(self, error: CollectiveError) -> None:
-        """Let every rank that waits here have the error with which the group broke elsewhere, on the control plane.
+        """Give every rank that waits here the error with which the group broke elsewhere.
 
-        Else it would see this rank leave, and name it.
+        It broke on the control plane. Without this a rank would see this one leave, and name it.
         """
         kind = _GONE if isinstance(error, PeerLostError) else _BROKEN
         self._fail(
@@ -181,10 +191,12 @@ class ErrorMapping:
     def pair_mismatch(
         self, pairs: list[tuple[int, int, ExpectedSignature]], deadline: float
     ) -> NoReturn:
-        """Exchange descriptions with one or two peers; ``pairs`` has source, destination and signature of each.
+        """Exchange descriptions with one or two peers.
+
+        ``pairs`` has source, destination and signature of each.
 
         Raises:
-            MismatchError: Always, but for what may go wrong in an exchange.
+            MismatchError: Always, but for errors of the exchange itself.
         """
         deadline = _at_least(deadline)
         ordered = sorted(pairs, key=lambda pair: pair[:2])
@@ -192,6 +204,8 @@ class ErrorMapping:
             source if destination == self._control.rank else destination
             for source, destination, _ in ordered
         ]
+
+        # All exchanges begin before one is waited for: the peers may wait for each other.
         for peer, (source, _, expected) in zip(peers, ordered, strict=True):
             self._control.start_pair(
                 peer,
@@ -201,6 +215,7 @@ class ErrorMapping:
                 source,
                 peers.count(peer) == 1,
             )
+
         found: MismatchError | None = None
         for peer, (source, _, expected) in zip(peers, ordered, strict=True):
             bound = peers.count(peer) == 1
@@ -210,6 +225,7 @@ class ErrorMapping:
                 )
             except MismatchError as error:
                 found = found or error
+
         raise found or MismatchError(
             f"{self._where}: ranks {peers} disagree about a transfer", peers
         )
@@ -234,12 +250,14 @@ class ErrorMapping:
         if code == FAILED:
             raise self._failure(name)
         if code in (STOPPED, INTERRUPTED):
-            # The control plane tells all ranks what it knows, or this rank is being destroyed and about to leave.
+            # The control plane tells all ranks what it knows, or this rank is being destroyed and
+            # about to leave.
             if code == INTERRUPTED:
                 self.abandon()
             stopped, self.stopped = self.stopped, None
             # none: raised before stop() could keep it, by a signal's handler
             raise stopped or KeyboardInterrupt
+
         if code == REFUSED:
             raise UnsupportedDTypeError(f"{name}: {self._where}: the library has no such reduction")
         if code == BUSY:
@@ -261,6 +279,7 @@ class ErrorMapping:
             if word >> bit & 1
         ]
         named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
         if kind == _LOST:
             return PeerLostError(f"{name}: {self._where}: {named} died. {_REMEDY}", ranks)
         if kind == _GONE:

@@ -1,4 +1,7 @@
-"""Loads the native library ``libcolltensor.so`` on first use, and says what to do where there is none."""
+"""Loads the native library ``libcolltensor.so`` on first use.
+
+Where there is none it says what to do.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ INTERFACE: Final = 17
 """What the library's ``shm_interface()`` must say: it counts the changes of its functions."""
 
 TVM_FFI_SERIES: Final = "0.1"
-"""The versions of apache-tvm-ffi that the library works with, whichever of them it was built against.
+"""The versions of apache-tvm-ffi that the library works with, whichever it was built against.
 
-It uses their C ABI alone, and "bumps in X [of 0.X.Y] indicate C ABI-breaking changes" (apache-tvm-ffi's README,
-"Status and Release Versioning"). pyproject.toml asks for the same; a new series means to build and test again.
+It uses their C ABI alone, and "bumps in X [of 0.X.Y] indicate C ABI-breaking changes"
+(apache-tvm-ffi's README, "Status and Release Versioning"). pyproject.toml asks for the same; a new
+series means to build and test again.
 """
 
 _VARIABLE: Final = "COLLTENSOR_LIBRARY"
@@ -73,11 +77,11 @@ def reason() -> str | None:
 
 
 def load() -> Any:
-    """Return the library as a ``tvm_ffi.Module`` whose functions are the exports of native/src/exports.cpp.
+    """Return the library as a ``tvm_ffi.Module``, with the exports of native/src/exports.cpp.
 
     Raises:
-        BackendUnavailableError: It is missing, of another version, or cannot be loaded, or apache-tvm-ffi is of
-            another series.
+        BackendUnavailableError: It is missing, of another version, or cannot be loaded, or
+            apache-tvm-ffi is of another series.
     """
     if _loaded:
         return _loaded[0]
@@ -100,10 +104,10 @@ def exports(tensors: Sequence[Any]) -> bool:
 
 @functools.lru_cache
 def reads_python() -> bool:
-    """Let native code read Python's own objects; False where it may not. Loads the library.
+    """Let native code read Python's own objects; return False where it may not. Loads the library.
 
-    It may in CPython with an interpreter lock, where an object's identity is its address and the second word there is
-    the address of its type.
+    It may in CPython with an interpreter lock. There an object's identity is its address, and the
+    second word at it is the address of its type.
     """
     if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return False
@@ -128,8 +132,8 @@ def open_library(place: Path, where: str, function: str, interface: int) -> Any:
         interface: What that must be.
 
     Raises:
-        BackendUnavailableError: The library cannot be loaded or is of another version, or apache-tvm-ffi is of
-            another series.
+        BackendUnavailableError: The library cannot be loaded or is of another version, or
+            apache-tvm-ffi is of another series.
     """
     tvm_ffi = dlpack.tvm_ffi()
     if not f"{tvm_ffi.__version__}.".startswith(f"{TVM_FFI_SERIES}."):
@@ -137,6 +141,7 @@ def open_library(place: Path, where: str, function: str, interface: int) -> Any:
             f"{where}: {place} is built for apache-tvm-ffi {TVM_FFI_SERIES}, and {tvm_ffi.__version__} is "
             f"installed: pip install 'apache-tvm-ffi=={TVM_FFI_SERIES}.*'"
         )
+
     remedy = f"build {place} again" if os.environ.get(_VARIABLE) else REINSTALL
     try:
         module = tvm_ffi.load_module(str(place))
@@ -145,6 +150,7 @@ def open_library(place: Path, where: str, function: str, interface: int) -> Any:
         raise BackendUnavailableError(
             f"{where}: {place} cannot be loaded: {error}; {remedy}"
         ) from error
+
     if version != interface:
         raise BackendUnavailableError(
             f"{where}: {place} has interface {version}, and this colltensor needs {interface}; {remedy}"

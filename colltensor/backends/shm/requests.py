@@ -27,7 +27,10 @@ _NO_SOURCE: Final = (-1, 0, 0, 0, 0, 0, 0)
 
 
 def words(signature: bytes) -> Words:
-    """Return what the library compares of a call's signature: all but the sequence number, which it counts itself."""
+    """Return the part of a call's signature that the library compares.
+
+    That is all but the sequence number, which it counts itself.
+    """
     first, second, third = _WORDS.unpack(signature[_SEQUENCE_NBYTES:].ljust(_WORDS.size, b"\0"))
     return first, second, third
 
@@ -81,9 +84,10 @@ def transfer(
     index: int,
     beside: bool = False,
 ) -> array.array[int]:
-    """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 for what there is not.
+    """Pack a transfer to ``destination_rank``, one from ``source_rank``, or both; -1 for none.
 
-    A view is None where nothing is moved, as of an empty tree. One of the two may be made ``beside`` other threads'.
+    A view is None where nothing is moved, as of an empty tree. One of the two may be made
+    ``beside`` other threads'.
     """
     item, count = (1, 0) if source is None else (source.dtype.itemsize, source.count)
     target_item, target_count = (1, 0) if target is None else (target.dtype.itemsize, target.count)
@@ -103,17 +107,22 @@ def transfer(
         *target_signature,
         index,
     ]
+
     for peer, view in ((destination_rank, source), (source_rank, target)):
         if view is not None:
             _append(fields, view)
         elif peer >= 0:
-            # a transfer of nothing, such as an empty tree: the library reads a view of each transfer
+            # A transfer of nothing, such as an empty tree: the library reads a view of each
+            # transfer.
             fields += (0, 0)
     return array.array("q", fields)
 
 
 def rebase(request: array.array[int], views: Iterable[BufferView]) -> None:
-    """Put where the views lie now into a request that was packed with them; what was strided may be row-major now."""
+    """Put new addresses of the views into a request that was packed with them.
+
+    A view that was strided may be row-major now.
+    """
     place = _VIEWS
     for view in views:
         if isinstance(view, JoinedView):

@@ -1,8 +1,9 @@
-"""The shared memory of a group: made by rank 0, handed to the others, and proved to be shared by all.
+"""The shared memory of a group.
 
-The memory is a memfd: it has no name, and is gone with the last process that maps it, however that ends. Its pages
-are reserved before anybody maps it, and it is sealed against changes of size, so that no access can fail later. It
-is handed over on a socket whose two ends have proved to know the group's secret.
+Rank 0 makes it and hands it to the others, and all prove that they share it. The memory is a memfd:
+it has no name, and is gone with the last process that maps it, however that ends. Its pages are
+reserved before anybody maps it, and it is sealed against changes of size. So no access can fail
+later. It is handed over on a socket whose two ends have proved to know the group's secret.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class Segment:
         library: The native library.
         handle: The library's number for this rank's part.
         crowded: Whether there are more ranks than processors for them.
-        details: Whether large messages are read from the peers' memory, and what stands against it, in words.
-        stop: Asked by the library every 100 ms while it waits, see ``ErrorMapping.stop``. Set by the owner.
+        details: Whether large messages are read from the peers' memory, and the obstacle if not, in
+            words.
+        stop: Asked by the library every 100 ms while it waits, see ``ErrorMapping.stop``. Set by
+            the owner.
     """
 
     library: Any
@@ -91,25 +94,31 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
         for vote in control.allgather(_own_ballot(control, meeting), deadline)
     ]
     _refuse(control, [ballot.trouble for ballot in ballots])
+
     cores = _cores(ballots)
     fd, listener, trouble = _make(control, cores) if control.rank == 0 else (-1, None, None)
     link: socket.socket | None = None
     handing: _HandOut | None = None
+
     try:
         name = b"" if listener is None else listener.getsockname()
         if listener is not None:
             handing = _HandOut(listener, fd, control, meeting)
             trouble = handing.start()
+
         opening = control.allgather(json.dumps([trouble, name.hex()]).encode(), deadline)
         trouble, name = json.loads(opening[0])
         _refuse(control, [trouble])
+
         trouble = None
         try:
             if listener is None:
                 link = _reach(bytes.fromhex(name), deadline)
         except OSError as error:
             trouble = f"the shared memory could not be handed over: {error} (another network namespace than rank 0's?)"
-        # Rank 0 waits for nobody who cannot reach it; and for the others not so long that no time is left for Gloo.
+
+        # Rank 0 waits for nobody who cannot reach it. It waits for the others only so long that
+        # time is left for Gloo.
         _refuse(
             control,
             [
@@ -117,6 +126,7 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
                 for vote in control.allgather(json.dumps(trouble).encode(), deadline)
             ],
         )
+
         until = time.monotonic() + min(_HAND_OUT_S, (deadline - time.monotonic()) / 2)
         try:
             if handing is not None:
@@ -136,12 +146,15 @@ def share(control: ControlPlane, meeting: Meeting, deadline: float) -> Segment:
             sock.close()
         if fd >= 0:
             os.close(fd)
+
+    # A rank without the memory takes part as well, so that all refuse alike.
     try:
         details = _prove(segment, trouble, control, ballots, deadline)
     except BaseException:
         if segment is not None:
             segment.library.shm_close(segment.handle)
         raise
+
     assert segment is not None
     return replace(segment, details=details)
 
@@ -158,12 +171,14 @@ def _own_ballot(control: ControlPlane, meeting: Meeting) -> bytes:
             library.load()
         except BackendUnavailableError as error:
             trouble = str(error).removeprefix("backend 'shm': ")
+
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         namespace = 0
     cores = sorted(os.sched_getaffinity(0))
     quota = cgroup.processors()
+
     return json.dumps(
         {
             "trouble": trouble,
@@ -201,19 +216,24 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
     size = control.world_size
     half = native.shm_half_nbytes(size)
     nbytes = native.shm_nbytes(size, half)
+
     fd, listener = -1, None
     try:
+        # At a control group's limit posix_fallocate does not fail, but the process is killed.
         spare = cgroup.spare_nbytes()
         if nbytes > spare:
             raise OSError(errno.ENOMEM, f"its control group has {spare / 2**20:.1f} MiB left")
+
         fd = os.memfd_create("colltensor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
         direct = _DIRECT_NBYTES.get(size, _DIRECT_NBYTES_OF_MANY)
         chunk = min(_CHUNK_NBYTES, half // 2)  # four at least in a rank's staging
         code = native.shm_format(fd, size, cores, half, direct, chunk, _READ_NBYTES)
         if code:
             raise OSError(code, os.strerror(code))
+
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(b"\0colltensor-" + secrets.token_hex(16).encode())
         listener.listen(_BACKLOG)
@@ -234,7 +254,10 @@ def _make(control: ControlPlane, cores: int) -> tuple[int, socket.socket | None,
 
 
 class _HandOut:
-    """Gives the segment's descriptor to every other rank, once. Strangers are turned away; nobody waits for another."""
+    """Gives the segment's descriptor to every other rank, once.
+
+    Strangers are turned away; nobody waits for another.
+    """
 
     def __init__(
         self, listener: socket.socket, fd: int, control: ControlPlane, meeting: Meeting
@@ -249,7 +272,10 @@ class _HandOut:
         )
 
     def start(self) -> str | None:
-        """Begin, before anybody knows of the socket; return why not where no thread can be started."""
+        """Begin, before anybody knows of the socket.
+
+        Return why not where no thread can be started.
+        """
         try:
             self._listener.start()
         except RuntimeError as error:
@@ -309,7 +335,10 @@ class _HandOut:
 
 
 def _may_be_a_rank(link: socket.socket) -> bool:
-    """Whether the other side's user may be this one's; who is in another user namespace shows as nobody."""
+    """Return whether the other side's user may be this one's.
+
+    A user of another user namespace shows as nobody.
+    """
     _, user, _ = struct.unpack(
         "3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     )
@@ -335,7 +364,9 @@ def _reach(name: bytes, deadline: float) -> socket.socket:
 def _fetch(
     name: bytes, link: socket.socket, control: ControlPlane, meeting: Meeting, until: float
 ) -> int:
-    """Return the segment's descriptor, over a connection to rank 0, or over others where strangers took its place.
+    """Return the segment's descriptor, over a connection to rank 0.
+
+    Strangers may take a connection's place; others are made then.
 
     Raises:
         OSError: Rank 0 did not give it by then.
@@ -356,6 +387,7 @@ def _fetch(
             time.sleep(min(_PAUSE_S, net.time_left(until)))
         finally:
             link.close()
+
         link = _reach(name, until)
 
 
@@ -383,9 +415,9 @@ def _map(
 def _pidfds(own: int, ballots: list[_Ballot]) -> array.array[int]:
     """Open a descriptor for each other rank's process, by which its death is seen at once.
 
-    The library closes them. Where there is none (another pid namespace, an old kernel) the control plane notices the
-    death instead. The processes are alive: they have yet to take part in the proof, after which their numbers are not
-    looked at again.
+    The library closes them. Where there is none (another pid namespace, an old kernel) the control
+    plane notices the death instead. The processes are alive, because they have yet to take part in
+    the proof. Their numbers are not looked at again after it.
     """
     pidfds = array.array("i")
     for rank, ballot in enumerate(ballots):
@@ -410,7 +442,8 @@ def _prove(
 ) -> str:
     """Let every rank write a fresh number and find everybody's, or raise on every rank.
 
-    Where all ranks also find the numbers in each other's own memory, large messages are read from there.
+    Where all ranks also find the numbers in each other's own memory, large messages are read from
+    there.
 
     Returns:
         Whether they are, in words.
@@ -422,6 +455,7 @@ def _prove(
     if segment is not None:
         segment.library.shm_write_nonce(segment.handle, *struct.unpack("<qq", nonce))
     nonces = control.allgather(nonce, deadline)
+
     if segment is not None:
         unseen = [
             rank
@@ -432,6 +466,7 @@ def _prove(
         ]
         if unseen:
             trouble = f"its memory is not the memory of ranks {unseen}"
+
     obstacle = (
         None if segment is None or trouble else _obstacle_to_reading(segment, control.rank, ballots)
     )
@@ -440,11 +475,13 @@ def _prove(
         for vote in control.allgather(json.dumps([trouble, obstacle]).encode(), deadline)
     ]
     _refuse(control, [vote[0] for vote in votes])
+
     obstacles = [
         f"rank {rank}: {vote[1]}" for rank, vote in enumerate(votes) if vote[1] is not None
     ]
     if segment is not None:
         segment.library.shm_allow_reading(segment.handle, not obstacles)
+
     if not obstacles:
         return "large messages may be read from the other processes' memory"
     _LOG.debug(
@@ -457,7 +494,10 @@ def _prove(
 
 
 def _obstacle_to_reading(segment: Segment, own: int, ballots: list[_Ballot]) -> str | None:
-    """Return None if this rank can read the memory of all other ranks' processes and wants to, else why not."""
+    """Return None if this rank can read the memory of all other ranks' processes.
+
+    If it cannot, or does not want to, return why not.
+    """
     if not environment.is_on(environment.READ_PEERS):
         return f"{environment.READ_PEERS}={os.environ[environment.READ_PEERS]}"
     namespace = ballots[own].pid_namespace

@@ -1,9 +1,10 @@
-"""torch.distributed on our transports: ``dist.init_process_group("cpu:colltensor")`` after ``import colltensor.torch``.
+"""torch.distributed on our transports, by ``dist.init_process_group("cpu:colltensor")``.
 
-This module names the backend to torch; the rest is imported when a group is made.
+That works after ``import colltensor.torch``. This module names the backend to torch; the rest is
+imported when a group is made.
 
 process_group   the ProcessGroup: all collectives, on one Group
-base            what it is made of, how its operations run, point-to-point, and its end
+base            its parts: how its operations run, point-to-point, and its end
 identity        what torch asks the group about itself
 payloads        from torch's arguments to what moves, where that is more than one call of a Group
 transfers       send and recv by tag, on a Group for each direction of a pair; their deadlines
@@ -37,9 +38,10 @@ def register() -> None:
         if NAME.upper() not in _compat.registered_backends():
             dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
         if hasattr(torch.ops._c10d_functional, "all_gather_into_tensor_out"):
-            library = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]  # torch's
+            # torch types neither of the two calls.
+            library = torch.library.Library("_c10d_functional", "IMPL")  # type: ignore[no-untyped-call]
             _operators.append(library)
-            library.impl("all_gather_into_tensor_out", _gather_into, "CPU")  # type: ignore[no-untyped-call]  # likewise
+            library.impl("all_gather_into_tensor_out", _gather_into, "CPU")  # type: ignore[no-untyped-call]
 
 
 def _gather_into(source: torch.Tensor, size: int, group: Any, *, out: torch.Tensor) -> torch.Tensor:
@@ -57,7 +59,8 @@ def create(options: Any, backend_options: Any) -> ColltensorProcessGroup:
 
     Args:
         options: torch's ``DistributedBackendOptions``: store, rank, size, timeout, name.
-        backend_options: What ``init_process_group`` got as ``pg_options``; there are none for this backend.
+        backend_options: What ``init_process_group`` got as ``pg_options``; there are none for this
+            backend.
 
     Raises:
         CollectiveError: The ranks do not meet before the timeout, or cannot be connected.

@@ -54,7 +54,8 @@ class BaseProcessGroup(Identity):
             store: A c10d store, with a prefix of this group's own.
             rank: This rank.
             size: The number of ranks.
-            timeout: How long operations wait for other ranks, and how long the ranks may take to come.
+            timeout: How long operations wait for other ranks, and how long the ranks may take to
+                come.
             name: The group's name, for messages.
             refusal: Why this rank will not be in the group, which every rank is to raise.
 
@@ -79,7 +80,8 @@ class BaseProcessGroup(Identity):
         self._parts = itertools.count()
         self._issued = 0
         self._ended: str | None = None
-        # Whoever drops a process group has left it, as with torch's own, so that no other rank waits for this one.
+        # As with torch's own, whoever drops a process group has left it, so no other rank waits for
+        # this one.
         parts = self._queue, self._transfers, group
         self._dropped = weakref.finalize(self, _leave_beside, *parts, name)
         self._dropped.atexit = False
@@ -148,7 +150,7 @@ class BaseProcessGroup(Identity):
         group_desc: str | None = None,
         device_types: Any = None,
     ) -> Any:
-        """Make a process group of some ranks of this one, in the order of their ranks; None on the others.
+        """Make a process group of some ranks of this one, in their order; None on the others.
 
         All ranks call, each with the ranks of the part that it will be in, or of another one.
         """
@@ -175,10 +177,13 @@ class BaseProcessGroup(Identity):
         group_name: str | None = None,
         group_desc: str | None = None,
     ) -> Any:
-        """Make a process group of the ranks of several, which need not know each other; all of their ranks call.
+        """Make a process group of the ranks of several; all of their ranks call.
+
+        The groups need not know each other.
 
         Args:
-            store: A c10d store that all of them reach. After a merge that failed take another, or another prefix.
+            store: A c10d store that all of them reach. After a merge that failed take another, or
+                another prefix.
             size: The number of ranks in all. They are numbered in the order in which they come.
             timeout: How long they may take to come, and operations wait for other ranks.
             group_name: The new group's name, for messages; this one's and ``:merge`` without it.
@@ -205,9 +210,10 @@ class BaseProcessGroup(Identity):
         return made
 
     def shutdown(self) -> None:
-        """Leave the group, after what was issued has run for at most 5 s; the others get PeerLostError if they call.
+        """Leave the group, after issued calls have run for at most 5 s.
 
-        A call without ``async_op`` that another thread is in ends at once, on all ranks.
+        The others get PeerLostError if they call. A call without ``async_op`` that another thread
+        is in ends at once, on all ranks.
         """
         deadline = time.monotonic() + _DRAIN_S
         self._queue.drain(deadline)
@@ -345,7 +351,8 @@ class BaseProcessGroup(Identity):
             if error is told:
                 raise
             where = f"group '{self._group.name}' (rank {self.rank()})"
-            raise translated(error, where, source, destination)  # noqa: B904 - it has its cause, or is the error itself
+            # The error has its cause, or is the original error itself.
+            raise translated(error, where, source, destination)  # noqa: B904
 
     def _elsewhere(self, tensor: torch.Tensor) -> Any:
         return self._delegated.group_for(self, tensor.device)

@@ -1,7 +1,7 @@
-"""The backends of other devices than the CPU in a process group such as ``"cpu:colltensor,cuda:nccl"``.
+"""The backends of other devices than the CPU in a process group.
 
-torch makes no further backend once one of them is a ProcessGroup, so they are made here when the first of their
-tensors comes.
+One such group is ``"cpu:colltensor,cuda:nccl"``. torch makes no further backend once one of them is
+a ProcessGroup. So they are made here when the first of their tensors comes.
 """
 
 from __future__ import annotations

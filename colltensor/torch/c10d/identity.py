@@ -18,7 +18,8 @@ class Identity(_ProcessGroup):
     """Who a process group is.
 
     Attributes:
-        supports_splitting: False: torch's Python ``split_group`` is for NCCL's; the method of that name works.
+        supports_splitting: False: torch's Python ``split_group`` is for NCCL's; the method of that
+            name works.
         supports_coalescing: False: a batch of sends and receives needs no coalescing.
         supports_time_estimate: False.
     """
@@ -78,8 +79,9 @@ class Identity(_ProcessGroup):
     def bound_device_id(self) -> None:
         """None, whatever ``init_process_group`` gets as ``device_id``.
 
-        With one, torch's ``new_group`` has the ranks that are no members of the new group take part in a split of the
-        backend of that device, whose other ranks, here, make a new one instead.
+        With one, torch's ``new_group`` has the ranks that are no members of the new group take part
+        in a split. It splits the backend of that device, whose other ranks, here, make a new one
+        instead.
         """
         return None
 

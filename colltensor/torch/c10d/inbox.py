@@ -34,7 +34,9 @@ SENDER: Final = 0
 
 
 def translated(error: CollectiveError, name: str, source: int, destination: int) -> CollectiveError:
-    """Return what an error of the group of one direction is in the process group, by whose ranks it names them.
+    """Return an error of one direction's group as one of the process group.
+
+    It names the process group's ranks.
 
     Args:
         error: The error, which names ranks of the two.
@@ -49,6 +51,7 @@ def translated(error: CollectiveError, name: str, source: int, destination: int)
     named = " and ".join(f"rank {rank}" for rank in ranks) or "a rank"
     what = "died or left" if kind is PeerLostError else "did not come in time"
     closed = f" ({CLOSED})" if kind is PeerLostError else ""
+
     found: CollectiveError = kind(
         f"the transfers from rank {source} to rank {destination}: {name}: {named} {what}{closed}; make the process "
         "group again on all ranks",
@@ -64,7 +67,8 @@ def translating(name: str, source: int, destination: int) -> Iterator[None]:
     try:
         yield
     except CollectiveError as error:
-        raise translated(error, name, source, destination)  # noqa: B904 - it has its cause, or is the error itself
+        # The error has its cause, or is the original error itself.
+        raise translated(error, name, source, destination)  # noqa: B904
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -273,6 +277,7 @@ class Inbox:
         with translating(self._where, source, self._rank):
             group.recv(header.tensor, SENDER)
         number, tag, nbytes, dtype, is_inline = header.read()
+
         with self._changed:
             self._taken[source] = number
             if self._is_withdrawn(source, number):
@@ -293,6 +298,7 @@ class Inbox:
                 fits, target = True, receive.tensor
             else:
                 fits, target = False, torch.empty(nbytes, dtype=torch.uint8)
+
             if is_inline:
                 header.copy_to(target)
                 if not target.is_inference():
@@ -304,6 +310,7 @@ class Inbox:
                     torch.inference_mode(target.is_inference()),  # else they may not be written
                 ):
                     group.recv(bytes_of(target), SENDER)
+
             if receive is not None and fits:
                 receive.sender = source
                 _end(receive, None)
@@ -393,13 +400,17 @@ _DTYPES: Final = {
 _CODES: Final = {dtype: code for code, dtype in _DTYPES.items()}
 _WORDS: Final = struct.Struct("=qqqq")
 _INLINE_NBYTES: Final = 2048
-"""How long a message may be that travels in its header: a second transfer would take longer than its copy."""
+"""How long a message may be that travels in its header.
+
+A second transfer would take longer than its copy.
+"""
 
 
 class Header:
-    """Memory for the header of one message after another: number, tag, bytes, dtype, and a short message's bytes.
+    """Memory for the header of one message after another.
 
-    It has one length always, because whoever receives it does not know the message's yet.
+    It holds number, tag, bytes, dtype, and a short message's bytes. It has one length always,
+    because whoever receives it does not know the message's yet.
 
     Attributes:
         tensor: What is sent and received.

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch marks none exported
+# torch marks none of them exported.
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from colltensor import net
 from colltensor.errors import CollectiveError, CollectiveTimeoutError, OptionError, say_timed_out
@@ -35,17 +36,20 @@ def meet(
 ) -> Group:
     """Make the group of ``world_size`` ranks that call this with one store and one prefix.
 
-    The network interface is the one that the variable GLOO_SOCKET_IFNAME names, if it is set, as for torch's Gloo.
+    The network interface is the one that the variable GLOO_SOCKET_IFNAME names, if it is set, as
+    for torch's Gloo.
 
     Args:
-        store: A c10d store; its keys are deleted again, so that the next group can meet under the same prefix. Whoever
-            reaches it reads them, which does not let him into the group where all ranks were given a secret.
+        store: A c10d store; its keys are deleted again, so that the next group can meet under the
+            same prefix. Whoever reaches it reads them. That does not let him into the group where
+            all ranks were given a secret.
         prefix: Of the keys.
         rank: This rank in the group.
         world_size: The number of ranks.
         name: The group's name in messages.
-        timeout_s: How long the others may take to come, and a call of the group then waits for them, in seconds.
-        check: Called now and then while others are waited for; what it raises ends the wait.
+        timeout_s: How long the others may take to come, and a call of the group then waits for
+            them, in seconds.
+        check: Called now and then while others are waited for; its error ends the wait.
         refusal: Why this rank will not be in the group, which every rank is to raise.
 
     Raises:
@@ -113,7 +117,9 @@ def _host_of(store: Any) -> str | None:
 
 @dataclass(slots=True)
 class _Exchange:
-    """Hands this rank's bytes to all ranks through the store, round by round, and returns all ranks'.
+    """Hands this rank's bytes to all ranks through the store, and returns all ranks'.
+
+    It works round by round.
 
     Attributes:
         store: The c10d store; keys in it begin with ``prefix``.

@@ -1,7 +1,7 @@
-"""From torch's arguments to what moves: reduce ops, options and tensors; operations of more than one call of a Group.
+"""From torch's arguments to payloads: reduce ops, options and tensors.
 
-Tensors travel without autograd. What no single call makes are averages of integers, parts of unequal sizes and sparse
-tensors.
+It also has the operations of more than one call of a Group: averages of integers, parts of unequal
+sizes and sparse tensors. No single call makes those. Tensors travel without autograd.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def bare(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def apart(value: Any) -> Any:
-    """Return arguments of a call with tensors of their own on the same memory, also those within lists and tuples.
+    """Return a call's arguments with tensors of their own on the same memory.
 
-    Between the issue of a call and its run, the autograd function around a functional collective makes the tensor that
-    it returns require grad.
+    Those within lists and tuples are replaced, too. Between the issue of a call and its run, the
+    autograd function around a functional collective changes the tensor that it returns. It makes it
+    require grad.
     """
     if isinstance(value, torch.Tensor):  # a sparse one would get its new elements alone
         return value.detach() if value.layout is torch.strided else value
@@ -72,7 +73,9 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def only(operation: str, argument: str, tensors: Any) -> torch.Tensor:
-    """Return the one tensor of an argument in which torch can give several, for several devices, or the tensor itself.
+    """Return the one tensor of an argument in which torch can give several, or the tensor itself.
+
+    torch gives several for several devices.
 
     Raises:
         OptionError: There are more, or none.
@@ -88,7 +91,7 @@ def only(operation: str, argument: str, tensors: Any) -> torch.Tensor:
 
 
 def of_rank(operation: str, lists: Sequence[Any]) -> list[torch.Tensor]:
-    """Return the list of tensors of an argument in which torch can give several lists, or the list itself.
+    """Return the one list of tensors where torch can give several lists, or the list itself.
 
     Raises:
         OptionError: There are more lists.
@@ -135,7 +138,8 @@ def options(kind: Any, given: Any, timeout: timedelta | None = None, **short: An
     Args:
         kind: The class of the options.
         given: They themselves, or the value of the first of ``short``, or None.
-        timeout: How long the call may wait for other ranks; None for as long as the process group's calls do.
+        timeout: How long the call may wait for other ranks; None for as long as the process group's
+            calls do.
         **short: Values of attributes; None where it is not given.
     """
     if isinstance(given, kind):
@@ -168,9 +172,10 @@ def is_integral(tensor: torch.Tensor) -> bool:
 def average(
     group: Group, name: str, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
 ) -> None:
-    """Write the averages of integers or bools as NCCL makes them: the sum, divided, and rounded towards zero.
+    """Write the averages of integers or bools as NCCL makes them.
 
-    Sums of less than 64 bits do not overflow; of bools an element is true where it is on all ranks.
+    The sum is divided, and rounded towards zero. Sums of less than 64 bits do not overflow. Of
+    bools an element is true where it is on all ranks.
 
     Args:
         group: The group.
@@ -185,6 +190,7 @@ def average(
     group.allreduce(
         {f"{name} average {source.dtype} {at}": sums[at] for at, source in enumerate(sources)}
     )
+
     for target, total in zip(targets, sums, strict=False):
         if total.dtype is torch.uint64:  # which torch cannot divide
             quotient = total.numpy()
@@ -219,9 +225,10 @@ def gather_rows(group: Group, output: torch.Tensor, source: torch.Tensor) -> Non
 def reduce_parts(
     group: Group, target: torch.Tensor, sources: list[torch.Tensor], op: ReduceOp
 ) -> None:
-    """Combine all ranks' source of each rank into that rank's ``target``, which may share memory with the sources.
+    """Combine all ranks' source of each rank into that rank's ``target``.
 
-    The sources of different ranks may differ in length, the same way on all ranks.
+    The target may share memory with the sources. The sources of different ranks may differ in
+    length, the same way on all ranks.
     """
     uneven = any(source.numel() != sources[0].numel() for source in sources)
     if (
@@ -260,12 +267,14 @@ def _average_parts(group: Group, target: torch.Tensor, sources: Any) -> None:
                 f"times {target.numel()} elements, got {sources.numel()}"
             )
         sources = sources.reshape(group.world_size, -1).unbind()
+
     if len(sources) != group.world_size or sources[group.rank].numel() != target.numel():
         raise ShapeError(
             f"reduce_scatter: group '{group.name}' (rank {group.rank}): expected an input of each of "
             f"{group.world_size} ranks, this one's of {target.numel()} elements, got "
             f"{[source.numel() for source in sources]}"
         )
+
     results = [
         torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources
     ]
@@ -295,12 +304,14 @@ def exchange(
     targets: Sequence[torch.Tensor],
     sources: Sequence[torch.Tensor],
 ) -> None:
-    """Copy ``sources[r]`` into rank r's target of this rank, in pairs, because the sizes may differ from pair to pair.
+    """Copy ``sources[r]`` into rank r's target of this rank, in pairs.
+
+    It goes in pairs because the sizes may differ from pair to pair.
 
     Args:
         group: The group.
         output: Gets ``buffer``'s elements in the end, or None.
-        buffer: What ``targets`` are views of, or None.
+        buffer: The tensor that ``targets`` are views of, or None.
         targets: What this rank gets from each rank.
         sources: What this rank gives each rank.
     """
@@ -325,7 +336,9 @@ def exchange(
 
 
 def allreduce_sparse(group: Group, tensor: torch.Tensor, op: ReduceOp) -> None:
-    """Sum sparse COO tensors of all ranks, which may have different elements; in place, and coalesced.
+    """Sum sparse COO tensors of all ranks, which may have different elements.
+
+    It works in place; the result is coalesced.
 
     Raises:
         OptionError: Another op than SUM.

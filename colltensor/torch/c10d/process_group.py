@@ -22,14 +22,16 @@ _ALLREDUCE: Final = c10d.AllreduceOptions
 
 
 class ColltensorProcessGroup(BaseProcessGroup):
-    """torch.distributed's process group on our transports. Made by ``dist.init_process_group("cpu:colltensor")``.
+    """torch.distributed's process group on our transports.
 
-    Each method is torch's of that name: it writes the tensors in place and returns a ``dist.Work``. With the option
-    ``asyncOp``, which all have but those of torch's Python functions without ``async_op``, the operation runs in a
-    thread of the group's, in the order of issue; else it is done on return. Beside what torch's Gloo takes, tensors
-    may be strided, of any dtype, and averaged. Tensors on other devices go to their own backend, if the group has one.
+    It is made by ``dist.init_process_group("cpu:colltensor")``. Each method is torch's of that
+    name: it writes the tensors in place and returns a ``dist.Work``. With the option ``asyncOp``,
+    the operation runs in a thread of the group's, in the order of issue; else it is done on return.
+    All have that option but those of torch's Python functions without ``async_op``. Beside what
+    torch's Gloo takes, tensors may be strided, of any dtype, and averaged. Tensors on other devices
+    go to their own backend, if the group has one.
 
-    Methods raise what a ``Group``'s do, or their Work does when it is waited for.
+    Methods raise the errors of a ``Group``'s methods, or their Work does when it is waited for.
     """
 
     def allreduce(
@@ -119,6 +121,7 @@ class ColltensorProcessGroup(BaseProcessGroup):
             return self._elsewhere(input_list[0]).allgather_coalesced(
                 output_lists, input_list, opts
             )
+
         pairs = [
             ([bare(outputs[index]) for outputs in output_lists], bare(source))
             for index, source in enumerate(input_list)

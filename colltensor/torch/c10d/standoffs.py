@@ -1,9 +1,11 @@
-"""Standoffs: two ranks that wait in sends to each other, or in receives from each other, are told at once.
+"""Standoffs: ranks that wait in sends to each other, or in receives, are told at once.
 
-Neither can end: a send is done when a receive takes it, and torch's ``send`` and ``recv`` do nothing else meanwhile. A
-rank whose only thread waits like that asks the other one, whose listener answers. If both wait, the lower one has the
-other end its operation, and then ends its own. Nothing can end that in between: it is held. What both had sent is
-discarded by its number. Where other threads run, which may make the call that helps, the log alone is told.
+Two such ranks can never end. A send is done when a receive takes it, and torch's ``send`` and
+``recv`` do nothing else meanwhile. A rank whose only thread waits like that asks the other one,
+whose listener answers. If both wait, the lower one has the other end its operation, and then ends
+its own. Nothing can end that in between: it is held. The messages that both had sent are discarded
+by their numbers. Where other threads run, one may make the call that helps, so only the log is
+told.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from colltensor.errors import CollectiveError, GroupError, MismatchError
 from colltensor.torch.c10d.work import QueuedCall, is_followed
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
-"""Whoever comes later has the lower one look at once, so that they look again only in case a message was lost."""
+"""Whoever comes later has the lower one look at once.
+
+So they look again only in case a message was lost.
+"""
 _ANSWER_S: Final = 30.0
 """How long an end that was agreed on is asked for."""
 _REMEMBERED: Final = round(_ANSWER_S / _FIRST_PAUSE_S)
@@ -47,15 +52,15 @@ class Progress(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Wait:
-    """What this rank's thread waits for.
+    """The wait of this rank's thread.
 
     Attributes:
         number: Its number among the waits of this rank.
         sends: Whether for a send, or a receive.
         peer: To or from which rank.
         operation: The operation.
-        progress: Returns how far the two are, if the operation waits for a call of the other rank, and if no other
-            operation of this rank lets that go on; else None.
+        progress: Returns how far the two are, if the operation waits for a call of the other rank.
+            No other operation of this rank may let that go on. Else it returns None.
         hold: Keeps the operation from ending while the other rank is asked to end its own.
         release: Lets it go on.
         refuse: Ends it with an error, given how far the other rank is.
@@ -91,7 +96,8 @@ class Standoffs:
         Args:
             name: The process group's name.
             rank: This rank.
-            ask: Returns what ``answer`` of another rank says to a question, None if no answer comes.
+            ask: Returns another rank's answer (see ``answer``) to a question, None if no answer
+                comes.
             lost: Returns an error if another rank is gone.
             fail: Ends all transfers.
         """
@@ -170,6 +176,7 @@ class Standoffs:
             return
         if self._rank > wait.peer:  # that one looks too, now that it was asked
             return
+
         number, sends, is_alone, *progress = said
         theirs = Progress(*progress)
         if sends != wait.sends or not _blocks(sends, mine, theirs):

@@ -1,9 +1,9 @@
 """Transfers: send and recv of a process group, matched by source and tag as MPI does.
 
-Every direction of every pair of ranks has a group and a thread of its own, made when it is first used, so that nothing
-that one of them waits for keeps another waiting: two ranks may both send before they receive, and a receive may name a
-later message's tag. A message is a header, in which a short one is, and, when a receive was issued that takes it, the
-bytes of a long one.
+Every direction of every pair of ranks has a group and a thread of its own, made when it is first
+used. So nothing that one of them waits for keeps another waiting. Two ranks may both send before
+they receive, and a receive may name a later message's tag. A message is a header, which contains
+the bytes of a short one. Those of a long one follow when a receive was issued that takes it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from colltensor.torch.c10d.standoffs import Progress, Standoffs
 from colltensor.torch.c10d.work import ProcessGroupQueue, QueuedCall
 
 PATIENCE_S: Final = 7 * 86400.0
-"""The timeout of the groups in here: ``Deadlines`` ends operations, and between them a group waits for the next."""
+"""The timeout of the groups in here.
+
+``Deadlines`` ends operations, and between them a group waits for the next.
+"""
 _RECEIVER: Final = 1
 _PRUNE_FROM: Final = 64
 _LONGEST_WAIT_S: Final = 86400.0
 
 Connect = Callable[[int, int, Callable[[], None]], Group]
-"""Makes the group of a source and a destination, in whose order the two are its ranks; calls the function meanwhile."""
+"""Makes the group of a source and a destination, in whose order the two are its ranks.
+
+Calls the function meanwhile.
+"""
 
 
 class Transfers:
@@ -189,9 +195,10 @@ class Transfers:
     def _send_progress(
         self, operation: QueuedCall, destination: int, number: int
     ) -> Progress | None:
-        """Return how far this rank and ``destination`` are, if a send waits for its recv and none is issued here.
+        """Return how far the two ranks are, if a send waits for its recv.
 
-        Others that were issued before it may wait as well: they are taken first, by a recv all the same.
+        Return None if a recv of this rank is issued that ``destination`` may wait for. Other sends
+        that were issued before may wait as well: they are taken first, by a recv all the same.
         """
         taken = self._inbox.taken(destination)
         if taken is None or operation.done() or number not in self._open[destination]:

@@ -1,7 +1,8 @@
-"""The operations of a process group: their handles, ours and torch's around them, and the queue that runs them.
+"""The operations of a process group: their handles and the queue that runs them.
 
-``colltensor.operation_queue`` has one thread; here a callback may wait for a later operation, as torch's PowerSGD hook
-does, so another thread goes on meanwhile.
+The handles are ours and torch's around them. ``colltensor.operation_queue`` has one thread. Here a
+callback may wait for a later operation, as torch's PowerSGD hook does, so another thread goes on
+meanwhile.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ _followed: Final[weakref.WeakSet[QueuedCall]] = weakref.WeakSet()
 
 
 class QueuedCall(Work):
-    """An operation of a process group; ``notify`` calls what waits for its end, and that may wait for other operations.
+    """An operation of a process group.
+
+    ``notify`` calls whatever waits for its end, and that may wait for other operations.
 
     Attributes:
         name: The operation, for messages.
-        watch: What looks after a thread that waits for the operation without a timeout, until it is done; or None.
+        watch: Looks after a thread that waits for the operation without a timeout, until it is
+            done; or None.
     """
 
     watch: Callable[[], None] | None = None
@@ -129,7 +133,9 @@ class ProcessGroupQueue:
                 self._changed.notify_all()
 
     def put(self, operation: QueuedCall) -> None:
-        """Run ``operation`` in a thread of the queue when its turn comes; it fails at once where the queue is closed.
+        """Run ``operation`` in a thread of the queue when its turn comes.
+
+        It fails at once where the queue is closed.
 
         Raises:
             RuntimeError: No thread can be started; nothing is left behind.
@@ -145,6 +151,7 @@ class ProcessGroupQueue:
                         self._waiting.remove(operation)
                     raise
                 return
+
         operation.end(self._closed)
         operation.notify()
 
@@ -155,9 +162,10 @@ class ProcessGroupQueue:
             self._changed.notify_all()
 
     def drain(self, deadline: float) -> None:
-        """Wait until everything that was put has run, or until ``deadline``, a value of ``time.monotonic()``.
+        """Wait until everything that was put has run, or until ``deadline``.
 
-        Not for an operation that runs in a thread of the caller's own.
+        The deadline is a value of ``time.monotonic()``. Not for an operation that runs in a thread
+        of the caller's own.
         """
         with self._lock:
             self._watched = True
@@ -294,7 +302,8 @@ class PendingWork(FinishedWork):
         """Return True when the operation is done.
 
         Raises:
-            CollectiveTimeoutError: It is not done after ``timeout``, where one is given; it goes on.
+            CollectiveTimeoutError: It is not done after ``timeout``, where one is given; it goes
+                on.
             CollectiveError: It failed.
         """
         operation = self._operation
@@ -334,8 +343,8 @@ class PendingWork(FinishedWork):
                 operation.wait()
                 return tensors
 
-            # An exception that Python sets is a value like any other to C++, which DDP's reducer would take for the
-            # tensors; one that a callback raises is an error there too.
+            # An exception that Python sets is a value like any other to C++, which DDP's reducer
+            # would take for the tensors. One that a callback raises is an error there too.
             ended = done.then(value)
             self._future = _script().list_after(ended, tensors) if half else ended
             operation.then(lambda: done.set_result(None))
@@ -344,10 +353,11 @@ class PendingWork(FinishedWork):
 
 @functools.cache
 def _script() -> Any:
-    """Return the script whose futures have a list of tensors for a value, where Python's have a Python object.
+    """Return the script whose futures have a list of tensors for a value.
 
-    C++ takes the latter for the former but in the built-in hook of DDP that compresses to float16, which checks the
-    type; other futures are spared the 20 us that a script takes.
+    Python's have a Python object. C++ takes the latter for the former, but not in the built-in hook
+    of DDP that compresses to float16, which checks the type. Other futures are spared the 20 us
+    that a script takes.
     """
     return torch.jit.CompilationUnit(
         """
