@@ -202,7 +202,9 @@ def test_a_process_ends_cleanly(path: str, provider: str, end: str) -> None:
     if end == "in flight" and provider == "pygloo":
         pytest.skip("pygloo holds the GIL while it waits: nothing can end it")
     if end == "in flight" and provider == "torch":
-        pytest.skip("a group ends what waits in torch before the interpreter ends: test_process_ends.py")
+        pytest.skip(
+            "a group ends what waits in torch before the interpreter ends: test_process_ends.py"
+        )
     program = PROGRAM.format(path=sys.path, end=ENDS[end])
     arguments = [sys.executable, "-c", program]
     ranks = [
