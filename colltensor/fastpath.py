@@ -280,7 +280,7 @@ class FastCall:
                         notify_all_written(needs_write_notice)
                     return EndedWork(result)
 
-            if code in (FAST_PENDING, FAST_LARGE, FAST_BUSY):
+            if code in (FAST_PENDING, FAST_LARGE, FAST_BUSY) and queue.is_native:
                 exports = [export(tensor) for tensor in tensors]
                 work = IssuedWork(
                     self._operation,

@@ -31,6 +31,7 @@ class NativeQueue:
         idle: Whether nothing waits or runs here, so that a call needs not queue. After operations
             of the native queue it stays False until ``rests`` is asked.
         busy: Whether an operation of Python's waits for a worker or runs in one.
+        is_native: Whether there is a native queue.
         awaited: The work that a thread waits for without a timeout of its own, or None.
         watch: Told True when work is put, and False when the workers have nothing to do any more;
             or None.
@@ -39,6 +40,7 @@ class NativeQueue:
     def __init__(self, name: str, native: IssueQueue | None) -> None:
         self._name = name
         self._native = native
+        self.is_native = native is not None
         self._closed = False
         self.watch: Callable[[bool], None] | None = None
         self._renew()

@@ -52,7 +52,7 @@ class OperationQueue(NativeQueue):
         super()._renew()
         self.turn = Turn()
         self._waiting: collections.deque[Work] = collections.deque()
-        self._lanes: dict[Lane, Work] = {}  # the works that run in one
+        self._lanes: set[Lane] = set()  # in which a work runs
         # works that wait or run, by lane
         self._due: collections.Counter[Lane] = collections.Counter()
         self._workers = self._spare = 0
@@ -81,7 +81,7 @@ class OperationQueue(NativeQueue):
         """Return whether an operation runs or waits."""
         return bool(self._waiting or self.turn.owner()) or not self._is_native_done()
 
-    def blocking(self) -> tuple[list[Lane], list[Lane | None], bool] | None:
+    def blocking(self) -> tuple[list[Lane], list[Lane | None]] | None:
         """Return what keeps the caller of this rank from going on.
 
         Returns None if nothing of the queue does. May be called in any thread.
@@ -89,21 +89,19 @@ class OperationQueue(NativeQueue):
         Returns:
             First the lanes of the transfers that run in workers and that the caller waits for.
             There are none if it waits for a call that is made alone. Then the lanes of all works
-            that are issued and not begun, None for those without. Last whether a done callback may
-            still make a call.
+            that are issued and not begun, None for those without.
         """
         work, owner = self.awaited, self.turn.owner()
         if (work is None or work.done()) and owner in (0, _WORKERS):
             return None
 
         with self._lock:
-            lanes, waiting = dict(self._lanes), list(self._waiting)
+            lanes, waiting = set(self._lanes), list(self._waiting)
 
-        followed = any(other._callbacks for other in (*lanes.values(), *waiting))
         concerned = list(lanes)
         if work is not None and work.lane in lanes:
             concerned = [work.lane]
-        return concerned, [other.lane for other in waiting if other is not work], followed
+        return concerned, [other.lane for other in waiting if other is not work]
 
     def is_inside(self) -> bool:
         """Return whether this thread is in a call.
@@ -255,7 +253,7 @@ class OperationQueue(NativeQueue):
         work = self._waiting[place]
         del self._waiting[place]
         if work.lane is not None:
-            self._lanes[work.lane] = work
+            self._lanes.add(work.lane)
         return work
 
     def _serve(self) -> None:
@@ -308,7 +306,7 @@ class OperationQueue(NativeQueue):
         """Give back the turn that was taken for a work."""
         with self._lock:
             if work.lane is not None:
-                self._lanes.pop(work.lane, None)
+                self._lanes.discard(work.lane)
                 self._forget(work)
             if not self._lanes:
                 self.turn.release()

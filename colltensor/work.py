@@ -7,6 +7,7 @@ import math
 import numbers
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -170,7 +171,7 @@ class Work:
         raise or wait. As in ``concurrent.futures``, ``exception()`` and ``result()`` say how it
         ended.
         """
-        self._callbacks.append(callback)
+        self._callbacks.append(_Pending(callback))
         if self._finished.is_set():
             self._call_back()
 
@@ -203,6 +204,27 @@ class Work:
             except IndexError:  # called, here or by the thread that came at the same time
                 return
             call_back(callback, self)
+
+
+class _Pending:
+    """A done callback that is to be called, or has not returned yet."""
+
+    __slots__ = ("__weakref__", "_callback")
+
+    def __init__(self, callback: Callable[[Work], None]) -> None:
+        self._callback = callback
+        _pending.add(self)
+
+    def __call__(self, work: Work) -> None:
+        try:
+            self._callback(work)
+        finally:
+            _pending.discard(self)
+
+
+_pending: Final[weakref.WeakSet[_Pending]] = weakref.WeakSet()
+callers: Final[list[Callable[[], bool]]] = [lambda: bool(_pending)]
+"""What returns whether something pending will call the user's code, which may make calls."""
 
 
 def call_back(callback: Callable[[Work], None], work: Work) -> None:
@@ -387,7 +409,7 @@ class IssuedWork(Work):
 
     def add_done_callback(self, callback: Callable[[Work], None]) -> None:
         """Have ``callback`` called once the operation is done; see ``Work.add_done_callback``."""
-        if self._over or not self._issuer.notify(self, callback):
+        if self._over or not self._issuer.notify(self, _Pending(callback)):
             if not self.done():
                 raise _parents(self._operation)
             call_back(callback, self)

@@ -108,14 +108,11 @@ class LoopbackCalls:
     def fast_call(
         self, operation: int, op: int, root: int, source: int, stacked: bool
     ) -> tuple[Callable[..., int], Callable[..., int]]:
-        """Return two functions that do the same: none of them ever needs the other."""
-        call = operation, op, root, source, stacked
-        first, second = (
-            self._native.shm_loopback_function(*call),
-            self._native.shm_loopback_function(*call),
-        )
-        first.release_gil = False
-        return first, second
+        """Return two functions of the native library's: see ``AgreeingBackend``."""
+        make, call = self._native.shm_loopback_function, (operation, op, root, source, stacked)
+        brief, patient = make(*call, True), make(*call, False)
+        brief.release_gil = False
+        return brief, patient
 
     def complete(self, name: str, code: int) -> int:
         """Return FAST_REFUSED: a call that was not done takes the slow path."""

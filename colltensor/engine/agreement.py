@@ -80,8 +80,12 @@ class Agreement:
         """
         return 0
 
-    def collectives(self, in_one: bool) -> int:
-        """Return how many collectives this rank has begun, if it is in one now or not."""
+    def collectives(self, in_native: bool) -> int:
+        """Return how many collectives this rank has begun.
+
+        Args:
+            in_native: Whether it is in a fast call, of which the engine knows nothing.
+        """
         return self.sequence
 
     def native_peers(self) -> tuple[int, int]:
@@ -373,9 +377,10 @@ class BackendAgreement(ExchangedAgreement):
         """Return what the backend has counted."""
         return self._backend.transfers(source, destination)
 
-    def collectives(self, in_one: bool) -> int:
-        """Return what the backend has counted, which counts them at their end."""
-        return self._backend.calls() + in_one
+    def collectives(self, in_native: bool) -> int:
+        """Return what the backend has counted at the end of each, and the one that runs."""
+        calls = self._backend.calls()
+        return calls + 1 if in_native else max(calls, self.sequence)
 
     def native_peers(self) -> tuple[int, int]:
         """Return what the backend knows."""

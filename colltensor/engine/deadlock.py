@@ -8,12 +8,16 @@ A rank whose transfer waits for longer than usual asks the others what they wait
 its own. It follows the answers. If they lead back to it, and are the same once more, the group is
 broken with MismatchError a moment later.
 
-Waits only count where the rank's only caller is blocked, so that nobody is left who could make the
-missing call.
+Waits only count where the rank's caller is blocked. Nothing goes past a call that has the group's
+turn, so that a circle of such calls is certain. Past one that waits for its turn, or for an
+asynchronous one, others may call: a thread, a done callback, a signal's handler. Threads and
+callbacks can be seen, so that one line is logged instead. Handlers cannot, nor threads of C++'s
+that sleep: such a circle must stand for a while before it counts.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import sys
@@ -25,28 +29,49 @@ from typing import Any, Final, NamedTuple
 from colltensor.control import Control
 from colltensor.control.messages import REMEDY
 from colltensor.errors import MismatchError
-from colltensor.work import Lane
+from colltensor.work import Lane, callers
 
 COLLECTIVE: Final[Lane] = (-1, -1)
 """Stands for the calls of all ranks, where a transfer has its source and destination."""
 _QUESTION: Final = b"w"
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 5.0
 _LOOK_S: Final = 3.0
+SETTLED_S: Final = 5.0
+"""So long must a circle stand that something unseen may still end; half of the timeout at most."""
 _log: Final = logging.getLogger(__name__)
+
+
+class Certainty(enum.IntEnum):
+    """Whether something else of a rank's may still make the call that ends its wait."""
+
+    NEVER = 0
+    SETTLED = 1
+    NOW = 2
+
+    @classmethod
+    def of_turn(cls, thread: int) -> Certainty:
+        """Return that of a call which has the turn, made in ``thread``."""
+        is_main = thread == threading.main_thread().ident
+        return cls.NOW if is_main or is_only_caller() else cls.NEVER
+
+    @classmethod
+    def of_wait(cls) -> Certainty:
+        """Return that of a wait for another call of this rank's."""
+        return cls.SETTLED if is_only_caller() else cls.NEVER
 
 
 class Waits(NamedTuple):
     """What a rank waits for, none of whose callers can do anything else.
 
     Attributes:
-        is_certain: Whether no other thread, and no done callback, may still make a call.
+        certainty: A ``Certainty``.
         awaited: Which calls must be begun by the other ranks: source, destination and number of a
             transfer, or COLLECTIVE and the number of a collective.
         begun: How many transfers it has begun of each source and destination, and of COLLECTIVE.
         queued: What it has issued but not begun.
     """
 
-    is_certain: bool
+    certainty: int
     awaited: list[list[int]]
     begun: list[list[int]]
     queued: list[list[int]]
@@ -103,6 +128,7 @@ class DeadlockDetector:
         control: Control,
         waits: Callable[[], Waits | None],
         progress: Callable[[], object],
+        settled_s: Callable[[], float],
         end: Callable[[MismatchError], None],
     ) -> None:
         """Begin to answer, and to look whenever the control plane says that a call waits.
@@ -112,6 +138,7 @@ class DeadlockDetector:
             control: Its control plane.
             waits: Returns what this rank waits for; called in any thread.
             progress: Returns what changes with every call.
+            settled_s: Returns how long a circle must stand that is not certain at once.
             end: Breaks the group.
         """
         self._name = name
@@ -119,12 +146,15 @@ class DeadlockDetector:
         self._rank = control.rank
         self._waits = waits
         self._progress = progress
+        self._settled_s = settled_s
         self._end = end
 
         self.waiting_thread = 0
         self._seen: object = None
         self._pause_s = self._next_look = 0.0
         self._is_looking = self._has_warned = False
+        self._standing: dict[int, Waits] = {}
+        self._since = 0.0
 
         control.answer_with(_QUESTION, self._answer)
         control.watch_waits(self._consider)
@@ -174,20 +204,33 @@ class DeadlockDetector:
             if any(self._ask(rank) != waits for rank, waits in circle.items()):
                 return  # one of them has gone on
 
-            facts = _describe(circle)
-            if all(waits.is_certain for waits in circle.values()):
+            certainty = min(waits.certainty for waits in circle.values())
+            if certainty == Certainty.NEVER:
+                self._warn(circle)
+            elif certainty == Certainty.NOW or self._has_stood(circle):
                 where = f"group '{self._name}' (rank {self._rank})"
+                facts = _describe(circle)
                 self._end(MismatchError(f"{where}: {facts}. {REMEDY}", sorted(circle)))
-            elif not self._has_warned:
-                self._has_warned = True
-                _log.warning(
-                    "group %r (rank %d): %s; another thread may still make the call that ends it",
-                    self._name,
-                    self._rank,
-                    facts,
-                )
         finally:
             self._is_looking = False
+
+    def _has_stood(self, circle: dict[int, Waits]) -> bool:
+        """Return whether a circle has been there for a while; if not, look again when it has."""
+        now, settled_s = time.monotonic(), self._settled_s()
+        if circle != self._standing:
+            self._standing, self._since = circle, now
+        self._next_look = min(self._next_look, self._since + settled_s)
+        return now >= self._since + settled_s
+
+    def _warn(self, circle: dict[int, Waits]) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "group %r (rank %d): %s; another thread may still make the call that ends it",
+                self._name,
+                self._rank,
+                _describe(circle),
+            )
 
     def _circle(self, deadline: float) -> dict[int, Waits]:
         """Return the ranks that wait for this one and for which it waits, with their waits.
@@ -248,16 +291,11 @@ def _reached(start: int, lacking: dict[int, set[int]]) -> set[int]:
     return found
 
 
-def is_only_caller(thread: int = 0) -> bool:
-    """Return whether no other thread makes calls.
+def is_only_caller() -> bool:
+    """Return whether one thread of this process makes calls, as far as Python can tell.
 
-    That is so if the thread that waits is the main one, or if all other threads are the package's.
+    There is no other thread but the package's, and nothing pending that will call the user's code.
     Threads that C++ has made, as those of Ray's actors, are known by their frames alone.
-
-    Args:
-        thread: The thread that waits, while no other can call; 0 where others can.
     """
-    if thread == threading.main_thread().ident:
-        return True
     ours = {found.ident for found in threading.enumerate() if found.name.startswith("colltensor")}
-    return len(sys._current_frames().keys() - ours) == 1
+    return len(sys._current_frames().keys() - ours) == 1 and not any(calls() for calls in callers)

@@ -16,7 +16,7 @@ from colltensor.buffers import Buffers
 from colltensor.control import Control
 from colltensor.engine.agreement import NESTED, agreement_of
 from colltensor.engine.call import Call, Refusal, Transfer
-from colltensor.engine.deadlock import COLLECTIVE, DeadlockDetector, Waits, is_only_caller
+from colltensor.engine.deadlock import COLLECTIVE, SETTLED_S, Certainty, DeadlockDetector, Waits
 from colltensor.engine.device import DeviceCalls, is_on
 from colltensor.errors import GroupError, MismatchError, PeerLostError
 from colltensor.operation_queue import OperationQueue
@@ -49,7 +49,7 @@ class Engine(DeviceCalls):
         self._running: Call | None = None
         if control is not None:
             self._deadlocks = DeadlockDetector(
-                name, control, self._waits, self.progress, self._end_deadlock
+                name, control, self._waits, self.progress, self._settled_s, self._end_deadlock
             )
         _engines.add(self)
 
@@ -220,15 +220,17 @@ class Engine(DeviceCalls):
         queued: list[Lane | None] = []
 
         if blocking is not None:
-            lanes, queued, followed = blocking
-            if queue.awaited is None:
-                is_certain = is_only_caller(queue.turn.owner())
-            else:  # other threads may call past it
-                is_certain = is_only_caller() and not followed
+            lanes, queued = blocking
+            # Nothing goes past a call that has the turn, but past one that waits for it.
+            certainty = (
+                Certainty.of_turn(queue.turn.owner())
+                if queue.awaited is None
+                else Certainty.of_wait()
+            )
         elif call is not None or queue.is_busy() or agreement.progress() < 0:
             return None
         else:
-            is_certain = is_only_caller(self._deadlocks.waiting_thread)
+            certainty = Certainty.of_turn(self._deadlocks.waiting_thread)
 
         if not lanes and call is not None and call.transfers is not None:
             lanes = [(transfer.source, transfer.destination) for transfer in call.transfers]
@@ -245,14 +247,17 @@ class Engine(DeviceCalls):
             for peer in peers
             for lane in ((rank, peer), (peer, rank))
         }
-        counts[COLLECTIVE] = agreement.collectives(not lanes)
+        counts[COLLECTIVE] = agreement.collectives(not lanes and call is None)
         awaited = [[*lane, counts[lane]] for lane in lanes or [COLLECTIVE]]
         return Waits(
-            is_certain,
+            certainty,
             awaited,
             [[*lane, count] for lane, count in counts.items()],
             [[*(lane or COLLECTIVE)] for lane in queued],
         )
+
+    def _settled_s(self) -> float:
+        return min(SETTLED_S, self.timeout_s / 2)
 
     def _end_deadlock(self, error: MismatchError) -> None:
         """Break the group because of ranks that wait for each other.

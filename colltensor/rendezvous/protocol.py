@@ -46,7 +46,7 @@ Exchange: TypeAlias = Callable[[bytes, Combine], bytes]
 The function is called on this rank or on another.
 """
 
-_MAGIC = b"colltensor endpoint 1\n"
+_MAGIC = b"colltensor endpoint 2\n"
 _ERROR = b'{"error":'
 _REFUSAL_LIMIT = 1000
 _NAME_LIMIT = 1024

@@ -20,7 +20,7 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::int64_t kInterface = 17;  // grows with every change that Python must know of
+constexpr std::int64_t kInterface = 18;  // grows with every change that Python must know of
 
 // The interpreter may handle a signal while it answers: what that raises is either kept by the callee, which answers
 // 2, or arrives here.

@@ -294,8 +294,10 @@ ffi::Function fast_function(std::int64_t handle, std::int64_t timeout_ns, int op
   });
 }
 
-// One operation of a group of one rank, on exportable tensors in the order of a request's views: nothing, or a copy.
-ffi::Function loopback_function(int operation, std::int64_t op, int root, int source, bool stacked) {
+// One operation of a group of one rank, on exportable tensors in the order of a request's views: nothing, or a copy. Where
+// the interpreter lock is kept it must be `brief`: large copies are left to the function that lets go of it.
+ffi::Function loopback_function(int operation, std::int64_t op, int root, int source, bool stacked, bool brief) {
+  constexpr std::size_t kBriefNbytes = std::size_t{1} << 20;
   const FastCall call{static_cast<Operation>(operation), op, root, source, stacked};
   const bool reduces = call.operation == Operation::kAllReduce || call.operation == Operation::kReduce ||
                        call.operation == Operation::kReduceScatter;
@@ -308,7 +310,12 @@ ffi::Function loopback_function(int operation, std::int64_t op, int root, int so
     if (!tensors.take(call, 1, arguments, number) || !is_fast_call(call, tensors, 0, 1)) return;
     if (reduces && find_reduction(tensors.dtype(), static_cast<ReduceOp>(op)) == nullptr) return;
     if (is_from_second && tensors[0].data() != tensors[1].data()) {
-      copy(tensors[0].data(), tensors[1].data(), tensors.count() * tensors[0].item_nbytes());
+      const std::size_t nbytes = tensors.count() * tensors[0].item_nbytes();
+      if (brief && nbytes > kBriefNbytes) {
+        *returned = code(Outcome::kLarge);
+        return;
+      }
+      copy(tensors[0].data(), tensors[1].data(), nbytes);
     }
     *returned = code(Outcome::kDone);
   });

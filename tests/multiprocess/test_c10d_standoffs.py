@@ -238,7 +238,7 @@ def test_two_that_something_else_may_end_ask_each_other_now_and_then() -> None:
 def test_one_that_dies_when_it_was_asked_is_not_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waited for it goes on, and fails as any other does; it was asked without a pause for 30 s, and not named."""
     standoffs = importlib.import_module("colltensor.torch.c10d.standoffs")
-    monkeypatch.setattr(standoffs, "_is_alone", lambda: True)
+    monkeypatch.setattr(standoffs, "is_only_caller", lambda: True)
     operation = importlib.import_module("colltensor.torch.c10d.work").QueuedCall("send")
     answers = [b"[1, true, true, 1, 0]", None, None, None]
     asked: list[int] = []

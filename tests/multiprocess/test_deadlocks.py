@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,7 +53,8 @@ def wait_in_a_circle(
     rank: int, size: int, transport: Transport, name: str, circle: str
 ) -> tuple[str, tuple[int, ...], float, str]:
     """Make the calls of a circle, of which the last does not end; then one more, which a broken group refuses."""
-    with wired(rank, size, transport, name, 8.0) as group:
+    soon = mock.patch("colltensor.engine.engine.SETTLED_S", 0.3)
+    with soon, wired(rank, size, transport, name, 8.0) as group:
         group.barrier()
         began = time.monotonic()
         *before, last = CIRCLES[circle][rank]
@@ -141,43 +144,64 @@ def test_ranks_that_come_late_are_waited_for(pool: RankPool, transport: Transpor
 def help_each_other(
     rank: int, size: int, transport: Transport, name: str, how: str
 ) -> tuple[float, list[str]]:
-    """Wait for a send that the other rank's second thread, or a done callback, takes after a while."""
+    """Wait for a send that something else of the other rank takes after a while."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("colltensor").addHandler(handler)
     try:
         with wired(rank, size, transport, name, 8.0) as group:
+            other = group.split(0)
             taken = np.zeros(3)
             works: list[Any] = []
 
             def take(*_: object) -> None:
+                if how == "slow callback":
+                    time.sleep(0.7)
                 works.append(group.recv(taken, 1 - rank, async_op=True))
 
             if how == "thread":
                 helper = threading.Thread(target=lambda: (time.sleep(0.9), take()))
                 helper.start()
+            elif how == "signal":
+                handled = signal.signal(signal.SIGALRM, take)
+                signal.setitimer(signal.ITIMER_REAL, 0.9)
             elif rank == 0:
-                group.recv(np.zeros(1), 2, async_op=True).add_done_callback(take)
+                source = other if how == "another group's callback" else group
+                source.recv(np.zeros(1), 2, async_op=True).add_done_callback(take)
             if rank == 2:
-                time.sleep(0.9)
-                group.send(np.zeros(1), 0)
+                time.sleep(0.1 if how == "slow callback" else 0.9)
+                (other if how == "another group's callback" else group).send(np.zeros(1), 0)
             else:
                 sent = group.send(np.full(3, 5.0 + rank), 1 - rank, async_op=True)
                 sent.wait()
-                if how == "callback" and rank == 1:
+                if "callback" in how and rank == 1:
                     take()
                 if how == "thread":
                     helper.join()
+                if how == "signal":
+                    while not works:
+                        time.sleep(0.01)
+                    signal.signal(signal.SIGALRM, handled)
                 works[0].wait()
+            other.destroy()
             return float(taken[0]), said
     finally:
         logging.getLogger("colltensor").removeHandler(handler)
 
 
-@pytest.mark.parametrize(("how", "size"), [("thread", 2), ("callback", 3)])
+@pytest.mark.parametrize(
+    ("how", "size"),
+    [
+        ("thread", 2),
+        ("signal", 2),
+        ("callback", 3),
+        ("slow callback", 3),
+        ("another group's callback", 3),
+    ],
+)
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_other_threads_and_callbacks_may_make_the_missing_call(
+def test_something_else_may_make_the_missing_call(
     pool: RankPool, transport: Transport, how: str, size: int
 ) -> None:
     found = pool.run(size, help_each_other, transport, fresh(), how)

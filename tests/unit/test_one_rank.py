@@ -11,6 +11,8 @@ import pytest
 
 import colltensor as col
 from colltensor import backends
+from colltensor.backends.base import FAST_LARGE
+from colltensor.operations import NATIVE
 
 
 @pytest.fixture
@@ -158,3 +160,18 @@ def test_a_forked_child_may_not_use_the_group(group: col.Group) -> None:
             os._exit(7)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_large_copy_lets_other_threads_run(group: col.Group) -> None:
+    """Native code keeps the interpreter lock for short calls alone."""
+    source, target = np.arange(3e6), np.zeros(3_000_000)
+    assert group.allgather([target], source)[0] is target
+    assert (target == source).all()
+    target[:] = 0
+    assert group.alltoall([target], [source], async_op=True).result()[0] is target
+    assert (target == source).all()
+    if backends.is_available("shm"):
+        call = importlib.import_module("colltensor.backends.loopback").LoopbackCalls
+        brief, patient = call().fast_call(NATIVE["allgather"], 255, -1, -1, False)
+        assert brief(target, source) == FAST_LARGE
+        assert patient(target, source) == 0

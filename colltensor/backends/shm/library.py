@@ -18,7 +18,7 @@ from typing import Any, Final
 from colltensor import dlpack
 from colltensor.errors import BackendUnavailableError
 
-INTERFACE: Final = 17
+INTERFACE: Final = 18
 """What the library's ``shm_interface()`` must say: it counts the changes of its functions."""
 
 TVM_FFI_SERIES: Final = "0.1"

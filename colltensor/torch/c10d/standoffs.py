@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from colltensor.engine.deadlock import is_only_caller
 from colltensor.errors import CollectiveError, GroupError, MismatchError
-from colltensor.torch.c10d.work import QueuedCall, is_followed
+from colltensor.torch.c10d.work import QueuedCall
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 5.0
 """Whoever comes later has the lower one look at once.
@@ -157,7 +157,7 @@ class Standoffs:
                 return b"null"
             if self._rank < asker:  # it decides; a question back would only be asked back again
                 wait.nudged.set()
-            return json.dumps([wait.number, wait.sends, _is_alone(), *progress]).encode()
+            return json.dumps([wait.number, wait.sends, is_only_caller(), *progress]).encode()
 
     def _watch(self, wait: Wait) -> None:
         """Look, in a thread of its own, until the wait is over."""
@@ -181,7 +181,7 @@ class Standoffs:
         theirs = Progress(*progress)
         if sends != wait.sends or not _blocks(sends, mine, theirs):
             return
-        if not (is_alone and _is_alone()):
+        if not (is_alone and is_only_caller()):
             self._warn(wait)
             return
 
@@ -249,8 +249,3 @@ def _blocks(sends: bool, mine: Progress, theirs: Progress) -> bool:
     if sends:
         return mine.sent > theirs.taken and theirs.sent > mine.taken
     return mine.sent == theirs.taken and theirs.sent == mine.taken
-
-
-def _is_alone() -> bool:
-    """Return whether no other thread of this process, and no callback, may still make a call."""
-    return is_only_caller() and not is_followed()

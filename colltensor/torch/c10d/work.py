@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from colltensor.errors import CollectiveError, without_frames
 from colltensor.turn import Turn, lock_of_handlers
-from colltensor.work import Work
+from colltensor.work import Work, callers
 
 _NO_TIMEOUT: Final = timedelta(0)
 _CLOSE_TIMEOUT_S: Final = 5.0
@@ -371,9 +371,12 @@ def _script() -> Any:
     )
 
 
-def is_followed() -> bool:
+def _is_followed() -> bool:
     """Return whether a future will tell of an operation that is not done."""
     return any(not operation.done() for operation in list(_followed))
+
+
+callers.append(_is_followed)
 
 
 def _nothing() -> None:
