@@ -10,6 +10,7 @@ import typer
 from colltensor import __version__, environment
 from colltensor.cli import bench as benchmarks
 from colltensor.cli import doctor as examination
+from colltensor.cli import launcher
 from colltensor.cli import run as runner
 from colltensor.cli.operations import OPERATIONS, sizes_between, sizes_of
 from colltensor.rendezvous.secret import given_secret
@@ -43,6 +44,7 @@ def doctor(
 
     Two ranks try each backend. The exit status is 0 if all that should work does.
     """
+    launcher.exit_on_sigterm()
     raise typer.Exit(examination.doctor(as_json=as_json))
 
 
@@ -134,6 +136,7 @@ def bench(
 
     Bandwidths are those of nccl-tests. The exit status is not 0 if a result is wrong.
     """
+    launcher.exit_on_sigterm()
     if operation not in OPERATIONS:
         known = ", ".join(OPERATIONS)
         raise typer.BadParameter(

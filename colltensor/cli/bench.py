@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -39,6 +40,7 @@ _ROUND_S: Final = 0.02
 _MOST_CALLS: Final = 2000
 _POLL_S: Final = 0.05
 _TAIL_LINES: Final = 8
+_LONG_FOLDER: Final = 60
 _LINE: Final = "{:>6} {:>10} {:<10} {:<9} {:<6} {:>10} {:>7} {:>7} {:>5}"
 _HEAD: Final = (
     ("size", "count", "dtype", "backend", "arrays", "time", "algbw", "busbw", "wrong"),
@@ -291,7 +293,9 @@ def _teams(
 ) -> Iterator[dict[str, Team]]:
     """Start the ranks of each library, and end them; note of one that is compared with why it does not start."""
     teams: dict[str, Team] = {}
-    with tempfile.TemporaryDirectory(prefix="colltensor-bench-") as folder:
+    # The path of a socket has at most 107 bytes, unix(7).
+    place = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > _LONG_FOLDER else None
+    with tempfile.TemporaryDirectory(prefix="colltensor-bench-", dir=place) as folder:
         try:
             for library in dict.fromkeys(contender.library for contender in contenders):
                 try:

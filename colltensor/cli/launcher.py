@@ -151,6 +151,11 @@ def wait(processes: Sequence[Process], seconds: float | None) -> bool:
     return True
 
 
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as ``sys.exit`` does, so that its ranks and files are not left behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def described(code: int) -> str:
     """Return how a process ended, in words, from its return code."""
     if code >= 0:

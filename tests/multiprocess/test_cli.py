@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -52,11 +53,15 @@ def colltensor(*words: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @contextlib.contextmanager
-def launched(*words: str) -> Iterator[subprocess.Popen[str]]:
+def launched(*words: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """Start the command, and kill it at the end if it still runs."""
     line = [sys.executable, "-m", "colltensor", *words]
     with subprocess.Popen(
-        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             yield process
@@ -460,6 +465,31 @@ def test_bench_finds_a_wrong_result(tmp_path: Path) -> None:
     assert (row["size"], row["count"], row["error"]) == (64, 16, None)
     assert row["wrong"] > 0
     assert row["busbw_gbps"] == pytest.approx(row["algbw_gbps"])  # 2(n-1)/n of two ranks
+
+
+@command
+@pytest.mark.shm
+def test_bench_that_is_ended_leaves_nothing() -> None:
+    words = ("bench", "allreduce", "--sizes", "8", "--backends", "shm", "--rounds", "1000000")
+    with tempfile.TemporaryDirectory() as folder:
+        with launched(*words, TMPDIR=folder) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("# colltensor")  # the ranks are there
+            assert os.listdir(folder)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=SOON_S)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert os.listdir(folder) == []
+
+
+@command
+@pytest.mark.shm
+def test_bench_with_a_long_name_of_the_temporary_folder(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    words = ("bench", "broadcast", "--sizes", "8", "--backends", "shm", "--rounds", "1")
+    done = colltensor(*words, TMPDIR=str(folder))
+    assert done.returncode == 0, done.stderr
 
 
 @command
