@@ -222,11 +222,16 @@ def bench(plan: Plan, *, as_json: bool, plot: str) -> int:
     if plot and find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib: pip install matplotlib")
     contenders, left_out = _contenders(plan)
+    load, cores = os.getloadavg()[0], len(machine.cores())
     rows: list[Row] = []
     with _teams(plan, contenders, left_out) as teams, _progress(plan, contenders) as advance:
         contenders = [each for each in contenders if each.library in teams]
         if not as_json:
             notes = [f"# {name} is left out: {why}" for name, why in left_out.items()]
+            if load > cores:
+                notes.append(
+                    f"# busy: a load of {load:.1f} on {cores} cores; small times mean little"
+                )
             _write(_title(plan), *notes, *(_LINE.format(*head).rstrip() for head in _HEAD))
         for row in _rows(plan, contenders, teams):
             rows.append(row)
@@ -235,7 +240,12 @@ def bench(plan: Plan, *, as_json: bool, plot: str) -> int:
             advance()
     failed = [row for row in rows if row.wrong or (row.error and row.backend not in COMPARED)]
     if as_json:
-        found = {"colltensor": __version__, "plan": asdict(plan), "left_out": left_out}
+        found = {
+            "colltensor": __version__,
+            "plan": asdict(plan),
+            "left_out": left_out,
+            "load": load,
+        }
         _write(json.dumps({**found, "rows": [asdict(row) for row in rows]}, indent=2))
     if plot:
         _draw(plan, rows, plot)
