@@ -40,6 +40,7 @@ ALL = ("tests/unit", "tests/conformance", WAITING)
 OF_JAX = (
     "tests/unit/test_no_dependencies.py", "tests/unit/test_gpu_check.py::test_every_check_passes_on_a_fake_device",
     "tests/conformance", f"{WAITING}/nccl/test_nccl_jax.py", f"{WAITING}/nccl/test_nccl_jax_target.py",
+    f"{WAITING}/test_cli.py::test_every_operation_is_checked_and_measured",
     f"{WAITING}/test_process_ends.py::test_the_end_with_a_computation_that_waits",
     f"{WAITING}/test_process_ends.py::test_a_computation_that_the_others_join_is_done",
     f"{WAITING}/test_ends_of_calls.py::test_a_changed_timeout_reaches_functions_that_were_traced",
@@ -77,6 +78,7 @@ class Suite(NamedTuple):
         lowest: What has the lowest version that pyproject.toml allows; all else has the newest
             there is.
         default: Whether `nox` runs it unasked.
+        cli: Whether it has the command's packages. Elsewhere the command's tests are skipped.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Suite(NamedTuple):
     marked: str = "not slow"
     lowest: tuple[str, ...] = ()
     default: bool = True
+    cli: bool = False
 
     @property
     def id(self) -> str:
@@ -105,7 +108,7 @@ LOWEST = ("apache-tvm-ffi", "ml_dtypes", "numpy", "optree")
 SUITES = (
     # In shared memory 3 ranks of a framework are in its own suites, and 2 and 4 of all of them in
     # `mixed`.
-    Suite("numpy", "3.10", ("numpy",), waiting=ALL, provider="pygloo"),
+    Suite("numpy", "3.10", ("numpy",), waiting=ALL, provider="pygloo", cli=True),
     Suite("numpy-lowest", "3.10", ("numpy",), waiting=ALL, provider="pygloo", lowest=LOWEST, default=False),
     Suite("jax", "3.10", ("jax",), OF_JAX, provider="pygloo", without=HOSTS),
     Suite("torch", "3.11", ("torch",), ALL[:2], (WAITING,), provider="torch", gloo="2,4", full=True, only_of="torch"),
@@ -116,7 +119,7 @@ SUITES = (
     Suite("slow", "3.11", ("torch",), waiting=ALL, at_once=4, provider="torch", gloo="1,2,3,4", marked="slow"),
     Suite("ray", "3.11", ("numpy", "torch", "jax", "ray"), ("tests/ray",), provider="torch"),
     Suite("ray-lowest", "3.11", ("numpy", "torch", "ray"), OF_RAY, provider="torch", lowest=("ray",), default=False),
-    Suite("numpy", "3.12", ("numpy",), waiting=ALL, provider="native", full=True, without=HOSTS),
+    Suite("numpy", "3.12", ("numpy",), waiting=ALL, provider="native", full=True, without=HOSTS, cli=True),
     Suite("jax", "3.12", ("jax",), OF_JAX, without=HOSTS, lowest=("jax", "jax-tvm-ffi")),
     Suite("numpy", "3.13", ("numpy",), waiting=ALL),
     Suite("jax", "3.13", ("jax",), OF_JAX, full=True, without=HOSTS),
@@ -150,7 +153,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the package's types with mypy --strict, numpy's and torch's own types at hand."""
     sessions.share(session, ["torch"])
-    session.install("--quiet", *sessions.DEPENDENCIES, *sessions.group("types"))
+    session.install("--quiet", *sessions.DEPENDENCIES, *sessions.EXTRAS["cli"], *sessions.group("types"))
     session.run("mypy")
 
 
@@ -239,13 +242,15 @@ def tests(session: nox.Session, suite: Suite) -> None:
     """Run the tests over some frameworks on one Python; see `SUITES`."""
     groups = ["test", *(f"test-{name}" for name in ("jax", "ray") if name in suite.frameworks)]
     groups += ["test-mixed"] if suite.name == "mixed" else []
-    extras = [name for name in sessions.EXTRAS if name in (*suite.frameworks, suite.provider)]
+    asked = (*suite.frameworks, suite.provider, *(("cli",) if suite.cli else ()))
+    extras = [name for name in sessions.EXTRAS if name in asked]
     shared = [name for name in sessions.SHARED if name not in suite.lowest]
     sessions.install(session, extras, *groups, shared=shared, pins=sessions.lowest(suite.lowest))
     has_provider = suite.provider and (suite.provider != "native" or sessions.wheel(session)[1])
     selected = {
         "frameworks": ",".join(suite.frameworks), "providers": suite.provider if has_provider else "",
         "gloo_sizes": suite.gloo, "shm_sizes": suite.shm, "sequences": "" if suite.full else "200", "of": suite.only_of,
+        "cli": "1" if suite.cli else "",
     }
     marks, workers = ("-m", suite.marked), ("--numprocesses", str(suite.at_once), "--dist", "worksteal")
     if session.posargs:  # one run of what is asked for

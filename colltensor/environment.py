@@ -18,10 +18,10 @@ SECRET: Final = "COLLTENSOR_SECRET"
 SECRET_FILE: Final = "COLLTENSOR_SECRET_FILE"
 ALLOW_PICKLE: Final = "COLLTENSOR_ALLOW_PICKLE"
 
-_KNOWN: Final = (LIBRARY, READ_PEERS, OBSERVE, HOST_ID, SECRET, SECRET_FILE, ALLOW_PICKLE)
+KNOWN: Final = (LIBRARY, READ_PEERS, OBSERVE, HOST_ID, SECRET, SECRET_FILE, ALLOW_PICKLE)
 _SWITCHES: Final = (READ_PEERS, ALLOW_PICKLE)
 _PREFIX: Final = "COLLTENSOR_"
-_OF_DEVELOPERS: Final = ("COLLTENSOR_TEST_", "COLLTENSOR_FUZZ_")
+OF_DEVELOPERS: Final = ("COLLTENSOR_TEST_", "COLLTENSOR_FUZZ_")
 _SWITCH: Final = {
     **dict.fromkeys(("", "1", "on", "true", "yes"), True),
     **dict.fromkeys(("0", "off", "false", "no"), False),
@@ -55,17 +55,25 @@ def name_unknown(group_name: str, rank: int) -> None:
     Warns of each once a process.
     """
     for name in os.environ:
-        if name.startswith(_PREFIX) and name not in _KNOWN and name not in _named:
+        if name.startswith(_PREFIX) and name not in KNOWN and name not in _named:
             _named.add(name)
-            if not name.startswith(_OF_DEVELOPERS):
+            if not name.startswith(OF_DEVELOPERS):
                 _log.warning(
                     "group %r (rank %d): the environment variable %s means nothing to colltensor%s; it knows %s",
                     group_name,
                     rank,
                     name,
-                    did_you_mean(name, _KNOWN, _LIKENESS_OF_VARIABLES),
-                    ", ".join(_KNOWN),
+                    meant(name),
+                    ", ".join(KNOWN),
                 )
+
+
+def meant(name: str) -> str:
+    """Return a question about a variable that nobody knows, for the middle of a message.
+
+    Returns "" where it is like none.
+    """
+    return did_you_mean(name, KNOWN, _LIKENESS_OF_VARIABLES)
 
 
 def is_on(variable: str) -> bool:

@@ -492,8 +492,8 @@ def local_addresses() -> list[str]:
 
     That of the default route comes first, loopback last.
     """
-    found = [address for _, address in _interfaces()]
-    primary = _primary_address()
+    found = [address for _, address in interfaces()]
+    primary = primary_address()
     return sorted(dict.fromkeys(found), key=lambda a: (is_loopback(a), a != primary, ":" in a))
 
 
@@ -506,7 +506,7 @@ def interface_address(interface: str) -> str:
     Raises:
         OptionError: This host has no such interface or address; the message lists what there is.
     """
-    found = list(_interfaces())
+    found = list(interfaces())
 
     if isinstance(interface, str):
         named = sorted(
@@ -537,7 +537,7 @@ def _can_bind(address: str) -> bool:
     return not ipaddress.ip_address(address).is_unspecified
 
 
-def _primary_address() -> str | None:
+def primary_address() -> str | None:
     """Return the address of the default route; connecting a UDP socket sends nothing."""
     for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -546,7 +546,7 @@ def _primary_address() -> str | None:
     return None
 
 
-def _interfaces() -> Iterator[tuple[str, str]]:
+def interfaces() -> Iterator[tuple[str, str]]:
     """Yield (name, address) of every interface that has one."""
     if sys.platform != "linux":
         for address in sorted(

@@ -423,16 +423,16 @@ BOTH = {"torch": "2.13.0", "pygloo": "0.2.1"}
 def disagree_on_providers(rank: int, size: int, path: str, case: str) -> str:
     import colltensor.backends.gloo as module
 
-    usable = module._usable
+    usable = module.usable_providers
     has, wanted = CHOICES[case](rank)
-    module._usable = lambda: (has, NO_NATIVE | {"ibverbs": "no device"})
+    module.usable_providers = lambda: (has, NO_NATIVE | {"ibverbs": "no device"})
     control = FakeControl(path, rank, size)
     try:
         module.SPEC.create(control, control, timeout_s=10.0, interface=None, provider=wanted)
     except (OptionError, MismatchError, BackendUnavailableError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        module._usable = usable
+        module.usable_providers = usable
         control.close()
     return "no error"
 
@@ -462,7 +462,7 @@ def choose_a_provider(
 ) -> list[str]:
     import colltensor.backends.gloo as module
 
-    usable, lines = module._usable, []
+    usable, lines = module.usable_providers, []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     module._LOG.addHandler(handler)
@@ -471,12 +471,12 @@ def choose_a_provider(
     if rank in without:
         del found[without[rank]]
         why = {without[rank]: "no-headers"}
-    module._usable = lambda: (found, why)
+    module.usable_providers = lambda: (found, why)
     control = FakeControl(path, rank, size)
     try:
         return [module._agree(control, wanted, soon())[0], *lines]
     finally:
-        module._usable = usable
+        module.usable_providers = usable
         module._LOG.removeHandler(handler)
         control.close()
 

@@ -358,7 +358,7 @@ def without_both(rank: int, size: int, hosts: str, name: str, broken: str) -> st
 
     with pytest.MonkeyPatch.context() as patch:
         # Not library.reason(): an earlier test may have loaded the native Gloo in this process.
-        patch.setattr(gloo, "_usable", lambda: ({}, {"native": "it was not built"}))
+        patch.setattr(gloo, "usable_providers", lambda: ({}, {"native": "it was not built"}))
         return without_library(rank, size, hosts, name, 1, {}, broken)[0]
 
 

@@ -77,4 +77,4 @@ def test_the_page_of_variables_has_them_all() -> None:
         (pages.ROOT / "docs" / "environment.md").read_text(),
         re.MULTILINE,
     )
-    assert sorted(rows) == sorted(environment._KNOWN)
+    assert sorted(rows) == sorted(environment.KNOWN)

@@ -29,6 +29,10 @@ FRAMEWORKS = {
     "tensorflow",
     "mlx",
     "paddle",
+    "mpi4py",
+    "matplotlib",
+    "typer",
+    "rich",
 }
 """Packages that only the modules named in FRAMEWORKS_OF may import."""
 
@@ -159,6 +163,11 @@ FOR_ONE_FRAMEWORK = {"torch", "jax", "ray"}
 Others may name their classes in annotations, and find them by name when they are asked for.
 """
 
+COMMAND = {"cli", "__main__"}
+"""The command: it may import every unit but those for one framework, and no other unit imports it."""
+
+NOT_IMPORTED = {*FOR_ONE_FRAMEWORK, *COMMAND}
+
 FRAMEWORKS_OF = {
     "_compat.torch": {"torch"},
     "_compat.jax": {"jax"},
@@ -186,6 +195,15 @@ FRAMEWORKS_OF = {
     "jax": {"jax", "jaxlib", "jax_tvm_ffi", "numpy", "optax"},
     "ray": {"ray"},
     "ray.arrays": {"torch", "jax", "cupy", "numpy"},
+    "cli.app": {"typer"},
+    "cli.report": {"rich"},
+    "cli.bench": {"matplotlib", "rich"},
+    "cli.doctor": {"cupy"},
+    "cli.worker": {"numpy"},
+    "cli.libraries": {"jax", "mpi4py", "numpy", "ray", "torch"},
+    "cli.operations": {"ml_dtypes", "numpy"},
+    "cli.ray_workers": {"ray"},
+    "cli.selftest": {"cupy", "mlx", "numpy"},
 }
 """Modules, or folders, and the packages of FRAMEWORKS that each may import."""
 
@@ -252,7 +270,7 @@ def _allowed_frameworks(module: str) -> set[str]:
 def _complaints(source: str, module: str, is_package: bool = False) -> list[str]:
     """Return a line for each import of one module that breaks a rule."""
     unit = _unit(module)
-    if unit not in MAY_IMPORT and unit not in FOR_ONE_FRAMEWORK:
+    if unit not in MAY_IMPORT and unit not in NOT_IMPORTED:
         return [f"{module}: the unit {unit!r} is in no layer; give it a line in MAY_IMPORT"]
     complaints = []
     for found in _imports(source, module, is_package):
@@ -269,11 +287,13 @@ def _complaints(source: str, module: str, is_package: bool = False) -> list[str]
         if top != "colltensor":
             continue
         target = _unit(found.name)
-        if target not in MAY_IMPORT and target not in FOR_ONE_FRAMEWORK:
+        if target not in MAY_IMPORT and target not in NOT_IMPORTED:
             target = ""  # a public name, imported from the package itself
         if target == unit or (found.for_types_only and target in FOR_ONE_FRAMEWORK):
             continue
-        allowed = set(MAY_IMPORT) if unit in FOR_ONE_FRAMEWORK else MAY_IMPORT[unit]
+        allowed = set(MAY_IMPORT) if unit in NOT_IMPORTED else MAY_IMPORT[unit]
+        if unit in COMMAND:
+            allowed |= COMMAND
         if target not in allowed:
             rule = f"{unit or '__init__'} may not import {target or '__init__'}"
             complaints.append(f"{where} imports {found.name}: {rule}")
@@ -332,6 +352,9 @@ def test_adapters_and_backends_do_not_know_each_other() -> None:
         ("colltensor.adapters.numpy", "from .. import group"),
         ("colltensor.newcomer", ""),
         ("colltensor.view", "from colltensor import BufferView"),
+        ("colltensor.group", "from colltensor.cli import launcher"),
+        ("colltensor.cli.run", "import rich"),
+        ("colltensor.cli.run", "import colltensor.ray"),
     ],
 )
 def test_the_check_sees_a_wrong_import(module: str, source: str) -> None:

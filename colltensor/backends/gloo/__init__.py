@@ -65,7 +65,7 @@ class GlooSpec:
         """
         from colltensor.backends.gloo import backend  # noqa: F401 - for create()
 
-        usable = _usable()[0]
+        usable = usable_providers()[0]
         name = provider or next((choice for choice in _CHOICE if choice in usable), None)
         if name in _PROVIDERS:
             importlib.import_module(_PROVIDERS[name][0])
@@ -155,7 +155,7 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _usable() -> tuple[dict[str, str], dict[str, str]]:
+def usable_providers() -> tuple[dict[str, str], dict[str, str]]:
     """Return the versions of the providers usable here, and why the native ones are not."""
     found, lacking = _packages(), {}
     try:
@@ -180,7 +180,7 @@ def _agree(control: ControlPlane, wanted: str | None, deadline: float) -> tuple[
     All ranks have it, in versions that understand each other. Ranks of two providers cannot meet:
     they hold different versions of Gloo, and publish different keys.
     """
-    ballot = json.dumps([wanted if wanted is None else str(wanted), *_usable()]).encode()
+    ballot = json.dumps([wanted if wanted is None else str(wanted), *usable_providers()]).encode()
     replies = control.allgather(ballot, deadline)
     ballots = [
         cast("tuple[str | None, dict[str, str], dict[str, str]]", json.loads(reply))
