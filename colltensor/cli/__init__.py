@@ -1,4 +1,6 @@
-"""The command ``colltensor``: ``doctor``, ``run`` and ``bench``. Nothing else of the package imports it.
+"""The command ``colltensor``: ``doctor``, ``run`` and ``bench``.
+
+Nothing else of the package imports it.
 
 app               the sub-commands and their options
 launcher          processes of this host, a rank each, of which none is left behind
@@ -10,6 +12,7 @@ selftest          a rank of the self-test, and the trial of one framework: progr
 bench             a benchmark: rounds in turns, and the table
 operations        each collective: sizes, bandwidths, data and what must come out
 bench_rank        a rank of a benchmark: a program
+worker            what a rank of a benchmark does with an order
 libraries         what is measured: colltensor, and those that it is compared with
 ray_workers       the ranks of a benchmark that are Ray's actors
 """

@@ -1,4 +1,7 @@
-"""The sub-commands and their options, as typer declares them; what they do stands in the module of each."""
+"""The sub-commands and their options, as typer declares them.
+
+What they do stands in the module of each.
+"""
 
 from __future__ import annotations
 
@@ -70,20 +73,22 @@ def run(
 ) -> None:
     """Run a Python program in several ranks, with torchrun's variables.
 
-    In the program, init_collective_group() needs no arguments. The first rank that fails ends the others, and its
-    exit status is the command's.
+    In the program, init_collective_group() needs no arguments. The first rank
+    that fails ends the others, and its exit status is the command's.
     """
     if hosts:
         names = [name.strip() for name in hosts.split(",") if name.strip()]
         flags = [*(() if prefix else ("--no-prefix",)), *(("-m",) if module else ())]
         typer.echo(runner.lines_for_hosts(names, ranks, runner.PORT, [*flags, *words]))
         return
+
     command = [sys.executable, *(("-m",) if module else ()), *words]
     if nnodes == 1:
         if master or node_rank:
             raise typer.BadParameter("--master and --node-rank go with --nnodes")
         with runner.local_place(ranks) as place:
             raise typer.Exit(runner.run(command, place, prefix=prefix))
+
     if not master or node_rank >= nnodes:
         raise typer.BadParameter(
             f"--nnodes {nnodes} needs --master and a --node-rank below {nnodes}"
@@ -93,6 +98,7 @@ def run(
             f"set {environment.SECRET}, or {environment.SECRET_FILE}, to one long random text on all hosts: without it "
             "whoever reaches the port could take a rank's place"
         )
+
     place = _place(ranks, nnodes, node_rank, master)
     raise typer.Exit(runner.run(command, place, prefix=prefix))
 
@@ -143,6 +149,7 @@ def bench(
             f"OP: expected one of {known}, got {operation!r}"
             f"{environment.did_you_mean(operation, OPERATIONS)}"
         )
+
     try:
         plan = benchmarks.Plan(
             operation=operation,
@@ -161,6 +168,7 @@ def bench(
         status = 1
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
     raise typer.Exit(status)
 
 

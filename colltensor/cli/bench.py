@@ -1,8 +1,8 @@
-"""``colltensor bench``: a collective's time and bandwidth, checked, beside other libraries in turns.
+"""``colltensor bench``: a collective's time and bandwidth, checked, in turns with other libraries.
 
-Each library has ranks of its own, which wait for orders without using a processor. For each size every library is
-warmed up and checked; then the rounds follow, in each of which every library has its turn. A round's time is that of
-the slowest rank, and the median of the rounds counts.
+Each library has ranks of its own, which wait for orders without using a processor. For each size
+every library is warmed up and checked. Then the rounds follow, in each of which every library has
+its turn. A round's time is that of the slowest rank, and the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -129,14 +129,18 @@ class Team:
         name = "colltensor-in-ray" if library == "colltensor" and plan.in_ray else library
         path = str(folder / library)
         program = [sys.executable, "-m", "colltensor.cli.bench_rank", name, path]
+
         # Of Ray's actors there is a driver, and MPI starts its ranks itself.
         drivers = 1 if name in ("ray", "putget", "colltensor-in-ray") else plan.ranks
         connections = drivers
         if name == "mpi":
             program, drivers = [*_mpiexec(plan.ranks), *program], 1
+
         self._processes: list[launcher.Process] = []
         self._sockets: list[Any] = []
         self._undo = contextlib.ExitStack()
+
+        # Where the start fails, what has been started is ended again.
         with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as undo:
             undo.callback(self.close)
             listener.bind(path)
@@ -221,8 +225,11 @@ def bench(plan: Plan, *, as_json: bool, plot: str) -> int:
     _check(plan)
     if plot and find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib: pip install matplotlib")
+
     contenders, left_out = _contenders(plan)
+    # Read before the ranks start, whose own load is not meant.
     load, cores = os.getloadavg()[0], len(machine.cores())
+
     rows: list[Row] = []
     with _teams(plan, contenders, left_out) as teams, _progress(plan, contenders) as advance:
         contenders = [each for each in contenders if each.library in teams]
@@ -238,6 +245,8 @@ def bench(plan: Plan, *, as_json: bool, plot: str) -> int:
             if not as_json:
                 _write(str(row))
             advance()
+
+    # A library that is compared with may lack an operation; its values must be right.
     failed = [row for row in rows if row.wrong or (row.error and row.backend not in COMPARED)]
     if as_json:
         found = {
@@ -247,6 +256,7 @@ def bench(plan: Plan, *, as_json: bool, plot: str) -> int:
             "load": load,
         }
         _write(json.dumps({**found, "rows": [asdict(row) for row in rows]}, indent=2))
+
     if plot:
         _draw(plan, rows, plot)
     if failed and not as_json:
@@ -268,10 +278,12 @@ def _check(plan: Plan) -> None:
                     f"{option}: expected some of {', '.join(known)}, got {name!r}"
                     f"{environment.did_you_mean(name, known)}"
                 )
+
     for name in plan.backends:
         why = backends.reason(name)
         if why is not None:
             raise BenchError(f"backend {name!r} is unavailable: {why}")
+
     if plan.in_ray and find_spec("ray") is None:
         raise BenchError("--ray needs Ray: pip install ray")
     for name in plan.arrays:
@@ -301,8 +313,12 @@ def _contenders(plan: Plan) -> tuple[list[Contender], dict[str, str]]:
 def _teams(
     plan: Plan, contenders: Sequence[Contender], left_out: dict[str, str]
 ) -> Iterator[dict[str, Team]]:
-    """Start the ranks of each library, and end them; note of one that is compared with why it does not start."""
+    """Start the ranks of each library, and end them afterwards.
+
+    Where one that is compared with does not start, ``left_out`` says why.
+    """
     teams: dict[str, Team] = {}
+
     # The path of a socket has at most 107 bytes, unix(7).
     place = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > _LONG_FOLDER else None
     with tempfile.TemporaryDirectory(prefix="colltensor-bench-", dir=place) as folder:
@@ -328,16 +344,19 @@ def _rows(plan: Plan, contenders: Sequence[Contender], teams: dict[str, Team]) -
         for size in plan.sizes:
             count = collective.count(size, itemsize, plan.ranks)
             nbytes = collective.nbytes(count, itemsize, plan.ranks)
+
             rows = [Row(nbytes, count, dtype, each.backend, each.arrays) for each in contenders]
             turns = [
                 _Turn(plan.operation, each, row, teams[each.library])
                 for each, row in zip(contenders, rows, strict=True)
             ]
+
             for turn in turns:
                 turn.warm_up()
             for _ in range(plan.rounds):
                 for turn in turns:
                     turn.measure()
+
             for turn in turns:
                 turn.check()
                 _finish(plan, turn.row)
@@ -431,15 +450,18 @@ def _draw(plan: Plan, rows: Sequence[Row], path: str) -> None:
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     figure, axes = importlib.import_module("matplotlib.pyplot").subplots(1, 2, figsize=(11, 4.5))
+
     lines: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row.time_us is not None:
             lines.setdefault((row.backend, row.arrays, row.dtype), []).append(row)
+
     for (backend, arrays, dtype), points in lines.items():
         label = f"{backend}, {arrays}, {dtype}"
         sizes = [row.size for row in points]
         axes[0].plot(sizes, [row.time_us for row in points], marker=".", label=label)
         axes[1].plot(sizes, [row.busbw_gbps for row in points], marker=".", label=label)
+
     for axis, name in zip(axes, ("time, us", "bus bandwidth, GB/s"), strict=True):
         axis.set_xscale("log", base=2)
         axis.set_xlabel("size, bytes")
@@ -447,6 +469,7 @@ def _draw(plan: Plan, rows: Sequence[Row], path: str) -> None:
         axis.grid(visible=True, alpha=0.3)
     axes[0].set_yscale("log")
     axes[0].legend()
+
     figure.suptitle(_title(plan).removeprefix("# "))
     figure.tight_layout()
     figure.savefig(path, dpi=120)

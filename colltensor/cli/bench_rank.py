@@ -1,9 +1,9 @@
-"""One rank of a benchmark: does what the command tells it over a socket, and says how long that took.
+"""One rank of a benchmark: does what the command orders over a socket, and says how long it took.
 
     python -m colltensor.cli.bench_rank LIBRARY SOCKET
 
-Orders and answers are lines of JSON. A rank that waits for an order uses no processor, so that libraries can be
-measured in turns.
+Orders and answers are lines of JSON. A rank that waits for an order uses no processor, so that
+libraries can be measured in turns.
 """
 
 from __future__ import annotations

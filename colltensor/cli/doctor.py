@@ -121,16 +121,21 @@ def _segments() -> dict[str, int]:
 
 
 def _variables() -> Facts:
-    """Return the package's variables that are set, those that nobody knows, and what is wrong with a value."""
+    """Return what is known of the package's variables.
+
+    The answer has those that are set, those that nobody knows, and what is wrong with a value.
+    """
     given = {name: value for name, value in os.environ.items() if name.startswith("COLLTENSOR_")}
     known = {name: value for name, value in given.items() if name in environment.KNOWN}
     shown = {name: "(set)" if name in _SECRETS else value for name, value in known.items()}
+
     error = None
     try:
         environment.check()
         given_secret()
     except OptionError as refused:
         error = str(refused)
+
     unknown = {
         name: environment.meant(name)
         for name in given
@@ -160,7 +165,10 @@ def _ranks(name: str) -> int:
 
 
 def _adapters() -> dict[str, Facts]:
-    """Return whether each framework is installed and its arrays are understood; all are tried at the same time."""
+    """Return whether each framework is installed and its arrays are understood.
+
+    All are tried at the same time.
+    """
     found: dict[str, Facts] = {}
     for name, (_, install) in FRAMEWORKS.items():
         spec = find_spec(name)
@@ -181,7 +189,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _trials(programs: Sequence[Sequence[str]], ranks: int, seconds: float) -> list[Facts]:
-    """Run programs of ``selftest`` at the same time, each in so many ranks; return what each found."""
+    """Run programs of ``selftest`` at the same time, and return what each found.
+
+    Each runs in so many ranks.
+    """
     with contextlib.ExitStack() as undo:
         running = [_Trial(words, ranks, undo) for words in programs]
         return [trial.result(seconds) for trial in running]
@@ -197,8 +208,9 @@ class _Trial:
         self._processes: list[launcher.Process] = []
         undo.callback(launcher.end, self._processes)
         for rank in range(ranks):
-            # Files, because nobody reads before the end, and a pipe that is full would hold the rank up.
-            said, complaint = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - closed by undo
+            # Files, because nobody reads before the end, and a full pipe would hold the rank up.
+            # They are closed by undo.
+            said, complaint = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
             self._files.append((undo.enter_context(said), undo.enter_context(complaint)))
             own = launcher.rank_variables(rank, ranks, launcher.LOOPBACK, port)
             command = [sys.executable, "-m", "colltensor.cli.selftest", *words]
@@ -218,7 +230,7 @@ class _Trial:
         return {"works": True, "why": None, **json.loads(self._text(0, 0).splitlines()[-1])}
 
     def _error(self, rank: int) -> str:
-        """Return the last line that a rank wrote which begins at the margin: a traceback's exception."""
+        """Return a rank's last line that begins at the margin: a traceback's exception."""
         lines = [line for line in self._text(rank, 1).splitlines() if re.match(r"\S", line)]
         return lines[-1] if lines else ""
 
@@ -235,20 +247,25 @@ def _judged(facts: Facts) -> tuple[list[str], list[str]]:
         problems.append(facts["variables"]["error"])
     for name, meant in facts["variables"]["unknown"].items():
         warnings.append(f"the variable {name} means nothing to colltensor{meant}")
+
     for name, backend in facts["backends"].items():
         trial = backend.get("selftest")
         if trial is not None and not trial["works"]:
             problems.append(f"backend {name}: its self-test failed: {trial['why']}")
+
     shm = facts["backends"]["shm"]
     if not shm["available"] and sys.platform == "linux":
         problems.append(f"backend shm: {shm['why']}")
     if facts["auto"] is not None and shm["available"]:
         problems.append(f"backend auto: {facts['auto']}")
+
     if not facts["backends"]["gloo"]["available"]:
         warnings.append("ranks on several hosts need a Gloo, and there is none")
     if "do not read each other's memory" in shm.get("selftest", {}).get("why", ""):
         warnings.append("the ranks may not read each other's memory: large messages are slower")
+
     for name, adapter in facts["adapters"].items():
         if adapter["installed"] and not adapter["works"]:
             problems.append(f"arrays of {name}: {adapter['why']}")
+
     return problems, warnings

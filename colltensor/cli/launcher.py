@@ -1,7 +1,8 @@
 """Processes of this host, one a rank: how they start, and that none of them is left behind.
 
-Each rank leads a session of its own, so that one signal reaches all that it has started, and the kernel kills it when
-the launcher dies, however that happens. Imports nothing but Python's own modules.
+Each rank leads a session of its own, so that one signal reaches all that it has started. The kernel
+kills the rank when the launcher dies, however that happens. Imports nothing but Python's own
+modules and ``environment``.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ Process = subprocess.Popen[bytes]
 
 @contextlib.contextmanager
 def free_port() -> Iterator[int]:
-    """Keep a port of the loopback for rank 0: nobody who asks the kernel for a free port is given this one.
+    """Keep a port of the loopback for rank 0.
 
-    The socket does not listen, and Linux lets rank 0 bind the same port (SO_REUSEADDR, socket(7)).
+    Nobody who asks the kernel for a free port is given this one. The socket does not listen, and
+    Linux lets rank 0 bind the same port (SO_REUSEADDR, socket(7)).
     """
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,7 +52,7 @@ def rank_variables(
         world_size: The number of ranks.
         address: Where rank 0 listens.
         port: Its port there.
-        local: The number among the ranks of this host, and how many these are; all ranks by default.
+        local: The number among this host's ranks, and how many these are; all ranks by default.
     """
     local_rank, local_world_size = local or (rank, world_size)
     return {
@@ -81,7 +83,10 @@ def start(
     stderr: int | IO[bytes] = subprocess.PIPE,
     pass_fds: Sequence[int] = (),
 ) -> Process:
-    """Start one rank. It has no standard input: a session of its own could not read the terminal."""
+    """Start one rank.
+
+    It has no standard input: a session of its own could not read the terminal.
+    """
     return subprocess.Popen(
         command,
         env=dict(variables),
@@ -95,7 +100,10 @@ def start(
 
 
 def _dies_with(launcher: int) -> Callable[[], None] | None:
-    """Return what lets the kernel kill a child when its parent dies (prctl(2)); None on other systems."""
+    """Return what lets the kernel kill a child when its parent dies (prctl(2)).
+
+    On systems other than Linux that is None.
+    """
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up here: after the fork nothing is loaded any more
@@ -152,7 +160,10 @@ def wait(processes: Sequence[Process], seconds: float | None) -> bool:
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process as ``sys.exit`` does, so that its ranks and files are not left behind."""
+    """Let SIGTERM end this process as ``sys.exit`` does.
+
+    Thus its ranks and files are not left behind.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 

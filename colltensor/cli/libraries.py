@@ -1,6 +1,6 @@
-"""What a benchmark measures: colltensor, and the libraries that it is compared with, each behind the same three calls.
+"""What a benchmark measures: colltensor, and the libraries that it is compared with.
 
-Each is imported only in a rank of its own.
+Each stands behind the same three calls, and is imported only in a rank of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Library(Protocol):
     def prepare(
         self, backend: str, arrays: str, operation: str, source: np.ndarray, output: np.ndarray
     ) -> Call:
-        """Return one call, which returns its result; made of arrays of its own. All ranks call.
+        """Return one call of the operation, which returns its result.
+
+        It is made of arrays of its own. All ranks call.
 
         Raises:
             UnsupportedError: The library cannot do it.
@@ -78,6 +80,7 @@ class ColTensor:
         x, out = as_array(source, arrays), as_array(output, arrays)
         is_root, last = self.rank == 0, self.world_size - 1
         following, before = (self.rank + 1) % self.world_size, (self.rank + last) % self.world_size
+
         calls: dict[str, Call] = {
             "allreduce": lambda: group.allreduce(x),
             "reduce": lambda: group.reduce(x, 0),
@@ -89,6 +92,7 @@ class ColTensor:
             "alltoall": lambda: group.alltoall(out, x),
             "sendrecv": lambda: group.sendrecv(x, following, out, before),
         }
+
         return calls[operation]
 
     def barrier(self, backend: str) -> None:
@@ -116,6 +120,7 @@ class TorchDistributed:
     ) -> Call:
         dist = self._dist
         x, out = as_array(source, "torch"), as_array(output, "torch")
+
         flat = out.reshape(-1)  # the same memory
         rows_in = list(x) if x.dim() > 1 else []
         rows_out = list(out) if out.dim() > 1 else []
@@ -138,6 +143,7 @@ class TorchDistributed:
             "alltoall": (lambda: dist.all_to_all_single(out, x), out),
             "sendrecv": (exchange, out),
         }
+
         call, result = calls[operation]
         return _returning(call, result)
 
@@ -158,10 +164,12 @@ class Mpi:
     ) -> Call:
         if source.dtype.name == "bfloat16":
             raise UnsupportedError("MPI has no bfloat16")
+
         comm, in_place = self._comm, self._mpi.IN_PLACE
         x, out = source.copy(), output.copy()
         root = self.rank == 0
         following, before = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+
         calls: dict[str, tuple[Call, Any]] = {
             "allreduce": (lambda: comm.Allreduce(in_place, x), x),
             "reduce": (
@@ -176,6 +184,7 @@ class Mpi:
             "alltoall": (lambda: comm.Alltoall(x, out), out),
             "sendrecv": (lambda: comm.Sendrecv(x, following, 0, out, before, 0), out),
         }
+
         call, result = calls[operation]
         return _returning(call, result)
 
@@ -198,6 +207,7 @@ class RayCollective:
         kind = "torch" if source.dtype.name == "bfloat16" else arrays
         if kind == "jax":
             raise UnsupportedError("ray.util.collective takes no JAX arrays")
+
         x, out = as_array(source, kind), as_array(output, kind)
         rows_in = list(x) if x.ndim > 1 else []
         rows_out = list(out) if out.ndim > 1 else []
@@ -208,6 +218,7 @@ class RayCollective:
             "allgather": (lambda: ray.allgather(rows_out, x, "bench"), rows_out),
             "reducescatter": (lambda: ray.reducescatter(out, rows_in, "bench"), out),
         }
+
         if operation not in calls:
             raise UnsupportedError(f"ray.util.collective has no {operation}")
         call, result = calls[operation]

@@ -1,6 +1,7 @@
-"""What this host is, as far as colltensor depends on it: processors, memory, permissions, interfaces.
+"""What this host is, as far as colltensor depends on it.
 
-Reads the kernel's files and changes nothing. What cannot be read is None.
+That is its processors, memory, permissions and interfaces. Reads the kernel's files and changes
+nothing. What cannot be read is None.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def system() -> dict[str, Any]:
 
 
 def processors() -> dict[str, Any]:
-    """Return the processors that this process may use, what its control groups grant of them, and the caches."""
+    """Return the processors that this process may use, their quota, and the caches.
+
+    The quota is what the process's control groups grant of them.
+    """
     quota = cgroup.processors()
     return {
         "model": _field("/proc/cpuinfo", "model name"),
@@ -73,7 +77,10 @@ def permissions() -> dict[str, Any]:
 
 
 def interfaces() -> dict[str, Any]:
-    """Return the network interfaces, and which address other hosts would be given first, and why."""
+    """Return the network interfaces, and which address other hosts would be given first.
+
+    The answer also says why.
+    """
     found = [{"name": name, "address": address} for name, address in net.interfaces()]
     first = next(iter(net.local_addresses()), None)
     if first is None:
@@ -88,7 +95,10 @@ def interfaces() -> dict[str, Any]:
 
 
 def ray_address() -> dict[str, Any]:
-    """Return the address of the Ray cluster that ``ray.init(address="auto")`` would take, and who says so."""
+    """Return the address of the Ray cluster that ``ray.init(address="auto")`` would take.
+
+    The answer also says who names it.
+    """
     given = os.environ.get("RAY_ADDRESS")
     if given:
         return {"address": given, "from": "RAY_ADDRESS"}

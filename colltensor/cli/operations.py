@@ -1,7 +1,8 @@
-"""What a benchmark measures: the collectives, their sizes and bandwidths, their data, and what must come out.
+"""What a benchmark measures: the collectives, their sizes, bandwidths and data, and their results.
 
 Sizes, bandwidths and factors are those of nccl-tests: "Performance reported by NCCL tests",
-https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, and src/gather.cu, scatter.cu and sendrecv.cu.
+https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, and src/gather.cu, scatter.cu
+and sendrecv.cu.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 _PERIOD: Final = 7
-"""Of the data, whose values are 0 to 6: every sum is exact, and blocks of two to the power of something all differ."""
+"""Of the data, whose values are 0 to 6.
+
+Thus every sum is exact, and blocks whose size is a power of two all differ.
+"""
 
 _EXACT: Final = {"int8": 127, "uint8": 255, "bfloat16": 256, "float16": 2048}
 """Up to where types have all whole numbers; the others go further than there are ranks."""
@@ -29,7 +33,8 @@ class Collective:
     """One collective.
 
     Attributes:
-        links: The bus bandwidth is the algorithm bandwidth times this and, if ``shared``, times (n-1)/n.
+        links: The bus bandwidth is the algorithm bandwidth times this and, if ``shared``, times
+            (n-1)/n.
         shared: See there.
         blocks_in: Whether a rank's input has a block for each rank.
         blocks_out: Whether its output has.
@@ -68,7 +73,10 @@ OPERATIONS: Final = {
     "alltoall": Collective(blocks_in=True, blocks_out=True),
     "sendrecv": Collective(shared=False),
 }
-"""By name. The root is rank 0; ``sendrecv`` sends to the next rank and receives from the one before, in a ring."""
+"""By name. The root is rank 0.
+
+``sendrecv`` sends to the next rank and receives from the one before, in a ring.
+"""
 
 
 def check_dtype(name: str, world_size: int) -> None:
@@ -108,6 +116,7 @@ def expected(operation: str, rank: int, world_size: int, count: int) -> np.ndarr
 
     if OPERATIONS[operation].root_only and rank != 0:
         return None
+
     of_all = [_block(other, 0, count) for other in range(world_size)]
     if operation in ("allreduce", "reduce"):
         total: np.ndarray = np.sum(of_all, axis=0)
@@ -120,6 +129,7 @@ def expected(operation: str, rank: int, world_size: int, count: int) -> np.ndarr
         return of_all[rank - 1]
     if operation == "scatter":
         return _block(0, rank, count)
+
     for_me = np.stack([_block(other, rank, count) for other in range(world_size)])
     right: np.ndarray = np.sum(for_me, axis=0) if operation == "reducescatter" else for_me
     return right

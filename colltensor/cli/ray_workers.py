@@ -1,6 +1,7 @@
 """Ranks of a benchmark that are Ray's actors, and the one process that tells them what to do.
 
-With ``putget`` there is no collective: the actors put and get arrays, and the driver carries the references.
+With ``putget`` there is no collective: the actors put and get arrays, and the driver carries the
+references.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ class _Collectives:
 
 
 class _PutGet:
-    """Combines arrays with ``ray.put`` and ``ray.get``; times are the driver's, until all actors have the result."""
+    """Combines arrays with ``ray.put`` and ``ray.get``.
+
+    Times are the driver's, until all actors have the result.
+    """
 
     def __init__(self, ray: Any, world_size: int) -> None:
         self._ray = ray
@@ -121,7 +125,11 @@ class _PutGet:
 
 @contextlib.contextmanager
 def driver(name: str, world_size: int) -> Iterator[Any]:
-    """Start the actors, in the cluster that RAY_ADDRESS names if there is one; yield what carries out orders."""
+    """Start the actors, and yield what carries out orders.
+
+    Those of ``colltensor-in-ray`` run in the cluster that RAY_ADDRESS names, or in this host's. The
+    others have a cluster of their own.
+    """
     ray = importlib.import_module("ray")
     local = {"num_cpus": world_size, "include_dashboard": False}
     in_cluster = name == "colltensor-in-ray"

@@ -19,7 +19,10 @@ _GIB: Final = 1 << 30
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Show a text meanwhile, where standard error is a terminal; without a thread, beside which one must not fork."""
+    """Show a text meanwhile, where standard error is a terminal.
+
+    No thread does so, because one must not fork beside a thread.
+    """
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield
@@ -76,12 +79,14 @@ def _machine(facts: Facts) -> Iterable[tuple[Any, str, str]]:
     cores = f"{len(processors['cores'])} ({_ranges(processors['cores'])})"
     cores += f", of which control groups grant {granted:g}" if granted is not None else ""
     yield "", "cores", cores + (f", {processors['model']}" if processors["model"] else "")
+
     caches = [
         f"L{cache['level']}{cache['type'][0].lower() if cache['level'] == '1' else ''} {cache['size']} "
         f"(cores {cache['shared_cpu_list']})"
         for cache in processors["caches"]
     ]
     yield "", "caches", ", ".join(caches) or "not known"
+
     for pair in (facts["backends"]["shm"].get("selftest") or {}).get("latency_us", []):
         first, second = pair["cores"]
         yield (
@@ -89,6 +94,7 @@ def _machine(facts: Facts) -> Iterable[tuple[Any, str, str]]:
             "latency",
             f"cores {first} and {second}: {pair['us']} us for an allreduce of 8 bytes",
         )
+
     limit = memory["control_group_nbytes"]
     text = f"{_gib(memory['available_nbytes'])} available"
     text += f", {_gib(limit)} of it granted by control groups" if limit is not None else ""
@@ -97,6 +103,7 @@ def _machine(facts: Facts) -> Iterable[tuple[Any, str, str]]:
         for size, nbytes in memory["segment_nbytes"].items()
     ]
     yield "", "memory", text + (f"; a group takes {', '.join(sizes)}" if sizes else "")
+
     permissions = facts["permissions"]
     scope = permissions["ptrace_scope"] or "not set"
     yield (
@@ -104,6 +111,7 @@ def _machine(facts: Facts) -> Iterable[tuple[Any, str, str]]:
         "permissions",
         f"seccomp {permissions['seccomp'] or 'not known'}, ptrace_scope {scope}",
     )
+
     interfaces = facts["interfaces"]
     listing = ", ".join(f"{each['name']} {each['address']}" for each in interfaces["found"])
     yield "", "interfaces", listing or "none"

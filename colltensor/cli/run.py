@@ -1,7 +1,7 @@
 """``colltensor run``: a program in several ranks of this host, as torchrun starts them.
 
-One loop reads what the ranks write, passes signals on, and sees the ranks end. It has no threads, because a process
-that is forked beside one must not touch Python any more.
+One loop reads what the ranks write, passes signals on, and sees the ranks end. It has no threads,
+because a process that is forked beside one must not touch Python any more.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ class Rank:
         self._rest: dict[str, bytes] = {"stdout": b"", "stderr": b""}
 
     def lines(self, stream: str, data: bytes) -> list[bytes]:
-        """Return the lines that ``data`` completes; with no data, at the stream's end, what is left.
+        """Return the lines that ``data`` completes.
 
-        A progress bar ends its lines with a carriage return.
+        With no data, at the stream's end, that is what is left. A progress bar ends its lines with
+        a carriage return.
         """
         *whole, rest = _LINE_END.split(self._rest[stream] + data)
         if not data and rest:
@@ -94,6 +95,7 @@ def run(command: Sequence[str], place: Place, *, prefix: bool) -> int:
     variables = launcher.own_secret() if place.hosts == 1 else dict(os.environ)
     world_size = place.per_host * place.hosts
     ranks: list[Rank] = []
+
     with _Signals(ranks) as signals:
         try:
             for local in range(place.per_host):
@@ -101,11 +103,13 @@ def run(command: Sequence[str], place: Place, *, prefix: bool) -> int:
                 own = launcher.rank_variables(
                     number, world_size, place.address, place.port, local=(local, place.per_host)
                 )
+
                 # Else a rank's lines would wait in its buffer for kilobytes more.
                 own["PYTHONUNBUFFERED"] = os.environ.get("PYTHONUNBUFFERED", "1")
                 ranks.append(Rank(number, launcher.start(command, {**variables, **own})))
                 if signals.passed is not None:  # while this one was started
                     launcher.send([ranks[-1].process], signals.passed)
+
             return _follow(ranks, signals, _Output(prefix, world_size))
         except BrokenPipeError:  # nobody reads the output any more
             with contextlib.suppress(OSError):  # nor does Python try again at its end
@@ -116,7 +120,10 @@ def run(command: Sequence[str], place: Place, *, prefix: bool) -> int:
 
 
 def lines_for_hosts(hosts: Sequence[str], per_host: int, port: int, words: Sequence[str]) -> str:
-    """Return what to run on each host, as text; ``words`` are the program's, as ``run`` takes them."""
+    """Return what to run on each host, as text.
+
+    ``words`` are the program's, as ``run`` takes them.
+    """
     made = 'python3 -c "import secrets; print(secrets.token_hex(32))"'
     text = [
         f"# on every host first, with the same value, made once by: {made}",
@@ -174,7 +181,10 @@ class _Output:
 
 
 def _follow(ranks: list[Rank], signals: _Signals, output: _Output) -> int:
-    """Show what the ranks write until all have ended, or one has failed and the others were ended for that."""
+    """Show what the ranks write until all have ended, and return the exit status.
+
+    When one has failed, the others are ended for that.
+    """
     failed: list[Rank] = []
     kill_at = settle_at = float("inf")
     with selectors.DefaultSelector() as selector:
@@ -183,25 +193,31 @@ def _follow(ranks: list[Rank], signals: _Signals, output: _Output) -> int:
                 selector.register(
                     getattr(rank.process, stream), selectors.EVENT_READ, (rank, stream)
                 )
+
         running = list(ranks)
         while running:
             _read(selector, output, _POLL_S)
             ended = [rank for rank in running if launcher.has_ended(rank.process)]
             running = [rank for rank in running if rank not in ended]
+
             if kill_at == float("inf"):
                 failed += [rank for rank in ended if rank.process.returncode]
+
             now = time.monotonic()
             if failed and settle_at == float("inf"):
                 settle_at = now + _SETTLE_S
+
             if kill_at == float("inf") and signals.passed is None and failed:
                 _read_all(selector, output)  # what they said last
                 # One that lost a peer may end before the one that it lost.
                 if not all(map(_is_consequence, failed)) or now > settle_at:
                     launcher.send([rank.process for rank in running], signal.SIGTERM)
                     kill_at = now + _GRACE_S
+
             if now > kill_at:
                 launcher.send([rank.process for rank in running], signal.SIGKILL)
         _read_all(selector, output)
+
     return _verdict(failed, signals)
 
 
@@ -211,7 +227,10 @@ def _read_all(selector: selectors.BaseSelector, output: _Output) -> None:
 
 
 def _read(selector: selectors.BaseSelector, output: _Output, seconds: float) -> bool:
-    """Show what the ranks have written; wait for something at most so long. Return whether there was something."""
+    """Show what the ranks have written, and return whether there was something.
+
+    Waits for something at most ``seconds``.
+    """
     if not selector.get_map():
         time.sleep(seconds)
         return False

@@ -1,7 +1,7 @@
 """What the doctor tries, each in processes of its own, which print one JSON object.
 
-python -m colltensor.cli.selftest backend NAME         a rank: right values, and between cores the latency
-python -m colltensor.cli.selftest arrays FRAMEWORK     one rank with a framework's arrays
+python -m colltensor.cli.selftest backend NAME       a rank: right values, latency between cores
+python -m colltensor.cli.selftest arrays FRAMEWORK   one rank with a framework's arrays
 """
 
 from __future__ import annotations
@@ -66,14 +66,19 @@ def _try_calls(group: Group, np: Any, count: int) -> None:
 
 
 def _latencies(group: Group, np: Any) -> list[dict[str, Any]]:
-    """Measure an allreduce of 8 bytes with the ranks on two cores, from the first core to each of some others."""
+    """Measure an allreduce of 8 bytes with the ranks on two cores.
+
+    These are the first core and, in turn, each of some others.
+    """
     allowed = os.sched_getaffinity(0)
     cores = sorted(allowed)
     step = max(1, (len(cores) - 1) // (_MOST_CORES - 1))
+
     found = []
     x = np.zeros(1)
     for other in cores[1::step][: _MOST_CORES - 1]:
         os.sched_setaffinity(0, {(cores[0], other)[group.rank]})
+
         rounds = []
         for _ in range(_ROUNDS):
             group.barrier()
@@ -82,6 +87,7 @@ def _latencies(group: Group, np: Any) -> list[dict[str, Any]]:
                 group.allreduce(x)
             rounds.append((time.perf_counter() - began) / _CALLS * 1e6)
         found.append({"cores": [cores[0], other], "us": round(statistics.median(rounds), 3)})
+
     os.sched_setaffinity(0, allowed)
     return found
 
@@ -99,14 +105,17 @@ def _try_arrays(framework: str) -> dict[str, Any]:
         x = module.to_tensor([0.0, 1.0, 2.0])
     else:
         x = module.arange(3, dtype=module.float32)
+
     group = init_collective_group(1, 0, group_name="doctor")
     result = group.allreduce(x)
     if [float(each) for each in result] != [0.0, 1.0, 2.0]:
         raise AssertionError(f"allreduce: expected [0, 1, 2], got {result}")
+
     # An allreduce of one rank may do nothing; a copy from one array to another reads and writes.
     result = group.sendrecv(x, 0, x * 0, 0)
     if [float(each) for each in result] != [0.0, 1.0, 2.0]:
         raise AssertionError(f"sendrecv: expected [0, 1, 2], got {result}")
+
     return {}
 
 

@@ -45,7 +45,10 @@ class Worker:
         return self._library.prepare(what["backend"], what["arrays"], operation, source, output)
 
     def _wrong(self, what: Order) -> int:
-        """Return how many elements of one call's result are wrong, its data being unique to each rank."""
+        """Return how many elements of one call's result are wrong.
+
+        The data is unique to each rank.
+        """
         call = self._prepare(what, zeros=False)
         self._library.barrier(what["backend"])
         result = call()
@@ -54,7 +57,10 @@ class Worker:
         return 0 if right is None else operations.wrong(as_numpy(result), right)
 
     def _seconds(self, what: Order, calls: int) -> float:
-        """Return the seconds of a call, of so many one after another, which all ranks begin together."""
+        """Return the seconds of a call, as the mean of ``calls``.
+
+        These follow one another, and all ranks begin them together.
+        """
         if self._prepared is None or self._prepared[0] != what:
             self._prepared = what, self._prepare(what, zeros=True)
         call, result = self._prepared[1], None
