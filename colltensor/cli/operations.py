@@ -16,11 +16,8 @@ from colltensor.types import DTYPES
 if TYPE_CHECKING:
     import numpy as np
 
-_PERIOD: Final = 7
-"""Of the data, whose values are 0 to 6.
-
-Thus every sum is exact, and blocks whose size is a power of two all differ.
-"""
+_VALUES: Final = 7
+"""How many there are in the data, 0 to 6, so that every sum is exact."""
 
 _EXACT: Final = {"int8": 127, "uint8": 255, "bfloat16": 256, "float16": 2048}
 """Up to where types have all whole numbers; the others go further than there are ranks."""
@@ -88,7 +85,7 @@ def check_dtype(name: str, world_size: int) -> None:
     if name not in DTYPES or name == "bool" or DTYPES[name].moves_only:
         known = [each for each in DTYPES if each != "bool" and not DTYPES[each].moves_only]
         raise ValueError(f"--dtypes: expected some of {', '.join(known)}, got {name!r}")
-    if (_PERIOD - 1) * world_size > _EXACT.get(name, 1 << 15):
+    if (_VALUES - 1) * world_size > _EXACT.get(name, 1 << 15):
         raise ValueError(f"--dtypes: the sums of {world_size} ranks are not exact in {name}")
 
 
@@ -101,7 +98,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def data(operation: str, rank: int, world_size: int, count: int, dtype: str) -> np.ndarray:
-    """Return a rank's input: unique to it and to each of its blocks."""
+    """Return a rank's input, in which its rank and its blocks can be told by a few elements."""
     import numpy as np
 
     collective = OPERATIONS[operation]
@@ -146,10 +143,15 @@ def wrong(result: np.ndarray, right: np.ndarray) -> int:
 
 
 def _block(rank: int, number: int, count: int) -> np.ndarray:
+    """Return a block that looks random: a hash of its rank, its number and the place in it."""
     import numpy as np
 
-    step = number % (_PERIOD - 1) + 1
-    return (np.arange(count, dtype=np.int64) * step + 3 * rank) % _PERIOD
+    mixed: np.ndarray = np.arange(count, dtype=np.uint64)
+    mixed = mixed + np.uint64((rank * 1_000_003 + number) << 32)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)  # as splitmix64 does
+    values: np.ndarray = (mixed ^ (mixed >> np.uint64(31))) % np.uint64(_VALUES)
+    return values.astype(np.int64)
 
 
 def sizes_of(text: str) -> tuple[int, ...]:
