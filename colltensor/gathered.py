@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from colltensor.adapters import (
+    adapter_of,
     host_memory,
     known,
     native_copies,
@@ -245,15 +246,15 @@ class GatheredBuffers:
         """Do nothing: the transfers are decided."""
 
     def order(self) -> int:
-        """Return a number for how lone leaves lie, that have buckets."""
+        """Return a number for how lone leaves lie, that have buckets: that of ``TreeBuffers``."""
         if not self.staged or not self._lone:
             return 0
-        orders = [
-            (number, member, order)
-            for number, member in self._lone
-            if (order := self._move(3, member, 0))
+        self._ordered = [
+            (number, member) for number, member in self._lone if self._move(3, member, 0)
         ]
-        self._ordered = [(number, member) for number, member, _ in orders]
+        # In Python's words, since another rank's leaves may have come by the slow path.
+        leaves = ((number, self._leaves[member]) for number, member in self._ordered)
+        orders = [(number, adapter_of(leaf).source(leaf).order()) for number, leaf in leaves]
         return compared_number(str(orders)) if orders else 0
 
     def straighten(self) -> None:

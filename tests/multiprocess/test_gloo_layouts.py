@@ -14,7 +14,7 @@ from test_shm_layouts import ORDERS, Array, laid_out
 import colltensor as col
 from colltensor.adapters.numpy import MEMORY, HostMemory
 from colltensor.backends import is_available, reason
-from colltensor.gathered import GatheredBuffers
+from colltensor.gathered import GatheredBuffers, Gatherer
 
 pytestmark = pytest.mark.gloo
 SHAPE = (30, 26, 34)
@@ -209,6 +209,26 @@ def reduce_trees(rank: int, size: int, provider: str, framework: str) -> None:
         expected = sum(np.arange(1 << 19, dtype=np.float32) % 509 + peer for peer in peers)
         np.testing.assert_array_equal(large, np.reshape(expected, (512, 1024)))
         np.testing.assert_array_equal(small, sum(np.arange(12.0) + p for p in peers).reshape(3, 4))
+
+
+def come_by_different_ways(rank: int, size: int, provider: str) -> None:
+    """Rank 1's leaves take the slow path, as those of a type that is new to a process do."""
+    group = group_of(size, "gloo", provider)
+    large = np.asfortranarray(np.arange(1 << 19, dtype=np.float32).reshape(512, 1024) + rank)
+    with Copies() as copies, pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(Gatherer, "buffers", lambda *arguments: None)
+        packed: list[int] = []
+        patch.setattr(GatheredBuffers, "load", lambda self: packed.append(len(self._buckets)))
+        group.allreduce({"large": large, "small": np.ones(3)})
+    assert (packed, copies.number) == ([], 0)
+    np.testing.assert_array_equal(
+        large, (2 * np.arange(1 << 19, dtype=np.float32) + 1).reshape(512, 1024)
+    )
+
+
+def test_ranks_that_come_by_different_ways(pool: RankPool, provider: str) -> None:
+    pool.run(2, come_by_different_ways, provider)
 
 
 @pytest.mark.parametrize(
