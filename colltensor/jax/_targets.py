@@ -214,20 +214,20 @@ def _register() -> None:
     _make_known(native.shm_jax_target(convert(_in_words(complete))), "cpu")
     add_adapter(_device.ADAPTER)
     # Kept by JAX until there is a CUDA device, if ever.
-    _make_known(native.shm_jax_device_target(convert(_in_words(queue))), "gpu")
+    _make_known(native.shm_jax_device_target(convert(_in_words(queue))), "gpu", on_device=True)
 
 
-def _make_known(function: Any, platform: str) -> None:
+def _make_known(
+    function: Any, platform: str, *, name: str = TARGET, on_device: bool = False
+) -> None:
     """Register a target with XLA, behind the handler that takes the token out.
 
     It may not be part of a CUDA graph, which would call it once for all its runs.
     """
-    on_device = platform == "gpu"
     order = [*(["ctx.stream"] if on_device else []), "args", "rets"]
-    name = f"{TARGET}_without_token"
-    capsule = _jax_tvm_ffi().register_ffi_target(name, function, order, platform)
+    capsule = _jax_tvm_ffi().register_ffi_target(f"{name}_without_token", function, order, platform)
 
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     handler = library.load().shm_jax_without_token(pointer(capsule, None), on_device)
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform=platform)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform=platform)

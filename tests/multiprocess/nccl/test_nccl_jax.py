@@ -209,11 +209,9 @@ def _pretend() -> None:
     targets = inside("targets")
     native = library.load()
     targets._make_known(
-        importlib.import_module("jax_tvm_ffi"),
-        native,
-        FAKE,
         native.shm_jax_device_target(dlpack.tvm_ffi().convert(_as_on_a_device)),
         "cpu",
+        name=FAKE,
         on_device=True,
     )
 
