@@ -7,7 +7,6 @@ stream after each call, because XLA has none of its own there.
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import sys
 import time
