@@ -284,16 +284,20 @@ def test_several_hosts(tmp_path: Path) -> None:
     assert done.stdout == "[1] ['1', '0', '::1', '77']\n", done.stderr
 
 
-def test_without_the_extra_the_command_names_it() -> None:
-    program = "import sys; sys.modules |= {'rich': None, 'typer': None}\n"
-    program += "from colltensor.cli import main; sys.exit(main())"
-    done = subprocess.run(
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", program],
         env=environment(),
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_without_the_extra_the_command_names_it() -> None:
+    program = "import sys; sys.modules |= {'rich': None, 'typer': None}\n"
+    program += "from colltensor.cli import main; sys.exit(main())"
+    done = run_python(program)
     assert done.returncode == 2
     assert "typer" in done.stderr
     assert "pip install '.[cli]'" in done.stderr
@@ -319,13 +323,7 @@ def test_the_command_imports_no_framework() -> None:
     assert "bench_rank" in names
     program = "".join(f"import colltensor.cli.{name}\n" for name in names)
     program += "import sys; print({'numpy', 'torch', 'jax', 'ray', 'typer', 'rich', 'mpi4py'} & sys.modules.keys())"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(program)
     assert done.stdout == "set()\n", done.stderr
 
 
