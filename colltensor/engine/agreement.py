@@ -125,10 +125,14 @@ class Agreement:
     def abandon_pending(self) -> None:
         """Forget a fast call that was interrupted between its steps."""
 
-    def propagate_failure(self, error: CollectiveError) -> None:
+    def propagate_failure(self, error: CollectiveError, raises: bool = True) -> None:
         """Let the call of every rank that waits end with an error.
 
         The group is broken for that rank.
+
+        Args:
+            error: The error.
+            raises: Whether the caller raises it; else the calls of this rank that wait do.
         """
 
 
@@ -241,9 +245,9 @@ class ExchangedAgreement(Agreement):
         """Return what the control plane knows."""
         return self._control.is_in_call()
 
-    def propagate_failure(self, error: CollectiveError) -> None:
+    def propagate_failure(self, error: CollectiveError, raises: bool = True) -> None:
         """Break the group on the control plane."""
-        self._control.fail(error)
+        self._control.fail(error, raises)
 
 
 class PiggybackedAgreement(ExchangedAgreement):
@@ -406,9 +410,9 @@ class BackendAgreement(ExchangedAgreement):
         """Have the backend forget it."""
         self._backend.abandon_pending()
 
-    def propagate_failure(self, error: CollectiveError) -> None:
+    def propagate_failure(self, error: CollectiveError, raises: bool = True) -> None:
         """Break the group on the control plane and in the backend."""
-        super().propagate_failure(error)
+        super().propagate_failure(error, raises)
         self._backend.propagate_failure(error)
 
 

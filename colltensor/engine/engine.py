@@ -264,9 +264,7 @@ class Engine(DeviceCalls):
 
         The calls that wait raise the error.
         """
-        assert self._control is not None
-        self._control.fail(error, raises=False)
-        self._agreement.propagate_failure(error)
+        self._agreement.propagate_failure(error, raises=False)
 
     def progress(self) -> tuple[int, ...] | None:
         """Return None while no call of host tensors runs or waits.
